@@ -1,0 +1,77 @@
+"""Choosing the implementation of an operation: by name, or the measured winner of the platform it is lowered for."""
+
+import functools
+import logging
+from collections.abc import Callable, Mapping
+from types import ModuleType
+
+import jax
+
+logger = logging.getLogger(__name__)
+
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
+
+
+class UnsupportedError(ValueError):
+    """A named implementation cannot serve this call; the message says why."""
+
+
+@functools.lru_cache(maxsize=None)
+def _log_once(message: str) -> None:
+    logger.info(message)
+
+
+def choose(
+    operation: str, backends: Mapping[str, ModuleType], winners: Mapping[str, tuple[str, ...]], platform: str, **facts
+) -> tuple[str, str]:
+    """The implementation that `None` takes on a platform, and why.
+
+    Args:
+        backends: implementations by name; each has `supports(platform=..., **facts) -> reason | None`.
+        winners: names by platform, fastest first, as measured; the last one serves everything.
+        platform: "cpu", "cuda", "rocm" or "tpu" ("gpu" means "cuda").
+        **facts: static facts of the call that `supports` judges, such as shapes and dtypes.
+    """
+    platform = {"gpu": "cuda"}.get(platform, platform)
+    skipped = []
+    for name in winners.get(platform, winners["default"]):
+        reason = backends[name].supports(platform=platform, **facts)
+        if reason is None:
+            why = "; ".join([*skipped, f"fastest measured on {platform}" if not skipped else "next"])
+            return name, why
+        skipped.append(f"{name} skipped: {reason}")
+        _log_once(f"{operation} on {platform}: {skipped[-1]}")
+    raise UnsupportedError(f"{operation} on {platform}: no implementation can serve ({'; '.join(skipped)})")
+
+
+def require(operation: str, backends: Mapping[str, ModuleType], name: str, **facts) -> ModuleType:
+    """The backend of that name.
+
+    Raises:
+        UnsupportedError: there is none of that name, or it cannot serve the call.
+    """
+    if name not in backends:
+        raise UnsupportedError(f"{operation}: implementation {name!r} is unknown; there are {', '.join(backends)}")
+    reason = backends[name].supports(platform=jax.default_backend(), **facts)
+    if reason is not None:
+        raise UnsupportedError(f"{operation}: implementation {name!r} cannot serve: {reason}")
+    return backends[name]
+
+
+def dispatch(
+    operation: str,
+    backends: Mapping[str, ModuleType],
+    winners: Mapping[str, tuple[str, ...]],
+    implementation: str | None,
+    facts: Mapping[str, object],
+    call: Callable,
+    *arrays,
+):
+    """Run `call(backend, *arrays)` on the named backend, or on the winner of the platform that this is lowered for."""
+    if implementation:
+        return call(require(operation, backends, implementation, **facts), *arrays)
+    chosen = {p: choose(operation, backends, winners, p, **facts)[0] for p in PLATFORMS}
+    if len(set(chosen.values())) == 1:
+        return call(backends[chosen["cpu"]], *arrays)
+    branches = {p: functools.partial(call, backends[name]) for p, name in chosen.items()}
+    return jax.lax.platform_dependent(*arrays, **branches)

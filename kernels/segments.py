@@ -1,0 +1,38 @@
+"""Packed documents and padding, as every kernel sees them."""
+
+import jax
+import jax.numpy as jnp
+
+
+def previous_segment(segment_ids: jax.Array, initial_segment: jax.Array | None, mask: jax.Array | None) -> jax.Array:
+    """Segment of the last real token before each position, and after the last one.
+
+    Args:
+        segment_ids: [B, T] int32.
+        initial_segment: [B] int32, segment that the incoming state belongs to; None: that of the first real token.
+        mask: [B, T] bool, False on padding; None: every token is real.
+
+    Returns:
+        [B, T + 1] int32; the last column is the segment that the outgoing state belongs to.
+    """
+    batch, length = segment_ids.shape
+    if mask is None:
+        first = segment_ids[:, :1] if initial_segment is None else initial_segment[:, None]
+        return jnp.concatenate([first, segment_ids], axis=1)
+    if initial_segment is None:
+        first_real = jnp.argmax(mask, axis=1)
+        initial_segment = jnp.take_along_axis(segment_ids, first_real[:, None], axis=1)[:, 0]
+    last_real = jax.lax.cummax(jnp.where(mask, jnp.arange(1, length + 1), 0), axis=1)
+    ids = jnp.concatenate([initial_segment[:, None], segment_ids], axis=1)
+    last_real = jnp.concatenate([jnp.zeros((batch, 1), last_real.dtype), last_real], axis=1)
+    return jnp.take_along_axis(ids, last_real, axis=1)
+
+
+def resets(
+    segment_ids: jax.Array | None, initial_segment: jax.Array | None, mask: jax.Array | None
+) -> jax.Array | None:
+    """[B, T] bool: True on a real token whose segment is not that of the real token before it. None: there is none."""
+    if segment_ids is None:
+        return None
+    changed = segment_ids != previous_segment(segment_ids, initial_segment, mask)[:, :-1]
+    return changed if mask is None else changed & mask
