@@ -1,8 +1,11 @@
 """Fields that every config has, with their defaults, in one place.
 
-A config file calls `base()`, fills in its model and its presets, and returns the result of `finish`.
+A config file calls `base()`, adds the fields of its mixers, applies its preset, and returns the result of `finish`.
 Nothing here touches a device, and nothing of the library is imported.
 """
+
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 from ml_collections import ConfigDict
 
@@ -110,3 +113,47 @@ def base() -> ConfigDict:
         dict(prompt="The ", tokens=200, temperature=0.8, top_k=0, top_p=0.95)  # text shown at the end of training
     )
     return config
+
+
+def large(config: ConfigDict, *, learning_rate: float, steps: int, remat: str) -> None:
+    """Training of the Mamba paper's language models, set in place.
+
+    Batches of 0.5 M tokens, AdamW (0.9, 0.95) with weight decay 0.1 and clip 1, cosine from five times GPT-3's learning
+    rate down to 1e-5, and GPT-3's 375 M tokens of warm-up. Micro-batches of 8 rows are meant for one GPU of 80 GB: with
+    more devices lower `training.accumulate`. For other text set `data.name` and `data.tokenizer`: the vocabulary holds
+    the GPT-NeoX tokenizer's 50,277, and the default's bytes too.
+    """
+    config.steps = steps
+    config.batch_size = 256
+    config.seq_len = 2048
+    config.training.accumulate = 32
+    config.model.vocab_size = 50280
+    config.model.dtype = "bfloat16"
+    config.model.remat = remat
+    config.optimizer.learning_rate = learning_rate
+    config.optimizer.floor = 1e-5 / learning_rate
+    config.optimizer.warmup = 715.0
+    config.checkpoint.every = 500
+    config.evaluation.every = 500
+    config.evaluation.batch_size = 8
+    config.metrics.every = 10
+
+
+def preset(arg: str | None, allowed: Iterable[str]) -> str:
+    """Name of the preset that `--config=FILE.py:arg` asks for; none asks for "small".
+
+    Raises ValueError, naming the nearest preset and all of them.
+    """
+    allowed = list(allowed)
+    name = arg or "small"
+    if name not in allowed:
+        near = get_close_matches(name, allowed, n=1, cutoff=0.3)
+        guess = f"did you mean {near[0]!r}? " if near else ""
+        raise ValueError(f"no preset {name!r}: {guess}presets are {', '.join(allowed)}")
+    return name
+
+
+def finish(config: ConfigDict, name: str, chosen: str) -> ConfigDict:
+    """Name the config and lock its fields: only values can change from here."""
+    config.name = name if chosen == "small" else f"{name}-{chosen}"
+    return config.lock()

@@ -1,0 +1,46 @@
+# make train       train the default model, on the text that ships with the project
+# make test        all tests; make test-fast: those that take under five minutes together
+# make lint        style
+# make clean       remove the virtual environment and caches; runs/ and data/ stay
+#
+# PYTHON=python3.12 picks the interpreter (3.11 or later). REQUIREMENTS=requirements-gpu.txt installs jax for NVIDIA GPUs,
+# requirements-tpu.txt for TPUs. WORKERS: processes that run tests.
+
+PYTHON ?= python3
+VENV ?= .venv
+REQUIREMENTS ?= requirements.txt
+WORKERS ?= 2
+BIN := $(VENV)/bin
+
+train: $(VENV)/.installed
+	$(BIN)/python train.py --config=configs/densemamba.py --workdir=runs/densemamba
+
+test: $(VENV)/.installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
+
+test-fast: $(VENV)/.installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST)
+
+lint: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or later is needed: make PYTHON=python3.12" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.txt $(REQUIREMENTS) | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --requirement $(REQUIREMENTS)
+	@touch $@
+
+$(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --requirement requirements-test.txt
+	@touch $@
+
+.PHONY: train test test-fast lint clean
+.DEFAULT_GOAL := train

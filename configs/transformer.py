@@ -1,0 +1,57 @@
+"""Transformer++ (Touvron et al. 2023): RMSNorm, rotary positions, grouped queries, SwiGLU, no bias. The baseline.
+
+Command:   python train.py --config=configs/transformer.py --workdir=runs/transformer
+Hardware:  2 CPU cores. `:130m` and `:350m` one GPU of 80 GB, `:1.4b` eight of them (lower training.accumulate to 4).
+Expected:  MEASURED FIGURE HERE: validation and test bits per byte of the small preset
+Cost:      MEASURED FIGURE HERE: minutes of training on 2 cores
+
+Presets: small (no argument), 130m, 350m, 1.4b; each has the parameters of the same preset of configs/densemamba.py
+within 2 %: one layer stands for two of Mamba's, with an MLP of three times the width.
+"""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from configs.base import base, finish, large, preset
+
+# name: (width, layers, heads, peak learning rate, steps, remat); GPT-3's shapes, trained as in the Mamba paper
+PAPER = {
+    "130m": (768, 12, 12, 3e-3, 4800, "none"),
+    "350m": (1024, 24, 16, 1.5e-3, 13500, "none"),
+    "1.4b": (2048, 24, 32, 1e-3, 50000, "block"),
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The preset `arg`, locked. Raises ValueError on a preset that is not."""
+    chosen = preset(arg, ["small", *PAPER])
+    config = base()
+    config.model.pattern = "attention+mlp"
+    config.model.attention = ConfigDict(
+        dict(
+            heads=4,
+            kv_heads=2,
+            head_dim=0,  # 0: width / heads
+            rope_theta=1e4,
+        )
+    )
+    config.model.mlp = ConfigDict(dict(hidden=176))  # 0: 8/3 of the width, rounded up to a multiple of 8
+    if chosen != "small":
+        width, layers, heads, learning_rate, steps, remat = PAPER[chosen]
+        large(config, learning_rate=learning_rate, steps=steps, remat=remat)
+        config.model.width, config.model.repeats = width, layers
+        config.model.attention.heads = config.model.attention.kv_heads = heads
+        config.model.mlp.hidden = 3 * width
+        config.model.scan_blocks = 1
+    return finish(config, "transformer", chosen)
+
+
+def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
+    """Sharing of keys and values, and learning rate: each trial is a dict of dotted fields."""
+    config = get_config(arg)
+    heads = config.model.attention.heads
+    for kv_heads in sorted({1, heads // 2, heads}):
+        add({"model.attention.kv_heads": kv_heads})
+    for factor in (0.3, 3.0):
+        add({"optimizer.learning_rate": config.optimizer.learning_rate * factor})
