@@ -1,0 +1,29 @@
+"""Which keys a query sees, as one boolean mask: the rules of causality, windows, documents and empty slots."""
+
+import jax
+import jax.numpy as jnp
+
+
+def visible(
+    shape: tuple[int, int], *, causal, segment_ids, key_segment_ids, key_mask, query_index, window
+) -> jax.Array | None:
+    """[B or 1, T, S] bool for `shape` (T, S), True where query t sees key s. None: every query sees every key."""
+    queries, keys = shape
+    rules = []
+    if causal or window is not None:
+        index = jnp.arange(queries)[None] if query_index is None else query_index
+        distance = index[:, :, None] - jnp.arange(keys)
+        if causal:
+            rules.append(distance >= 0)
+        if window is not None:
+            rules.append(distance < window)
+    if segment_ids is not None:
+        rules.append(segment_ids[:, :, None] == key_segment_ids[:, None, :])
+    if key_mask is not None:
+        rules.append(key_mask[:, None, :])
+    if not rules:
+        return None
+    together = rules[0]
+    for rule in rules[1:]:
+        together = together & rule
+    return together

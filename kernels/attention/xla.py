@@ -1,0 +1,21 @@
+"""Softmax attention by `jax.nn.dot_product_attention`, whose scores [B, H, T, S] live in memory."""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.attention.visible import visible
+
+
+def supports(platform: str, **facts) -> str | None:
+    """Why this backend cannot serve the call; None: it can (it always can)."""
+    return None
+
+
+def attention(q, k, v, *, scale, **rules):
+    """See `kernels.attention.attention`."""
+    seen = visible((q.shape[1], k.shape[1]), **rules)
+    if seen is None:
+        return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="xla")
+    o = jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], scale=scale, implementation="xla")
+    # Upstream gives a query without a visible key the mean of all values.
+    return jnp.where(jnp.any(seen, axis=-1)[..., None, None], o, 0)

@@ -1,0 +1,142 @@
+"""Causal softmax attention with rotary positions and grouped heads (Llama 2: Touvron et al. 2023, section 2.2)."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kernels.attention import attention
+from kernels.segments import resets
+from seqmodels.errors import UserError
+from seqmodels.layers.parameter import matrix, residual_std
+from seqmodels.layers.rope import rope
+from seqmodels.sequence import Sequence
+
+EMPTY = -1  # document of a cache slot that holds no key
+PADDING = -2  # document of a padding token, which sees nothing
+
+
+def empty_cache(batch: int, slots: int, kv_heads: int, head_dim: int, dtype) -> dict[str, jax.Array]:
+    """A cache of `slots` keys and values a row.
+
+    Returns:
+        k, v: [B, S, Hkv, d], keys already rotated.
+        document: [B, S] int32, which document of the row each slot belongs to, counted from 0; `EMPTY`: none.
+        length: [B] int32, slots in use.
+    """
+    shape = (batch, slots, kv_heads, head_dim)
+    return dict(
+        k=jnp.zeros(shape, dtype),
+        v=jnp.zeros(shape, dtype),
+        document=jnp.full((batch, slots), EMPTY, jnp.int32),
+        length=jnp.zeros((batch,), jnp.int32),
+    )
+
+
+def document_numbers(seq: Sequence, batch: int, length: int, last: jax.Array) -> jax.Array:
+    """[B, T] int32: `last` [B], the number of the document that the state ends in, plus the resets so far."""
+    changed = resets(**seq.documents())
+    if changed is None:
+        return jnp.broadcast_to(last[:, None], (batch, length))
+    return last[:, None] + jnp.cumsum(changed, axis=1, dtype=jnp.int32)
+
+
+def write(cache: dict[str, jax.Array], k, v, document, mask) -> tuple[dict[str, jax.Array], jax.Array]:
+    """Put the real tokens behind those in the cache; what does not fit is lost.
+
+    Returns:
+        The cache, and the slot [B, T] of each token (of padding: that of the next real token).
+    """
+    batch, length = document.shape
+    if mask is None:
+        mask = jnp.ones((batch, length), bool)
+    slot = cache["length"][:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - mask
+    slots = cache["k"].shape[1]
+    place = jnp.arange(batch)[:, None], jnp.where(mask, slot, slots)
+    new = dict(
+        k=cache["k"].at[place].set(k.astype(cache["k"].dtype), mode="drop"),
+        v=cache["v"].at[place].set(v.astype(cache["v"].dtype), mode="drop"),
+        document=cache["document"].at[place].set(document, mode="drop"),
+        length=cache["length"] + jnp.sum(mask, axis=1, dtype=jnp.int32),
+    )
+    return new, slot
+
+
+class Attention(nn.Module):
+    """Attention mixer. Its state is a cache of `max_length` tokens a row; the caller sees to it that they suffice.
+
+    kv_heads: 0 takes `heads`. head_dim: 0 takes width / heads. window: keys a token sees, itself included; 0: all.
+    """
+
+    width: int
+    heads: int = 4
+    kv_heads: int = 0
+    head_dim: int = 0
+    rope_theta: float = 10_000.0
+    window: int = 0
+    dtype: jnp.dtype = jnp.float32
+    implementation: str | None = None
+    layers: int = 1
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.heads < 1 or (not self.head_dim and self.width % self.heads):
+            raise UserError(f"attention.heads is {self.heads}; it must divide the width, which is {self.width}")
+        if self.kv_heads < 0 or self.heads % (self.kv_heads or 1):
+            raise UserError(
+                f"attention.kv_heads is {self.kv_heads}; it must divide attention.heads, {self.heads}, or be 0"
+            )
+        if self.head_dim < 0 or self.sizes[2] % 2:
+            raise UserError(f"attention.head_dim is {self.sizes[2]}; it must be even and positive")
+        if self.window < 0:
+            raise UserError(f"attention.window is {self.window}; it must be 0 (all keys) or positive")
+
+    @property
+    def sizes(self) -> tuple[int, int, int]:
+        """Heads, key heads, channels of a head."""
+        return self.heads, self.kv_heads or self.heads, self.head_dim or self.width // self.heads
+
+    def init_state(self, batch: int, max_length: int) -> dict[str, jax.Array]:
+        """An empty cache: see `empty_cache`."""
+        _, kv_heads, head_dim = self.sizes
+        return empty_cache(batch, max_length, kv_heads, head_dim, self.dtype)
+
+    @nn.compact
+    def __call__(self, x, seq: Sequence, state=None):
+        """x [B, T, D] to y [B, T, D] and the cache with these tokens. Without a state the cache holds just them."""
+        batch, length, _ = x.shape
+        heads, kv_heads, head_dim = self.sizes
+        x = x.astype(self.dtype)
+
+        def project(name, heads, axis):
+            axes = ("embed", axis, "head_dim")
+            return jnp.einsum(
+                "btd,dhk->bthk", x, matrix(self, name, (self.width, heads, head_dim), axes, dtype=self.dtype)
+            )
+
+        q = rope(project("query", heads, "heads"), seq.positions, self.rope_theta)
+        k = rope(project("key", kv_heads, "kv_heads"), seq.positions, self.rope_theta)
+        v = project("value", kv_heads, "kv_heads")
+        options = dict(window=self.window or None, implementation=self.implementation)
+
+        if state is None and seq.mask is None:
+            document = document_numbers(seq, batch, length, jnp.zeros((batch,), jnp.int32))
+            o = attention(q, k, v, segment_ids=None if seq.segment_ids is None else document, **options)
+            state = dict(k=k, v=v, document=document, length=jnp.full((batch,), length, jnp.int32))
+        else:
+            state = empty_cache(batch, length, kv_heads, head_dim, self.dtype) if state is None else state
+            last = jnp.take_along_axis(state["document"], jnp.maximum(state["length"] - 1, 0)[:, None], axis=1)[:, 0]
+            document = document_numbers(seq, batch, length, jnp.maximum(last, 0))
+            state, slot = write(state, k, v, document, seq.mask)
+            o = attention(
+                q,
+                state["k"],
+                state["v"],
+                segment_ids=document if seq.mask is None else jnp.where(seq.mask, document, PADDING),
+                key_segment_ids=state["document"],
+                query_index=slot,
+                **options,
+            )
+
+        out_axes = ("heads", "head_dim", "embed")
+        out = matrix(self, "out", (heads, head_dim, self.width), out_axes, residual_std(self.layers), self.dtype)
+        return jnp.einsum("bthk,hkd->btd", o, out), state
