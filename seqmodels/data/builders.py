@@ -1,0 +1,71 @@
+"""tensorflow-datasets builders for text on this machine. Written as ArrayRecord, so random access and no TensorFlow.
+
+Imported only to build or read a dataset: a finished token cache needs neither this file nor the library.
+"""
+
+import dataclasses
+from pathlib import Path
+
+import tensorflow_datasets as tfds
+
+from seqmodels.data import text
+
+SPLITS = ("train", "validation", "test")
+
+
+class ShakespeareAusten(tfds.core.GeneratorBasedBuilder):
+    """The corpus that comes with the project; see `seqmodels.data.text.works`."""
+
+    VERSION = tfds.core.Version("1.0.0")
+
+    def _info(self):
+        return _info(self, "42 works of William Shakespeare and 6 of Jane Austen.", title=tfds.features.Text())
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        return {split: self._generate_examples(split) for split in SPLITS}
+
+    def _generate_examples(self, split):
+        mine = [(title, body) for of, title, body in text.works() if of == split]
+        for key, (title, body) in enumerate(mine):
+            yield key, {"title": title, "text": body}
+
+
+@dataclasses.dataclass(eq=False)
+class TextFilesConfig(tfds.core.BuilderConfig):
+    """Files of one's own. `name` is a fingerprint of all of it, so changed files make another dataset."""
+
+    files: tuple[Path, ...] = ()
+    text_key: str = "text"
+
+
+class TextFiles(tfds.core.GeneratorBasedBuilder):
+    """Documents of .txt and .jsonl files, cut into splits as `seqmodels.data.text.cut` says."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    BUILDER_CONFIGS = []  # noqa: RUF012, tfds's own convention
+
+    def _info(self):
+        return _info(self, "Text of local files.")
+
+    def _split_generators(self, dl_manager):
+        del dl_manager
+        total = sum(map(len, self._documents()))
+        return {split: self._generate_examples(split, total) for split in SPLITS}
+
+    def _generate_examples(self, split, total):
+        for key, document in enumerate(text.cut(self._documents(), total, split)):
+            yield key, {"text": document}
+
+    def _documents(self):
+        for path in self.builder_config.files:
+            yield from text.read_documents(path, self.builder_config.text_key)
+
+
+def _info(builder, description, **features):
+    return tfds.core.DatasetInfo(
+        builder=builder,
+        description=description,
+        features=tfds.features.FeaturesDict({"text": tfds.features.Text(), **features}),
+        disable_shuffling=True,  # documents keep their order; keys count up
+    )

@@ -1,0 +1,145 @@
+"""The token cache: text tokenised once, as flat files that NumPy maps into memory.
+
+`<cache>/tokens/<label>-<request>-<text>/` holds, with the two fingerprints in its name,
+- `<split>/tokens.bin`: ids of all documents one after another, each begun by the separator; uint16 or uint32;
+- `<split>/documents.npy`: int64, where in `tokens.bin` each document begins;
+- `meta.json`: tokenizer, dtype and, by split, tokens, documents, bytes of text and their size under `xz -9`.
+
+It is written beside its place and renamed at the end, so there is never half of one; a lock makes other processes wait.
+"""
+
+import array
+import contextlib
+import fcntl
+import itertools
+import json
+import lzma
+import os
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from tqdm import tqdm
+
+from seqmodels.data.sources import Documents, Source, fingerprint
+from seqmodels.data.tokenizer import Tokenizer
+from seqmodels.errors import UserError
+
+FORMAT = 1  # goes up when the files change, which makes older caches unknown
+BATCH_CHARACTERS = 2**20  # tokenised at once
+XZ_BYTES = 2**26  # the xz figure is taken on the first 64 MiB of a split: as far as xz -9 looks back
+
+
+def find_or_build(source: Source, tokenizer: Tokenizer, root: Path) -> Path:
+    """Directory of the finished cache for a source and a tokenizer, built if there is none.
+
+    Args:
+      source: what to tokenise; opened only if there is no cache.
+      tokenizer: with what.
+      root: `config.data.cache`.
+
+    Raises:
+      UserError: no text, or a cache that cannot be written.
+    """
+    folder = root.expanduser() / "tokens"
+    stem = f"{source.label}-{fingerprint([source.key, tokenizer.fingerprint, FORMAT])}"
+    if found := _find(folder, stem, source.content):
+        return found
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with _locked(folder / f".{stem}.lock"):
+            return _find(folder, stem, source.content) or _build(source, tokenizer, folder, stem)
+    except OSError as error:
+        raise UserError(f"config.data.cache={str(root)!r}: cannot be written ({error.strerror or error})") from error
+
+
+def _find(folder: Path, stem: str, content: str | None) -> Path | None:
+    """The newest finished cache of a request, for one text if its fingerprint is known."""
+    found = folder.glob(f"{stem}-{content or '*'}/meta.json")
+    return max((path.parent for path in found if not path.parent.name.endswith(".partial")), key=_age, default=None)
+
+
+def _age(path: Path) -> float:
+    return (path / "meta.json").stat().st_mtime
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Holds a file lock; the system lets go of it however the process ends."""
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _build(source: Source, tokenizer: Tokenizer, folder: Path, stem: str) -> Path:
+    content, splits = source.open()
+    target = folder / f"{stem}-{content}"
+    partial = target.with_name(target.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed: we hold the lock
+    meta = {
+        "source": source.key,
+        "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
+        "dtype": tokenizer.dtype.name,
+        "splits": {},
+    }
+    for split, documents in splits.items():
+        meta["splits"][split] = _write_split(documents, tokenizer, partial / split)
+        if not meta["splits"][split]["tokens"] > 1:
+            shutil.rmtree(partial)
+            raise UserError(
+                f"config.data.name={source.key['name']!r}: its {split} split has no text ({documents.count} documents); "
+                "splits that a dataset lacks are cut from the end of train, so it may be too small"
+            )
+    (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    os.rename(partial, target)
+    return target
+
+
+def _write_split(documents: Documents, tokenizer: Tokenizer, folder: Path) -> dict:
+    """Tokenises one split into a folder; returns its part of `meta.json`."""
+    folder.mkdir(parents=True)
+    starts, tokens, size = array.array("q"), 0, 0
+    xz, xz_in, xz_out = lzma.LZMACompressor(preset=9), 0, 0
+    with (
+        (folder / "tokens.bin").open("wb") as file,
+        tqdm(total=documents.count, desc=f"tokenizing {documents.split}", unit=" documents", disable=None) as bar,
+    ):
+        for texts in _batches(documents):
+            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+                starts.append(tokens)
+                file.write(np.concatenate([[tokenizer.separator], ids]).astype(tokenizer.dtype).tobytes())
+                tokens += 1 + len(ids)
+                raw = text.encode("utf-8")
+                head = raw[: XZ_BYTES - xz_in]
+                size, xz_in, xz_out = size + len(raw), xz_in + len(head), xz_out + len(xz.compress(head))
+            bar.update(len(texts))
+    xz_out += len(xz.flush())
+    np.save(folder / "documents.npy", np.frombuffer(starts, np.int64) if starts else np.zeros(0, np.int64))
+    return {"tokens": tokens, "documents": len(starts), "bytes": size, "xz_bytes": xz_out, "xz_of_bytes": xz_in}
+
+
+def _batches(documents: Documents) -> Iterator[list[str]]:
+    """Documents in lists of about BATCH_CHARACTERS, which the tokenizer takes at once. Blank ones are left out."""
+    filled = (text for text in documents if text.strip())
+    while first := next(filled, None):
+        batch, room = [first], BATCH_CHARACTERS - len(first)
+        while room > 0 and (text := next(filled, None)):
+            batch.append(text)
+            room -= len(text)
+        yield batch
+
+
+def read_meta(folder: Path) -> dict:
+    """`meta.json` of a finished cache, checked against the files beside it.
+
+    Raises:
+      UserError: files that were cut short or are missing.
+    """
+    meta = json.loads((folder / "meta.json").read_text())
+    width = np.dtype(meta["dtype"]).itemsize
+    for split, part in meta["splits"].items():
+        tokens, documents = folder / split / "tokens.bin", folder / split / "documents.npy"
+        if not documents.is_file() or not tokens.is_file() or tokens.stat().st_size != part["tokens"] * width:
+            raise UserError(f"config.data.cache: {folder} is damaged: delete it, and it is made anew")
+    return meta

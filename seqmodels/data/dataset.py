@@ -1,0 +1,251 @@
+"""Batches from a token cache: a batch is a pure function of (seed, step), on any number of hosts."""
+
+import dataclasses
+import queue
+import threading
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+
+from seqmodels.data import cache
+from seqmodels.data.permutation import permute
+from seqmodels.data.sources import find_source
+from seqmodels.data.tokenizer import Tokenizer, load_tokenizer
+from seqmodels.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenSplit:
+    """Tokens of one split, in the order of the text.
+
+    Attributes:
+      tokens: [tokens] uint16 or uint32, mapped from disk. Every document begins with the separator.
+      documents: [documents] int64, index into `tokens` at which each begins.
+      bytes: UTF-8 bytes of the raw text, separators not counted.
+      separate: documents have segment ids of their own; else all tokens have 0 (`config.data.reset`).
+    """
+
+    tokens: np.ndarray
+    documents: np.ndarray
+    bytes: int
+    separate: bool = True
+
+    def rows(self, length: int) -> int:
+        """Number of whole rows: row r is `tokens[r * length : (r + 1) * length + 1]`, its last token a target only."""
+        return (len(self.tokens) - 1) // length
+
+    def segment_ids(self, start: int, stop: int) -> np.ndarray:
+        """[stop - start] int32: number in the split of the document that each token belongs to, or 0."""
+        if not self.separate:
+            return np.zeros(stop - start, np.int32)
+        return (np.searchsorted(self.documents, np.arange(start, stop), side="right") - 1).astype(np.int32)
+
+    def read(self, rows, length: int) -> Batch:
+        """Whole rows: `tokens`, `targets`, `segment_ids`, each [len(rows), length] int32."""
+        starts = [int(row) * length for row in rows]
+        text = np.stack([self.tokens[s : s + length + 1] for s in starts]).astype(np.int32)
+        segment_ids = np.stack([self.segment_ids(s, s + length) for s in starts])
+        return {"tokens": text[:, :-1], "targets": text[:, 1:], "segment_ids": segment_ids}
+
+    def windows(self, length: int, batch_size: int = 1, limit: int | None = None) -> Iterator[Batch]:
+        """Consecutive rows from the first token to the last, each target once: what an evaluation reads.
+
+        Args:
+          length: context length T, in tokens.
+          batch_size: rows at a time, B. The last batch is filled up with masked rows, so every batch has one shape.
+          limit: rows to stop after; None reads the whole split.
+
+        Yields:
+          `tokens`, `targets`, `segment_ids` [B, T] int32 and `mask` [B, T] bool, False where there is no target:
+          after the end of the split (tokens and targets 0, the segment goes on) and in the rows that fill up.
+        """
+        targets = len(self.tokens) - 1
+        rows = -(-targets // length)
+        rows = rows if limit is None else min(rows, limit)
+        for first in range(0, rows, batch_size):
+            batch = {k: np.zeros((batch_size, length), np.int32) for k in ("tokens", "targets", "segment_ids")}
+            batch["mask"] = np.zeros((batch_size, length), bool)
+            for b, row in enumerate(range(first, min(first + batch_size, rows))):
+                start, stop = row * length, min((row + 1) * length, targets)
+                n = stop - start
+                batch["tokens"][b, :n] = self.tokens[start:stop]
+                batch["targets"][b, :n] = self.tokens[start + 1 : stop + 1]
+                batch["segment_ids"][b, :n] = self.segment_ids(start, stop)
+                batch["segment_ids"][b, n:] = batch["segment_ids"][b, n - 1]
+                batch["mask"][b, :n] = True
+            yield batch
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A tokenised dataset, and the training batches drawn from it. Made by `load`.
+
+    Attributes:
+      folder: its token cache.
+      tokenizer: what it was tokenised with.
+      seq_len, batch_size: T and B of a (global) batch.
+      seed: of the order of rows.
+      bptt: rows of one batch go on where those of the batch before ended.
+      separate: see `TokenSplit`.
+    """
+
+    folder: Path
+    tokenizer: Tokenizer
+    seq_len: int
+    batch_size: int
+    seed: int
+    bptt: bool
+    separate: bool
+
+    @cached_property
+    def meta(self) -> dict:
+        """`meta.json` of the cache."""
+        return cache.read_meta(self.folder)
+
+    @cached_property
+    def _splits(self) -> dict[str, TokenSplit]:
+        return {split: self._open(split) for split in self.meta["splits"]}
+
+    def _open(self, split: str) -> TokenSplit:
+        tokens = np.memmap(self.folder / split / "tokens.bin", self.meta["dtype"], mode="r")
+        documents = np.load(self.folder / split / "documents.npy", mmap_mode="r")
+        return TokenSplit(tokens, documents, self.meta["splits"][split]["bytes"], self.separate)
+
+    def __getitem__(self, split: str) -> TokenSplit:
+        """A split: train, validation or test."""
+        if split not in self._splits:
+            raise UserError(f"split {split!r}: must be one of {', '.join(self._splits)}")
+        return self._splits[split]
+
+    def xz_bits_per_byte(self, split: str) -> float:
+        """Bits a byte that `xz -9` needs for the split's raw text (for its first 64 MiB, if it is longer)."""
+        part = self.meta["splits"][split]
+        return 8 * part["xz_bytes"] / part["xz_of_bytes"]
+
+    @property
+    def steps_per_epoch(self) -> float:
+        """Steps after which every row of the training split was read once."""
+        rows = self["train"].rows(self.seq_len)
+        return rows // self.batch_size if self.bptt else rows / self.batch_size
+
+    def batch(self, n: int, rows: slice | None = None) -> Batch:
+        """Training batch of step n, the same whenever and wherever it is asked for.
+
+        Rows come in a new random order every epoch, each exactly once. With `bptt` the split is B contiguous streams
+        instead: row b of batch n + 1 goes on where row b of batch n ended, and when the streams begin anew all segment
+        ids change, so that the carried state is reset.
+
+        Args:
+          n: step, from 0.
+          rows: part of the batch that this host needs; None is all of it.
+
+        Returns:
+          `tokens`, `targets`, `segment_ids`: [B, T] int32, or as many rows as `rows` has.
+        """
+        train = self["train"]
+        available = train.rows(self.seq_len)
+        places = np.arange(self.batch_size, dtype=np.int64)[rows or slice(None)]
+        if self.bptt:
+            stream = available // self.batch_size
+            batch = train.read(places * stream + n % stream, self.seq_len)
+            batch["segment_ids"] += (n // stream) % 2 * len(train.documents)
+            return batch
+        samples = n * self.batch_size + places
+        return train.read(permute(samples % available, available, self.seed, samples // available), self.seq_len)
+
+
+def load(config, *, seq_len: int, batch_size: int, seed: int = 0, bptt: bool = False) -> Dataset:
+    """The dataset that a config names, tokenised on first use.
+
+    Args:
+      config: `config.data`, see configs/base.py.
+      seq_len: tokens a row.
+      batch_size: rows a step, over all hosts.
+      seed: of the order of rows.
+      bptt: contiguous streams in place of shuffled rows (truncated backpropagation through time).
+
+    Raises:
+      UserError: a name, path, tokenizer or size that cannot serve; the line says which and why.
+    """
+    if seq_len < 1:
+        raise UserError(f"config.seq_len={seq_len}: must be at least 1")
+    if batch_size < 1:
+        raise UserError(f"config.batch_size={batch_size}: must be at least 1")
+    tokenizer = load_tokenizer(config.tokenizer)
+    folder = cache.find_or_build(find_source(config), tokenizer, Path(config.cache))
+    dataset = Dataset(folder, tokenizer, seq_len, batch_size, seed, bptt, config.reset)
+    tokens = len(dataset["train"].tokens)
+    if dataset["train"].rows(seq_len) < 1:
+        raise UserError(f"config.seq_len={seq_len}: the train split has {tokens} tokens, a row needs {seq_len + 1}")
+    if bptt and dataset["train"].rows(seq_len) < batch_size:
+        raise UserError(
+            f"config.batch_size={batch_size}: with config.training.bptt the train split's {tokens} tokens must hold a row of "
+            f"{seq_len} tokens for each of the {batch_size} streams"
+        )
+    return dataset
+
+
+class prefetch:  # noqa: N801, used like a function
+    """Iterator over `dataset.batch(start)`, `dataset.batch(start + 1)`, ..., read by a thread a few steps ahead.
+
+    Close it (or use it in a `with`), and the thread has ended when `close` returns. An error in the thread is raised
+    by `next`.
+
+    Args:
+      dataset: anything with `batch(n, rows)`.
+      start: first step.
+      rows: see `Dataset.batch`.
+      depth: how many batches are kept ready.
+    """
+
+    def __init__(self, dataset: Dataset, start: int, rows: slice | None = None, depth: int = 2):
+        self._queue = queue.Queue(depth)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._read, args=(dataset, start, rows), name="prefetch", daemon=True)
+        self._thread.start()
+
+    def _read(self, dataset, n, rows):
+        while not self._closed.is_set():
+            try:
+                item = dataset.batch(n, rows)
+            except Exception as error:
+                item = error
+            self._put(item)
+            if isinstance(item, Exception):
+                return
+            n += 1
+
+    def _put(self, item):
+        """Waits for room in the queue, but not beyond `close`."""
+        while not self._closed.is_set():
+            try:
+                return self._queue.put(item, timeout=0.1)
+            except queue.Full:
+                pass
+
+    def __iter__(self):
+        return self
+
+    def __next__(self) -> Batch:
+        if self._closed.is_set():
+            raise StopIteration
+        item = self._queue.get()
+        if isinstance(item, Exception):
+            self.close()
+            raise item
+        return item
+
+    def close(self):
+        """Ends the thread. May be called again."""
+        self._closed.set()
+        self._thread.join()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.close()

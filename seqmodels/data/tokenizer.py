@@ -1,0 +1,157 @@
+"""Tokenizers: bytes, a sentencepiece model, or a Hugging Face tokenizer.json. All read from local files."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+
+from seqmodels.errors import UserError
+
+# Names of the token that ends (or else begins) a text, in the order in which they are looked for.
+SEPARATORS = (
+    "<|endoftext|>",
+    "<|end_of_text|>",
+    "</s>",
+    "<eos>",
+    "[EOS]",
+    "<|begin_of_text|>",
+    "<s>",
+    "<bos>",
+    "[BOS]",
+)
+
+
+class Tokenizer:
+    """What the rest of the code knows of a tokenizer.
+
+    Attributes:
+      name: "bytes" or the path of the file.
+      fingerprint: str that changes whenever an encoding may change.
+      vocab_size: number of ids, the separator included.
+      separator: id that begins each document. It is never the encoding of text.
+    """
+
+    name: str
+    fingerprint: str
+    vocab_size: int
+    separator: int
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text, without separator."""
+        return self.encode_batch([text])[0].tolist()
+
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
+        """Ids of several texts, each `[tokens]` of `dtype`."""
+        raise NotImplementedError
+
+    def decode(self, ids) -> str:
+        """Text of a sequence of ids. Separators and ids beyond the vocabulary (a model's padding) give nothing."""
+        raise NotImplementedError
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Smallest unsigned type that holds every id."""
+        return np.min_scalar_type(max(self.vocab_size - 1, 256))
+
+
+class ByteTokenizer(Tokenizer):
+    """The 256 bytes of UTF-8, and the separator as id 256."""
+
+    name = fingerprint = "bytes"
+    vocab_size, separator = 257, 256
+
+    def encode_batch(self, texts):
+        return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
+
+    def decode(self, ids):
+        """Bytes that are not valid UTF-8, such as half a character at either end, give nothing."""
+        return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="ignore")
+
+
+class SentencePieceTokenizer(Tokenizer):
+    """A sentencepiece `.model`. The separator is its eos, else its bos, else one id more."""
+
+    def __init__(self, path: Path):
+        import sentencepiece
+
+        content = _read(path)
+        self.name, self.fingerprint = str(path), _hash(content)
+        self._model = sentencepiece.SentencePieceProcessor()
+        try:
+            self._model.LoadFromSerializedProto(content)
+        except (RuntimeError, ValueError) as error:
+            raise _unreadable(path, "a sentencepiece model") from error
+        pieces = self._model.vocab_size()
+        ids = [i for i in (self._model.eos_id(), self._model.bos_id()) if i >= 0]
+        self.separator = ids[0] if ids else pieces
+        self.vocab_size = max(pieces, self.separator + 1)
+        self._pieces = pieces
+
+    def encode_batch(self, texts):
+        return [np.asarray(ids, self.dtype) for ids in self._model.EncodeAsIds(texts)]
+
+    def decode(self, ids):
+        return self._model.DecodeIds([i for i in map(int, ids) if i < self._pieces and i != self.separator])
+
+
+class HuggingFaceTokenizer(Tokenizer):
+    """A `tokenizer.json` of the `tokenizers` library. The separator is the first of SEPARATORS that it knows, else one id more."""
+
+    def __init__(self, path: Path):
+        import tokenizers
+
+        content = _read(path)
+        self.name, self.fingerprint = str(path), _hash(content)
+        try:
+            self._model = tokenizers.Tokenizer.from_buffer(content)
+        except ValueError as error:
+            raise _unreadable(path, "a Hugging Face tokenizer.json") from error
+        self._model.no_truncation()
+        self._model.no_padding()
+        self._model.encode_special_tokens = True  # a separator written out in a text is text
+        self._ids = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
+        known = [i for i in map(self._model.token_to_id, SEPARATORS) if i is not None]
+        self.separator = known[0] if known else self._ids
+        self.vocab_size = max(self._ids, self.separator + 1)
+
+    def encode_batch(self, texts):
+        encodings = self._model.encode_batch_fast(texts, add_special_tokens=False)
+        return [np.asarray(encoding.ids, self.dtype) for encoding in encodings]
+
+    def decode(self, ids):
+        return self._model.decode([i for i in map(int, ids) if i < self._ids and i != self.separator])
+
+
+def load_tokenizer(name: str) -> Tokenizer:
+    """The tokenizer that `config.data.tokenizer` names.
+
+    Args:
+      name: "bytes", or the path of a sentencepiece `.model` or a Hugging Face `tokenizer.json`.
+
+    Raises:
+      UserError: neither, no such file, or a file that cannot be read as its ending says.
+    """
+    if name == "bytes":
+        return ByteTokenizer()
+    path = Path(name).expanduser()
+    kinds = {".model": SentencePieceTokenizer, ".json": HuggingFaceTokenizer}
+    if path.suffix not in kinds:
+        raise UserError(
+            f"config.data.tokenizer={name!r}: must be 'bytes' or the path of a sentencepiece .model or a Hugging Face tokenizer.json"
+        )
+    return kinds[path.suffix](path)
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"config.data.tokenizer={str(path)!r}: cannot be read ({error.strerror})") from error
+
+
+def _unreadable(path: Path, kind: str) -> UserError:
+    return UserError(f"config.data.tokenizer={str(path)!r}: is not {kind}")
+
+
+def _hash(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()
