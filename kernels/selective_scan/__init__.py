@@ -1,0 +1,114 @@
+"""Selective scan: the diagonal recurrence of Mamba (Gu & Dao 2023, algorithm 2), with groups of states read into one output.
+
+    s_t = exp(dt_t A) s_{t-1} + (dt_t u_t) B_t          [E, N] for each group
+    y_t = (sum_g w_{t,g} * (s_{t,g} C_{t,g}) + D u_{t,0}) * silu(z_t)
+
+One group is Mamba. The m + 1 groups of DenseMamba's READ (Section 3 of arXiv 2403.00818) are a layer's own state and those of the m
+layers below, which are recomputed here from what was written into them, so that no state a token is ever kept.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels import dispatch
+from kernels.selective_scan import reference, xla
+
+IMPLEMENTATIONS = {"reference": reference, "xla": xla}
+# Measured winners by platform, fastest first: benchmarks/results/kernels_*.json
+WINNERS = {"default": ("xla",)}
+
+
+def choose(platform: str, **facts) -> tuple[str, str]:
+    """Name of the implementation that `None` takes on a platform, and why."""
+    return dispatch.choose("selective_scan", IMPLEMENTATIONS, WINNERS, platform, **facts)
+
+
+def selective_scan(
+    u: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    *,
+    D: jax.Array | None = None,
+    z: jax.Array | None = None,
+    dt_bias: jax.Array | None = None,
+    dt_softplus: bool = True,
+    weights: jax.Array | None = None,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    initial_segment: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Scan over time; differentiable in every array, states included.
+
+    The group axis G may be left out of all arrays together (one group).
+
+    Args:
+        u: [B, T, (G,) E] input; float32, bfloat16, float16 or float64.
+        dt: [B, T, (G,) E] step before bias and softplus.
+        A: [(G,) E, N] float32, negative.
+        B: [B, T, (G,) N] input matrix (key).
+        C: [B, T, (G,) N] output matrix (query).
+        D: [E] skip of the first group's input.
+        z: [B, T, E] output gate.
+        dt_bias: [(G,) E] float32.
+        dt_softplus: False if dt is a step already.
+        weights: [B, T, G - 1, E] or [B, T, 1, E], weights of the readouts of groups 1..G-1, in the second form shared;
+            the first group's weight is 1. None: all are 1.
+        initial_state: [B, (G,) E, N] float32; None: zeros.
+        segment_ids: [B, T] int32; a change of id resets the state, at any position.
+        initial_segment: [B] int32, segment that initial_state belongs to; None: that of the first real token.
+        mask: [B, T] bool; a token with False leaves the state as it is, and what stands there (NaN even) is not read; its
+            output is unspecified but finite.
+        implementation: "reference", "xla"; None: the fastest that serves.
+
+    Returns:
+        y [B, T, E] in u's dtype, and the final state [B, (G,) E, N] in float32 (float64 for float64 input).
+
+    Raises:
+        UnsupportedError: the named implementation is unknown or cannot serve.
+        ValueError: shapes disagree.
+    """
+    grouped = u.ndim == 4
+    if not grouped:
+        u, dt, A, B, C = u[:, :, None], dt[:, :, None], A[None], B[:, :, None], C[:, :, None]
+        dt_bias = None if dt_bias is None else dt_bias[None]
+        initial_state = None if initial_state is None else initial_state[:, None]
+    _check(u, dt, A, B, C, weights, initial_state)
+    accumulator = jnp.promote_types(jnp.float32, u.dtype)
+    if mask is not None:  # where, not a product: padding may hold anything
+        u, dt, B, C = (jnp.where(mask[:, :, None, None], x, 0) for x in (u, dt, B, C))
+        z = None if z is None else jnp.where(mask[:, :, None], z, 0)
+    if initial_state is None:
+        initial_state = jnp.zeros((u.shape[0], *A.shape), accumulator)
+    optional = dict(D=D, z=z, dt_bias=dt_bias, weights=weights)
+    documents = dict(segment_ids=segment_ids, initial_segment=initial_segment, mask=mask)
+
+    def call(backend, arrays):
+        return backend.selective_scan(**arrays, dt_softplus=dt_softplus)
+
+    arrays = dict(u=u, dt=dt, A=A, B=B, C=C, initial_state=initial_state, **optional, **documents)
+    facts = dict(shape=(*u.shape, A.shape[-1]), dtype=u.dtype)
+    y, state = dispatch.dispatch("selective_scan", IMPLEMENTATIONS, WINNERS, implementation, facts, call, arrays)
+    return y, state if grouped else state[:, 0]
+
+
+def _check(u, dt, A, B, C, weights, initial_state):
+    """Shapes, before anything is compiled."""
+    if u.ndim != 4 or A.ndim != 3:
+        raise ValueError(f"selective_scan: u has shape {u.shape} and A {A.shape}; allowed: [B, T, (G,) E] and [(G,) E, N]")
+    batch, length, groups, width = u.shape
+    state = A.shape[-1]
+    want = dict(
+        dt=(dt, [u.shape]),
+        A=(A, [(groups, width, state)]),
+        B=(B, [(batch, length, groups, state)]),
+        C=(C, [(batch, length, groups, state)]),
+        weights=(weights, [(batch, length, groups - 1, width), (batch, length, 1, width)]),
+        initial_state=(initial_state, [(batch, groups, width, state)]),
+    )
+    for name, (array, shapes) in want.items():
+        if array is not None and array.shape not in shapes:
+            raise ValueError(f"selective_scan: {name} has shape {array.shape}; allowed with u {u.shape}: {shapes}")

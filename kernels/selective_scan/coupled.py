@@ -1,0 +1,114 @@
+"""DenseSSM's RANK and CARRY: one layer's state into which other layers write at every token.
+
+Ablations beside READ, which needs no more than `selective_scan`. Plain XLA: chunks of time under `jax.checkpoint`, so that states are
+kept at chunk boundaries only.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.segments import resets
+from kernels.selective_scan import xla
+
+
+def _chunked(body, state, tokens, reset, length):
+    """Scan `body(state, tokens, reset) -> (state, y)` over chunks of time, recomputing each in the backward pass."""
+    chunks = xla._split((tokens, reset))
+    state, y = jax.lax.scan(lambda state, chunk: jax.checkpoint(body)(state, *chunk), state, chunks)
+    return state, xla._join(y, length)
+
+
+def _recurrence(decay, write, state):
+    """s_t = decay_t s_{t-1} + write_t over the leading axis: sequential on CPU, associative elsewhere."""
+
+    def sequential(decay, write, state):
+        def step(state, token):
+            state = token[0] * state + token[1]
+            return state, state
+
+        return jax.lax.scan(step, state, (decay, write))[1]
+
+    return jax.lax.platform_dependent(decay, write, state, cpu=sequential, default=xla.linear_recurrence)
+
+
+def rank_scan(dt, A, writes, B, C, state, segment_ids=None, initial_segment=None, mask=None):
+    """A state written by several layers: s_t = exp(dt_t A) s_{t-1} + sum_g writes_{t,g} B_{t,g}, y_t = s_t C_t.
+
+    Args:
+        dt: [B, T, E] step, after softplus.
+        A: [E, N] float32, negative.
+        writes: [B, T, G, E] what each layer writes (its dt u), gated.
+        B: [B, T, G, N] keys under which it is written.
+        C: [B, T, N].
+        state: [B, E, N] float32.
+        segment_ids, initial_segment, mask: as in `selective_scan`.
+
+    Returns:
+        y [B, T, E] float32 and the final state.
+    """
+    dtype = state.dtype
+    dt, writes, B, C = _real((dt, writes, B, C), mask, dtype)
+
+    def body(state, tokens, reset):
+        dt, writes, B, C = tokens
+        states = _recurrence(xla._decay(dt, A.T, reset), jnp.einsum("tbge,tbgn->tbne", writes, B), state)
+        return states[-1], jnp.einsum("tbne,tbn->tbe", states, C)
+
+    reset = resets(segment_ids, initial_segment, mask)
+    state, y = _chunked(body, jnp.swapaxes(state, 1, 2), (dt, writes, B, C), reset, dt.shape[1])
+    return y, jnp.swapaxes(state, 1, 2)
+
+
+def carry_scan(
+    u, dt, A, B, C, gate_channel, gate_state, projection, state, carried, segment_ids=None, initial_segment=None, mask=None
+):
+    """Fused states carried in time: h_t = exp(dt A) h_{t-1} + (dt u) B + g_t * sum_i P s^i_t, y_t = h_t C_t.
+
+    The states s^i of the other layers are the unfused ones (groups 1..G-1; group 0 is this layer). By linearity h = s^0 + c, where
+    c_t = exp(dt A) c_{t-1} + g_t * sum_i P s^i_t is what the other layers have added.
+
+    Args:
+        u, dt: [B, T, G, E] input, and step after softplus.
+        A: [G, E, N] float32, negative.
+        B: [B, T, G, N].
+        C: [B, T, N].
+        gate_channel: [B, T, S, E], S = 1 (shared) or G - 1.
+        gate_state: [B, T, S, N].
+        projection: [N, N] P, or None for the identity.
+        state: [B, G, E, N] float32, unfused states.
+        carried: [B, E, N] float32, c.
+        segment_ids, initial_segment, mask: as in `selective_scan`.
+
+    Returns:
+        y [B, T, E] float32, the final unfused state [B, E, N] of group 0, and the final c [B, E, N].
+    """
+    u, dt, B, C, gate_channel, gate_state = _real((u, dt, B, C, gate_channel, gate_state), mask, state.dtype)
+    A = jnp.swapaxes(A, 1, 2)
+
+    def body(states, tokens, reset):
+        state, carried = states
+        u, dt, B, C, gate_channel, gate_state = tokens
+        decay = xla._decay(dt, A, reset)
+        unfused = _recurrence(decay, xla._write(u, dt, B), state)
+        others = unfused[:, :, 1:]
+        if projection is not None:
+            others = jnp.einsum("nk,tbgke->tbgne", projection, others)
+        added = jnp.sum(gate_channel[..., None, :] * gate_state[..., None] * others, axis=2)
+        extra = _recurrence(decay[:, :, 0], added, carried)
+        y = jnp.einsum("tbne,tbn->tbe", unfused[:, :, 0] + extra, C)
+        return (unfused[-1], extra[-1]), y
+
+    reset = resets(segment_ids, initial_segment, mask)
+    states = (jnp.swapaxes(state, 2, 3), jnp.swapaxes(carried, 1, 2))
+    (state, carried), y = _chunked(body, states, (u, dt, B, C, gate_channel, gate_state), reset, u.shape[1])
+    return y, jnp.swapaxes(state[:, 0], 1, 2), jnp.swapaxes(carried, 1, 2)
+
+
+def _real(arrays, mask, dtype):
+    """In float32, and zero on padding, which with dt = 0 and a closed gate leaves every state as it is."""
+
+    def real(x):
+        keep = None if mask is None else mask.reshape(*mask.shape, *[1] * (x.ndim - 2))
+        return x.astype(dtype) if mask is None else jnp.where(keep, x, 0).astype(dtype)
+
+    return tuple(real(x) for x in arrays)

@@ -1,0 +1,219 @@
+"""The selective scan in plain XLA: chunks of time, states kept at chunk boundaries only, backward by recomputation.
+
+Inside a chunk the recurrence is a sequential scan on CPU, where it is 10 times faster than an associative one, and an associative
+scan elsewhere, where 2048 small steps would be launches. States are laid out [B, G, N, E] here, so that the innermost axis is long.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels.segments import resets
+
+CHUNK = 64  # tokens; the states of one chunk are held while it is differentiated
+
+
+def supports(**facts) -> str | None:
+    """Serves everything, everywhere."""
+    return None
+
+
+def selective_scan(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, segment_ids, initial_segment, mask, dt_softplus):
+    """As `kernels.selective_scan.selective_scan`, groups given, padding zeroed."""
+    dtype = jnp.promote_types(jnp.float32, u.dtype)
+    dt = dt.astype(dtype) + (0 if dt_bias is None else dt_bias.astype(dtype))
+    dt = jax.nn.softplus(dt) if dt_softplus else dt
+    if mask is not None:
+        dt = jnp.where(mask[:, :, None, None], dt, 0)
+    if weights is not None:
+        batch, length, groups, width = u.shape
+        weights = jnp.broadcast_to(weights, (batch, length, groups - 1, width))
+        weights = jnp.concatenate([jnp.ones((batch, length, 1, width), weights.dtype), weights], axis=2)
+    reset = resets(segment_ids, initial_segment, mask)
+    state = jnp.swapaxes(initial_state.astype(dtype), -1, -2)
+    y, state = _scan(u, dt, jnp.swapaxes(A.astype(dtype), -1, -2), B, C, weights, reset, state)
+    if D is not None:
+        y = y + D.astype(dtype) * u[:, :, 0]
+    if z is not None:
+        y = y * jax.nn.silu(z.astype(dtype))
+    return y.astype(u.dtype), jnp.swapaxes(state, -1, -2)
+
+
+@jax.custom_vjp
+def _scan(u, dt, A, B, C, weights, reset, state):
+    """y [B, T, E] and the final state [B, G, N, E]; A is [G, N, E], reset [B, T] bool or None, the rest as above."""
+    y, state, _ = _forward(u, dt, A, B, C, weights, reset, state)
+    return y, state
+
+
+def _scan_fwd(*inputs):
+    y, state, boundaries = _forward(*inputs)
+    return (y, state), (inputs, boundaries)
+
+
+def _scan_bwd(residuals, cotangents):
+    inputs, boundaries = residuals
+    du, ddt, dA, dB, dC, dweights, dstate = _backward(*inputs, boundaries, *cotangents)
+    gradients = (du, ddt, dA, dB, dC, dweights, None, dstate)
+    return tuple(None if g is None else g.astype(x.dtype) for x, g in zip(inputs, gradients, strict=True))
+
+
+_scan.defvjp(_scan_fwd, _scan_bwd)
+
+
+def _forward(u, dt, A, B, C, weights, reset, state):
+    """y, the final state, and the states [T / chunk, B, G, N, E] at the start of each chunk."""
+
+    def body(state, tokens):
+        new_state, y = _by_platform(_sequential_forward, _associative_forward, tokens, A, state)
+        return new_state, (y, state)
+
+    state, (y, boundaries) = jax.lax.scan(body, state, _split((u, dt, B, C, weights, reset)))
+    return _join(y, u.shape[1]), state, boundaries
+
+
+def _backward(u, dt, A, B, C, weights, reset, state, boundaries, dy, dstate):
+    """Gradients of the inputs; each chunk computes its states again from the one at its start."""
+
+    def body(carry, chunk):
+        dstate, dA = carry
+        tokens, dy, state = chunk
+        dstate, dA_chunk, gradients = _by_platform(
+            _sequential_backward, _associative_backward, tokens, A, state, dy, dstate
+        )
+        return (dstate, dA + dA_chunk), gradients
+
+    chunks = (_split((u, dt, B, C, weights, reset)), _split(dy), boundaries)
+    (dstate, dA), gradients = jax.lax.scan(body, (dstate, jnp.zeros_like(A)), chunks, reverse=True)
+    du, ddt, dB, dC, dweights = (None if g is None else _join(g, u.shape[1]) for g in gradients)
+    return du, ddt, dA, dB, dC, dweights, dstate
+
+
+def _by_platform(sequential, associative, *arguments):
+    """Sequential on CPU, associative elsewhere; decided when this is lowered."""
+    return jax.lax.platform_dependent(*arguments, cpu=sequential, default=associative)
+
+
+def _split(tree):
+    """[B, T, ...] to [T / chunk, chunk, B, ...]; the last chunk is filled with zeros, which leave the state as it is."""
+
+    def split(x):
+        length = x.shape[1]
+        chunk = min(CHUNK, length)
+        x = jnp.moveaxis(x, 1, 0)
+        x = jnp.pad(x, [(0, -length % chunk)] + [(0, 0)] * (x.ndim - 1))
+        return x.reshape(-1, chunk, *x.shape[1:])
+
+    return jax.tree.map(split, tree)
+
+
+def _join(x, length):
+    """[T / chunk, chunk, B, ...] to [B, T, ...]."""
+    return jnp.moveaxis(x.reshape(-1, *x.shape[2:])[:length], 0, 1)
+
+
+def _decay(dt, A, reset):
+    """exp(dt A) [..., B, (G,) N, E], zero at a reset."""
+    decay = jnp.exp(dt[..., None, :] * A)
+    return decay if reset is None else jnp.where(reset.reshape(*reset.shape, *[1] * A.ndim), 0, decay)
+
+
+def _write(u, dt, B):
+    """(dt u) B [..., B, G, N, E]."""
+    return (dt * u)[..., None, :] * B[..., None]
+
+
+def _read(state, C, weights):
+    """sum_g w_g (s_g C_g), [..., B, E]."""
+    readout = jnp.sum(state * C[..., None], axis=-2)
+    return jnp.sum(readout if weights is None else weights * readout, axis=-2)
+
+
+def _sequential_forward(tokens, A, state):
+    """One chunk, token by token."""
+
+    def step(state, token):
+        u, dt, B, C, weights, reset = token
+        state = _decay(dt, A, reset) * state + _write(u, dt, B)
+        return state, _read(state, C, weights)
+
+    return jax.lax.scan(step, state, tokens)
+
+
+def _sequential_backward(tokens, A, state, dy, dstate):
+    """Gradients of one chunk: its states forwards, then the adjoint recurrence backwards."""
+
+    def forward(state, token):
+        u, dt, B, _, _, reset = token
+        return _decay(dt, A, reset) * state + _write(u, dt, B), state
+
+    def backward(carry, inputs):
+        dstate, dA = carry
+        token, dy, old = inputs
+        u, dt, B, C, weights, reset = token
+        decay = _decay(dt, A, reset)
+        kept = decay * old
+        dreadout = dy[:, None] if weights is None else weights * dy[:, None]
+        dreadout = jnp.broadcast_to(dreadout, u.shape)
+        dstate = dstate + dreadout[..., None, :] * C[..., None]
+        gradients, dA_token = _token_gradients(token, A, kept, dreadout, dy, dstate)
+        return (decay * dstate, dA + dA_token), gradients
+
+    _, states = jax.lax.scan(forward, state, tokens)
+    carry = (dstate, jnp.zeros_like(state))
+    (dstate, dA), gradients = jax.lax.scan(backward, carry, (tokens, dy, states), reverse=True)
+    return dstate, jnp.sum(dA, axis=0), gradients
+
+
+def _token_gradients(token, A, kept, dreadout, dy, dstate):
+    """Gradients of u, dt, B, C, weights, and of A by token, at one token or at many ([..., B, G, N, E]).
+
+    Args:
+        kept: exp(dt A) s_{t-1}, what is left of the old state.
+        dreadout: gradient of each group's readout, [..., B, G, E].
+        dstate: gradient of the state after the token, through this token's readout and all that follows.
+    """
+    u, dt, B, C, weights, _ = token
+    new = kept + _write(u, dt, B)
+    dC = jnp.einsum("...ne,...e->...n", new, dreadout)
+    dB = jnp.einsum("...ne,...e->...n", dstate, dt * u)
+    dwrite = jnp.sum(dstate * B[..., None], axis=-2)
+    dexponent = dstate * kept
+    ddt = jnp.sum(dexponent * A, axis=-2) + dwrite * u
+    dA = dexponent * dt[..., None, :]
+    dweights = None if weights is None else dy[..., None, :] * jnp.sum(new * C[..., None], axis=-2)
+    return (dwrite * dt, ddt, dB, dC, dweights), dA
+
+
+def linear_recurrence(decay, write, state, reverse=False):
+    """s_t = decay_t s_{t-1} + write_t by an associative scan over the leading axis; [T, ...] each, state [...].
+
+    Reversed, s_t = decay_t s_{t+1} + write_t.
+    """
+    edge = -1 if reverse else 0
+    write = write.at[edge].add(decay[edge] * state)
+
+    def combine(first, second):
+        return second[0] * first[0], second[0] * first[1] + second[1]
+
+    return jax.lax.associative_scan(combine, (decay, write), reverse=reverse)[1]
+
+
+def _associative_forward(tokens, A, state):
+    """One chunk, all tokens at once."""
+    u, dt, B, C, weights, reset = tokens
+    states = linear_recurrence(_decay(dt, A, reset), _write(u, dt, B), state)
+    return states[-1], _read(states, C, weights)
+
+
+def _associative_backward(tokens, A, state, dy, dstate):
+    """Gradients of one chunk, all tokens at once."""
+    u, dt, B, C, weights, reset = tokens
+    decay = _decay(dt, A, reset)
+    states = linear_recurrence(decay, _write(u, dt, B), state)
+    kept = decay * jnp.concatenate([state[None], states[:-1]])
+    dreadout = dy[:, :, None] if weights is None else weights * dy[:, :, None]
+    dreadout = jnp.broadcast_to(dreadout, u.shape)
+    later = jnp.concatenate([decay[1:], jnp.ones_like(decay[:1])])  # the last token's state goes out as it is
+    dstates = linear_recurrence(later, dreadout[..., None, :] * C[..., None], dstate, reverse=True)
+    gradients, dA = _token_gradients(tokens, A, kept, dreadout, dy, dstates)
+    return decay[0] * dstates[0], jnp.sum(dA, axis=(0, 1)), gradients

@@ -1,0 +1,209 @@
+"""DenseSSM: layers that use the hidden states of the layers below (He et al. 2024, arXiv 2403.00818), for Mamba.
+
+Let s^l be layer l's own state, and "past" the m layers below that have a state. The published text and figures leave open where
+the lower states enter, and no code of DenseMamba was published; so each reading has a name (docs/densessm.md):
+
+    read    y^l = s^l C^l + sum_past g_E (s^i P^T (g_N C^l))           the lower states are read by this layer's query
+    input   u' = u + g_E sum_past u^i,  B' = B + g_N sum_past P B^i    what is written is mixed, as in the authors' DenseRetNet
+    output  y^l = s^l C^l + g_E sum_past s^i C^i                       control: the lower layers' own readouts
+    rank    s_t = a s_{t-1} + (dt u) B + sum_past (g_E dt^i u^i) (g_N P B^i)          written below, kept with this layer's decay
+    carry   h_t = a h_{t-1} + (dt u) B + sum_past g_E g_N P s^i,  y = h C  the lower states are added to this one, and carried on
+
+g_E [E] and g_N [N] depend on the token. READ runs as one grouped selective scan, which computes the lower states again.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from kernels.selective_scan import selective_scan
+from kernels.selective_scan.coupled import carry_scan, rank_scan
+from seqmodels.errors import UserError
+from seqmodels.layers.norm import RMSNorm
+from seqmodels.layers.parameter import matrix
+from seqmodels.mixers.mamba import Readout, Stream, skip_and_gate, stack
+from seqmodels.sequence import Sequence
+
+VARIANTS = ("read", "input", "output", "rank", "carry")
+GATES = ("channel", "state", "both", "none")
+PROJECTIONS = ("identity", "linear")
+ACTIVATIONS = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid, "identity": lambda x: x}
+
+
+def gated(gate: jax.Array | None, values: list[jax.Array]) -> jax.Array:
+    """sum_i g_i values_i, [B, T, X]: gate [B, T, 1 or m, X], or None for ones."""
+    values = jnp.stack(values, axis=2)
+    return jnp.sum(values if gate is None else gate * values, axis=2)
+
+
+def queries(C: jax.Array, gate_state: jax.Array | None, projection: jax.Array | None, sources: int) -> jax.Array:
+    """P^T (g_N C), the query that reads each lower state: [B, T, m, N]."""
+    query = C[:, :, None] if gate_state is None else gate_state * C[:, :, None]
+    if projection is not None:
+        query = query @ projection
+    return jnp.broadcast_to(query, (*C.shape[:2], sources, C.shape[-1]))
+
+
+class DenseFusion(nn.Module):
+    """Fuses a layer with the streams of the layers below it. Parameters: the gates, and the projection P if there is one.
+
+    Attributes:
+        width, inner, state: D, E, N. sources: how many layers below are read, m or fewer near the bottom.
+        The rest is `config.model.dense`; see configs/base.py.
+    """
+
+    width: int
+    inner: int
+    state: int
+    sources: int
+    variant: str = "read"
+    gate: str = "channel"
+    activation: str = "silu"
+    bottleneck: int = 32
+    per_source: bool = False
+    projection: str = "identity"
+    norm: bool = False
+    norm_eps: float = 1e-5
+    dtype: jnp.dtype = jnp.float32
+    implementation: str | None = None
+
+    def __post_init__(self):
+        super().__post_init__()
+        tables = dict(variant=VARIANTS, gate=GATES, activation=ACTIVATIONS, projection=PROJECTIONS)
+        for field, allowed in tables.items():
+            if getattr(self, field) not in allowed:
+                raise UserError(f"model.dense.{field} is {getattr(self, field)!r}; allowed: {', '.join(allowed)}")
+        if self.variant == "output" and (self.gate in ("state", "both") or self.projection != "identity"):
+            raise UserError(
+                "model.dense.variant 'output' mixes readouts [E]: model.dense.gate may be channel or none, and "
+                "model.dense.projection identity"
+            )
+        if self.norm and self.variant in ("rank", "carry"):
+            raise UserError(f"model.dense.norm is True; allowed with read, input and output, not {self.variant!r}")
+
+    def setup(self):
+        count = self.sources if self.per_source else 1
+        hidden = max(1, self.width // self.bottleneck)
+
+        def gate(name, size, axis):
+            """W1 [D, r] and W2 [r, S, size]; W2 starts at zero, so the gate does (sigmoid: at a half)."""
+            inward = matrix(self, f"{name}_in", (self.width, hidden), ("embed", "rank"), self.width**-0.5)
+            return inward, matrix(self, f"{name}_out", (hidden, count, size), ("rank", None, axis), 0.0)
+
+        if self.gate in ("channel", "both"):
+            self.channel = gate("gate_channel", self.inner, "inner")
+        if self.gate == "state" or (self.gate == "both" and self.variant == "input"):
+            self.state_gate = gate("gate_state", self.state, "state")
+        elif self.gate == "both":  # 1 + x W: the channel gate, a factor beside it, must not be starved
+            self.state_gain = matrix(self, "gain_state", (self.width, count, self.state), ("embed", None, "state"), 0.0)
+        if self.projection == "linear":
+            eye = nn.with_logical_partitioning(lambda key, shape, dtype: jnp.eye(shape[0], dtype=dtype), ("state", None))
+            self.P = self.param("projection", eye, (self.state, self.state), jnp.float32)
+        if self.norm:
+            self.norm_channel = RMSNorm(self.norm_eps, "inner")
+            if self.variant == "input":
+                self.norm_state = RMSNorm(self.norm_eps, "state")
+
+    def gates(self, x: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+        """g_E [B, T, S, E] and g_N [B, T, S, N], of the layer's normalised input x [B, T, D]; None stands for ones."""
+        x = x.astype(self.dtype)
+
+        def mlp(weights):
+            inward, outward = (w.astype(self.dtype) for w in weights)
+            return ACTIVATIONS[self.activation](jnp.einsum("btr,rse->btse", jax.nn.silu(x @ inward), outward))
+
+        channel = mlp(self.channel) if self.gate in ("channel", "both") else None
+        if self.gate == "state" or (self.gate == "both" and self.variant == "input"):
+            return channel, mlp(self.state_gate)
+        if self.gate == "both":
+            return channel, 1 + jnp.einsum("btd,dsn->btsn", x, self.state_gain.astype(self.dtype))
+        return channel, None
+
+    def init_state(self, batch: int) -> jax.Array | None:
+        """CARRY's extra state [B, E, N] float32, what the layers below have added to this layer's; else None."""
+        return jnp.zeros((batch, self.inner, self.state), jnp.float32) if self.variant == "carry" else None
+
+    def __call__(
+        self, x: jax.Array, own: Stream, readout: Readout, sources: tuple[Stream, ...], seq: Sequence, carried=None
+    ):
+        """The layer's scan, fused.
+
+        Args:
+            x: [B, T, D] normalised input of the layer, of which the gates are made.
+            own, readout: what the layer itself writes and reads.
+            sources: streams of the layers below, the nearest first.
+            carried: CARRY's extra state.
+
+        Returns:
+            y [B, T, E] with skip and gate, the layer's own (unfused) new state, the new `carried`, and the layer's stream.
+        """
+        if seq.mask is not None:
+            x = jnp.where(seq.mask[..., None], x, 0)
+        channel, state = self.gates(x)
+        P = self.P.astype(self.dtype) if self.projection == "linear" else None
+        fuse = getattr(self, f"_{self.variant}")
+        return fuse(own, readout, sources, seq, channel, state, P, carried)
+
+    def _scan(self, seq, C, **arrays):
+        return selective_scan(**arrays, C=C, implementation=self.implementation, **seq.documents())
+
+    def _plain(self, stream, C, seq, **options):
+        groups = dict(u=stream.u, dt=stream.dt, A=stream.A, B=stream.B, dt_bias=stream.dt_bias)
+        return self._scan(seq, C, **groups, initial_state=stream.state, **options)
+
+    def _read(self, own, readout, sources, seq, channel, state, P, carried):
+        query = queries(readout.C, state, P, len(sources))
+        if self.norm:
+            y, new = self._plain(own, readout.C, seq)
+            lower = [self._plain(s, query[:, :, i], seq)[0] for i, s in enumerate(sources)]
+            y = y + gated(channel, [self.norm_channel(v) for v in lower])
+            return skip_and_gate(y, own.u, readout), new, None, own
+        C = jnp.concatenate([readout.C[:, :, None], query], axis=2)
+        options = dict(D=readout.D, z=readout.z, weights=channel)
+        y, new = self._scan(seq, C, **stack([own, *sources]), **options)
+        return y, new[:, 0], None, own
+
+    def _input(self, own, readout, sources, seq, channel, state, P, carried):
+        keys = [s.B if P is None else s.B @ P.T for s in sources]
+        u = own.u + gated(channel, [s.u for s in sources]) if self.gate != "state" else own.u
+        B = own.B + gated(state, keys) if self.gate != "channel" else own.B
+        if self.norm:
+            u = self.norm_channel(u) if self.gate != "state" else u
+            B = self.norm_state(B) if self.gate != "channel" else B
+        y, new = self._plain(own.replace(u=u, B=B), readout.C, seq)
+        return skip_and_gate(y, own.u, readout), new, None, own
+
+    def _output(self, own, readout, sources, seq, channel, state, P, carried):
+        y, new = self._plain(own, readout.C, seq)
+        lower = [self.norm_channel(s.y) if self.norm else s.y for s in sources]
+        return skip_and_gate(y + gated(channel, lower), own.u, readout), new, None, own.replace(y=y)
+
+    def _rank(self, own, readout, sources, seq, channel, state, P, carried):
+        keys = jnp.stack([s.B if P is None else s.B @ P.T for s in sources], axis=2)
+        values = jnp.stack([s.step() * s.u for s in sources], axis=2)
+        keys = keys if state is None else state * keys
+        values = values if channel is None else channel * values
+        writes = jnp.concatenate([(own.step() * own.u)[:, :, None], values], axis=2)
+        keys = jnp.concatenate([own.B[:, :, None], keys], axis=2)
+        y, new = rank_scan(own.step(), own.A, writes, keys, readout.C, own.state, **seq.documents())
+        return skip_and_gate(y, own.u, readout), new, None, own
+
+    def _carry(self, own, readout, sources, seq, channel, state, P, carried):
+        streams = (own, *sources)
+        ones = jnp.ones((*own.u.shape[:2], 1, 1), self.dtype)
+        channel = ones if channel is None else channel
+        state = ones if state is None else state
+        y, new, carried = carry_scan(
+            jnp.stack([s.u for s in streams], axis=2),
+            jnp.stack([s.step() for s in streams], axis=2),
+            jnp.stack([s.A for s in streams]),
+            jnp.stack([s.B for s in streams], axis=2),
+            readout.C,
+            channel,
+            state,
+            P,
+            jnp.stack([s.state for s in streams], axis=1),
+            self.init_state(own.u.shape[0]) if carried is None else carried,
+            **seq.documents(),
+        )
+        return skip_and_gate(y, own.u, readout), new, carried, own

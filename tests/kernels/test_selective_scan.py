@@ -1,0 +1,199 @@
+"""Every implementation of the selective scan against the sequential float64 reference."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import selective_scan as op
+from kernels.dispatch import UnsupportedError
+from kernels.selective_scan import selective_scan, xla
+
+BACKENDS = [name for name in op.IMPLEMENTATIONS if name != "reference"]
+
+
+def inputs(batch=2, length=9, groups=1, width=5, state=4, seed=0, dtype=np.float32):
+    """Random arguments, every optional one given; groups == 0 leaves the group axis out."""
+    draw = np.random.default_rng(seed)
+    group = (groups,) if groups else ()
+    args = dict(
+        u=draw.normal(size=(batch, length, *group, width)),
+        dt=draw.normal(size=(batch, length, *group, width)),
+        A=-np.exp(draw.normal(size=(*group, width, state))),
+        B=draw.normal(size=(batch, length, *group, state)),
+        C=draw.normal(size=(batch, length, *group, state)),
+        D=draw.normal(size=width),
+        z=draw.normal(size=(batch, length, width)),
+        dt_bias=draw.normal(size=(*group, width)) * 0.3,
+        initial_state=draw.normal(size=(batch, *group, width, state)),
+    )
+    if groups > 1:
+        args["weights"] = draw.normal(size=(batch, length, groups - 1, width))
+    return {name: np.asarray(value, dtype) for name, value in args.items()}
+
+
+def documents(batch=2, length=9, seed=0, packed=True, padded=True):
+    draw = np.random.default_rng(seed + 100)
+    out = {}
+    if packed:
+        out["segment_ids"] = jnp.asarray(np.cumsum(draw.random((batch, length)) < 0.25, axis=1), jnp.int32)
+        out["initial_segment"] = jnp.zeros(batch, jnp.int32)
+    if padded:
+        out["mask"] = jnp.asarray(draw.random((batch, length)) < 0.7)
+    return out
+
+
+def value_and_gradients(args, static, implementation, seed=7):
+    """y on real tokens, final state, and the gradients of a random functional of both."""
+    mask = static.get("mask")
+
+    def outputs(args):
+        y, state = selective_scan(**args, **static, implementation=implementation)
+        return (y if mask is None else jnp.where(mask[..., None], y, 0)), state
+
+    def functional(args):
+        draw = np.random.default_rng(seed)
+        return sum(jnp.sum(x * jnp.asarray(draw.normal(size=x.shape), x.dtype)) for x in outputs(args))
+
+    return jax.jit(outputs)(args), jax.jit(jax.grad(functional))(args)
+
+
+def assert_close(ours, reference, tolerance):
+    """Relative error of each array in the Frobenius norm."""
+    for (path, x), want in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(reference), strict=True):
+        x, want = np.asarray(x, np.float64), np.asarray(want, np.float64)
+        error = np.linalg.norm(x - want) / max(np.linalg.norm(want), 1e-30)
+        assert error < tolerance, f"{jax.tree_util.keystr(path)}: relative error {error:.2e}"
+
+
+CASES = {
+    "plain": (dict(), {}),
+    "no group axis": (dict(groups=0), {}),
+    "read": (dict(groups=3), {}),
+    "one token": (dict(length=1), {}),
+    "several chunks": (dict(length=2 * xla.CHUNK + 3, width=3, state=2, groups=2), dict(packed=True, padded=True)),
+    "packed": (dict(), dict(packed=True, padded=False)),
+    "padded": (dict(groups=2), dict(packed=False, padded=True)),
+    "packed and padded": (dict(groups=2), dict(packed=True, padded=True)),
+}
+
+
+@pytest.fixture
+def chunked(monkeypatch, request):
+    """Both ways to run a chunk, on the platform at hand."""
+    if request.param == "associative":
+        monkeypatch.setattr(xla, "_by_platform", lambda sequential, associative, *a: associative(*a))
+    return request.param
+
+
+@pytest.mark.parametrize("chunked", ["sequential", "associative"], indirect=True)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_equals_float64_reference(implementation, case, chunked):
+    shape, layout = CASES[case]
+    args = inputs(**shape)
+    static = documents(length=args["u"].shape[1], **layout) if layout else {}
+    with jax.enable_x64(True):
+        want = value_and_gradients(inputs(**shape, dtype=np.float64), static, "reference")
+    got = value_and_gradients(args, static, implementation)
+    assert_close(got, want, 1e-5)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_bfloat16(implementation):
+    args = inputs(groups=2, length=40)
+    low = ("u", "dt", "B", "C", "z", "weights")
+    half = {k: jnp.asarray(v, jnp.bfloat16 if k in low else jnp.float32) for k, v in args.items()}
+    y, state = selective_scan(**half, implementation=implementation)
+    want, want_state = selective_scan(
+        **{k: v.astype(jnp.float32) for k, v in half.items()}, implementation="reference"
+    )  # the same rounded inputs
+    assert y.dtype == jnp.bfloat16 and state.dtype == jnp.float32
+    np.testing.assert_allclose(y.astype(jnp.float32), want, rtol=3e-2, atol=5e-2)  # mamba-ssm's own test
+    np.testing.assert_allclose(state, want_state, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("cut", [1, 4, 8])
+def test_state_carries_over(implementation, cut):
+    args, static = inputs(groups=2), documents()
+    whole, whole_state = selective_scan(**args, **static, implementation=implementation)
+    time = ("u", "dt", "B", "C", "z", "weights", "segment_ids", "mask")
+    both = {**args, **static}
+    head = {k: v[:, :cut] if k in time else v for k, v in both.items()}
+    tail = {k: v[:, cut:] if k in time else v for k, v in both.items()}
+    first, state = selective_scan(**head, implementation=implementation)
+    last_real = [row[:cut][mask[:cut]] for row, mask in zip(static["segment_ids"], static["mask"], strict=True)]
+    tail["initial_state"] = state
+    tail["initial_segment"] = jnp.asarray([row[-1] if row.size else 0 for row in last_real], jnp.int32)
+    second, state = selective_scan(**tail, implementation=implementation)
+    y = jnp.concatenate([first, second], axis=1)
+    mask = static["mask"][..., None]
+    assert_close((jnp.where(mask, y, 0), state), (jnp.where(mask, whole, 0), whole_state), 1e-6)
+
+
+@pytest.mark.parametrize("implementation", op.IMPLEMENTATIONS)
+def test_poisoned_padding_never_leaks(implementation):
+    args, static = inputs(groups=2), documents()
+    mask = static["mask"]
+    time = ("u", "dt", "B", "C", "z")
+    poisoned = {
+        k: jnp.where(mask.reshape(*mask.shape, *[1] * (v.ndim - 2)), v, jnp.nan) if k in time else v
+        for k, v in args.items()
+    }
+    got = value_and_gradients(poisoned, static, implementation)
+    want = value_and_gradients(args, static, implementation)
+    assert_close(got, want, 1e-7)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("scale", [1e-6, 1e3])
+def test_extreme_decays_are_finite(implementation, scale):
+    args = inputs(groups=2)
+    args["A"] = args["A"] * scale
+    got = value_and_gradients(args, documents(padded=False), implementation)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+    with jax.enable_x64(True):
+        args64 = inputs(groups=2, dtype=np.float64)
+        args64["A"] = args64["A"] * scale
+        want = value_and_gradients(args64, documents(padded=False), "reference")
+    assert_close(got[0], want[0], 1e-5)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_vmap(implementation):
+    args = [inputs(seed=s) for s in (0, 1)]
+    f = functools.partial(value_and_gradients, static={}, implementation=implementation)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *args)
+    want = jax.tree.map(lambda *x: jnp.stack(x), *(f(a) for a in args))
+    assert_close(jax.vmap(f)(stacked), want, 1e-5)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_memory_grows_with_chunks_not_tokens(implementation):
+    """The gradient of a long scan fits in a fraction of one state a token."""
+
+    def peak(length):
+        args = jax.eval_shape(lambda: inputs(batch=1, length=length, width=32, state=16))
+        args = {k: jax.ShapeDtypeStruct(v.shape, jnp.float32) for k, v in args.items()}
+        f = jax.jit(functools.partial(value_and_gradients, static={}, implementation=implementation))
+        return f.lower(args).compile().memory_analysis().temp_size_in_bytes
+
+    growth = (peak(4096) - peak(1024)) / 3072  # bytes a token
+    inputs_and_gradients = 4 * (2 * 4 * 32 + 4 * 16) * 2
+    states = 4 * 32 * 16
+    assert growth < inputs_and_gradients + states / 4, growth
+
+
+def test_unknown_implementation_is_named():
+    with pytest.raises(UnsupportedError, match=r"'cuda'.*reference, xla"):
+        selective_scan(**inputs(), implementation="cuda")
+
+
+def test_wrong_shape_is_named():
+    args = inputs()
+    args["B"] = args["B"][..., :-1]
+    with pytest.raises(ValueError, match="B has shape"):
+        selective_scan(**args)
