@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from kernels import dispatch
 from kernels.attention import cudnn, reference, xla
@@ -50,6 +51,8 @@ def attention(
     if segment_ids is not None and key_segment_ids is None:
         key_segment_ids = segment_ids
     check(q, k, v, segment_ids, key_segment_ids, key_mask, query_index, window)
+    if key_mask is not None:  # whatever stands in unseen keys must not reach a gradient either
+        k, v = (jnp.where(key_mask[..., None, None], x, 0) for x in (k, v))
     facts = dict(
         dtype=str(q.dtype),
         width=q.shape[-1],

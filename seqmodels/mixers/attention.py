@@ -106,6 +106,8 @@ class Attention(nn.Module):
         batch, length, _ = x.shape
         heads, kv_heads, head_dim = self.sizes
         x = x.astype(self.dtype)
+        if seq.mask is not None:
+            x = jnp.where(seq.mask[..., None], x, 0)
 
         def project(name, heads, axis):
             axes = ("embed", axis, "head_dim")

@@ -1,0 +1,204 @@
+"""Every implementation of attention against the float64 reference, and that against a loop over queries."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from kernels import attention as op
+from kernels.attention import attention, cudnn
+from kernels.dispatch import UnsupportedError
+
+BACKENDS = [
+    name for name in op.IMPLEMENTATIONS if name != "reference" and (name != "cudnn" or jax.default_backend() == "gpu")
+]
+BATCH, QUERIES, KEYS, HEADS, KV_HEADS, WIDTH = 2, 5, 8, 4, 2, 6
+
+
+def inputs(keys=QUERIES, kv_heads=KV_HEADS, seed=0, dtype=np.float32):
+    draw = np.random.default_rng(seed)
+    args = dict(
+        q=draw.normal(size=(BATCH, QUERIES, HEADS, WIDTH)) * 2,
+        k=draw.normal(size=(BATCH, keys, kv_heads, WIDTH)) * 2,
+        v=draw.normal(size=(BATCH, keys, kv_heads, WIDTH)),
+    )
+    return {name: np.asarray(value, dtype) for name, value in args.items()}
+
+
+def random(shape, values, seed=1):
+    return np.random.default_rng(seed).integers(0, values, shape).astype(np.int32)
+
+
+CASES = {  # keys, then options
+    "causal": (QUERIES, {}),
+    "full": (QUERIES, dict(causal=False, scale=0.7)),
+    "full, other keys": (KEYS, dict(causal=False)),
+    "window": (QUERIES, dict(window=2)),
+    "packed": (QUERIES, dict(segment_ids=np.array([[0, 0, 1, 1, 1], [3, 4, 4, 4, 5]], np.int32))),
+    "key mask": (QUERIES, dict(key_mask=np.array([[0, 0, 1, 1, 0], [1, 0, 1, 0, 1]], bool))),  # row 0: two see nothing
+    "nothing to see": (QUERIES, dict(causal=False, key_mask=np.zeros((BATCH, QUERIES), bool))),
+    "cache": (KEYS, dict(query_index=np.array([[0, 1, 2, 2, 3], [3, 4, 5, 6, 7]], np.int32))),
+    "cache of documents in a window": (
+        KEYS,
+        dict(
+            query_index=np.array([[0, 1, 2, 2, 3], [3, 4, 5, 6, 7]], np.int32),
+            segment_ids=random((BATCH, QUERIES), 2),
+            key_segment_ids=random((BATCH, KEYS), 2),
+            key_mask=random((BATCH, KEYS), 4) > 0,
+            window=3,
+        ),
+    ),
+}
+
+
+def by_hand(
+    q,
+    k,
+    v,
+    *,
+    causal=True,
+    segment_ids=None,
+    key_segment_ids=None,
+    key_mask=None,
+    query_index=None,
+    scale=None,
+    window=None,
+):
+    """One query and one head at a time, over an explicit list of the keys that it sees."""
+    o = np.zeros_like(q)
+    scale = WIDTH**-0.5 if scale is None else scale
+    key_ids = segment_ids if key_segment_ids is None else key_segment_ids
+    for b, t, h in np.ndindex(q.shape[:3]):
+        place = t if query_index is None else query_index[b, t]
+        kv = h // (q.shape[2] // k.shape[2])
+        seen = [
+            s
+            for s in range(k.shape[1])
+            if (not causal or s <= place)
+            and (window is None or s > place - window)
+            and (segment_ids is None or segment_ids[b, t] == key_ids[b, s])
+            and (key_mask is None or key_mask[b, s])
+        ]
+        if seen:
+            scores = np.exp([scale * q[b, t, h] @ k[b, s, kv] for s in seen])
+            o[b, t, h] = scores @ v[b, seen, kv] / scores.sum()
+    return o
+
+
+def value_and_gradients(args, options, implementation):
+    def output(args):
+        return attention(**args, **options, implementation=implementation)
+
+    def functional(args):
+        o = output(args)
+        return jnp.sum(o * jnp.asarray(np.random.default_rng(7).normal(size=o.shape), o.dtype))
+
+    return jax.jit(output)(args), jax.jit(jax.grad(functional))(args)
+
+
+def assert_close(ours, reference, tolerance):
+    """Error of each array relative to its norm."""
+    for (path, x), want in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(reference), strict=True):
+        x, want = np.asarray(x, np.float64), np.asarray(want, np.float64)
+        error = np.linalg.norm(x - want) / max(np.linalg.norm(want), 1e-30)
+        assert error < tolerance, f"{jax.tree_util.keystr(path)}: relative error {error:.2e}"
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_reference_is_the_definition(case):
+    keys, options = CASES[case]
+    args = inputs(keys, dtype=np.float64)
+    with jax.enable_x64(True):
+        got = attention(**args, **options, implementation="reference")
+    assert_close(got, by_hand(**args, **options), 1e-14)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_equals_float64_reference(implementation, case):
+    keys, options = CASES[case]
+    with jax.enable_x64(True):
+        want = value_and_gradients(inputs(keys, dtype=np.float64), options, "reference")
+    assert_close(value_and_gradients(inputs(keys), options, implementation), want, 2e-6)
+
+
+@pytest.mark.parametrize("kv_heads", [1, HEADS])
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_one_key_head_for_all_and_one_each(implementation, kv_heads):
+    with jax.enable_x64(True):
+        want = value_and_gradients(inputs(kv_heads=kv_heads, dtype=np.float64), {}, "reference")
+    assert_close(value_and_gradients(inputs(kv_heads=kv_heads), {}, implementation), want, 2e-6)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+@pytest.mark.parametrize("case", ["causal", "cache of documents in a window"])
+def test_bfloat16(implementation, case):
+    keys, options = CASES[case]
+    half = {name: jnp.asarray(value, jnp.bfloat16) for name, value in inputs(keys).items()}
+    o, gradients = value_and_gradients(half, options, implementation)
+    wide = {name: value.astype(jnp.float32) for name, value in half.items()}
+    want, want_gradients = value_and_gradients(wide, options, "reference")
+    assert o.dtype == jnp.bfloat16
+    assert_close(o, want, 2**-7)  # weights and result are rounded to 8 bits
+    assert_close(gradients, want_gradients, 2**-6)
+
+
+@pytest.mark.parametrize("implementation", op.IMPLEMENTATIONS[:2])
+def test_poisoned_keys_never_leak(implementation):
+    keys, options = CASES["cache of documents in a window"]
+    args = inputs(keys)
+    seen = options["key_mask"][..., None, None]
+    poisoned = {**args, "k": np.where(seen, args["k"], np.nan), "v": np.where(seen, args["v"], np.nan)}
+    want = value_and_gradients(args, options, implementation)
+    assert_close(value_and_gradients(poisoned, options, implementation), want, 1e-7)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_large_scores_are_finite(implementation):
+    args = {name: value * 1e3 for name, value in inputs().items()}
+    with jax.enable_x64(True):
+        want = value_and_gradients({n: v.astype(np.float64) for n, v in args.items()}, {}, "reference")[0]
+    got, gradients = value_and_gradients(args, {}, implementation)
+    assert_close(got, want, 1e-6)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(gradients))
+
+
+@pytest.mark.parametrize("implementation", op.IMPLEMENTATIONS[:2])
+def test_vmap(implementation):
+    args = [inputs(seed=seed) for seed in (0, 1)]
+    f = functools.partial(value_and_gradients, options=CASES["key mask"][1], implementation=implementation)
+    stacked, want = (jax.tree.map(lambda *x: jnp.stack(x), *trees) for trees in (args, [f(a) for a in args]))
+    assert_close(jax.vmap(f)(stacked), want, 1e-6)
+
+
+def test_cudnn_says_why_not():
+    facts = dict(
+        dtype="bfloat16", width=64, causal=True, segment_ids=False, key_mask=False, query_index=False, window=None
+    )
+    assert cudnn.supports("cuda", **facts) is None
+    for platform, change, reason in (
+        ("tpu", {}, "GPU"),
+        ("cuda", dict(dtype="float32"), "float32"),
+        ("cuda", dict(width=100), "100"),
+        ("cuda", dict(segment_ids=True), "segment_ids"),
+        ("cuda", dict(key_mask=True), "key_mask"),
+        ("cuda", dict(query_index=True), "query_index"),
+        ("cuda", dict(causal=False, window=4), "window"),
+    ):
+        assert reason in cudnn.supports(platform, **{**facts, **change})
+
+
+def test_bad_arguments_are_named():
+    args = inputs()
+    with pytest.raises(UnsupportedError, match=r"'flash'.*reference, xla"):
+        attention(**args, implementation="flash")
+    with pytest.raises(ValueError, match="H a multiple of Hkv"):
+        attention(args["q"][:, :, :3], args["k"], args["v"])
+    with pytest.raises(ValueError, match="key_mask must be"):
+        attention(**args, key_mask=np.ones((BATCH, KEYS), bool))
+    with pytest.raises(ValueError, match="window must be 1 or more, got 0"):
+        attention(**args, window=0)
+    with pytest.raises(ValueError, match="without segment_ids"):
+        attention(**args, key_segment_ids=np.zeros((BATCH, QUERIES), np.int32))
