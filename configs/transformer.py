@@ -31,7 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.attention = ConfigDict(
         dict(
             heads=4,
-            kv_heads=2,
+            kv_heads=2,  # 0: heads
             head_dim=0,  # 0: width / heads
             rope_theta=1e4,
         )

@@ -39,7 +39,7 @@ RANGES = {
     "model.mamba.conv": (1, math.inf),
     "model.mamba.dt_rank": (0, math.inf),
     "model.attention.heads": (1, math.inf),
-    "model.attention.kv_heads": (1, math.inf),
+    "model.attention.kv_heads": (0, math.inf),
     "model.attention.head_dim": (0, math.inf),
     "model.mlp.hidden": (0, math.inf),
     "optimizer.warmup": (0, math.inf),
@@ -105,6 +105,11 @@ def blocks(pattern: str) -> list[tuple[str, ...]]:
     return [tuple(block.split("+")) for block in pattern.split()]
 
 
+def context(config: ConfigDict) -> int | None:
+    """Tokens that the model can see: `seq_len` where its state is a cache of keys, None (any number) where constant."""
+    return config.seq_len if any("attention" in block for block in blocks(config.model.pattern)) else None
+
+
 def _validate_model(model: ConfigDict, *, bptt: bool) -> None:
     names = {name for block in blocks(model.pattern) for name in block}
     if not names:
@@ -128,8 +133,8 @@ def _validate_model(model: ConfigDict, *, bptt: bool) -> None:
 def _validate_attention(attention: ConfigDict, width: int) -> None:
     if not attention.head_dim and width % attention.heads:
         _refuse("model.attention.heads", attention.heads, f"a divisor of model.width={width}, or head_dim must be set")
-    if attention.heads % attention.kv_heads:
-        _refuse("model.attention.kv_heads", attention.kv_heads, f"a divisor of heads={attention.heads}")
+    if attention.heads % (attention.kv_heads or attention.heads):
+        _refuse("model.attention.kv_heads", attention.kv_heads, f"a divisor of heads={attention.heads}, or 0 for all")
     if (head_dim := attention.head_dim or width // attention.heads) % 2:
         _refuse("model.attention.head_dim", head_dim, "even, as rotary positions turn pairs")
 

@@ -181,9 +181,10 @@ def test_blocks_of_a_pattern():
 def test_flags_take_presets_and_overrides():
     import absl.flags
 
-    flags = absl.flags.FlagValues()
-    config_flags.DEFINE_config_file("config", flag_values=flags)
     file = pathlib.Path(base.__file__).with_name("densemamba.py")
-    flags(["train.py", f"--config={file}:130m", "--config.steps=7", "--config.evaluation.lengths=(1,8)"])
+    argv = ["train.py", f"--config={file}:130m", "--config.steps=7", "--config.evaluation.lengths=(1,8)"]
+    flags = absl.flags.FlagValues()
+    config_flags.DEFINE_config_file("config", flag_values=flags, sys_argv=argv)
+    flags(argv)
     assert (flags.config.steps, flags.config.model.width, flags.config.evaluation.lengths) == (7, 768, (1, 8))
     validate(flags.config)

@@ -1,0 +1,114 @@
+"""Context lengths beyond the one in training: the same tokens, with more and more text before them."""
+
+import math
+from typing import Any
+
+import numpy as np
+from jax.sharding import Mesh
+
+from kernels.dispatch import UnsupportedError
+from seqmodels.errors import UserError
+from seqmodels.evals.scoring import rows_of, score_batch
+
+
+def evaluate(
+    model,
+    params: Any,
+    split,
+    *,
+    lengths: list[int],
+    scored: int,
+    batch_size: int,
+    limit: int,
+    mesh: Mesh | None = None,
+) -> dict[str, dict]:
+    """Loss of the same tokens after contexts of different lengths.
+
+    The split is cut into rows of the longest length. The last `scored` tokens of each row are predicted from the last
+    `length` tokens of the row, for every length, from a zero state. Rows left by `limit` are spread over the split.
+
+    Args:
+      lengths: context lengths in tokens.
+      scored: targets a row, at most the shortest length.
+      limit: rows, at most.
+
+    Returns:
+      For each length, by its decimal name: {"loss": nats a token, "perplexity", "tokens"} or {"not_served": reason}.
+    """
+    longest = max((n for n in lengths if split.rows(n)), default=0)
+    available = split.rows(longest) if longest else 0
+    count = min(limit, available)
+    ends = (np.arange(count) * available // max(count, 1) + 1) * longest  # of the row in the split
+    result = {}
+    for length in lengths:
+        if length > longest:
+            result[str(length)] = {
+                "not_served": f"the split has {len(split.tokens):,} tokens, a row needs {length + 1:,}"
+            }
+            continue
+        try:
+            nats = _sum_of_nats(model, params, split, ends, length, scored, rows_of(batch_size, mesh), mesh)
+        except (UserError, UnsupportedError) as error:
+            result[str(length)] = {"not_served": str(error)}
+        except Exception as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):  # any other error is a defect
+                raise
+            result[str(length)] = {"not_served": "out of memory; lower --batch_size"}
+        else:
+            loss = nats / (count * scored)
+            result[str(length)] = dict(loss=loss, perplexity=math.exp(min(loss, 700.0)), tokens=count * scored)
+    return result
+
+
+def _sum_of_nats(model, params, split, ends, length, scored, batch_size, mesh) -> float:
+    total = 0.0
+    for first in range(0, len(ends), batch_size):
+        stops = ends[first : first + batch_size]
+        filled = np.resize(stops, batch_size)  # one shape; the repeats do not count
+        text = np.stack([split.tokens[end - length : end + 1] for end in filled]).astype(np.int32)
+        segment_ids = np.stack([split.segment_ids(end - length, end) for end in filled])
+        batch = {"tokens": text[:, :-1], "targets": text[:, 1:], "segment_ids": segment_ids}
+        total += float(score_batch(model, params, batch, mesh)[: len(stops), length - scored :].sum())
+    return total
+
+
+def evaluate_run(run, splits: list[str], limit: int | None) -> dict:
+    """config.evaluation.lengths times seq_len, the last half of the trained length scored."""
+    config = run.config
+    return {
+        "context_lengths": {
+            split: evaluate(
+                run.model,
+                run.params,
+                run.dataset[split],
+                lengths=sorted({config.seq_len * n for n in config.evaluation.lengths}),
+                scored=max(config.seq_len // 2, 1),
+                batch_size=run.batch_size,
+                limit=config.evaluation.rows if limit is None else min(limit, config.evaluation.rows),
+                mesh=run.mesh,
+            )
+            for split in splits
+        }
+    }
+
+
+def table(result: dict) -> str:
+    by_split = result["context_lengths"]
+    lines = [f"{'context':<12}" + "".join(f"{split:>12}" for split in by_split) + "   nats a token"]
+    for length in next(iter(by_split.values()), {}):
+        cells, reasons = "", set()
+        for values in by_split.values():
+            cells += f"{values[length]['loss']:>12.4f}" if "loss" in values[length] else f"{'not served':>12}"
+            reasons |= {values[length]["not_served"]} if "not_served" in values[length] else set()
+        lines.append(f"{length:<12}{cells}" + (f"   {'; '.join(sorted(reasons))}" if reasons else ""))
+    return "\n".join(lines)
+
+
+def plot(axes, result: dict) -> None:
+    for split, by_length in result["context_lengths"].items():
+        served = [(int(length), values["loss"]) for length, values in by_length.items() if "loss" in values]
+        if served:
+            axes.plot(*zip(*served, strict=True), "o-", label=split)
+    axes.set(xlabel="context (tokens)", ylabel="nats a token", title="the same tokens, longer context")
+    axes.set_xscale("log", base=2)
+    axes.legend()

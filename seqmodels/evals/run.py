@@ -1,0 +1,101 @@
+"""A trained model, read from its run directory, which is all that it takes."""
+
+import dataclasses
+import functools
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh
+from ml_collections import ConfigDict
+
+from seqmodels import data
+from seqmodels.errors import UserError
+from seqmodels.evals.scoring import PositionSums, position_sums
+from seqmodels.model import build
+from seqmodels.training import metrics, sharding
+from seqmodels.training.checkpoint import restore_params, steps
+from seqmodels.training.run import read_config
+from seqmodels.training.state import abstract_params
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Run:
+    """What an evaluator works on.
+
+    Attributes:
+      config: of the run.
+      step: of the checkpoint.
+      dataset: a `seqmodels.data.Dataset`, with its tokenizer.
+      model, params: as in docs/architecture.md; the averaged parameters where the run keeps them.
+      mesh: of all devices; parameters are spread over them.
+      batch_size: rows at once.
+    """
+
+    config: ConfigDict
+    step: int
+    dataset: data.Dataset
+    model: Any
+    params: Any
+    mesh: Mesh
+    batch_size: int
+
+    @functools.cache  # noqa: B019 (a run is as long-lived as its process)
+    def position_sums(self, split: str, limit: int | None) -> PositionSums:
+        """Scores of a split at the length of training; read once for all evaluators."""
+        return position_sums(
+            self.model,
+            self.params,
+            self.dataset[split],
+            length=self.config.seq_len,
+            batch_size=self.batch_size,
+            limit=limit,
+            mesh=self.mesh,
+            tokenizer=self.dataset.tokenizer,
+        )
+
+
+def load_run(workdir: str | Path, step: str = "latest", batch_size: int = 0) -> Run:
+    """The model of a run directory.
+
+    Args:
+      step: "latest", "best" (by `config.checkpoint.best`) or a number.
+      batch_size: rows at once; 0 takes the config's.
+
+    Raises: UserError where there is no run, no such checkpoint, or the data is gone.
+    """
+    workdir = Path(workdir)
+    config = read_config(workdir)
+    number = _checkpoint_step(workdir, config, step)
+    dataset = data.load(config.data, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
+    model = build(config.model, dataset.tokenizer.vocab_size)
+    mesh = jax.make_mesh((1, jax.device_count(), 1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 5)
+    boxed = abstract_params(model, config)
+    abstract = jax.tree.map(
+        lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
+        sharding.unbox(boxed),
+        sharding.param_shardings(boxed, mesh),
+    )
+    number, params = restore_params(workdir / "checkpoints", abstract, step=number, ema=config.optimizer.ema > 0)
+    batch_size = batch_size or config.evaluation.batch_size or config.batch_size // config.training.accumulate
+    return Run(config, number, dataset, model, params, mesh, batch_size)
+
+
+def _checkpoint_step(workdir: Path, config: ConfigDict, step: str) -> int | None:
+    """Number of the checkpoint that is asked for; None is the newest."""
+    if step == "latest":
+        return None
+    if step.isdecimal():
+        return int(step)
+    if step != "best":
+        raise UserError(f"--step={step}: must be latest, best or a number")
+    name = config.checkpoint.best
+    if not name:
+        raise UserError("--step=best: the run was trained without config.checkpoint.best, so no best one was kept")
+    there = steps(workdir / "checkpoints")
+    rows = [
+        row for row in metrics.read(workdir / "metrics.jsonl") if row["step"] in there and row.get(name) is not None
+    ]
+    if not rows:
+        raise UserError(f"--step=best: no checkpoint in {workdir / 'checkpoints'} has a {name}")
+    return min(rows, key=lambda row: row[name])["step"]

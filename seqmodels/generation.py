@@ -1,0 +1,233 @@
+"""Continue a prompt: prefill it, then one-token steps, both through the model's only call with an explicit state.
+
+The state is donated from call to call, so it exists once, and for recurrent models its size does not depend on how much
+text went by. Every leaf of it has the batch first: `jax.tree.map(lambda x: x[rows], state)` picks, repeats or reorders
+rows.
+"""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from seqmodels.errors import UserError
+
+LARGEST_CHUNK = 512  # tokens prefilled at once
+
+
+class Sampling(NamedTuple):
+    """How a token is drawn from logits; each a scalar, or [B] to differ by row.
+
+    temperature: 0 is greedy. top_k: only the k likeliest; 0 is all. top_p: only the likeliest whose probabilities sum
+    up to p, the one that reaches it included; 1 is all. First temperature, then top_k, then top_p of what is left.
+    """
+
+    temperature: float | jax.Array = 1.0
+    top_k: int | jax.Array = 0
+    top_p: float | jax.Array = 1.0
+
+
+def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """Log-weights [B, V] of the tokens that may be drawn, -inf for the others. Ties with the last one kept are kept.
+
+    Args:
+      logits: [B, V] float32.
+    """
+    temperature, top_k, top_p = (jnp.broadcast_to(jnp.asarray(x), logits.shape[:1])[:, None] for x in sampling)
+    logits = logits / jnp.where(temperature > 0, temperature, 1.0)
+    ordered = jnp.sort(logits, axis=-1, descending=True)
+    rank = jnp.arange(logits.shape[-1])
+    ordered = jnp.where((top_k == 0) | (rank < top_k), ordered, -jnp.inf)
+    probabilities = jax.nn.softmax(ordered, axis=-1)
+    before = jnp.cumsum(probabilities, axis=-1) - probabilities
+    kept = (ordered > -jnp.inf) & ((before < top_p) | (top_p >= 1.0) | (rank == 0))
+    least = jnp.min(jnp.where(kept, ordered, jnp.inf), axis=-1, keepdims=True)
+    return jnp.where(logits >= least, logits, -jnp.inf)
+
+
+def draw(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> jax.Array:
+    """A token [B] int32 a row. keys: [B] typed keys, logits: [B, V] float32."""
+    greedy = jnp.argmax(logits, axis=-1)
+    sampled = jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling))
+    return jnp.where(jnp.asarray(sampling.temperature) > 0, sampled, greedy).astype(jnp.int32)
+
+
+def chunks(length: int) -> list[int]:
+    """Sizes that sum up to `length`, powers of two up to LARGEST_CHUNK, so that few programs serve every length."""
+    sizes = [LARGEST_CHUNK] * (length // LARGEST_CHUNK)
+    rest = length % LARGEST_CHUNK
+    return sizes + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
+
+
+def power_of_two(n: int) -> int:
+    """The smallest power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+@functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
+def _chunk(model, params, tokens, mask, state):
+    hidden, state = model.apply({"params": params}, tokens, mask=mask, state=state)
+    return hidden[:, -1:], state
+
+
+def prefill(model, params: Any, tokens: jax.Array, mask: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+    """Take prompts into the state.
+
+    Args:
+      tokens: [B, P] int32, P >= 1, each prompt at the right end of its row.
+      mask: [B, P] bool, False on the padding before it.
+      state: of the B rows; consumed.
+
+    Returns:
+      The last token's hidden state [B, 1, D], which predicts the first new token, and the state.
+    """
+    start = 0
+    for size in chunks(tokens.shape[1]):
+        piece = slice(start, start + size)
+        hidden, state = _chunk(model, params, tokens[:, piece], mask[:, piece], state)
+        start += size
+    return hidden, state
+
+
+@functools.partial(jax.jit, static_argnames=("model", "vocab_size", "room"), donate_argnames="state")
+def _continue(model, params, hidden, state, keys, sampling, stop, tokens, *, vocab_size, room):
+    """Draw `tokens` tokens a row, at most `room`, which alone decides what is compiled."""
+    variables = {"params": params}
+
+    def unfinished(carry):
+        step, _, _, _, done = carry
+        return (step < tokens) & ~jnp.all(done)
+
+    def body(carry):
+        step, hidden, state, out, done = carry
+        logits = model.apply(variables, hidden, method="logits")[:, 0].astype(jnp.float32)
+        logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
+        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+        token = jnp.where(done, stop, draw(step_keys, logits, sampling))
+        out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], step, axis=1)
+        hidden, state = model.apply(variables, token[:, None], state=state)
+        return step + 1, hidden, state, out, done | (token == stop)
+
+    batch = hidden.shape[0]
+    out = jnp.full((batch, room), stop, jnp.int32)
+    carry = jnp.zeros((), jnp.int32), hidden, state, out, jnp.zeros((batch,), bool)
+    return jax.lax.while_loop(unfinished, body, carry)[3]
+
+
+def decode(
+    model,
+    params: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    tokens: int,
+    vocab_size: int,
+    sampling: Sampling = Sampling(),  # noqa: B008 (a tuple)
+    seed: int = 0,
+    stop: int = -1,
+) -> np.ndarray:
+    """Continue a batch of token sequences.
+
+    A row depends on its own prompt, its number and the seed, not on the other rows.
+
+    Args:
+      model, params: as in docs/architecture.md; params unboxed.
+      prompts: B lists of token ids, of any lengths of at least 1.
+      tokens: how many to add to each.
+      vocab_size: of the tokenizer; ids beyond, with which the model's vocabulary is padded, are never drawn.
+      stop: id that ends a row, -1 for none; the row is filled up with it.
+
+    Returns:
+      [B, tokens] int32.
+
+    Raises: UserError on an empty prompt or numbers that make no sense.
+    """
+    _check(tokens, sampling)
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise UserError("prompt='': must hold at least one token")
+    batch, length = len(prompts), max(len(prompt) for prompt in prompts)
+    ids = np.zeros((batch, length), np.int32)
+    mask = np.zeros((batch, length), bool)
+    for row, prompt in enumerate(prompts):
+        ids[row, length - len(prompt) :] = prompt
+        mask[row, length - len(prompt) :] = True
+    # An attention model's cache is all that depends on this number; a power of two keeps the programs few.
+    state = _initial_state(model, batch, power_of_two(length + tokens))
+    hidden, state = prefill(model, params, ids, mask, state)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(batch))
+    out = _continue(
+        model, params, hidden, state, keys, sampling, stop, tokens, vocab_size=vocab_size, room=power_of_two(tokens)
+    )
+    return np.asarray(out)[:, :tokens]
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # buffers of its own for each leaf: they are donated
+def _initial_state(model, batch, max_length):
+    return model.init_state(batch, max_length)
+
+
+def generate(
+    model,
+    params: Any,
+    tokenizer,
+    prompt: str,
+    *,
+    tokens: int,
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    stop: str | None = None,
+    context: int | None = None,
+) -> str:
+    """Text that goes on from `prompt`, without it, for `tokens` tokens or to the end of the document or `stop`.
+
+    Args:
+      tokenizer: as in docs/architecture.md. The prompt begins a document.
+      temperature, top_k, top_p: as in `Sampling`.
+      stop: text that is cut off with all that follows it.
+      context: tokens that the model can see, prompt and answer together; None is any number
+        (`seqmodels.config.context` knows).
+
+    Raises: UserError on numbers that make no sense, or where prompt and answer exceed the context.
+    """
+    sampling = Sampling(temperature, top_k, top_p)
+    _check(tokens, sampling)
+    ids = [tokenizer.separator, *tokenizer.encode(prompt)]
+    if context is not None and len(ids) + tokens > context:
+        raise UserError(
+            f"prompt of {len(ids)} tokens and tokens={tokens} exceed the Transformer's context of {context}: at most "
+            f"{max(context - tokens, 0)} tokens of prompt, or tokens={max(context - len(ids), 0)}, would fit"
+        )
+    out = decode(
+        model,
+        params,
+        [ids],
+        tokens=tokens,
+        vocab_size=tokenizer.vocab_size,
+        sampling=sampling,
+        seed=seed,
+        stop=tokenizer.separator,
+    )[0]
+    ended = np.flatnonzero(out == tokenizer.separator)
+    text = tokenizer.decode(out[: ended[0]].tolist() if ended.size else out.tolist())
+    return text.split(stop)[0] if stop else text
+
+
+def _check(tokens: int, sampling: Sampling) -> None:
+    rules = (
+        ("tokens", tokens, tokens >= 1, "at least 1"),
+        ("temperature", sampling.temperature, np.all(np.asarray(sampling.temperature) >= 0), "at least 0"),
+        ("top_k", sampling.top_k, np.all(np.asarray(sampling.top_k) >= 0), "at least 0"),
+        (
+            "top_p",
+            sampling.top_p,
+            np.all((np.asarray(sampling.top_p) > 0) & (np.asarray(sampling.top_p) <= 1)),
+            "in (0, 1]",
+        ),
+    )
+    for name, value, allowed, rule in rules:
+        if not allowed:
+            raise UserError(f"{name}={value}: must be {rule}")
