@@ -1,0 +1,174 @@
+"""The command line that train.py and eval.py share: flags, configs, and one-line errors.
+
+A script declares its flags on a `flags.FlagValues` and hands its main function to `run`. Nothing here imports JAX
+before the config is read, so that `config.platform` is in time.
+"""
+
+import difflib
+import importlib.util
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from seqmodels.errors import UserError
+
+
+def fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Dotted name and value of every leaf of a config, in its order."""
+    for name in config:
+        value = config[name]
+        if isinstance(value, ConfigDict):
+            yield from fields(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def nearest(word: str, choices: list[str]) -> str:
+    """`; did you mean a or b?`, or what there is if nothing is near."""
+    # The last part counts as well as the whole: `lr` should find nothing, `optimizer.warmpu` and `warmup` both warmup.
+    near = difflib.get_close_matches(word, choices, n=3, cutoff=0.6)
+    near += [choice for choice in choices if choice.split(".")[-1] == word.split(".")[-1] and choice not in near]
+    if near:
+        return f"; did you mean {' or '.join(near[:3])}?"
+    return f"; there are {', '.join(choices)}" if len(choices) <= 12 else ""
+
+
+def load_config(spec: str) -> ConfigDict:
+    """Config of `path/to/config.py` or `path/to/config.py:preset`, locked.
+
+    Raises: UserError where the file is missing or does not define get_config, or the preset is unknown.
+    """
+    path, _, preset = spec.partition(":")
+    if not Path(path).is_file():
+        folder = Path(path).parent
+        there = sorted(str(p) for p in folder.glob("*.py") if p.stem not in ("base", "__init__"))
+        raise UserError(f"--config={spec}: there is no file {path}{nearest(path, there)}")
+    module_spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
+    module = importlib.util.module_from_spec(module_spec)
+    try:
+        module_spec.loader.exec_module(module)
+    except (ImportError, SyntaxError) as error:
+        raise UserError(f"--config={spec}: cannot import {path}: {error}") from error
+    if not hasattr(module, "get_config"):
+        raise UserError(f"--config={spec}: {path} does not define get_config(preset)")
+    try:
+        config = module.get_config(preset) if preset else module.get_config()
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--config={spec}: {_one_line(error)}") from error
+    return config.lock()
+
+
+def define_config(flag_values: flags.FlagValues, argv: list[str]) -> None:
+    """Declares --config and its --config.field overrides, once the named fields are known to exist."""
+    spec = _config_spec(argv)
+    if spec is not None:
+        check_overrides(load_config(spec), argv)
+    config_flags.DEFINE_config_file(
+        "config", None, "Config file, as configs/densemamba.py or configs/densemamba.py:350m.",
+        flag_values=flag_values, sys_argv=argv,
+    )  # fmt: skip
+
+
+def check_overrides(config: ConfigDict, argv: list[str]) -> None:
+    """Raises UserError for the first `--config.field=value` whose field the config does not have."""
+    names = [name for name, _ in fields(config)]
+    for argument in argv:
+        match = re.match(r"--?(no)?config\.([^=]*)", argument)
+        if match and match[2] not in names:
+            name = match[2]
+            inside = [other for other in names if other.startswith(name + ".")]
+            if inside:
+                raise UserError(f"--config.{name} is a group of fields; set one of {', '.join(inside)}")
+            raise UserError(f"--config.{name}: no such field{nearest(name, names)}")
+
+
+def use_platform(platform: str) -> None:
+    """Makes JAX use this platform ("" leaves it alone). Before the first JAX computation.
+
+    Raises: UserError where there is no such device.
+    """
+    import jax
+
+    if platform not in ("", "cpu", "gpu", "tpu"):
+        raise UserError(f"--config.platform={platform}: it is one of cpu, gpu, tpu, or empty for what is there")
+    if platform:
+        jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))
+    try:
+        jax.devices()
+    except RuntimeError as error:
+        raise UserError(f"--config.platform={platform}: {_one_line(error)}") from error
+
+
+def help_text(doc: str, flag_values: flags.FlagValues, argv: list[str]) -> str:
+    """What `--help` prints: the script's docstring, its flags, and the fields of the config named beside it."""
+    lines = [doc.strip(), "", "Flags:"]
+    for name in sorted(flag_values):
+        flag = flag_values[name]
+        if "." not in name and flag.help:
+            default = "" if flag.default in (None, "") else f" (default: {flag.default})"
+            lines.append(f"  --{name}: {flag.help}{default}")
+    spec = _config_spec(argv)
+    if spec is None:
+        lines += ["", "Add --config=FILE to see the fields of that config; configs/base.py says what they mean."]
+    else:
+        lines += ["", f"Fields of {spec} (configs/base.py says what they mean):"]
+        lines += [f"  --config.{name}={value}" for name, value in fields(load_config(spec))]
+    return "\n".join(lines)
+
+
+def run(
+    main: Callable[[flags.FlagValues], int | None],
+    define: Callable[[flags.FlagValues, list[str]], None],
+    doc: str,
+    argv: list[str] | None = None,
+) -> int:
+    """Parses the flags, calls `main` with them, and returns the exit status.
+
+    Args:
+      main: the script's work; returns an exit status, None for 0.
+      define: declares the script's flags, given where to declare them and the arguments.
+      doc: the text of --help.
+      argv: program name and arguments; sys.argv if None.
+
+    A UserError, and any mistake in the flags, is one line on stderr and status 1.
+    """
+    argv = list(sys.argv if argv is None else argv)
+    # Scripts are quiet unless something is wrong; must be set before JAX's libraries are loaded.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    flag_values = flags.FlagValues()
+    try:
+        define(flag_values, argv)
+        if {"--help", "-h", "-help"} & set(argv):
+            print(help_text(doc, flag_values, argv))
+            return 0
+        rest = flag_values(argv)[1:]
+        if rest:
+            raise UserError(f"{rest[0]}: not a flag; options are written --name=value")
+        return main(flag_values) or 0
+    except (UserError, flags.Error, config_flags.FlagOrderError) as error:
+        print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
+        return 1
+    except BrokenPipeError:  # `train.py ... | head`
+        return 1
+
+
+def _config_spec(argv: list[str]) -> str | None:
+    """What stands after --config= (or after --config), the last one if there are several."""
+    spec = None
+    for i, argument in enumerate(argv):
+        if match := re.match(r"--?config=(.*)", argument):
+            spec = match[1]
+        elif re.fullmatch(r"--?config", argument) and i + 1 < len(argv):
+            spec = argv[i + 1]
+    return spec
+
+
+def _one_line(error: BaseException) -> str:
+    """The message of an error without line breaks."""
+    text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)
+    return " ".join(text.split())

@@ -1,0 +1,173 @@
+"""Checkpoints: saved in the background, found again after any crash, checked bit for bit.
+
+A checkpoint is a directory named by its step, with one Orbax item for each part of the state: `params`, `ema` where
+there is one, and `rest` (optimizer, step, carry). Every item carries a fingerprint of its own bits, made on the device
+before saving, so that damage on disk is seen and never trained on.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+from orbax.checkpoint import v1 as ocp
+
+from seqmodels.errors import UserError
+from seqmodels.training.state import TrainState
+
+
+class Checkpoints:
+    """The checkpoints of one run, under `directory`. `config` is `config.checkpoint`."""
+
+    def __init__(self, directory: Path, config: ConfigDict):
+        self.directory, self.config = Path(directory).absolute(), config
+        self._checkpointer, self._saved = None, None
+
+    def restore(self, abstract: TrainState) -> TrainState | None:
+        """The newest state that is whole, on the shardings of `abstract`; None where there is no checkpoint.
+
+        Damaged newer checkpoints are reported on stderr and moved to `<directory>-damaged/`.
+        Raises: UserError where there are checkpoints, and none can be read.
+        """
+        damaged = []
+        for step in steps(self.directory):
+            try:
+                parts = {name: _load(self.directory / str(step), name, part) for name, part in _parts(abstract).items()}
+            except DamagedError as error:
+                print(f"checkpoint {step} is damaged ({error})", file=sys.stderr, flush=True)
+                damaged.append(step)
+                continue
+            if damaged:
+                self._set_aside(damaged)
+                print(f"falling back to checkpoint {step}", file=sys.stderr, flush=True)
+            return TrainState(params=parts["params"], ema=parts.get("ema"), **parts["rest"])
+        if damaged:
+            raise UserError(
+                f"no checkpoint in {self.directory} can be read; restore one from a backup, or move the directory away "
+                "to train from the start"
+            )
+        return None
+
+    def save(self, step: int, state: TrainState, metrics: dict[str, float] | None = None) -> None:
+        """Saves in the background; waits first for the save before. A step that is there already stays as it is."""
+        if step == self._saved or step in steps(self.directory):
+            return
+        if self._checkpointer is None:
+            self._checkpointer = ocp.training.Checkpointer(
+                self.directory, preservation_policy=self._preserved(), cleanup_tmp_directories=True
+            )
+        items = {name: {"arrays": part, "fingerprint": fingerprint(part)} for name, part in _parts(state).items()}
+        self._checkpointer.save_checkpointables_async(step, items, force=True, metrics=metrics)
+        self._saved = step
+
+    def close(self) -> None:
+        """Waits for what is being saved."""
+        if self._checkpointer is not None:
+            self._checkpointer.close()
+            self._checkpointer = None
+
+    def _preserved(self):
+        policies = ocp.training.preservation_policies
+        kept = [policies.LatestN(self.config.keep)]
+        if self.config.keep_every:
+            kept.append(policies.EveryNSteps(self.config.keep_every))
+        if self.config.best:  # lower is better; steps without a validation are no candidates
+            kept.append(
+                policies.BestN(
+                    get_metric_fn=lambda metrics: metrics[self.config.best],
+                    reverse=True,
+                    n=1,
+                    keep_checkpoints_without_metrics=False,
+                )
+            )
+        return policies.AnyPreservationPolicy(kept)
+
+    def _set_aside(self, damaged: list[int]) -> None:
+        if jax.process_index() == 0:
+            aside = self.directory.with_name(self.directory.name + "-damaged")
+            aside.mkdir(exist_ok=True)
+            for step in damaged:
+                shutil.rmtree(aside / str(step), ignore_errors=True)
+                (self.directory / str(step)).rename(aside / str(step))
+        if jax.process_count() > 1:
+            jax.experimental.multihost_utils.sync_global_devices("damaged checkpoints set aside")
+
+
+def restore_params(directory: Path, abstract_params, *, step: int | None = None, ema: bool = False):
+    """The parameters alone, for evaluation: (step, params), from the newest whole checkpoint or from that of `step`.
+
+    Args:
+      directory: the run's `checkpoints/`.
+      abstract_params: tree of jax.ShapeDtypeStruct, with shardings.
+      ema: the averaged parameters, where the run keeps them.
+    Raises: UserError where there is none.
+    """
+    directory = Path(directory).absolute()
+    there = steps(directory)
+    if not there or (step is not None and step not in there):
+        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise UserError(f"{wanted} in {directory}" + (f"; there are {sorted(there)}" if there else ""))
+    for candidate in there if step is None else [step]:
+        try:
+            return candidate, _load(directory / str(candidate), "ema" if ema else "params", abstract_params)
+        except DamagedError as error:
+            print(f"checkpoint {candidate} is damaged ({error})", file=sys.stderr, flush=True)
+    raise UserError(f"no checkpoint in {directory} can be read")
+
+
+def steps(directory: Path) -> list[int]:
+    """Steps of the finished checkpoints in a directory, newest first."""
+    names = [path.name for path in Path(directory).glob("*") if path.is_dir()]
+    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+
+
+def fingerprint(tree) -> jax.Array:
+    """One uint32 for each leaf: the sum of its bits modulo 2^32. Does not depend on how the leaf is sharded."""
+    return _fingerprint(jax.tree.leaves(tree))
+
+
+@jax.jit
+def _fingerprint(leaves):
+    def one(x):
+        if x.dtype == jnp.bool_:
+            x = x.astype(jnp.uint8)
+        bits = jax.lax.bitcast_convert_type(x, jnp.dtype(f"uint{8 * x.dtype.itemsize}"))
+        return bits.astype(jnp.uint32).sum(dtype=jnp.uint32)
+
+    return jnp.stack([one(leaf) for leaf in leaves])
+
+
+class DamagedError(Exception):
+    """A checkpoint that cannot be read, or is not what was saved."""
+
+
+def _load(path: Path, name: str, abstract):
+    """Item `name` of the checkpoint at `path`. Raises: DamagedError."""
+    leaves = jax.tree.leaves(abstract)
+    placed = leaves[0].sharding
+    replicated = NamedSharding(placed.mesh, PartitionSpec()) if isinstance(placed, NamedSharding) else placed
+    target = {
+        "arrays": abstract,
+        "fingerprint": jax.ShapeDtypeStruct((len(leaves),), jnp.uint32, sharding=replicated),
+    }
+    try:
+        item = ocp.load_checkpointables(path, {name: target})[name]
+    except Exception as error:  # whatever Orbax and TensorStore raise for a file that is short, missing or garbled
+        raise DamagedError(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
+    if (fingerprint(item["arrays"]) != item["fingerprint"]).any():
+        raise DamagedError(f"the bits of {name} are not those that were saved")
+    return item["arrays"]
+
+
+def _parts(state: TrainState) -> dict[str, object]:
+    rest = {name: getattr(state, name) for name in ("step", "skipped", "opt_state", "carry")}
+    parts = {"params": state.params, "rest": rest}
+    return parts if state.ema is None else parts | {"ema": state.ema}
+
+
+def due(config: ConfigDict, step: int, last: int) -> bool:
+    """Whether a checkpoint is due after `step` of `last` steps."""
+    return step == last or step % config.every == 0 or bool(config.keep_every and step % config.keep_every == 0)

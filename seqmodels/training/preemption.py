@@ -1,0 +1,48 @@
+"""Asked to stop: by Ctrl-C, by a scheduler's SIGTERM, or on another machine of the same job."""
+
+import signal
+import sys
+
+import jax
+from jax.experimental import multihost_utils
+
+
+class Preempted(SystemExit):
+    """The run was asked to stop and has saved a checkpoint: exit status 75 (EX_TEMPFAIL), try again."""
+
+    def __init__(self, step: int):
+        super().__init__(75)
+        self.step = step
+
+
+class StopSignal:
+    """Notes the first SIGINT or SIGTERM, so that the step under way can finish; a second one ends the process at once.
+
+    `noted` says whether this process got one. In a job of several processes JAX's own coordinator listens, and all
+    processes agree on one step.
+    """
+
+    def __init__(self):
+        self.noted, self._before = False, {}
+
+    def __enter__(self):
+        if jax.process_count() == 1:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(self, *_):
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def asked(self, step: int) -> bool:
+        """Whether to stop after this step; every process of a job gets the same answer."""
+        if jax.process_count() > 1:
+            return multihost_utils.reached_preemption_sync_point(step)
+        return self.noted
+
+    def _note(self, number, _frame):
+        self.noted = True
+        signal.signal(number, signal.SIG_DFL)
+        print(f"\n{signal.Signals(number).name}: saving a checkpoint after this step; again to quit at once",
+              file=sys.stderr, flush=True)  # fmt: skip

@@ -1,0 +1,53 @@
+"""How far the run is: a bar on a terminal, a line now and then in a log."""
+
+import sys
+import time
+
+
+class Progress:
+    """Shows loss, tokens/s and time left. On a terminal a bar; else one line at most every `seconds`."""
+
+    def __init__(self, first: int, last: int, *, enabled: bool = True, seconds: float = 10.0):
+        self._last, self._seconds, self._shown = last, seconds, None
+        self._start = (first, time.monotonic())
+        self._enabled, self._bar = enabled, None
+        if enabled and sys.stderr.isatty():
+            from tqdm import tqdm
+
+            self._bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True)
+
+    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+        if not self._enabled:
+            return
+        if self._bar is not None:
+            self._bar.set_postfix_str(f"loss {loss:.4f}, {tokens_per_second:,.0f} tokens/s", refresh=False)
+            self._bar.update(step - self._bar.n)
+            return
+        now = time.monotonic()
+        if self._shown is None or now - self._shown >= self._seconds or step == self._last:
+            self._shown = now
+            first, start = self._start
+            left = (now - start) / max(step - first, 1) * (self._last - step)
+            print(
+                f"step {step}/{self._last}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {clock(left)} left",
+                file=sys.stderr,
+                flush=True,
+            )
+
+    def write(self, text: str) -> None:
+        """A line that does not tear the bar."""
+        if self._bar is not None:
+            self._bar.write(text, file=sys.stderr)
+        elif self._enabled:
+            print(text, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+
+
+def clock(seconds: float) -> str:
+    """1:02:03 or 2:03."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

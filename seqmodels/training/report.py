@@ -1,0 +1,101 @@
+"""What a run says of itself at the start and at the end."""
+
+import json
+import math
+import re
+from collections import defaultdict
+from pathlib import Path
+
+import jax
+
+from seqmodels.training import metrics
+from seqmodels.training.run import replace_file
+
+
+def devices(mesh: jax.sharding.Mesh) -> str:
+    """`device   8 x NVIDIA H100 (gpu), mesh data=4 tensor=2`."""
+    first = mesh.devices.flat[0]
+    axes = " ".join(f"{name}={size}" for name, size in mesh.shape.items() if size > 1)
+    return f"device   {mesh.size} x {first.device_kind} ({first.platform})" + (f", mesh {axes}" if axes else "")
+
+
+def parameter_table(params) -> str:
+    """Table of parameters by module: how many alike, shape, dtype, sharding and number of values.
+
+    Args:
+      params: tree of arrays or jax.ShapeDtypeStruct, with shardings. Modules that differ only by a number in their name
+        (`layer_0`, `layer_1`) share a line, if their shapes agree.
+    """
+    groups = defaultdict(list)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        name = "/".join(re.sub(r"\d+$", "*", key.key) for key in path)
+        spec = getattr(leaf.sharding, "spec", ())
+        groups[name, leaf.shape, str(leaf.dtype), _spec(spec)].append(math.prod(leaf.shape))
+    rows = [("parameter", "count", "shape", "dtype", "sharding", "values")]
+    for (name, shape, dtype, spec), sizes in groups.items():
+        rows.append((name, f"{len(sizes)} x", " x ".join(map(str, shape)) or "-", dtype, spec, f"{sum(sizes):,}"))
+    total = sum(sum(sizes) for sizes in groups.values())
+    rows.append(("total", "", "", "", "", f"{total:,}"))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        cells = [
+            cell.rjust(w) if i in (1, 5) else cell.ljust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    rule = "-" * max(map(len, lines))
+    return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
+
+
+def _spec(spec) -> str:
+    names = ["+".join(entry) if isinstance(entry, tuple) else entry or "-" for entry in spec]
+    return " ".join(names) if any(name != "-" for name in names) else "whole"
+
+
+def state_bytes(model, length: int) -> int:
+    """Bytes of recurrent state (or cache for `length` tokens) that one sequence needs in decoding."""
+    leaves = jax.tree.leaves(jax.eval_shape(lambda: model.init_state(1, length)))
+    return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
+
+
+def plot_loss(workdir: Path, path: Path) -> None:
+    """Draws training (and validation) loss over steps into the picture `path`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    rows = metrics.read(Path(workdir) / "metrics.jsonl")
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, label, style in (("loss", "training", "-"), ("validation_loss", "validation", "o-")):
+        points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
+        if points:
+            axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
+    axes.set(xlabel="step", ylabel="loss (nats a token)", title=Path(workdir).absolute().name)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def write_summary(workdir: Path, summary: dict) -> None:
+    replace_file(Path(workdir) / "summary.json", json.dumps(summary, indent=2) + "\n")
+
+
+def read_summary(workdir: Path) -> dict | None:
+    """The summary of a finished run, or None."""
+    path = Path(workdir) / "summary.json"
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def result(summary: dict) -> str:
+    """The end of a run: bits per byte beside xz's, a sample of text, and where the picture is."""
+    lines = ["", f"trained {summary['steps']} steps"]
+    for split, figures in summary["splits"].items():
+        lines.append(
+            f"{split:10}  {figures['bits_per_byte']:.4f} bits per byte   (xz -9: {figures['xz_bits_per_byte']:.4f})   "
+            f"perplexity {figures['perplexity']:.3f}"
+        )
+    if summary["sample"]:
+        lines += ["", "sample:", summary["sample"]]
+    return "\n".join([*lines, "", f"loss curve: {summary['plot']}"])

@@ -1,0 +1,76 @@
+"""A run directory: what is in it, and whether a command belongs to it."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+from ml_collections import ConfigDict
+
+from seqmodels.cli import fields
+from seqmodels.errors import UserError
+
+# Fields that change neither the mathematics of a run nor its data: they may differ when a run goes on.
+FREE = (
+    "name", "steps", "platform", "checkpoint.", "metrics.", "evaluation.", "sample.", "mesh.", "training.profile_start",
+    "training.profile_steps", "training.nan", "data.cache", "model.implementation", "model.remat",
+)  # fmt: skip
+
+
+def check_run(workdir: Path, config: ConfigDict) -> None:
+    """Checks that what is in the run directory, if anything, belongs to this config.
+
+    A run that neither wrote a metric nor saved a checkpoint has nothing to lose, and any config may take its place.
+    Raises: UserError naming the fields that differ.
+    """
+    workdir = Path(workdir)
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir}: is a file; name a directory")
+    begun = (workdir / "checkpoints").exists() or (workdir / "metrics.jsonl").exists()
+    if not begun:
+        return
+    stored, asked = dict(fields(read_config(workdir))), dict(fields(ConfigDict(_plain(config))))
+    missing = "(not there)"
+    differ = [
+        f"{name}={asked.get(name, missing)} (was {stored.get(name, missing)})"
+        for name in sorted(stored.keys() | asked.keys())
+        if not name.startswith(FREE) and stored.get(name, missing) != asked.get(name, missing)
+    ]
+    if differ:
+        more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
+        raise UserError(
+            f"--workdir={workdir}: holds a run of another config: {', '.join(differ[:5])}{more}; "
+            "name another --workdir, or set these as they were"
+        )
+
+
+def write_config(workdir: Path, config: ConfigDict) -> None:
+    """Makes the run directory, with config.json in it."""
+    if jax.process_index() == 0:
+        Path(workdir).mkdir(parents=True, exist_ok=True)
+        replace_file(Path(workdir) / "config.json", json.dumps(_plain(config), indent=2) + "\n")
+
+
+def read_config(workdir: Path) -> ConfigDict:
+    """The config of a run, locked. Raises: UserError where there is none."""
+    path = Path(workdir) / "config.json"
+    try:
+        return ConfigDict(json.loads(path.read_text())).lock()
+    except FileNotFoundError:
+        raise UserError(f"--workdir={workdir}: no config.json there; it is not a run directory") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error})") from error
+
+
+def replace_file(path: Path, text: str) -> None:
+    """Writes a file so that whoever reads it, at any time, finds the old or the new text whole."""
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "w") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def _plain(config: ConfigDict) -> dict:
+    return json.loads(config.to_json())

@@ -1,0 +1,124 @@
+"""The device mesh, and where every array lies on it.
+
+Parameters and activations name their axes logically ("embed", "heads", "batch", ...). RULES says which axis of the mesh
+each of them is split over. An axis whose size does not divide stays whole, so every model runs on every mesh.
+"""
+
+import math
+
+import jax
+import numpy as np
+from flax import linen as nn
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from seqmodels.errors import UserError
+
+AXES = ("data", "fsdp", "tensor", "sequence", "expert")
+
+RULES = (
+    ("batch", ("data", "fsdp")),
+    ("length", "sequence"),
+    ("embed", "fsdp"),
+    ("inner", "tensor"),
+    ("heads", "tensor"),
+    ("kv_heads", "tensor"),
+    ("mlp", "tensor"),
+    ("vocab", "tensor"),
+    ("expert", "expert"),
+    ("head_dim", None),
+    ("state", None),
+    ("rank", None),
+    ("conv", None),
+    ("layers", None),
+)
+
+
+def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh:
+    """Mesh with the five AXES, of the sizes in `config.mesh`; data=-1 takes the devices that the others leave.
+
+    Raises: UserError where more devices are asked for than there are, or rows or tokens do not divide.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = {axis: config.mesh[axis] for axis in AXES}
+    asked = math.prod(size for size in sizes.values() if size != -1)
+    if asked > len(devices):
+        shape = ", ".join(f"{axis}={size}" for axis, size in sizes.items() if size > 1)
+        raise UserError(f"config.mesh asks for {asked} devices ({shape}); there are {len(devices)}: lower an axis")
+    if sizes["data"] == -1:
+        sizes["data"] = len(devices) // asked
+    _check_divides(config, sizes)
+    count = math.prod(sizes.values())
+    if jax.process_count() > 1 and count < len(devices):
+        raise UserError(
+            f"config.mesh takes {count} of {len(devices)} devices; a job of several processes needs them all"
+        )
+    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count])
+
+
+def _check_divides(config: ConfigDict, sizes: dict[str, int]) -> None:
+    shards, pieces = sizes["data"] * sizes["fsdp"], config.training.accumulate
+    if config.batch_size % (shards * pieces):
+        micro = f" times training.accumulate={pieces}" if pieces > 1 else ""
+        raise UserError(
+            f"config.batch_size={config.batch_size}: must be a multiple of {shards * pieces}, the {shards} devices of "
+            f"mesh.data and mesh.fsdp{micro}; or set --config.mesh.data"
+        )
+    if config.seq_len % sizes["sequence"]:
+        raise UserError(f"config.seq_len={config.seq_len}: must be a multiple of mesh.sequence={sizes['sequence']}")
+
+
+def spec_of(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    """PartitionSpec of an array with these logical axis names: RULES, each mesh axis once, only where it divides."""
+    rules, used, entries = dict(RULES), set(), []
+    for name, size in zip(names, shape, strict=True):
+        axes = rules.get(name) or ()
+        axes = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes) if axis not in used)
+        if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0:
+            used.update(axes)
+            entries.append(axes if len(axes) > 1 else axes[0])
+        else:
+            entries.append(None)
+    return PartitionSpec(*entries)
+
+
+def is_box(leaf) -> bool:
+    """Whether this is a parameter in the box that names its axes."""
+    return isinstance(leaf, nn.meta.AxisMetadata)
+
+
+def unbox(tree):
+    """The arrays of a tree of Flax's axis metadata boxes; other leaves stay as they are."""
+    return jax.tree.map(lambda leaf: leaf.value if is_box(leaf) else leaf, tree, is_leaf=is_box)
+
+
+def param_shardings(boxed, mesh: Mesh):
+    """NamedSharding of each parameter, from its logical axis names; `boxed` is abstract or concrete."""
+
+    def one(leaf):
+        if is_box(leaf):
+            return NamedSharding(mesh, spec_of(leaf.names, leaf.value.shape, mesh))
+        return NamedSharding(mesh, PartitionSpec())
+
+    return jax.tree.map(one, boxed, is_leaf=is_box)
+
+
+def rows_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Sharding of an array whose first axis is rows (batch): what a recurrent state has."""
+    return NamedSharding(
+        mesh, spec_of(("batch",) + (None,) * (len(shape) - 1), shape, mesh) if shape else PartitionSpec()
+    )
+
+
+def tokens_sharding(mesh: Mesh) -> NamedSharding:
+    """Sharding of [B, T] tokens: rows over data and fsdp, time over sequence."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence"))
+
+
+def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
+    """A batch of [B, T] arrays, the same on every process, as global arrays of which each process keeps its part."""
+    sharding = tokens_sharding(mesh)
+    return {
+        name: jax.make_array_from_callback(rows.shape, sharding, lambda index, rows=rows: rows[index])
+        for name, rows in batch.items()
+    }

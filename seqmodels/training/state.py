@@ -1,0 +1,103 @@
+"""All that a run needs to go on where it stopped."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from flax import struct
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from ml_collections import ConfigDict
+
+from seqmodels.errors import UserError
+from seqmodels.training import sharding
+
+
+@struct.dataclass
+class TrainState:
+    """State of a run after `step` optimizer steps. The data of a step and its dropout follow from (seed, step)."""
+
+    step: jax.Array  # int32, steps done
+    skipped: jax.Array  # int32, steps whose loss or gradient was not finite
+    params: Any
+    opt_state: Any
+    ema: Any  # averaged parameters, or None
+    carry: Any  # the model's recurrent state for the next batch (truncated BPTT), or None
+
+
+def abstract_state(
+    model: nn.Module, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
+) -> TrainState:
+    """The state's shapes, dtypes and shardings (jax.ShapeDtypeStruct), with no memory taken."""
+    boxed = abstract_params(model, config)
+    shardings = sharding.param_shardings(boxed, mesh)
+    replicated = NamedSharding(mesh, PartitionSpec())
+
+    params = jax.tree.map(_with_sharding, sharding.unbox(boxed), shardings)
+    opt_state = optax.tree.map_params(
+        optimizer,
+        _with_sharding,
+        jax.eval_shape(optimizer.init, params),
+        shardings,
+        transform_non_params=lambda leaf: _with_sharding(leaf, replicated),
+    )
+    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    return TrainState(
+        step=scalar,
+        skipped=scalar,
+        params=params,
+        opt_state=opt_state,
+        ema=params if config.optimizer.ema else None,
+        carry=abstract_carry(model, config, mesh) if config.training.bptt else None,
+    )
+
+
+def abstract_params(model: nn.Module, config: ConfigDict):
+    """Shapes of the parameters, in the boxes that name their axes."""
+    return jax.eval_shape(_init_params(model, config), jax.random.key(0))
+
+
+def abstract_carry(model: nn.Module, config: ConfigDict, mesh: Mesh):
+    """Shapes of the recurrent state that truncated BPTT hands from step to step.
+
+    Raises: UserError where the model's state grows with the context, as attention's cache does.
+    """
+
+    def shapes(length):
+        return jax.eval_shape(lambda: model.init_state(config.batch_size, length))
+
+    carry, longer = shapes(config.seq_len), shapes(2 * config.seq_len)
+    if [x.shape for x in jax.tree.leaves(carry)] != [x.shape for x in jax.tree.leaves(longer)]:
+        raise UserError("training.bptt=True: the state of this model's attention grows with the context; set it False")
+    return jax.tree.map(lambda x: _with_sharding(x, sharding.rows_sharding(mesh, x.shape)), carry)
+
+
+def init_state(
+    model: nn.Module, optimizer: optax.GradientTransformation, config: ConfigDict, abstract: TrainState
+) -> TrainState:
+    """A fresh state, each device making its own part: the same values on every mesh."""
+
+    def create(key):
+        params = sharding.unbox(_init_params(model, config)(key))
+        return TrainState(
+            step=jnp.zeros((), jnp.int32),
+            skipped=jnp.zeros((), jnp.int32),
+            params=params,
+            opt_state=optimizer.init(params),
+            # A copy: two donated arguments may not share a buffer.
+            ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema else None,
+            carry=model.init_state(config.batch_size, config.seq_len) if config.training.bptt else None,
+        )
+
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    return jax.jit(create, out_shardings=shardings)(jax.random.key(config.seed))
+
+
+def _init_params(model, config):
+    tokens = jnp.zeros((1, min(config.seq_len, 8)), jnp.int32)  # parameters do not depend on the length
+    return lambda key: model.init(key, tokens)["params"]
+
+
+def _with_sharding(leaf, placed):
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed)

@@ -1,0 +1,133 @@
+"""One optimizer step."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import linen as nn
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from seqmodels.training import sharding
+from seqmodels.training.loss import LossSums, next_token_loss
+from seqmodels.training.state import TrainState
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[jax.Array], jax.Array],
+    config: ConfigDict,
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+    """The pure function (state, batch) -> (state, metrics) of one step.
+
+    batch: {"tokens", "targets", "segment_ids"}, [B, T] int32. metrics: float32 scalars.
+
+    A step whose loss or gradient is not finite changes neither parameters, optimizer, average nor carry. Under
+    `training.nan="skip"` it counts as a step, and the next one goes on. Under "stop" the state stays at the last good
+    step from then on, whatever else was dispatched before the host saw the metric.
+    """
+    z_weight, accumulate = config.training.z_loss, config.training.accumulate
+
+    def loss_sums(params, rows, carry, key):
+        hidden, new_carry = model.apply(
+            {"params": params},
+            rows["tokens"],
+            segment_ids=rows["segment_ids"] if config.data.reset else None,
+            state=carry,
+            deterministic=config.model.dropout == 0,
+            rngs={"dropout": key},
+        )
+        sums = next_token_loss(
+            lambda h: model.apply({"params": params}, h, method="logits"),
+            hidden,
+            rows["targets"],
+            chunk=config.training.loss_chunk,
+        )
+        # The sum is differentiated and divided by the count at the end: the mean over the batch, however it is cut.
+        return sums.nats + z_weight * sums.z_squared, (sums, new_carry)
+
+    gradients = jax.grad(loss_sums, has_aux=True)
+
+    def batch_gradients(params, batch, carry, key):
+        """Sums over the batch of the loss and of its gradients, micro-batch by micro-batch."""
+        if accumulate == 1:
+            grads, (sums, carry) = gradients(params, batch, carry, key)
+            return grads, sums, carry
+
+        def body(total, piece):
+            index, rows, rows_carry = piece
+            grads, (sums, new_carry) = gradients(params, rows, rows_carry, jax.random.fold_in(key, index))
+            return jax.tree.map(jnp.add, total, (grads, sums)), new_carry
+
+        zero = (jax.tree.map(jnp.zeros_like, params), LossSums(*(jnp.zeros((), jnp.float32),) * 3))
+        pieces = (jnp.arange(accumulate), split_rows(batch, accumulate), split_rows(carry, accumulate))
+        (grads, sums), new_carry = jax.lax.scan(body, zero, pieces)
+        return grads, sums, join_rows(new_carry)
+
+    def train_step(state, batch):
+        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
+        grads, sums, carry = batch_gradients(state.params, batch, state.carry, key)
+        grads = jax.tree.map(lambda g: g / sums.count, grads)
+        loss, grad_norm = sums.nats / sums.count, optax.tree.norm(grads)
+
+        rate = schedule(state.step)
+        direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
+        ema = state.ema
+        if ema is not None:
+            decay = config.optimizer.ema
+            ema = jax.tree.map(lambda average, p: decay * average + (1 - decay) * p, ema, params)
+        carry = jax.lax.stop_gradient(carry) if config.training.bptt else None
+
+        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+        new = TrainState(state.step + 1, state.skipped, params, opt_state, ema, carry)
+        good = finite
+        if config.training.nan == "stop":
+            good &= state.skipped == 0
+            kept = state.replace(skipped=state.skipped + ~finite)
+        else:
+            kept = state.replace(step=state.step + 1, skipped=state.skipped + 1)
+        new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, kept)
+
+        metrics = {
+            "loss": loss,
+            "learning_rate": rate,
+            "grad_norm": grad_norm,
+            "param_norm": optax.tree.norm(params),
+            "update_norm": rate * optax.tree.norm(direction),
+            "skipped": new.skipped.astype(jnp.float32),
+        }
+        if z_weight:
+            metrics["z_loss"] = z_weight * sums.z_squared / sums.count
+        return new, metrics
+
+    return train_step
+
+
+def compile_train_step(train_step, abstract: TrainState, config: ConfigDict, mesh: Mesh) -> jax.stages.Compiled:
+    """`train_step` compiled for the mesh. The state is donated, and keeps its shardings, so it never compiles twice."""
+    tokens = jax.ShapeDtypeStruct(
+        (config.batch_size, config.seq_len), jnp.int32, sharding=sharding.tokens_sharding(mesh)
+    )
+    batch = {name: tokens for name in ("tokens", "targets", "segment_ids")}
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    step = jax.jit(
+        train_step,
+        in_shardings=(shardings, {name: tokens.sharding for name in batch}),
+        out_shardings=(shardings, replicated),
+        donate_argnums=0,
+    )
+    return step.lower(abstract, batch).compile()
+
+
+def split_rows(tree, pieces: int):
+    """[B, ...] -> [pieces, B / pieces, ...]. Piece i takes every pieces-th row, so that no row changes its device."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1), tree)
+
+
+def join_rows(tree):
+    """The inverse of split_rows."""
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)

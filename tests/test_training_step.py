@@ -1,0 +1,258 @@
+"""One step: chunked loss, accumulation, truncated BPTT, meshes, averages, and what is not finite."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqmodels.errors import UserError
+from seqmodels.training import sharding
+from seqmodels.training.loss import next_token_loss
+from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
+from seqmodels.training.state import abstract_params, abstract_state, init_state
+from seqmodels.training.step import compile_train_step, join_rows, make_train_step, split_rows
+from tests.training_model import LeakyModel, random_batch, small_config
+
+
+def trainer(config, model=None):
+    """(state, step) where step(state, batch) is compiled on the config's mesh."""
+    model = model or LeakyModel()
+    mesh = sharding.make_mesh(config)
+    optimizer = make_optimizer(config.optimizer, decay_mask(abstract_params(model, config)))
+    abstract = abstract_state(model, optimizer, config, mesh)
+    train_step = make_train_step(model, optimizer, make_schedule(config.optimizer, config.steps), config)
+    compiled = compile_train_step(train_step, abstract, config, mesh)
+    state = init_state(model, optimizer, config, abstract)
+    return state, lambda state, batch: compiled(state, sharding.put_batch(batch, mesh))
+
+
+def run(config, model=None, steps=None, batch=random_batch):
+    state, step = trainer(config, model)
+    losses = []
+    for n in range(steps or config.steps):
+        state, metrics = step(state, batch(n, config))
+        losses.append(float(metrics["loss"]))
+    return state, losses
+
+
+def assert_close(a, b, tolerance=2e-6):
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(a), jax.tree.leaves(b), strict=True):
+        np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path))
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 5, 12, 0])
+def test_chunked_loss_is_the_plain_loss(chunk):
+    """Value and gradients against float64 log-softmax written out, with weights, at lengths that do not divide."""
+    rng = np.random.default_rng(0)
+    hidden, table = rng.normal(size=(2, 12, 6)), rng.normal(size=(6, 9))
+    targets, weights = rng.integers(0, 9, (2, 12)), rng.integers(0, 2, (2, 12)).astype(float)
+
+    def loss(h, t):
+        sums = next_token_loss(lambda x: x @ t, h, jnp.asarray(targets), jnp.asarray(weights), chunk)
+        return sums.nats + 0.1 * sums.z_squared, sums
+
+    (_, sums), (dh, dt) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
+        jnp.asarray(hidden, jnp.float32), jnp.asarray(table, jnp.float32)
+    )
+    logits = hidden @ table
+    log_z = np.log(np.exp(logits).sum(-1))
+    chosen = np.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    assert float(sums.nats) == pytest.approx(((log_z - chosen) * weights).sum(), rel=1e-5)
+    assert float(sums.z_squared) == pytest.approx((log_z**2 * weights).sum(), rel=1e-5)
+    assert float(sums.count) == weights.sum()
+    softmax = np.exp(logits - log_z[..., None])
+    dlogits = (softmax * (1 + 0.2 * log_z[..., None]) - np.eye(9)[targets]) * weights[..., None]
+    np.testing.assert_allclose(dh, dlogits @ table.T, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(dt, np.einsum("btd,btv->dv", hidden, dlogits), rtol=1e-4, atol=1e-5)
+
+
+def test_logits_of_a_row_never_exist_at_once():
+    """Temporary memory of the gradient grows with the chunk, not with the row."""
+
+    def temporary(chunk):
+        hidden = jax.ShapeDtypeStruct((1, 2048, 8), jnp.float32)
+        table = jax.ShapeDtypeStruct((8, 4096), jnp.float32)
+        targets = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
+        loss = lambda h, t, y: next_token_loss(lambda x: x @ t, h, y, chunk=chunk).nats  # noqa: E731
+        compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, table, targets).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    row = 2048 * 4096 * 4  # bytes of the row's logits
+    assert temporary(0) >= row
+    assert temporary(64) < row / 8
+
+
+def test_split_and_join_rows_are_inverse():
+    rows = {"a": np.arange(24).reshape(8, 3), "b": np.arange(8)}
+    back = join_rows(split_rows(rows, 4))
+    assert all((back[name] == rows[name]).all() for name in rows)
+
+
+@pytest.mark.parametrize("bptt", [False, True])
+def test_accumulation_is_the_full_batch(bptt):
+    config = small_config(training__bptt=bptt, training__z_loss=1e-3)
+    whole, losses = run(config)
+    parts, losses_of_parts = run(small_config(training__bptt=bptt, training__z_loss=1e-3, training__accumulate=4))
+    np.testing.assert_allclose(losses, losses_of_parts, rtol=1e-6)
+    assert_close(whole.params, parts.params, 1e-5)
+    assert_close(whole.carry, parts.carry, 1e-5)
+
+
+def test_bptt_carries_the_state_and_cuts_the_gradient():
+    """Rows of 12 with the state handed on give the loss of rows of 24; their gradient is that of the second half."""
+    model, config = LeakyModel(), small_config(training__bptt=True, optimizer__learning_rate=0.0)
+    rng = np.random.default_rng(1)
+    text = rng.integers(0, 32, (8, 25)).astype(np.int32)
+    segments = np.repeat([[3] * 5 + [4] * 19], 8, axis=0).astype(np.int32)
+
+    def half(n, _):
+        piece = slice(12 * n, 12 * n + 12)
+        targets = text[:, 12 * n + 1 : 12 * n + 13]
+        return {"tokens": text[:, piece], "targets": targets, "segment_ids": segments[:, piece]}
+
+    state, losses = run(config, model, steps=2, batch=half)
+    hidden, last = model.apply({"params": state.params}, text[:, :24], segment_ids=segments)
+    nats = [
+        float(next_token_loss(lambda h: h @ state.params["table"].T, hidden[:, s], text[:, 1:][:, s]).nats) / 96
+        for s in (slice(0, 12), slice(12, 24))
+    ]
+    np.testing.assert_allclose(losses, nats, rtol=1e-5)
+    assert_close(state.carry, last)
+
+
+def test_without_bptt_no_carry_is_kept():
+    assert run(small_config(), steps=1)[0].carry is None
+
+
+@pytest.mark.parametrize(
+    "mesh", [dict(data=8), dict(fsdp=8, data=1), dict(data=2, tensor=4), dict(data=2, fsdp=2, tensor=2),
+             dict(data=2, sequence=4)]
+)  # fmt: skip
+def test_eight_devices_train_as_one(mesh):
+    alone, losses = run(small_config(training__loss_chunk=4))
+    many, losses_of_many = run(
+        small_config(training__loss_chunk=4, **{f"mesh__{axis}": size for axis, size in mesh.items()})
+    )
+    np.testing.assert_allclose(losses, losses_of_many, rtol=1e-5)
+    assert_close(alone.params, many.params, 1e-4)
+    sizes = {leaf.sharding.num_devices for leaf in jax.tree.leaves(many)}
+    assert sizes == {8}
+    if mesh.get("fsdp", 1) * mesh.get("tensor", 1) > 1:
+        shard = many.params["kernel"].addressable_shards[0].data
+        assert shard.size * mesh.get("fsdp", 1) * mesh.get("tensor", 1) == many.params["kernel"].size
+
+
+def test_fresh_state_is_the_same_on_every_mesh():
+    one, _ = trainer(small_config())
+    many, _ = trainer(small_config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2))
+    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(many), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_ema_follows_the_parameters():
+    config = small_config(optimizer__ema=0.75)
+    state, step = trainer(config)
+    average = jax.tree.map(np.asarray, state.params)
+    for n in range(3):
+        state, _ = step(state, random_batch(n, config))
+        average = jax.tree.map(lambda a, p: 0.75 * a + 0.25 * np.asarray(p), average, state.params)
+    assert_close(state.ema, average)
+
+
+def test_dropout_depends_on_seed_and_step_alone():
+    model = LeakyModel(dropout=0.5)
+    config = small_config(model__dropout=0.5, optimizer__learning_rate=0.0)
+    same = lambda n, config: random_batch(0, config)  # noqa: E731
+    _, losses = run(config, model, batch=same)
+    assert len(set(losses)) == len(losses)  # another mask each step
+    assert run(config, model, batch=same)[1] == losses
+    assert run(small_config(model__dropout=0.5, optimizer__learning_rate=0.0, seed=1), model, batch=same)[1] != losses
+
+
+class Burning(LeakyModel):
+    """NaN wherever token 31 is read."""
+
+    def __call__(self, tokens, **kwargs):
+        hidden, state = super().__call__(tokens, **kwargs)
+        return jnp.where((tokens == 31)[..., None], jnp.nan, hidden), state
+
+
+def burning_batch(step, config, bad=(2,)):
+    batch = random_batch(step, config, vocab_size=31)
+    if step in bad:
+        batch["tokens"][0, 3] = 31
+    return batch
+
+
+def test_nan_skip_leaves_out_one_update():
+    config = small_config(training__nan="skip", training__bptt=True)
+    state, step = trainer(config, Burning())
+    for n in range(5):
+        before = jax.tree.map(np.array, state)
+        state, metrics = step(state, burning_batch(n, config))
+        assert int(state.step) == n + 1 and int(metrics["skipped"]) == int(n >= 2)
+        changed = any(
+            (np.asarray(x) != y).any()
+            for x, y in zip(jax.tree.leaves(state.params), jax.tree.leaves(before.params), strict=True)
+        )
+        assert changed == (n != 2) == bool(np.isfinite(metrics["loss"]))
+        assert all(np.isfinite(x).all() for x in jax.tree.leaves(state))
+        if n == 2:
+            assert_close(state.opt_state, before.opt_state, 0)
+            assert_close(state.carry, before.carry, 0)
+
+
+def test_nan_stop_freezes_the_last_good_state():
+    """Also against the steps that were dispatched before the host saw the metric."""
+    config = small_config(training__nan="stop")
+    state, step = trainer(config, Burning())
+    for n in range(5):
+        state, metrics = step(state, burning_batch(n, config))
+        if n == 1:
+            good = jax.tree.map(np.array, state)
+    assert int(state.step) == 2 and int(state.skipped) > 0
+    for x, y in zip(jax.tree.leaves(state.replace(skipped=0)), jax.tree.leaves(good.replace(skipped=0)), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_training_learns():
+    config = small_config(steps=60)
+    _, losses = run(config, batch=lambda n, config: random_batch(n % 2, config))
+    assert losses[-1] < 0.6 * losses[0]
+
+
+def test_step_compiles_once():
+    config = small_config()
+    state, _ = trainer(config)
+    abstract = jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), state)
+    after, _ = run(config, steps=2)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype, x.sharding), after) == abstract
+
+
+@pytest.mark.parametrize(
+    "overrides, words",
+    [
+        (dict(mesh__data=16), "mesh asks for 16 devices .* there are 8"),
+        (dict(mesh__data=2, mesh__tensor=8), "16 devices .*data=2, tensor=8"),
+        (dict(mesh__data=-1, batch_size=12), "batch_size=12: must be a multiple of 8"),
+        (dict(mesh__data=4, training__accumulate=4), "batch_size=8: must be a multiple of 16"),
+        (dict(mesh__sequence=5), "seq_len=12: must be a multiple of mesh.sequence=5"),
+    ],
+)
+def test_mesh_that_cannot_be(overrides, words):
+    with pytest.raises(UserError, match=words):
+        sharding.make_mesh(small_config(**overrides))
+
+
+def test_mesh_takes_what_is_left():
+    mesh = sharding.make_mesh(small_config(mesh__data=-1, mesh__tensor=2))
+    assert mesh.shape == {"data": 4, "fsdp": 1, "tensor": 2, "sequence": 1, "expert": 1}
+
+
+def test_axes_that_do_not_divide_stay_whole():
+    mesh = sharding.make_mesh(small_config(mesh__fsdp=4, mesh__tensor=2))
+    spec = lambda *axes, shape: tuple(sharding.spec_of(axes, shape, mesh))  # noqa: E731
+    assert spec("embed", "inner", shape=(8, 6)) == ("fsdp", "tensor")
+    assert spec("embed", "inner", shape=(6, 7)) == (None, None)
+    assert spec("layers", "inner", "inner", shape=(4, 4, 4)) == (None, "tensor", None)
+    assert spec("batch", None, shape=(8, 3)) == (("data", "fsdp"), None)

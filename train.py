@@ -1,0 +1,32 @@
+"""Trains a model: python train.py --config=configs/densemamba.py [--workdir=runs/densemamba] [--config.steps=500]
+
+The run directory holds all that the run makes. The same command goes on with an interrupted run, bit for bit;
+with --config.steps raised, it trains a finished run further. Exit status: 0 done, 1 a mistake in the command,
+75 interrupted after a checkpoint was saved.
+"""
+
+import sys
+
+from absl import flags
+
+from seqmodels import cli
+
+
+def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
+    cli.define_config(flag_values, argv)
+    flags.DEFINE_string("workdir", None, "Run directory; runs/<config name> if left out.", flag_values=flag_values)
+
+
+def main(flag_values: flags.FlagValues) -> None:
+    if flag_values.config is None:
+        raise cli.UserError("--config is missing; for example --config=configs/densemamba.py")
+    config = flag_values.config
+    cli.use_platform(config.platform)
+
+    from seqmodels.training.loop import train  # after use_platform: it imports JAX
+
+    train(config, flag_values.workdir or f"runs/{config.name}")
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, define, __doc__))
