@@ -48,7 +48,8 @@ class DenseFusion(nn.Module):
     """Fuses a layer with the streams of the layers below it. Parameters: the gates, and the projection P if there is one.
 
     Attributes:
-        width, inner, state: D, E, N. sources: how many layers below are read, m or fewer near the bottom.
+        width, inner, state: D, E, N. sources: how many layers below are read, m or fewer near the bottom; OUTPUT also has
+            none, to hand its readout up.
         The rest is `config.model.dense`; see configs/base.py.
     """
 
@@ -82,6 +83,8 @@ class DenseFusion(nn.Module):
             raise UserError(f"model.dense.norm is True; allowed with read, input and output, not {self.variant!r}")
 
     def setup(self):
+        if not self.sources:
+            return
         count = self.sources if self.per_source else 1
         hidden = max(1, self.width // self.bottleneck)
 
@@ -119,6 +122,7 @@ class DenseFusion(nn.Module):
             return channel, 1 + jnp.einsum("btd,dsn->btsn", x, self.state_gain.astype(self.dtype))
         return channel, None
 
+    @nn.nowrap
     def init_state(self, batch: int) -> jax.Array | None:
         """CARRY's extra state [B, E, N] float32, what the layers below have added to this layer's; else None."""
         return jnp.zeros((batch, self.inner, self.state), jnp.float32) if self.variant == "carry" else None
@@ -139,8 +143,8 @@ class DenseFusion(nn.Module):
         """
         if seq.mask is not None:
             x = jnp.where(seq.mask[..., None], x, 0)
-        channel, state = self.gates(x)
-        P = self.P.astype(self.dtype) if self.projection == "linear" else None
+        channel, state = self.gates(x) if sources else (None, None)
+        P = self.P.astype(self.dtype) if sources and self.projection == "linear" else None
         fuse = getattr(self, f"_{self.variant}")
         return fuse(own, readout, sources, seq, channel, state, P, carried)
 
@@ -176,7 +180,8 @@ class DenseFusion(nn.Module):
     def _output(self, own, readout, sources, seq, channel, state, P, carried):
         y, new = self._plain(own, readout.C, seq)
         lower = [self.norm_channel(s.y) if self.norm else s.y for s in sources]
-        return skip_and_gate(y + gated(channel, lower), own.u, readout), new, None, own.replace(y=y)
+        fused = y + gated(channel, lower) if lower else y  # the bottom layer only hands its readout up
+        return skip_and_gate(fused, own.u, readout), new, None, own.replace(y=y)
 
     def _rank(self, own, readout, sources, seq, channel, state, P, carried):
         keys = jnp.stack([s.B if P is None else s.B @ P.T for s in sources], axis=2)

@@ -95,6 +95,7 @@ class Attention(nn.Module):
         """Heads, key heads, channels of a head."""
         return self.heads, self.kv_heads or self.heads, self.head_dim or self.width // self.heads
 
+    @nn.nowrap
     def init_state(self, batch: int, max_length: int) -> dict[str, jax.Array]:
         """An empty cache: see `empty_cache`."""
         _, kv_heads, head_dim = self.sizes

@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels.selective_scan import selective_scan
 from kernels.short_conv import short_conv
@@ -149,6 +150,7 @@ class Mamba(nn.Module):
                 parameter("C_norm", ones, (state,), "state"),
             )
 
+    @nn.nowrap
     def init_state(self, batch: int, max_length: int = 0) -> dict[str, jax.Array]:
         """conv [B, W - 1, E] and ssm [B, E, N], float32; their size does not depend on max_length."""
         return dict(
@@ -183,6 +185,7 @@ class Mamba(nn.Module):
         if self.norms != "none":
             scales = self.norm_scales if self.norms == "learned" else (None, None, None)
             delta, B, C = (rms_norm(v, s, self.norm_eps) for v, s in zip((delta, B, C), scales, strict=True))
+        u, delta, B = (checkpoint_name(v, "stream") for v in (u, delta, B))  # for remat = "streams"
         A = -jnp.exp(self.A_log)
         stream = Stream(u, delta, self.dt_proj.astype(self.dtype), self.dt_bias, A, B, state["ssm"])
         return stream, Readout(C, self.D, z, conv)

@@ -1,0 +1,324 @@
+"""The language model: embedding, blocks after a layer pattern, norm and head.
+
+A pattern such as "mamba" or "mamba mamba attention+mlp" names the blocks of one group: a mixer, and after "+" a channel mixer.
+The group is repeated. With DenseSSM the stack carries a window of the last m hidden streams from block to block.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from ml_collections import ConfigDict, FrozenConfigDict
+
+import kernels.attention
+import kernels.selective_scan
+import kernels.short_conv
+from seqmodels.dense import DenseFusion
+from seqmodels.errors import UserError
+from seqmodels.layers.mlp import Mlp
+from seqmodels.layers.norm import RMSNorm
+from seqmodels.mixers import MIXERS
+from seqmodels.sequence import Sequence, make_sequence
+
+CHANNEL_MIXERS = {"mlp": Mlp}
+
+REMAT = {  # what of a block is kept for the backward pass; the rest is computed again
+    "block": None,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "streams": jax.checkpoint_policies.save_only_these_names("stream"),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class BlockSpec:
+    """One block of the stack.
+
+    Attributes:
+        mixer, channel: names; channel is "" where there is no channel mixer.
+        sources: DenseSSM: how many hidden streams below it reads.
+    """
+
+    mixer: str
+    channel: str
+    sources: int = 0
+
+
+def parse_pattern(pattern: str) -> list[tuple[str, str]]:
+    """[(mixer, channel mixer or ""), ...] of one group. Raises UserError for a name that is not registered."""
+    blocks = [tuple((block + "+").split("+")[:2]) for block in pattern.split()]
+    for mixer, channel in blocks:
+        for name, table in ((mixer, MIXERS), (channel or "mlp", CHANNEL_MIXERS)):
+            if name not in table:
+                raise UserError(f"model.pattern is {pattern!r}; {name!r} is none of {', '.join(table)}")
+    if not blocks:
+        raise UserError("model.pattern is empty; it must name a mixer such as 'mamba' or 'attention+mlp'")
+    return blocks
+
+
+def has_stream(mixer: str) -> bool:
+    """Whether DenseSSM can read the mixer's hidden state."""
+    return hasattr(MIXERS[mixer], "write")
+
+
+def plan(config) -> list[BlockSpec]:
+    """Every block from bottom to top. DenseSSM counts only the blocks with a hidden stream."""
+    dense = config.dense
+    specs, streams = [], 0
+    for mixer, channel in parse_pattern(config.pattern) * config.repeats:
+        sources = 0
+        if dense.variant != "none" and has_stream(mixer):
+            sources = min(dense.depth, streams) if streams % dense.every == 0 else 0
+            streams += 1
+        specs.append(BlockSpec(mixer, channel, sources))
+    if dense.variant != "none" and not streams:
+        raise UserError(f"model.dense.variant is {dense.variant!r}, but no mixer of {config.pattern!r} has hidden states")
+    return specs
+
+
+def scanned(config) -> tuple[int, int]:
+    """Blocks at the bottom that are unrolled, and the number of super-blocks above them that are scanned over.
+
+    Unrolled are the first super-blocks that do not yet have m streams below them.
+    """
+    blocks = plan(config)
+    if not config.scan_blocks:
+        return len(blocks), 0
+    if config.repeats % config.scan_blocks:
+        raise UserError(
+            f"model.scan_blocks is {config.scan_blocks}; it must divide model.repeats, which is {config.repeats}"
+        )
+    size = len(parse_pattern(config.pattern)) * config.scan_blocks
+    groups = [blocks[i : i + size] for i in range(0, len(blocks), size)]
+    first = 0
+    while first < len(groups) and groups[first] != groups[-1]:
+        first += 1
+    if any(group != groups[-1] for group in groups[first:]):
+        raise UserError(f"model.dense.every is {config.dense.every}; with scan_blocks it must divide the super-block")
+    return first * size, len(groups) - first
+
+
+def mixer_of(config, spec: BlockSpec, **parent) -> nn.Module:
+    """The block's mixer: its fields are those of config.model.<name>."""
+    layers = config.repeats * len(config.pattern.split())
+    options = {"implementation": config.implementation or None, **config.get(spec.mixer, {})}
+    return MIXERS[spec.mixer](width=config.width, layers=layers, dtype=jnp.dtype(config.dtype), **options, **parent)
+
+
+def dense_of(config, spec: BlockSpec, mixer, **parent) -> DenseFusion | None:
+    """The block's DenseSSM fusion, if it has one."""
+    if not spec.sources and (config.dense.variant != "output" or not has_stream(spec.mixer)):
+        return None
+    fields = {k: v for k, v in config.dense.items() if k not in ("depth", "every")}
+    sizes = dict(width=config.width, inner=mixer.inner, state=mixer.state, sources=spec.sources)
+    return DenseFusion(**sizes, **fields, dtype=mixer.dtype, implementation=mixer.implementation, **parent)
+
+
+def block_state(config, spec: BlockSpec, batch: int, max_length: int):
+    """A block's state before the first token: the mixer's, and CARRY's extra one. Needs no parameters."""
+    mixer = mixer_of(config, spec, parent=None)
+    dense = dense_of(config, spec, mixer, parent=None)
+    state = {"mixer": mixer.init_state(batch, max_length)}
+    if dense is not None and (carried := dense.init_state(batch)) is not None:
+        state["dense"] = carried
+    return state
+
+
+class Block(nn.Module):
+    """x + mixer(norm(x)), then + channel(norm(x)); `window` holds the hidden streams below, the nearest first."""
+
+    config: FrozenConfigDict
+    spec: BlockSpec
+
+    def setup(self):
+        config, spec = self.config, self.spec
+        self.norm = RMSNorm(config.norm_eps)
+        self.mixer = mixer_of(config, spec)
+        self.dense = dense_of(config, spec, self.mixer)
+        self.dropout = nn.Dropout(config.dropout)
+        if spec.channel:
+            layers = config.repeats * len(config.pattern.split())
+            options = dict(width=config.width, layers=layers, dtype=jnp.dtype(config.dtype))
+            self.mlp_norm = RMSNorm(config.norm_eps)
+            self.mlp = CHANNEL_MIXERS[spec.channel](**options, **config.get(spec.channel, {}))
+
+    def __call__(self, x, seq: Sequence, state, window, deterministic: bool):
+        """x [B, T, D], state and window to the new ones."""
+        dtype = jnp.dtype(self.config.dtype)
+        normed = self.norm(x).astype(dtype)
+        state = state or {}
+        if self.config.dense.variant == "none" or not has_stream(self.spec.mixer):
+            y, mixer_state = self.mixer(normed, seq, state.get("mixer"))
+            new_state = {"mixer": mixer_state}
+        else:
+            y, new_state, stream = self._dense(normed, seq, state, window)
+            window = (stream, *window)[: self.config.dense.depth]
+        x = x + self.dropout(y, deterministic=deterministic).astype(x.dtype)
+        if self.spec.channel:
+            y = self.mlp(self.mlp_norm(x).astype(dtype))
+            x = x + self.dropout(y, deterministic=deterministic).astype(x.dtype)
+        return nn.with_logical_constraint(x, ("batch", "length", None)), new_state, window
+
+    def _dense(self, x, seq, state, window):
+        stream, readout = self.mixer.write(x, seq, state.get("mixer"))
+        carried = None
+        if self.dense is None:
+            y, ssm = self.mixer.scan(stream, readout, seq)
+        else:
+            sources = window[: self.spec.sources]
+            y, ssm, carried, stream = self.dense(x, stream, readout, sources, seq, state.get("dense"))
+        new_state = {"mixer": dict(conv=readout.conv, ssm=ssm)}
+        if carried is not None:
+            new_state["dense"] = carried
+        return self.mixer.project(y), new_state, stream
+
+
+class SuperBlock(nn.Module):
+    """Several blocks, the body of the scan over layers."""
+
+    config: FrozenConfigDict
+    specs: tuple[BlockSpec, ...]
+    deterministic: bool
+
+    def setup(self):
+        block = Block if self.config.remat == "none" else rematerialised(self.config.remat)
+        self.block = [block(self.config, spec) for spec in self.specs]
+
+    def __call__(self, carry, state, seq):
+        """carry (x, window), with the states of this super-block, to the new ones."""
+        x, window = carry
+        new_state = {}
+        for i, block in enumerate(self.block):
+            name = f"block_{i}"
+            old = None if state is None else state[name]
+            x, new_state[name], window = block(x, seq, old, window, self.deterministic)
+        return (x, window), new_state
+
+
+def rematerialised(remat: str):
+    """Block that keeps for the backward pass only what `remat` says."""
+    if remat not in REMAT:
+        raise UserError(f"model.remat is {remat!r}; allowed: none, {', '.join(REMAT)}")
+    return nn.remat(Block, policy=REMAT[remat], static_argnums=(5,), prevent_cse=True)
+
+
+class LanguageModel(nn.Module):
+    """Next-token model over a padded vocabulary. `config` is config.model, with vocab_size filled in; see `build`."""
+
+    config: FrozenConfigDict
+
+    def setup(self):
+        config = self.config
+        init = nn.initializers.normal(config.embedding_std)
+        shape = (config.vocab_size, config.width)
+        self.embedding = self.param("embedding", nn.with_logical_partitioning(init, ("vocab", "embed")), shape, jnp.float32)
+        if not config.tie_embeddings:
+            init = nn.with_logical_partitioning(nn.initializers.normal(config.width**-0.5), ("embed", "vocab"))
+            self.head = self.param("head", init, shape[::-1], jnp.float32)
+        self.dropout = nn.Dropout(config.dropout)
+        self.final_norm = RMSNorm(config.norm_eps)
+        specs = plan(config)
+        unrolled, self.repeats = scanned(config)
+        block = Block if config.remat == "none" else rematerialised(config.remat)
+        self.block = [block(config, spec) for spec in specs[:unrolled]]
+        self.super_specs = tuple(specs[unrolled : unrolled + (len(specs) - unrolled) // max(self.repeats, 1)])
+
+    def blocks(self, deterministic: bool):
+        """The scan over super-blocks, whose parameters are stacked in front; states are stacked behind the batch."""
+        scan = nn.scan(
+            SuperBlock,
+            variable_axes={"params": 0},
+            split_rngs={"params": True, "dropout": True},
+            in_axes=(1, nn.broadcast),
+            out_axes=1,
+            length=self.repeats,
+            metadata_params={nn.PARTITION_NAME: "layers"},
+        )
+        return scan(self.config, self.super_specs, deterministic, name="blocks")
+
+    @nn.nowrap
+    def init_state(self, batch: int, max_length: int = 0):
+        """The state before the first token; call it on the module itself, it needs no parameters.
+
+        Args:
+            max_length: slots of attention caches, in tokens; other mixers' states are constant in size.
+
+        Returns:
+            segment [B] and position [B] int32: document of the last token and tokens of it so far; layers: states of the
+            blocks. Every leaf has batch first.
+        """
+        specs, (unrolled, repeats) = plan(self.config), scanned(self.config)
+        layers = {f"block_{i}": block_state(self.config, s, batch, max_length) for i, s in enumerate(specs[:unrolled])}
+        if repeats:
+            body = specs[unrolled : unrolled + (len(specs) - unrolled) // repeats]
+            one = {f"block_{i}": block_state(self.config, s, batch, max_length) for i, s in enumerate(body)}
+            layers["blocks"] = jax.tree.map(lambda x: jnp.repeat(x[:, None], repeats, axis=1), one)
+        zeros = jnp.zeros((batch,), jnp.int32)
+        return dict(segment=zeros, position=zeros, layers=layers)
+
+    @nn.compact
+    def __call__(self, tokens, segment_ids=None, mask=None, state=None, deterministic: bool = True):
+        """Hidden states, of which `logits` predicts the token after each.
+
+        Args:
+            tokens: [B, T] int32.
+            segment_ids: [B, T] int32, document of each token; None: one document.
+            mask: [B, T] bool, False on padding.
+            state: of `init_state` or an earlier call; None: nothing came before.
+
+        Returns:
+            hidden [B, T, D] after the last norm, and the new state.
+        """
+        config = self.config
+        old = state or dict(segment=None, position=None, layers={})
+        seq, segment, position = make_sequence(*tokens.shape, segment_ids, mask, old["segment"], old["position"])
+        x = jnp.take(self.embedding, tokens, axis=0).astype(config.residual_dtype)
+        x = nn.with_logical_constraint(x, ("batch", "length", None))
+        x = self.dropout(x, deterministic=deterministic)
+        layers, window = {}, ()
+        for i, block in enumerate(self.block):
+            name = f"block_{i}"
+            x, layers[name], window = block(x, seq, old["layers"].get(name), window, deterministic)
+        if self.repeats:
+            carry = (x, window)
+            (x, _), layers["blocks"] = self.blocks(deterministic)(carry, old["layers"].get("blocks"), seq)
+        hidden = self.final_norm(x).astype(config.dtype)
+        return hidden, dict(segment=segment, position=position, layers=layers)
+
+    def logits(self, hidden):
+        """[B, T, D] to [B, T, V] float32, V the padded vocabulary."""
+        head = self.embedding.T if self.config.tie_embeddings else self.head
+        dtype = jnp.dtype(self.config.dtype)
+        return jnp.einsum("btd,dv->btv", hidden.astype(dtype), head.astype(dtype), preferred_element_type=jnp.float32)
+
+
+def build(config: ConfigDict, vocab_size: int) -> LanguageModel:
+    """The model of `config.model` for a tokenizer of `vocab_size` tokens.
+
+    Raises:
+        UserError: fields that do not fit together, before anything is compiled.
+    """
+    config = ConfigDict(config.to_dict()) if not isinstance(config, dict) else ConfigDict(config)
+    if config.vocab_size and config.vocab_size < vocab_size:
+        raise UserError(f"model.vocab_size is {config.vocab_size}; the tokenizer has {vocab_size} tokens (0 follows it)")
+    config.vocab_size = config.vocab_size or -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
+    scanned(config)
+    if config.remat != "none":
+        rematerialised(config.remat)
+    model = LanguageModel(FrozenConfigDict(config))
+    jax.eval_shape(lambda: model.init_state(1, 1))  # declares every module, which checks its fields
+    return model
+
+
+def describe_kernels(config: ConfigDict, platform: str) -> list[str]:
+    """One line an operation of the model: the implementation it runs on `platform` ("cpu", "gpu", "tpu"), and why."""
+    mixers = {mixer for mixer, _ in parse_pattern(config.pattern)}
+    operations = []
+    if "mamba" in mixers:
+        operations += [("selective_scan", kernels.selective_scan), ("short_conv", kernels.short_conv)]
+    if "attention" in mixers:
+        operations += [("attention", kernels.attention)]
+    if config.implementation:
+        return [f"{name}: {config.implementation} (model.implementation)" for name, _ in operations]
+    chosen = [(name, *module.choose(platform)) for name, module in operations]
+    return [f"{name}: {implementation} ({why})" for name, implementation, why in chosen]
