@@ -14,6 +14,7 @@ from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
+from ml_collections.config_flags.config_flags import FlagOrderError
 
 from seqmodels.errors import UserError
 
@@ -150,7 +151,7 @@ def run(
         if rest:
             raise UserError(f"{rest[0]}: not a flag; options are written --name=value")
         return main(flag_values) or 0
-    except (UserError, flags.Error, config_flags.FlagOrderError) as error:
+    except (UserError, flags.Error, FlagOrderError) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
         return 1
     except BrokenPipeError:  # `train.py ... | head`

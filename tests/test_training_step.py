@@ -10,7 +10,7 @@ from seqmodels.training import sharding
 from seqmodels.training.loss import next_token_loss
 from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
 from seqmodels.training.state import abstract_params, abstract_state, init_state
-from seqmodels.training.step import compile_train_step, join_rows, make_train_step, split_rows
+from seqmodels.training.step import join_rows, lower_train_step, make_train_step, split_rows
 from tests.training_model import LeakyModel, random_batch, small_config
 
 
@@ -21,7 +21,7 @@ def trainer(config, model=None):
     optimizer = make_optimizer(config.optimizer, decay_mask(abstract_params(model, config)))
     abstract = abstract_state(model, optimizer, config, mesh)
     train_step = make_train_step(model, optimizer, make_schedule(config.optimizer, config.steps), config)
-    compiled = compile_train_step(train_step, abstract, config, mesh)
+    compiled = lower_train_step(train_step, abstract, config, mesh).compile()
     state = init_state(model, optimizer, config, abstract)
     return state, lambda state, batch: compiled(state, sharding.put_batch(batch, mesh))
 
@@ -207,7 +207,7 @@ def test_nan_stop_freezes_the_last_good_state():
     config = small_config(training__nan="stop")
     state, step = trainer(config, Burning())
     for n in range(5):
-        state, metrics = step(state, burning_batch(n, config))
+        state, _ = step(state, burning_batch(n, config))
         if n == 1:
             good = jax.tree.map(np.array, state)
     assert int(state.step) == 2 and int(state.skipped) > 0

@@ -1,5 +1,6 @@
 """The whole of a run: data, model, mesh, state, the steps, and what is shown at the end."""
 
+import contextlib
 import time
 from pathlib import Path
 
@@ -9,8 +10,9 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from kernels.dispatch import UnsupportedError
 from seqmodels import data
-from seqmodels.config import validate
+from seqmodels.config import context, validate
 from seqmodels.errors import UserError
 from seqmodels.evals.perplexity import evaluate
 from seqmodels.generation import generate
@@ -21,7 +23,7 @@ from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedu
 from seqmodels.training.preemption import Preempted, StopSignal
 from seqmodels.training.progress import Progress
 from seqmodels.training.state import TrainState, abstract_params, abstract_state, init_state
-from seqmodels.training.step import compile_train_step, make_train_step
+from seqmodels.training.step import lower_train_step, make_train_step
 
 
 def train(config: ConfigDict, workdir: str | Path) -> dict:
@@ -64,6 +66,18 @@ class _Training:
         self.checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint)
         self.peak = flops.peak_flops(self.mesh.devices.flat[0].device_kind, config.model.dtype)
         self.flops_per_step = flops.train_step_flops(self.boxed, config)
+        train_step = make_train_step(self.model, self.optimizer, make_schedule(config.optimizer, config.steps), config)
+        with self.on_mesh():
+            try:
+                self.lowered = lower_train_step(train_step, self.abstract, config, self.mesh)
+            except UnsupportedError as error:
+                raise UserError(f"config.model.implementation={config.model.implementation}: {error}") from error
+
+    @contextlib.contextmanager
+    def on_mesh(self):
+        """Under this, the logical axis names of activations mean the mesh's."""
+        with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
+            yield
 
     def _check_best(self) -> None:
         best = self.config.checkpoint.best
@@ -84,22 +98,19 @@ class _Training:
             state = init_state(self.model, self.optimizer, config, self.abstract)
         first = int(state.step)
         self.metrics = Metrics(self.workdir, first, config, enabled=jax.process_index() == 0)
-        self.progress = Progress(first, config.steps, enabled=jax.process_index() == 0)
         try:
-            with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
+            with self.on_mesh():
                 if first < config.steps:
                     state = self._steps(state, first)
-                self.progress.close()
                 return self._finish(state)
         finally:
-            self.progress.close()
             self.metrics.close()
             self.checkpoints.close()
 
     def _announce(self, restored: TrainState | None) -> None:
         _say(report.devices(self.mesh))
-        for line in describe_kernels(self.config.model):
-            _say(line)
+        for line in describe_kernels(self.config.model, self.mesh.devices.flat[0].platform):
+            _say(f"kernel   {line}")
         source, tokens, length = self.config.data, len(self.dataset["train"].tokens), self.config.seq_len
         _say(f"data     {source.name}, tokenizer {self.dataset.tokenizer.name}, {tokens:,} training tokens, "
              f"{self.dataset.steps_per_epoch:.1f} steps an epoch")  # fmt: skip
@@ -111,14 +122,14 @@ class _Training:
 
     def _steps(self, state: TrainState, first: int) -> TrainState:
         config = self.config
-        train_step = make_train_step(self.model, self.optimizer, make_schedule(config.optimizer, config.steps), config)
         start = time.monotonic()
-        compiled = compile_train_step(train_step, self.abstract, config, self.mesh)
+        compiled = self.lowered.compile()
         _say(f"compiled in {time.monotonic() - start:.1f} s")
 
+        self.progress = Progress(first, config.steps, enabled=jax.process_index() == 0)
         self.read_at = time.monotonic()
         pending = None  # metrics of the step before, not read until the next step is on its way
-        with data.prefetch(self.dataset, first) as batches:
+        with self.progress, data.prefetch(self.dataset, first) as batches:
             for step in range(first + 1, config.steps + 1):
                 self._profile(step, state)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
@@ -144,7 +155,9 @@ class _Training:
         if pending is None:
             return
         config, (step, metrics) = self.config, pending
-        values = {name: np.asarray(value).item() for name, value in metrics.items()}
+        # loss and the like first; the compiled step returns its metrics in alphabetical order
+        names = sorted(metrics, key=lambda name: (name != "loss", name))
+        values = {name: np.asarray(metrics[name]).item() for name in names}
         now = time.monotonic()
         seconds, self.read_at = max(now - self.read_at, 1e-9), now
         speed = config.batch_size * config.seq_len / seconds
@@ -177,6 +190,8 @@ class _Training:
             length=self.config.seq_len,
             batch_size=self.config.evaluation.batch_size or self.config.batch_size,
             limit=rows,
+            mesh=self.mesh,
+            tokenizer=self.dataset.tokenizer,
         )
 
     def _validate(self, state: TrainState, step: int) -> dict[str, float]:
@@ -197,19 +212,7 @@ class _Training:
                 splits[split] = {name: float(figures[name]) for name in ("loss", "perplexity", "bits_per_byte")}
                 splits[split]["xz_bits_per_byte"] = self.dataset.xz_bits_per_byte(split)
                 self._exit_if_noted(step)
-        sample = ""
-        if config.sample.tokens:
-            sample = generate(
-                self.model,
-                state.params if state.ema is None else state.ema,
-                self.dataset.tokenizer,
-                config.sample.prompt,
-                tokens=config.sample.tokens,
-                temperature=config.sample.temperature,
-                top_k=config.sample.top_k,
-                top_p=config.sample.top_p,
-                seed=config.seed,
-            )
+        sample = self._sample(state)
         summary = {"name": config.name, "steps": step, "splits": splits, "sample": sample}
         summary["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))
         summary["state_bytes_per_sequence"] = report.state_bytes(self.model, config.seq_len)
@@ -219,6 +222,27 @@ class _Training:
             self._exit_if_noted(step)
             report.write_summary(self.workdir, summary)
         return summary
+
+    def _sample(self, state: TrainState) -> str:
+        """The prompt and what the model makes of it, as far as its context goes."""
+        sample, tokenizer = self.config.sample, self.dataset.tokenizer
+        limit = context(self.config)
+        room = sample.tokens if limit is None else limit - 1 - len(tokenizer.encode(sample.prompt))
+        tokens = min(sample.tokens, room)
+        if tokens < 1:
+            return ""
+        return sample.prompt + generate(
+            self.model,
+            state.params if state.ema is None else state.ema,
+            tokenizer,
+            sample.prompt,
+            tokens=tokens,
+            temperature=sample.temperature,
+            top_k=sample.top_k,
+            top_p=sample.top_p,
+            seed=self.config.seed,
+            context=limit,
+        )
 
     def _profile(self, step: int, state: TrainState) -> None:
         start = self.config.training.profile_start
@@ -235,7 +259,7 @@ class _Training:
 
     def _exit(self, step: int) -> None:
         self.checkpoints.close()
-        self.progress.write(f"stopped after step {step}; the same command goes on from there")
+        _say(f"stopped after step {step}; the same command goes on from there")
         raise Preempted(step)
 
 

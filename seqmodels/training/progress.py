@@ -41,7 +41,10 @@ class Progress:
         elif self._enabled:
             print(text, file=sys.stderr, flush=True)
 
-    def close(self) -> None:
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
         if self._bar is not None:
             self._bar.close()
 

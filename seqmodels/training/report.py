@@ -29,8 +29,7 @@ def parameter_table(params) -> str:
     groups = defaultdict(list)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params):
         name = "/".join(re.sub(r"\d+$", "*", key.key) for key in path)
-        spec = getattr(leaf.sharding, "spec", ())
-        groups[name, leaf.shape, str(leaf.dtype), _spec(spec)].append(math.prod(leaf.shape))
+        groups[name, leaf.shape, str(leaf.dtype), _placement(leaf.sharding)].append(math.prod(leaf.shape))
     rows = [("parameter", "count", "shape", "dtype", "sharding", "values")]
     for (name, shape, dtype, spec), sizes in groups.items():
         rows.append((name, f"{len(sizes)} x", " x ".join(map(str, shape)) or "-", dtype, spec, f"{sum(sizes):,}"))
@@ -47,9 +46,13 @@ def parameter_table(params) -> str:
     return "\n".join([lines[0], rule, *lines[1:-1], rule, lines[-1]])
 
 
-def _spec(spec) -> str:
-    names = ["+".join(entry) if isinstance(entry, tuple) else entry or "-" for entry in spec]
-    return " ".join(names) if any(name != "-" for name in names) else "whole"
+def _placement(placed) -> str:
+    """Which mesh axes each axis of an array is split over, such as `fsdp tensor` or `- tensor`."""
+    if not isinstance(placed, jax.sharding.NamedSharding):
+        return "whole"
+    entries = [entry if isinstance(entry, tuple) else (entry,) for entry in placed.spec]
+    split = ["+".join(axis for axis in entry if axis and placed.mesh.shape[axis] > 1) or "-" for entry in entries]
+    return " ".join(split) if set(split) - {"-"} else "whole"
 
 
 def state_bytes(model, length: int) -> int:

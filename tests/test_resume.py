@@ -1,0 +1,101 @@
+"""Stopped by SIGTERM, by Ctrl-C or by kill -9 and started again: the losses are those of a run that never stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from seqmodels.training import checkpoint, metrics
+
+ROOT = Path(__file__).parent.parent
+STEPS = 150
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "corpus.txt").write_text("\n\n".join(f"It is {n} o'clock, and all is well. " * 9 for n in range(200)))
+    return folder
+
+
+def start(workdir, text, *overrides):
+    command = [
+        sys.executable, "train.py", "--config=configs/mamba.py", f"--workdir={workdir}", f"--config.steps={STEPS}",
+        "--config.model.width=16", "--config.model.repeats=2", "--config.batch_size=4", "--config.seq_len=24",
+        "--config.data.name=text", f"--config.data.path={text}/*.txt", f"--config.data.cache={text}/cache",
+        "--config.checkpoint.every=7", "--config.sample.tokens=0", "--config.model.dropout=0.1", *overrides,
+    ]  # fmt: skip
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def finish(process, status):
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, err
+    assert "Traceback" not in err
+    return out
+
+
+def stop_at(process, workdir, step, number):
+    """Sends a signal as soon as the row of `step` is there."""
+    deadline = time.monotonic() + 240
+    while time.monotonic() < deadline and process.poll() is None:
+        path = workdir / "metrics.jsonl"
+        if path.exists() and any(row["step"] >= step for row in metrics.read(path)):
+            process.send_signal(number)
+            return
+        time.sleep(0.005)
+    raise AssertionError(f"step {step} never came: {process.communicate()[1]}")
+
+
+def losses(workdir):
+    rows = [row for row in metrics.read(workdir / "metrics.jsonl") if "loss" in row]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))  # each step exactly once, in order
+    return [row["loss"] for row in rows]
+
+
+OVERRIDES = {
+    "plain": [],
+    "bptt, accumulation, ema": [
+        "--config.training.bptt=True", "--config.training.accumulate=2", "--config.optimizer.ema=0.9",
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("overrides", OVERRIDES.values(), ids=OVERRIDES)
+def test_stopped_and_resumed_is_bit_for_bit_the_same(tmp_path, text, overrides):
+    whole, broken = tmp_path / "whole", tmp_path / "broken"
+    finish(start(whole, text, *overrides), 0)
+
+    process = start(broken, text, *overrides)
+    stop_at(process, broken, 20, signal.SIGTERM)
+    assert "the same command goes on" in finish(process, 75)
+    saved = checkpoint.steps(broken / "checkpoints")[0]
+    assert saved == len(losses(broken)) < STEPS  # the step under way was finished and saved
+
+    process = start(broken, text, *overrides)
+    stop_at(process, broken, saved + 30, signal.SIGKILL)
+    finish(process, -signal.SIGKILL)
+    assert saved <= checkpoint.steps(broken / "checkpoints")[0] < STEPS
+
+    assert "resuming" in finish(start(broken, text, *overrides), 0)
+    assert losses(broken) == losses(whole)
+    ends = [json.loads((folder / "summary.json").read_text()) for folder in (whole, broken)]
+    assert ends[0]["splits"] == ends[1]["splits"]
+
+
+@pytest.mark.slow
+def test_second_interrupt_quits_at_once(tmp_path, text):
+    process = start(tmp_path / "run", text, "--config.steps=100000", "--config.checkpoint.every=100000")
+    stop_at(process, tmp_path / "run", 3, signal.SIGINT)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode in (75, -signal.SIGINT) and "Traceback" not in err
