@@ -37,8 +37,7 @@ def choose(
     for name in winners.get(platform, winners["default"]):
         reason = backends[name].supports(platform=platform, **facts)
         if reason is None:
-            why = "; ".join([*skipped, f"{"next" if skipped else "first"} choice on {platform}"])
-            return name, why
+            return name, "; ".join([*skipped, f"{'next' if skipped else 'first'} choice on {platform}"])
         skipped.append(f"{name} skipped: {reason}")
         _log_once(f"{operation} on {platform}: {skipped[-1]}")
     raise UnsupportedError(f"{operation} on {platform}: no implementation can serve ({'; '.join(skipped)})")
