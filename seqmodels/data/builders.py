@@ -3,7 +3,7 @@
 Imported only to build or read a dataset: a finished token cache needs neither this file nor the library.
 """
 
-import dataclasses
+import functools
 from pathlib import Path
 
 import tensorflow_datasets as tfds
@@ -31,19 +31,19 @@ class ShakespeareAusten(tfds.core.GeneratorBasedBuilder):
             yield key, {"title": title, "text": body}
 
 
-@dataclasses.dataclass(eq=False)
-class TextFilesConfig(tfds.core.BuilderConfig):
-    """Files of one's own. `name` is a fingerprint of all of it, so changed files make another dataset."""
-
-    files: tuple[Path, ...] = ()
-    text_key: str = "text"
-
-
 class TextFiles(tfds.core.GeneratorBasedBuilder):
-    """Documents of .txt and .jsonl files, cut into splits as `seqmodels.data.text.cut` says."""
+    """Documents of .txt and .jsonl files, cut into splits as `seqmodels.data.text.cut` says.
+
+    Args:
+      files, text_key: see `seqmodels.data.text.read_documents`.
+      **kwargs: tfds's own. The data directory must be another one for other files.
+    """
 
     VERSION = tfds.core.Version("1.0.0")
-    BUILDER_CONFIGS = []  # noqa: RUF012, tfds's own convention
+
+    def __init__(self, *, files: list[Path], text_key: str, **kwargs):
+        self._documents = functools.partial(text.read_all, files, text_key)
+        super().__init__(**kwargs)
 
     def _info(self):
         return _info(self, "Text of local files.")
@@ -56,10 +56,6 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
     def _generate_examples(self, split, total):
         for key, document in enumerate(text.cut(self._documents(), total, split)):
             yield key, {"text": document}
-
-    def _documents(self):
-        for path in self.builder_config.files:
-            yield from text.read_documents(path, self.builder_config.text_key)
 
 
 def _info(builder, description, **features):

@@ -11,7 +11,6 @@ It is written beside its place and renamed at the end, so there is never half of
 import array
 import contextlib
 import fcntl
-import itertools
 import json
 import lzma
 import os
@@ -88,8 +87,8 @@ def _build(source: Source, tokenizer: Tokenizer, folder: Path, stem: str) -> Pat
         if not meta["splits"][split]["tokens"] > 1:
             shutil.rmtree(partial)
             raise UserError(
-                f"config.data.name={source.key['name']!r}: its {split} split has no text ({documents.count} documents); "
-                "splits that a dataset lacks are cut from the end of train, so it may be too small"
+                f"config.data.name={source.key['name']!r}: no text in the {documents.count} document(s) of its {split} "
+                "split. Splits that a dataset lacks are cut from its end, so it may be too small"
             )
     (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
     os.rename(partial, target)

@@ -183,13 +183,13 @@ def load(config, *, seq_len: int, batch_size: int, seed: int = 0, bptt: bool = F
         raise UserError(f"config.seq_len={seq_len}: the train split has {tokens} tokens, a row needs {seq_len + 1}")
     if bptt and dataset["train"].rows(seq_len) < batch_size:
         raise UserError(
-            f"config.batch_size={batch_size}: with config.training.bptt the train split's {tokens} tokens must hold a row of "
-            f"{seq_len} tokens for each of the {batch_size} streams"
+            f"config.batch_size={batch_size}: with config.training.bptt the train split's {tokens} tokens "
+            f"must hold a row of {seq_len} tokens for each of the {batch_size} streams"
         )
     return dataset
 
 
-class prefetch:  # noqa: N801, used like a function
+class prefetch:
     """Iterator over `dataset.batch(start)`, `dataset.batch(start + 1)`, ..., read by a thread a few steps ahead.
 
     Close it (or use it in a `with`), and the thread has ended when `close` returns. An error in the thread is raised

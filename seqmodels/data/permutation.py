@@ -1,8 +1,9 @@
 """A random order of any number of rows that needs no memory: position in, row out.
 
-A Feistel network permutes the numbers below a power of four, whatever its round function (Luby & Rackoff, 1988, "How to construct
-pseudorandom permutations from pseudorandom functions"); numbers that fall outside the range are sent through again until they fall
-inside ("cycle walking", Black & Rogaway, 2002, "Ciphers with arbitrary finite domains"), so the rest is a permutation of the range.
+A Feistel network permutes the numbers below a power of four, whatever its round function (Luby & Rackoff, 1988, "How to
+construct pseudorandom permutations from pseudorandom functions"). Numbers that fall outside the range are sent through
+again until they fall inside ("cycle walking": Black & Rogaway, 2002, "Ciphers with arbitrary finite domains"). That
+leaves a permutation of the range.
 The order depends on these lines alone, on no library's version, so a resumed run sees the same rows.
 """
 
@@ -43,7 +44,7 @@ def _feistel(x, key, half: int):
 
 
 def _mix(x):
-    """SplitMix64's output function (Steele, Lea & Flood, 2014): every bit in depends on every bit out. x uint64; wraps around."""
+    """SplitMix64's output function (Steele, Lea & Flood, 2014): every bit out depends on every bit in. x uint64."""
     x = np.atleast_1d(x) + np.uint64(0x9E3779B97F4A7C15)  # arrays wrap silently, scalars warn
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

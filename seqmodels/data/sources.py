@@ -1,10 +1,15 @@
-"""Where text comes from: the embedded corpus, local files, or any tensorflow-datasets text set. One `Source` for each."""
+"""Where text comes from: the embedded corpus, local files, or any tensorflow-datasets text set."""
 
+import contextlib
 import dataclasses
 import difflib
 import hashlib
+import io
 import json
+import socket
 import sys
+import urllib.parse
+import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -23,7 +28,7 @@ CUTS = {
 
 @dataclasses.dataclass(frozen=True)
 class Documents:
-    """Documents of one split, in order. `bytes` is what is known beforehand of their size, for a progress bar."""
+    """Documents of one split, in order; `get(i)` reads the i-th."""
 
     split: str
     count: int
@@ -92,15 +97,19 @@ def _text_source(config, root: Path) -> Source:
     def open_files():
         if not files:
             raise UserError(f"config.data.path={config.path!r}: matches no file")
-        if not any(True for f in files for _ in text.read_documents(f, config.text_key)):
+        total = sum(map(len, text.read_all(files, config.text_key)))
+        if not total:
             raise UserError(f"config.data.path={config.path!r}: no text in {len(files)} file(s)")
-        from seqmodels.data.builders import TextFiles, TextFilesConfig
+        for split in SPLITS:
+            if not any(text.cut(text.read_all(files, config.text_key), total, split)):
+                raise UserError(
+                    f"config.data.path={config.path!r}: {total} characters are too few to cut a {split} split"
+                )
+        from seqmodels.data.builders import TextFiles
 
-        name = fingerprint([key, content])
-        builder_config = TextFilesConfig(name=name, version="1.0.0", files=tuple(files), text_key=config.text_key)
-        return content, _prepare(
-            TextFiles(config=builder_config, data_dir=str(root), file_format="array_record"), "text"
-        )
+        folder = root / f"text-{fingerprint([key, content])}"
+        builder = TextFiles(files=files, text_key=config.text_key, data_dir=str(folder), file_format="array_record")
+        return content, _prepare_local(builder)
 
     return Source("text", key, content, open_files)
 
@@ -108,16 +117,22 @@ def _text_source(config, root: Path) -> Source:
 def _open_embedded(root: Path, content: str):
     from seqmodels.data.builders import ShakespeareAusten
 
-    return content, _prepare(ShakespeareAusten(data_dir=str(root), file_format="array_record"), "text")
+    return content, _prepare_local(ShakespeareAusten(data_dir=str(root), file_format="array_record"))
 
 
-def _prepare(builder, text_key: str) -> dict[str, Documents]:
-    """Writes a builder's dataset if it is not there yet, and opens its splits."""
+def _prepare_local(builder) -> dict[str, Documents]:
+    """Writes a dataset of our own if it is not there yet, and opens its splits."""
     import tensorflow_datasets as tfds
 
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    builder.download_and_prepare()
+    with contextlib.redirect_stdout(io.StringIO()):  # it would say that it downloads
+        builder.download_and_prepare()
+    return _open_splits(builder, "text")
+
+
+def _open_splits(builder, text_key: str) -> dict[str, Documents]:
+    """Train, validation and test split of a prepared dataset; those that it lacks are cut from the end of train."""
     missing = tuple(split for split in SPLITS[1:] if split not in builder.info.splits)
     selections = {split: split for split in SPLITS} | CUTS[missing]
     documents = {}
@@ -133,7 +148,7 @@ def _decode(value) -> str:
 
 def _open_public(config, root: Path):
     import tensorflow_datasets as tfds
-    import tensorflow_datasets.text  # noqa: F401, registers the text sets
+    import tensorflow_datasets.text  # registers the text sets
 
     name = config.name
     try:
@@ -142,14 +157,18 @@ def _open_public(config, root: Path):
         else:
             builder = tfds.builder(name, data_dir=str(root), file_format="array_record")
     except tfds.core.registered.DatasetNotFoundError as error:
+        known = ["shakespeare_austen", "text", *tfds.list_builders(with_community_datasets=False)]
+        nearest = difflib.get_close_matches(name.split("/")[0].split(":")[0], dict.fromkeys(known), cutoff=0.4)
+        hint = f" (nearest: {', '.join(nearest)})" if nearest else ""
+        raise UserError(f"config.data.name={name!r}: no such dataset{hint}; 'text' reads config.data.path") from error
+    except Exception as error:  # of many types: no such config, no such folder, a format that needs TensorFlow
         if config.path:
-            raise UserError(f"config.data.path={config.path!r}: holds no prepared tensorflow-datasets set") from error
-        known = ["shakespeare_austen", "text", *tfds.list_builders()]
-        nearest = difflib.get_close_matches(name.split("/")[0], known, n=3, cutoff=0.4)
-        hint = f"; nearest: {', '.join(nearest)}" if nearest else ""
-        raise UserError(f"config.data.name={name!r}: no such dataset{hint}, or 'text' with config.data.path") from error
-    except (ValueError, KeyError, OSError) as error:
-        raise UserError(f"config.data.name={name!r}: {_first_line(error)}") from error
+            reason = f"config.data.path={config.path!r}: no prepared dataset: {_last_line(error)}"
+        elif configs := [c.name for c in tfds.builder_cls(name.split("/")[0].split(":")[0]).BUILDER_CONFIGS]:
+            reason = f"config.data.name={name!r}: no such config or version; there are {', '.join(configs[:60])}"
+        else:
+            reason = f"config.data.name={name!r}: {_last_line(error)}"
+        raise UserError(reason) from error
     if config.text_key not in builder.info.features:
         raise UserError(
             f"config.data.text_key={config.text_key!r}: {name!r} has the features {', '.join(builder.info.features)}"
@@ -157,18 +176,35 @@ def _open_public(config, root: Path):
     if "train" not in (builder.info.splits or {"train": None}):
         raise UserError(f"config.data.name={name!r}: has no train split, only {', '.join(builder.info.splits)}")
     try:
-        documents = _prepare(builder, config.text_key)
-    except UserError:
-        raise
+        _check_network(builder)
+        builder.download_and_prepare()
+        documents = _open_splits(builder, config.text_key)
     except Exception as error:  # whatever an upstream builder, a download or a missing TensorFlow may raise
         raise UserError(
-            f"config.data.name={name!r}: cannot be prepared here ({type(error).__name__}: {_first_line(error)}). Prepare it once "
-            f"where there is a network and TensorFlow (pip install tensorflow), with tfds.builder({name!r}, data_dir={str(root)!r}, "
-            "file_format='array_record').download_and_prepare(), and bring the folder here; or set config.data.path to a folder "
-            "that holds it prepared; or use config.data.name='text' with files of your own"
+            f"config.data.name={name!r}: cannot be prepared here ({type(error).__name__}: {_last_line(error)}). "
+            "Prepare it once where there is a network and TensorFlow (pip install tensorflow), with "
+            f"tfds.builder({name!r}, data_dir={str(root)!r}, file_format='array_record').download_and_prepare(), "
+            "and bring the folder here; or set config.data.path to a folder that holds it prepared; "
+            "or use config.data.name='text' with files of your own"
         ) from error
     return fingerprint([builder.info.full_name, {s: d.count for s, d in documents.items()}]), documents
 
 
-def _first_line(error: Exception) -> str:
-    return (str(error).strip() or "no message").splitlines()[0][:200]
+def _check_network(builder):
+    """Fails at once, not after minutes of retries, when no host that a dataset is downloaded from has an address.
+
+    Raises:
+      ConnectionError: none of the hosts resolves, and no proxy is set that might reach them.
+    """
+    hosts = {urllib.parse.urlparse(url).hostname for url in builder.url_infos or ()} - {None}
+    if builder.is_prepared() or not hosts or urllib.request.getproxies():
+        return
+    for host in hosts:
+        with contextlib.suppress(OSError):
+            socket.getaddrinfo(host, 443)
+            return
+    raise ConnectionError(f"no network: {', '.join(sorted(hosts)[:3])} not found")
+
+
+def _last_line(error: Exception) -> str:
+    return (str(error).strip() or "no message").splitlines()[-1][-200:]

@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import re
+import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def works() -> Iterator[tuple[str, str, str]]:
     Yields:
       (split, title, text)
     """
-    text = lzma.open(EMBEDDED).read().decode("utf-8")
+    text = lzma.decompress(EMBEDDED.read_bytes()).decode("utf-8")
     pages = list(TITLE_PAGE.finditer(text))
     ends = [page.start() for page in pages[1:]] + [len(text)]
     for page, end in zip(pages, ends, strict=True):
@@ -61,26 +62,31 @@ def read_documents(path: Path, text_key: str) -> Iterator[str]:
     Raises:
       UserError: not UTF-8, damaged, too large, a line that is not JSON or lacks the key.
     """
-    with OPENERS.get(path.suffix, open)(path, "rb") as file:
-        try:
+    try:
+        with OPENERS.get(path.suffix, open)(path, "rb") as file:
             if _ending(path) == ".txt":
                 content = file.read(LARGEST + 1)
                 if len(content) > LARGEST:
-                    raise UserError(
-                        f"config.data.path: {path} is one document of over 1 GiB: split the file, or use .jsonl"
-                    )
+                    raise UserError(f"config.data.path: {path} is a document of over 1 GiB: split it, or use .jsonl")
                 documents = [content.decode("utf-8-sig")]
             else:
                 documents = (
                     _json_text(line, f"{path}:{n}", text_key) for n, line in enumerate(file, 1) if line.strip()
                 )
             yield from (document for document in documents if document.strip())
-        except UnicodeDecodeError as error:
-            raise UserError(
-                f"config.data.path: {path} is not UTF-8 (byte {error.start}): convert it, for example with iconv"
-            ) from error
-        except (lzma.LZMAError, gzip.BadGzipFile, EOFError) as error:
-            raise UserError(f"config.data.path: {path} is damaged or not {path.suffix[1:]}: {error}") from error
+    except UnicodeDecodeError as error:
+        reason = f"is not UTF-8 (byte {error.start}): convert it, for example with iconv"
+        raise UserError(f"config.data.path: {path} {reason}") from error
+    except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise UserError(f"config.data.path: {path} is damaged or not {path.suffix[1:]}: {error}") from error
+    except OSError as error:
+        raise UserError(f"config.data.path: {path} cannot be read ({error.strerror})") from error
+
+
+def read_all(paths: Iterable[Path], text_key: str) -> Iterator[str]:
+    """Documents of several files, one after another."""
+    for path in paths:
+        yield from read_documents(path, text_key)
 
 
 def _ending(path: Path) -> str:
@@ -102,8 +108,8 @@ def _json_text(line: bytes, where: str, text_key: str) -> str:
 def cut(documents: Iterable[str], total: int, split: str) -> Iterator[str]:
     """The part of a text that belongs to a split: contiguous, in order, together the whole and nothing twice.
 
-    The last `HELD_OUT_SHARE` is the test split, as much before it the validation split. A document across a border is cut
-    at the end of a line (of a word, failing that); one of under a hundredth of the text stays whole, in the earlier split.
+    The last `HELD_OUT_SHARE` is the test split, as much before it the validation split. A document across a border is
+    cut at the end of a line (failing that, of a word); one under a hundredth of the text stays in the earlier split.
 
     Args:
       documents: the whole text, document by document.
@@ -130,5 +136,5 @@ def _cut_at(document: str, border: int, total: int) -> int:
         return 0
     if border >= len(document) or len(document) < total / 100:
         return len(document)
-    line = document.rfind("\n", 0, border) + 1
-    return line or document.rfind(" ", 0, border) + 1 or border
+    nearest = max(0, border - total // 100)  # not to give a split away for want of line ends
+    return document.rfind("\n", nearest, border) + 1 or document.rfind(" ", nearest, border) + 1 or border

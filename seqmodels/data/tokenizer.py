@@ -95,7 +95,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json` of the `tokenizers` library. The separator is the first of SEPARATORS that it knows, else one id more."""
+    """A `tokenizer.json` of the `tokenizers` library. Its separator is the first of SEPARATORS, else one id more."""
 
     def __init__(self, path: Path):
         import tokenizers
@@ -137,7 +137,8 @@ def load_tokenizer(name: str) -> Tokenizer:
     kinds = {".model": SentencePieceTokenizer, ".json": HuggingFaceTokenizer}
     if path.suffix not in kinds:
         raise UserError(
-            f"config.data.tokenizer={name!r}: must be 'bytes' or the path of a sentencepiece .model or a Hugging Face tokenizer.json"
+            f"config.data.tokenizer={name!r}: must be 'bytes' or the path of a sentencepiece .model "
+            "or a Hugging Face tokenizer.json"
         )
     return kinds[path.suffix](path)
 
