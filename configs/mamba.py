@@ -34,7 +34,7 @@ def add_mamba(config: ConfigDict) -> None:
             expand=2,  # E = expand * D
             conv=4,  # W
             dt_rank=0,  # 0: ceil(D / 16)
-            norms="none",  # on dt, B and C: none | plain (FalconMamba) | learned (Jamba)
+            norms="none",  # on dt, B and C: none | rms (no weights: FalconMamba) | learned (Jamba)
             dt_min=1e-3,  # of the step size at initialization
             dt_max=1e-1,
             dt_floor=1e-4,
@@ -61,7 +61,7 @@ def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
     learning_rate = get_config(arg).optimizer.learning_rate
     for state in (1, 4, 16, 64):
         add({"model.mamba.state": state})
-    for norms in ("plain", "learned"):
+    for norms in ("rms", "learned"):
         add({"model.mamba.norms": norms})
     for factor in (0.3, 3.0):
         add({"optimizer.learning_rate": learning_rate * factor})

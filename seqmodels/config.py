@@ -16,7 +16,7 @@ CHOICES = {
     "model.dense.gate": ("channel", "state", "both", "none"),
     "model.dense.activation": ("silu", "sigmoid", "identity"),
     "model.dense.projection": ("identity", "linear"),
-    "model.mamba.norms": ("none", "plain", "learned"),
+    "model.mamba.norms": ("none", "rms", "learned"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
     "training.nan": ("stop", "skip"),
 }

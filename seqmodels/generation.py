@@ -92,9 +92,9 @@ def prefill(model, params: Any, tokens: jax.Array, mask: jax.Array, state: Any) 
     return hidden, state
 
 
-@functools.partial(jax.jit, static_argnames=("model", "vocab_size", "room"), donate_argnames="state")
-def _continue(model, params, hidden, state, keys, sampling, stop, tokens, *, vocab_size, room):
-    """Draw `tokens` tokens a row, at most `room`, which alone decides what is compiled."""
+@functools.partial(jax.jit, static_argnames=("model", "room"), donate_argnames="state")
+def _continue(model, params, hidden, state, keys, sampling, vocab_size, stop, tokens, *, room):
+    """Draw `tokens` tokens a row into [B, room]; only `room` decides what is compiled. The state comes back as well."""
     variables = {"params": params}
 
     def unfinished(carry):
@@ -114,7 +114,8 @@ def _continue(model, params, hidden, state, keys, sampling, stop, tokens, *, voc
     batch = hidden.shape[0]
     out = jnp.full((batch, room), stop, jnp.int32)
     carry = jnp.zeros((), jnp.int32), hidden, state, out, jnp.zeros((batch,), bool)
-    return jax.lax.while_loop(unfinished, body, carry)[3]
+    _, _, state, out, _ = jax.lax.while_loop(unfinished, body, carry)
+    return out, state
 
 
 def decode(
@@ -157,8 +158,8 @@ def decode(
     state = _initial_state(model, batch, power_of_two(length + tokens))
     hidden, state = prefill(model, params, ids, mask, state)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(batch))
-    out = _continue(
-        model, params, hidden, state, keys, sampling, stop, tokens, vocab_size=vocab_size, room=power_of_two(tokens)
+    out, _ = _continue(
+        model, params, hidden, state, keys, sampling, vocab_size, stop, tokens, room=power_of_two(tokens)
     )
     return np.asarray(out)[:, :tokens]
 
