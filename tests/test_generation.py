@@ -27,7 +27,7 @@ def tiny(name):
     if name == "transformer":
         config.mlp.hidden = 48
     model = build(config, VOCAB)
-    params = unbox(model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
+    params = unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     noisy = [x + 0.2 * jax.random.normal(key, x.shape) for x, key in zip(leaves, keys, strict=True)]

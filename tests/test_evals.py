@@ -1,0 +1,217 @@
+"""Evaluators against sums that are written out here, in float64, one window at a time."""
+
+import functools
+import json
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from configs import densemamba
+from kernels.dispatch import UnsupportedError
+from seqmodels import evals
+from seqmodels.data import TokenSplit, load_tokenizer
+from seqmodels.errors import UserError
+from seqmodels.evals import by_position, extrapolation, perplexity, report, scoring
+from seqmodels.model import build
+from seqmodels.training.sharding import AXES, RULES, unbox
+
+VOCAB = 257
+T = 16
+
+
+@pytest.fixture(scope="module")
+def model_and_params():
+    config = densemamba.get_config().model.unlock()
+    config.update(width=16, repeats=2, pattern="mamba")
+    config.dense.bottleneck = 8
+    model = build(config, VOCAB)
+    params = unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
+    return model, jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+
+
+@pytest.fixture(scope="module")
+def split():
+    """Three documents, 101 tokens: 100 targets, six rows of 16 and one of 4. Of bytes it has fewer than tokens."""
+    rng = np.random.default_rng(0)
+    tokens = rng.integers(0, 128, 101).astype(np.uint16)
+    documents = np.array([0, 41, 70])
+    tokens[documents] = 256
+    return TokenSplit(tokens, documents, bytes=96)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def logits_of(model, params, tokens, segment_ids):
+    hidden, _ = model.apply({"params": params}, tokens, segment_ids=segment_ids)
+    return model.apply({"params": params}, hidden, method="logits")
+
+
+def token_nats(model, params, tokens, targets, segment_ids):
+    """Nats of one row, by NumPy in float64 from the model's logits."""
+    logits = np.asarray(logits_of(model, params, tokens[None], segment_ids[None]), np.float64)[0]
+    largest = logits.max(axis=-1, keepdims=True)
+    log_z = np.log(np.exp(logits - largest).sum(axis=-1)) + largest[:, 0]
+    return log_z - logits[np.arange(len(targets)), targets]
+
+
+@pytest.fixture(scope="module")
+def nats(model_and_params, split):
+    """[100] float64: nats of every target of the split, in rows of T."""
+    ids = np.searchsorted(split.documents, np.arange(101), side="right") - 1
+    result = []
+    for start in range(0, 100, T):
+        row = np.zeros((3, T), np.int32)
+        stop = min(start + T, 100)
+        row[:, : stop - start] = split.tokens[start:stop], split.tokens[start + 1 : stop + 1], ids[start:stop]
+        row[2, stop - start :] = row[2, stop - start - 1]
+        result.append(token_nats(*model_and_params, *row)[: stop - start])
+    return np.concatenate(result)
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 8])
+def test_perplexity_counts_every_target_once(model_and_params, split, nats, batch_size):
+    figures = perplexity.evaluate(*model_and_params, split, length=T, batch_size=batch_size)
+    assert (figures["tokens"], figures["bytes"]) == (100, 96)
+    np.testing.assert_allclose(figures["loss"], nats.mean(), rtol=1e-5)
+    np.testing.assert_allclose(figures["perplexity"], np.exp(nats.mean()), rtol=1e-5)
+    np.testing.assert_allclose(figures["bits_per_byte"], nats.sum() / np.log(2) / 96, rtol=1e-5)
+
+
+def test_a_limit_counts_its_own_bytes(model_and_params, split, nats):
+    run = dict(length=T, batch_size=2, limit=3)  # targets 1 to 48, with the separator of document 41
+    exact = perplexity.evaluate(*model_and_params, split, **run, tokenizer=load_tokenizer("bytes"))
+    assert exact["tokens"] == 48
+    covered = bytes(token for token in split.tokens[1:49].tolist() if token < 256)
+    assert exact["bytes"] == len(covered) == 47
+    np.testing.assert_allclose(exact["loss"], nats[:48].mean(), rtol=1e-5)
+    average = perplexity.evaluate(*model_and_params, split, **run)
+    assert average["bytes"] == round(96 * 48 / 100)
+
+
+def test_a_uniform_model_needs_the_logarithm_of_the_vocabulary(model_and_params, split):
+    model, params = model_and_params
+    uniform = dict(params, embedding=jnp.zeros_like(params["embedding"]))
+    figures = perplexity.evaluate(model, uniform, split, length=T, batch_size=8)
+    assert figures["perplexity"] == pytest.approx(264, rel=1e-5)  # the padded vocabulary
+    assert figures["bits_per_byte"] == pytest.approx(math.log2(264) * 100 / 96, rel=1e-5)
+
+
+def test_logits_in_chunks_change_nothing(model_and_params, split, monkeypatch):
+    whole = scoring.position_sums(*model_and_params, split, length=48, batch_size=1)
+    scoring.score.clear_cache()
+    monkeypatch.setattr(scoring, "LOGIT_TOKENS", 20)  # 48 = 20 + 20 + 8
+    chunked = scoring.position_sums(*model_and_params, split, length=48, batch_size=1)
+    scoring.score.clear_cache()
+    np.testing.assert_allclose(chunked.nats, whole.nats, rtol=1e-5)
+    assert (chunked.tokens == whole.tokens).all()
+
+
+def test_rows_spread_over_devices(model_and_params, split, nats):
+    mesh = jax.make_mesh((2, 4, 1, 1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 5)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        figures = perplexity.evaluate(*model_and_params, split, length=T, batch_size=3, mesh=mesh)  # 8 rows at once
+    assert figures["tokens"] == 100
+    np.testing.assert_allclose(figures["loss"], nats.mean(), rtol=1e-5)
+
+
+def test_loss_by_position(model_and_params, split, nats):
+    sums = scoring.position_sums(*model_and_params, split, length=T, batch_size=8)
+    result = by_position.by_position(sums)
+    assert (result["first"], result["last"]) == ([0, 1, 2, 4, 8], [0, 1, 3, 7, 15])
+    rows = [nats[start : start + T] for start in range(0, 100, T)]
+    for first, last, loss in zip(result["first"], result["last"], result["loss"], strict=True):
+        np.testing.assert_allclose(loss, np.concatenate([row[first : last + 1] for row in rows]).mean(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 2, 3, 16, 100, 257])
+def test_buckets_cover_every_position_once(length):
+    spans = by_position.buckets(length)
+    assert [p for first, end in spans for p in range(first, end)] == list(range(length))
+
+
+def test_longer_contexts_predict_the_same_tokens(model_and_params, split):
+    model, params = model_and_params
+    lengths = [T, 2 * T, 8 * T]
+    result = extrapolation.evaluate(model, params, split, lengths=lengths, scored=8, batch_size=2, limit=99)
+    ids = split.segment_ids(0, 100)
+    for length in lengths[:2]:
+        expected = []
+        for end in (32, 64, 96):  # rows of 32
+            part = slice(end - length, end)
+            row = split.tokens[part].astype(int), split.tokens[end - length + 1 : end + 1].astype(int), ids[part]
+            expected.append(token_nats(model, params, *row)[-8:])
+        np.testing.assert_allclose(result[str(length)]["loss"], np.mean(expected), rtol=1e-5)
+        assert result[str(length)]["tokens"] == 24
+    assert "101 tokens, a row needs 129" in result["128"]["not_served"]
+
+
+def test_what_a_model_cannot_do_is_said_and_what_is_broken_is_raised(model_and_params, split, monkeypatch):
+    def failing(error):
+        def score(model, params, batch, mesh):
+            if batch["tokens"].shape[1] > T:
+                raise error
+            return np.ones(batch["tokens"].shape)
+
+        monkeypatch.setattr(extrapolation, "score_batch", score)
+        return extrapolation.evaluate(*model_and_params, split, lengths=[T, 48], scored=8, batch_size=2, limit=9)
+
+    assert failing(UnsupportedError("at most 16"))["48"] == {"not_served": "at most 16"}
+    result = failing(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"))
+    assert "out of memory" in result["48"]["not_served"] and result["16"]["loss"] == 1.0
+    with pytest.raises(ZeroDivisionError):
+        failing(ZeroDivisionError())
+
+
+class FakeRun:
+    """A run whose figures are known."""
+
+    def __init__(self, model_and_params, split):
+        self.config = densemamba.get_config().unlock()
+        self.config.seq_len = T
+        self.model, self.params = model_and_params
+        self.dataset, self.mesh, self.batch_size = self, None, 2
+        self.split = split
+
+    def __getitem__(self, name):
+        return self.split
+
+    def xz_bits_per_byte(self, split):
+        return 2.5
+
+    def position_sums(self, split, limit):
+        return scoring.position_sums(self.model, self.params, self.split, length=T, batch_size=2, limit=limit)
+
+
+def by_value(figures):
+    """The numbers that are not counts, in any nesting."""
+    if isinstance(figures, float):
+        yield figures
+    elif isinstance(figures, dict | list):
+        for value in figures.values() if isinstance(figures, dict) else figures:
+            yield from by_value(value)
+
+
+def test_every_evaluator_gives_json_a_table_and_a_picture(model_and_params, split, tmp_path):
+    run, figures = FakeRun(model_and_params, split), {}
+    for name, evaluator in evals.EVALUATORS.items():
+        result = evaluator.evaluate_run(run, ["validation", "test"], None)
+        assert name in result and not result.keys() & figures.keys()
+        assert result[name].keys() == {"validation", "test"}
+        loss = next(iter(by_value(result[name]["test"])))
+        assert f"{loss:.4f}" in evaluator.table(result)
+        figures |= result
+    report.write_json(tmp_path / "deep" / "eval.json", figures)
+    assert json.loads((tmp_path / "deep" / "eval.json").read_text()) == figures
+    assert report.plot(tmp_path / "eval.png", evals.EVALUATORS, figures, "title")
+    assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_unknown_evaluators_and_unwritable_files(tmp_path):
+    with pytest.raises(UserError, match="--evals=perplexty: must be one of perplexity, "):
+        evals.find(["perplexty"])
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot be written"):
+        report.write_json(tmp_path / "file" / "eval.json", {})
