@@ -18,8 +18,6 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def main(flag_values: flags.FlagValues) -> None:
-    if flag_values.config is None:
-        raise cli.UserError("--config is missing; for example --config=configs/densemamba.py")
     config = flag_values.config
     cli.use_platform(config.platform)
 

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
-from ml_collections.config_flags.config_flags import FlagOrderError
 
 from seqmodels.errors import UserError
+
+_HELP = {"--help", "-help", "-h"}
 
 
 def fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]:
@@ -65,14 +66,21 @@ def load_config(spec: str) -> ConfigDict:
 
 
 def define_config(flag_values: flags.FlagValues, argv: list[str]) -> None:
-    """Declares --config and its --config.field overrides, once the named fields are known to exist."""
-    spec = _config_spec(argv)
-    if spec is not None:
-        check_overrides(load_config(spec), argv)
-    config_flags.DEFINE_config_file(
-        "config", None, "Config file, as configs/densemamba.py or configs/densemamba.py:350m.",
-        flag_values=flag_values, sys_argv=argv,
-    )  # fmt: skip
+    """Takes --config=FILE[:preset] out of `argv` and declares a flag --config.field for each field of that config.
+
+    Raises: UserError for a config or a field that is not there.
+    """
+    spec = _take_config(argv)
+    if spec is None and not _HELP & set(argv):
+        raise UserError("--config is missing; for example --config=configs/densemamba.py")
+    if spec is None:
+        flags.DEFINE_string(
+            "config", None, "Config, as configs/mamba.py or configs/mamba.py:130m.", flag_values=flag_values
+        )
+        return
+    config = load_config(spec)
+    check_overrides(config, argv)
+    config_flags.DEFINE_config_dict("config", config, f"Read from {spec}.", flag_values=flag_values, sys_argv=argv)
 
 
 def check_overrides(config: ConfigDict, argv: list[str]) -> None:
@@ -105,20 +113,20 @@ def use_platform(platform: str) -> None:
         raise UserError(f"--config.platform={platform}: {_one_line(error)}") from error
 
 
-def help_text(doc: str, flag_values: flags.FlagValues, argv: list[str]) -> str:
+def help_text(doc: str, flag_values: flags.FlagValues) -> str:
     """What `--help` prints: the script's docstring, its flags, and the fields of the config named beside it."""
     lines = [doc.strip(), "", "Flags:"]
     for name in sorted(flag_values):
         flag = flag_values[name]
         if "." not in name and flag.help:
-            default = "" if flag.default in (None, "") else f" (default: {flag.default})"
+            default = "" if flag.default in (None, "") or name == "config" else f" (default: {flag.default})"
             lines.append(f"  --{name}: {flag.help}{default}")
-    spec = _config_spec(argv)
-    if spec is None:
+    config = flag_values["config"].default if "config" in flag_values else None
+    if isinstance(config, ConfigDict):
+        lines += ["", "Fields of the config (configs/base.py says what they mean):"]
+        lines += [f"  --config.{name}={value}" for name, value in fields(config)]
+    elif "config" in flag_values:
         lines += ["", "Add --config=FILE to see the fields of that config; configs/base.py says what they mean."]
-    else:
-        lines += ["", f"Fields of {spec} (configs/base.py says what they mean):"]
-        lines += [f"  --config.{name}={value}" for name, value in fields(load_config(spec))]
     return "\n".join(lines)
 
 
@@ -144,28 +152,32 @@ def run(
     flag_values = flags.FlagValues()
     try:
         define(flag_values, argv)
-        if {"--help", "-h", "-help"} & set(argv):
-            print(help_text(doc, flag_values, argv))
+        if _HELP & set(argv):
+            print(help_text(doc, flag_values))
             return 0
         rest = flag_values(argv)[1:]
         if rest:
             raise UserError(f"{rest[0]}: not a flag; options are written --name=value")
         return main(flag_values) or 0
-    except (UserError, flags.Error, FlagOrderError) as error:
+    except (UserError, flags.Error) as error:
         print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
         return 1
     except BrokenPipeError:  # `train.py ... | head`
         return 1
 
 
-def _config_spec(argv: list[str]) -> str | None:
-    """What stands after --config= (or after --config), the last one if there are several."""
-    spec = None
-    for i, argument in enumerate(argv):
-        if match := re.match(r"--?config=(.*)", argument):
+def _take_config(argv: list[str]) -> str | None:
+    """Takes --config=SPEC (or --config SPEC) out of the arguments; the last one counts."""
+    spec, i = None, 1
+    while i < len(argv):
+        if match := re.match(r"--?config=(.*)", argv[i]):
             spec = match[1]
-        elif re.fullmatch(r"--?config", argument) and i + 1 < len(argv):
+            del argv[i]
+        elif re.fullmatch(r"--?config", argv[i]) and i + 1 < len(argv):
             spec = argv[i + 1]
+            del argv[i : i + 2]
+        else:
+            i += 1
     return spec
 
 

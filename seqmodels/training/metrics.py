@@ -24,6 +24,8 @@ class Metrics:
         self._file = self._board = self._wandb = None
         if not enabled:
             return
+        if config.metrics.wandb:
+            self._wandb = _start_wandb(workdir, config)
         path = Path(workdir) / "metrics.jsonl"
         drop_after(path, step)
         self._file = open(path, "a")  # noqa: SIM115 - it lives as long as the run
@@ -31,8 +33,6 @@ class Metrics:
             from tensorboardX import SummaryWriter
 
             self._board = SummaryWriter(str(workdir), purge_step=step + 1, flush_secs=10)
-        if config.metrics.wandb:
-            self._wandb = _start_wandb(workdir, config)
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one row. Floats are written with all their digits; what is not finite as null."""

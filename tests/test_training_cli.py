@@ -1,0 +1,101 @@
+"""The command line: what is wrong is said in one line, with the nearest right thing, and exit status 1."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from absl import flags
+
+from seqmodels import cli
+
+ROOT = Path(__file__).parent.parent
+MAMBA = f"--config={ROOT}/configs/mamba.py"
+
+
+def call(*argv, main=lambda values: None):
+    def define(values, argv):
+        cli.define_config(values, argv)
+        flags.DEFINE_string("workdir", None, "Where to.", flag_values=values)
+
+    return cli.run(main, define, "What it does.", ["train.py", *argv])
+
+
+def config_of(*argv):
+    seen = {}
+    assert call(*argv, main=lambda values: seen.update(config=values.config, workdir=values.workdir)) == 0
+    return seen["config"]
+
+
+def test_overrides_of_every_type():
+    config = config_of(
+        MAMBA, "--config.steps=7", "--config.optimizer.learning_rate=1", "--config.training.bptt=True",
+        "--config.data.name=text", "--config.evaluation.lengths=(1, 8)", "--config.mesh.data", "2",
+    )  # fmt: skip
+    assert (config.steps, config.optimizer.learning_rate, config.training.bptt) == (7, 1.0, True)
+    assert (config.data.name, config.evaluation.lengths, config.mesh.data) == ("text", (1, 8), 2)
+    assert config.is_locked
+
+
+def test_overrides_may_come_first_and_the_last_config_counts():
+    config = config_of("--config.steps=3", MAMBA, "--config", f"{ROOT}/configs/transformer.py")
+    assert config.steps == 3 and config.name == "transformer"
+
+
+def test_preset_and_workdir():
+    config = config_of(MAMBA + ":130m", "--workdir=x")
+    assert config.model.width == 768 and config.name == "mamba-130m"
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([MAMBA, "--config.stepz=3"], ["config.stepz", "did you mean", "steps"]),
+        ([MAMBA, "--config.optimizer.warmpu=3"], ["optimizer.warmpu", "optimizer.warmup"]),
+        ([MAMBA, "--config.learning_rate=3"], ["learning_rate", "did you mean optimizer.learning_rate"]),
+        ([MAMBA, "--config.optimizer=3"], ["config.optimizer is a group", "optimizer.learning_rate"]),
+        ([MAMBA, "--config.steps=many"], ["config.steps", "many"]),
+        ([MAMBA, "--config.steps=1.5"], ["config.steps", "1.5"]),
+        ([MAMBA + ":131m"], ["131m", "130m"]),
+        ([f"--config={ROOT}/configs/mmaba.py"], ["no file", "mamba.py"]),
+        ([f"--config={ROOT}/README.nothing"], ["no file"]),
+        ([f"--config={ROOT}/train.py"], ["does not define get_config"]),
+        (["--config.steps=3"], ["--config is missing"]),
+        ([MAMBA, "--workdri=x"], ["workdri", "workdir"]),
+        ([MAMBA, "runs/x"], ["runs/x", "--name=value"]),
+    ],
+)
+def test_mistakes(argv, words, capsys):
+    assert call(*argv) == 1
+    err = capsys.readouterr().err
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert all(word in err for word in words), err
+
+
+def test_help_lists_flags_and_fields(capsys):
+    assert call("--help") == 0
+    assert "What it does." in (text := capsys.readouterr().out) and "--workdir" in text and "configs/base.py" in text
+    assert call("--help", MAMBA) == 0
+    assert "--config.optimizer.learning_rate=" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], "--config is missing"),
+        (["--config=configs/mamba.py", "--config.mesh.data=3"], "mesh asks for 3 devices"),
+        (["--config=configs/mamba.py", "--config.platform=tpu"], "config.platform=tpu"),
+        (["--config=configs/mamba.py", "--config.optimizer.schedule=linear"], "optimizer.schedule"),
+        (["--config=configs/mamba.py", "--config.data.name=text", "--config.data.path=nowhere/*.txt"], "nowhere"),
+    ],
+)
+def test_train_says_it_in_one_line(argv, words, tmp_path):
+    command = [sys.executable, "train.py", *argv, f"--workdir={tmp_path / 'run'}"]
+    if argv:
+        command.append(f"--config.data.cache={tmp_path}")
+    process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert process.returncode == 1 and words in process.stderr
+    *noise, line = process.stderr.splitlines()  # libtpu, where it is installed, has its own to say
+    assert line.startswith("error: ") and (not noise or "platform=tpu" in words) and "Traceback" not in process.stderr
+    assert not (tmp_path / "run").exists()  # nothing begun, nothing lost

@@ -1,0 +1,128 @@
+"""metrics.jsonl: every digit, every step once, after any crash; the run directory; the reports."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from seqmodels.errors import UserError
+from seqmodels.training import metrics, report, run, sharding
+from seqmodels.training.progress import Progress, clock
+from seqmodels.training.state import abstract_params
+from tests.training_model import LeakyModel, small_config
+
+
+def rows_of(tmp_path):
+    return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_floats_come_back_exactly(tmp_path):
+    values = np.random.default_rng(0).normal(size=50).astype(np.float32)
+    writer = metrics.Metrics(tmp_path, 0, small_config(metrics__tensorboard=False))
+    for step, value in enumerate(values, 1):
+        writer.write(step, {"loss": value})
+    back = np.array([row["loss"] for row in rows_of(tmp_path)])  # before close: every row is flushed
+    writer.close()
+    assert (back.astype(np.float32) == values).all() and (back == values.astype(np.float64)).all()
+
+
+def test_what_is_not_finite_is_null(tmp_path):
+    writer = metrics.Metrics(tmp_path, 0, small_config())
+    writer.write(1, {"loss": float("nan"), "grad_norm": float("inf"), "learning_rate": 1.0})
+    writer.close()
+    assert rows_of(tmp_path) == [{"step": 1, "loss": None, "grad_norm": None, "learning_rate": 1.0}]
+
+
+def test_resuming_drops_later_rows_and_a_torn_line(tmp_path):
+    writer = metrics.Metrics(tmp_path, 0, small_config(metrics__tensorboard=False))
+    for step in range(1, 8):
+        writer.write(step, {"loss": step / 3})
+    writer.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 8, "lo')
+    writer = metrics.Metrics(tmp_path, 5, small_config(metrics__tensorboard=False))
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4, 5]
+    writer.write(6, {"loss": 2.0})
+    writer.close()
+    assert [row["step"] for row in rows_of(tmp_path)] == [1, 2, 3, 4, 5, 6]
+    assert not list(tmp_path.glob("*.tmp"))
+
+
+def test_tensorboard_has_the_same_figures(tmp_path):
+    writer = metrics.Metrics(tmp_path, 0, small_config())
+    writer.write(1, {"loss": 2.5})
+    writer.close()
+    (events,) = tmp_path.glob("events.*")
+    assert b"loss" in events.read_bytes()
+
+
+def test_wandb_missing_is_a_users_error(tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "wandb", None)
+    with pytest.raises(UserError, match=r"metrics\.wandb=project: pip install wandb"):
+        metrics.Metrics(tmp_path, 0, small_config(metrics__wandb="project"))
+
+
+def begun(tmp_path, config):
+    run.write_config(tmp_path, config)
+    (tmp_path / "metrics.jsonl").write_text("")
+
+
+def test_config_round_trip(tmp_path):
+    config = small_config(seed=3)
+    run.write_config(tmp_path, config)
+    assert run.read_config(tmp_path).to_dict() == json.loads(config.to_json())
+
+
+def test_run_of_another_config_names_the_fields(tmp_path):
+    begun(tmp_path, small_config())
+    with pytest.raises(UserError, match=r"another config: batch_size=16 \(was 8\), optimizer.b1=0.8 \(was 0.9\)"):
+        run.check_run(tmp_path, small_config(batch_size=16, optimizer__b1=0.8))
+    run.check_run(
+        tmp_path, small_config(steps=9, mesh__data=2, checkpoint__every=3, metrics__every=2, sample__tokens=1)
+    )
+
+
+def test_what_never_began_may_be_another(tmp_path):
+    run.write_config(tmp_path, small_config())
+    run.check_run(tmp_path, small_config(batch_size=16))
+
+
+def test_directories_that_are_no_runs(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        run.check_run(tmp_path / "file", small_config())
+    with pytest.raises(UserError, match=r"no config.json there; it is not a run directory"):
+        run.read_config(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(UserError, match="is not JSON"):
+        run.read_config(tmp_path)
+
+
+def test_parameter_table_counts_and_places():
+    config = small_config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2)
+    boxed = abstract_params(LeakyModel(), config)
+    placed = sharding.param_shardings(boxed, sharding.make_mesh(config))
+    params = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), sharding.unbox(boxed), placed
+    )
+    table = report.parameter_table({"layer_0": params, "layer_1": params})
+    assert "layer_*/table" in table and "2 x" in table and "tensor fsdp" in table
+    assert table.splitlines()[-1].split() == ["total", f"{2 * (32 * 16 + 2 * 16 * 16 + 16):,}"]
+
+
+def test_state_bytes():
+    assert report.state_bytes(LeakyModel(), 99) == 4 + 16 * 4
+
+
+def test_progress_in_a_log(capsys):
+    with Progress(0, 3, seconds=1e6) as progress:
+        for step in (1, 2, 3):
+            progress.update(step, 2.0, 1234.0)
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 2 and lines[0].startswith("step 1/3  loss 2.0000  1,234 tokens/s")
+    assert lines[1].startswith("step 3/3") and lines[1].endswith("0:00 left")
+
+
+def test_clock():
+    assert [clock(s) for s in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
