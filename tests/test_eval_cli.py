@@ -1,0 +1,175 @@
+"""eval.py on a run directory with known checkpoints: its tables, its JSON, its continuations, and what it refuses."""
+
+import json
+import pathlib
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import eval as eval_script
+from configs import densemamba, transformer
+from seqmodels import cli, data
+from seqmodels.evals import run as run_module
+from seqmodels.model import build
+from seqmodels.training.checkpoint import Checkpoints
+from seqmodels.training.optimizer import decay_mask, make_optimizer
+from seqmodels.training.run import write_config
+from seqmodels.training.sharding import make_mesh, unbox
+from seqmodels.training.state import abstract_params, abstract_state, init_state
+from tests.data_fixtures import POEM, text_config
+
+ROOT = pathlib.Path(__file__).parents[1]
+STEPS = (2, 4)
+
+
+def config_for(module, tmp_path):
+    config = ConfigDict(module.get_config().to_dict())
+    config.data = text_config(tmp_path, {"poem.txt": POEM})
+    config.update(seq_len=32, batch_size=8, steps=4)
+    config.model.update(width=32, repeats=1)
+    config.evaluation.update(lengths=(1, 2, 64), rows=4)
+    config.checkpoint.update(best="validation_loss", keep=5)
+    return config
+
+
+@pytest.fixture(scope="module")
+def workdir(tmp_path_factory):
+    """A run with checkpoints of two steps, whose parameters differ; the first has the lower validation loss."""
+    tmp_path = tmp_path_factory.mktemp("eval")
+    return make_run(config_for(densemamba, tmp_path), tmp_path / "run")
+
+
+def make_run(config, workdir):
+    mesh = make_mesh(config)
+    dataset = data.load(config.data, seq_len=config.seq_len, batch_size=config.batch_size)
+    model = build(config.model, dataset.tokenizer.vocab_size)
+    optimizer = make_optimizer(config.optimizer, decay_mask(abstract_params(model, config)))
+    state = init_state(model, optimizer, config, abstract_state(model, optimizer, config, mesh))
+    write_config(workdir, config)
+    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
+    rows = []
+    for step in STEPS:
+        moved = jax.tree.map(lambda x, by=0.01 * step: x + by, state.params)
+        metrics = {"validation_loss": float(step)}
+        checkpoints.save(step, state.replace(step=state.step + step, params=moved), metrics)
+        rows.append(json.dumps({"step": step, **metrics}))
+    checkpoints.close()
+    (workdir / "metrics.jsonl").write_text("\n".join(rows) + "\n")
+    return workdir
+
+
+def call(*argv):
+    return cli.run(eval_script.main, eval_script.define, eval_script.__doc__, ["eval.py", *argv])
+
+
+def test_evaluation(workdir, capsys):
+    assert call(f"--workdir={workdir}") == 0
+    printed = capsys.readouterr().out
+    figures = json.loads((workdir / "eval.json").read_text())
+    run = run_module.load_run(workdir)
+    assert figures["step"] == run.step == 4 and figures["name"] == "densemamba"
+    for split in ("validation", "test"):
+        row = figures["perplexity"][split], figures["bits_per_byte"][split], figures["xz_bits_per_byte"][split]
+        assert all(f"{value:.4f}" in printed for value in row)
+        assert figures["tokens"][split] == len(run.dataset[split].tokens) - 1
+        np.testing.assert_allclose(figures["perplexity"][split], np.exp(figures["loss"][split]))
+        # One byte a token, and the separator no byte.
+        bits = figures["loss"][split] / np.log(2) * figures["tokens"][split] / figures["bytes"][split]
+        np.testing.assert_allclose(figures["bits_per_byte"][split], bits)
+        assert figures["loss_by_position"][split]["last"][-1] == 31
+        assert set(figures["context_lengths"][split]) == {"32", "64", "2048"}
+        assert figures["context_lengths"][split]["64"]["tokens"] == 4 * 16
+        assert "a row needs 2,049" in figures["context_lengths"][split]["2048"]["not_served"]
+    assert "not served" in printed and (workdir / "eval.png").exists()
+
+
+def test_loaded_parameters_are_those_of_the_checkpoint(workdir):
+    latest, first = run_module.load_run(workdir), run_module.load_run(workdir, "2")
+    assert (latest.step, first.step) == (4, 2)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a - b, 0.02, atol=1e-6), latest.params, first.params)
+    assert run_module.load_run(workdir, "best").step == 2
+
+
+def test_out_splits_evals_and_limit(workdir, tmp_path):
+    out = tmp_path / "figures.json"
+    assert (
+        call(f"--workdir={workdir}", f"--out={out}", "--splits=test", "--evals=perplexity", "--limit=3", "--step=2")
+        == 0
+    )
+    figures = json.loads(out.read_text())
+    assert (figures["step"], figures["limit"], figures["tokens"]) == (2, 3, {"test": 96})
+    assert "loss_by_position" not in figures
+
+
+def test_averaged_parameters_are_taken_where_there_are_some(tmp_path):
+    config = config_for(densemamba, tmp_path)
+    config.optimizer.ema = 0.9
+    run = run_module.load_run(make_run(config, tmp_path / "run"))
+    fresh = jax.jit(run.model.init)(jax.random.key(config.seed), jnp.zeros((1, 8), jnp.int32))["params"]
+    # make_run moved the parameters, and not their average
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), run.params, unbox(fresh))
+
+
+def test_continuation(workdir, capsys):
+    argv = f"--workdir={workdir}", "--prompt=line 7:", "--tokens=6"
+
+    def text(*more):
+        assert call(*argv, *more) == 0
+        return capsys.readouterr().out
+
+    greedy = text("--temperature=0")
+    assert greedy.startswith("line 7:") and greedy == text("--temperature=0", "--seed=5")
+    assert text("--temperature=2", "--seed=1") == text("--temperature=2", "--seed=1")
+    assert text("--temperature=1", "--top_k=1") == greedy
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        ([], ["--workdir is missing"]),
+        (["--workdir=/nonexistent/run"], ["/nonexistent/run", "no config.json"]),
+        (["--workdir={}", "--step=3"], ["no checkpoint of step 3", "[2, 4]"]),
+        (["--workdir={}", "--step=newest"], ["--step=newest", "latest, best or a number"]),
+        (["--workdir={}", "--splits=train,dev"], ["dev", "validation"]),
+        (["--workdir={}", "--evals=perplexty"], ["perplexty", "perplexity"]),
+        (["--workdir={}", "--limit=0"], ["limit", "0"]),
+        (["--workdir={}", "--prompt=x", "--tokens=0"], ["tokens=0", "at least 1"]),
+        (["--workdir={}", "--prompt=x", "--top_p=2"], ["top_p=2.0", "(0, 1]"]),
+        (["--workdri={}"], ["workdri", "workdir"]),
+    ],
+)
+def test_mistakes_are_one_line(workdir, capsys, argv, words):
+    assert call(*(argument.format(workdir) for argument in argv)) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and all(word in error for word in words), error
+
+
+def test_prompt_longer_than_a_transformers_context(tmp_path, capsys):
+    config = config_for(transformer, tmp_path)
+    config.model.mlp.hidden = 32
+    workdir = make_run(config, tmp_path / "run")
+    assert call(f"--workdir={workdir}", f"--prompt={'x' * 40}", "--tokens=8") == 1
+    error = capsys.readouterr().err
+    assert "prompt of 41 tokens" in error and "context of 32" in error and error.count("\n") == 1
+
+
+def test_best_needs_a_run_that_keeps_it(tmp_path, capsys):
+    config = config_for(densemamba, tmp_path)
+    config.checkpoint.best = ""
+    write_config(tmp_path / "run", config)
+    assert call(f"--workdir={tmp_path / 'run'}", "--step=best") == 1
+    assert "without config.checkpoint.best" in capsys.readouterr().err
+
+
+def test_as_a_command(workdir):
+    done = subprocess.run(
+        [sys.executable, "eval.py", f"--workdir={workdir}", "--prompt=line", "--tokens=2", "--temperature=0"],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.returncode, done.stderr) == (0, "") and done.stdout.startswith("line")
+    assert subprocess.run([sys.executable, "eval.py"], cwd=ROOT, capture_output=True).returncode == 1
