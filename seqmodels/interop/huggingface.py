@@ -1,0 +1,361 @@
+"""Weights of Mamba, FalconMamba and Llama models in the names and layouts of Hugging Face, and back.
+
+A torch Linear holds [out, in] and ours [in, out], perhaps with the outer axes split; a depthwise convolution there is
+[E, 1, W] and here [W, E]. Vectors, embeddings and A_log are the same. Names are those of the files on disk; Mamba's
+authors say `backbone.embedding` and write `lm_head` even where it is tied.
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from seqmodels.errors import UserError
+
+IGNORED = ("rotary_emb.inv_freq",)  # buffers in old Llama files, which follow from the config
+DEFAULT_ROPE_THETA = 10_000.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One tensor under both names.
+
+    `turned` says that rows there (their first axis) are columns here (our last axes, in the same order).
+    """
+
+    theirs: str
+    their_shape: tuple[int, ...]
+    ours: tuple[str, ...]
+    our_shape: tuple[int, ...]
+    turned: bool = False
+
+    def into(self, tensor) -> np.ndarray:
+        """Theirs to ours, float32."""
+        tensor = np.asarray(tensor, np.float32)
+        if self.turned:
+            tensor = tensor.reshape(self.their_shape[0], -1).T
+        return np.ascontiguousarray(tensor.reshape(self.our_shape))
+
+    def back(self, array) -> np.ndarray:
+        """Ours to theirs, float32."""
+        array = np.asarray(array, np.float32)
+        if self.turned:
+            array = array.reshape(-1, self.their_shape[0]).T
+        return np.ascontiguousarray(array.reshape(self.their_shape))
+
+
+def same(theirs: str, ours: tuple[str, ...], *shape: int) -> Weight:
+    """A tensor that is laid out alike."""
+    return Weight(theirs, shape, ours, shape)
+
+
+def turned(theirs: str, their_shape: tuple[int, ...], ours: tuple[str, ...], our_shape: tuple[int, ...]) -> Weight:
+    """A matrix, which torch holds transposed."""
+    return Weight(theirs, their_shape, ours, our_shape, turned=True)
+
+
+def mamba_weights(model: Mapping, tied: bool, embedding: str = "embeddings") -> list[Weight]:
+    """Every tensor of a Mamba or FalconMamba model. `embedding` is "embedding" in the files of Mamba's authors."""
+    V, D, layers, options = model["vocab_size"], model["width"], model["repeats"], model["mamba"]
+    E, N, W, R = options["expand"] * D, options["state"], options["conv"], options["dt_rank"] or -(-D // 16)
+    weights = [
+        same(f"backbone.{embedding}.weight", ("embedding",), V, D),
+        same("backbone.norm_f.weight", ("final_norm", "scale"), D),
+    ]
+    for i in range(layers):
+        block, mixer = (f"block_{i}",), (f"block_{i}", "mixer")
+        theirs = f"backbone.layers.{i}."
+        weights += [
+            same(f"{theirs}norm.weight", (*block, "norm", "scale"), D),
+            turned(f"{theirs}mixer.in_proj.weight", (2 * E, D), (*mixer, "in_proj"), (D, 2, E)),
+            turned(f"{theirs}mixer.conv1d.weight", (E, 1, W), (*mixer, "conv_weight"), (W, E)),
+            same(f"{theirs}mixer.conv1d.bias", (*mixer, "conv_bias"), E),
+            turned(f"{theirs}mixer.x_proj.weight", (R + 2 * N, E), (*mixer, "x_proj"), (E, R + 2 * N)),
+            turned(f"{theirs}mixer.dt_proj.weight", (E, R), (*mixer, "dt_proj"), (R, E)),
+            same(f"{theirs}mixer.dt_proj.bias", (*mixer, "dt_bias"), E),
+            same(f"{theirs}mixer.A_log", (*mixer, "A_log"), E, N),
+            same(f"{theirs}mixer.D", (*mixer, "D"), E),
+            turned(f"{theirs}mixer.out_proj.weight", (D, E), (*mixer, "out_proj"), (E, D)),
+        ]
+    return weights if tied else [*weights, turned("lm_head.weight", (V, D), ("head",), (D, V))]
+
+
+def llama_weights(model: Mapping, tied: bool) -> list[Weight]:
+    """Every tensor of a Llama or Mistral model."""
+    V, D, layers, F = model["vocab_size"], model["width"], model["repeats"], model["mlp"]["hidden"]
+    H, K, d = (model["attention"][name] for name in ("heads", "kv_heads", "head_dim"))
+    weights = [
+        same("model.embed_tokens.weight", ("embedding",), V, D),
+        same("model.norm.weight", ("final_norm", "scale"), D),
+    ]
+    for i in range(layers):
+        block, mixer, mlp = (f"block_{i}",), (f"block_{i}", "mixer"), (f"block_{i}", "mlp")
+        theirs = f"model.layers.{i}."
+        weights += [
+            same(f"{theirs}input_layernorm.weight", (*block, "norm", "scale"), D),
+            turned(f"{theirs}self_attn.q_proj.weight", (H * d, D), (*mixer, "query"), (D, H, d)),
+            turned(f"{theirs}self_attn.k_proj.weight", (K * d, D), (*mixer, "key"), (D, K, d)),
+            turned(f"{theirs}self_attn.v_proj.weight", (K * d, D), (*mixer, "value"), (D, K, d)),
+            turned(f"{theirs}self_attn.o_proj.weight", (D, H * d), (*mixer, "out"), (H, d, D)),
+            same(f"{theirs}post_attention_layernorm.weight", (*block, "mlp_norm", "scale"), D),
+            turned(f"{theirs}mlp.gate_proj.weight", (F, D), (*mlp, "gate"), (D, F)),
+            turned(f"{theirs}mlp.up_proj.weight", (F, D), (*mlp, "up"), (D, F)),
+            turned(f"{theirs}mlp.down_proj.weight", (D, F), (*mlp, "down"), (F, D)),
+        ]
+    return weights if tied else [*weights, turned("lm_head.weight", (V, D), ("head",), (D, V))]
+
+
+def demand(config: Mapping, **wanted) -> None:
+    """Raise a UserError if a field of their config is there and is none of the values that our models have."""
+    for field, allowed in wanted.items():
+        if field in config and config[field] not in allowed:
+            values = " or ".join(repr(value) for value in allowed)
+            raise UserError(f"Hugging Face config: {field} is {config[field]!r}; only {values} can be converted")
+
+
+def mamba_config(config: Mapping, vocab_size: int) -> dict:
+    """Fields of config.model for a Mamba or FalconMamba config of transformers."""
+    demand(config, hidden_act=("silu",), use_bias=(False,), use_conv_bias=(True,), time_step_scale=(1.0,))
+    width, rank = config["hidden_size"], config.get("time_step_rank", "auto")
+    falcon = config["model_type"] == "falcon_mamba"
+    options = dict(
+        state=config["state_size"],
+        expand=config["expand"],
+        conv=config["conv_kernel"],
+        dt_rank=0 if rank == "auto" else rank,
+        norms="rms" if falcon else "none",
+    )
+    demand(config, intermediate_size=(options["expand"] * width,))
+    if falcon:
+        options["norm_eps"] = config["mixer_rms_eps"]
+    return dict(
+        pattern="mamba",
+        width=width,
+        repeats=config["num_hidden_layers"],
+        vocab_size=vocab_size,
+        norm_eps=config["layer_norm_epsilon"],
+        tie_embeddings=config.get("tie_word_embeddings", True),
+        mamba=options,
+    )
+
+
+def original_mamba_config(config: Mapping, vocab_size: int) -> dict:
+    """Fields of config.model for a config of Mamba's authors: d_model, n_layer, ssm_cfg, ..."""
+    demand(config, rms_norm=(True,), attn_layer_idx=([],), d_intermediate=(0,))
+    ssm = config.get("ssm_cfg") or {}
+    demand(ssm, layer=("Mamba1",), bias=(False,), conv_bias=(True,))
+    rank = ssm.get("dt_rank", "auto")
+    options = dict(
+        state=ssm.get("d_state", 16),
+        expand=ssm.get("expand", 2),
+        conv=ssm.get("d_conv", 4),
+        dt_rank=0 if rank == "auto" else rank,
+        norms="none",
+    )
+    return dict(
+        pattern="mamba",
+        width=config["d_model"],
+        repeats=config["n_layer"],
+        vocab_size=vocab_size,
+        norm_eps=1e-5,
+        tie_embeddings=config.get("tie_embeddings", True),
+        mamba=options,
+    )
+
+
+def llama_config(config: Mapping, vocab_size: int) -> dict:
+    """Fields of config.model for a Llama or Mistral config of transformers, of version 5 or before."""
+    demand(config, hidden_act=("silu",), attention_bias=(False,), mlp_bias=(False,), rope_scaling=(None,))
+    rotary = config.get("rope_parameters") or {}
+    demand(rotary, rope_type=("default",))
+    width, heads = config["hidden_size"], config["num_attention_heads"]
+    return dict(
+        pattern="attention+mlp",
+        width=width,
+        repeats=config["num_hidden_layers"],
+        vocab_size=vocab_size,
+        norm_eps=config["rms_norm_eps"],
+        tie_embeddings=config.get("tie_word_embeddings", False),
+        attention=dict(
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_dim=config.get("head_dim") or width // heads,
+            rope_theta=rotary.get("rope_theta", config.get("rope_theta", DEFAULT_ROPE_THETA)),
+            window=config.get("sliding_window") or 0,
+        ),
+        mlp=dict(hidden=config["intermediate_size"]),
+    )
+
+
+def from_huggingface(tensors: Mapping[str, np.ndarray], config: Mapping) -> tuple[dict, dict]:
+    """A model that others trained, as ours.
+
+    Args:
+        tensors: by file name, of model_type mamba, falcon_mamba, llama or mistral, or a file of Mamba's authors.
+        config: their config.json.
+
+    Returns:
+        Fields of `config.model` (nested, to be put over the defaults), and the parameters, unrolled and float32: what
+        `LanguageModel.apply` takes as {"params": parameters}.
+
+    Raises:
+        UserError: another kind of model, or tensors that are missing, unexpected or of the wrong shape.
+    """
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(IGNORED)}
+    vocabularies = ("backbone.embeddings.weight", "backbone.embedding.weight", "model.embed_tokens.weight")
+    found = [name for name in vocabularies if name in tensors]
+    if not found:
+        raise UserError(f"Hugging Face weights: no embedding; one of {', '.join(vocabularies)} is needed")
+    vocab_size = tensors[found[0]].shape[0]  # of the tensor: Mamba's authors give the unpadded number
+    kind = config.get("model_type", "original mamba" if "d_model" in config else None)
+    try:
+        if kind == "original mamba":
+            model = original_mamba_config(config, vocab_size)
+        elif kind in ("mamba", "falcon_mamba"):
+            model = mamba_config(config, vocab_size)
+        elif kind in ("llama", "mistral"):
+            model = llama_config(config, vocab_size)
+        else:
+            raise UserError(
+                f"Hugging Face config: model_type is {kind!r}; allowed: mamba, falcon_mamba, llama, mistral"
+            )
+    except KeyError as field:
+        raise UserError(f"Hugging Face config: the field {field} of a {kind} model is missing") from None
+    tied = model["tie_embeddings"]
+    if tied and "lm_head.weight" in tensors:  # written out although tied
+        if not np.array_equal(tensors["lm_head.weight"], tensors[found[0]]):
+            raise UserError("Hugging Face weights: lm_head.weight differs from the embedding that it is tied to")
+        tensors = {name: tensor for name, tensor in tensors.items() if name != "lm_head.weight"}
+    if kind in ("llama", "mistral"):
+        weights = llama_weights(model, tied)
+    else:
+        weights = mamba_weights(model, tied, embedding=found[0].split(".")[1])
+    check_names(tensors, weights)
+    params = {}
+    for weight in weights:
+        tensor = tensors[weight.theirs]
+        if tensor.shape != weight.their_shape:
+            problem = f"has shape {tensor.shape}; the config asks for {weight.their_shape}"
+            raise UserError(f"Hugging Face weights: {weight.theirs} {problem}")
+        place(params, weight.ours, weight.into(tensor))
+    return model, params
+
+
+def to_huggingface(params: Mapping, model: Mapping) -> tuple[dict[str, np.ndarray], dict]:
+    """Our model in the names and layouts of transformers.
+
+    Args:
+        params: of `LanguageModel`, unrolled (see `seqmodels.interop.stacking.unstack`), without boxes.
+        model: `config.model` with vocab_size filled in (`LanguageModel.config`).
+
+    Returns:
+        Tensors by file name, float32, and the config.json: of model_type mamba, falcon_mamba, llama or mistral.
+
+    Raises:
+        UserError: transformers has no such model.
+    """
+    if model["dense"]["variant"] != "none":
+        raise UserError(f"model.dense.variant is {model['dense']['variant']!r}; transformers has no DenseSSM models")
+    shared = dict(
+        vocab_size=model["vocab_size"],
+        hidden_size=model["width"],
+        num_hidden_layers=model["repeats"],
+        tie_word_embeddings=model["tie_embeddings"],
+        hidden_act="silu",
+        dtype="float32",
+    )
+    pattern = model["pattern"].split()
+    if set(pattern) == {"mamba"}:
+        model = {**model, "repeats": model["repeats"] * len(pattern), "mamba": mamba_options(model)}
+        config = {**shared, "num_hidden_layers": model["repeats"], **mamba_fields(model)}
+        weights = mamba_weights(model, model["tie_embeddings"])
+    elif set(pattern) == {"attention+mlp"}:
+        model = {**model, "repeats": model["repeats"] * len(pattern), **llama_options(model, params)}
+        config = {**shared, "num_hidden_layers": model["repeats"], **llama_fields(model)}
+        weights = llama_weights(model, model["tie_embeddings"])
+    else:
+        raise UserError(f"model.pattern is {model['pattern']!r}; only 'mamba' and 'attention+mlp' can be exported")
+    return {weight.theirs: weight.back(find(params, weight.ours)) for weight in weights}, config
+
+
+def mamba_options(model: Mapping) -> dict:
+    """config.model.mamba with every default filled in."""
+    options = dict(state=16, expand=2, conv=4, dt_rank=0, norms="none", norm_eps=1e-5)
+    return {**options, **model.get("mamba", {})}
+
+
+def mamba_fields(model: Mapping) -> dict:
+    """What config.json says of the Mamba mixer."""
+    options = model["mamba"]
+    kinds = {"none": "mamba", "rms": "falcon_mamba"}
+    if options["norms"] not in kinds:
+        raise UserError(f"mamba.norms is {options['norms']!r}; only {', '.join(kinds)} can be exported")
+    falcon = options["norms"] == "rms"
+    return dict(
+        model_type=kinds[options["norms"]],
+        architectures=["FalconMambaForCausalLM" if falcon else "MambaForCausalLM"],
+        state_size=options["state"],
+        expand=options["expand"],
+        intermediate_size=options["expand"] * model["width"],
+        conv_kernel=options["conv"],
+        time_step_rank=options["dt_rank"] or -(-model["width"] // 16),
+        layer_norm_epsilon=model["norm_eps"],
+        use_bias=False,
+        use_conv_bias=True,
+        **(dict(mixer_rms_eps=options["norm_eps"]) if falcon else {}),
+    )
+
+
+def llama_options(model: Mapping, params: Mapping) -> dict:
+    """config.model.attention and .mlp with every default filled in; the sizes are the parameters'."""
+    _, heads, head_dim = np.shape(find(params, ("block_0", "mixer", "query")))
+    _, kv_heads, _ = np.shape(find(params, ("block_0", "mixer", "key")))
+    options = {"rope_theta": DEFAULT_ROPE_THETA, "window": 0, **model.get("attention", {})}
+    hidden = np.shape(find(params, ("block_0", "mlp", "gate")))[1]
+    return dict(
+        attention={**options, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}, mlp=dict(hidden=hidden)
+    )
+
+
+def llama_fields(model: Mapping) -> dict:
+    """What config.json says of attention and MLP."""
+    options = model["attention"]
+    mistral = bool(options["window"])
+    return dict(
+        model_type="mistral" if mistral else "llama",
+        architectures=["MistralForCausalLM" if mistral else "LlamaForCausalLM"],
+        intermediate_size=model["mlp"]["hidden"],
+        num_attention_heads=options["heads"],
+        num_key_value_heads=options["kv_heads"],
+        head_dim=options["head_dim"],
+        rms_norm_eps=model["norm_eps"],
+        rope_theta=options["rope_theta"],
+        rope_parameters=dict(rope_type="default", rope_theta=options["rope_theta"]),
+        **(dict(sliding_window=options["window"]) if mistral else dict(attention_bias=False, mlp_bias=False)),
+    )
+
+
+def check_names(tensors: Mapping, weights: list[Weight]) -> None:
+    """Raise a UserError that names the tensors that are missing or unexpected."""
+    wanted = {weight.theirs for weight in weights}
+    for problem, names in (("missing", wanted - tensors.keys()), ("unexpected", tensors.keys() - wanted)):
+        if names:
+            shown = ", ".join(sorted(names)[:4])
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            raise UserError(f"Hugging Face weights: {problem} {shown}{more}")
+
+
+def find(tree: Mapping, path: tuple[str, ...]):
+    """The leaf at `path`; a UserError if there is none."""
+    for i, name in enumerate(path):
+        if name not in tree:
+            raise UserError(f"parameters: {'/'.join(path[: i + 1])} is missing; scanned blocks must be unstacked first")
+        tree = tree[name]
+    return tree
+
+
+def place(tree: dict, path: tuple[str, ...], leaf) -> None:
+    """Put `leaf` at `path`, growing the tree where needed."""
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = leaf

@@ -1,0 +1,190 @@
+"""Norm, MLP, rotary positions and the attention mixer; the contract of all mixers is tested apart."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqmodels.errors import UserError
+from seqmodels.layers.mlp import Mlp
+from seqmodels.layers.norm import RMSNorm, rms_norm
+from seqmodels.layers.rope import rope
+from seqmodels.mixers.attention import EMPTY, Attention
+from seqmodels.sequence import make_sequence
+
+WIDTH = 16
+
+
+def normal(*shape, seed=0):
+    return np.random.default_rng(seed).normal(size=shape)
+
+
+def perturbed(module, *args, seed=1):
+    """Parameters far from their initial values, without boxes."""
+    params = nn.meta.unbox(module.init(jax.random.key(0), *args))
+    draw = np.random.default_rng(seed)
+    return jax.tree.map(lambda p: jnp.asarray(p + 0.3 * draw.normal(size=p.shape), jnp.float32), params)
+
+
+def test_rms_norm():
+    x, scale = normal(3, 5, WIDTH) * 7, normal(WIDTH, seed=1)
+    want = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-2) * scale
+    np.testing.assert_allclose(rms_norm(jnp.float32(x), jnp.float32(scale), 1e-2), want, rtol=2e-6)
+    variables = {"params": {"scale": jnp.float32(scale)}}
+    np.testing.assert_allclose(RMSNorm(eps=1e-2).apply(variables, jnp.float32(x)), want, rtol=2e-6)
+    np.testing.assert_allclose(rms_norm(jnp.float32(x), eps=1e-2), want / scale, rtol=2e-6)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(rms_norm(x, scale, 1e-2), want, rtol=1e-14)
+
+
+def test_rms_norm_of_bfloat16_squares_in_float32():
+    x = jnp.asarray(1 + normal(2, 4096) * 0.01, jnp.bfloat16)
+    y = rms_norm(x)
+    want = np.asarray(x, np.float64)
+    want /= np.sqrt((want**2).mean(-1, keepdims=True) + 1e-5)
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y, np.float64), want, rtol=2**-8)
+
+
+def test_norm_declares_its_axis():
+    variables = RMSNorm(axis="inner").init(jax.random.key(0), jnp.ones((1, WIDTH)))
+    scale = variables["params"]["scale"]
+    assert scale.names == ("inner",) and scale.value.dtype == jnp.float32
+    np.testing.assert_array_equal(scale.value, 1)
+
+
+def test_rope_rotates_pairs():
+    x = normal(2, 5, 3, 8)
+    positions = np.array([[0, 1, 2, 3, 4], [7, 0, 1, 100, 5]])
+    angles = positions[..., None, None] * 500.0 ** (-np.arange(4) / 4)
+    turned = (x[..., :4] + 1j * x[..., 4:]) * np.exp(1j * angles)
+    want = np.concatenate([turned.real, turned.imag], axis=-1)
+    with jax.enable_x64(True):
+        np.testing.assert_allclose(rope(x, positions, 500.0), want, rtol=1e-12, atol=1e-12)
+    y = rope(jnp.float32(x), jnp.int32(positions), 500.0)
+    np.testing.assert_allclose(y, want, rtol=0, atol=5e-5)  # 100 radians carry a float32 error of 1e-5
+    assert rope(jnp.bfloat16(x), jnp.int32(positions)).dtype == jnp.bfloat16
+
+
+def test_rope_sees_distances_only():
+    q, k = jnp.float32(normal(1, 4, 1, 8)), jnp.float32(normal(1, 4, 1, 8, seed=1))
+
+    def scores(shift):
+        places = jnp.arange(4)[None] + shift
+        return jnp.einsum("bthd,bshd->bts", rope(q, places), rope(k, places))
+
+    np.testing.assert_allclose(scores(37), scores(0), atol=1e-4)
+
+
+def test_mlp():
+    mlp, x = Mlp(width=WIDTH, hidden=24), normal(2, 3, WIDTH)
+    variables = perturbed(mlp, jnp.float32(x))
+    gate, up, down = (np.asarray(variables["params"][name], np.float64) for name in ("gate", "up", "down"))
+    gated = x @ gate
+    want = (gated / (1 + np.exp(-gated)) * (x @ up)) @ down
+    np.testing.assert_allclose(mlp.apply(variables, jnp.float32(x)), want, rtol=1e-5, atol=1e-5)
+
+
+def test_mlp_hidden_width():
+    x = jnp.ones((1, 1, 768))
+    assert jax.eval_shape(Mlp(width=768).init, jax.random.key(0), x)["params"]["gate"].value.shape == (768, 2048)
+    assert jax.eval_shape(Mlp(width=768, hidden=8).init, jax.random.key(0), x)["params"]["down"].value.shape == (8, 768)
+    with pytest.raises(UserError, match=r"mlp\.hidden is -1"):
+        Mlp(width=768, hidden=-1)
+
+
+def test_branches_start_smaller_in_deeper_models():
+    def spread(layers):
+        variables = Mlp(width=64, layers=layers).init(jax.random.key(0), jnp.ones((1, 1, 64)))
+        return {name: float(np.std(p.value)) for name, p in variables["params"].items()}
+
+    shallow, deep = spread(1), spread(8)
+    np.testing.assert_allclose(shallow["down"] / deep["down"], 8**0.5, rtol=1e-5)
+    assert shallow["gate"] == deep["gate"]
+    np.testing.assert_allclose(shallow["gate"], 0.02, rtol=0.05)
+
+
+@pytest.fixture
+def mixer():
+    attention = Attention(width=WIDTH, heads=4, kv_heads=2, window=3)
+    x = jnp.float32(normal(2, 7, WIDTH))
+    return attention, perturbed(attention, x, make_sequence(2, 7)[0]), x
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def apply(attention, variables, x, seq, state=None):
+    return attention.apply(variables, x, seq, state)
+
+
+def decode(attention, variables, x, state, cuts, segment_ids=None, mask=None):
+    """The whole of x in pieces, as the language model would hand it over."""
+    pieces, segment, position = [], None, None
+    for start, stop in zip([0, *cuts], [*cuts, x.shape[1]], strict=True):
+        part = (slice(None), slice(start, stop))
+        packed = None if segment_ids is None else segment_ids[part]
+        real = None if mask is None else mask[part]
+        seq, segment, position = make_sequence(2, stop - start, packed, real, segment, position)
+        y, state = apply(attention, variables, x[part], seq, state)
+        pieces.append(y)
+    return jnp.concatenate(pieces, axis=1), state
+
+
+def test_cache_slides_with_its_window_over_padding(mixer):
+    """Padding takes no slot and no place in the window; the cache ends as if it had not been there."""
+    attention, variables, x = mixer
+    y, state = decode(attention, variables, x, attention.init_state(2, 9), [2, 3, 6])
+    mask = np.array([[1, 0, 1, 1, 0, 0, 1, 1, 1, 0, 1, 0], [0, 0, 0, 1, 1, 1, 1, 1, 1, 1, 0, 0]], bool)
+    spread = np.full((2, 12, WIDTH), 1e3, np.float32)
+    spread[mask] = np.asarray(x).reshape(-1, WIDTH)
+    for cuts in ([], [1, 5]):
+        padded, padded_state = decode(
+            attention, variables, jnp.asarray(spread), attention.init_state(2, 9), cuts, mask=jnp.asarray(mask)
+        )
+        np.testing.assert_allclose(padded[mask].reshape(x.shape), y, atol=2e-6)
+        np.testing.assert_array_equal(padded[~mask], 0)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), padded_state, state)
+    np.testing.assert_array_equal(state["length"], 7)
+    np.testing.assert_array_equal(state["document"][:, 7:], EMPTY)
+
+
+def test_document_that_comes_back_starts_anew(mixer):
+    attention, variables, x = mixer
+    ids = jnp.array([[5, 5, 6, 6, 5, 5, 5], [5, 5, 6, 6, 5, 5, 5]])
+    packed, _ = decode(attention, variables, x, attention.init_state(2, 7), [1, 4], segment_ids=ids)
+    for start, stop in ((0, 2), (2, 4), (4, 7)):
+        alone, _ = apply(attention, variables, x[:, start:stop], make_sequence(2, stop - start)[0])
+        np.testing.assert_allclose(packed[:, start:stop], alone, atol=2e-6)
+
+
+def test_cache_of_a_call_without_state(mixer):
+    attention, variables, x = mixer
+    _, filled = decode(attention, variables, x, attention.init_state(2, 7), [3])
+    _, fresh = apply(attention, variables, x, make_sequence(2, 7)[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), fresh, filled)
+
+
+def test_cache_has_the_activations_dtype():
+    attention = Attention(width=WIDTH, dtype=jnp.bfloat16)
+    assert attention.init_state(1, 4)["k"].dtype == jnp.bfloat16
+    x = jnp.ones((1, 2, WIDTH), jnp.bfloat16)
+    y, state = attention.apply(perturbed(attention, x, make_sequence(1, 2)[0]), x, make_sequence(1, 2)[0])
+    assert y.dtype == state["v"].dtype == jnp.bfloat16
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        (dict(heads=3), r"attention\.heads is 3; it must divide the width, which is 16"),
+        (dict(heads=0), r"attention\.heads is 0"),
+        (dict(kv_heads=3), r"attention\.kv_heads is 3; it must divide attention\.heads, 4"),
+        (dict(head_dim=5), r"attention\.head_dim is 5; it must be even"),
+        (dict(heads=16), r"attention\.head_dim is 1; it must be even"),
+        (dict(window=-1), r"attention\.window is -1"),
+    ],
+)
+def test_bad_fields_are_named(fields, message):
+    with pytest.raises(UserError, match=message):
+        Attention(width=WIDTH, **fields)
