@@ -17,7 +17,7 @@ from seqmodels.training.optimizer import decay_mask, make_optimizer
 from seqmodels.training.state import abstract_params, abstract_state, init_state
 from tests.training_model import LeakyModel, small_config
 
-# Where one array of a checkpoint cannot be read, Orbax leaves the coroutines that read the others behind. Python reports
+# Where one array of a checkpoint cannot be read, Orbax leaves the coroutines for the others behind. Python reports
 # them when it collects them, which the fixture makes happen before the test ends.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 

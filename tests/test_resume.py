@@ -13,7 +13,7 @@ import pytest
 from seqmodels.training import checkpoint, metrics
 
 ROOT = Path(__file__).parent.parent
-STEPS = 150
+STEPS = 100
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def text(tmp_path_factory):
 def start(workdir, text, *overrides):
     command = [
         sys.executable, "train.py", "--config=configs/mamba.py", f"--workdir={workdir}", f"--config.steps={STEPS}",
-        "--config.model.width=16", "--config.model.repeats=2", "--config.batch_size=4", "--config.seq_len=24",
+        "--config.model.width=16", "--config.model.repeats=1", "--config.metrics.tensorboard=False", "--config.batch_size=4", "--config.seq_len=24",
         "--config.data.name=text", f"--config.data.path={text}/*.txt", f"--config.data.cache={text}/cache",
         "--config.checkpoint.every=7", "--config.sample.tokens=0", "--config.model.dropout=0.1", *overrides,
     ]  # fmt: skip
@@ -82,7 +82,7 @@ def test_stopped_and_resumed_is_bit_for_bit_the_same(tmp_path, text, overrides):
     assert saved == len(losses(broken)) < STEPS  # the step under way was finished and saved
 
     process = start(broken, text, *overrides)
-    stop_at(process, broken, saved + 30, signal.SIGKILL)
+    stop_at(process, broken, saved + 25, signal.SIGKILL)
     finish(process, -signal.SIGKILL)
     assert saved <= checkpoint.steps(broken / "checkpoints")[0] < STEPS
 

@@ -40,7 +40,11 @@ def train(config: ConfigDict, workdir: str | Path) -> dict:
     with StopSignal() as stop:
         summary = report.read_summary(workdir)
         if summary is None or summary["steps"] < config.steps:
-            summary = _Training(config, workdir, stop).run()
+            try:
+                training = _Training(config, workdir, stop)
+            except UnsupportedError as error:  # a named kernel that cannot serve these shapes
+                raise UserError(f"config.model.implementation={config.model.implementation!r}: {error}") from error
+            summary = training.run()
         _say(report.result(summary))
     return summary
 
@@ -68,10 +72,7 @@ class _Training:
         self.flops_per_step = flops.train_step_flops(self.boxed, config)
         train_step = make_train_step(self.model, self.optimizer, make_schedule(config.optimizer, config.steps), config)
         with self.on_mesh():
-            try:
-                self.lowered = lower_train_step(train_step, self.abstract, config, self.mesh)
-            except UnsupportedError as error:
-                raise UserError(f"config.model.implementation={config.model.implementation}: {error}") from error
+            self.lowered = lower_train_step(train_step, self.abstract, config, self.mesh)
 
     @contextlib.contextmanager
     def on_mesh(self):

@@ -1,0 +1,85 @@
+"""The FLOP model against XLA's own count of the compiled step."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from configs import mamba, transformer
+from kernels.selective_scan import selective_scan
+from seqmodels.model import build
+from seqmodels.training import flops, sharding
+from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
+from seqmodels.training.state import abstract_params, abstract_state
+from seqmodels.training.step import lower_train_step, make_train_step
+
+
+def small(module):
+    config = module.get_config().unlock()
+    config.batch_size, config.seq_len, config.model.repeats, config.mesh.data = 4, 128, 2, 1
+    config.training.loss_chunk = 0  # XLA counts the body of a scan once
+    return config
+
+
+def counts(config):
+    """Operations of a step: ours, those of ours in selective scans, and XLA's."""
+    model, mesh = build(config.model, 257), sharding.make_mesh(config)
+    boxed = abstract_params(model, config)
+    optimizer = make_optimizer(config.optimizer, decay_mask(boxed))
+    abstract = abstract_state(model, optimizer, config, mesh)
+    train_step = make_train_step(model, optimizer, make_schedule(config.optimizer, config.steps), config)
+    compiled = lower_train_step(train_step, abstract, config, mesh).compile()
+    leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=sharding.is_box)
+    transitions = sum(leaf.value.size for path, leaf in leaves if path[-1].key == "A_log")
+    scans = 3 * config.batch_size * config.seq_len * flops.SCAN * transitions
+    return flops.train_step_flops(boxed, config), scans, compiled.cost_analysis()["flops"]
+
+
+def test_transformer_step_is_within_six_percent_of_xla():
+    """XLA counts the elementwise operations and the optimizer too, so ours is the lower."""
+    ours, scans, xla = counts(small(transformer))
+    assert scans == 0 and 0.94 * xla < ours < xla
+
+
+def test_mamba_step_without_its_scans_is_within_eight_percent_of_xla():
+    """XLA counts one token of every scan, which is nearly nothing."""
+    ours, scans, xla = counts(small(mamba))
+    assert 0 < scans < 0.2 * ours and 0.92 * xla < ours - scans < xla
+
+
+def test_selective_scan_of_one_token_is_what_xla_counts():
+    batch, inner, state = 2, 64, 256
+    array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
+    token, input_matrix = array(batch, 1, inner), array(batch, 1, state)
+
+    def scan(u, dt, A, B, C, h):
+        return selective_scan(u, dt, A, B, C, initial_state=h, implementation="reference")
+
+    arguments = (token, token, array(inner, state), input_matrix, input_matrix, array(batch, inner, state))
+    cost = jax.jit(scan).lower(*arguments).compile().cost_analysis()["flops"]
+    assert cost / (batch * inner * state) == pytest.approx(flops.SCAN, rel=0.02)
+
+
+def test_scan_over_layers_and_tied_tables_count_the_same():
+    """Without and with stacked parameters; the head of an untied table costs what the tied one does."""
+    config = small(mamba)
+    reference = flops.train_step_flops(abstract_params(build(config.model, 257), config), config)
+    config.model.scan_blocks = 1
+    assert flops.train_step_flops(abstract_params(build(config.model, 257), config), config) == reference
+    config.model.tie_embeddings = False
+    assert flops.train_step_flops(abstract_params(build(config.model, 257), config), config) == reference
+
+
+def test_six_times_parameters_a_token():
+    """The usual rule, at a size where scans and scores are small: 130m, embedding counted once."""
+    config = mamba.get_config("130m")
+    boxed = abstract_params(build(config.model, 50277), config)
+    total = sum(leaf.size for leaf in jax.tree.leaves(sharding.unbox(boxed)))
+    assert 3 * flops.forward_flops_per_token(boxed, 2048) == pytest.approx(6 * total, rel=0.05)
+
+
+def test_peaks_by_device_kind():
+    assert flops.peak_flops("NVIDIA H100 80GB HBM3", "bfloat16") == 989e12
+    assert flops.peak_flops("NVIDIA H100 PCIe", "bfloat16") == 756e12
+    assert flops.peak_flops("NVIDIA A100-SXM4-80GB", "float32") == 156e12
+    assert flops.peak_flops("TPU v5 lite", "bfloat16") == 197e12 and flops.peak_flops("TPU v5p", "bfloat16") == 459e12
+    assert flops.peak_flops("cpu", "float32") is None
