@@ -1,0 +1,264 @@
+"""DenseSSM against a naive model that stores every state of every layer, in float64, one token after the other."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.densemamba import get_config
+from seqmodels.errors import UserError
+from seqmodels.model import build
+
+B, T, D, E, N, LAYERS = 2, 7, 8, 16, 3, 4
+VARIANTS = ("read", "input", "output", "rank", "carry")
+
+
+def make(layers=LAYERS, model=None, **dense):
+    """The small model with these fields of config.model.dense, and its perturbed parameters."""
+    config = get_config().model.copy_and_resolve_references()
+    with config.unlocked():
+        config.update(dict(width=D, repeats=layers, **(model or {})))
+        config.mamba.update(dict(state=N, dt_rank=2))
+        config.dense.update({"variant": "read", "depth": 2, "bottleneck": 2, **dense})
+    built = build(config, 11)
+    params = nn.unbox(jax.jit(built.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(1), len(leaves))
+    leaves = [x + 0.25 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
+    return built, jax.tree.unflatten(tree, leaves)
+
+
+def tokens(length=T):
+    return jax.random.randint(jax.random.key(5), (B, length), 0, 11)
+
+
+def hidden(model, params, tokens, **kwargs):
+    return jax.jit(functools.partial(model.apply, **kwargs))(params, tokens)[0]
+
+
+def naive(params, tokens, variant, depth=2, every=1, gate="channel", activation="silu", per_source=False,
+          projection="identity", norm=False, layers=LAYERS):  # fmt: skip
+    """Final hidden states, by the equations of seqmodels/dense.py, with all states kept."""
+    params = params["params"]
+    silu, softplus = jax.nn.silu, jax.nn.softplus
+    act = dict(silu=silu, sigmoid=jax.nn.sigmoid, identity=lambda v: v)[activation]
+    rms = lambda v, scale: scale * v / jnp.sqrt(jnp.mean(v**2, -1, keepdims=True) + 1e-5)  # noqa: E731
+    r = params["embedding"][tokens]
+    below = []  # of each layer below, the nearest first: states, u, dt u, B, own readout
+    for layer in range(layers):
+        p = params[f"block_{layer}"]
+        m, dense = p["mixer"], p.get("dense", {})
+        x = rms(r, p["norm"]["scale"])
+        a, z = x @ m["in_proj"][:, 0], x @ m["in_proj"][:, 1]
+        past = jnp.concatenate([jnp.zeros((B, 3, E)), a], 1)
+        u = silu(m["conv_bias"] + sum(m["conv_weight"][k] * past[:, k : k + a.shape[1]] for k in range(4)))
+        delta, key, C = jnp.split(u @ m["x_proj"], [2, 2 + N], -1)
+        dt = softplus(delta @ m["dt_proj"] + m["dt_bias"])
+        A = -jnp.exp(m["A_log"])
+        sources = below[:depth] if layer % every == 0 else []
+        count = len(sources)
+        ones = [1.0] * count
+
+        def mlp(name):
+            inner = silu(x @ dense[name + "_in"])  # noqa: B023
+            out = [act(inner @ dense[name + "_out"][:, s]) for s in range(count if per_source else 1)]  # noqa: B023
+            return out if per_source else out * count  # noqa: B023
+
+        g_E = mlp("gate_channel") if count and gate in ("channel", "both") else ones
+        g_N = ones
+        if count and (gate == "state" or (gate == "both" and variant == "input")):
+            g_N = mlp("gate_state")
+        elif count and gate == "both":
+            gain = [1 + x @ dense["gain_state"][:, s] for s in range(count if per_source else 1)]
+            g_N = gain if per_source else gain * count
+        P = dense.get("projection", jnp.eye(N))
+
+        written_u, written_key = u, key
+        if variant == "input" and count:
+            if gate != "state":
+                written_u = u + sum(g * s["u"] for g, s in zip(g_E, sources, strict=True))
+                written_u = rms(written_u, dense["norm_channel"]["scale"]) if norm else written_u
+            if gate != "channel":
+                written_key = key + sum(g * (s["key"] @ P.T) for g, s in zip(g_N, sources, strict=True))
+                written_key = rms(written_key, dense["norm_state"]["scale"]) if norm else written_key
+        own, fused, state, carried = [], [], jnp.zeros((B, E, N)), jnp.zeros((B, E, N))
+        for t in range(a.shape[1]):
+            decay = jnp.exp(dt[:, t, :, None] * A)
+            state = decay * state + (dt * written_u)[:, t, :, None] * written_key[:, t, None, :]
+            carried = decay * carried
+            for i, s in enumerate(sources):
+                gate_t = [g if isinstance(g, float) else g[:, t] for g in (g_E[i], g_N[i])]
+                gE, gN = (jnp.broadcast_to(g, (B, size)) for g, size in zip(gate_t, (E, N), strict=True))
+                if variant == "rank":
+                    carried += (gE * s["write"][:, t])[:, :, None] * (gN * (s["key"][:, t] @ P.T))[:, None, :]
+                if variant == "carry":
+                    carried += gE[:, :, None] * gN[:, None, :] * (s["states"][:, t] @ P.T)
+            own.append(state)
+            fused.append(state + carried)
+        states, fused = jnp.stack(own, 1), jnp.stack(fused, 1)
+        y_own = jnp.einsum("bten,btn->bte", states, C)
+        y = jnp.einsum("bten,btn->bte", fused, C)
+        for i, s in enumerate(sources):
+            if variant == "read":
+                term = jnp.einsum("bten,btn->bte", s["states"] @ P.T, g_N[i] * C)
+                y += g_E[i] * (rms(term, dense["norm_channel"]["scale"]) if norm else term)
+            if variant == "output":
+                y += g_E[i] * (rms(s["y"], dense["norm_channel"]["scale"]) if norm else s["y"])
+        r = r + ((y + m["D"] * u) * silu(z)) @ m["out_proj"]
+        below = [dict(states=states, u=u, write=dt * u, key=key, y=y_own), *below]
+    return rms(r, params["final_norm"]["scale"])
+
+
+CASES = [
+    *[dict(variant=v) for v in VARIANTS],
+    *[dict(variant=v, gate="both", projection="linear") for v in ("read", "input", "rank", "carry")],
+    dict(variant="read", gate="state"),
+    dict(variant="carry", gate="state", per_source=True),
+    dict(variant="read", gate="none", depth=3),
+    dict(variant="read", gate="both", per_source=True, projection="linear", activation="sigmoid"),
+    dict(variant="read", norm=True, per_source=True),
+    dict(variant="input", norm=True, gate="both", activation="identity"),
+    dict(variant="output", norm=True, gate="channel"),
+    dict(variant="read", depth=6),  # deeper than there are layers
+    dict(variant="read", every=2, depth=1),
+]
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c.values())))
+def test_equals_stored_states(case):
+    """Outputs and all parameters' gradients."""
+    model, params = make(**case)
+    weights = jax.random.normal(jax.random.key(9), (B, T, D))
+
+    def loss(run, dtype):
+        def f(params):
+            y = run(params)
+            return jnp.sum(y * weights.astype(dtype)), y
+
+        gradients, y = jax.jit(jax.grad(f, has_aux=True))(jax.tree.map(lambda x: x.astype(dtype), params))
+        return y, gradients
+
+    got = loss(lambda p: model.apply(p, tokens())[0], jnp.float32)
+    with jax.enable_x64(True):
+        want = loss(lambda p: naive(p, tokens(), **case), jnp.float64)
+    for (path, x), reference in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        scale = max(np.linalg.norm(reference), 1e-6)
+        assert np.linalg.norm(x - np.asarray(reference)) < 5e-5 * scale, jax.tree_util.keystr(path)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("gate", ["channel", "state", "both"])
+def test_fresh_dense_mamba_is_mamba(variant, gate):
+    """The last gate matrix starts at zero."""
+    if variant == "output" and gate != "channel":
+        with pytest.raises(UserError, match="output"):
+            make(variant=variant, gate=gate)
+        return
+    dense, params = make(variant=variant, gate=gate)
+    mamba, _ = make(variant="none")
+    zero = lambda path, x: jnp.zeros_like(x) if any(  # noqa: E731
+        k.key in ("gate_channel_out", "gate_state_out", "gain_state") for k in path
+    ) else x  # fmt: skip
+    params = jax.tree.map_with_path(zero, params)
+    fresh = nn.unbox(jax.jit(dense.init)(jax.random.key(0), tokens()))["params"]["block_1"]["dense"]
+    assert all(not fresh[k].any() for k in fresh if k in ("gate_channel_out", "gate_state_out", "gain_state"))
+    plain = {"params": {k: {j: w for j, w in v.items() if j != "dense"} if "block" in k else v
+                        for k, v in params["params"].items()}}  # fmt: skip
+    np.testing.assert_array_equal(hidden(dense, params, tokens()), hidden(mamba, plain, tokens()))
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_recurrent_equals_parallel(variant):
+    """Also in packed and padded rows, and causally."""
+    model, params = make(variant=variant, gate="channel" if variant == "output" else "both")
+    segments = jnp.asarray([[0, 0, 0, 1, 1, 1, 1], [4, 4, 4, 4, 4, 7, 7]], jnp.int32)
+    mask = jnp.asarray([[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1, 0]], bool)
+    whole = hidden(model, params, tokens(), segment_ids=segments, mask=mask)
+    step = jax.jit(lambda p, t, s, m, state: model.apply(p, t, s, m, state))
+    state, ys = model.init_state(B), []
+    for t in range(T):
+        y, state = step(params, *(v[:, t : t + 1] for v in (tokens(), segments, mask)), state)
+        ys.append(y)
+    keep = mask[..., None]
+    np.testing.assert_allclose(jnp.where(keep, jnp.concatenate(ys, 1), 0), jnp.where(keep, whole, 0), atol=3e-5)
+    changed = hidden(model, params, tokens().at[:, 4].add(1) % 11, segment_ids=segments, mask=mask)
+    np.testing.assert_array_equal(jnp.where(keep, changed, 0)[:, :4], jnp.where(keep, whole, 0)[:, :4])
+
+
+def test_shared_gate_equals_two_equal_gates():
+    shared, params = make(variant="read")
+    single, _ = make(variant="read", per_source=True)
+    twice = lambda path, x: jnp.repeat(x, int(path[1].key[-1]) if path[1].key != "block_3" else 2, axis=1) if (  # noqa: E731
+        path[-1].key == "gate_channel_out") else x  # fmt: skip
+    both = jax.tree.map_with_path(twice, params)
+    np.testing.assert_allclose(hidden(shared, params, tokens()), hidden(single, both, tokens()), atol=2e-6)
+
+
+def test_variants_differ():
+    """Guards against one variant computed under another's name."""
+    _, params = make(variant="read", gate="none")
+    outputs = {v: hidden(make(variant=v, gate="none")[0], params, tokens()) for v in VARIANTS}
+    for i, first in enumerate(VARIANTS):
+        for second in VARIANTS[i + 1 :]:
+            assert np.abs(outputs[first] - outputs[second]).max() > 1e-2, (first, second)
+
+
+def stacked(params, first, group):
+    """Parameters of unrolled blocks as those of a scan over super-blocks of `group` blocks from block `first` on."""
+    p = dict(params["params"])
+    blocks = [p.pop(f"block_{i}") for i in range(first, LAYERS)]
+    groups = [blocks[i : i + group] for i in range(0, len(blocks), group)]
+    trees = [{f"block_{j}": b for j, b in enumerate(g)} for g in groups]
+    p["blocks"] = jax.tree.map(lambda *x: jnp.stack(x), *trees)
+    return {"params": p}
+
+
+@pytest.mark.parametrize("variant", ["none", *VARIANTS])
+@pytest.mark.parametrize("group", [1, 2])
+def test_scan_over_blocks_equals_unrolled(variant, group):
+    model, params = make(variant=variant)
+    scan, _ = make(variant=variant, model=dict(scan_blocks=group, remat="streams"))
+    first = 0 if variant == "none" else 2
+    packed = stacked(params, first, group)
+    assert jax.tree.map(jnp.shape, packed) == jax.tree.map(jnp.shape, nn.unbox(scan.init(jax.random.key(0), tokens())))
+    loss = lambda m: lambda p: jnp.sum(jnp.sin(m.apply(p, tokens())[0]))  # noqa: E731
+    value, gradient = jax.jit(jax.value_and_grad(loss(scan)))(packed)
+    want, want_gradient = jax.jit(jax.value_and_grad(loss(model)))(params)
+    np.testing.assert_allclose(value, want, rtol=1e-5)
+    for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(stacked(want_gradient, first, group)), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-4 * max(1, float(np.abs(y).max())))
+    state = scan.init_state(B)
+    assert all(x.shape[0] == B for x in jax.tree.leaves(state))
+    y, state = jax.jit(lambda p, t, s: scan.apply(p, t, state=s))(packed, tokens()[:, :3], state)
+    z, _ = jax.jit(lambda p, t, s: scan.apply(p, t, state=s))(packed, tokens()[:, 3:], state)
+    np.testing.assert_allclose(jnp.concatenate([y, z], 1), hidden(model, params, tokens()), atol=3e-5)
+
+
+@pytest.mark.parametrize("remat", ["block", "dots", "streams"])
+def test_rematerialisation_changes_nothing(remat):
+    model, params = make()
+    saved, _ = make(model=dict(remat=remat))
+    gradient = lambda m: jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(m.apply(p, tokens())[0]))))(params)  # noqa: E731
+    for x, y in zip(jax.tree.leaves(gradient(saved)), jax.tree.leaves(gradient(model)), strict=True):
+        np.testing.assert_allclose(x, y, atol=1e-4 * max(1, float(np.abs(y).max())))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (dict(variant="reed"), "variant is 'reed'; allowed: read, input"),
+        (dict(gate="chanel"), "gate is 'chanel'; allowed: channel"),
+        (dict(variant="carry", norm=True), "norm is True"),
+        (dict(variant="output", projection="linear"), "projection identity"),
+        (dict(model=dict(pattern="attention"), variant="read"), "no mixer of 'attention' has hidden states"),
+        (dict(model=dict(scan_blocks=3)), "scan_blocks is 3; it must divide"),
+        (dict(model=dict(scan_blocks=1), every=2), "every is 2"),
+        (dict(model=dict(pattern="mamba+mpl")), "'mpl' is none of mlp"),
+    ],
+)
+def test_bad_fields_are_named(fields, message):
+    with pytest.raises(UserError, match=message):
+        make(**fields)
