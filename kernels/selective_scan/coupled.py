@@ -51,8 +51,8 @@ def rank_scan(dt, A, writes, B, C, state, segment_ids=None, initial_segment=None
 
     def body(state, tokens, reset):
         dt, writes, B, C = tokens
-        states = _recurrence(xla._decay(dt, A.T, reset), jnp.einsum("tbge,tbgn->tbne", writes, B), state)
-        return states[-1], jnp.einsum("tbne,tbn->tbe", states, C)
+        states = _recurrence(xla._decay(dt, A.T, reset), jnp.einsum("tbge,tbgn->tbne", writes, B, precision="highest"), state)
+        return states[-1], jnp.einsum("tbne,tbn->tbe", states, C, precision="highest")
 
     reset = resets(segment_ids, initial_segment, mask)
     state, y = _chunked(body, jnp.swapaxes(state, 1, 2), (dt, writes, B, C), reset, dt.shape[1])
@@ -92,10 +92,10 @@ def carry_scan(
         unfused = _recurrence(decay, xla._write(u, dt, B), state)
         others = unfused[:, :, 1:]
         if projection is not None:
-            others = jnp.einsum("nk,tbgke->tbgne", projection, others)
+            others = jnp.einsum("nk,tbgke->tbgne", projection, others, precision="highest")
         added = jnp.sum(gate_channel[..., None, :] * gate_state[..., None] * others, axis=2)
         extra = _recurrence(decay[:, :, 0], added, carried)
-        y = jnp.einsum("tbne,tbn->tbe", unfused[:, :, 0] + extra, C)
+        y = jnp.einsum("tbne,tbn->tbe", unfused[:, :, 0] + extra, C, precision="highest")
         return (unfused[-1], extra[-1]), y
 
     reset = resets(segment_ids, initial_segment, mask)

@@ -174,8 +174,9 @@ def _token_gradients(token, A, kept, dreadout, dy, dstate):
     """
     u, dt, B, C, weights, _ = token
     new = kept + _write(u, dt, B)
-    dC = jnp.einsum("...ne,...e->...n", new, dreadout)
-    dB = jnp.einsum("...ne,...e->...n", dstate, dt * u)
+    # a product in TF32 or bfloat16, the default on accelerators, would be wrong in the third digit
+    dC = jnp.einsum("...ne,...e->...n", new, dreadout, precision="highest")
+    dB = jnp.einsum("...ne,...e->...n", dstate, dt * u, precision="highest")
     dwrite = jnp.sum(dstate * B[..., None], axis=-2)
     dexponent = dstate * kept
     ddt = jnp.sum(dexponent * A, axis=-2) + dwrite * u
