@@ -47,5 +47,5 @@ def plot(axes, result: dict) -> None:
     for split, values in result["loss_by_position"].items():
         middle = np.sqrt((np.array(values["first"]) + 1) * (np.array(values["last"]) + 1))
         axes.plot(middle, values["loss"], "o-", label=split)
-    axes.set(xscale="log", xlabel="position in the context (tokens)", ylabel="nats a token", title="loss by position")
+    axes.set(xscale="log", xlabel="position in the context, from 1", ylabel="nats a token", title="loss by position")
     axes.legend()

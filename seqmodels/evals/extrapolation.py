@@ -111,4 +111,5 @@ def plot(axes, result: dict) -> None:
             axes.plot(*zip(*served, strict=True), "o-", label=split)
     axes.set(xlabel="context (tokens)", ylabel="nats a token", title="the same tokens, longer context")
     axes.set_xscale("log", base=2)
+    axes.xaxis.set_major_formatter("{x:.0f}")
     axes.legend()
