@@ -8,11 +8,14 @@ width 32. Measured: logits differ by 5e-6 of their standard deviation at most, g
 import copy
 import os
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+import configs.mamba
+import configs.transformer
 from configs.base import base
 from seqmodels.errors import UserError
 from seqmodels.interop.huggingface import from_huggingface, to_huggingface
@@ -191,6 +194,22 @@ def test_files_of_mambas_authors(tiny_mamba):
     want_fields, want = from_huggingface(arrays(tiny_mamba), tiny_mamba.config.to_dict())
     jax.tree.map(np.testing.assert_array_equal, params, want)
     assert fields == want_fields
+
+
+@pytest.mark.parametrize("preset, family", [(configs.mamba, "Mamba"), (configs.transformer, "Llama")])
+def test_presets_export(preset, family, tmp_path):
+    """A model that was never theirs, its sizes left to our defaults."""
+    config = preset.get_config().model
+    config.update(dict(width=32, repeats=2))
+    if family == "Llama":
+        config.mlp.hidden = 0
+    model = build(config, VOCABULARY)
+    params = nn.meta.unbox(model.init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))["params"]
+    save(tmp_path, params, model.config)
+    theirs = getattr(transformers, f"{family}ForCausalLM").from_pretrained(tmp_path).double()
+    with torch.no_grad():
+        want = theirs(torch.from_numpy(TOKENS), use_cache=False).logits.numpy()
+    np.testing.assert_allclose(logits(model, params, TOKENS)[0], want, atol=1e-5 * want.std())
 
 
 def test_what_does_not_fit_is_named(tiny_mamba):
