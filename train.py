@@ -15,10 +15,14 @@ from seqmodels import cli
 def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
     cli.define_config(flag_values, argv)
     flags.DEFINE_string("workdir", None, "Run directory; runs/<config name> if left out.", flag_values=flag_values)
+    flags.DEFINE_bool("distributed", False, "This is one process of a job of several, each running this command.",
+                      flag_values=flag_values)  # fmt: skip
 
 
 def main(flag_values: flags.FlagValues) -> None:
     config = flag_values.config
+    if flag_values.distributed:
+        cli.join_job()
     cli.use_platform(config.platform)
 
     from seqmodels.training.loop import train  # after use_platform: it imports JAX

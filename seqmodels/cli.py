@@ -113,6 +113,28 @@ def use_platform(platform: str) -> None:
         raise UserError(f"--config.platform={platform}: {_one_line(error)}") from error
 
 
+def join_job() -> None:
+    """Makes this process one of a job of several, before the first JAX computation.
+
+    JAX finds the others under Slurm, Open MPI, Kubernetes and on TPU pods; elsewhere JAX_COORDINATOR_ADDRESS (host:port
+    of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are.
+
+    Raises: UserError where neither does.
+    """
+    import jax
+
+    numbers = {}
+    for name in ("num_processes", "process_id"):
+        if value := os.environ.get(f"JAX_{name.upper()}"):
+            if not value.isdecimal():
+                raise UserError(f"JAX_{name.upper()}={value}: must be a number")
+            numbers[name] = int(value)
+    try:
+        jax.distributed.initialize(**numbers)
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"--distributed: {_one_line(error)}") from error
+
+
 def help_text(doc: str, flag_values: flags.FlagValues) -> str:
     """What `--help` prints: the script's docstring, its flags, and the fields of the config named beside it."""
     lines = [doc.strip(), "", "Flags:"]

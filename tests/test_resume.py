@@ -23,16 +23,20 @@ def text(tmp_path_factory):
     return folder
 
 
-def start(workdir, text, *overrides):
-    command = [
+def command(workdir, text, *overrides):
+    return [
         sys.executable, "train.py", "--config=configs/mamba.py", f"--workdir={workdir}", f"--config.steps={STEPS}",
-        "--config.model.width=16", "--config.model.repeats=1", "--config.metrics.tensorboard=False", "--config.batch_size=4", "--config.seq_len=24",
+        "--config.model.width=16", "--config.model.repeats=1", "--config.metrics.tensorboard=False",
+        "--config.batch_size=4", "--config.seq_len=24",
         "--config.data.name=text", f"--config.data.path={text}/*.txt", f"--config.data.cache={text}/cache",
         "--config.checkpoint.every=7", "--config.sample.tokens=0", "--config.model.dropout=0.1", *overrides,
     ]  # fmt: skip
-    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+
+
+def start(workdir, text, *overrides):
+    arguments, environment = command(workdir, text, *overrides), os.environ | {"JAX_PLATFORMS": "cpu"}
     return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
 
 
