@@ -4,7 +4,8 @@
 # make clean       remove the virtual environment and caches; runs/ and data/ stay
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or later). REQUIREMENTS=requirements-gpu.txt installs jax for NVIDIA GPUs,
-# requirements-tpu.txt for TPUs. WORKERS: processes that run tests.
+# requirements-tpu.txt for TPUs. WORKERS: processes that run tests; each takes whole files, whose tests share what is
+# compiled. PYTEST: more arguments for pytest.
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -16,10 +17,10 @@ train: $(VENV)/.installed
 	$(BIN)/python train.py --config=configs/densemamba.py --workdir=runs/densemamba
 
 test: $(VENV)/.installed-test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) $(PYTEST)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST)
 
 test-fast: $(VENV)/.installed-test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) -m "not slow" $(PYTEST)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -109,7 +109,7 @@ def plot(axes, result: dict) -> None:
         served = [(int(length), values["loss"]) for length, values in by_length.items() if "loss" in values]
         if served:
             axes.plot(*zip(*served, strict=True), "o-", label=split)
+            axes.legend()
     axes.set(xlabel="context (tokens)", ylabel="nats a token", title="the same tokens, longer context")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
-    axes.legend()
