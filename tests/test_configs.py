@@ -75,6 +75,7 @@ def test_every_trial_of_the_sweep_is_a_valid_config_of_its_own(name):
             config = config_of(name, arg)
             config.update_from_flattened_dict(trial)  # refuses unknown fields and other types
             validate(config)
+            build(config.model, 257)
             resolved.add(config.to_json())
         assert len(resolved) == len(trials) > 3
 
