@@ -9,7 +9,7 @@ from kernels import dispatch
 from kernels.attention import cudnn, reference, xla
 
 BACKENDS = {"reference": reference, "xla": xla, "cudnn": cudnn}
-WINNERS = {"default": ("xla",)}
+WINNERS = {"cuda": ("cudnn", "xla"), "default": ("xla",)}  # measured on an H100, jax 0.11.2
 IMPLEMENTATIONS = tuple(BACKENDS)
 
 
@@ -55,11 +55,11 @@ def attention(
         k, v = (jnp.where(key_mask[..., None, None], x, 0) for x in (k, v))
     facts = dict(
         dtype=str(q.dtype),
-        width=q.shape[-1],
+        queries=q.shape[1],
+        keys=k.shape[1],
+        width=q.shape[3],
         causal=causal,
-        segment_ids=segment_ids is not None,
-        key_mask=key_mask is not None,
-        query_index=query_index is not None,
+        masked=any(x is not None for x in (segment_ids, key_mask, query_index)),
         window=window,
     )
 

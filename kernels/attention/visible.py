@@ -26,4 +26,4 @@ def visible(
     together = rules[0]
     for rule in rules[1:]:
         together = together & rule
-    return together
+    return jnp.broadcast_to(together, (together.shape[0], queries, keys))
