@@ -109,8 +109,9 @@ def use_platform(platform: str) -> None:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))
     try:
         jax.devices()
-    except RuntimeError as error:
-        raise UserError(f"--config.platform={platform}: {_one_line(error)}") from error
+    except (RuntimeError, AssertionError) as error:  # an assertion where there is not even a plugin for it
+        found = _one_line(error) or "is the JAX for it installed?"
+        raise UserError(f"--config.platform={platform}: JAX finds no such device here: {found}") from error
 
 
 def join_job() -> None:
