@@ -320,5 +320,5 @@ def describe_kernels(config: ConfigDict, platform: str) -> list[str]:
         operations += [("attention", kernels.attention)]
     if config.implementation:
         return [f"{name}: {config.implementation} (model.implementation)" for name, _ in operations]
-    chosen = [(name, *module.choose(platform)) for name, module in operations]
+    chosen = [(name, *module.choose(platform, dtype=config.dtype)) for name, module in operations]
     return [f"{name}: {implementation} ({why})" for name, implementation, why in chosen]
