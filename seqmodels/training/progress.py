@@ -1,5 +1,6 @@
 """How far the run is: a bar on a terminal, a line now and then in a log."""
 
+import os
 import sys
 import time
 
@@ -11,7 +12,8 @@ class Progress:
         self._last, self._seconds, self._shown = last, seconds, None
         self._start = (first, time.monotonic())
         self._enabled, self._bar = enabled, None
-        if enabled and sys.stderr.isatty():
+        # Some containers give a terminal of no size, on which a bar cannot be seen.
+        if enabled and sys.stderr.isatty() and min(os.get_terminal_size(sys.stderr.fileno())) > 0:
             from tqdm import tqdm
 
             self._bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True)
