@@ -1,11 +1,13 @@
-"""Times training steps of a config on random tokens, and keeps the figures.
+r"""Times training steps of a config on random tokens, and keeps the figures.
 
     python benchmarks/models.py --config=configs/mamba.py:130m --config.batch_size=8 --config.seq_len=2048
-    python benchmarks/models.py --config=configs/mamba.py --config.batch_size=2 --config.seq_len=512 --config.model.vocab_size=256
+    python benchmarks/models.py --config=configs/mamba.py --config.batch_size=2 --config.seq_len=512 \
+        --config.model.vocab_size=256
 
-Whole steps: forward, backward, optimizer, with the state donated, as train.py runs them. Each figure is the median over --repeats
-timings of --steps steps each, after compiling and a warm-up. Results go to benchmarks/results/models_<device>.json, one object for each
-config, batch and length; a new figure takes the place of an old one.
+Whole steps: forward, backward, optimizer, with the state donated, as train.py runs them. Each figure is the median over
+--repeats timings of --steps steps each, after compiling and a warm-up. Results go to
+benchmarks/results/models_<device>.json, one object for each config, batch and length; a new figure takes the place of
+an old one.
 """
 
 import datetime

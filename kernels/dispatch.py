@@ -16,7 +16,7 @@ class UnsupportedError(ValueError):
     """A named implementation cannot serve this call; the message says why."""
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _log_once(message: str) -> None:
     logger.info(message)
 

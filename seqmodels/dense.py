@@ -1,13 +1,13 @@
 """DenseSSM: layers that use the hidden states of the layers below (He et al. 2024, arXiv 2403.00818), for Mamba.
 
-Let s^l be layer l's own state, and "past" the m layers below that have a state. The published text and figures leave open where
-the lower states enter, and no code of DenseMamba was published; so each reading has a name (docs/densessm.md):
+Let s^l be layer l's own state, and "past" the m layers below that have a state. The published text and figures leave
+open where the lower states enter, and no code of DenseMamba was published; so each reading has a name (docs/densessm.md):
 
-    read    y^l = s^l C^l + sum_past g_E (s^i P^T (g_N C^l))           the lower states are read by this layer's query
-    input   u' = u + g_E sum_past u^i,  B' = B + g_N sum_past P B^i    what is written is mixed, as in the authors' DenseRetNet
-    output  y^l = s^l C^l + g_E sum_past s^i C^i                       control: the lower layers' own readouts
-    rank    s_t = a s_{t-1} + (dt u) B + sum_past (g_E dt^i u^i) (g_N P B^i)          written below, kept with this layer's decay
-    carry   h_t = a h_{t-1} + (dt u) B + sum_past g_E g_N P s^i,  y = h C  the lower states are added to this one, and carried on
+    read    y^l = s^l C^l + sum_past g_E (s^i P^T (g_N C^l)): the lower states, read by this layer's query
+    input   u' = u + g_E sum_past u^i, B' = B + g_N sum_past P B^i: what is written is mixed, as in their DenseRetNet
+    output  y^l = s^l C^l + g_E sum_past s^i C^i: a control, the lower layers' own readouts
+    rank    s_t = a s_{t-1} + (dt u) B + sum_past (g_E dt^i u^i) (g_N P B^i): written below, kept with this layer's decay
+    carry   h_t = a h_{t-1} + (dt u) B + sum_past g_E g_N P s^i, y = h C: the lower states are added, and carried on
 
 g_E [E] and g_N [N] depend on the token. READ runs as one grouped selective scan, which computes the lower states again.
 """
@@ -45,11 +45,11 @@ def queries(C: jax.Array, gate_state: jax.Array | None, projection: jax.Array | 
 
 
 class DenseFusion(nn.Module):
-    """Fuses a layer with the streams of the layers below it. Parameters: the gates, and the projection P if there is one.
+    """Fuses a layer with the streams of the layers below it. Parameters: the gates, the projection P, the norms.
 
     Attributes:
-        width, inner, state: D, E, N. sources: how many layers below are read, m or fewer near the bottom; OUTPUT also has
-            none, to hand its readout up.
+        width, inner, state: D, E, N. sources: how many layers below are read, m or fewer near the bottom; OUTPUT also
+            has none, to hand its readout up.
         The rest is `config.model.dense`; see configs/base.py.
     """
 
@@ -100,7 +100,9 @@ class DenseFusion(nn.Module):
         elif self.gate == "both":  # 1 + x W: the channel gate, a factor beside it, must not be starved
             self.state_gain = matrix(self, "gain_state", (self.width, count, self.state), ("embed", None, "state"), 0.0)
         if self.projection == "linear":
-            eye = nn.with_logical_partitioning(lambda key, shape, dtype: jnp.eye(shape[0], dtype=dtype), ("state", None))
+            eye = nn.with_logical_partitioning(
+                lambda key, shape, dtype: jnp.eye(shape[0], dtype=dtype), ("state", None)
+            )
             self.P = self.param("projection", eye, (self.state, self.state), jnp.float32)
         if self.norm:
             self.norm_channel = RMSNorm(self.norm_eps, "inner")
@@ -139,7 +141,7 @@ class DenseFusion(nn.Module):
             carried: CARRY's extra state.
 
         Returns:
-            y [B, T, E] with skip and gate, the layer's own (unfused) new state, the new `carried`, and the layer's stream.
+            y [B, T, E] with skip and gate, the layer's own (unfused) new state, the new `carried`, the layer's stream.
         """
         if seq.mask is not None:
             x = jnp.where(seq.mask[..., None], x, 0)

@@ -1,7 +1,7 @@
 """The language model: embedding, blocks after a layer pattern, norm and head.
 
-A pattern such as "mamba" or "mamba mamba attention+mlp" names the blocks of one group: a mixer, and after "+" a channel mixer.
-The group is repeated. With DenseSSM the stack carries a window of the last m hidden streams from block to block.
+A pattern such as "mamba" or "mamba mamba attention+mlp" names the blocks of one group: a mixer, and after "+" a channel
+mixer. The group is repeated. With DenseSSM the stack carries a window of the last m hidden streams from block to block.
 """
 
 import dataclasses
@@ -72,7 +72,9 @@ def plan(config) -> list[BlockSpec]:
             streams += 1
         specs.append(BlockSpec(mixer, channel, sources))
     if dense.variant != "none" and not streams:
-        raise UserError(f"model.dense.variant is {dense.variant!r}, but no mixer of {config.pattern!r} has hidden states")
+        raise UserError(
+            f"model.dense.variant is {dense.variant!r}, but no mixer of {config.pattern!r} has hidden states"
+        )
     return specs
 
 
@@ -211,7 +213,9 @@ class LanguageModel(nn.Module):
         config = self.config
         init = nn.initializers.normal(config.embedding_std)
         shape = (config.vocab_size, config.width)
-        self.embedding = self.param("embedding", nn.with_logical_partitioning(init, ("vocab", "embed")), shape, jnp.float32)
+        self.embedding = self.param(
+            "embedding", nn.with_logical_partitioning(init, ("vocab", "embed")), shape, jnp.float32
+        )
         if not config.tie_embeddings:
             init = nn.with_logical_partitioning(nn.initializers.normal(config.width**-0.5), ("embed", "vocab"))
             self.head = self.param("head", init, shape[::-1], jnp.float32)
@@ -244,8 +248,8 @@ class LanguageModel(nn.Module):
             max_length: slots of attention caches, in tokens; other mixers' states are constant in size.
 
         Returns:
-            segment [B] and position [B] int32: document of the last token and tokens of it so far; layers: states of the
-            blocks. Every leaf has batch first.
+            segment [B] and position [B] int32: document of the last token and tokens of it so far; layers: states of
+            the blocks. Every leaf has batch first.
         """
         specs, (unrolled, repeats) = plan(self.config), scanned(self.config)
         layers = {f"block_{i}": block_state(self.config, s, batch, max_length) for i, s in enumerate(specs[:unrolled])}
@@ -300,7 +304,9 @@ def build(config: ConfigDict, vocab_size: int) -> LanguageModel:
     """
     config = ConfigDict(config.to_dict()) if not isinstance(config, dict) else ConfigDict(config)
     if config.vocab_size and config.vocab_size < vocab_size:
-        raise UserError(f"model.vocab_size is {config.vocab_size}; the tokenizer has {vocab_size} tokens (0 follows it)")
+        raise UserError(
+            f"model.vocab_size is {config.vocab_size}; the tokenizer has {vocab_size} tokens (0 follows it)"
+        )
     config.vocab_size = config.vocab_size or -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
     scanned(config)
     if config.remat != "none":

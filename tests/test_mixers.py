@@ -1,4 +1,4 @@
-"""The mixer contract, for every mixer in the registry: what holds for one holds for all, and a new one gets these for free."""
+"""The mixer contract, for every mixer in the registry: a new one gets these tests for free."""
 
 import functools
 
@@ -21,7 +21,7 @@ def mixer(name, dtype="float32"):
     """A small mixer with perturbed parameters: fresh ones hide bugs."""
     module = MIXERS[name](width=D, dtype=jnp.dtype(dtype), layers=2)
     seq, _, _ = make_sequence(B, T)
-    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), jnp.zeros((B, T, D)), seq))
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), jnp.zeros((B, T, D)), seq))  # once: kept by the cache
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(1), len(leaves))
     scale = lambda x: 0.25 if x.ndim > 1 else 0.1  # noqa: E731
@@ -50,9 +50,7 @@ def in_pieces(name, params, x, sizes, state, segment_ids=None, mask=None, segmen
         position = jnp.zeros(B, jnp.int32)
     for size in sizes:
         cut = lambda v: None if v is None else v[:, start : start + size]  # noqa: B023, E731
-        y, state, segment, position = apply(
-            name, params, cut(x), state, cut(segment_ids), cut(mask), segment, position
-        )
+        y, state, segment, position = apply(name, params, cut(x), state, cut(segment_ids), cut(mask), segment, position)
         ys.append(y)
         start += size
     return jnp.concatenate(ys, axis=1), state
@@ -61,7 +59,7 @@ def in_pieces(name, params, x, sizes, state, segment_ids=None, mask=None, segmen
 def start_state(name, seed=3):
     """A state that is not zero: that after a few tokens."""
     module, params = mixer(name)
-    y, state, segment, position = apply(name, params, draw((B, 3, D), seed), module.init_state(B, 3 + T))
+    _, state, segment, position = apply(name, params, draw((B, 3, D), seed), module.init_state(B, 3 + T))
     return state, segment, position
 
 
@@ -212,7 +210,7 @@ def test_bfloat16(name):
     _, params = mixer(name)
     x = draw((B, T, D))
     y, *_ = apply(name, params, x)
-    half, state, *_ = apply(name, params, x.astype(jnp.bfloat16), dtype="bfloat16")
+    half, *_ = apply(name, params, x.astype(jnp.bfloat16), dtype="bfloat16")
     assert half.dtype == jnp.bfloat16
     close(half.astype(jnp.float32), y, 3e-2)
     assert y.dtype == jnp.float32

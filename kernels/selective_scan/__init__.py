@@ -1,9 +1,9 @@
-"""Selective scan: the diagonal recurrence of Mamba (Gu & Dao 2023, algorithm 2), with groups of states read into one output.
+"""Selective scan: Mamba's diagonal recurrence (Gu & Dao 2023, algorithm 2), with groups of states read into one output.
 
     s_t = exp(dt_t A) s_{t-1} + (dt_t u_t) B_t          [E, N] for each group
     y_t = (sum_g w_{t,g} * (s_{t,g} C_{t,g}) + D u_{t,0}) * silu(z_t)
 
-One group is Mamba. The m + 1 groups of DenseMamba's READ (Section 3 of arXiv 2403.00818) are a layer's own state and those of the m
+One group is Mamba. The m + 1 groups of DenseMamba's READ (arXiv 2403.00818) are a layer's own state and those of the m
 layers below, which are recomputed here from what was written into them, so that no state a token is ever kept.
 """
 
@@ -60,8 +60,8 @@ def selective_scan(
         initial_state: [B, (G,) E, N] float32; None: zeros.
         segment_ids: [B, T] int32; a change of id resets the state, at any position.
         initial_segment: [B] int32, segment that initial_state belongs to; None: that of the first real token.
-        mask: [B, T] bool; a token with False leaves the state as it is, and what stands there (NaN even) is not read; its
-            output is unspecified but finite.
+        mask: [B, T] bool; a token with False leaves the state as it is, and what stands there (NaN even) is not read;
+            its output is unspecified but finite.
         implementation: "reference", "xla"; None: the fastest that serves.
 
     Returns:
@@ -98,7 +98,9 @@ def selective_scan(
 def _check(u, dt, A, B, C, weights, initial_state):
     """Shapes, before anything is compiled."""
     if u.ndim != 4 or A.ndim != 3:
-        raise ValueError(f"selective_scan: u has shape {u.shape} and A {A.shape}; allowed: [B, T, (G,) E] and [(G,) E, N]")
+        raise ValueError(
+            f"selective_scan: u has shape {u.shape} and A {A.shape}; allowed: [B, T, (G,) E] and [(G,) E, N]"
+        )
     batch, length, groups, width = u.shape
     state = A.shape[-1]
     want = dict(

@@ -1,7 +1,7 @@
 """DenseSSM's RANK and CARRY: one layer's state into which other layers write at every token.
 
-Ablations beside READ, which needs no more than `selective_scan`. Plain XLA: chunks of time under `jax.checkpoint`, so that states are
-kept at chunk boundaries only.
+Ablations beside READ, which needs no more than `selective_scan`. Plain XLA: chunks of time under `jax.checkpoint`, so
+that states are kept at chunk boundaries only.
 """
 
 import jax
@@ -51,7 +51,9 @@ def rank_scan(dt, A, writes, B, C, state, segment_ids=None, initial_segment=None
 
     def body(state, tokens, reset):
         dt, writes, B, C = tokens
-        states = _recurrence(xla._decay(dt, A.T, reset), jnp.einsum("tbge,tbgn->tbne", writes, B, precision="highest"), state)
+        states = _recurrence(
+            xla._decay(dt, A.T, reset), jnp.einsum("tbge,tbgn->tbne", writes, B, precision="highest"), state
+        )
         return states[-1], jnp.einsum("tbne,tbn->tbe", states, C, precision="highest")
 
     reset = resets(segment_ids, initial_segment, mask)
@@ -60,12 +62,24 @@ def rank_scan(dt, A, writes, B, C, state, segment_ids=None, initial_segment=None
 
 
 def carry_scan(
-    u, dt, A, B, C, gate_channel, gate_state, projection, state, carried, segment_ids=None, initial_segment=None, mask=None
+    u,
+    dt,
+    A,
+    B,
+    C,
+    gate_channel,
+    gate_state,
+    projection,
+    state,
+    carried,
+    segment_ids=None,
+    initial_segment=None,
+    mask=None,
 ):
     """Fused states carried in time: h_t = exp(dt A) h_{t-1} + (dt u) B + g_t * sum_i P s^i_t, y_t = h_t C_t.
 
-    The states s^i of the other layers are the unfused ones (groups 1..G-1; group 0 is this layer). By linearity h = s^0 + c, where
-    c_t = exp(dt A) c_{t-1} + g_t * sum_i P s^i_t is what the other layers have added.
+    The states s^i of the other layers are the unfused ones (groups 1..G-1; group 0 is this layer). By linearity
+    h = s^0 + c, where c_t = exp(dt A) c_{t-1} + g_t * sum_i P s^i_t is what the other layers have added.
 
     Args:
         u, dt: [B, T, G, E] input, and step after softplus.

@@ -9,7 +9,9 @@ def supports(**facts) -> str | None:
     return None
 
 
-def selective_scan(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, segment_ids, initial_segment, mask, dt_softplus):
+def selective_scan(
+    u, dt, A, B, C, D, z, dt_bias, weights, initial_state, segment_ids, initial_segment, mask, dt_softplus
+):
     """As `kernels.selective_scan.selective_scan`, groups given, padding zeroed."""
     batch, length, groups, width = u.shape
     dtype = jnp.promote_types(jnp.float32, u.dtype)

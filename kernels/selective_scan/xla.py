@@ -1,7 +1,8 @@
 """The selective scan in plain XLA: chunks of time, states kept at chunk boundaries only, backward by recomputation.
 
-Inside a chunk the recurrence is a sequential scan on CPU, where it is 10 times faster than an associative one, and an associative
-scan elsewhere, where 2048 small steps would be launches. States are laid out [B, G, N, E] here, so that the innermost axis is long.
+Inside a chunk the recurrence is a sequential scan on CPU, where it is 10 times faster than an associative one, and an
+associative scan elsewhere, where 2048 small steps would be launches. States are laid out [B, G, N, E] here, so that the
+innermost axis is long.
 """
 
 import jax
@@ -17,7 +18,9 @@ def supports(**facts) -> str | None:
     return None
 
 
-def selective_scan(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, segment_ids, initial_segment, mask, dt_softplus):
+def selective_scan(
+    u, dt, A, B, C, D, z, dt_bias, weights, initial_state, segment_ids, initial_segment, mask, dt_softplus
+):
     """As `kernels.selective_scan.selective_scan`, groups given, padding zeroed."""
     dtype = jnp.promote_types(jnp.float32, u.dtype)
     dt = dt.astype(dtype) + (0 if dt_bias is None else dt_bias.astype(dtype))
@@ -94,7 +97,7 @@ def _by_platform(sequential, associative, *arguments):
 
 
 def _split(tree):
-    """[B, T, ...] to [T / chunk, chunk, B, ...]; the last chunk is filled with zeros, which leave the state as it is."""
+    """[B, T, ...] to [T / chunk, chunk, B, ...]; the last chunk ends in zeros, which leave the state as it is."""
 
     def split(x):
         length = x.shape[1]
@@ -122,10 +125,22 @@ def _write(u, dt, B):
     return (dt * u)[..., None, :] * B[..., None]
 
 
-def _read(state, C, weights):
+def _read(state, C, weights, sum_states):
     """sum_g w_g (s_g C_g), [..., B, E]."""
-    readout = jnp.sum(state * C[..., None], axis=-2)
-    return jnp.sum(readout if weights is None else weights * readout, axis=-2)
+    readout = sum_states(state * C[..., None])
+    if weights is None:
+        return readout[..., 0, :] if readout.shape[-2] == 1 else jnp.sum(readout, axis=-2)
+    return jnp.sum(weights * readout, axis=-2)
+
+
+def _reduce_states(x):
+    """Sum over N of [..., N, E]."""
+    return jnp.sum(x, axis=-2)
+
+
+def _add_states(x):
+    """The same, term by term: in the CPU's loop over tokens a reduction would be a call of its own, 4 times slower."""
+    return sum(x[..., n, :] for n in range(x.shape[-2]))
 
 
 def _sequential_forward(tokens, A, state):
@@ -134,7 +149,7 @@ def _sequential_forward(tokens, A, state):
     def step(state, token):
         u, dt, B, C, weights, reset = token
         state = _decay(dt, A, reset) * state + _write(u, dt, B)
-        return state, _read(state, C, weights)
+        return state, _read(state, C, weights, _add_states)
 
     return jax.lax.scan(step, state, tokens)
 
@@ -149,13 +164,13 @@ def _sequential_backward(tokens, A, state, dy, dstate):
     def backward(carry, inputs):
         dstate, dA = carry
         token, dy, old = inputs
-        u, dt, B, C, weights, reset = token
+        u, dt, _, C, weights, reset = token
         decay = _decay(dt, A, reset)
         kept = decay * old
         dreadout = dy[:, None] if weights is None else weights * dy[:, None]
         dreadout = jnp.broadcast_to(dreadout, u.shape)
         dstate = dstate + dreadout[..., None, :] * C[..., None]
-        gradients, dA_token = _token_gradients(token, A, kept, dreadout, dy, dstate)
+        gradients, dA_token = _token_gradients(token, A, kept, dreadout, dy, dstate, _add_states)
         return (decay * dstate, dA + dA_token), gradients
 
     _, states = jax.lax.scan(forward, state, tokens)
@@ -164,24 +179,25 @@ def _sequential_backward(tokens, A, state, dy, dstate):
     return dstate, jnp.sum(dA, axis=0), gradients
 
 
-def _token_gradients(token, A, kept, dreadout, dy, dstate):
+def _token_gradients(token, A, kept, dreadout, dy, dstate, sum_states):
     """Gradients of u, dt, B, C, weights, and of A by token, at one token or at many ([..., B, G, N, E]).
 
     Args:
         kept: exp(dt A) s_{t-1}, what is left of the old state.
         dreadout: gradient of each group's readout, [..., B, G, E].
         dstate: gradient of the state after the token, through this token's readout and all that follows.
+        sum_states: sums over N.
     """
     u, dt, B, C, weights, _ = token
     new = kept + _write(u, dt, B)
     # a product in TF32 or bfloat16, the default on accelerators, would be wrong in the third digit
     dC = jnp.einsum("...ne,...e->...n", new, dreadout, precision="highest")
     dB = jnp.einsum("...ne,...e->...n", dstate, dt * u, precision="highest")
-    dwrite = jnp.sum(dstate * B[..., None], axis=-2)
+    dwrite = sum_states(dstate * B[..., None])
     dexponent = dstate * kept
-    ddt = jnp.sum(dexponent * A, axis=-2) + dwrite * u
+    ddt = sum_states(dexponent * A) + dwrite * u
     dA = dexponent * dt[..., None, :]
-    dweights = None if weights is None else dy[..., None, :] * jnp.sum(new * C[..., None], axis=-2)
+    dweights = None if weights is None else dy[..., None, :] * sum_states(new * C[..., None])
     return (dwrite * dt, ddt, dB, dC, dweights), dA
 
 
@@ -203,7 +219,7 @@ def _associative_forward(tokens, A, state):
     """One chunk, all tokens at once."""
     u, dt, B, C, weights, reset = tokens
     states = linear_recurrence(_decay(dt, A, reset), _write(u, dt, B), state)
-    return states[-1], _read(states, C, weights)
+    return states[-1], _read(states, C, weights, _reduce_states)
 
 
 def _associative_backward(tokens, A, state, dy, dstate):
@@ -216,5 +232,5 @@ def _associative_backward(tokens, A, state, dy, dstate):
     dreadout = jnp.broadcast_to(dreadout, u.shape)
     later = jnp.concatenate([decay[1:], jnp.ones_like(decay[:1])])  # the last token's state goes out as it is
     dstates = linear_recurrence(later, dreadout[..., None, :] * C[..., None], dstate, reverse=True)
-    gradients, dA = _token_gradients(tokens, A, kept, dreadout, dy, dstates)
+    gradients, dA = _token_gradients(tokens, A, kept, dreadout, dy, dstates, _reduce_states)
     return decay[0] * dstates[0], jnp.sum(dA, axis=(0, 1)), gradients

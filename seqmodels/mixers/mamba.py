@@ -1,4 +1,4 @@
-"""Mamba: a state space model whose step, input and output matrices depend on the token (Gu & Dao 2023, arXiv 2312.00752)."""
+"""Mamba (Gu & Dao 2023, arXiv 2312.00752): a state space model whose step, input and output depend on the token."""
 
 import math
 
@@ -227,5 +227,3 @@ def stack(streams: list[Stream]) -> dict[str, jax.Array]:
         dt_bias=jnp.stack([s.dt_bias for s in streams]),
         initial_state=jnp.stack([s.state for s in streams], axis=1),
     )
-
-
