@@ -1,12 +1,12 @@
 """DenseSSM: layers that use the hidden states of the layers below (He et al. 2024, arXiv 2403.00818), for Mamba.
 
 Let s^l be layer l's own state, and "past" the m layers below that have a state. The published text and figures leave
-open where the lower states enter, and no code of DenseMamba was published; so each reading has a name (docs/densessm.md):
+open where the lower states enter, and no code of DenseMamba was published; so each reading has a name:
 
     read    y^l = s^l C^l + sum_past g_E (s^i P^T (g_N C^l)): the lower states, read by this layer's query
-    input   u' = u + g_E sum_past u^i, B' = B + g_N sum_past P B^i: what is written is mixed, as in their DenseRetNet
+    input   u' = u + g_E sum_past u^i, B' = B + g_N sum_past P B^i: what is written is mixed, as in DenseRetNet
     output  y^l = s^l C^l + g_E sum_past s^i C^i: a control, the lower layers' own readouts
-    rank    s_t = a s_{t-1} + (dt u) B + sum_past (g_E dt^i u^i) (g_N P B^i): written below, kept with this layer's decay
+    rank    s_t = a s_{t-1} + (dt u) B + sum_past (g_E dt^i u^i) (g_N P B^i): kept with this layer's decay
     carry   h_t = a h_{t-1} + (dt u) B + sum_past g_E g_N P s^i, y = h C: the lower states are added, and carried on
 
 g_E [E] and g_N [N] depend on the token. READ runs as one grouped selective scan, which computes the lower states again.
