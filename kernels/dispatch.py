@@ -16,6 +16,11 @@ class UnsupportedError(ValueError):
     """A named implementation cannot serve this call; the message says why."""
 
 
+def lowered_name(platform: str) -> str:
+    """A platform's name in lowering rules: jax.default_backend() says "gpu" for "cuda"."""
+    return {"gpu": "cuda"}.get(platform, platform)
+
+
 @functools.cache
 def _log_once(message: str) -> None:
     logger.info(message)
@@ -32,7 +37,7 @@ def choose(
         platform: "cpu", "cuda", "rocm" or "tpu" ("gpu" means "cuda").
         **facts: static facts of the call that `supports` judges, such as shapes and dtypes.
     """
-    platform = {"gpu": "cuda"}.get(platform, platform)
+    platform = lowered_name(platform)
     skipped = []
     for name in winners.get(platform, winners["default"]):
         reason = backends[name].supports(platform=platform, **facts)
@@ -51,7 +56,7 @@ def require(operation: str, backends: Mapping[str, ModuleType], name: str, **fac
     """
     if name not in backends:
         raise UnsupportedError(f"{operation}: implementation {name!r} is unknown; there are {', '.join(backends)}")
-    reason = backends[name].supports(platform=jax.default_backend(), **facts)
+    reason = backends[name].supports(platform=lowered_name(jax.default_backend()), **facts)
     if reason is not None:
         raise UnsupportedError(f"{operation}: implementation {name!r} cannot serve: {reason}")
     return backends[name]
