@@ -45,7 +45,8 @@ def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
 
     Each trial is a dict of dotted fields. The second control gives the gates' parameters to the step size instead.
     """
-    width = get_config(arg).model.width
+    model = get_config(arg).model
+    width = model.width
     add({"model.dense.variant": "none"})
     add({"model.dense.variant": "none", "model.mamba.dt_rank": -(-width // 16) + 3 * width // 128})
     add({"model.dense.variant": "output"})
@@ -59,4 +60,5 @@ def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
     for depth in (1, 4):
         add({"model.dense.variant": "read", "model.dense.depth": depth})
     for every in (2, 4):
-        add({"model.dense.variant": "read", "model.dense.every": every})
+        scan = {"model.scan_blocks": every} if model.scan_blocks else {}  # a super-block holds a whole period
+        add({"model.dense.variant": "read", "model.dense.every": every, **scan})
