@@ -1,0 +1,96 @@
+"""Puts finished runs side by side: a table in Markdown and a picture of their losses.
+
+    python benchmarks/compare_runs.py runs/densemamba runs/mamba runs/transformer --out=docs/results/small
+
+writes docs/results/small.md and small.png from the runs' config.json, metrics.jsonl and summary.json.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+from pathlib import Path
+
+
+def read(folder: Path) -> dict:
+    """Figures of one run."""
+    summary = json.loads((folder / "summary.json").read_text())
+    config = json.loads((folder / "config.json").read_text())
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if "loss" in row]
+    return dict(
+        name=folder.name,
+        steps=[row["step"] for row in rows],
+        loss=[row["loss"] for row in rows],
+        tokens_per_second=statistics.median(row["tokens_per_second"] for row in rows),
+        parameters=summary["parameters"],
+        splits=summary["splits"],
+        tokens=config["batch_size"] * config["seq_len"] * summary["steps"],
+    )
+
+
+def table(runs: list[dict]) -> str:
+    """Markdown, one row a run."""
+    lines = [
+        "| model | parameters | training tokens | last 50 losses | validation bits/byte | test bits/byte | tokens/s |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for run in runs:
+        last = statistics.mean(run["loss"][-50:])
+        bits = [f"{run['splits'][split]['bits_per_byte']:.4f}" for split in ("validation", "test")]
+        lines.append(
+            f"| {run['name']} | {run['parameters']:,} | {run['tokens']:,} | {last:.4f} | {bits[0]} | {bits[1]} "
+            f"| {run['tokens_per_second']:,.0f} |"
+        )
+    xz = [f"{runs[0]['splits'][split]['xz_bits_per_byte']:.4f}" for split in ("validation", "test")]
+    return "\n".join([*lines, f"| `xz -9` | | | | {xz[0]} | {xz[1]} | |"])
+
+
+def plot(runs: list[dict], path: Path) -> None:
+    """Losses by step, each the mean of 20 steps."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4))
+    for run in runs:
+        smooth = [statistics.mean(run["loss"][max(0, i - 19) : i + 1]) for i in range(len(run["loss"]))]
+        axes.plot(run["steps"], smooth, label=run["name"])
+    first = min(run["loss"][len(run["loss"]) // 20] for run in runs)
+    axes.set(xlabel="step", ylabel="training loss, nats a byte", ylim=(None, first))
+    axes.legend()
+    axes.grid(alpha=0.3)
+    figure.tight_layout()
+    figure.savefig(path, dpi=120)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories of finished runs")
+    parser.add_argument("--out", type=Path, required=True, help="where to write, without ending")
+    parser.add_argument("--device", default="", help="what the runs ran on, for the heading")
+    options = parser.parse_args()
+    missing = [str(run) for run in options.runs if not (run / "summary.json").exists()]
+    if missing:
+        parser.error(f"no summary.json in {', '.join(missing)}: these runs are not finished")
+    runs = [read(run) for run in options.runs]
+    names = " ".join(f"runs/{run['name']}" for run in runs)
+    commands = [f"python train.py --config=configs/{run['name']}.py --workdir=runs/{run['name']}" for run in runs] + [
+        f"python benchmarks/compare_runs.py {names} --out={options.out}"
+    ]
+    where = f" on {options.device}" if options.device else ""
+    text = [
+        f"# {', '.join(run['name'] for run in runs)}{where}, {datetime.date.today().isoformat()}",
+        table(runs),
+        f"![losses]({options.out.name}.png)",
+        "One seed each. Made by\n\n```\n" + "\n".join(commands) + "\n```",
+    ]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.with_suffix(".md").write_text("\n\n".join(text) + "\n")
+    plot(runs, options.out.with_suffix(".png"))
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()
