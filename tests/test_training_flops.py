@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import mamba, transformer
+from configs import densemamba, mamba, transformer
 from kernels.selective_scan import selective_scan
 from seqmodels.model import build
 from seqmodels.training import flops, sharding
@@ -46,17 +46,30 @@ def test_mamba_step_without_its_scans_is_within_eight_percent_of_xla():
     assert 0 < scans < 0.2 * ours and 0.92 * xla < ours - scans < xla
 
 
-def test_selective_scan_of_one_token_is_what_xla_counts():
+@pytest.mark.parametrize("groups", [1, 3])
+def test_selective_scan_of_one_token_is_what_xla_counts(groups):
+    """With READ's groups too: each lower state costs as much as the layer's own."""
     batch, inner, state = 2, 64, 256
     array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
-    token, input_matrix = array(batch, 1, inner), array(batch, 1, state)
+    token, input_matrix = array(batch, 1, groups, inner), array(batch, 1, groups, state)
 
     def scan(u, dt, A, B, C, h):
         return selective_scan(u, dt, A, B, C, initial_state=h, implementation="reference")
 
-    arguments = (token, token, array(inner, state), input_matrix, input_matrix, array(batch, inner, state))
+    states = (groups, inner, state)
+    arguments = (token, token, array(*states), input_matrix, input_matrix, array(batch, *states))
     cost = jax.jit(scan).lower(*arguments).compile().cost_analysis()["flops"]
-    assert cost / (batch * inner * state) == pytest.approx(flops.SCAN, rel=0.02)
+    ours = flops.SCAN + (groups - 1) * flops.DENSE["read"]
+    assert cost / (batch * inner * state) == pytest.approx(ours, rel=0.02)
+
+
+def test_dense_links_cost_a_scan_a_source():
+    """Four layers of depth two have 0 + 1 + 2 + 2 sources."""
+    config = densemamba.get_config()
+    boxed = abstract_params(build(config.model, 257), config)
+    assert flops.dense_flops_per_token(boxed, config.model) == 5 * flops.SCAN * 256 * 16
+    config.model.dense.variant = "input"
+    assert flops.dense_flops_per_token(boxed, config.model) == 0
 
 
 def test_scan_over_layers_and_tied_tables_count_the_same():

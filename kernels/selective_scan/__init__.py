@@ -13,14 +13,15 @@ import jax.numpy as jnp
 from kernels import dispatch
 from kernels.selective_scan import reference, xla
 
-IMPLEMENTATIONS = {"reference": reference, "xla": xla}
-# Measured winners by platform, fastest first: benchmarks/results/kernels_*.json
+BACKENDS = {"reference": reference, "xla": xla}
+# By platform, fastest first; the last one serves everything.
 WINNERS = {"default": ("xla",)}
+IMPLEMENTATIONS = tuple(BACKENDS)
 
 
 def choose(platform: str, **facts) -> tuple[str, str]:
     """Name of the implementation that `None` takes on a platform, and why."""
-    return dispatch.choose("selective_scan", IMPLEMENTATIONS, WINNERS, platform, **facts)
+    return dispatch.choose("selective_scan", BACKENDS, WINNERS, platform, **facts)
 
 
 def selective_scan(
@@ -91,7 +92,7 @@ def selective_scan(
 
     arrays = dict(u=u, dt=dt, A=A, B=B, C=C, initial_state=initial_state, **optional, **documents)
     facts = dict(shape=(*u.shape, A.shape[-1]), dtype=u.dtype)
-    y, state = dispatch.dispatch("selective_scan", IMPLEMENTATIONS, WINNERS, implementation, facts, call, arrays)
+    y, state = dispatch.dispatch("selective_scan", BACKENDS, WINNERS, implementation, facts, call, arrays)
     return y, state if grouped else state[:, 0]
 
 

@@ -10,6 +10,8 @@ import math
 import jax
 from ml_collections import ConfigDict
 
+from seqmodels.model import plan
+from seqmodels.training import sharding
 from seqmodels.training.sharding import is_box
 
 # Dense peak in 1e12 operations a second, by the start of jax.Device.device_kind; vendors' data sheets.
@@ -30,6 +32,10 @@ PEAKS = {
 
 # Of one token, channel and state of a selective scan: dt A, (dt x) B, a h + b, and h C summed over the state.
 SCAN = 1 + 1 + 2 + 2
+
+# The same for each lower state that a DenseSSM layer uses: READ scans it again and reads it; CARRY scans it, gates it
+# twice and adds it; RANK writes it, as a product and a sum. INPUT and OUTPUT mix tokens, not states.
+DENSE = {"none": 0, "read": SCAN, "carry": 4 + 2 + 1, "rank": 2, "input": 0, "output": 0}
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
@@ -67,4 +73,16 @@ def forward_flops_per_token(boxed, seq_len: int) -> float:
 
 def train_step_flops(boxed, config: ConfigDict) -> float:
     """Operations of one optimizer step over the whole batch: forward, and twice that backward."""
-    return 3.0 * config.batch_size * config.seq_len * forward_flops_per_token(boxed, config.seq_len)
+    tokens = config.batch_size * config.seq_len
+    forward = forward_flops_per_token(boxed, config.seq_len) + dense_flops_per_token(boxed, config.model)
+    return 3.0 * tokens * forward
+
+
+def dense_flops_per_token(boxed, model: ConfigDict) -> float:
+    """Operations a token of the forward pass in the lower states that DenseSSM uses; `model` is config.model."""
+    sources = sum(block.sources for block in plan(model))
+    if not sources:
+        return 0.0
+    leaves = jax.tree_util.tree_leaves_with_path(sharding.unbox(boxed))
+    inner, state = next(leaf.shape[-2:] for path, leaf in leaves if path[-1].key == "A_log")
+    return float(sources * DENSE[model.dense.variant] * inner * state)
