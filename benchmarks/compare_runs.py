@@ -54,11 +54,13 @@ def plot(runs: list[dict], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4))
-    for run in runs:
+    lowest, widths = float("inf"), [4 - 3 * i / max(len(runs) - 1, 1) for i in range(len(runs))]  # curves may coincide
+    for run, width in zip(runs, widths, strict=True):
         smooth = [statistics.mean(run["loss"][max(0, i - 19) : i + 1]) for i in range(len(run["loss"]))]
-        axes.plot(run["steps"], smooth, label=run["name"])
-    first = min(run["loss"][len(run["loss"]) // 20] for run in runs)
-    axes.set(xlabel="step", ylabel="training loss, nats a byte", ylim=(None, first))
+        axes.plot(run["steps"], smooth, label=run["name"], linewidth=width)
+        lowest = min(lowest, *smooth)
+    first = max(run["loss"][len(run["loss"]) // 20] for run in runs)
+    axes.set(xlabel="step", ylabel="training loss, nats a byte", ylim=(lowest - 0.05, first))
     axes.legend()
     axes.grid(alpha=0.3)
     figure.tight_layout()
