@@ -65,6 +65,7 @@ def test_unknown_preset_names_the_nearest(arg, near):
     assert "\n" not in str(error.value) and arg in str(error.value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_trial_of_the_sweep_is_a_valid_config_of_its_own(name):
     for arg in (None, "130m"):

@@ -138,7 +138,11 @@ CASES = [
 ]
 
 
-@pytest.mark.parametrize("case", CASES, ids=lambda c: "-".join(map(str, c.values())))
+@pytest.mark.parametrize(
+    "case",
+    [*CASES[:5], *[pytest.param(case, marks=pytest.mark.slow) for case in CASES[5:]]],
+    ids=lambda case: "-".join(map(str, case.values())),
+)
 def test_equals_stored_states(case):
     """Outputs and all parameters' gradients."""
     model, params = make(layers=3, **case)
@@ -161,7 +165,12 @@ def test_equals_stored_states(case):
 
 
 @pytest.mark.parametrize(
-    ("variant", "gate"), [*[(v, "channel") for v in VARIANTS], *[(v, "both") for v in VARIANTS], ("read", "state")]
+    ("variant", "gate"),
+    [
+        *[(v, "channel") for v in VARIANTS],
+        *[pytest.param(v, "both", marks=pytest.mark.slow) for v in VARIANTS],
+        pytest.param("read", "state", marks=pytest.mark.slow),
+    ],
 )
 def test_fresh_dense_mamba_is_mamba(variant, gate):
     """The last gate matrix starts at zero."""
@@ -187,7 +196,7 @@ def test_fresh_dense_mamba_is_mamba(variant, gate):
         np.testing.assert_array_equal(got, want)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("variant", ["read", *[pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS[1:]]])
 def test_recurrent_equals_parallel(variant):
     """Also in packed and padded rows, and causally."""
     model, params = make(variant=variant, gate="channel" if variant == "output" else "both")
@@ -233,6 +242,7 @@ def stacked(params, first, group):
     return {"params": p}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("variant", "group"), [("none", 2), ("read", 2), *[(v, 1) for v in VARIANTS]])
 def test_scan_over_blocks_equals_unrolled(variant, group):
     model, params = make(variant=variant)
@@ -255,6 +265,7 @@ def test_scan_over_blocks_equals_unrolled(variant, group):
     np.testing.assert_allclose(jnp.concatenate([y, z], 1), hidden(model, params, tokens()), atol=3e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("remat", ["block", "dots", "streams"])
 def test_rematerialisation_changes_nothing(remat):
     model, params = make()

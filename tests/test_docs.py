@@ -23,6 +23,7 @@ def ema(monkeypatch):
     return "ema"
 
 
+@pytest.mark.slow
 def test_example_obeys_the_contract(ema):
     contract.test_causal(ema)
     contract.test_whole_equals_pieces_from_any_state(ema, (4, 1, 5), True)

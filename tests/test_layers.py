@@ -132,6 +132,7 @@ def decode(attention, variables, x, state, cuts, segment_ids=None, mask=None):
     return jnp.concatenate(pieces, axis=1), state
 
 
+@pytest.mark.slow
 def test_cache_slides_with_its_window_over_padding(mixer):
     """Padding takes no slot and no place in the window; the cache ends as if it had not been there."""
     attention, variables, x = mixer

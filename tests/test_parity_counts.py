@@ -28,6 +28,7 @@ def test_mamba(preset):
     assert count(build(mamba.get_config(preset).model, 50280)) == PUBLISHED[preset]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PUBLISHED)
 def test_transformers_agrees(preset):
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")

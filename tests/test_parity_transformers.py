@@ -196,6 +196,7 @@ def test_files_of_mambas_authors(tiny_mamba):
     assert fields == want_fields
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset, family", [(configs.mamba, "Mamba"), (configs.transformer, "Llama")])
 def test_presets_export(preset, family, tmp_path):
     """A model that was never theirs, its sizes left to our defaults."""

@@ -162,6 +162,7 @@ def test_extreme_decays_are_finite(implementation, scale):
     assert_close(got[0], want[0], 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_vmap(implementation):
     args = [inputs(seed=s) for s in (0, 1)]
