@@ -1,0 +1,164 @@
+"""One value a thread: the vocabulary in which the Mosaic GPU kernels are written.
+
+A warpgroup is 128 threads; an array of shape (128,) in the layout `LANES` is one register of each. Arithmetic on such
+arrays is plain jax.numpy. What Pallas lacks is here: loads and stores at an offset of each thread's own, 16 bytes at a
+time, and the hardware's reciprocal. In interpret mode the same functions are indexing and arithmetic.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+THREADS = 128
+LANES = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
+LOG2E = 1.4426950408889634
+LN2 = 0.6931471805599453
+
+# Set by tests to run the kernels on a CPU: jax's parameters of interpret mode, for `plgpu.kernel(interpret=...)`.
+INTERPRET = None
+
+
+def compiler_params():
+    """One register a thread and array; barriers by hand: the automatic ones, around each store, cost a quarter more."""
+    from jax.experimental.mosaic.gpu.core import LoweringSemantics
+
+    return plgpu.CompilerParams(
+        approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=LoweringSemantics.Lane
+    )
+
+
+def read(ref, offset, width, *, at=0):
+    """`width` consecutive elements from each thread's offset.
+
+    Args:
+        ref: contiguous reference in shared or global memory.
+        offset: [128] int32, elements from the start of ref; a multiple of width.
+        width: 1, 2, 4 or 8.
+        at: static distance added to offset.
+
+    Returns:
+        tuple of width arrays [128] float32.
+    """
+    if INTERPRET is not None:
+        flat = ref[...].reshape(-1)
+        return tuple(flat[offset + at + i].astype(jnp.float32) for i in range(width))
+    return _read(width, at)(ref, offset)
+
+
+def write(ref, offset, values, *, at=0):
+    """The counterpart of `read`: values, a tuple of [128] float32, in ref's dtype."""
+    if INTERPRET is not None:
+        flat = ref[...].reshape(-1)
+        for i, value in enumerate(values):
+            flat = flat.at[offset + at + i].set(value.astype(flat.dtype))
+        ref[...] = flat.reshape(ref.shape)
+    else:
+        _write(len(values), at)(ref, offset, *values)
+
+
+def reciprocal(x):
+    """1 / x to a unit in the last place, [128] float32."""
+    return 1 / x if INTERPRET is not None else _reciprocal()(x)
+
+
+def exp(x):
+    """e^x."""
+    return jnp.exp2(x * LOG2E)
+
+
+def sigmoid(x):
+    """1 / (1 + e^-x)."""
+    return reciprocal(1 + exp(-x))
+
+
+def softplus(x):
+    """log(1 + e^x) to float32's precision: log(1 + e) = 2 atanh(e / (2 + e)) with e = exp(-|x|) <= 1."""
+    e = exp(-jnp.abs(x))
+    s = e * reciprocal(2 + e)
+    s2 = s * s
+    series = jnp.full_like(s, 2 / 13)
+    for odd in (11, 9, 7, 5, 3, 1):
+        series = series * s2 + 2 / odd
+    return jnp.maximum(x, 0) + s * series
+
+
+def _scalar(array):
+    """The one element that a thread holds of an array."""
+    from jaxlib.mlir.dialects import vector
+
+    return vector.extract(array.registers.flat[0], dynamic_position=[], static_position=[0])
+
+
+def _array(scalar, like):
+    """The array of which each thread holds its scalar."""
+    from jax.experimental.mosaic import gpu as mgpu
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import vector
+
+    registers = like.registers.copy()
+    registers.flat[0] = vector.broadcast(ir.VectorType.get((1,), scalar.type), scalar)
+    return mgpu.FragmentedArray(_registers=registers, _layout=like.layout, _is_signed=None)
+
+
+def _pointer(ref, offset, at):
+    """Address of the element that a thread asked for, and the element type."""
+    from jax.experimental.mosaic.gpu import utils
+    from jaxlib.mlir import ir
+
+    dtype = ir.MemRefType(ref.type).element_type
+    pointer = utils.getelementptr(utils.memref_ptr(ref), [_scalar(offset)], dtype)
+    return (utils.getelementptr(pointer, [at], dtype) if at else pointer), dtype
+
+
+@functools.cache
+def _read(width, at):
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm, vector
+
+    out = plgpu.ShapeDtypeStruct((THREADS,), jnp.float32, layout=LANES)
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LANES), return_type=(out,) * width)
+    def load(ctx, ref, offset):
+        pointer, dtype = _pointer(ref, offset, at)
+        values = llvm.load(ir.VectorType.get((width,), dtype), pointer)
+        f32 = ir.F32Type.get()
+        if dtype != f32:
+            values = arith.extf(ir.VectorType.get((width,), f32), values)
+        pick = (vector.extract(values, dynamic_position=[], static_position=[i]) for i in range(width))
+        return tuple(_array(x, offset) for x in pick)
+
+    return load
+
+
+@functools.cache
+def _write(width, at):
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import arith, llvm, vector
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LANES) + (LANES,) * width)
+    def store(ctx, ref, offset, *values):
+        pointer, dtype = _pointer(ref, offset, at)
+        f32 = ir.F32Type.get()
+        packed = vector.from_elements(ir.VectorType.get((width,), f32), [_scalar(v) for v in values])
+        if dtype != f32:
+            packed = arith.truncf(ir.VectorType.get((width,), dtype), packed)
+        llvm.store(packed, pointer)
+
+    return store
+
+
+@functools.cache
+def _reciprocal():
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import llvm
+
+    out = plgpu.ShapeDtypeStruct((THREADS,), jnp.float32, layout=LANES)
+
+    @plgpu.inline_mgpu(arg_types=(LANES,), return_type=out)
+    def f(ctx, x):
+        value = llvm.inline_asm(ir.F32Type.get(), [_scalar(x)], "rcp.approx.ftz.f32 $0, $1;", "=f,f")
+        return _array(value, x)
+
+    return f
