@@ -36,3 +36,25 @@ def resets(
         return None
     changed = segment_ids != previous_segment(segment_ids, initial_segment, mask)[:, :-1]
     return changed if mask is None else changed & mask
+
+
+def segment_before(
+    segment_ids: jax.Array, initial_segment: jax.Array | None, mask: jax.Array | None, axis: str | tuple[str, ...]
+) -> jax.Array:
+    """Segment of the last real token before this device's piece of time; to be called inside shard_map.
+
+    Args:
+        segment_ids, mask: [B, T], this device's piece of time.
+        initial_segment: [B] int32, segment that the state before the first piece belongs to, or None.
+        axis: mesh axis that time is split over, in order.
+
+    Returns:
+        [B] int32. Where nothing comes before and initial_segment is None, that of the piece's own first real token.
+    """
+    around = previous_segment(segment_ids, None, mask)
+    real = jnp.ones(segment_ids.shape[:1], bool) if mask is None else jnp.any(mask, axis=1)
+    last, real = jax.lax.all_gather((around[:, -1], real), axis)  # [S, B]
+    number = jnp.arange(1, len(last) + 1)[:, None]
+    earlier = real & (number <= jax.lax.axis_index(axis))
+    ids = jnp.concatenate([around[None, :, 0] if initial_segment is None else initial_segment[None], last])
+    return jnp.take_along_axis(ids, jnp.max(jnp.where(earlier, number, 0), axis=0, keepdims=True), axis=0)[0]
