@@ -1,0 +1,276 @@
+"""The selective scan as two Pallas TPU kernels, forward and backward.
+
+A kernel walks over the grid (sequence, chunk of time, block of channels), channels innermost. A state is held as
+[N, channels]: states in sublanes, channels in lanes. A token's step and input are rows, which a load repeats over the
+sublanes for nothing; its B and C are columns, which are repeated over the lanes once a chunk, for all blocks of
+channels. The sums over states, which lie across sublanes, are taken for 8 tokens at a time.
+
+The forward kernel writes the states at the start of each chunk. The backward kernel goes through the chunks from the
+last to the first, computes the states of one again in VMEM, and follows the adjoint recurrence backwards. As channels
+are innermost, the gradients of B and C are summed over them in VMEM, in float32 and always in the same order.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.segments import resets
+from kernels.selective_scan.mosaic_tpu import backward, forward
+from kernels.selective_scan.mosaic_tpu.tiles import LANES, LOG2_E, SUBLANES, TILE
+
+INTERPRET = False  # pltpu.InterpretParams() runs the kernels without a TPU, for tests
+
+TOKENS = 128  # of a chunk, at most
+FORWARD_WIDTH, BACKWARD_WIDTH = 512, 256  # channels of a block, at most
+VMEM_LIMIT = 48 * 2**20  # bytes; a core has 64 MiB in a v5p, 128 MiB in a v5e or v6e
+
+NO_STEP = -1e30  # step before softplus whose softplus is 0
+SLOWEST = -1e-30  # A that forgets nothing, but in a step of FORGET
+
+
+def supports(*, platform, shape, dtype, **facts) -> str | None:
+    """Serves TPUs, as long as the states of all channels fit VMEM together."""
+    if platform != "tpu" and not INTERPRET:
+        return f"it needs a TPU; the platform is {platform}"
+    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"it takes float32, bfloat16 and float16; the dtype is {jnp.dtype(dtype).name}"
+    _, length, groups, width, state = shape
+    need = _backward_vmem(length, groups, width, state, jnp.dtype(dtype).itemsize)
+    return f"its states need {need >> 20} MiB of VMEM; {VMEM_LIMIT >> 20} are allowed" if need > VMEM_LIMIT else None
+
+
+def selective_scan(
+    u, dt, A, B, C, D, z, dt_bias, weights, initial_state, segment_ids, initial_segment, mask, dt_softplus
+):
+    """As `kernels.selective_scan.selective_scan`, groups given, padding zeroed."""
+    batch, length, groups, width = u.shape
+    state, dtype = A.shape[-1], u.dtype
+    if dtype == jnp.float16:  # unknown to the compiler
+        u, dt, z, weights = (None if x is None else x.astype(jnp.float32) for x in (u, dt, z, weights))
+    if not dt_softplus:
+        dt = dt if dt_bias is None else dt + dt_bias.astype(dt.dtype)
+    no_step = NO_STEP if dt_softplus else 0
+    if mask is not None:
+        dt = jnp.where(mask[:, :, None, None], dt, no_step)
+    if weights is not None:
+        weights = jnp.broadcast_to(weights, (batch, length, groups - 1, width)) if groups > 1 else None
+
+    tokens = _tokens(length, groups, state)
+    more = dict(T=-length % tokens, E=-width % LANES, N=-state % SUBLANES)
+
+    def pad(x, axes, fill=0):
+        """Fills up to whole chunks, lanes and sublanes."""
+        return None if x is None else jnp.pad(x, [(0, more.get(axis, 0)) for axis in axes], constant_values=fill)
+
+    def groups_first(x):
+        return None if x is None else jnp.swapaxes(x, 1, 2)
+
+    def channels_last(x):
+        return pad(jnp.swapaxes(x.astype(jnp.float32), -1, -2), ("",) * (x.ndim - 2) + ("N", "E"))
+
+    bias = jnp.zeros((groups, width)) if dt_bias is None else dt_bias
+    skip = jnp.zeros((width,)) if D is None else D
+    reset = resets(segment_ids, initial_segment, mask)
+    y, final = _scan(
+        dt_softplus,
+        dict(
+            u=pad(groups_first(u), "BGTE"),
+            dt=pad(groups_first(dt), "BGTE", no_step),
+            A=channels_last(A),
+            B=pad(groups_first(B.astype(jnp.float32)), "BGTN"),
+            C=pad(groups_first(C.astype(jnp.float32)), "BGTN"),
+            D=pad(skip.astype(jnp.float32)[None], "1E"),
+            z=pad(z, "BTE"),
+            bias=pad(bias.astype(jnp.float32)[:, None], "G1E") if dt_softplus else None,
+            weights=pad(groups_first(weights), "BGTE"),
+            state=channels_last(initial_state),
+        ),
+        None if reset is None else pad(reset.astype(jnp.float32)[..., None], "BT1"),
+    )
+    return y[:, :length, :width].astype(dtype), jnp.swapaxes(final[:, :, :state, :width], -1, -2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _scan(softplus, arrays, reset):
+    """y [B, T, E] and the final state [B, G, N, E].
+
+    Args:
+        softplus: whether dt is before bias and softplus.
+        arrays: u, dt [B, G, T, E], A [G, N, E], B, C [B, G, T, N], D [1, E], z [B, T, E] or None, bias [G, 1, E] or
+            None, weights [B, G - 1, T, E] or None, state [B, G, N, E].
+        reset: [B, T, 1] float32, 1 where the state is reset, or None.
+    """
+    out = _forward(softplus, arrays, reset, for_gradient=False)
+    return out["y"], out["state"]
+
+
+def _scan_fwd(softplus, arrays, reset):
+    out = _forward(softplus, arrays, reset, for_gradient=True)
+    return (out["y"], out["state"]), (arrays, reset, out["start"], out["ungated"])
+
+
+def _scan_bwd(softplus, residuals, cotangents):
+    arrays, reset, start, ungated = residuals
+    gradients = _backward(softplus, arrays, reset, start, ungated, *cotangents)
+    return {k: None if x is None else gradients[k].astype(x.dtype) for k, x in arrays.items()}, None
+
+
+_scan.defvjp(_scan_fwd, _scan_bwd)
+
+
+# Axes of every array that goes in or out: B, G, T, E, N as everywhere; K chunks, L tokens of a chunk in whole lanes;
+# F and Z stand for E where only the first or the last chunk that is visited needs the array; other axes are whole.
+AXES = dict(
+    u="BGTE",
+    dt="BGTE",
+    A="GNE",
+    B="BKGNL",
+    C="BKGNL",
+    D="1E",
+    z="BTE",
+    bias="G1E",
+    weights="BGTE",
+    reset="BT1",
+    state="BGNF",
+    start="BKGNE",
+    ungated="BTE",
+    dy="BTE",
+    dstate="BGNF",
+)
+FORWARD_AXES = dict(y="BTE", ungated="BTE", start="BKGNE", state="BGNZ")
+BACKWARD_AXES = AXES | dict(A="BGNZ", B="BGTN", C="BGTN", D="B8Z", bias="BG8Z", state="BGNZ")
+
+
+def _specs(arrays, axes, grid, tokens, width, reverse):
+    """The block of each array of a dict at one place of the grid (sequence, chunk, block of channels)."""
+    _, chunks, blocks = grid
+
+    def spec(name, shape):
+        def index(b, c, e):
+            time = chunks - 1 - c if reverse else c
+            first, last = jnp.where(c == 0, e, blocks - 1), jnp.where(c == chunks - 1, e, 0)
+            place = dict(B=b, K=time, T=time, E=e, F=first, Z=last)
+            return tuple(place.get(axis, 0) for axis in axes[name])
+
+        sizes = dict(B=None, K=None, T=tokens, E=width, F=width, Z=width)
+        return pl.BlockSpec(tuple(sizes.get(axis, n) for axis, n in zip(axes[name], shape, strict=True)), index)
+
+    return {name: None if x is None else spec(name, x.shape) for name, x in arrays.items()}
+
+
+def _round_up(x, multiple):
+    return -(-x // multiple) * multiple
+
+
+def _tokens(length, groups, state):
+    """Tokens of a chunk: fewer where states are large; all chunks of one length."""
+    most = max(TILE, min(TOKENS, 8192 // (groups * _round_up(state, SUBLANES)) // TILE * TILE))
+    return _round_up(-(-length // -(-length // most)), TILE)
+
+
+def _width(channels, groups, state, most):
+    """Channels of a block: a divisor of all, whose states fit the registers if `most` channels of 16 states do."""
+    most = max(LANES, most * 16 // (groups * _round_up(state, SUBLANES)) // LANES * LANES)
+    return max(w for w in range(LANES, min(most, channels) + 1, LANES) if channels % w == 0)
+
+
+def _backward_vmem(length, groups, channels, state, itemsize):
+    """Bytes of VMEM of the backward kernel, which needs the more: its scratch, and two of each block."""
+    channels, state = _round_up(channels, LANES), _round_up(state, SUBLANES)
+    tokens, width = _tokens(length, groups, state), _width(channels, groups, state, BACKWARD_WIDTH)
+    scratch = 2 * state * channels + tokens * (state * (width + 4 * LANES) + 4 * width)
+    blocks = 5 * state * width + tokens * 2 * (state + LANES)
+    return 4 * groups * (scratch + 2 * blocks) + 2 * tokens * width * itemsize * 6 * (groups + 1)
+
+
+def _run(name, kernel, arrays, outputs, output_axes, scratch, grid, tokens, width, reverse=False):
+    """Calls a kernel on dicts of arrays; outputs and scratch give shapes and dtypes."""
+    specs = functools.partial(_specs, grid=grid, tokens=tokens, width=width, reverse=reverse)
+    return pl.pallas_call(
+        kernel,
+        name=name,
+        grid=grid,
+        in_specs=[specs(arrays, AXES)],
+        out_specs=specs(outputs, output_axes),
+        out_shape=outputs,
+        scratch_shapes=[{k: pltpu.VMEM(shape, jnp.float32) for k, shape in scratch.items()}],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        interpret=INTERPRET,
+    )(arrays)
+
+
+def _columns(x, tokens):
+    """[B, G, T, N] to columns by chunk [B, K, G, N, L], tokens filled up to whole lanes."""
+    batch, groups, length, state = x.shape
+    x = x.reshape(batch, groups, length // tokens, tokens, state).transpose(0, 2, 1, 4, 3)
+    return jnp.pad(x, [(0, 0)] * 4 + [(0, -tokens % LANES)])
+
+
+def _inputs(arrays, reset, tokens, **more):
+    """What both kernels read; decays are powers of 2."""
+    A = arrays["A"]
+    A = jnp.where(jnp.abs(A) < -SLOWEST, SLOWEST, A) if reset is not None else A
+    columns = {name: _columns(arrays[name], tokens) for name in "BC"}
+    return arrays | columns | dict(A=A * LOG2_E, reset=reset) | more
+
+
+def _forward(softplus, arrays, reset, for_gradient):
+    """y and the last state, and for the gradient the states at chunk starts [B, K, G, N, E] and y before the gate."""
+    batch, groups, length, channels = arrays["u"].shape
+    state, dtype = arrays["A"].shape[1], arrays["u"].dtype
+    tokens, width = _tokens(length, groups, state), _width(channels, groups, state, FORWARD_WIDTH)
+    grid = (batch, length // tokens, channels // width)
+    outputs = dict(
+        y=jax.ShapeDtypeStruct((batch, length, channels), dtype),
+        state=jax.ShapeDtypeStruct((batch, groups, state, channels), jnp.float32),
+        start=None,
+        ungated=None,
+    )
+    if for_gradient:
+        outputs["start"] = jax.ShapeDtypeStruct((batch, grid[1], groups, state, channels), jnp.float32)
+        outputs["ungated"] = None if arrays["z"] is None else outputs["y"]
+    scratch = dict(
+        state=(grid[2], groups, state, width),
+        B=(groups, tokens, state, LANES),
+        C=(groups, tokens, state, LANES),
+        step=(groups, tokens, width),
+        write=(groups, tokens, width),
+        weights=(groups, tokens, width),
+    )
+    kernel = functools.partial(forward.kernel, softplus=softplus)
+    arrays = _inputs(arrays, reset, tokens)
+    return _run("selective_scan_forward", kernel, arrays, outputs, FORWARD_AXES, scratch, grid, tokens, width)
+
+
+def _backward(softplus, arrays, reset, start, ungated, dy, dstate):
+    """Gradients of `arrays` by name, in float32 where they are sums over tokens or channels."""
+    batch, groups, length, channels = arrays["u"].shape
+    state = arrays["A"].shape[1]
+    tokens, width = _tokens(length, groups, state), _width(channels, groups, state, BACKWARD_WIDTH)
+    grid = (batch, length // tokens, channels // width)
+    outputs = {k: None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in arrays.items()}
+    rows = jax.ShapeDtypeStruct((batch, SUBLANES, channels), jnp.float32)
+    outputs |= dict(A=outputs["state"], D=rows)
+    if softplus:
+        outputs["bias"] = jax.ShapeDtypeStruct((batch, groups, SUBLANES, channels), jnp.float32)
+    wide = (groups, tokens, state, LANES)
+    row = (groups, tokens, width)
+    carried = (grid[2], groups, state, width)
+    scratch = dict(B=wide, C=wide, dB=wide, dC=wide, step=row, write=row, dreadout=row)
+    scratch |= dict(dstate=carried, dA=carried, states=(tokens, groups, state, width))
+    scratch |= dict(dD=(grid[2], SUBLANES, width), dbias=(grid[2], groups, SUBLANES, width))
+    kernel = functools.partial(backward.kernel, softplus=softplus)
+    inputs = _inputs(arrays, reset, tokens, start=start, ungated=ungated, dy=dy, dstate=dstate)
+    del inputs["state"]
+    gradients = _run(
+        "selective_scan_backward", kernel, inputs, outputs, BACKWARD_AXES, scratch, grid, tokens, width, reverse=True
+    )
+    gradients |= dict(A=jnp.sum(gradients["A"], axis=0), D=jnp.sum(gradients["D"], axis=(0, 1))[None])
+    if softplus:
+        gradients["bias"] = jnp.sum(gradients["bias"], axis=(0, 2))[:, None]
+    return gradients

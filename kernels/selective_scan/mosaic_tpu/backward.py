@@ -1,0 +1,124 @@
+"""Body of the backward kernel: one chunk of time of one block of channels."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels.selective_scan.mosaic_tpu.tiles import (
+    LOG2_E,
+    TILE,
+    fold_lanes,
+    fold_rows,
+    sigmoid,
+    spread,
+    steps,
+    sum_rows,
+    widen,
+    write_rows,
+)
+
+
+def kernel(x, out, scratch, *, softplus):
+    groups, tokens, width = x["u"].shape
+    chunk, block = pl.program_id(1), pl.program_id(2)
+
+    @pl.when(chunk == 0)
+    def _():
+        scratch["dstate"][block] = x["dstate"][...]
+        for name in ("dA", "dD", "dbias"):
+            scratch[name][block] = jnp.zeros(scratch[name].shape[1:], jnp.float32)
+
+    @pl.when(block == 0)
+    def _():
+        spread(x["B"], scratch["B"])
+        spread(x["C"], scratch["C"])
+        scratch["dB"][...] = jnp.zeros(scratch["dB"].shape, jnp.float32)
+        scratch["dC"][...] = jnp.zeros(scratch["dC"].shape, jnp.float32)
+
+    def forward(i, states):
+        start = pl.multiple_of(i * TILE, TILE)
+        tile = pl.ds(start, TILE)
+        write_rows(x, scratch, tile, softplus)
+        dy = x["dy"][tile, :].astype(jnp.float32)
+        if x["z"] is not None:
+            z = x["z"][tile, :].astype(jnp.float32)
+            gate = sigmoid(z)
+            slope = gate * (1 + z * (1 - gate))
+            out["z"][tile, :] = (dy * x["ungated"][tile, :].astype(jnp.float32) * slope).astype(out["z"].dtype)
+            dy = dy * z * gate
+        scratch["dreadout"][0, tile, :] = dy
+        for g in range(1, groups):
+            weight = 1 if x["weights"] is None else x["weights"][g - 1, tile, :].astype(jnp.float32)
+            scratch["dreadout"][g, tile, :] = weight * dy
+        states = list(states)
+        for t in range(TILE):
+            row = pl.ds(start + t, 1)
+            for g in range(groups):
+                scratch["states"][start + t, g] = states[g]
+                decay = jnp.exp2(scratch["step"][g, row, :] * x["A"][g])
+                states[g] = decay * states[g] + scratch["write"][g, row, :] * widen(scratch["B"][g, start + t], width)
+        return tuple(states)
+
+    def backward(i, carry):
+        start = pl.multiple_of(tokens - TILE - i * TILE, TILE)
+        states, dstates, dA = (list(part) for part in carry)
+        dwrites, dsteps, readouts = ([[None] * TILE for _ in range(groups)] for _ in range(3))
+        for t in reversed(range(TILE)):
+            row = pl.ds(start + t, 1)
+            for g in range(groups):
+                step, dreadout = scratch["step"][g, row, :], scratch["dreadout"][g, row, :]
+                B, C = (widen(scratch[name][g, start + t], width) for name in "BC")
+                old = scratch["states"][start + t, g]
+                if x["weights"] is not None and g > 0:
+                    readouts[g][t] = fold_rows(states[g] * C)
+                dstates[g] += dreadout * C
+                scratch["dC"][g, start + t] += fold_lanes(states[g] * dreadout)
+                scratch["dB"][g, start + t] += fold_lanes(dstates[g] * scratch["write"][g, row, :])
+                dwrites[g][t] = fold_rows(dstates[g] * B)
+                dstates[g] *= jnp.exp2(step * x["A"][g])  # now of the state before the token
+                dexponent = dstates[g] * old
+                dsteps[g][t] = fold_rows(dexponent * x["A"][g])
+                dA[g] += dexponent * step
+                states[g] = old
+        tile = pl.ds(start, TILE)
+        for g in range(groups):
+            u = x["u"][g, tile, :].astype(jnp.float32)
+            step, slope = steps(x, g, tile, softplus)
+            dwrite = sum_rows(dwrites[g])
+            du = dwrite * step
+            if g == 0:
+                dy = scratch["dreadout"][0, tile, :]
+                du += x["D"][...] * dy
+                scratch["dD"][block] += fold_rows(dy * u)
+            elif x["weights"] is not None:
+                dweights = scratch["dreadout"][0, tile, :] * sum_rows(readouts[g])
+                out["weights"][g - 1, tile, :] = dweights.astype(out["weights"].dtype)
+            out["u"][g, tile, :] = du.astype(out["u"].dtype)
+            ddt = (sum_rows(dsteps[g]) / LOG2_E + dwrite * u) * slope
+            out["dt"][g, tile, :] = ddt.astype(out["dt"].dtype)
+            scratch["dbias"][block, g] += fold_rows(ddt)
+        return tuple(states), tuple(dstates), tuple(dA)
+
+    def of_block(ref):
+        return tuple(ref[block, g] for g in range(groups))
+
+    states = tuple(x["start"][g] for g in range(groups))
+    states = jax.lax.fori_loop(0, tokens // TILE, forward, states)
+    carry = (states, of_block(scratch["dstate"]), of_block(scratch["dA"]))
+    _, dstates, dA = jax.lax.fori_loop(0, tokens // TILE, backward, carry)
+    for g in range(groups):
+        scratch["dstate"][block, g] = dstates[g]
+        scratch["dA"][block, g] = dA[g]
+
+    @pl.when(block == pl.num_programs(2) - 1)
+    def _():
+        out["B"][...] = jnp.sum(scratch["dB"][...], axis=-1)
+        out["C"][...] = jnp.sum(scratch["dC"][...], axis=-1)
+
+    @pl.when(chunk == pl.num_programs(1) - 1)
+    def _():
+        out["state"][...] = scratch["dstate"][block]
+        out["A"][...] = scratch["dA"][block]
+        out["D"][...] = scratch["dD"][block]
+        if softplus:
+            out["bias"][...] = scratch["dbias"][block]

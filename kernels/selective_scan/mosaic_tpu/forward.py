@@ -1,0 +1,60 @@
+"""Body of the forward kernel: one chunk of time of one block of channels."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+from kernels.selective_scan.mosaic_tpu.tiles import TILE, fold_rows, sigmoid, spread, sum_rows, widen, write_rows
+
+
+def kernel(x, out, scratch, *, softplus):
+    groups, tokens, width = x["u"].shape
+    chunk, block = pl.program_id(1), pl.program_id(2)
+
+    @pl.when(chunk == 0)
+    def _():
+        scratch["state"][block] = x["state"][...]
+
+    @pl.when(block == 0)
+    def _():
+        spread(x["B"], scratch["B"])
+        spread(x["C"], scratch["C"])
+
+    if out["start"] is not None:
+        out["start"][...] = scratch["state"][block]
+
+    def body(i, states):
+        start = pl.multiple_of(i * TILE, TILE)
+        tile = pl.ds(start, TILE)
+        write_rows(x, scratch, tile, softplus)
+        if x["weights"] is not None:
+            for g in range(1, groups):
+                scratch["weights"][g, tile, :] = x["weights"][g - 1, tile, :].astype(jnp.float32)
+        states, readouts = list(states), []
+        for t in range(TILE):
+            row = pl.ds(start + t, 1)
+            readout = 0
+            for g in range(groups):
+                decay = jnp.exp2(scratch["step"][g, row, :] * x["A"][g])
+                states[g] = decay * states[g] + scratch["write"][g, row, :] * widen(scratch["B"][g, start + t], width)
+                term = fold_rows(states[g] * widen(scratch["C"][g, start + t], width))
+                weighted = x["weights"] is not None and g > 0
+                readout += scratch["weights"][g, row, :] * term if weighted else term
+            readouts.append(readout)
+        y = sum_rows(readouts) + x["D"][...] * x["u"][0, tile, :].astype(jnp.float32)
+        if x["z"] is not None:
+            if out["ungated"] is not None:
+                out["ungated"][tile, :] = y.astype(out["ungated"].dtype)
+            z = x["z"][tile, :].astype(jnp.float32)
+            y = y * z * sigmoid(z)
+        out["y"][tile, :] = y.astype(out["y"].dtype)
+        return tuple(states)
+
+    states = tuple(scratch["state"][block, g] for g in range(groups))
+    states = jax.lax.fori_loop(0, tokens // TILE, body, states)
+    for g in range(groups):
+        scratch["state"][block, g] = states[g]
+
+    @pl.when(chunk == pl.num_programs(1) - 1)
+    def _():
+        out["state"][...] = scratch["state"][block]
