@@ -16,12 +16,12 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from kernels.selective_scan import selective_scan
 from kernels.selective_scan.coupled import carry_scan, rank_scan
 from seqmodels.errors import UserError
 from seqmodels.layers.norm import RMSNorm
 from seqmodels.layers.parameter import matrix
 from seqmodels.mixers.mamba import Readout, Stream, skip_and_gate, stack
+from seqmodels.parallel import selective_scan
 from seqmodels.sequence import Sequence
 
 VARIANTS = ("read", "input", "output", "rank", "carry")

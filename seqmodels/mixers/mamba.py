@@ -8,10 +8,9 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels.selective_scan import selective_scan
-from kernels.short_conv import short_conv
 from seqmodels.errors import UserError
 from seqmodels.layers.norm import rms_norm
+from seqmodels.parallel import selective_scan, short_conv
 from seqmodels.sequence import Sequence
 
 NORMS = ("none", "rms", "learned")
