@@ -12,9 +12,7 @@ an old one.
 
 import datetime
 import json
-import re
 import statistics
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -23,9 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
+from benchmarks.record import RESULTS, commit, device_name, record, slug
 from seqmodels import cli
-
-RESULTS = Path(__file__).parent / "results"
 
 
 def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
@@ -108,42 +105,12 @@ def measure(config, steps: int, repeats: int) -> dict:
         remat=config.model.remat,
         scan_blocks=config.model.scan_blocks,
         loss=[round(first_loss, 4), round(float(metrics["loss"]), 4)],
-        device=device.device_kind if device.platform != "cpu" else f"cpu {available_cores()} cores",
+        device=device_name(device),
         devices=mesh.size,
         jax=jax.__version__,
         date=datetime.date.today().isoformat(),
         commit=commit(),
     )
-
-
-def available_cores() -> int:
-    """Processor cores that this process may use."""
-    import os
-
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-
-
-def commit() -> str:
-    """Short hash of the checkout, "" outside one."""
-    try:
-        return subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=RESULTS
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-
-
-def slug(text: str) -> str:
-    """A device's name as part of a file name."""
-    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
-
-
-def record(path: Path, result: dict, key: tuple[str, ...]) -> None:
-    """Put `result` into the list in `path`, in place of the one that agrees with it in `key`."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    results = json.loads(path.read_text()) if path.exists() else []
-    results = [r for r in results if any(r.get(k) != result[k] for k in key)]
-    path.write_text(json.dumps([*results, result], indent=1) + "\n")
 
 
 if __name__ == "__main__":

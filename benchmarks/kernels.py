@@ -1,0 +1,390 @@
+"""Checks every implementation of an operation against float64, times it, and keeps the figures.
+
+    python benchmarks/kernels.py                                        # selective_scan at the shapes for this device
+    python benchmarks/kernels.py --shapes=table,decode --implementations=mosaic_gpu --repeat=30
+    python benchmarks/kernels.py --op=short_conv --shapes=8x2048x2048x4:silu --dtypes=float32
+
+A shape is its sizes (B x T x E x N for the selective scan, B x T x E x W for the short convolution), a colon, and a
+variant; a name such as "table" stands for several. The variants of the selective scan are "full" (softplus, bias, D,
+z), "bare" (none of these) and "readG" (full, with G groups of states read into one output, each with weights a
+channel).
+
+Checked are the outputs, the final state and the gradient of every argument, at the very shape that is timed. The
+outputs' gradients are zero but for some rows and channels, scattered over the arrays, and of these the sequential
+reference in float64 makes all that there is to compare. The error is the largest relative one of an array, in the
+Frobenius norm; one above the dtype's tolerance fails the run, and is recorded all the same.
+
+A time is the median over --repeat timings, each of as many calls in a row as fill 30 ms, rotating over input sets
+larger than the caches. On accelerators, calls too short to be dispatched one by one run 16 to a program. A floor is the
+time of a pass that does nothing but move its bytes at the copy bandwidth measured here, or nothing but take its
+exponentials at 16 a clock and multiprocessor, whichever is longer; GB/s and Gexp/s count the same bytes and
+exponentials. The floor of forward+backward is the sum of both passes' floors.
+
+Rows go to benchmarks/results/kernels_<device>.json as they come, each in place of an older one of the same kind.
+"""
+
+import dataclasses
+import datetime
+import functools
+import importlib
+import itertools
+import math
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")  # before JAX is loaded
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+
+from benchmarks.operations import OPERATIONS, Argument, Operation, normal
+from benchmarks.record import RESULTS, commit, device_name, record, slug
+from kernels.dispatch import UnsupportedError
+from seqmodels import cli
+from seqmodels.errors import UserError
+
+PASSES = ("forward", "forward+backward")
+TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}  # the last two round their outputs
+KEY = ("op", "implementation", "shape", "variant", "dtype", "pass", "device")
+SHORT = 0.05  # ms of floor under which dispatching a call takes longer than running it
+TOGETHER = 16  # calls a program for those
+CACHE = 2**28  # bytes that the input sets exceed together
+CHECKED = 2**24  # numbers of the float64 reference: tokens times channels times states
+ROW = "{:24} {:9} {:12} {:17} {:>10} {:>9} {:>7} {:>7} {:>7} {:>9} {:>4}"
+EXPS_PER_SECOND = {  # 16 a clock and multiprocessor, at the clock in the device's description
+    "NVIDIA H100 80GB HBM3": 16 * 132 * 1.98e9,
+    "NVIDIA H200": 16 * 132 * 1.98e9,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """An operation at one shape, variant and dtype."""
+
+    operation: Operation
+    shape: tuple[int, ...]
+    variant: str
+    dtype: str
+
+    @functools.cached_property
+    def sizes(self) -> dict[str, int]:
+        return self.operation.sizes(self.shape, self.variant)
+
+    @functools.cached_property
+    def arguments(self) -> dict[str, Argument]:
+        return self.operation.arguments(self.variant)
+
+    @functools.cached_property
+    def outputs(self) -> dict[str, Argument]:
+        """The outputs, with random values for their gradients; states are float32."""
+        axes = self.operation.outputs(self.variant)
+        return {name: Argument(letters, normal, low=name != "state") for name, letters in axes.items()}
+
+    def __str__(self):
+        return f"{'x'.join(map(str, self.shape))}:{self.variant}"
+
+    def bytes_of(self, arrays: dict[str, Argument]) -> int:
+        """Bytes of arrays of these axes."""
+        low = 4 if self.dtype == "float32" else 2
+        return sum(math.prod(self.sizes[a] for a in x.axes) * (low if x.low else 4) for x in arrays.values())
+
+    def costs(self, kind: str) -> list[tuple[int, float]]:
+        """(bytes, exponentials) of the forward and, with kind "forward+backward", of the backward pass.
+
+        Forward every argument is read and every output written, once. Backward the arguments and the outputs' gradients
+        are read and the arguments' gradients written, once, and the exponentials taken again.
+        """
+        arguments, outputs = self.bytes_of(self.arguments), self.bytes_of(self.outputs)
+        exps = self.operation.exps(self.sizes)
+        return [(arguments + outputs, exps), (2 * arguments + outputs, exps)][: 1 + PASSES.index(kind)]
+
+    @functools.cached_property
+    def draw(self) -> Callable[[int], tuple[dict, dict]]:
+        """The function from a seed to random arguments, and gradients of the outputs."""
+
+        def array(key, number, axes: Argument):
+            values = axes.draw(jax.random.fold_in(key, number), tuple(self.sizes[a] for a in axes.axes))
+            return values.astype(self.dtype if axes.low else "float32")
+
+        @jax.jit
+        def arrays(seed):
+            key = jax.random.key(seed)
+            arguments = {n: array(key, i, x) for i, (n, x) in enumerate(self.arguments.items())}
+            return arguments, {n: array(key, 100 + i, x) for i, (n, x) in enumerate(self.outputs.items())}
+
+        return arrays
+
+    @functools.cached_property
+    def chosen(self) -> dict[str, np.ndarray]:
+        """Indices of each axis in `operation.apart` that are checked: all, or some scattered from first to last."""
+        budget = CHECKED // math.prod(self.sizes[a] for a in self.operation.work if a not in self.operation.apart)
+        chosen = {}
+        for letter, most in zip(self.operation.apart, (2, max(budget // 2, 4)), strict=True):
+            size = self.sizes[letter]
+            chosen[letter] = np.linspace(0, size - 1, min(size, most)).round().astype(int)
+        return chosen
+
+    @functools.cached_property
+    def checked(self) -> tuple[dict, dict]:
+        """Random arguments, and gradients of the outputs that are zero but at the chosen indices."""
+        arguments, cotangents = self.draw(1)
+        return arguments, {n: keep(x, self.outputs[n].axes, self.chosen) for n, x in cotangents.items()}
+
+    def picked(self, outputs: dict, gradients: dict | None) -> tuple[dict, dict]:
+        """The chosen indices of each output and of each argument's gradient, in float64 on the host."""
+
+        def some(arrays, axes):
+            return {n: np.asarray(take(x, axes[n].axes, self.chosen), np.float64) for n, x in arrays.items()}
+
+        return some(outputs, self.outputs), some(gradients or {}, self.arguments)
+
+    @functools.cached_property
+    def truth(self) -> tuple[dict, dict]:
+        """`picked` as the float64 reference makes it from the chosen indices of the arguments."""
+        arguments, cotangents = self.checked
+        cotangents, arguments = self.picked(cotangents, arguments)
+        call = functools.partial(self.operation.call, variant=self.variant, implementation="reference")
+
+        def both(arguments, cotangents):
+            outputs, pullback = jax.vjp(call, arguments)
+            return outputs, pullback(cotangents)[0]
+
+        with jax.enable_x64(True), jax.default_device(host()):
+            return jax.tree.map(np.asarray, jax.jit(both)(arguments, cotangents))
+
+
+def host():
+    """The CPU, or what there is if JAX was told to leave that out."""
+    try:
+        return jax.devices("cpu")[0]
+    except RuntimeError:
+        return jax.devices()[0]
+
+
+def parse_shapes(operation: Operation, text: str, dtypes: list[str]) -> list[Case]:
+    """The cases that --shapes and --dtypes ask for. Raises UserError."""
+    specs = [spec for word in text.split(",") for spec in operation.shapes.get(word, (word,))]
+    cases = []
+    for spec in dict.fromkeys(specs):
+        sizes, _, variant = spec.partition(":")
+        numbers = sizes.split("x")
+        if len(numbers) != len(operation.letters) or not all(n.isdecimal() and int(n) > 0 for n in numbers):
+            raise UserError(
+                f"--shapes={spec}: allowed are {', '.join(operation.shapes)}, and {' x '.join(operation.letters)} "
+                f"as in {operation.shapes['table'][0]}"
+            )
+        for dtype in dtypes:
+            case = Case(operation, tuple(map(int, numbers)), variant, dtype)
+            try:
+                _ = case.arguments, case.sizes
+            except ValueError as error:
+                raise UserError(f"--shapes={spec}: {error}") from error
+            cases.append(case)
+    return cases
+
+
+def program(case: Case, implementation: str, kind: str, together: int) -> Callable:
+    """A compiled function of a list of `together` pairs (arguments, gradients of the outputs), one after another.
+
+    It returns for each the outputs and, with kind "forward+backward", the gradients of the arguments, else None. A step
+    of decoding, which is one token forward, updates the state in place: the arguments get the new one.
+    """
+    carried = case.operation.carried if case.sizes["T"] == 1 and kind == "forward" else {}
+
+    def one(arguments, cotangents):
+        call = functools.partial(case.operation.call, variant=case.variant, implementation=implementation)
+        if kind == "forward":
+            return call(arguments), None
+        outputs, pullback = jax.vjp(call, arguments)
+        return outputs, pullback(cotangents)[0]
+
+    def all_of(states, sets):
+        results = []
+        for state, (arguments, cotangents) in zip(states, sets, strict=True):
+            inputs = (arguments | state, cotangents)
+            if results:  # in order, as a model's layers are, and never merged into one kernel
+                inputs, results[-1] = jax.lax.optimization_barrier((inputs, results[-1]))
+            results.append(one(*inputs))
+        return results
+
+    def split(sets):
+        states = [{name: arguments[name] for name in carried} for arguments, _ in sets]
+        rest = [({n: x for n, x in arguments.items() if n not in carried}, gradients) for arguments, gradients in sets]
+        return states, rest
+
+    shapes = [jax.eval_shape(lambda: case.draw(0))] * together
+    compiled = jax.jit(all_of, donate_argnums=0).lower(*split(shapes)).compile()
+
+    def run(sets):
+        results = compiled(*split(sets))
+        for (arguments, _), (outputs, _) in zip(sets, results, strict=True):
+            arguments.update({argument: outputs[output] for argument, output in carried.items()})
+        return results
+
+    return run
+
+
+def check(case: Case, run: Callable) -> float:
+    """Largest relative error of the outputs, and of the gradients if `run` makes them, against float64."""
+    got = case.picked(*run([jax.tree.map(jnp.copy, case.checked)])[0])  # a copy: decoding takes the state
+    worst = 0.0
+    for ours, truth in zip(got, case.truth, strict=True):
+        for name in ours:
+            error = np.linalg.norm(ours[name] - truth[name]) / max(np.linalg.norm(truth[name]), 1e-30)
+            worst = max(worst, float("inf") if np.isnan(error) else float(error))
+    return worst
+
+
+def take(array, axes: str, chosen: dict[str, list[int]]):
+    """The chosen indices of an array with these axes."""
+    for axis, letter in enumerate(axes):
+        if letter in chosen:
+            array = array.take(np.asarray(chosen[letter]), axis=axis)
+    return array
+
+
+def keep(array, axes: str, chosen: dict[str, list[int]]):
+    """The array with zeros at all indices but the chosen ones."""
+    for axis, letter in enumerate(axes):
+        if letter in chosen:
+            kept = jnp.zeros(array.shape[axis], bool).at[jnp.asarray(chosen[letter])].set(True)
+            array = jnp.where(kept.reshape([-1 if i == axis else 1 for i in range(array.ndim)]), array, 0)
+    return array
+
+
+def measure(run: Callable, sets: list, repeat: int, fill: float = 0.03) -> float:
+    """Median seconds of a call of `run`, which are queued in rows of about `fill` seconds, over sets in rotation."""
+
+    def timing(calls: int) -> float:
+        start = time.perf_counter()
+        for i in range(calls):
+            result = run(sets[i % len(sets)])
+        jax.block_until_ready(result)
+        return (time.perf_counter() - start) / calls
+
+    timing(2)
+    calls = max(2, min(1000, math.ceil(fill / timing(3))))
+    timing(calls)
+    return statistics.median(timing(calls) for _ in range(repeat))
+
+
+def bandwidth(device) -> float:
+    """Bytes a second that a copy reads and writes."""
+    size = 2**28 if device.platform != "cpu" else 2**25
+    sets = [jnp.full(size, i, jnp.float32) for i in range(2)]
+    add = jax.jit(lambda x: x + 1)
+    return 2 * 4 * size / measure(add, sets, repeat=5)
+
+
+def floor_ms(case: Case, kind: str, copy: float, exps_per_second: float | None) -> float:
+    """Milliseconds that a pass takes at least; see the top of this file.
+
+    Args:
+        copy: bytes a second. exps_per_second: None where it is not known; bytes alone count then.
+    """
+    rate = exps_per_second or math.inf
+    return 1e3 * sum(max(moved / copy, exps / rate) for moved, exps in case.costs(kind))
+
+
+def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
+    define_flag = functools.partial(flags.DEFINE_string, flag_values=flag_values)
+    define_flag("op", "selective_scan", f"Operation: {', '.join(OPERATIONS)}.")
+    names = "; ".join(f"{name}: {', '.join(op.shapes)}" for name, op in OPERATIONS.items())
+    define_flag(
+        "shapes", "", f"Shapes or their names ({names}); small on a CPU, table and decode elsewhere if left out."
+    )
+    define_flag("implementations", "", "Names, apart by commas; all but the reference if left out.")
+    define_flag("passes", "", f"{' or '.join(PASSES)}; both if left out, forward alone for one token.")
+    define_flag("dtypes", "", "Of activations: bfloat16, float16, float32; float32 on a CPU, bfloat16 elsewhere.")
+    define_flag("platform", "", "cpu, gpu or tpu; what is there if left out.")
+    define_flag("out", "", "File of results; by device if left out.")
+    flags.DEFINE_integer("repeat", 20, "Timings, of which the median counts.", flag_values=flag_values, lower_bound=1)
+    flags.DEFINE_boolean(
+        "check", True, "Against float64. --nocheck is quicker, and keeps no figures.", flag_values=flag_values
+    )
+
+
+def choices(flag: str, text: str, allowed, default) -> list[str]:
+    """The words of a flag. Raises UserError for one that is not allowed."""
+    words = text.split(",") if text else list(default)
+    for word in words:
+        if word not in allowed:
+            raise UserError(f"--{flag}={word}: allowed are {', '.join(allowed)}")
+    return words
+
+
+def main(flag_values: flags.FlagValues) -> int:
+    cli.use_platform(flag_values.platform)
+    device = jax.devices()[0]
+    cpu = device.platform == "cpu"
+    (name,) = choices("op", flag_values.op, OPERATIONS, ())
+    dtypes = choices("dtypes", flag_values.dtypes, TOLERANCE, ["float32" if cpu else "bfloat16"])
+    cases = parse_shapes(OPERATIONS[name], flag_values.shapes or ("small" if cpu else "table,decode"), dtypes)
+    there = importlib.import_module(f"kernels.{name}").IMPLEMENTATIONS
+    others = [implementation for implementation in there if implementation != "reference"]
+    implementations = choices("implementations", flag_values.implementations, there, others)
+    passes = choices("passes", flag_values.passes, PASSES, PASSES)
+
+    path = Path(flag_values.out or RESULTS / f"kernels_{slug(device_name(device))}.json")
+    copy, exps_per_second = bandwidth(device), EXPS_PER_SECOND.get(device.device_kind)
+    exps = f"{exps_per_second / 1e9:,.0f} Gexp/s" if exps_per_second else "exponentials not counted"
+    print(f"{device_name(device)}, jax {jax.__version__}, copy {copy / 1e9:,.0f} GB/s, {exps}; results in {path}")
+    print(
+        ROW.format("shape", "dtype", "by", "pass", "ms", "floor", "floors", "GB/s", "Gexp/s", "error", "s"), flush=True
+    )
+    failed = 0
+    for case, implementation, kind in itertools.product(cases, implementations, passes):
+        if kind != "forward" and case.sizes["T"] == 1 and not flag_values.passes:
+            continue
+        start = time.perf_counter()
+        label = (str(case), case.dtype, implementation, kind)
+        floor = floor_ms(case, kind, copy, exps_per_second)
+        try:
+            ms, error = figures(case, implementation, kind, floor, flag_values.repeat, flag_values.check)
+        except UnsupportedError as reason:
+            failed += bool(flag_values.implementations)
+            print(ROW.format(*label, *"-" * 7), reason, flush=True)
+            continue
+        except Exception as problem:  # out of memory, say; the other rows are wanted all the same
+            failed += 1
+            message = " ".join(str(problem).split())[:300]
+            print(ROW.format(*label, *"!" * 7), f"{type(problem).__name__}: {message}", flush=True)
+            continue
+        wrong = error is not None and error > TOLERANCE[case.dtype]
+        failed += wrong
+        moved, exps = (sum(costs) for costs in zip(*case.costs(kind), strict=True))
+        figure = f"{ms:.4f}", f"{floor:.4f}", f"{ms / floor:.2f}", f"{moved / ms / 1e6:.0f}", f"{exps / ms / 1e6:.0f}"
+        shown = "-" if error is None else f"{error:.1e}{'!' if wrong else ''}"
+        print(ROW.format(*label, *figure, shown, f"{time.perf_counter() - start:.0f}"), flush=True)
+        if error is not None:
+            result = dict(op=name, implementation=implementation, shape=list(case.shape), variant=case.variant)
+            result |= {"dtype": case.dtype, "pass": kind, "ms": round(ms, 5), "floor_ms": round(floor, 5)}
+            result |= dict(error=float(f"{error:.3g}"), device=device_name(device), jax=jax.__version__)
+            result |= dict(date=datetime.date.today().isoformat(), commit=commit())
+            record(path, result, KEY)
+    if failed:
+        print(f"{failed} failed; ! marks errors above {TOLERANCE}", file=sys.stderr)
+    return int(failed > 0)
+
+
+def figures(case: Case, implementation: str, kind: str, floor: float, repeat: int, checked: bool):
+    """Median milliseconds of one call, and its error, None if it is not to be checked."""
+    together = TOGETHER if floor < SHORT and jax.default_backend() != "cpu" else 1
+    run = program(case, implementation, kind, together)
+    error = None
+    if checked:
+        error = check(case, run if together == 1 else program(case, implementation, kind, 1))
+    count = max(2, min(8, math.ceil(CACHE / case.bytes_of(case.arguments) / together)))
+    sets = [[case.draw(2 + i * together + j) for j in range(together)] for i in range(count)]
+    return 1e3 * measure(run, sets, repeat) / together, error
+
+
+if __name__ == "__main__":
+    sys.exit(cli.run(main, define, __doc__))

@@ -1,0 +1,42 @@
+"""Where measured figures are kept: lists of JSON objects in benchmarks/results, one file for each device."""
+
+import json
+import os
+import re
+import subprocess
+from pathlib import Path
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def device_name(device) -> str:
+    """A JAX device's name in results; a CPU's says how many cores this process may use."""
+    if device.platform != "cpu":
+        return device.device_kind
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return f"cpu {cores} cores"
+
+
+def slug(text: str) -> str:
+    """A device's name as part of a file name."""
+    return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
+
+
+def commit() -> str:
+    """Short hash of the checkout, "" outside one."""
+    try:
+        return subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=RESULTS.parent
+        ).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+
+
+def record(path: Path, result: dict, key: tuple[str, ...]) -> None:
+    """Put `result` into the list in `path`, in place of the one that agrees with it in `key`."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    results = json.loads(path.read_text()) if path.exists() else []
+    results = [r for r in results if any(r.get(k) != result.get(k) for k in key)]
+    new = path.with_suffix(".new")  # a run that is killed here leaves the old file whole
+    new.write_text(json.dumps([*results, result], indent=1) + "\n")
+    new.replace(path)

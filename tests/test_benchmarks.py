@@ -1,0 +1,169 @@
+"""The benchmark scripts: fields and merging of their results, floors, and that a wrong kernel is caught."""
+
+import json
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from benchmarks import kernels as script
+from benchmarks.record import record, slug
+from kernels import selective_scan as scan
+from kernels.selective_scan import xla
+from seqmodels import cli
+
+SHAPE = "2x6x4x2:full"
+FIELDS = [
+    "op",
+    "implementation",
+    "shape",
+    "variant",
+    "dtype",
+    "pass",
+    "ms",
+    "floor_ms",
+    "error",
+    "device",
+    "jax",
+    "date",
+]
+
+
+def run(path, *arguments):
+    return cli.run(
+        script.main, script.define, script.__doc__, ["kernels.py", f"--out={path}", "--repeat=1", *arguments]
+    )
+
+
+def case(op="selective_scan", shape=SHAPE, dtype="float32"):
+    return script.parse_shapes(script.OPERATIONS[op], shape, [dtype])[0]
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch):
+    """A copy of few bytes, and timings of few calls."""
+    monkeypatch.setattr(script, "bandwidth", lambda device: 1e9)
+    monkeypatch.setattr(script, "measure", lambda run, sets, repeat: float(run(sets[0]) is not None))
+
+
+def test_results_have_the_fields_and_replace_their_own_kind(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    assert run(path, f"--shapes={SHAPE},1x5x3x2:read3", "--implementations=xla") == 0
+    rows = json.loads(path.read_text())
+    assert [list(row) for row in rows] == [[*FIELDS, "commit"]] * 4
+    assert [(row["shape"], row["variant"], row["pass"]) for row in rows] == [
+        ([2, 6, 4, 2], "full", "forward"),
+        ([2, 6, 4, 2], "full", "forward+backward"),
+        ([1, 5, 3, 2], "read3", "forward"),
+        ([1, 5, 3, 2], "read3", "forward+backward"),
+    ]
+    assert all(0 < row["error"] < 1e-5 and row["ms"] == 1000 and row["dtype"] == "float32" for row in rows)
+    assert SHAPE in capsys.readouterr().out
+
+    assert run(path, f"--shapes={SHAPE}", "--implementations=reference,xla", "--passes=forward") == 0
+    again = json.loads(path.read_text())
+    assert len(again) == 5 and again[:3] == rows[1:]
+    assert [row["implementation"] for row in again[3:]] == ["reference", "xla"]
+
+
+def test_short_convolution_and_low_precision(tmp_path):
+    path = tmp_path / "results.json"
+    arguments = ("--op=short_conv", "--shapes=2x6x4x3:silu", "--dtypes=bfloat16", "--implementations=xla")
+    assert run(path, *arguments) == 0
+    assert all(1e-4 < row["error"] < 1e-2 for row in json.loads(path.read_text()))
+
+
+def test_decoding_updates_the_state_in_place():
+    token = case(shape="3x1x4x2:full")
+    arguments, cotangents = token.draw(3)
+    first = arguments["initial_state"]
+    want = token.operation.call(arguments, variant="full", implementation="reference")["state"]
+    run = script.program(token, "xla", "forward", 2)
+    run([(arguments, cotangents), token.draw(4)])
+    assert first.is_deleted()
+    np.testing.assert_allclose(arguments["initial_state"], want, rtol=1e-5)
+    assert script.check(token, script.program(token, "xla", "forward", 1)) < 1e-5
+
+
+@pytest.mark.parametrize("wrong", ["value", "gradient", "nan"])
+def test_a_wrong_kernel_fails(tmp_path, monkeypatch, wrong):
+    class Wrong:
+        supports = staticmethod(xla.supports)
+
+        @staticmethod
+        def selective_scan(**arguments):
+            if wrong == "gradient":  # of one channel's step alone
+                dt = arguments["dt"]
+                stopped = dt.at[..., -1].set(script.jax.lax.stop_gradient(dt[..., -1]))
+                return xla.selective_scan(**arguments | dict(dt=stopped))
+            y, state = xla.selective_scan(**arguments)
+            return y.at[-1, -1, -1].add(1e-2 if wrong == "value" else jnp.nan), state
+
+    monkeypatch.setitem(scan.BACKENDS, "xla", Wrong)
+    path = tmp_path / "results.json"
+    assert run(path, f"--shapes={SHAPE}", "--implementations=xla") == 1
+    errors = {row["pass"]: row["error"] for row in json.loads(path.read_text())}
+    assert errors["forward+backward"] > 1e-4 and (errors["forward"] > 1e-5) == (wrong != "gradient")
+
+
+def test_checks_some_rows_and_channels_of_large_shapes(monkeypatch):
+    monkeypatch.setattr(script, "CHECKED", 6 * 2 * 2 * 4)
+    large = case(shape="5x6x9x2:full")
+    assert large.chosen["B"].tolist() == [0, 4] and large.chosen["E"].tolist() == [0, 3, 5, 8]
+    run = script.program(large, "xla", "forward+backward", 1)
+    assert script.check(large, run) < 1e-5
+    arguments, cotangents = large.checked
+    assert np.count_nonzero(np.any(cotangents["y"], axis=(1, 2))) == 2
+    arguments["A"] = arguments["A"].at[8].mul(1.01)  # the last channel is among them
+    assert script.check(large, run) > 1e-5
+
+
+def test_floors_by_hand():
+    """B T E N = 2 6 4 2, float32: u dt z y have 48 numbers, B C 24, the state 16, A 8, D and the bias 4."""
+    arguments, outputs = 3 * 48 + 2 * 24 + 16 + 8 + 2 * 4, 48 + 16
+    exps = 2 * 6 * 4 * (2 + 2)
+    full = case()
+    assert full.costs("forward") == [(4 * (arguments + outputs), exps)]
+    assert full.costs("forward+backward")[1] == (4 * (2 * arguments + outputs), exps)
+    assert script.floor_ms(full, "forward", copy=1e3, exps_per_second=None) == 4 * (arguments + outputs)
+    assert script.floor_ms(full, "forward", copy=1e3, exps_per_second=exps / 10) == 10e3
+    both = script.floor_ms(full, "forward+backward", copy=1e3, exps_per_second=exps / 1.5)
+    assert both == pytest.approx(1500 + 4 * (2 * arguments + outputs))
+
+    low = case(dtype="bfloat16")  # parameters and states stay float32
+    assert low.costs("forward")[0][0] == 2 * (4 * 48 + 2 * 24) + 4 * (16 + 8 + 2 * 4 + 16)
+    read = case(shape="2x6x4x2:read3")  # three u, dt, B, C, A, bias and states, two weights
+    numbers = 6 * 48 + 48 + 6 * 24 + 3 * 16 + 3 * 8 + 4 + 3 * 4 + 2 * 48 + 48 + 3 * 16
+    assert read.costs("forward") == [(4 * numbers, 2 * 6 * 4 * (3 * (2 + 1) + 1))]
+    conv = case("short_conv", "2x6x4x3:silu")
+    assert conv.costs("forward") == [(4 * (48 + 12 + 4 + 16 + 48 + 16), 48)]
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--op=scan"], "--op=scan: allowed are selective_scan"),
+        (["--shapes=8x2048"], "--shapes=8x2048: allowed are table, decode, small, and B x T x E x N"),
+        (["--shapes=2x6x4x2"], "variant '' of selective_scan is none of full"),
+        (["--implementations=cuda"], "--implementations=cuda: allowed are reference, xla"),
+        (["--passes=backward"], "--passes=backward: allowed are forward, forward+backward"),
+    ],
+)
+def test_bad_flags_are_one_line(tmp_path, capsys, arguments, message):
+    assert run(tmp_path / "results.json", *arguments) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_every_named_shape_is_understood():
+    for operation in script.OPERATIONS.values():
+        for names in operation.shapes.values():
+            for one in script.parse_shapes(operation, ",".join(names), ["float32"]):
+                assert one.costs("forward")[0][0] > 0
+
+
+def test_record_keeps_other_figures(tmp_path):
+    path = tmp_path / "new" / "results.json"
+    for ms, device in ((3, "a"), (2, "b"), (1, "a")):
+        record(path, dict(op="scan", device=device, ms=ms), key=("op", "device"))
+    assert [(row["device"], row["ms"]) for row in json.loads(path.read_text())] == [("b", 2), ("a", 1)]
+    assert slug("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3"
