@@ -58,7 +58,7 @@ def selective_scan(
     if weights is not None:
         weights = jnp.broadcast_to(weights, (batch, length, groups - 1, width)) if groups > 1 else None
 
-    tokens = _tokens(length, groups, state)
+    tokens = chunk_tokens(length, groups, state)
     more = dict(T=-length % tokens, E=-width % LANES, N=-state % SUBLANES)
 
     def pad(x, axes, fill=0):
@@ -165,13 +165,13 @@ def _round_up(x, multiple):
     return -(-x // multiple) * multiple
 
 
-def _tokens(length, groups, state):
+def chunk_tokens(length, groups, state):
     """Tokens of a chunk: fewer where states are large; all chunks of one length."""
     most = max(TILE, min(TOKENS, 8192 // (groups * _round_up(state, SUBLANES)) // TILE * TILE))
     return _round_up(-(-length // -(-length // most)), TILE)
 
 
-def _width(channels, groups, state, most):
+def block_width(channels, groups, state, most):
     """Channels of a block: a divisor of all, whose states fit the registers if `most` channels of 16 states do."""
     most = max(LANES, most * 16 // (groups * _round_up(state, SUBLANES)) // LANES * LANES)
     return max(w for w in range(LANES, min(most, channels) + 1, LANES) if channels % w == 0)
@@ -180,7 +180,7 @@ def _width(channels, groups, state, most):
 def _backward_vmem(length, groups, channels, state, itemsize):
     """Bytes of VMEM of the backward kernel, which needs the more: its scratch, and two of each block."""
     channels, state = _round_up(channels, LANES), _round_up(state, SUBLANES)
-    tokens, width = _tokens(length, groups, state), _width(channels, groups, state, BACKWARD_WIDTH)
+    tokens, width = chunk_tokens(length, groups, state), block_width(channels, groups, state, BACKWARD_WIDTH)
     scratch = 2 * state * channels + tokens * (state * (width + 4 * LANES) + 4 * width)
     blocks = 5 * state * width + tokens * 2 * (state + LANES)
     return 4 * groups * (scratch + 2 * blocks) + 2 * tokens * width * itemsize * 6 * (groups + 1)
@@ -223,7 +223,7 @@ def _forward(softplus, arrays, reset, for_gradient):
     """y and the last state, and for the gradient the states at chunk starts [B, K, G, N, E] and y before the gate."""
     batch, groups, length, channels = arrays["u"].shape
     state, dtype = arrays["A"].shape[1], arrays["u"].dtype
-    tokens, width = _tokens(length, groups, state), _width(channels, groups, state, FORWARD_WIDTH)
+    tokens, width = chunk_tokens(length, groups, state), block_width(channels, groups, state, FORWARD_WIDTH)
     grid = (batch, length // tokens, channels // width)
     outputs = dict(
         y=jax.ShapeDtypeStruct((batch, length, channels), dtype),
@@ -251,7 +251,7 @@ def _backward(softplus, arrays, reset, start, ungated, dy, dstate):
     """Gradients of `arrays` by name, in float32 where they are sums over tokens or channels."""
     batch, groups, length, channels = arrays["u"].shape
     state = arrays["A"].shape[1]
-    tokens, width = _tokens(length, groups, state), _width(channels, groups, state, BACKWARD_WIDTH)
+    tokens, width = chunk_tokens(length, groups, state), block_width(channels, groups, state, BACKWARD_WIDTH)
     grid = (batch, length // tokens, channels // width)
     outputs = {k: None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in arrays.items()}
     rows = jax.ShapeDtypeStruct((batch, SUBLANES, channels), jnp.float32)
