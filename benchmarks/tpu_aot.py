@@ -2,7 +2,7 @@
 
     python benchmarks/tpu_aot.py                                   # v5e, v5p, v6e; needs libtpu, no TPU
     python benchmarks/tpu_aot.py --chips=v5e --shapes=8x2048x2048x16:read3 --dtypes=float32
-    python benchmarks/tpu_aot.py --chips=v5e --try=BACKWARD_WIDTH=128 --try=BACKWARD_WIDTH=512    # prints only
+    python benchmarks/tpu_aot.py --chips=v5e --try=WIDTH=256 --try=TOKENS=64    # prints only
 
 A shape is B x T x E x N, a colon, and "full" (softplus, bias, D, z, packed documents) or "readG" (the same, with G groups
 of states, each with weights a channel). libtpu dumps the final bundles of both kernels. A core issues at most one bundle a
@@ -171,9 +171,9 @@ def measure(chip, shape, dtype, folder):
     _, cores, clock, bandwidth, _ = CHIPS[chip]
     tokens = mosaic_tpu.chunk_tokens(length, groups, state)
     exponentials = batch * length * groups * width * state / 1024
-    for name, most in (("forward", mosaic_tpu.FORWARD_WIDTH), ("backward", mosaic_tpu.BACKWARD_WIDTH)):
+    blocks = width // mosaic_tpu.block_width(width, groups, state)
+    for name in ("forward", "backward"):
         bundles, utilization, vmem = read_dump(folder, f"selective_scan_{name}")
-        blocks = width // mosaic_tpu.block_width(width, groups, state, most)
         total, loops, share = schedule(bundles, utilization, tokens, blocks)
         seconds = total * batch * (length // tokens) / clock / cores
         moved = bytes_of(arrays[name]) / bandwidth

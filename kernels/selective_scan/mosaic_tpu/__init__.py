@@ -19,12 +19,12 @@ from jax.experimental.pallas import tpu as pltpu
 
 from kernels.segments import resets
 from kernels.selective_scan.mosaic_tpu import backward, forward
-from kernels.selective_scan.mosaic_tpu.tiles import LANES, LOG2_E, SUBLANES, TILE
+from kernels.selective_scan.mosaic_tpu.tiles import LANES, LOG2_E, STRIDE, SUBLANES, TILE, parts_shape
 
 INTERPRET = False  # pltpu.InterpretParams() runs the kernels without a TPU, for tests
 
 TOKENS = 128  # of a chunk, at most
-FORWARD_WIDTH, BACKWARD_WIDTH = 512, 256  # channels of a block, at most
+WIDTH = 768  # channels of a block, at most, of 16 states each
 VMEM_LIMIT = 48 * 2**20  # bytes; a core has 64 MiB in a v5p, 128 MiB in a v5e or v6e
 
 NO_STEP = -1e30  # step before softplus whose softplus is 0
@@ -171,17 +171,17 @@ def chunk_tokens(length, groups, state):
     return _round_up(-(-length // -(-length // most)), TILE)
 
 
-def block_width(channels, groups, state, most):
-    """Channels of a block: a divisor of all, whose states fit the registers if `most` channels of 16 states do."""
-    most = max(LANES, most * 16 // (groups * _round_up(state, SUBLANES)) // LANES * LANES)
+def block_width(channels, groups, state):
+    """Channels of a block: a divisor of all, whose states take about as many registers as WIDTH channels of 16."""
+    most = max(LANES, WIDTH * 16 // (groups * _round_up(state, SUBLANES)) // LANES * LANES)
     return max(w for w in range(LANES, min(most, channels) + 1, LANES) if channels % w == 0)
 
 
 def _backward_vmem(length, groups, channels, state, itemsize):
     """Bytes of VMEM of the backward kernel, which needs the more: its scratch, and two of each block."""
     channels, state = _round_up(channels, LANES), _round_up(state, SUBLANES)
-    tokens, width = chunk_tokens(length, groups, state), block_width(channels, groups, state, BACKWARD_WIDTH)
-    scratch = 2 * state * channels + tokens * (state * (width + 4 * LANES) + 4 * width)
+    tokens, width = chunk_tokens(length, groups, state), block_width(channels, groups, state)
+    scratch = 2 * state * channels + tokens * (state * (width + 4 * LANES) + 5 * width) + 3 * TILE * STRIDE * width
     blocks = 5 * state * width + tokens * 2 * (state + LANES)
     return 4 * groups * (scratch + 2 * blocks) + 2 * tokens * width * itemsize * 6 * (groups + 1)
 
@@ -223,7 +223,7 @@ def _forward(softplus, arrays, reset, for_gradient):
     """y and the last state, and for the gradient the states at chunk starts [B, K, G, N, E] and y before the gate."""
     batch, groups, length, channels = arrays["u"].shape
     state, dtype = arrays["A"].shape[1], arrays["u"].dtype
-    tokens, width = chunk_tokens(length, groups, state), block_width(channels, groups, state, FORWARD_WIDTH)
+    tokens, width = chunk_tokens(length, groups, state), block_width(channels, groups, state)
     grid = (batch, length // tokens, channels // width)
     outputs = dict(
         y=jax.ShapeDtypeStruct((batch, length, channels), dtype),
@@ -241,6 +241,7 @@ def _forward(softplus, arrays, reset, for_gradient):
         step=(groups, tokens, width),
         write=(groups, tokens, width),
         weights=(groups, tokens, width),
+        readout=parts_shape(width),
     )
     kernel = functools.partial(forward.kernel, softplus=softplus)
     arrays = _inputs(arrays, reset, tokens)
@@ -251,7 +252,7 @@ def _backward(softplus, arrays, reset, start, ungated, dy, dstate):
     """Gradients of `arrays` by name, in float32 where they are sums over tokens or channels."""
     batch, groups, length, channels = arrays["u"].shape
     state = arrays["A"].shape[1]
-    tokens, width = chunk_tokens(length, groups, state), block_width(channels, groups, state, BACKWARD_WIDTH)
+    tokens, width = chunk_tokens(length, groups, state), block_width(channels, groups, state)
     grid = (batch, length // tokens, channels // width)
     outputs = {k: None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in arrays.items()}
     rows = jax.ShapeDtypeStruct((batch, SUBLANES, channels), jnp.float32)
@@ -261,9 +262,11 @@ def _backward(softplus, arrays, reset, start, ungated, dy, dstate):
     wide = (groups, tokens, state, LANES)
     row = (groups, tokens, width)
     carried = (grid[2], groups, state, width)
-    scratch = dict(B=wide, C=wide, dB=wide, dC=wide, step=row, write=row, dreadout=row)
+    scratch = dict(B=wide, C=wide, dB=wide, dC=wide, step=row, write=row, dreadout=row, true=row, slope=row)
     scratch |= dict(dstate=carried, dA=carried, states=(tokens, groups, state, width))
     scratch |= dict(dD=(grid[2], SUBLANES, width), dbias=(grid[2], groups, SUBLANES, width))
+    parts = (groups, *parts_shape(width))
+    scratch |= dict(dwrite=parts, dstep=parts, readout=parts)
     kernel = functools.partial(backward.kernel, softplus=softplus)
     inputs = _inputs(arrays, reset, tokens, start=start, ungated=ungated, dy=dy, dstate=dstate)
     del inputs["state"]

@@ -9,10 +9,10 @@ from kernels.selective_scan.mosaic_tpu.tiles import (
     TILE,
     fold_lanes,
     fold_rows,
+    put,
     sigmoid,
     spread,
-    steps,
-    sum_rows,
+    take_sums,
     widen,
     write_rows,
 )
@@ -30,10 +30,7 @@ def kernel(x, out, scratch, *, softplus):
 
     @pl.when(block == 0)
     def _():
-        spread(x["B"], scratch["B"])
-        spread(x["C"], scratch["C"])
-        scratch["dB"][...] = jnp.zeros(scratch["dB"].shape, jnp.float32)
-        scratch["dC"][...] = jnp.zeros(scratch["dC"].shape, jnp.float32)
+        spread(x, scratch)
 
     def forward(i, states):
         start = pl.multiple_of(i * TILE, TILE)
@@ -62,7 +59,6 @@ def kernel(x, out, scratch, *, softplus):
     def backward(i, carry):
         start = pl.multiple_of(tokens - TILE - i * TILE, TILE)
         states, dstates, dA = (list(part) for part in carry)
-        dwrites, dsteps, readouts = ([[None] * TILE for _ in range(groups)] for _ in range(3))
         for t in reversed(range(TILE)):
             row = pl.ds(start + t, 1)
             for g in range(groups):
@@ -70,31 +66,30 @@ def kernel(x, out, scratch, *, softplus):
                 B, C = (widen(scratch[name][g, start + t], width) for name in "BC")
                 old = scratch["states"][start + t, g]
                 if x["weights"] is not None and g > 0:
-                    readouts[g][t] = fold_rows(states[g] * C)
+                    put(fold_rows(states[g] * C), scratch["readout"].at[g], t)
                 dstates[g] += dreadout * C
                 scratch["dC"][g, start + t] += fold_lanes(states[g] * dreadout)
                 scratch["dB"][g, start + t] += fold_lanes(dstates[g] * scratch["write"][g, row, :])
-                dwrites[g][t] = fold_rows(dstates[g] * B)
+                put(fold_rows(dstates[g] * B), scratch["dwrite"].at[g], t)
                 dstates[g] *= jnp.exp2(step * x["A"][g])  # now of the state before the token
                 dexponent = dstates[g] * old
-                dsteps[g][t] = fold_rows(dexponent * x["A"][g])
+                put(fold_rows(dexponent * x["A"][g]), scratch["dstep"].at[g], t)
                 dA[g] += dexponent * step
                 states[g] = old
         tile = pl.ds(start, TILE)
         for g in range(groups):
             u = x["u"][g, tile, :].astype(jnp.float32)
-            step, slope = steps(x, g, tile, softplus)
-            dwrite = sum_rows(dwrites[g])
-            du = dwrite * step
+            dwrite = take_sums(scratch["dwrite"].at[g])
+            du = dwrite * scratch["true"][g, tile, :]
             if g == 0:
                 dy = scratch["dreadout"][0, tile, :]
                 du += x["D"][...] * dy
                 scratch["dD"][block] += fold_rows(dy * u)
             elif x["weights"] is not None:
-                dweights = scratch["dreadout"][0, tile, :] * sum_rows(readouts[g])
+                dweights = scratch["dreadout"][0, tile, :] * take_sums(scratch["readout"].at[g])
                 out["weights"][g - 1, tile, :] = dweights.astype(out["weights"].dtype)
             out["u"][g, tile, :] = du.astype(out["u"].dtype)
-            ddt = (sum_rows(dsteps[g]) / LOG2_E + dwrite * u) * slope
+            ddt = (take_sums(scratch["dstep"].at[g]) / LOG2_E + dwrite * u) * scratch["slope"][g, tile, :]
             out["dt"][g, tile, :] = ddt.astype(out["dt"].dtype)
             scratch["dbias"][block, g] += fold_rows(ddt)
         return tuple(states), tuple(dstates), tuple(dA)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels.selective_scan.mosaic_tpu.tiles import TILE, fold_rows, sigmoid, spread, sum_rows, widen, write_rows
+from kernels.selective_scan.mosaic_tpu.tiles import TILE, fold_rows, put, sigmoid, spread, take_sums, widen, write_rows
 
 
 def kernel(x, out, scratch, *, softplus):
@@ -17,8 +17,7 @@ def kernel(x, out, scratch, *, softplus):
 
     @pl.when(block == 0)
     def _():
-        spread(x["B"], scratch["B"])
-        spread(x["C"], scratch["C"])
+        spread(x, scratch)
 
     if out["start"] is not None:
         out["start"][...] = scratch["state"][block]
@@ -30,7 +29,7 @@ def kernel(x, out, scratch, *, softplus):
         if x["weights"] is not None:
             for g in range(1, groups):
                 scratch["weights"][g, tile, :] = x["weights"][g - 1, tile, :].astype(jnp.float32)
-        states, readouts = list(states), []
+        states = list(states)
         for t in range(TILE):
             row = pl.ds(start + t, 1)
             readout = 0
@@ -40,8 +39,8 @@ def kernel(x, out, scratch, *, softplus):
                 term = fold_rows(states[g] * widen(scratch["C"][g, start + t], width))
                 weighted = x["weights"] is not None and g > 0
                 readout += scratch["weights"][g, row, :] * term if weighted else term
-            readouts.append(readout)
-        y = sum_rows(readouts) + x["D"][...] * x["u"][0, tile, :].astype(jnp.float32)
+            put(readout, scratch["readout"], t)
+        y = take_sums(scratch["readout"]) + x["D"][...] * x["u"][0, tile, :].astype(jnp.float32)
         if x["z"] is not None:
             if out["ungated"] is not None:
                 out["ungated"][tile, :] = y.astype(out["ungated"].dtype)

@@ -4,24 +4,29 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 LANES, SUBLANES = 128, 8
 TILE = 16  # tokens that are loaded together: the rows of a bfloat16 tile
+STRIDE = SUBLANES + 1  # rows between parts of sums: 8 in the same sublane would be loaded one by one
 FORGET = 1e33  # step after which nothing is left of a state
 LOG2_E = math.log2(math.e)
 
 
-def spread(columns, wide):
-    """Repeats each column of [G, N, L] over the lanes of [G, T, N, LANES]."""
-    groups, tokens, state, _ = wide.shape
-    lanes = columns.shape[-1]
+def spread(x, scratch):
+    """Repeats the columns of B and C [G, N, L] over the lanes, [G, T, N, LANES]; clears what sums their gradients."""
+    groups, tokens, state, _ = scratch["B"].shape
+    lanes = x["B"].shape[-1]
+    columns = [(g, name) for g in range(groups) for name in "BC"]
 
     def body(i, _):
-        for g in range(groups):
-            tile = pltpu.roll(columns[g], jax.lax.rem(lanes - i * TILE, lanes), 1)
-            for t in range(TILE):
-                wide[g, i * TILE + t] = jnp.broadcast_to(tile[:, t : t + 1], (state, LANES))
+        tiles = [pltpu.roll(x[name][g], jax.lax.rem(lanes - i * TILE, lanes), 1) for g, name in columns]
+        for t in range(TILE):
+            for tile, (g, name) in zip(tiles, columns, strict=True):
+                scratch[name][g, i * TILE + t] = jnp.broadcast_to(tile[:, t : t + 1], (state, LANES))
+                if f"d{name}" in scratch:
+                    scratch[f"d{name}"][g, i * TILE + t] = jnp.zeros((state, LANES), jnp.float32)
         return 0
 
     jax.lax.fori_loop(0, tokens // TILE, body, 0)
@@ -40,7 +45,10 @@ def steps(x, group, tile, softplus):
 def write_rows(x, scratch, tile, softplus):
     """Keeps a tile's steps, and what they write into the state, as float32, of which single rows can be read."""
     for g in range(x["u"].shape[0]):
-        step, _ = steps(x, g, tile, softplus)
+        step, slope = steps(x, g, tile, softplus)
+        if "slope" in scratch:
+            scratch["true"][g, tile, :] = step
+            scratch["slope"][g, tile, :] = jnp.broadcast_to(slope, step.shape)
         scratch["write"][g, tile, :] = step * x["u"][g, tile, :].astype(jnp.float32)
         if x["reset"] is not None:
             step = jnp.where(x["reset"][tile, :] > 0, FORGET, step)
@@ -66,15 +74,24 @@ def fold_rows(x):
     return sum(x[row : row + SUBLANES] for row in range(0, x.shape[0], SUBLANES))
 
 
-def sum_rows(parts):
-    """A tile [len(parts), width] whose row t is the sum over the rows of parts[t], [SUBLANES, width]."""
-    if len(parts) > SUBLANES:
-        return jnp.concatenate([sum_rows(parts[i : i + SUBLANES]) for i in range(0, len(parts), SUBLANES)], axis=0)
-    row = jax.lax.broadcasted_iota(jnp.int32, parts[0].shape, 0)
-    for distance in (1, 2, 4):  # each round joins two parts into one, in which each has half of the rows
-        upper = (row & distance) != 0
-        parts = [
-            jnp.where(upper, high, low) + pltpu.roll(jnp.where(upper, low, high), distance, 0)
-            for low, high in zip(parts[::2], parts[1::2], strict=True)
-        ]
-    return parts[0]
+def put(part, ref, token):
+    """Keeps a token's part of a sum over states, [SUBLANES, width], in a reference of shape `parts_shape(width)`."""
+    for column in range(ref.shape[0]):
+        lanes = slice(column * LANES, (column + 1) * LANES)
+        ref[column, pl.ds(token * STRIDE, SUBLANES), :] = part[:, lanes]
+
+
+def take_sums(ref):
+    """[TILE, width]: of each token's part the sum over its rows. A load takes one row of 8 tokens."""
+
+    def of_column(column, first):
+        starts = range(first * STRIDE, first * STRIDE + SUBLANES)
+        return sum(ref[column, pl.ds(start, SUBLANES, stride=STRIDE), :] for start in starts)
+
+    columns = range(ref.shape[0])
+    octets = [jnp.concatenate([of_column(c, first) for c in columns], axis=1) for first in range(0, TILE, SUBLANES)]
+    return jnp.concatenate(octets, axis=0)
+
+
+def parts_shape(width):
+    return (width // LANES, TILE * STRIDE, LANES)
