@@ -35,7 +35,13 @@ def base() -> ConfigDict:
             residual_dtype="float32",
             remat="none",  # none | block | dots | streams
             scan_blocks=0,  # 0: layers unrolled; k: lax.scan over super-blocks of k repeats
-            implementation="",  # kernels: "" picks by device; "reference", "xla", ... insists
+        )
+    )
+    config.model.implementation = ConfigDict(  # of each operation: "" picks by device, a file of kernels/<op> insists
+        dict(
+            selective_scan="",  # reference | xla | mosaic_gpu | mosaic_tpu
+            short_conv="",  # reference | xla
+            attention="",  # reference | xla | cudnn
         )
     )
     config.model.dense = ConfigDict(

@@ -114,7 +114,8 @@ def _validate_model(model: ConfigDict, *, bptt: bool) -> None:
     names = {name for block in blocks(model.pattern) for name in block}
     if not names:
         _refuse("model.pattern", model.pattern, "at least one block, such as 'mamba' or 'attention+mlp'")
-    fields = [name for name, value in model.items() if isinstance(value, ConfigDict) and name != "dense"]
+    groups = [name for name, value in model.items() if isinstance(value, ConfigDict)]
+    fields = [name for name in groups if name not in ("dense", "implementation")]
     if not names <= set(fields):
         _refuse("model.pattern", model.pattern, f"of blocks that this config has fields for: {', '.join(fields)}")
     if model.scan_blocks and model.repeats % model.scan_blocks:

@@ -12,9 +12,12 @@ open where the lower states enter, and no code of DenseMamba was published; so e
 g_E [E] and g_N [N] depend on the token. READ runs as one grouped selective scan, which computes the lower states again.
 """
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 
 from kernels.selective_scan.coupled import carry_scan, rank_scan
 from seqmodels.errors import UserError
@@ -66,7 +69,7 @@ class DenseFusion(nn.Module):
     norm: bool = False
     norm_eps: float = 1e-5
     dtype: jnp.dtype = jnp.float32
-    implementation: str | None = None
+    implementation: Mapping[str, str] = FrozenDict()
 
     def __post_init__(self):
         super().__post_init__()
@@ -151,7 +154,9 @@ class DenseFusion(nn.Module):
         return fuse(own, readout, sources, seq, channel, state, P, carried)
 
     def _scan(self, seq, C, **arrays):
-        return selective_scan(**arrays, C=C, implementation=self.implementation, **seq.documents())
+        return selective_scan(
+            **arrays, C=C, implementation=self.implementation.get("selective_scan"), **seq.documents()
+        )
 
     def _plain(self, stream, C, seq, **options):
         groups = dict(u=stream.u, dt=stream.dt, A=stream.A, B=stream.B, dt_bias=stream.dt_bias)

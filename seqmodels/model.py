@@ -22,6 +22,11 @@ from seqmodels.mixers import MIXERS
 from seqmodels.sequence import Sequence, make_sequence
 
 CHANNEL_MIXERS = {"mlp": Mlp}
+OPERATIONS = {
+    "selective_scan": kernels.selective_scan,
+    "short_conv": kernels.short_conv,
+    "attention": kernels.attention,
+}
 
 REMAT = {  # what of a block is kept for the backward pass; the rest is computed again
     "block": None,
@@ -103,7 +108,7 @@ def scanned(config) -> tuple[int, int]:
 def mixer_of(config, spec: BlockSpec, **parent) -> nn.Module:
     """The block's mixer: its fields are those of config.model.<name>."""
     layers = config.repeats * len(config.pattern.split())
-    options = {"implementation": config.implementation or None, **config.get(spec.mixer, {})}
+    options = {"implementation": dict(config.implementation), **config.get(spec.mixer, {})}
     return MIXERS[spec.mixer](width=config.width, layers=layers, dtype=jnp.dtype(config.dtype), **options, **parent)
 
 
@@ -309,6 +314,10 @@ def build(config: ConfigDict, vocab_size: int) -> LanguageModel:
         )
     config.vocab_size = config.vocab_size or -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
     scanned(config)
+    for operation, name in config.implementation.items():
+        if name and name not in OPERATIONS[operation].IMPLEMENTATIONS:
+            allowed = ", ".join(map(repr, OPERATIONS[operation].IMPLEMENTATIONS))
+            raise UserError(f"config.model.implementation.{operation}={name!r}: must be '' or one of {allowed}")
     if config.remat != "none":
         rematerialised(config.remat)
     model = LanguageModel(FrozenConfigDict(config))
@@ -318,13 +327,11 @@ def build(config: ConfigDict, vocab_size: int) -> LanguageModel:
 
 def describe_kernels(config: ConfigDict, platform: str) -> list[str]:
     """One line an operation of the model: the implementation it runs on `platform` ("cpu", "gpu", "tpu"), and why."""
-    mixers = {mixer for mixer, _ in parse_pattern(config.pattern)}
-    operations = []
-    if "mamba" in mixers:
-        operations += [("selective_scan", kernels.selective_scan), ("short_conv", kernels.short_conv)]
-    if "attention" in mixers:
-        operations += [("attention", kernels.attention)]
-    if config.implementation:
-        return [f"{name}: {config.implementation} (model.implementation)" for name, _ in operations]
-    chosen = [(name, *module.choose(platform, dtype=config.dtype)) for name, module in operations]
-    return [f"{name}: {implementation} ({why})" for name, implementation, why in chosen]
+    mixers = [MIXERS[mixer] for mixer, _ in parse_pattern(config.pattern)]
+    lines = []
+    for operation in dict.fromkeys(operation for mixer in mixers for operation in mixer.operations):
+        name, why = config.implementation[operation], f"model.implementation.{operation}"
+        if not name:
+            name, why = OPERATIONS[operation].choose(platform, dtype=config.dtype)
+        lines.append(f"{operation}: {name} ({why})")
+    return lines

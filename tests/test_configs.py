@@ -12,7 +12,8 @@ from ml_collections.config_flags import config_flags
 from configs import base
 from seqmodels.config import CHOICES, POSITIVE, RANGES, SHARES, blocks, validate
 from seqmodels.errors import UserError
-from seqmodels.model import build
+from seqmodels.mixers import MIXERS
+from seqmodels.model import OPERATIONS, build, describe_kernels
 from tests.golden.regenerate import HERE, every_config
 
 REGENERATE = "if the change is meant: python tests/golden/regenerate.py, and look through the diff"
@@ -92,6 +93,49 @@ def test_the_three_are_matched_in_parameters(arg, mamba_arg):
     dense = parameters(config_of("densemamba", arg))
     for other in (config_of("mamba", mamba_arg), config_of("transformer", arg)):
         assert abs(parameters(other) / dense - 1) < 0.02
+
+
+# Kernels
+
+
+def test_every_operation_has_its_field():
+    assert set(config_of("mamba").model.implementation) == set(OPERATIONS)
+    assert set(OPERATIONS) == {name for mixer in MIXERS.values() for name in mixer.operations}
+
+
+@pytest.mark.parametrize("broken, named", [("short_conv", "selective_scan"), ("selective_scan", "short_conv")])
+def test_one_operation_can_be_named_alone(monkeypatch, broken, named):
+    """The xla backend of the other operation is what it takes by itself: broken, it is missed."""
+    config = config_of("densemamba").model
+    config.width, config.repeats = 32, 2
+    monkeypatch.setitem(OPERATIONS[broken].BACKENDS, "xla", None)
+
+    def shapes():
+        return jax.eval_shape(build(config, 257).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+
+    config.implementation[named] = "reference"
+    with pytest.raises(AttributeError):
+        shapes()
+    config.implementation[broken] = "reference"
+    assert shapes()
+
+
+def test_kernels_are_described():
+    config = config_of("mamba").model
+    config.implementation.short_conv = "reference"
+    scan, conv = describe_kernels(config, "cpu")
+    assert conv == "short_conv: reference (model.implementation.short_conv)"
+    assert scan == "selective_scan: xla (first choice on cpu)"
+    assert [line.split(":")[0] for line in describe_kernels(config_of("transformer").model, "cpu")] == ["attention"]
+
+
+def test_an_unknown_implementation_is_refused():
+    config = config_of("mamba").model
+    config.implementation.selective_scan = "cuda"
+    with pytest.raises(
+        UserError, match=r"model.implementation.selective_scan='cuda': must be '' or one of 'reference',"
+    ):
+        build(config, 257)
 
 
 # Validation

@@ -142,7 +142,14 @@ def test_profile_on_demand(tmp_path, text):
         (dict(checkpoint__best="validation_loss"), "needs validations, set --config.evaluation.every"),
         (dict(checkpoint__best="losss", evaluation__every=1), "checkpoint.best='losss': must be validation_loss"),
         (dict(mesh__data=99), "mesh asks for 99 devices"),
-        (dict(model__implementation="cuda_graph"), "model.implementation='cuda_graph'"),
+        (
+            dict(model__implementation__short_conv="cuda"),
+            "model.implementation.short_conv='cuda': must be '' or one of",
+        ),
+        (
+            dict(model__implementation__selective_scan="mosaic_tpu"),
+            "config.model.implementation.selective_scan: implementation 'mosaic_tpu' cannot serve: ",
+        ),
         (dict(model__pattern="attention"), "model.pattern"),
     ],
 )

@@ -74,6 +74,13 @@ def test_config_round_trip(tmp_path):
     assert run.read_config(tmp_path).to_dict() == json.loads(config.to_json())
 
 
+def test_config_of_an_older_run(tmp_path):
+    """It named one implementation for all operations."""
+    (tmp_path / "config.json").write_text(json.dumps({"model": {"width": 8, "implementation": "xla"}}))
+    model = run.read_config(tmp_path).model
+    assert model.width == 8 and set(model.implementation.values()) == {"xla"} and "short_conv" in model.implementation
+
+
 def test_run_of_another_config_names_the_fields(tmp_path):
     begun(tmp_path, small_config())
     with pytest.raises(UserError, match=r"another config: batch_size=16 \(was 8\), optimizer.b1=0.8 \(was 0.9\)"):

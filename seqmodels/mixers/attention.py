@@ -1,8 +1,11 @@
 """Causal softmax attention with rotary positions and grouped heads (Llama 2: Touvron et al. 2023, section 2.2)."""
 
+from collections.abc import Mapping
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core import FrozenDict
 
 from kernels.attention import attention
 from kernels.segments import resets
@@ -74,8 +77,10 @@ class Attention(nn.Module):
     rope_theta: float = 10_000.0
     window: int = 0
     dtype: jnp.dtype = jnp.float32
-    implementation: str | None = None
+    implementation: Mapping[str, str] = FrozenDict()
     layers: int = 1
+
+    operations = ("attention",)
 
     def __post_init__(self):
         super().__post_init__()
@@ -119,7 +124,7 @@ class Attention(nn.Module):
         q = rope(project("query", heads, "heads"), seq.positions, self.rope_theta)
         k = rope(project("key", kv_heads, "kv_heads"), seq.positions, self.rope_theta)
         v = project("value", kv_heads, "kv_heads")
-        options = dict(window=self.window or None, implementation=self.implementation)
+        options = dict(window=self.window or None, implementation=self.implementation.get("attention"))
 
         if state is None and seq.mask is None:
             document = document_numbers(seq, batch, length, jnp.zeros((batch,), jnp.int32))

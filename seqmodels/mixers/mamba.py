@@ -1,11 +1,13 @@
 """Mamba (Gu & Dao 2023, arXiv 2312.00752): a state space model whose step, input and output depend on the token."""
 
 import math
+from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
+from flax.core import FrozenDict
 from jax.ad_checkpoint import checkpoint_name
 
 from seqmodels.errors import UserError
@@ -102,8 +104,10 @@ class Mamba(nn.Module):
     dt_max: float = 1e-1
     dt_floor: float = 1e-4
     dtype: jnp.dtype = jnp.float32
-    implementation: str | None = None
+    implementation: Mapping[str, str] = FrozenDict()
     layers: int = 1
+
+    operations = ("selective_scan", "short_conv")
 
     def __post_init__(self):
         super().__post_init__()
@@ -177,7 +181,7 @@ class Mamba(nn.Module):
             self.conv_bias,
             activation="silu",
             initial_state=state["conv"],
-            implementation=self.implementation,
+            implementation=self.implementation.get("short_conv"),
             **seq.documents(),
         )
         delta, B, C = jnp.split(u @ self.x_proj.astype(self.dtype), [self.rank, self.rank + self.state], axis=-1)
@@ -201,7 +205,7 @@ class Mamba(nn.Module):
             z=readout.z,
             dt_bias=stream.dt_bias,
             initial_state=stream.state,
-            implementation=self.implementation,
+            implementation=self.implementation.get("selective_scan"),
             **seq.documents(),
         )
 

@@ -43,7 +43,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict:
             try:
                 training = _Training(config, workdir, stop)
             except UnsupportedError as error:  # a named kernel that cannot serve these shapes
-                raise UserError(f"config.model.implementation={config.model.implementation!r}: {error}") from error
+                raise UserError(f"config.model.implementation.{error}") from error
             summary = training.run()
         _say(report.result(summary))
     return summary

@@ -55,11 +55,15 @@ def read_config(workdir: Path) -> ConfigDict:
     """The config of a run, locked. Raises: UserError where there is none."""
     path = Path(workdir) / "config.json"
     try:
-        return ConfigDict(json.loads(path.read_text())).lock()
+        config = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"--workdir={workdir}: no config.json there; it is not a run directory") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error})") from error
+    model = config.get("model", {})
+    if isinstance(name := model.get("implementation"), str):  # older runs have one for all operations
+        model["implementation"] = dict.fromkeys(("selective_scan", "short_conv", "attention"), name)
+    return ConfigDict(config).lock()
 
 
 def replace_file(path: Path, text: str) -> None:
