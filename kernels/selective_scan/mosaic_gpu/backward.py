@@ -6,33 +6,33 @@ With g_t the gradient of the state after token t, and per channel and state
     dC_t = sum_e dy_t s_t,    dB_t = sum_e g_t dt_t u_t                     (over channels)
     du_t = dt_t sum_n g_t B_t,    ddt_t = sum_n q_t A + u_t sum_n g_t B_t   (over states),    dA = sum_t q_t dt_t
 
-a chunk goes through
-  1. dt, dt u and the gated dy in float32;
-  2. the recurrence again from the state that the forward pass saved; every s_t is kept in shared memory;
-  3. the walk back: each thread puts its part of the four sums where its s_t was;
-  4. sums over the shares of a channel's states: du, ddt, dz and dweights;
-  5. sums over the rows of the block's channels: dB, dC of this block. Blocks are added outside, in a fixed order.
+one warpgroup prepares and finishes chunks (of one group each), a second works on the states:
+  prepare     dt, dt u and the gated dy in float32;
+  again       the recurrence from the state that the forward pass saved; every s_t is kept in shared memory;
+  back        the walk back: each thread puts its part of the sums where its s_t was;
+  by_channel  sums over the shares of a channel's states: du, ddt, dz and dweights;
+  by_state    sums over the rows of the block's channels: dB, dC of this block. Blocks are added outside, in a fixed order.
 """
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import lanes
 from kernels.lanes import LN2, LOG2E, THREADS, read, write
-from kernels.selective_scan.mosaic_gpu.forward import specs
-from kernels.selective_scan.mosaic_gpu.tile import CHANNELS, STATES, Tile
+from kernels.selective_scan.mosaic_gpu.stage import SLOTS, Stage, prepare
+from kernels.selective_scan.mosaic_gpu.tile import CHANNELS, STATES, Tile, thread_index
 
 f32 = jnp.float32
-STAGES = 2
-UNROLL = 2
+UNROLL = 1
 # Quarters of a token's [512 * quarters] floats in shared memory, 4 a thread each: first a thread's 16 states (by channel),
 # then its part of the sums that they go into.
 G_B, Q_A, DB, DC, READOUT = range(5)
 
 
-def backward(u, dt, A, B, C, D, z, dt_bias, weights, reset, real, saved, dy, dfinal, *, softplus, chunk):
+def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *, softplus, chunk):
     """Gradients; arguments as of `forward`, which saved the states of every chunk.
 
     Args:
@@ -48,14 +48,15 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, reset, real, saved, dy, dfi
     padded, tile = A.shape[1], Tile(A.shape[-1])
     states, block = tile.states, tile.channels
     blocks, steps = padded // block, -(-length // chunk)
-    ragged = length % chunk != 0
+    items = steps * groups  # a chunk of a group each, chunks from the last to the first
     readout = z is not None or weights is not None  # whose gradients need each group's readout
     quarters = 5 if readout else 4
     row_of_token = quarters * THREADS * 4
     sums = chunk * 2 * tile.shares  # vectors of 4 sums over channels
     parts = max(1, THREADS // sums)  # threads that share one of them
-    given = dict(u=u, dt=dt, B=B, C=C, dy=dy, z=z, weights=weights, reset=reset, real=real)
-    given = {name: x for name, x in given.items() if x is not None}
+    arrays = dict(u=u, dt=dt, B=B, C=C, dy=dy, z=z, weights=weights, marks=marks)
+    stage = Stage(arrays, chunk, block, groups=1)
+    saved_steps = saved.shape[1]
     sds = jax.ShapeDtypeStruct
     out = dict(
         du=sds((batch, steps * chunk, groups, padded), u.dtype),
@@ -71,96 +72,198 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, reset, real, saved, dy, dfi
     out = {name: x for name, x in out.items() if x is not None}
 
     def body(*refs):
-        inputs, refs = dict(zip(given, refs)), refs[len(given) :]
-        (A_g, D_g, bias_g, saved_g, dfinal_g), refs = refs[:5], refs[5:]
-        outputs, (dt_s, x_s, dy_s, kept) = dict(zip(out, refs)), refs[len(out) :]
         b, e = lax.axis_index("b"), lax.axis_index("e")
-        row, share, place = tile.owner()
-        column, first_token = tile.items()
-        channel = e * block + column * CHANNELS
-        own = place * 4
-        D = read(D_g, channel, CHANNELS)
-        bias = [read(bias_g, g * padded + channel, CHANNELS) for g in range(groups)]
-        matrix = e * block * states + row * CHANNELS * states + share * STATES
+        count = len(stage.arrays)
+        sources, refs = refs[:count], refs[count:]
+        (A_g, D_g, bias_g, saved_g, dfinal_g), refs = refs[:5], refs[5:]
+        outputs, refs = dict(zip(out, refs)), refs[len(out) :]
+        *buffers, dt_s, x_s, dy_s, kept, ready, done = refs
+        stage.bind(sources, buffers, b, e)
 
-        def read_states(ref, number):
-            start = number * padded * states + matrix
-            return tuple(read(ref, start, STATES, at=c * states) for c in range(CHANNELS))
+        def chunk_of(item):
+            return steps - 1 - lax.div(item, groups)
 
-        def write_states(ref, number, values):
-            for c in range(CHANNELS):
-                write(ref, number * padded * states + matrix, values[c], at=c * states)
+        def load(item, g):
+            stage.load(lax.rem(item, SLOTS), chunk_of(item), g)
 
-        def real_tokens(s, token, index):
-            valid = token + index * chunk < length if ragged else None
-            if "real" in s:
-                mark = read(s["real"], token, 1)[0] > 0
-                valid = mark if valid is None else mark & valid
-            return valid
+        @pl.when(lax.axis_index("role") == 0)
+        def _():
+            column, first_token = tile.items()
+            offset = column * CHANNELS
+            channel = e * block + offset
+            tokens = [first_token + first for first in range(0, chunk, tile.tokens)]
+            D = read(D_g, channel, CHANNELS)
+            bias = [read(bias_g, g * padded + channel, CHANNELS) for g in range(groups)]
 
-        def prepare(index, s):
-            """dt, dt u, and dy times the gate, float32."""
-            for first in range(0, chunk, tile.tokens):
-                token = first_token + first
-                valid = real_tokens(s, token, index)
+            def weighted(g, slot, token, dy):
+                if g == 0 or "weights" not in stage:
+                    return dy
+                return tuple(d * w for d, w in zip(dy, stage.read("weights", slot, token, offset, CHANNELS)))
+
+            def start(item, g):
+                """dt, dt u, and dy times gate and weight, float32."""
+                pair, slot = lax.rem(item, 2), lax.rem(item, SLOTS)
+                stage.wait(slot)
+                steps = prepare(stage, slot, chunk_of(item), column, first_token, tile, bias[g], softplus, length)
+                dys = [stage.read("dy", slot, token, offset, CHANNELS) for token in tokens]
+                if "z" in stage:
+                    gates = [stage.read("z", slot, token, offset, CHANNELS) for token in tokens]
+                    dys = [tuple(d * z * lanes.sigmoid(z) for d, z in zip(dy, gate)) for dy, gate in zip(dys, gates)]
+                for (token, dt, x), dy in zip(steps, dys):
+                    at = token * block + offset
+                    write(dt_s.at[pair], at, dt)
+                    write(x_s.at[pair], at, x)
+                    write(dy_s.at[pair], at, weighted(g, slot, token, dy))
+                plgpu.barrier_arrive(ready.at[pair])
+
+            def over_shares(pair, token, quarter):
+                at = token * row_of_token + offset
+                at_share = [quarter * THREADS * 4 + j * block for j in range(tile.shares)]
+                shares = [read(kept.at[pair], at, CHANNELS, at=a) for a in at_share]
+                return tuple(sum(part[1:], start=part[0]) for part in zip(*shares))
+
+            def by_channel(item, g, total, dD, dbias):
+                """du, ddt, dz, dweights; the running dD and dbias. total: the groups' readouts so far, for dz."""
+                pair, slot, index = lax.rem(item, 2), lax.rem(item, SLOTS), chunk_of(item)
+                new_total = []
+                for number, token in enumerate(tokens):
+                    at = token * block + offset
+                    g_B, q_A = over_shares(pair, token, G_B), over_shares(pair, token, Q_A)
+                    y = over_shares(pair, token, READOUT) if readout else None
+                    step, dy = read(dt_s.at[pair], at, CHANNELS), read(dy_s.at[pair], at, CHANNELS)
+                    names = [name for name in ("u", "dt", "dy", "z") if name in stage]
+                    s = {name: stage.read(name, slot, token, offset, CHANNELS) for name in names}
+                    ddt = tuple(q * LN2 + u * gb for q, u, gb in zip(q_A, s["u"], g_B))
+                    if softplus:
+                        ddt = tuple(d * lanes.sigmoid(r + o) for d, r, o in zip(ddt, s["dt"], bias[g]))
+                    real = stage.real(slot, token, index, length)
+                    ddt = ddt if real is None else tuple(jnp.where(real, d, 0) for d in ddt)
+                    du = tuple(d * gb for d, gb in zip(step, g_B))
+                    if g == 0:
+                        du = tuple(a + d * y for a, d, y in zip(du, D, dy))
+                        dD = tuple(a + y * u for a, y, u in zip(dD, dy, s["u"]))
+                    dbias = tuple(a + d for a, d in zip(dbias, ddt))
+                    time = (b * steps + index) * chunk + token
+                    write(outputs["du"], (time * groups + g) * padded + channel, du)
+                    write(outputs["ddt"], (time * groups + g) * padded + channel, ddt)
+                    if not readout:
+                        continue
+                    gate, dy = s.get("z"), s["dy"]
+                    open_ = None if gate is None else tuple(lanes.sigmoid(z) for z in gate)
+                    if g > 0 and "dweights" in outputs:
+                        dw = dy if gate is None else tuple(d * z * o for d, z, o in zip(dy, gate, open_))
+                        at = (time * (groups - 1) + g - 1) * padded + channel
+                        write(outputs["dweights"], at, tuple(d * y for d, y in zip(dw, y)))
+                    before = tuple(d * u for d, u in zip(D, s["u"])) if g == 0 else total[number]
+                    y = tuple(a + b for a, b in zip(before, weighted(g, slot, token, y)))
+                    new_total.append(y)
+                    if g == groups - 1 and gate is not None:
+                        dz = tuple(d * y * o * (1 + z * (1 - o)) for d, y, o, z in zip(dy, y, open_, gate))
+                        write(outputs["dz"], time * padded + channel, dz)
+                return new_total, dD, dbias
+
+            def by_state(item, g):
+                """dB, dC of the block's channels."""
+                rows = tile.rows // parts
+                for first in range(0, sums * parts, THREADS):
+                    thread = thread_index()
+                    number = first + thread
+                    part, number = lax.div(number, sums), lax.rem(number, sums)
+                    share = lax.rem(number, tile.shares)
+                    which = lax.rem(lax.div(number, tile.shares), 2)
+                    token = lax.div(number, 2 * tile.shares)
+                    at = token * row_of_token + (DB + which) * (THREADS * 4) + share * block + part * (rows * 4)
+
+                    def add_row(i, total):
+                        # each thread starts elsewhere, else all would read the same bank
+                        turn = lax.rem(thread + i, rows)
+                        values = read(kept.at[lax.rem(item, 2)], at + turn * 4, 4)
+                        return tuple(a + v for a, v in zip(total, values))
+
+                    total = lax.fori_loop(0, rows, add_row, zeros(4), unroll=8)
+                    time = ((b * blocks + e) * parts + part) * (steps * chunk) + chunk_of(item) * chunk + token
+                    write(outputs["dBC"], ((time * groups + g) * 2 + which) * states + share * 4, total)
+
+            for item in range(min(SLOTS, items)):
+                load(jnp.int32(item), item % groups)
+            start(jnp.int32(0), 0)
+
+            def step(i, carry):
+                dD, dbias = carry
+                dbias, total = list(dbias), None
                 for g in range(groups):
-                    at = (token * groups + g) * block + column * CHANNELS
-                    step = tuple(d + o for d, o in zip(read(s["dt"], at, CHANNELS), bias[g]))
-                    step = tuple(lanes.softplus(d) for d in step) if softplus else step
-                    step = step if valid is None else tuple(jnp.where(valid, d, 0) for d in step)
-                    write(dt_s, at, step)
-                    write(x_s, at, tuple(d * u for d, u in zip(step, read(s["u"], at, CHANNELS))))
-                at = token * block + column * CHANNELS
-                dy = read(s["dy"], at, CHANNELS)
-                if "z" in s:
-                    dy = tuple(dy * z * lanes.sigmoid(z) for dy, z in zip(dy, read(s["z"], at, CHANNELS)))
-                write(dy_s, at, dy)
+                    item = i * groups + g
+                    pl.when(item + 1 < items)(lambda: start(item + 1, (g + 1) % groups))
+                    plgpu.barrier_wait(done.at[lax.rem(item, 2)])
+                    total, dD, dbias[g] = by_channel(item, g, total, dD, dbias[g])
+                    by_state(item, g)
+                    plgpu.commit_smem()  # all threads are through with this slot
+                    pl.when(item + SLOTS < items)(lambda: load(item + SLOTS, (g + SLOTS) % groups))
+                return dD, tuple(dbias)
 
-        def decay(s, t, dt, A):
-            exponent = dt * A
-            return jnp.exp2(exponent + s["reset"][0, t] if "reset" in s else exponent)
+            dD, dbias = lax.fori_loop(0, steps, step, (zeros(CHANNELS), (zeros(CHANNELS),) * groups))
+            slot = b * tile.tokens + first_token
+            write(outputs["dD"], slot * padded + channel, dD)
+            for g in range(groups):
+                write(outputs["dbias"], (slot * groups + g) * padded + channel, dbias[g])
 
-        def matrices(s, g, t, *names):
-            return [read(s[name], (t * groups + g) * states + share * STATES, STATES) for name in names]
+        @pl.when(lax.axis_index("role") == 1)
+        def _():
+            row, share, place = tile.owner()
+            own = place * 4
+            matrix = e * block * states + row * CHANNELS * states + share * STATES
 
-        def steps_of(g, t):
-            at = (t * groups + g) * block + row * CHANNELS
-            return read(dt_s, at, CHANNELS), read(x_s, at, CHANNELS)
+            def read_states(ref, number):
+                start = number * padded * states + matrix
+                return tuple(read(ref, start, STATES, at=c * states) for c in range(CHANNELS))
 
-        def again(s, g, A, h):
-            """The chunk's states, kept."""
+            def write_states(ref, number, values):
+                for c in range(CHANNELS):
+                    write(ref, number * padded * states + matrix, values[c], at=c * states)
 
-            def several(i, h):
-                loaded = [(*steps_of(g, i * UNROLL + k), *matrices(s, g, i * UNROLL + k, "B")) for k in range(UNROLL)]
-                for k, (dt, x, B) in enumerate(loaded):
-                    t = i * UNROLL + k
+            def scaled_A(g):
+                return tuple(tuple(a * LOG2E for a in row) for row in read_states(A_g, g))
+
+            def operands(item, t, *names):
+                """dt, dt u (and dy) of the thread's channels, B (and C) of its states, and the reset."""
+                pair, slot = lax.rem(item, 2), lax.rem(item, SLOTS)
+                refs = (dt_s, x_s, dy_s) if "C" in names else (dt_s, x_s)
+                channels = [read(ref.at[pair], t * block + row * CHANNELS, CHANNELS) for ref in refs]
+                matrices = [stage.read(name, slot, t, share * STATES, STATES) for name in names]
+                return *channels, *matrices, stage.reset(slot, t) if "marks" in stage else None
+
+            def decay(dt, A, reset):
+                exponent = dt * A
+                return jnp.exp2(exponent if reset is None else exponent + reset)
+
+            def again(item, A, h):
+                """The chunk's states, kept."""
+
+                def token(t, carry):
+                    h, (dt, x, B, reset) = carry
+                    following = operands(item, jnp.minimum(t + 1, chunk - 1), "B")
                     h = tuple(
-                        tuple(decay(s, t, dt[c], A[c][n]) * h[c][n] + x[c] * B[n] for n in range(STATES))
+                        tuple(decay(dt[c], A[c][n], reset) * h[c][n] + x[c] * B[n] for n in range(STATES))
                         for c in range(CHANNELS)
                     )
                     for c in range(CHANNELS):
-                        write(kept, t * row_of_token + own, h[c], at=c * THREADS * 4)
-                return h
+                        write(kept.at[lax.rem(item, 2)], t * row_of_token + own, h[c], at=c * THREADS * 4)
+                    return h, following
 
-            lax.fori_loop(0, chunk // UNROLL, several, h)
+                lax.fori_loop(0, chunk, token, (h, operands(item, 0, "B")), unroll=UNROLL)
 
-        def back(s, g, A, carry):
-            """The adjoint recurrence; partial sums over a thread's own states and channels."""
+            def back(item, A, carry):
+                """The adjoint recurrence; partial sums over a thread's own states and channels."""
 
-            def load(t):
-                dt, x = steps_of(g, t)
-                dy = read(dy_s, t * block + row * CHANNELS, CHANNELS)
-                w = weight(s, g, t, row)
-                dy = dy if w is None else tuple(dy * w for dy, w in zip(dy, w))
-                h = [read(kept, t * row_of_token + own, STATES, at=c * THREADS * 4) for c in range(CHANNELS)]
-                return dt, x, dy, h, *matrices(s, g, t, "B", "C")
+                def load(t):
+                    at = t * row_of_token + own
+                    h = [read(kept.at[lax.rem(item, 2)], at, STATES, at=c * THREADS * 4) for c in range(CHANNELS)]
+                    return operands(item, t, "B", "C"), h
 
-            def several(i, carry):
-                ts = [chunk - 1 - i * UNROLL - k for k in range(UNROLL)]
-                loaded = [load(t) for t in ts]
-                results = []
-                for t, (dt, x, dy, h, B, C) in zip(ts, loaded):
-                    dstate, dA = carry
+                def token(i, carry):
+                    dstate, dA, ((dt, x, dy, B, C, reset), h) = carry
+                    t = chunk - 1 - i
+                    following = load(jnp.maximum(t - 1, 0))
                     g_B, q_A, y = ([None] * CHANNELS for _ in range(3))
                     dB, dC = [None] * STATES, [None] * STATES
                     new_dstate, new_dA = [], []
@@ -175,165 +278,60 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, reset, real, saved, dy, dfi
                             g_B[c] = add(g_B[c], grad * B[n])
                             y[c] = add(y[c], h[c][n] * C[n])
                             row_dA.append(dA[c][n] + q * dt[c])
-                            row_dstate.append(grad * decay(s, t, dt[c], A[c][n]))
+                            row_dstate.append(grad * decay(dt[c], A[c][n], reset))
                         new_dstate.append(tuple(row_dstate))
                         new_dA.append(tuple(row_dA))
-                    carry = tuple(new_dstate), tuple(new_dA)
-                    results.append((t, (g_B, q_A, dB, dC, y)))
-                for t, parts in results:
-                    for quarter, part in enumerate(parts[:quarters]):
-                        write(kept, t * row_of_token + own, part, at=quarter * THREADS * 4)
-                return carry
+                    for quarter, part in enumerate((g_B, q_A, dB, dC, y)[:quarters]):
+                        write(kept.at[lax.rem(item, 2)], t * row_of_token + own, part, at=quarter * THREADS * 4)
+                    return tuple(new_dstate), tuple(new_dA), following
 
-            return lax.fori_loop(0, chunk // UNROLL, several, carry)
+                return lax.fori_loop(0, chunk, token, (*carry, load(chunk - 1)), unroll=UNROLL)[:2]
 
-        def weight(s, g, token, column):
-            if g == 0 or "weights" not in s:
-                return None
-            count = weights.shape[2]
-            return read(s["weights"], (token * count + min(g, count) - 1) * block + column * CHANNELS, CHANNELS)
+            def step(i, adjoint):
+                adjoint = list(adjoint)
+                for g in range(groups):
+                    item = i * groups + g
+                    saved = (((b * saved_steps + chunk_of(item)) * blocks + e) * groups + g) * CHANNELS * THREADS * 4
+                    h = tuple(read(saved_g, saved + own, STATES, at=c * THREADS * 4) for c in range(CHANNELS))
+                    A = scaled_A(g)
+                    plgpu.barrier_wait(ready.at[lax.rem(item, 2)])
+                    stage.wait(lax.rem(item, SLOTS))
+                    again(item, A, h)
+                    adjoint[g] = back(item, A, adjoint[g])
+                    plgpu.barrier_arrive(done.at[lax.rem(item, 2)])
+                return tuple(adjoint)
 
-        def over_shares(token, quarter):
-            at = token * row_of_token + column * CHANNELS
-            shares = [read(kept, at, CHANNELS, at=quarter * THREADS * 4 + j * block) for j in range(tile.shares)]
-            return tuple(sum(part[1:], start=part[0]) for part in zip(*shares))
-
-        def by_channel(index, s, g, total, dD, dbias):
-            """du, ddt, dz, dweights; the running dD and dbias. total: readouts so far, for dz."""
-            new_total = []
-            for number, first in enumerate(range(0, chunk, tile.tokens)):
-                token = first_token + first
-                time = (b * steps + index) * chunk + token
-                at = (token * groups + g) * block + column * CHANNELS
-                gate_at = token * block + column * CHANNELS
-                g_B, q_A = over_shares(token, G_B), over_shares(token, Q_A)
-                step, u, dy = read(dt_s, at, CHANNELS), read(s["u"], at, CHANNELS), read(dy_s, gate_at, CHANNELS)
-                ddt = tuple(q * LN2 + u * gb for q, u, gb in zip(q_A, u, g_B))
-                if softplus:
-                    raw = tuple(d + o for d, o in zip(read(s["dt"], at, CHANNELS), bias[g]))
-                    ddt = tuple(d * lanes.sigmoid(r) for d, r in zip(ddt, raw))
-                valid = real_tokens(s, token, index)
-                ddt = ddt if valid is None else tuple(jnp.where(valid, d, 0) for d in ddt)
-                du = tuple(d * gb for d, gb in zip(step, g_B))
-                if g == 0:
-                    du = tuple(a + d * y for a, d, y in zip(du, D, dy))
-                    dD = tuple(a + y * u for a, y, u in zip(dD, dy, u))
-                dbias = tuple(a + d for a, d in zip(dbias, ddt))
-                write(outputs["du"], (time * groups + g) * padded + channel, du)
-                write(outputs["ddt"], (time * groups + g) * padded + channel, ddt)
-                if not readout:
-                    continue
-                y = over_shares(token, READOUT)
-                w = weight(s, g, token, column)
-                if g > 0 and "dweights" in outputs:
-                    at = (time * (groups - 1) + g - 1) * padded + channel
-                    write(outputs["dweights"], at, tuple(a * b for a, b in zip(dy, y)))
-                y = y if w is None else tuple(y * w for y, w in zip(y, w))
-                first_term = tuple(d * u for d, u in zip(D, u)) if g == 0 else total[number]
-                y = tuple(a + b for a, b in zip(first_term, y))
-                new_total.append(y)
-                if g == groups - 1 and "z" in s:
-                    gate, dy = read(s["z"], gate_at, CHANNELS), read(s["dy"], gate_at, CHANNELS)
-                    open_ = tuple(lanes.sigmoid(z) for z in gate)
-                    dz = tuple(d * y * o * (1 + z * (1 - o)) for d, y, o, z in zip(dy, y, open_, gate))
-                    write(outputs["dz"], time * padded + channel, dz)
-            return new_total, dD, dbias
-
-        def by_state(index, g):
-            """dB, dC of the block's channels."""
-            rows = tile.rows // parts
-            for first in range(0, sums * parts, THREADS):
-                number = jnp.minimum(first + thread(), sums * parts - 1)
-                part, number = lax.div(number, sums), lax.rem(number, sums)
-                share_of = lax.rem(number, tile.shares)
-                which = lax.rem(lax.div(number, tile.shares), 2)
-                token = lax.div(number, 2 * tile.shares)
-                at = token * row_of_token + (DB + which) * (THREADS * 4) + share_of * block + part * rows * 4
-
-                def add_row(i, total):
-                    # each thread starts elsewhere, else all would read the same bank
-                    turn = lax.rem(thread() + i, rows)
-                    return tuple(a + v for a, v in zip(total, read(kept, at + turn * 4, 4)))
-
-                total = lax.fori_loop(0, rows, add_row, zeros(4), unroll=4)
-                time = ((b * blocks + e) * parts + part) * steps * chunk + index * chunk + token
-                write(outputs["dBC"], ((time * groups + g) * 2 + which) * states + share_of * 4, total)
-
-        def pipelined(indices, *refs):
-            *refs, (adjoint, dD, dbias) = refs
-            s, (i,) = dict(zip(given, refs)), indices
-            index = steps - 1 - i
-            start = [
-                [
-                    read(saved_g, start_of(index, g) + own, STATES, at=c * THREADS * STATES)
-                    for c in range(CHANNELS)
-                ]
-                for g in range(groups)
-            ]
-            prepare(index, s)
-            plgpu.commit_smem()
-            adjoint, dbias, total = list(adjoint), list(dbias), None
-            for g in range(groups):
-                A = scaled_A(g)
-                again(s, g, A, tuple(start[g]))
-                adjoint[g] = back(s, g, A, adjoint[g])
-                plgpu.commit_smem()
-                total, dD, dbias[g] = by_channel(index, s, g, total, dD, dbias[g])
-                by_state(index, g)
-                plgpu.commit_smem()
-            return tuple(adjoint), dD, tuple(dbias)
-
-        def start_of(index, g):
-            return (((b * steps + index) * blocks + e) * groups + g) * CHANNELS * THREADS * STATES
-
-        def scaled_A(g):
-            return tuple(tuple(a * LOG2E for a in row) for row in read_states(A_g, g))
-
-        adjoint = tuple(
-            (read_states(dfinal_g, b * groups + g), tuple(zeros(STATES) for _ in range(CHANNELS)))
-            for g in range(groups)
-        )
-        carry = (adjoint, zeros(CHANNELS), tuple(zeros(CHANNELS) for _ in range(groups)))
-        adjoint, dD, dbias = plgpu.emit_pipeline(
-            pipelined,
-            grid=(steps,),
-            in_specs=[specs(b, e, chunk, block, lambda i: steps - 1 - i)[name](x) for name, x in given.items()],
-            max_concurrent_steps=STAGES,
-            init_carry=carry,
-        )(*inputs.values())
-        slot = b * tile.tokens + first_token
-        write(outputs["dD"], slot * padded + channel, dD)
-        for g in range(groups):
-            dinitial, dA = adjoint[g]
-            write_states(outputs["dinitial"], b * groups + g, dinitial)
-            write_states(outputs["dA"], b * groups + g, dA)
-            write(outputs["dbias"], (slot * groups + g) * padded + channel, dbias[g])
+            nothing = tuple(zeros(STATES) for _ in range(CHANNELS))
+            adjoint = tuple((read_states(dfinal_g, b * groups + g), nothing) for g in range(groups))
+            adjoint = lax.fori_loop(0, steps, step, adjoint)
+            for g, (dinitial, dA) in enumerate(adjoint):
+                write_states(outputs["dinitial"], b * groups + g, dinitial)
+                write_states(outputs["dA"], b * groups + g, dA)
 
     kernel = plgpu.kernel(
         body,
         out_type=tuple(out.values()),
         scratch_types=[
-            plgpu.SMEM((chunk, groups, block), f32),
-            plgpu.SMEM((chunk, groups, block), f32),
-            plgpu.SMEM((chunk, block), f32),
-            plgpu.SMEM((chunk, row_of_token), f32),
+            *stage.scratch(),
+            plgpu.SMEM((2, chunk, block), f32),
+            plgpu.SMEM((2, chunk, block), f32),
+            plgpu.SMEM((2, chunk, block), f32),
+            plgpu.SMEM((2, chunk, row_of_token), f32),
+            plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_barriers=2),
         ],
         grid=(batch, blocks),
         grid_names=("b", "e"),
+        num_threads=2,
+        thread_name="role",
         compiler_params=lanes.compiler_params(),
         interpret=lanes.INTERPRET,
     )
-    return dict(zip(out, kernel(*given.values(), A, D, dt_bias, saved, dfinal)))
+    return dict(zip(out, kernel(*stage.arrays.values(), A, D, dt_bias, saved, dfinal)))
 
 
 def zeros(count):
     return tuple(plgpu.layout_cast(jnp.zeros((THREADS,), f32), lanes.LANES) for _ in range(count))
-
-
-def thread():
-    from kernels.selective_scan.mosaic_gpu.tile import thread_index
-
-    return thread_index()
 
 
 def add(total, term):

@@ -1,11 +1,10 @@
-"""Forward pass of the selective scan on Hopper: one warpgroup walks a block of channels through time.
+"""Forward pass of the selective scan on Hopper: two warpgroups walk a block of channels through time.
 
-A chunk of tokens is copied to shared memory by the pipeline, and then
-  1. each thread turns its part of dt and u into the step dt and dt u, in float32: softplus once a channel, not once a
-     state;
-  2. the recurrence runs token by token, 16 states a thread (and group) in registers, and leaves the partial readout of
-     each share of a channel's states;
-  3. partial readouts are added, skip and gate applied, y stored.
+The first prepares and finishes chunks of tokens, the second runs the recurrence, one chunk behind the former:
+  prepare  dt and dt u in float32;
+  recur    token by token, 16 states a thread (and group) in registers; for each channel it leaves one partial readout
+           a share of its states;
+  finish   partial readouts are added, skip and gate applied, y stored.
 """
 
 import jax
@@ -16,23 +15,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import lanes
 from kernels.lanes import LOG2E, THREADS, read, write
+from kernels.selective_scan.mosaic_gpu.stage import SLOTS, Stage, prepare
 from kernels.selective_scan.mosaic_gpu.tile import CHANNELS, STATES, Tile
 
 f32 = jnp.float32
-STAGES = 2  # chunks in shared memory, one of them on its way
-UNROLL = 2  # tokens whose operands are loaded before the first is used
+UNROLL = 2  # tokens whose operands are loaded together, while the two before them are worked on
 
 
-def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, reset, real, *, softplus, chunk, save):
+def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, softplus, chunk, save):
     """y, the final state, and the states at the start of every `save` tokens.
 
     Args:
         u, dt: [b, T, G, E] with E * itemsize a multiple of 16. z: [b, T, E] or None.
         A: [G, E', N] float32, N one of tile.SIZES, E' = E padded to whole blocks. D: [E'], dt_bias: [G, E'] float32.
         B, C: [b, T, G, N] float32. weights: [b, T, G - 1 or 1, E] or None.
-        initial_state: [b, G, E', N] float32.
-        reset: [b, T'] float32, RESET where a document begins, else 0; real: [b, T'] float32, 0 on padding, else 1; T'
-            is T padded to whole chunks. Or None.
+        initial_state: [b, G, E', N] float32. marks: [b, T', 8] of `stage.marks`, T' is T padded to whole chunks.
         softplus: dt + dt_bias goes through softplus.
         chunk: tokens a step, a multiple of save; save: 0 saves no states.
 
@@ -40,183 +37,171 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, reset, real, 
         y [b, T', E'] in u's dtype, final state [b, G, E', N] float32, states [b, T' / save, E' / block, G, 2048]
         float32 in the threads' order (or None).
     """
-    batch, length, groups, width = u.shape
+    batch, length, groups, _ = u.shape
     padded, tile = A.shape[1], Tile(A.shape[-1])
     states, block = tile.states, tile.channels
     blocks, steps = padded // block, -(-length // chunk)
-    ragged = length % chunk != 0
-    given = dict(u=u, dt=dt, B=B, C=C, z=z, weights=weights, reset=reset, real=real)
-    given = {name: x for name, x in given.items() if x is not None}
+    stage = Stage(dict(u=u, dt=dt, B=B, C=C, z=z, weights=weights, marks=marks), chunk, block, groups)
 
     def body(*refs):
-        inputs = dict(zip(given, refs))
-        A_g, D_g, bias_g, initial_g, y_g, final_g, *saved_g, dt_s, x_s, y_s = refs[len(given) :]
         b, e = lax.axis_index("b"), lax.axis_index("e")
-        row, share, place = tile.owner()
-        column, first_token = tile.items()
-        channel = e * block + column * CHANNELS
-        D = read(D_g, channel, CHANNELS)
-        bias = [read(bias_g, g * padded + channel, CHANNELS) for g in range(groups)]
-        matrix = e * block * states + row * CHANNELS * states + share * STATES
+        count = len(stage.arrays)
+        sources, refs = refs[:count], refs[count:]
+        (A_g, D_g, bias_g, initial_g, y_g, final_g, *saved_g), refs = refs[: 6 + bool(save)], refs[6 + bool(save) :]
+        *buffers, dt_s, x_s, y_s, ready, done = refs
+        stage.bind(sources, buffers, b, e)
 
-        def read_states(ref, start):
-            return tuple(
-                read(ref, start + g * padded * states + matrix, STATES, at=c * states)
-                for g in range(groups)
-                for c in range(CHANNELS)
-            )
+        @pl.when(lax.axis_index("role") == 0)
+        def _():
+            column, first_token = tile.items()
+            channel = e * block + column * CHANNELS
+            D = read(D_g, channel, CHANNELS)
+            bias = [read(bias_g, g * padded + channel, CHANNELS) for g in range(groups)]
 
-        A = tuple(tuple(a * LOG2E for a in row) for row in read_states(A_g, 0))
-
-        def prepare(index, s):
-            """dt and dt u of the chunk, float32."""
-            for first in range(0, chunk, tile.tokens):
-                token = first_token + first
-                valid = real_tokens(s, token, index)
+            def start(index):
+                stage.wait(lax.rem(index, SLOTS))
                 for g in range(groups):
-                    at = (token * groups + g) * block + column * CHANNELS
-                    step = tuple(d + o for d, o in zip(read(s["dt"], at, CHANNELS), bias[g]))
-                    step = tuple(lanes.softplus(d) for d in step) if softplus else step
-                    step = step if valid is None else tuple(jnp.where(valid, d, 0) for d in step)
-                    write(dt_s, at, step)
-                    write(x_s, at, tuple(d * u for d, u in zip(step, read(s["u"], at, CHANNELS))))
+                    facts = (column, first_token, tile, bias[g], softplus, length, g)
+                    for token, dt, x in prepare(stage, lax.rem(index, SLOTS), index, *facts):
+                        at = (token * groups + g) * block + column * CHANNELS
+                        write(dt_s.at[lax.rem(index, 2)], at, dt)
+                        write(x_s.at[lax.rem(index, 2)], at, x)
+                plgpu.barrier_arrive(ready.at[lax.rem(index, 2)])
 
-        def real_tokens(s, token, index):
-            """[128] bool or None: tokens that are neither padding nor past the end."""
-            valid = token + index * chunk < length if ragged else None
-            if "real" in s:
-                mark = read(s["real"], token, 1)[0] > 0
-                valid = mark if valid is None else mark & valid
-            return valid
+            def finish(index):
+                """y = (sum of the partial readouts + D u) silu(z)."""
+                tokens = [first_token + first for first in range(0, chunk, tile.tokens)]
+                loaded = []
+                for token in tokens:
+                    at = token * THREADS * CHANNELS + column * CHANNELS
+                    partial = [read(y_s.at[lax.rem(index, 2)], at, CHANNELS, at=j * block) for j in range(tile.shares)]
+                    at = lax.rem(index, SLOTS), token, column * CHANNELS, CHANNELS
+                    loaded.append((partial, stage.read("u", *at), stage.read("z", *at) if "z" in stage else None))
+                for token, (partial, u, z) in zip(tokens, loaded):
+                    y = tuple(sum(share[1:], start=share[0]) for share in zip(*partial))
+                    y = tuple(y + d * u for y, d, u in zip(y, D, u))
+                    y = y if z is None else tuple(y * z * lanes.sigmoid(z) for y, z in zip(y, z))
+                    write(y_g, ((b * steps + index) * chunk + token) * padded + channel, y)
 
-        def operands(s, t):
-            """What one token needs, loaded."""
-            return [
-                dict(
-                    dt=read(dt_s, (t * groups + g) * block + row * CHANNELS, CHANNELS),
-                    x=read(x_s, (t * groups + g) * block + row * CHANNELS, CHANNELS),
-                    B=read(s["B"], (t * groups + g) * states + share * STATES, STATES),
-                    C=read(s["C"], (t * groups + g) * states + share * STATES, STATES),
-                    w=weight(s, t, g),
-                    reset=s["reset"][0, t] if "reset" in s else None,
+            for index in range(min(SLOTS, steps)):
+                stage.load(index, jnp.int32(index))
+            start(jnp.int32(0))
+
+            def step(index, _):
+                pl.when(index + 1 < steps)(lambda: start(index + 1))
+                plgpu.barrier_wait(done.at[lax.rem(index, 2)])
+                finish(index)
+                plgpu.commit_smem()  # all threads are through with this slot
+                pl.when(index + SLOTS < steps)(lambda: stage.load(lax.rem(index, SLOTS), index + SLOTS))
+                return ()
+
+            lax.fori_loop(0, steps, step, ())
+
+        @pl.when(lax.axis_index("role") == 1)
+        def _():
+            row, share, place = tile.owner()
+            matrix = e * block * states + row * CHANNELS * states + share * STATES
+
+            def read_states(ref, start):
+                return tuple(
+                    read(ref, start + g * padded * states + matrix, STATES, at=c * states)
+                    for g in range(groups)
+                    for c in range(CHANNELS)
                 )
-                for g in range(groups)
-            ]
 
-        def weight(s, t, g):
-            if g == 0 or "weights" not in s:
-                return None
-            count = weights.shape[2]
-            at = (t * count + min(g, count) - 1) * block + row * CHANNELS
-            return read(s["weights"], at, CHANNELS)
+            A = tuple(tuple(a * LOG2E for a in row) for row in read_states(A_g, 0))
 
-        def token(h, loaded):
-            """s = exp(dt A) s + dt u B; the thread's share of s C."""
-            new, y = [], [None] * CHANNELS
-            for g, o in enumerate(loaded):
-                for c in range(CHANNELS):
-                    readout = None
-                    for n in range(STATES):
-                        exponent = o["dt"][c] * A[g * CHANNELS + c][n]
-                        if o["reset"] is not None:
-                            exponent = exponent + o["reset"]
-                        s = jnp.exp2(exponent) * h[(g * CHANNELS + c) * STATES + n] + o["x"][c] * o["B"][n]
-                        new.append(s)
-                        readout = s * o["C"][n] if readout is None else readout + s * o["C"][n]
-                    readout = readout if o["w"] is None else readout * o["w"][c]
-                    y[c] = readout if y[c] is None else y[c] + readout
-            return tuple(new), tuple(y)
+            def operands(index, t):
+                """What token t needs, loaded."""
+                pair, slot = lax.rem(index, 2), lax.rem(index, SLOTS)
+                out = []
+                for g in range(groups):
+                    at = (t * groups + g) * block + row * CHANNELS
+                    dt, x = (read(ref.at[pair], at, CHANNELS) for ref in (dt_s, x_s))
+                    B, C = (stage.read(name, slot, t, share * STATES, STATES, g) for name in ("B", "C"))
+                    w = None
+                    if g > 0 and "weights" in stage:
+                        w = stage.read("weights", slot, t, row * CHANNELS, CHANNELS, g - 1)
+                    out.append((dt, x, B, C, w))
+                return out, stage.reset(slot, t) if "marks" in stage else None
 
-        def recur(s, h, start, count):
-            def several(i, h):
-                t = start + i * UNROLL
-                loaded = [operands(s, t + k) for k in range(UNROLL)]
-                ys = []
-                for o in loaded:
-                    h, y = token(h, o)
-                    ys.append(y)
-                for k, y in enumerate(ys):
-                    write(y_s, (t + k) * THREADS * CHANNELS + place * CHANNELS, y)
+            def advance(h, loaded):
+                """s = exp(dt A) s + dt u B; the thread's share of s C."""
+                groups, reset = loaded
+                new, y = [], [None] * CHANNELS
+                for g, (dt, x, B, C, w) in enumerate(groups):
+                    for c in range(CHANNELS):
+                        readout = None
+                        for n in range(STATES):
+                            exponent = dt[c] * A[g * CHANNELS + c][n]
+                            exponent = exponent if reset is None else exponent + reset
+                            s = jnp.exp2(exponent) * h[(g * CHANNELS + c) * STATES + n] + x[c] * B[n]
+                            new.append(s)
+                            readout = s * C[n] if readout is None else readout + s * C[n]
+                        readout = readout if w is None else readout * w[c]
+                        y[c] = readout if y[c] is None else y[c] + readout
+                return tuple(new), tuple(y)
+
+            def recur(index, h):
+                def load(t):
+                    return [operands(index, jnp.minimum(t + k, chunk - 1)) for k in range(UNROLL)]
+
+                def several(i, carry):
+                    h, loaded = carry
+                    t = i * UNROLL
+                    following = load(t + UNROLL)
+                    for k, operand in enumerate(loaded):
+                        if save:
+                            keep_at = lax.rem(t + k, save) == 0
+                            pl.when(keep_at)(lambda h=h, t=t + k: keep(h, index * (chunk // save) + lax.div(t, save)))
+                        h, y = advance(h, operand)
+                        write(y_s.at[lax.rem(index, 2)], (t + k) * THREADS * CHANNELS + place * CHANNELS, y)
+                    return h, following
+
+                return lax.fori_loop(0, chunk // UNROLL, several, (h, load(0)))[0]
+
+            def keep(h, number):
+                """Write the states at the start of a stretch of `save` tokens."""
+                for part in range(groups * CHANNELS):
+                    at = (((b * (steps * chunk // save) + number) * blocks + e) * groups * CHANNELS + part) * THREADS
+                    write(saved_g[0], (at + place) * STATES, h[part * STATES : (part + 1) * STATES])
+
+            def step(index, h):
+                plgpu.barrier_wait(ready.at[lax.rem(index, 2)])
+                stage.wait(lax.rem(index, SLOTS))
+                h = recur(index, h)
+                plgpu.barrier_arrive(done.at[lax.rem(index, 2)])
                 return h
 
-            return lax.fori_loop(0, count // UNROLL, several, h)
-
-        def finish(index, s):
-            """y = (sum of the partial readouts + D u) silu(z)."""
-            for first in range(0, chunk, tile.tokens):
-                token = first_token + first
-                parts = [
-                    read(y_s, token * THREADS * CHANNELS + column * CHANNELS, CHANNELS, at=j * block)
-                    for j in range(tile.shares)
-                ]
-                y = tuple(sum(part[1:], start=part[0]) for part in zip(*parts))
-                u = read(s["u"], token * groups * block + column * CHANNELS, CHANNELS)
-                y = tuple(y + d * u for y, d, u in zip(y, D, u))
-                if "z" in s:
-                    gate = read(s["z"], token * block + column * CHANNELS, CHANNELS)
-                    y = tuple(y * z * lanes.sigmoid(z) for y, z in zip(y, gate))
-                write(y_g, ((b * steps + index) * chunk + token) * padded + channel, y)
-
-        def keep(h, number):
-            """Write the states at the start of a stretch of `save` tokens."""
-            for part in range(groups * CHANNELS):
-                start = (((b * steps * (chunk // save) + number) * blocks + e) * groups * CHANNELS + part) * THREADS
-                write(saved_g[0], start * STATES + place * STATES, h[part * STATES : (part + 1) * STATES])
-
-        def pipelined(indices, *refs):
-            *refs, h = refs
-            s, (index,) = dict(zip(given, refs)), indices
-            prepare(index, s)
-            plgpu.commit_smem()
-            for start in range(0, chunk, save or chunk):
-                if save:
-                    keep(h, index * (chunk // save) + start // save)
-                h = recur(s, h, start, save or chunk)
-            plgpu.commit_smem()
-            finish(index, s)
-            plgpu.commit_smem()  # before the pipeline fills these buffers again
-            return h
-
-        h = sum(read_states(initial_g, b * groups * padded * states), start=())
-        h = plgpu.emit_pipeline(
-            pipelined,
-            grid=(steps,),
-            in_specs=[specs(b, e, chunk, block)[name](x) for name, x in given.items()],
-            max_concurrent_steps=STAGES,
-            init_carry=h,
-        )(*inputs.values())
-        for g in range(groups):
-            for c in range(CHANNELS):
-                at = (b * groups + g) * padded * states + matrix
-                start = (g * CHANNELS + c) * STATES
-                write(final_g, at, h[start : start + STATES], at=c * states)
+            h = sum(read_states(initial_g, b * groups * padded * states), start=())
+            h = lax.fori_loop(0, steps, step, h)
+            for g in range(groups):
+                for c in range(CHANNELS):
+                    start = (g * CHANNELS + c) * STATES
+                    at = (b * groups + g) * padded * states + matrix
+                    write(final_g, at, h[start : start + STATES], at=c * states)
 
     sds = jax.ShapeDtypeStruct
     out = [sds((batch, steps * chunk, padded), u.dtype), sds((batch, groups, padded, states), f32)]
     if save:
-        count = steps * chunk // save
-        out.append(sds((batch, count, blocks, groups, CHANNELS * THREADS * STATES), f32))
+        out.append(sds((batch, steps * chunk // save, blocks, groups, CHANNELS * THREADS * STATES), f32))
     kernel = plgpu.kernel(
         body,
         out_type=tuple(out),
         scratch_types=[
-            plgpu.SMEM((chunk, groups, block), f32),
-            plgpu.SMEM((chunk, groups, block), f32),
-            plgpu.SMEM((chunk, THREADS * CHANNELS), f32),
+            *stage.scratch(),
+            plgpu.SMEM((2, chunk, groups, block), f32),
+            plgpu.SMEM((2, chunk, groups, block), f32),
+            plgpu.SMEM((2, chunk, THREADS * CHANNELS), f32),
+            plgpu.Barrier(num_barriers=2),
+            plgpu.Barrier(num_barriers=2),
         ],
         grid=(batch, blocks),
         grid_names=("b", "e"),
+        num_threads=2,
+        thread_name="role",
         compiler_params=lanes.compiler_params(),
         interpret=lanes.INTERPRET,
     )
-    y, final, *saved = kernel(*given.values(), A, D, dt_bias, initial_state)
+    y, final, *saved = kernel(*stage.arrays.values(), A, D, dt_bias, initial_state)
     return y, final, saved[0] if save else None
-
-
-def specs(b, e, chunk, block, place=lambda i: i):
-    """How the pipeline cuts each array: a chunk of tokens (number `place(i)` at step i), a block of channels."""
-    channels = lambda x: plgpu.BlockSpec((1, chunk, x.shape[2], block), lambda i: (b, place(i), 0, e))
-    gate = lambda x: plgpu.BlockSpec((1, chunk, block), lambda i: (b, place(i), e))
-    matrix = lambda x: plgpu.BlockSpec((1, chunk, *x.shape[2:]), lambda i: (b, place(i), 0, 0))
-    mark = lambda x: plgpu.BlockSpec((1, chunk), lambda i: (b, place(i)))
-    return dict(u=channels, dt=channels, weights=channels, z=gate, dy=gate, B=matrix, C=matrix, reset=mark, real=mark)

@@ -1,0 +1,130 @@
+"""The inputs of a block on their way to shared memory: chunk by chunk, `SLOTS` of them at a time."""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels import lanes
+from kernels.lanes import read
+
+SLOTS = 3
+MARKS = 8  # numbers a token in `marks`, for copies must be multiples of 128 bytes
+
+
+def marks(reset, mask, length):
+    """What the kernels know of documents and padding: [b, length, 8] float32, or None if there is neither.
+
+    Column 0 is -1e30 where a document begins (added to the exponent, it makes the decay exactly 0), else 0. Column 1 is
+    0 on padding, else 1. reset, mask: [b, T] bool or None, T <= length.
+    """
+    if reset is None and mask is None:
+        return None
+    shape = (reset if mask is None else mask).shape
+    columns = [jnp.zeros(shape) if reset is None else jnp.where(reset, -1e30, 0.0)]
+    columns.append(jnp.ones(shape) if mask is None else mask)
+    both = jnp.stack([c.astype(jnp.float32) for c in columns], axis=-1)
+    return jnp.pad(both, ((0, 0), (0, length - shape[1]), (0, MARKS - 2)))
+
+
+class Stage:
+    """Chunks of the inputs in shared memory.
+
+    Args:
+        arrays: by name: u, dt, weights [b, T, G, E]; z, dy [b, T, E]; B, C [b, T, G, N]; marks [b, T', 8]. None is
+            left out.
+        chunk: tokens. block: channels.
+        groups: groups in a slot: all, or 1 for one after another.
+    """
+
+    def __init__(self, arrays, chunk, block, groups):
+        self.arrays = {name: x for name, x in arrays.items() if x is not None}
+        self.chunk, self.block, self.groups = chunk, block, groups
+
+    def __contains__(self, name):
+        return name in self.arrays
+
+    def scratch(self):
+        """What `plgpu.kernel` allocates for it: buffers, and barriers that say when a slot is full."""
+        buffers = [plgpu.SMEM((SLOTS, *self._shape(name)), x.dtype) for name, x in self.arrays.items()]
+        return [*buffers, plgpu.Barrier(num_arrivals=len(buffers), num_barriers=SLOTS)]
+
+    def bind(self, sources, scratch, b, e):
+        """Inside the kernel: the references of the arrays and of `scratch`, and the block's indices."""
+        *buffers, self.full = scratch
+        self.sources, self.buffers = dict(zip(self.arrays, sources)), dict(zip(self.arrays, buffers))
+        self.b, self.e = b, e
+
+    def load(self, slot, index, group=0):
+        """Start copying chunk `index` into a slot."""
+        time, channels = pl.ds(index * self.chunk, self.chunk), pl.ds(self.e * self.block, self.block)
+        for name, x in self.arrays.items():
+            source = self.sources[name]
+            if name in ("u", "dt", "weights"):
+                source = source.at[self.b, time, self._groups(name, group), channels]
+            elif name in ("B", "C"):
+                source = source.at[self.b, time, self._groups(name, group)]
+            elif name in ("z", "dy"):
+                source = source.at[self.b, time, channels]
+            else:
+                source = source.at[self.b, time]
+            plgpu.copy_gmem_to_smem(source, self.buffers[name].at[slot], self.full.at[slot])
+
+    def wait(self, slot):
+        plgpu.barrier_wait(self.full.at[slot])
+
+    def read(self, name, slot, token, offset, width, group=0):
+        """`width` numbers a thread of `name`, from `offset` on in the row of a token (and group)."""
+        _, *inner = self._shape(name)
+        if len(inner) == 2:
+            token = token * inner[0] + min(group, inner[0] - 1)
+        return read(self.buffers[name].at[slot], token * inner[-1] + offset, width)
+
+    def reset(self, slot, t):
+        """What is added to the exponent at token t: a scalar, 0 or -1e30."""
+        return self.buffers["marks"][slot, t, 0]
+
+    def real(self, slot, token, index, length):
+        """[128] bool, or None where all are: tokens that are neither padding nor past the end."""
+        valid = token + index * self.chunk < length if length % self.chunk else None
+        if "marks" in self:
+            mark = self.read("marks", slot, token, 1, 1)[0] > 0
+            valid = mark if valid is None else mark & valid
+        return valid
+
+    def _groups(self, name, group):
+        if self.groups > 1:
+            return pl.ds(0, self.arrays[name].shape[2])
+        if name == "weights":
+            group = min(max(group - 1, 0), self.arrays[name].shape[2] - 1)
+        return pl.ds(group, 1)
+
+    def _shape(self, name):
+        x = self.arrays[name]
+        if name in ("u", "dt", "weights", "B", "C"):
+            groups = x.shape[2] if self.groups > 1 else 1
+            return self.chunk, groups, self.block if name in ("u", "dt", "weights") else x.shape[3]
+        return self.chunk, MARKS if name == "marks" else self.block
+
+
+def prepare(stage, slot, index, column, first_token, tile, bias, softplus, length, group=0):
+    """dt and dt u of a chunk, float32: softplus once a channel, not once a state.
+
+    Yields (token, dt, dt u) for the tokens of each pass of `tile.items`; everything is loaded before it is used.
+    """
+    tokens = [first_token + first for first in range(0, stage.chunk, tile.tokens)]
+    loaded = [
+        (
+            stage.read("dt", slot, token, column * 4, 4, group),
+            stage.read("u", slot, token, column * 4, 4, group),
+            stage.real(slot, token, index, length),
+        )
+        for token in tokens
+    ]
+    out = []
+    for token, (dt, u, real) in zip(tokens, loaded):
+        dt = tuple(d + o for d, o in zip(dt, bias))
+        dt = tuple(lanes.softplus(d) for d in dt) if softplus else dt
+        dt = dt if real is None else tuple(jnp.where(real, d, 0) for d in dt)
+        out.append((token, dt, tuple(d * u for d, u in zip(dt, u))))
+    return out
