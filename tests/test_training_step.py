@@ -48,8 +48,7 @@ def test_chunked_loss_is_the_plain_loss(chunk):
     targets, weights = rng.integers(0, 9, (2, 12)), rng.integers(0, 2, (2, 12)).astype(float)
 
     def loss(h, t):
-        sums = next_token_loss(lambda x: x @ t, h, jnp.asarray(targets), jnp.asarray(weights), chunk)
-        return sums.nats + 0.1 * sums.z_squared, sums
+        return next_token_loss(lambda x: x @ t, h, jnp.asarray(targets), jnp.asarray(weights), chunk, z_weight=0.1)
 
     (_, sums), (dh, dt) = jax.value_and_grad(loss, argnums=(0, 1), has_aux=True)(
         jnp.asarray(hidden, jnp.float32), jnp.asarray(table, jnp.float32)
@@ -73,7 +72,7 @@ def test_logits_of_a_row_never_exist_at_once():
         hidden = jax.ShapeDtypeStruct((1, 2048, 8), jnp.float32)
         table = jax.ShapeDtypeStruct((8, 4096), jnp.float32)
         targets = jax.ShapeDtypeStruct((1, 2048), jnp.int32)
-        loss = lambda h, t, y: next_token_loss(lambda x: x @ t, h, y, chunk=chunk).nats  # noqa: E731
+        loss = lambda h, t, y: next_token_loss(lambda x: x @ t, h, y, chunk=chunk)[0]  # noqa: E731
         compiled = jax.jit(jax.grad(loss, argnums=(0, 1))).lower(hidden, table, targets).compile()
         return compiled.memory_analysis().temp_size_in_bytes
 
@@ -113,7 +112,7 @@ def test_bptt_carries_the_state_and_cuts_the_gradient():
     state, losses = run(config, model, steps=2, batch=half)
     hidden, last = model.apply({"params": state.params}, text[:, :24], segment_ids=segments)
     nats = [
-        float(next_token_loss(lambda h: h @ state.params["table"].T, hidden[:, s], text[:, 1:][:, s]).nats) / 96
+        float(next_token_loss(lambda h: h @ state.params["table"].T, hidden[:, s], text[:, 1:][:, s])[0]) / 96
         for s in (slice(0, 12), slice(12, 24))
     ]
     np.testing.assert_allclose(losses, nats, rtol=1e-5)

@@ -15,6 +15,9 @@ class LossSums(NamedTuple):
     count: jax.Array  # number of targets
 
 
+ZERO = LossSums(0.0, 0.0, 0.0)
+
+
 def token_nats(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
     """-log p(target) in nats and the log-denominator of the softmax, both float32 and of the shape of targets.
 
@@ -34,36 +37,72 @@ def next_token_loss(
     targets: jax.Array,
     weights: jax.Array | None = None,
     chunk: int = 0,
-) -> LossSums:
-    """Cross-entropy sums of a batch, computed `chunk` tokens of each row at a time.
+    z_weight: float = 0.0,
+) -> tuple[jax.Array, LossSums]:
+    """Cross-entropy of a batch, computed `chunk` tokens of each row at a time.
 
-    Only one chunk's logits [B, chunk, V] live at once: the backward pass makes them again. 0, or a chunk as long as the
-    row, computes them all together.
+    Only one chunk's logits [B, chunk, V] live at once. Where the loss is differentiated, each chunk's gradients are
+    made right after its value, from the same logits: the loss is a sum over tokens, so the backward pass has no more to
+    do than to scale them.
 
     Args:
-      logits_of: hidden [B, t, D] -> logits [B, t, V].
+      logits_of: hidden [B, t, D] -> logits [B, t, V]; the loss is differentiable in what it closes over, too.
       hidden: [B, T, D].
       targets: [B, T] int32.
       weights: [B, T] float, 0 where a token does not count; None counts all.
+      chunk: 0, or a chunk as long as the row, computes all tokens together.
+      z_weight: of the squared log-denominators.
+
+    Returns:
+      nats + z_weight * z_squared, float32; and the sums, which carry no gradient.
     """
     batch, length = targets.shape
     weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
-
-    def sums(h, y, w):
-        nats, log_z = token_nats(logits_of(h), y)
-        return LossSums((nats * w).sum(), (log_z**2 * w).sum(), w.sum())
-
-    if not 0 < chunk < length:
-        return sums(hidden, targets, weights)
-
+    chunk = chunk if 0 < chunk < length else length
     count = -(-length // chunk)
 
-    def chunks(x):  # [B, T, ...] -> [count, B, chunk, ...], the end padded with tokens of weight 0
+    def split(x):  # [B, T, ...] -> [count, B, chunk, ...], the end padded with tokens of weight 0
         x = jnp.pad(x, ((0, 0), (0, count * chunk - length)) + ((0, 0),) * (x.ndim - 2))
         return x.reshape(batch, count, chunk, *x.shape[2:]).swapaxes(0, 1)
 
-    def body(total, piece):
-        return jax.tree.map(jnp.add, total, jax.checkpoint(sums)(*piece)), None
+    def join(x):
+        return x.swapaxes(0, 1).reshape(batch, count * chunk, *x.shape[3:])[:, :length]
 
-    zero = LossSums(*(jnp.zeros((), jnp.float32),) * 3)
-    return jax.lax.scan(body, zero, (chunks(hidden), chunks(targets), chunks(weights)))[0]
+    logits_of, tables = jax.closure_convert(logits_of, hidden[:, :chunk])
+    pieces = split(targets), split(weights)
+
+    def sums_of(logits, y, w):
+        nats, log_z = token_nats(logits, y)
+        return LossSums((nats * w).sum(), (log_z**2 * w).sum(), w.sum()), log_z
+
+    def total(sums):
+        return sums.nats + z_weight * sums.z_squared, sums
+
+    @jax.custom_vjp
+    def loss(hidden, tables):
+        def body(sums, piece):
+            h, y, w = piece
+            return jax.tree.map(jnp.add, sums, sums_of(logits_of(h, *tables), y, w)[0]), None
+
+        return total(jax.lax.scan(body, ZERO, (split(hidden), *pieces))[0])
+
+    def forward(hidden, tables):
+        def body(carry, piece):
+            h, y, w = piece
+            logits, pullback = jax.vjp(logits_of, h, *tables)
+            sums, log_z = sums_of(logits, y, w)
+            is_target = y[..., None] == jnp.arange(logits.shape[-1])  # no scatter: one pass over the logits
+            softmax = jnp.exp(logits.astype(jnp.float32) - log_z[..., None])
+            slope = softmax * (1 + 2 * z_weight * log_z[..., None]) - is_target
+            dh, *dtables = pullback((slope * w[..., None]).astype(logits.dtype))
+            return jax.tree.map(jnp.add, carry, (sums, dtables)), dh
+
+        zero = ZERO, jax.tree.map(jnp.zeros_like, tables)
+        (sums, dtables), dh = jax.lax.scan(body, zero, (split(hidden), *pieces))
+        return total(sums), (join(dh), dtables)
+
+    def backward(gradients, cotangents):
+        return jax.tree.map(lambda g: (cotangents[0] * g).astype(g.dtype), gradients)
+
+    loss.defvjp(forward, backward)
+    return loss(hidden, list(tables))

@@ -39,14 +39,15 @@ def make_train_step(
             deterministic=config.model.dropout == 0,
             rngs={"dropout": key},
         )
-        sums = next_token_loss(
+        # The sum is differentiated and divided by the count at the end: the mean over the batch, however it is cut.
+        loss, sums = next_token_loss(
             lambda h: model.apply({"params": params}, h, method="logits"),
             hidden,
             rows["targets"],
             chunk=config.training.loss_chunk,
+            z_weight=z_weight,
         )
-        # The sum is differentiated and divided by the count at the end: the mean over the batch, however it is cut.
-        return sums.nats + z_weight * sums.z_squared, (sums, new_carry)
+        return loss, (sums, new_carry)
 
     gradients = jax.grad(loss_sums, has_aux=True)
 
