@@ -298,7 +298,22 @@ class LanguageModel(nn.Module):
         """[B, T, D] to [B, T, V] float32, V the padded vocabulary."""
         head = self.embedding.T if self.config.tie_embeddings else self.head
         dtype = jnp.dtype(self.config.dtype)
-        return jnp.einsum("btd,dv->btv", hidden.astype(dtype), head.astype(dtype), preferred_element_type=jnp.float32)
+        return wide_matmul(hidden.astype(dtype), head.astype(dtype))
+
+
+@jax.custom_vjp
+def wide_matmul(x, w):
+    """x [B, T, D] times w [D, V] in float32; the gradient, as large as the logits, is rounded to x's dtype on its way."""
+    return jnp.einsum("btd,dv->btv", x, w, preferred_element_type=jnp.float32)
+
+
+def _wide_matmul_backward(inputs, dy):
+    x, w = inputs
+    dy = dy.astype(x.dtype)
+    return jnp.einsum("btv,dv->btd", dy, w), jnp.einsum("btd,btv->dv", x, dy)
+
+
+wide_matmul.defvjp(lambda x, w: (wide_matmul(x, w), (x, w)), _wide_matmul_backward)
 
 
 def build(config: ConfigDict, vocab_size: int) -> LanguageModel:
