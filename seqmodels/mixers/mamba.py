@@ -174,7 +174,9 @@ class Mamba(nn.Module):
         x = x.astype(self.dtype)
         if seq.mask is not None:  # padding may hold anything
             x = jnp.where(seq.mask[..., None], x, 0)
-        a, z = jnp.moveaxis(jnp.einsum("btd,dpe->btpe", x, self.in_proj.astype(self.dtype)), 2, 0)
+        in_proj = self.in_proj.astype(self.dtype)
+        # Two products: one for both would be cut in two by a copy. The barrier keeps XLA from making them one.
+        a, z = x @ in_proj[:, 0], jax.lax.optimization_barrier(x) @ in_proj[:, 1]
         u, conv = short_conv(
             a,
             self.conv_weight,
