@@ -4,11 +4,11 @@
     python benchmarks/tpu_aot.py --chips=v5e --shapes=8x2048x2048x16:read3 --dtypes=float32
     python benchmarks/tpu_aot.py --chips=v5e --try=WIDTH=256 --try=TOKENS=64    # prints only
 
-A shape is B x T x E x N, a colon, and "full" (softplus, bias, D, z, packed documents) or "readG" (the same, with G groups
-of states, each with weights a channel). libtpu dumps the final bundles of both kernels. A core issues at most one bundle a
-cycle, so bundles times trips are cycles, if nothing ever stalls: waits for copies and for units with long latencies are
-in the bundles, conflicts in memory are not. Counted are, for a chunk of time, the loops by their trips, the code outside
-of loops at every block of channels, and what runs only at a chunk's first or last block once.
+A shape is B x T x E x N, a colon, and "full" (softplus, bias, D, z, packed documents) or "readG" (the same, with G
+groups of states, each with weights a channel). libtpu dumps the final bundles of both kernels. A core issues at most
+one bundle a cycle, so bundles times trips are cycles, if nothing ever stalls: waits for copies and for units with long
+latencies are in the bundles, conflicts in memory are not. Counted are, for a chunk of time, the loops by their trips,
+the code outside of loops at every block of channels, and what runs only at a chunk's first or last block once.
 
 estimated_ms is the larger of cycles and of the bytes of all arguments and results at the bandwidth of HBM: below it the
 kernel as built cannot go; nothing says that it gets there. floor_ms has, in place of the cycles, those of the
@@ -30,7 +30,7 @@ import tempfile
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-for name, value in dict(
+os.environ.update(
     JAX_PLATFORMS="cpu",
     TPU_SKIP_MDS_QUERY="1",  # looks for no TPU on the network
     TPU_ACCELERATOR_TYPE="v5litepod-4",  # any; else libtpu complains
@@ -38,8 +38,7 @@ for name, value in dict(
     TPU_WORKER_ID="0",
     ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # or one process at a time may compile
     TPU_LOG_DIR="disabled",
-).items():
-    os.environ.setdefault(name, value)
+)
 
 import jax
 import jax.numpy as jnp
@@ -168,7 +167,7 @@ def measure(chip, shape, dtype, folder):
         os.remove(path)
     _, arrays = compile_gradient(chip, sizes, groups, jnp.dtype(dtype))
     batch, length, width, state = sizes
-    _, cores, clock, bandwidth, _ = CHIPS[chip]
+    _, cores, clock, bandwidth, core_vmem = CHIPS[chip]
     tokens = mosaic_tpu.chunk_tokens(length, groups, state)
     exponentials = batch * length * groups * width * state / 1024
     blocks = width // mosaic_tpu.block_width(width, groups, state)
@@ -185,6 +184,7 @@ def measure(chip, shape, dtype, folder):
             variant=shape.split(":")[1],
             dtype=dtype,
             vmem_bytes=vmem,
+            vmem_of_core=core_vmem,
             bundles_per_chunk=total,
             bundles_per_token=round(total / tokens, 1),
             bundles_of_loops=loops,
@@ -216,6 +216,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in dict(chips=CHIPS, shapes=SHAPES, dtypes=("bfloat16", "float32")).items():
         parser.add_argument(f"--{name}", default=",".join(default))
+    parser.add_argument("--out", type=Path, default=RESULTS / "selective_scan_tpu_aot.json", help="file of results")
     parser.add_argument("--try", dest="tries", action="append", help="constants of mosaic_tpu; nothing is kept")
     options = parser.parse_args()
     cases = itertools.product(
@@ -227,15 +228,16 @@ def main():
             with constants(settings):
                 rows = list(measure(chip, shape, dtype, folder))
             for row in rows:
+                slots = {unit: used for unit, used in row["slots_used"].items() if used > 0.04}
                 print(
-                    f"{settings} {chip} {shape} {dtype:8} {row['pass']:8} {row['bundles_per_token']:7.1f} bundles/token, "
-                    f"loops {row['bundles_of_loops']}, {row['vmem_bytes'] / 2**20:5.1f} MiB VMEM, "
-                    f"{row['estimated_ms']:6.2f} ms (floor {row['floor_ms']:.2f}), "
-                    f"{ {k: v for k, v in row['slots_used'].items() if v > 0.04} }",
+                    f"{settings} {chip} {shape} {dtype:8} {row['pass']:8}",
+                    f"{row['bundles_per_token']:7.1f} bundles/token, loops {row['bundles_of_loops']},",
+                    f"{row['vmem_bytes'] / 2**20:.1f} MiB VMEM,",
+                    f"{row['estimated_ms']:.2f} ms (floor {row['floor_ms']:.2f}), slots {slots}",
                     flush=True,
                 )
                 if not options.tries:
-                    record(RESULTS / "selective_scan_tpu_aot.json", row, KEY)
+                    record(options.out, row, KEY)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from kernels.selective_scan.mosaic_tpu.tiles import LANES, LOG2_E, STRIDE, SUBLA
 INTERPRET = False  # pltpu.InterpretParams() runs the kernels without a TPU, for tests
 
 TOKENS = 128  # of a chunk, at most
-WIDTH = 768  # channels of a block, at most, of 16 states each
+WIDTH, STATES = 512, 12288  # channels of a block, and numbers of their states (12 registers), at most
 VMEM_LIMIT = 48 * 2**20  # bytes; a core has 64 MiB in a v5p, 128 MiB in a v5e or v6e
 
 NO_STEP = -1e30  # step before softplus whose softplus is 0
@@ -38,7 +38,7 @@ def supports(*, platform, shape, dtype, **facts) -> str | None:
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"it takes float32, bfloat16 and float16; the dtype is {jnp.dtype(dtype).name}"
     _, length, groups, width, state = shape
-    need = _backward_vmem(length, groups, width, state, jnp.dtype(dtype).itemsize)
+    need = backward_vmem(length, groups, width, state, jnp.dtype(dtype).itemsize)
     return f"its states need {need >> 20} MiB of VMEM; {VMEM_LIMIT >> 20} are allowed" if need > VMEM_LIMIT else None
 
 
@@ -172,12 +172,12 @@ def chunk_tokens(length, groups, state):
 
 
 def block_width(channels, groups, state):
-    """Channels of a block: a divisor of all, whose states take about as many registers as WIDTH channels of 16."""
-    most = max(LANES, WIDTH * 16 // (groups * _round_up(state, SUBLANES)) // LANES * LANES)
-    return max(w for w in range(LANES, min(most, channels) + 1, LANES) if channels % w == 0)
+    """Channels of a block: whole registers, and a divisor of all."""
+    most = min(WIDTH, channels, STATES // (groups * _round_up(state, SUBLANES)))
+    return max(w for w in range(LANES, max(LANES, most) + 1, LANES) if channels % w == 0)
 
 
-def _backward_vmem(length, groups, channels, state, itemsize):
+def backward_vmem(length, groups, channels, state, itemsize):
     """Bytes of VMEM of the backward kernel, which needs the more: its scratch, and two of each block."""
     channels, state = _round_up(channels, LANES), _round_up(state, SUBLANES)
     tokens, width = chunk_tokens(length, groups, state), block_width(channels, groups, state)
@@ -189,7 +189,7 @@ def _backward_vmem(length, groups, channels, state, itemsize):
 def _run(name, kernel, arrays, outputs, output_axes, scratch, grid, tokens, width, reverse=False):
     """Calls a kernel on dicts of arrays; outputs and scratch give shapes and dtypes."""
     specs = functools.partial(_specs, grid=grid, tokens=tokens, width=width, reverse=reverse)
-    return pl.pallas_call(
+    call = pl.pallas_call(
         kernel,
         name=name,
         grid=grid,
@@ -201,7 +201,8 @@ def _run(name, kernel, arrays, outputs, output_axes, scratch, grid, tokens, widt
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
         interpret=INTERPRET,
-    )(arrays)
+    )
+    return jax.custom_batching.sequential_vmap(call)(arrays)  # Pallas cannot add a parallel axis to such a grid
 
 
 def _columns(x, tokens):

@@ -36,7 +36,7 @@ def steps(x, group, tile, softplus):
     """Steps of a tile [TILE, E], and their derivative by what they were made from."""
     raw = x["dt"][group, tile, :].astype(jnp.float32)
     if not softplus:
-        return raw, 1
+        return raw, jnp.ones_like(raw)
     raw = raw + x["bias"][group]
     small = jnp.exp(-jnp.abs(raw))
     return jnp.maximum(raw, 0) + jnp.log1p(small), jnp.where(raw >= 0, 1, small) / (1 + small)
@@ -48,7 +48,7 @@ def write_rows(x, scratch, tile, softplus):
         step, slope = steps(x, g, tile, softplus)
         if "slope" in scratch:
             scratch["true"][g, tile, :] = step
-            scratch["slope"][g, tile, :] = jnp.broadcast_to(slope, step.shape)
+            scratch["slope"][g, tile, :] = slope
         scratch["write"][g, tile, :] = step * x["u"][g, tile, :].astype(jnp.float32)
         if x["reset"] is not None:
             step = jnp.where(x["reset"][tile, :] > 0, FORGET, step)
@@ -86,7 +86,7 @@ def take_sums(ref):
 
     def of_column(column, first):
         starts = range(first * STRIDE, first * STRIDE + SUBLANES)
-        return sum(ref[column, pl.ds(start, SUBLANES, stride=STRIDE), :] for start in starts)
+        return sum(ref.at[column][pl.ds(start, SUBLANES, stride=STRIDE), :] for start in starts)
 
     columns = range(ref.shape[0])
     octets = [jnp.concatenate([of_column(c, first) for c in columns], axis=1) for first in range(0, TILE, SUBLANES)]
