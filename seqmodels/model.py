@@ -303,7 +303,7 @@ class LanguageModel(nn.Module):
 
 @jax.custom_vjp
 def wide_matmul(x, w):
-    """x [B, T, D] times w [D, V] in float32; the gradient, as large as the logits, is rounded to x's dtype on its way."""
+    """x [B, T, D] times w [D, V] in float32; the gradient, as large as y, is rounded to the dtype of x on its way."""
     return jnp.einsum("btd,dv->btv", x, w, preferred_element_type=jnp.float32)
 
 
