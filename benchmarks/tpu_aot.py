@@ -6,8 +6,8 @@
 
 A shape is B x T x E x N, a colon, and "full" (softplus, bias, D, z, packed documents) or "readG" (the same, with G
 groups of states, each with weights a channel). libtpu dumps the final bundles of both kernels. A core issues at most
-one bundle a cycle, so bundles times trips are cycles, if nothing ever stalls: waits for copies and for units with long
-latencies are in the bundles, conflicts in memory are not. Counted are, for a chunk of time, the loops by their trips,
+one bundle a cycle, so bundles times trips are cycles, if nothing ever stalls: latencies of units are in the bundles,
+waits for copies and conflicts in VMEM are not. Counted are, for a chunk of time, the loops by their trips,
 the code outside of loops at every block of channels, and what runs only at a chunk's first or last block once.
 
 estimated_ms is the larger of cycles and of the bytes of all arguments and results at the bandwidth of HBM: below it the
