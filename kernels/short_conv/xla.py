@@ -1,9 +1,17 @@
-"""Short causal convolution as W shifted multiply-adds, which XLA fuses into one pass over the tokens."""
+"""Short causal convolution as W shifted multiply-adds, which XLA fuses into one pass over the tokens.
+
+The backward pass keeps x alone, in its own dtype, and computes the sum before the activation again. Every shift is a
+padding with negative room at the other end: a fusion reads through it, where a concatenation would be a copy in memory.
+"""
+
+import functools
 
 import jax
 import jax.numpy as jnp
 
 from kernels.segments import resets
+
+CHUNK = 16  # tokens of the first sums of the weights' gradients; from 32 on XLA would reduce in another way
 
 
 def supports(platform: str, **facts) -> str | None:
@@ -30,54 +38,144 @@ def short_conv(x, weight, bias, *, activation, initial_state, segment_ids, initi
 
 def convolve(x, weight, bias, activation, initial_state, segment_ids, initial_segment, last):
     """The convolution without padding; `last [B]` is the number of tokens after which the final state is taken."""
-    length = x.shape[1]
-    taps = weight.shape[0]
+    rows = weight.shape[0] - 1
     dtype = jnp.result_type(x, weight, jnp.float32)
-    weight = weight.astype(dtype)
-    inputs = before(x, initial_state, taps - 1, dtype)  # [B, W-1 + T, E]
-    runs = None if segment_ids is None else run_numbers(segment_ids, initial_segment, taps - 1)
-
-    def tap(k):
-        shifted = inputs[:, k : k + length]
-        if runs is None or k == taps - 1:
-            return shifted
-        same = runs[:, k : k + length] == runs[:, taps - 1 :]
-        return jnp.where(same[..., None], shifted, 0)
-
-    y = sum(weight[k] * tap(k) for k in range(taps))
-    if bias is not None:
-        y = y + bias
-    if activation == "silu":
-        y = jax.nn.silu(y)
-    return y.astype(x.dtype), final_history(inputs, runs, taps - 1, last)
+    reset = resets(segment_ids, initial_segment, mask=None)
+    reach = None if reset is None else tokens_in_reach(reset, rows)
+    state = None if initial_state is None else initial_state.astype(dtype)
+    y = _convolve(activation, x, weight, bias, state, reach)
+    if state is None:
+        state = jnp.zeros((x.shape[0], rows, x.shape[2]), dtype)
+    return y, final_history(x, state, reach, last)
 
 
-def before(x, initial_state, rows, dtype):
-    """Put the state's rows [B, W-1, E] (None: zeros) before the tokens."""
-    x = x.astype(dtype)
-    if initial_state is None:
-        return jnp.pad(x, ((0, 0), (rows, 0), (0, 0)))
-    return jnp.concatenate([initial_state.astype(dtype), x], axis=1)
+def tokens_in_reach(reset, rows):
+    """How many earlier inputs [B, T] of its own document each token sees, W - 1 at most; the state's rows count."""
+    index = jnp.arange(reset.shape[1], dtype=jnp.int32)
+    start = jax.lax.cummax(jnp.where(reset, index, -rows), axis=1)
+    return jnp.minimum(index - start, rows)
 
 
-def run_numbers(segment_ids, initial_segment, rows):
-    """Number [B, W-1 + T] of segment changes up to each row; the state's rows are run 0.
-
-    Runs and not ids are compared, so that a document which comes back after another one starts anew.
-    """
-    changed = resets(segment_ids, initial_segment, mask=None)
-    return jnp.pad(jnp.cumsum(changed, axis=1, dtype=jnp.int32), ((0, 0), (rows, 0)))
-
-
-def final_history(inputs, runs, rows, last):
-    """The last W-1 inputs [B, W-1, E] of the last token's run, zeros where it is shorter."""
+def final_history(x, state, reach, last):
+    """The last W-1 inputs [B, W-1, E] of the last token's document, zeros where it has fewer."""
+    rows = state.shape[1]
     if last is None:
-        history = inputs[:, -rows:]
-        run = None if runs is None else runs[:, -rows:]
+        history = jnp.concatenate([state, x[:, -rows:].astype(state.dtype)], axis=1)[:, -rows:]
+        reach = None if reach is None else reach[:, -1:]
     else:
-        index = last[:, None] + jnp.arange(rows)
-        history = jnp.take_along_axis(inputs, index[..., None], axis=1)
-        run = None if runs is None else jnp.take_along_axis(runs, index, axis=1)
-    if run is None:
-        return history
-    return jnp.where((run == run[:, -1:])[..., None], history, 0)
+        index = last[:, None] + jnp.arange(rows)  # among the state's rows and then the tokens
+        old = jnp.take_along_axis(state, jnp.minimum(index, rows - 1)[..., None], axis=1)
+        new = jnp.take_along_axis(x, jnp.maximum(index - rows, 0)[..., None], axis=1)
+        history = jnp.where((index < rows)[..., None], old, new.astype(state.dtype))
+        if reach is not None:  # before the first token, the state sees itself
+            reach = jnp.take_along_axis(jnp.pad(reach, ((0, 0), (1, 0)), constant_values=rows), last[:, None], axis=1)
+    return history if reach is None else _within(history, reach, jnp.arange(rows)[::-1])
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _convolve(activation, x, weight, bias, state, reach):
+    """y [B, T, E]. state [B, W - 1, E] float32 or None; reach [B, T] as of `tokens_in_reach`, or None."""
+    total = _sum(x, weight, bias, state, reach)
+    return (jax.nn.silu(total) if activation == "silu" else total).astype(x.dtype)
+
+
+def _convolve_fwd(activation, *inputs):
+    return _convolve(activation, *inputs), inputs
+
+
+def _convolve_bwd(activation, inputs, dy):
+    x, weight, bias, state, reach = inputs
+    rows = weight.shape[0] - 1
+    dsum = _sum_gradient(activation, *inputs, dy)
+    dstate = None if state is None else _state_gradient(activation, *inputs, dy).astype(state.dtype)
+    taps = weight.astype(dsum.dtype)
+    # Rounded like x, it is the one array that this pass writes beside dx; the barrier is against a float32 one.
+    rounded = jax.lax.optimization_barrier(dsum.astype(x.dtype))
+    dx = sum(taps[rows - d] * _later(rounded, reach, d) for d in range(rows + 1))
+    dsum = rounded.astype(dsum.dtype)
+    *dweight, dbias = _sums([dsum * _earlier(x, state, reach, d) for d in range(rows, -1, -1)] + [dsum])
+    dbias = None if bias is None else dbias.astype(bias.dtype)
+    return dx.astype(x.dtype), jnp.stack(dweight).astype(weight.dtype), dbias, dstate, None
+
+
+_convolve.defvjp(_convolve_fwd, _convolve_bwd)
+
+
+def _sum(x, weight, bias, state, reach):
+    """bias + sum_d weight[W-1-d] x_{t-d}, [B, T, E] float32."""
+    rows = weight.shape[0] - 1
+    taps = weight.astype(jnp.result_type(x, weight, jnp.float32))
+    total = sum(taps[rows - d] * _earlier(x, state, reach, d) for d in range(rows, -1, -1))
+    return total if bias is None else total + bias
+
+
+def _sum_gradient(activation, x, weight, bias, state, reach, dy):
+    """The gradient of `_sum`'s result, given that of y."""
+    if activation is None:
+        return dy.astype(jnp.result_type(x, weight, jnp.float32))
+    total = _sum(x, weight, bias, state, reach)
+    gate = jax.nn.sigmoid(total)
+    return dy * gate * (1 + total * (1 - gate))
+
+
+def _state_gradient(activation, x, weight, bias, state, reach, dy):
+    """The gradient of the state [B, W - 1, E], which only the first W - 1 tokens see."""
+    rows = state.shape[1]
+    x, reach, dy = (None if v is None else v[:, :rows] for v in (x, reach, dy))
+    dsum = _sum_gradient(activation, x, weight, bias, state, reach, dy)
+    taps, length = weight.astype(dsum.dtype), x.shape[1]
+    return sum(taps[rows - d] * _shift(_within(dsum, reach, d), rows - d, d - length) for d in range(1, rows + 1))
+
+
+def _sums(arrays):
+    """Each array's sum [E] over rows and tokens."""
+    return jax.lax.platform_dependent(*arrays, cpu=_sums_apart, default=_sums_together)
+
+
+def _sums_apart(*arrays):
+    """A CPU does not vectorise the other way."""
+    return [jnp.sum(v, axis=(0, 1)) for v in arrays]
+
+
+def _sums_together(*arrays):
+    """One reduction of them all, over few tokens first: a GPU or TPU reads what they share once."""
+    batch, length, channels = arrays[0].shape
+    chunk = min(CHUNK, length)
+    arrays = [_shift(v, 0, -length % chunk).reshape(batch, -1, chunk, channels) for v in arrays]
+    return _reduce(_reduce(arrays, (2,)), (0, 1))
+
+
+def _reduce(arrays, axes):
+    """The arrays' sums over these axes, as one operation."""
+    zeros = [jnp.zeros((), v.dtype) for v in arrays]
+    return jax.lax.reduce(arrays, zeros, lambda x, y: [a + b for a, b in zip(x, y, strict=True)], axes)
+
+
+def _earlier(x, state, reach, distance):
+    """The input `distance` tokens before each token, [B, T, E]: x, or before its start the state; 0 out of reach."""
+    if distance == 0:
+        return x
+    earlier = _shift(x, distance, -distance)
+    if state is not None:
+        rows, length = state.shape[1], x.shape[1]
+        earlier = earlier + _shift(state, distance - rows, length - distance)
+    return _within(earlier, reach, distance)
+
+
+def _later(x, reach, distance):
+    """x `distance` tokens after each token, 0 where that token does not see this one: the transpose of `_earlier`."""
+    if distance == 0:
+        return x
+    later = None if reach is None else _shift(reach, -distance, distance)
+    return _within(_shift(x, -distance, distance), later, distance)
+
+
+def _within(x, reach, distance):
+    """x where a token sees as far as `distance` tokens back, else 0."""
+    return x if reach is None else jnp.where((reach >= distance)[..., None], x, 0)
+
+
+def _shift(x, before, after):
+    """x [B, T, ...] with so many zero rows before and after; a negative number takes rows away."""
+    others = [(0, 0, 0)] * (x.ndim - 2)
+    return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (before, after, 0), *others))

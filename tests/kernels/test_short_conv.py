@@ -9,7 +9,7 @@ import pytest
 
 from kernels import short_conv as op
 from kernels.dispatch import UnsupportedError
-from kernels.short_conv import short_conv
+from kernels.short_conv import short_conv, xla
 
 BACKENDS = [name for name in op.IMPLEMENTATIONS if name != "reference"]
 BATCH, LENGTH, WIDTH = 3, 9, 5
@@ -185,6 +185,43 @@ def test_vmap(implementation):
 def test_no_cost_without_documents_and_padding():
     text = jax.jit(lambda args: short_conv(**args, implementation="xla")).lower(inputs()).as_text()
     assert not any(op in text for op in ("stablehlo.select", "stablehlo.sort", "stablehlo.gather", "stablehlo.compare"))
+
+
+@pytest.mark.parametrize("length", [9, 2 * xla.CHUNK, 2 * xla.CHUNK + 5])
+def test_sums_of_other_platforms(monkeypatch, length):
+    """The gradients of weight and bias, summed as a GPU and a TPU do."""
+    monkeypatch.setattr(xla, "_sums", lambda arrays: xla._sums_together(*arrays))
+    with jax.enable_x64(True):
+        want = value_and_gradients(inputs(length=length, dtype=np.float64), {}, "reference")
+    assert_close(value_and_gradients(inputs(length=length), {}, "xla"), want, 1e-6)
+
+
+def test_xla_in_float64():
+    with jax.enable_x64(True):
+        args, layout = inputs(dtype=np.float64), LAYOUTS["packed and padded"]
+        want = value_and_gradients(args, layout, "reference")
+        assert_close(value_and_gradients(args, layout, "xla"), want, 1e-13)
+
+
+@pytest.mark.parametrize("layout", ["plain", "packed"])
+def test_backward_keeps_the_input_alone(layout):
+    """Of all that has a token axis: x in its own dtype, and one number a token where documents are packed."""
+    args = inputs()
+    args["x"] = jnp.asarray(args["x"], jnp.bfloat16)
+    _, transpose = jax.vjp(lambda args: short_conv(**args, **LAYOUTS[layout], activation="silu")[0], args)
+    kept = [v for v in jax.tree.leaves(transpose) if v.shape[:2] == (BATCH, LENGTH)]
+    assert [v.dtype for v in kept if v.ndim == 3] == [jnp.bfloat16]
+    assert len(kept) <= 2
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_bfloat16_gradients(implementation):
+    """Against the reference at the same rounded inputs: dx has one more rounding, sums over tokens are float32."""
+    half = {name: jnp.asarray(value, jnp.bfloat16) for name, value in inputs(length=200).items()}
+    wide = {name: value.astype(jnp.float32) for name, value in half.items()}
+    got = value_and_gradients(half, {}, implementation)[1]
+    assert got["x"].dtype == jnp.bfloat16
+    assert_close(got, value_and_gradients(wide, {}, "reference")[1], 5e-3)
 
 
 def test_bad_arguments_are_named():
