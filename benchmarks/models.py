@@ -1,18 +1,22 @@
-r"""Times training steps of a config on random tokens, and keeps the figures.
+r"""Times training steps of configs on random tokens, and keeps the figures.
 
+    python benchmarks/models.py                                  # the rows of ROWS, each in a process of its own
+    python benchmarks/models.py --rows=130m,370m --profile=/tmp/profile
     python benchmarks/models.py --config=configs/mamba.py:130m --config.batch_size=8 --config.seq_len=2048
     python benchmarks/models.py --config=configs/mamba.py --config.batch_size=2 --config.seq_len=512 \
         --config.model.vocab_size=256
 
 Whole steps: forward, backward, optimizer, with the state donated, as train.py runs them. Each figure is the median over
---repeats timings of --steps steps each, after compiling and a warm-up. Results go to
+--repeats timings, each of as many steps as take --seconds, after compiling and a warm-up. Results go to
 benchmarks/results/models_<device>.json, one object for each config, batch and length; a new figure takes the place of
-an old one.
+an old one. With --profile, some steps more are traced, and the kernels that take longest on the device are listed.
 """
 
 import datetime
 import json
+import math
 import statistics
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -21,30 +25,75 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
 
+from benchmarks import trace
 from benchmarks.record import RESULTS, commit, device_name, record, slug
 from seqmodels import cli
+from seqmodels.errors import UserError
+
+# name: config, batch, length, and other fields; for one GPU of 80 GB
+ROWS = {
+    "130m": ("configs/mamba.py:130m", 8, 2048, {}),
+    "370m": ("configs/mamba.py:370m", 8, 2048, {}),
+    "1.4b": ("configs/mamba.py:1.4b", 2, 2048, {}),
+    "130m-16k": ("configs/mamba.py:130m", 1, 16384, {"training.loss_chunk": 8192}),
+    "130m-262k": ("configs/mamba.py:130m", 1, 262144, {"training.loss_chunk": 8192, "model.remat": "block"}),
+}
+PROFILED = 3  # steps of a profile
 
 
 def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
-    cli.define_config(flag_values, argv)
-    flags.DEFINE_integer("steps", 5, "Steps of one timing.", flag_values=flag_values)
+    if any(word.startswith(("--config", "-config", "--help", "-h")) for word in argv):
+        cli.define_config(flag_values, argv)
+    flags.DEFINE_string(
+        "rows", ",".join(ROWS), "Rows that are measured if there is no --config.", flag_values=flag_values
+    )
+    flags.DEFINE_float("seconds", 1.0, "Time of one timing, at least; a step at least.", flag_values=flag_values)
     flags.DEFINE_integer("repeats", 5, "Timings, of which the median counts.", flag_values=flag_values)
-    flags.DEFINE_string("label", "", "Name of the result; the config's path if left out.", flag_values=flag_values)
+    flags.DEFINE_string("label", "", "Name of the result; the config's if left out.", flag_values=flag_values)
     flags.DEFINE_string("out", "", "File of results; by device if left out.", flag_values=flag_values)
+    flags.DEFINE_string("profile", "", "Folder for a trace of some steps more.", flag_values=flag_values)
+    flags.DEFINE_integer("kernels", 40, "Kernels that a profile lists.", flag_values=flag_values)
 
 
-def main(flag_values: flags.FlagValues) -> None:
+def main(flag_values: flags.FlagValues) -> int:
+    options = {name: flag_values[name].value for name in ("seconds", "repeats", "out", "profile", "kernels")}
+    if "config" not in flag_values:
+        return measure_rows(flag_values.rows.split(","), options)
     config = flag_values.config
     cli.use_platform(config.platform)
-    result = measure(config, flag_values.steps, flag_values.repeats)
+    result = measure(config, **{name: options[name] for name in ("seconds", "repeats", "profile", "kernels")})
     result = dict(config=flag_values.label or config.name, **result)
-    path = Path(flag_values.out or RESULTS / f"models_{slug(result['device'])}.json")
+    path = Path(options["out"] or RESULTS / f"models_{slug(result['device'])}.json")
     record(path, result, key=("config", "batch", "length", "device"))
-    print(json.dumps(result, indent=2))
+    print(json.dumps(result))
+    return 0
 
 
-def measure(config, steps: int, repeats: int) -> dict:
-    """Seconds a step, tokens/s, MFU and peak memory of `config` on the devices at hand."""
+def measure_rows(rows: list[str], options: dict) -> int:
+    """Each of ROWS in a process of its own, so that its peak memory is its own."""
+    failed = 0
+    for row in rows:
+        if row not in ROWS:
+            raise UserError(f"--rows={row}: there are {', '.join(ROWS)}")
+    for row in rows:
+        config, batch, length, fields = ROWS[row]
+        fields = {"batch_size": batch, "seq_len": length, "training.accumulate": 1, **fields}
+        command = [sys.executable, __file__, f"--config={config}"]
+        command += [f"--config.{name}={value}" for name, value in fields.items()]
+        command += [f"--{name}={value}" for name, value in options.items() if name != "profile"]
+        command += [f"--profile={options['profile']}/{row}"] if options["profile"] else []
+        print(f"{row}:", flush=True)
+        failed += subprocess.run(command).returncode != 0
+    return int(failed > 0)
+
+
+def measure(config, seconds: float, repeats: int, profile: str = "", kernels: int = 40) -> dict:
+    """Seconds a step, tokens/s, MFU and peak memory of `config` on the devices at hand.
+
+    Args:
+        seconds: of one of `repeats` timings, at least.
+        profile: folder for a trace of some steps more, of which the `kernels` longest are printed; "": none.
+    """
     import jax
     import numpy as np
     from flax import linen as nn
@@ -76,27 +125,35 @@ def measure(config, steps: int, repeats: int) -> dict:
         compiled = lower_train_step(train_step, abstract, config, mesh).compile()
         compile_seconds = time.perf_counter() - start
         state = init_state(model, optimizer, config, abstract)
-        batches = [batch() for _ in range(steps)]
+        batches = [batch() for _ in range(4)]
         state, metrics = compiled(state, batches[0])
         first_loss = float(metrics["loss"])
-        times = []
-        for _ in range(repeats):
+
+        def run(steps):
+            nonlocal state, metrics
             start = time.perf_counter()
-            for rows in batches:
-                state, metrics = compiled(state, rows)
+            for n in range(steps):
+                state, metrics = compiled(state, batches[n % len(batches)])
             jax.block_until_ready((state, metrics))
-            times.append((time.perf_counter() - start) / steps)
+            return (time.perf_counter() - start) / steps
+
+        steps = math.ceil(seconds / run(2))
+        times = [run(steps) for _ in range(repeats)]
+        memory = (mesh.devices.flat[0].memory_stats() or {}).get("peak_bytes_in_use")
+        if profile:
+            with jax.profiler.trace(profile):
+                run(PROFILED)
+            print("\n".join(trace.table(trace.kernel_times(profile, compiled.as_text()), PROFILED, kernels)))
     device = mesh.devices.flat[0]
-    seconds = statistics.median(times)
+    step_seconds = statistics.median(times)
     peak = flops.peak_flops(device.device_kind, config.model.dtype)
     operations = flops.train_step_flops(boxed, config)
-    memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
     return dict(
         batch=config.batch_size,
         length=config.seq_len,
-        tokens_per_second=round(config.batch_size * config.seq_len / seconds, 1),
-        ms_per_step=round(seconds * 1e3, 3),
-        mfu=round(operations / seconds / (peak * mesh.size), 4) if peak else None,
+        tokens_per_second=round(config.batch_size * config.seq_len / step_seconds, 1),
+        ms_per_step=round(step_seconds * 1e3, 3),
+        mfu=round(operations / step_seconds / (peak * mesh.size), 4) if peak else None,
         peak_gib=round(memory / 2**30, 2) if memory else None,
         temporary_gib=round(compiled.memory_analysis().temp_size_in_bytes / 2**30, 3),
         compile_seconds=round(compile_seconds, 1),

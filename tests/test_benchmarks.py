@@ -7,10 +7,12 @@ import numpy as np
 import pytest
 
 from benchmarks import kernels as script
+from benchmarks import models, trace
 from benchmarks.record import record, slug
 from kernels import selective_scan as scan
 from kernels.selective_scan import xla
 from seqmodels import cli
+from seqmodels.config import validate
 
 SHAPE = "2x6x4x2:full"
 FIELDS = [
@@ -170,3 +172,37 @@ def test_record_keeps_other_figures(tmp_path):
         record(path, dict(op="scan", device=device, ms=ms), key=("op", "device"))
     assert [(row["device"], row["ms"]) for row in json.loads(path.read_text())] == [("b", 2), ("a", 1)]
     assert slug("NVIDIA H100 80GB HBM3") == "nvidia_h100_80gb_hbm3"
+
+
+def test_every_row_of_models_is_a_valid_config():
+    for config, batch, length, fields in models.ROWS.values():
+        config = cli.load_config(config)
+        config.update_from_flattened_dict(
+            {"batch_size": batch, "seq_len": length, "training.accumulate": 1, **fields}
+        )  # refuses unknown fields and other types
+        validate(config)
+
+
+@pytest.mark.slow
+def test_models_measures_and_profiles(tmp_path, capsys):
+    sizes = ["batch_size=2", "seq_len=16", "mesh.data=1", "model.vocab_size=64", "model.width=16", "model.repeats=1"]
+    arguments = ["--config=configs/mamba.py", *(f"--config.{size}" for size in sizes)]
+    options = [f"--out={tmp_path}/out.json", f"--profile={tmp_path}/profile", "--seconds=0.01", "--repeats=2"]
+    assert cli.run(models.main, models.define, models.__doc__, ["models.py", *arguments, *options]) == 0
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    assert (row["config"], row["batch"], row["length"]) == ("mamba", 2, 16)
+    assert row["tokens_per_second"] > 0 and row["loss"][1] < row["loss"][0]
+    said = capsys.readouterr().out
+    assert "kernel" in said and "all kernels" in said and "block_*/mixer" in said
+
+
+def test_kernels_of_all_layers_count_together():
+    meaning = "jit(train_step)/transpose(jvp(LanguageModel))/block_{}/mixer/mixer.write/dot_general"
+    names = {trace.label(f"gemm_fusion_{n}", meaning.format(n)) for n in (3, 12)}
+    assert names == {"gemm_fusion  backward block_*/mixer/mixer.write/dot_general"}
+    lines = trace.table({"a": (6, 9.0), "b": (3, 2.0), "c": (3, 1.0)}, steps=3, rows=1)
+    assert [line.split() for line in lines[1:]] == [
+        ["3.000", "75.0", "2", "a"],
+        ["1.000", "25.0", "2", "the", "other", "2"],
+        ["4.000", "100.0", "4", "all", "kernels"],
+    ]
