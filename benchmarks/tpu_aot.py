@@ -57,7 +57,6 @@ CHIPS = dict(
 )
 SHAPES = ("8x2048x2048x16:full", "8x2048x2048x16:read3")
 KEY = ("op", "implementation", "pass", "chip", "shape", "variant", "dtype", "jax")
-UNITS = ("mxu", "xlu", "valu", "vpop", "eup", "vload", "fill", "vstore", "spill", "salu")
 
 
 def parse_shape(text):
@@ -118,7 +117,7 @@ def schedule(bundles, utilization, tokens, blocks):
         match = re.match(r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2}(?:,? [A-Z]{2})*)?\s*: ([> ]*)\{", line)
         if match:
             rows.append((match[1] or "", match[2].count(">"), "sbr.rel" in line))
-    capacity, used = utilization
+    units, capacity, used = utilization
     loops = []
     for start in [i for i, (label, depth, _) in enumerate(rows) if "LB" in label and depth == 2]:
         loops.append((start, next(i for i in range(start, len(rows)) if rows[i][2])))
@@ -136,12 +135,12 @@ def schedule(bundles, utilization, tokens, blocks):
     outside = [i for i, (_, depth, _) in enumerate(rows) if depth >= 1 and i not in inside]
     total += sum(1 if i in once else blocks for i in outside)
     main = [i for start, end in loops if start not in once for i in range(start, end + 1)]
-    share = {u: round(sum(used[i][k] for i in main) / len(main) / capacity[k], 2) for k, u in enumerate(UNITS)}
+    share = {u: round(sum(used[i][k] for i in main) / len(main) / capacity[k], 2) for k, u in enumerate(units)}
     return total, [end - start + 1 for start, end in loops], share
 
 
 def read_dump(folder, name):
-    """Final bundles, utilization and bytes of VMEM of the kernel of that name; "" for bytes of what is not there."""
+    """Final bundles, utilization and bytes of VMEM of the kernel of that name."""
 
     def text(ending):
         (path,) = (p for p in glob.glob(f"{folder}/*{name}*-{ending}.txt") if re.search(rf"\d-{ending}.txt$", p))
@@ -149,11 +148,12 @@ def read_dump(folder, name):
 
     lines = text("final_hlo-static-per-bundle-utilization").splitlines()
     used = [[int(n) for n in line.split()] for line in lines if re.fullmatch(r"[\d ]+", line)]
+    units = [unit.split(":")[-1].strip().lower() for unit in lines[1].split(",")]
     capacity = [int(n) for n in lines[2].split()]
     sizes = re.findall(
         r"^ *#allocation\d+ .*space=vmem, size = (0x[0-9a-f]+)", text("post-rematerialize-allocations"), re.M
     )
-    return text("final_bundles"), (capacity, used), sum(int(size, 16) for size in sizes)
+    return text("final_bundles"), (units, capacity, used), sum(int(size, 16) for size in sizes)
 
 
 def bytes_of(tree):

@@ -115,6 +115,7 @@ PLAIN = {
     "step given": (dict(batch=1, length=33, width=3, state=2), (), dict(dt_softplus=False)),
 }
 MORE = {
+    "shared weights": (dict(batch=1, length=18, groups=3, width=4), (), {}),
     "no weights": (dict(batch=1, length=18, groups=3, width=4), ("weights",), {}),
     "one token": (dict(length=1, groups=2, width=4), (), {}),
     "64 states": (dict(batch=1, length=17, width=3, state=64), (), {}),
@@ -127,6 +128,8 @@ CASES = [*PLAIN, *(pytest.param(name, marks=pytest.mark.slow) for name in MORE)]
 def test_options(interpreter, case):
     shape, without, static = (PLAIN | MORE)[case]
     args = {k: v for k, v in inputs(**shape).items() if k not in without}
+    if case == "shared weights":
+        args["weights"] = args["weights"][:, :, :1]
     if not static.get("dt_softplus", True):
         args = args | dict(dt=np.abs(args["dt"]), dt_bias=np.abs(args["dt_bias"]))
     assert_equals_reference(args, {}, **static)
