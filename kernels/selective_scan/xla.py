@@ -7,6 +7,7 @@ innermost axis is long.
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels.segments import resets
 
@@ -49,7 +50,7 @@ def _scan(u, dt, A, B, C, weights, reset, state):
 
 
 def _scan_fwd(*inputs):
-    y, state, boundaries = _forward(*inputs)
+    y, state, boundaries = (checkpoint_name(x, "scan") for x in _forward(*inputs))
     return (y, state), (inputs, boundaries)
 
 

@@ -197,19 +197,25 @@ class Mamba(nn.Module):
 
     def scan(self, stream: Stream, readout: Readout, seq: Sequence):
         """y [B, T, E], skip and gate included, and the new ssm state: the layer without dense links."""
-        return selective_scan(
-            stream.u,
-            stream.dt,
-            stream.A,
-            stream.B,
-            readout.C,
-            D=readout.D,
-            z=readout.z,
-            dt_bias=stream.dt_bias,
-            initial_state=stream.state,
-            implementation=self.implementation.get("selective_scan"),
-            **seq.documents(),
-        )
+
+        def scan(stream, readout, documents):
+            return selective_scan(
+                stream.u,
+                stream.dt,
+                stream.A,
+                stream.B,
+                readout.C,
+                D=readout.D,
+                z=readout.z,
+                dt_bias=stream.dt_bias,
+                initial_state=stream.state,
+                implementation=self.implementation.get("selective_scan"),
+                **documents,
+            )
+
+        # dt is as wide as u, and one thin product away: made again in the backward pass, not kept for it.
+        keep = jax.checkpoint_policies.save_only_these_names("scan")
+        return jax.checkpoint(scan, policy=keep)(stream, readout, seq.documents())
 
     def project(self, y: jax.Array) -> jax.Array:
         """[B, T, E] to [B, T, D]."""
