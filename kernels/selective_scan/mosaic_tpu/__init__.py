@@ -235,13 +235,14 @@ def _forward(softplus, arrays, reset, for_gradient):
     if for_gradient:
         outputs["start"] = jax.ShapeDtypeStruct((batch, grid[1], groups, state, channels), jnp.float32)
         outputs["ungated"] = None if arrays["z"] is None else outputs["y"]
+    rows = (groups, width // LANES, tokens, LANES)
     scratch = dict(
         state=(grid[2], groups, state, width),
         B=(groups, tokens, state, LANES),
         C=(groups, tokens, state, LANES),
-        step=(groups, tokens, width),
-        write=(groups, tokens, width),
-        weights=(groups, tokens, width),
+        step=rows,
+        write=rows,
+        weights=rows,
         readout=parts_shape(width),
     )
     kernel = functools.partial(forward.kernel, softplus=softplus)
@@ -256,14 +257,14 @@ def _backward(softplus, arrays, reset, start, ungated, dy, dstate):
     tokens, width = chunk_tokens(length, groups, state), block_width(channels, groups, state)
     grid = (batch, length // tokens, channels // width)
     outputs = {k: None if x is None else jax.ShapeDtypeStruct(x.shape, x.dtype) for k, x in arrays.items()}
-    rows = jax.ShapeDtypeStruct((batch, SUBLANES, channels), jnp.float32)
-    outputs |= dict(A=outputs["state"], D=rows)
+    sums = jax.ShapeDtypeStruct((batch, SUBLANES, channels), jnp.float32)
+    outputs |= dict(A=outputs["state"], D=sums)
     if softplus:
         outputs["bias"] = jax.ShapeDtypeStruct((batch, groups, SUBLANES, channels), jnp.float32)
     wide = (groups, tokens, state, LANES)
-    row = (groups, tokens, width)
+    tile, rows = (groups, tokens, width), (groups, width // LANES, tokens, LANES)
     carried = (grid[2], groups, state, width)
-    scratch = dict(B=wide, C=wide, dB=wide, dC=wide, step=row, write=row, dreadout=row, true=row, slope=row)
+    scratch = dict(B=wide, C=wide, dB=wide, dC=wide, step=rows, write=rows, dreadout=rows, true=tile, slope=tile)
     scratch |= dict(dstate=carried, dA=carried, states=(tokens, groups, state, width))
     scratch |= dict(dD=(grid[2], SUBLANES, width), dbias=(grid[2], groups, SUBLANES, width))
     parts = (groups, *parts_shape(width))

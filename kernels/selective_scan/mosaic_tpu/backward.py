@@ -9,9 +9,12 @@ from kernels.selective_scan.mosaic_tpu.tiles import (
     TILE,
     fold_lanes,
     fold_rows,
+    load_rows,
     put,
+    row,
     sigmoid,
     spread,
+    store_rows,
     take_sums,
     widen,
     write_rows,
@@ -43,33 +46,33 @@ def kernel(x, out, scratch, *, softplus):
             slope = gate * (1 + z * (1 - gate))
             out["z"][tile, :] = (dy * x["ungated"][tile, :].astype(jnp.float32) * slope).astype(out["z"].dtype)
             dy = dy * z * gate
-        scratch["dreadout"][0, tile, :] = dy
+        store_rows(scratch["dreadout"].at[0], tile, dy)
         for g in range(1, groups):
             weight = 1 if x["weights"] is None else x["weights"][g - 1, tile, :].astype(jnp.float32)
-            scratch["dreadout"][g, tile, :] = weight * dy
+            store_rows(scratch["dreadout"].at[g], tile, weight * dy)
         states = list(states)
         for t in range(TILE):
-            row = pl.ds(start + t, 1)
             for g in range(groups):
                 scratch["states"][start + t, g] = states[g]
-                decay = jnp.exp2(scratch["step"][g, row, :] * x["A"][g])
-                states[g] = decay * states[g] + scratch["write"][g, row, :] * widen(scratch["B"][g, start + t], width)
+                decay = jnp.exp2(row(scratch["step"].at[g], start + t) * x["A"][g])
+                states[g] = decay * states[g] + row(scratch["write"].at[g], start + t) * widen(
+                    scratch["B"][g, start + t], width
+                )
         return tuple(states)
 
     def backward(i, carry):
         start = pl.multiple_of(tokens - TILE - i * TILE, TILE)
         states, dstates, dA = (list(part) for part in carry)
         for t in reversed(range(TILE)):
-            row = pl.ds(start + t, 1)
             for g in range(groups):
-                step, dreadout = scratch["step"][g, row, :], scratch["dreadout"][g, row, :]
+                step, dreadout = (row(scratch[name].at[g], start + t) for name in ("step", "dreadout"))
                 B, C = (widen(scratch[name][g, start + t], width) for name in "BC")
                 old = scratch["states"][start + t, g]
                 if x["weights"] is not None and g > 0:
                     put(fold_rows(states[g] * C), scratch["readout"].at[g], t)
                 dstates[g] += dreadout * C
                 scratch["dC"][g, start + t] += fold_lanes(states[g] * dreadout)
-                scratch["dB"][g, start + t] += fold_lanes(dstates[g] * scratch["write"][g, row, :])
+                scratch["dB"][g, start + t] += fold_lanes(dstates[g] * row(scratch["write"].at[g], start + t))
                 put(fold_rows(dstates[g] * B), scratch["dwrite"].at[g], t)
                 dstates[g] *= jnp.exp2(step * x["A"][g])  # now of the state before the token
                 dexponent = dstates[g] * old
@@ -82,11 +85,11 @@ def kernel(x, out, scratch, *, softplus):
             dwrite = take_sums(scratch["dwrite"].at[g])
             du = dwrite * scratch["true"][g, tile, :]
             if g == 0:
-                dy = scratch["dreadout"][0, tile, :]
+                dy = load_rows(scratch["dreadout"].at[0], tile)
                 du += x["D"][...] * dy
                 scratch["dD"][block] += fold_rows(dy * u)
             elif x["weights"] is not None:
-                dweights = scratch["dreadout"][0, tile, :] * take_sums(scratch["readout"].at[g])
+                dweights = load_rows(scratch["dreadout"].at[0], tile) * take_sums(scratch["readout"].at[g])
                 out["weights"][g - 1, tile, :] = dweights.astype(out["weights"].dtype)
             out["u"][g, tile, :] = du.astype(out["u"].dtype)
             ddt = (take_sums(scratch["dstep"].at[g]) / LOG2_E + dwrite * u) * scratch["slope"][g, tile, :]

@@ -4,7 +4,18 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels.selective_scan.mosaic_tpu.tiles import TILE, fold_rows, put, sigmoid, spread, take_sums, widen, write_rows
+from kernels.selective_scan.mosaic_tpu.tiles import (
+    TILE,
+    fold_rows,
+    put,
+    row,
+    sigmoid,
+    spread,
+    store_rows,
+    take_sums,
+    widen,
+    write_rows,
+)
 
 
 def kernel(x, out, scratch, *, softplus):
@@ -28,17 +39,18 @@ def kernel(x, out, scratch, *, softplus):
         write_rows(x, scratch, tile, softplus)
         if x["weights"] is not None:
             for g in range(1, groups):
-                scratch["weights"][g, tile, :] = x["weights"][g - 1, tile, :].astype(jnp.float32)
+                store_rows(scratch["weights"].at[g], tile, x["weights"][g - 1, tile, :].astype(jnp.float32))
         states = list(states)
         for t in range(TILE):
-            row = pl.ds(start + t, 1)
             readout = 0
             for g in range(groups):
-                decay = jnp.exp2(scratch["step"][g, row, :] * x["A"][g])
-                states[g] = decay * states[g] + scratch["write"][g, row, :] * widen(scratch["B"][g, start + t], width)
+                decay = jnp.exp2(row(scratch["step"].at[g], start + t) * x["A"][g])
+                states[g] = decay * states[g] + row(scratch["write"].at[g], start + t) * widen(
+                    scratch["B"][g, start + t], width
+                )
                 term = fold_rows(states[g] * widen(scratch["C"][g, start + t], width))
                 weighted = x["weights"] is not None and g > 0
-                readout += scratch["weights"][g, row, :] * term if weighted else term
+                readout += row(scratch["weights"].at[g], start + t) * term if weighted else term
             put(readout, scratch["readout"], t)
         y = take_sums(scratch["readout"]) + x["D"][...] * x["u"][0, tile, :].astype(jnp.float32)
         if x["z"] is not None:

@@ -49,10 +49,26 @@ def write_rows(x, scratch, tile, softplus):
         if "slope" in scratch:
             scratch["true"][g, tile, :] = step
             scratch["slope"][g, tile, :] = slope
-        scratch["write"][g, tile, :] = step * x["u"][g, tile, :].astype(jnp.float32)
+        store_rows(scratch["write"].at[g], tile, step * x["u"][g, tile, :].astype(jnp.float32))
         if x["reset"] is not None:
             step = jnp.where(x["reset"][tile, :] > 0, FORGET, step)
-        scratch["step"][g, tile, :] = step
+        store_rows(scratch["step"].at[g], tile, step)
+
+
+def store_rows(ref, tile, rows):
+    """Keeps a tile of rows [TILE, width], of which `row` reads one, in a reference [width / LANES, T, LANES]."""
+    for column in range(ref.shape[0]):
+        ref[column, tile, :] = rows[:, column * LANES : (column + 1) * LANES]
+
+
+def load_rows(ref, tile):
+    """The tile [TILE, width]."""
+    return jnp.concatenate([ref[column, tile, :] for column in range(ref.shape[0])], axis=1)
+
+
+def row(ref, token):
+    """One row, [1, width]. Loads of LANES repeat it over the sublanes; in a wider one that would take instructions."""
+    return jnp.concatenate([ref[column, pl.ds(token, 1), :] for column in range(ref.shape[0])], axis=1)
 
 
 def sigmoid(x):
