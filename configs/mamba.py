@@ -15,14 +15,14 @@ from ml_collections import ConfigDict
 
 from configs.base import base, finish, large, preset
 
-# name: (width, layers, peak learning rate, steps, remat). Steps are those of the paper's scaling runs, of 2.5 to 26 B
-# tokens; 2.8b, not among them, gets the 300 B tokens of the released models and five times the rate of GPT-3's 2.7B.
+# name: (width, layers, peak learning rate, steps, remat, scan_blocks). Steps are those of the paper's scaling runs, of
+# 2.5 to 26 B tokens; 2.8b, not among them, gets the 300 B tokens of the released models and five times the rate of GPT-3's 2.7B.
 PAPER = {
-    "130m": (768, 24, 3e-3, 4800, "none"),
-    "370m": (1024, 48, 1.5e-3, 13500, "block"),
-    "790m": (1536, 48, 1.25e-3, 29000, "block"),
-    "1.4b": (2048, 48, 1e-3, 50000, "block"),
-    "2.8b": (2560, 64, 8e-4, 572000, "block"),
+    "130m": (768, 24, 3e-3, 4800, "none", 0),
+    "370m": (1024, 48, 1.5e-3, 13500, "none", 0),
+    "790m": (1536, 48, 1.25e-3, 29000, "mixer", 0),
+    "1.4b": (2048, 48, 1e-3, 50000, "mixer", 0),
+    "2.8b": (2560, 64, 8e-4, 572000, "block", 1),
 }
 
 
@@ -49,10 +49,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.pattern = "mamba"
     add_mamba(config)
     if chosen != "small":
-        width, layers, learning_rate, steps, remat = PAPER[chosen]
+        width, layers, learning_rate, steps, remat, scan_blocks = PAPER[chosen]
         large(config, learning_rate=learning_rate, steps=steps, remat=remat)
         config.model.width, config.model.repeats = width, layers
-        config.model.scan_blocks = 0 if chosen == "130m" else 1  # unrolled is faster and smaller, but slow to compile
+        config.model.scan_blocks = scan_blocks  # unrolled (0) is faster and smaller, but slow to compile
     return finish(config, "mamba", chosen)
 
 

@@ -177,6 +177,7 @@ class Mamba(nn.Module):
         in_proj = self.in_proj.astype(self.dtype)
         # Two products: one for both would be cut in two by a copy. The barrier keeps XLA from making them one.
         a, z = x @ in_proj[:, 0], jax.lax.optimization_barrier(x) @ in_proj[:, 1]
+        a, z = (checkpoint_name(v, "projected") for v in (a, z))
         u, conv = short_conv(
             a,
             self.conv_weight,
@@ -190,7 +191,8 @@ class Mamba(nn.Module):
         if self.norms != "none":
             scales = self.norm_scales if self.norms == "learned" else (None, None, None)
             delta, B, C = (rms_norm(v, s, self.norm_eps) for v, s in zip((delta, B, C), scales, strict=True))
-        u, delta, B = (checkpoint_name(v, "stream") for v in (u, delta, B))  # for remat = "streams"
+        u, delta, B = (checkpoint_name(v, "stream") for v in (u, delta, B))  # for model.remat
+        C = checkpoint_name(C, "projected")
         A = -jnp.exp(self.A_log)
         stream = Stream(u, delta, self.dt_proj.astype(self.dtype), self.dt_bias, A, B, state["ssm"])
         return stream, Readout(C, self.D, z, conv)

@@ -6,8 +6,8 @@ With g_t the gradient of the state after token t, and per channel and state
     dC_t = sum_e dy_t s_t,    dB_t = sum_e g_t dt_t u_t                     (over channels)
     du_t = dt_t sum_n g_t B_t,    ddt_t = sum_n q_t A + u_t sum_n g_t B_t   (over states),    dA = sum_t q_t dt_t
 
-one warpgroup prepares and finishes chunks (of one group each), a second works on the states:
-  prepare     dt, dt u and the gated dy in float32;
+one warpgroup prepares and finishes chunks (of one group each), another works on the states:
+  start       dt, dt u and the gated dy in float32;
   again       the recurrence from the state that the forward pass saved; every s_t is kept in shared memory;
   back        the walk back: each thread puts its part of the sums where its s_t was;
   by_channel  sums over the shares of a channel's states: du, ddt, dz and dweights;
@@ -26,7 +26,7 @@ from kernels.selective_scan.mosaic_gpu.stage import SLOTS, Stage, prepare
 from kernels.selective_scan.mosaic_gpu.tile import CHANNELS, STATES, Tile, thread_index
 
 f32 = jnp.float32
-UNROLL = 1
+UNROLL = 2  # tokens of a turn of the loops over a chunk
 # Quarters of a token's [512 * quarters] floats in shared memory, 4 a thread each: first a thread's 16 states (by channel),
 # then its part of the sums that they go into.
 G_B, Q_A, DB, DC, READOUT = range(5)
@@ -63,8 +63,8 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
         ddt=sds((batch, steps * chunk, groups, padded), u.dtype),
         dA=sds((batch, groups, padded, states), f32),
         dBC=sds((batch, blocks * parts, steps * chunk, groups, 2, states), f32),
-        dD=sds((batch, tile.tokens, padded), f32),
-        dbias=sds((batch, tile.tokens, groups, padded), f32),
+        dD=sds((batch, tile.tokens(chunk), padded), f32),
+        dbias=sds((batch, tile.tokens(chunk), groups, padded), f32),
         dz=sds((batch, steps * chunk, padded), u.dtype) if z is not None else None,
         dweights=sds((batch, steps * chunk, groups - 1, padded), u.dtype) if weights is not None else None,
         dinitial=sds((batch, groups, padded, states), f32),
@@ -86,36 +86,136 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
         def load(item, g):
             stage.load(lax.rem(item, SLOTS), chunk_of(item), g)
 
+        column, first_token = tile.items(chunk)
+        offset = column * CHANNELS
+        channel = e * block + offset
+        tokens = [first_token + first for first in range(0, chunk, tile.tokens(chunk))]
+        D = read(D_g, channel, CHANNELS)
+        bias = [read(bias_g, g * padded + channel, CHANNELS) for g in range(groups)]
+
+        def weighted(g, slot, token, dy):
+            if g == 0 or "weights" not in stage:
+                return dy
+            return tuple(d * w for d, w in zip(dy, stage.read("weights", slot, token, offset, CHANNELS)))
+
+        def start(item, g):
+            """dt, dt u, and dy times gate and weight, float32."""
+            pair, slot = lax.rem(item, 2), lax.rem(item, SLOTS)
+            stage.wait(slot)
+            steps = prepare(stage, slot, chunk_of(item), tokens, offset, bias[g], softplus, length)
+            dys = [stage.read("dy", slot, token, offset, CHANNELS) for token in tokens]
+            if "z" in stage:
+                gates = [stage.read("z", slot, token, offset, CHANNELS) for token in tokens]
+                dys = [tuple(d * z * lanes.sigmoid(z) for d, z in zip(dy, gate)) for dy, gate in zip(dys, gates)]
+            for (token, dt, x), dy in zip(steps, dys):
+                at = token * block + offset
+                write(dt_s.at[pair], at, dt)
+                write(x_s.at[pair], at, x)
+                write(dy_s.at[pair], at, weighted(g, slot, token, dy))
+            plgpu.barrier_arrive(ready.at[pair])
+
+        @pl.when(lax.axis_index("role") == 1)
+        def _():
+            row, share, place = tile.owner()
+            own = place * 4
+            matrix = e * block * states + row * CHANNELS * states + share * STATES
+
+            def read_states(ref, number):
+                start = number * padded * states + matrix
+                return tuple(read(ref, start, STATES, at=c * states) for c in range(CHANNELS))
+
+            def write_states(ref, number, values):
+                for c in range(CHANNELS):
+                    write(ref, number * padded * states + matrix, values[c], at=c * states)
+
+            def scaled_A(g):
+                return tuple(tuple(a * LOG2E for a in row) for row in read_states(A_g, g))
+
+            def operands(item, t, *names):
+                """dt, dt u (and dy) of the thread's channels, B (and C) of its states, and the reset."""
+                pair, slot = lax.rem(item, 2), lax.rem(item, SLOTS)
+                refs = (dt_s, x_s, dy_s) if "C" in names else (dt_s, x_s)
+                channels = [read(ref.at[pair], t * block + row * CHANNELS, CHANNELS) for ref in refs]
+                matrices = [stage.read(name, slot, t, share * STATES, STATES) for name in names]
+                return *channels, *matrices, stage.reset(slot, t) if "marks" in stage else None
+
+            def decay(dt, A, reset):
+                exponent = dt * A
+                return jnp.exp2(exponent if reset is None else exponent + reset)
+
+            def again(item, A, h):
+                """The chunk's states, kept."""
+
+                def token(t, h):
+                    dt, x, B, reset = operands(item, t, "B")
+                    h = tuple(
+                        tuple(decay(dt[c], A[c][n], reset) * h[c][n] + x[c] * B[n] for n in range(STATES))
+                        for c in range(CHANNELS)
+                    )
+                    for c in range(CHANNELS):
+                        write(kept.at[lax.rem(item, 2)], t * row_of_token + own, h[c], at=c * THREADS * 4)
+                    return h
+
+                lax.fori_loop(0, chunk, token, h, unroll=UNROLL)
+
+            def back(item, A, carry):
+                """The adjoint recurrence; partial sums over a thread's own states and channels."""
+
+                def load(t):
+                    at = t * row_of_token + own
+                    h = [read(kept.at[lax.rem(item, 2)], at, STATES, at=c * THREADS * 4) for c in range(CHANNELS)]
+                    return operands(item, t, "B", "C"), h
+
+                def token(i, carry):
+                    dstate, dA = carry
+                    t = chunk - 1 - i
+                    (dt, x, dy, B, C, reset), h = load(t)
+                    g_B, q_A, y = ([None] * CHANNELS for _ in range(3))
+                    dB, dC = [None] * STATES, [None] * STATES
+                    new_dstate, new_dA = [], []
+                    for c in range(CHANNELS):
+                        row_dstate, row_dA = [], []
+                        for n in range(STATES):
+                            grad = dstate[c][n] + dy[c] * C[n]
+                            dC[n] = add(dC[n], dy[c] * h[c][n])
+                            dB[n] = add(dB[n], grad * x[c])
+                            q = grad * (h[c][n] - x[c] * B[n])
+                            q_A[c] = add(q_A[c], q * A[c][n])
+                            g_B[c] = add(g_B[c], grad * B[n])
+                            y[c] = add(y[c], h[c][n] * C[n])
+                            row_dA.append(dA[c][n] + q * dt[c])
+                            row_dstate.append(grad * decay(dt[c], A[c][n], reset))
+                        new_dstate.append(tuple(row_dstate))
+                        new_dA.append(tuple(row_dA))
+                    for quarter, part in enumerate((g_B, q_A, dB, dC, y)[:quarters]):
+                        write(kept.at[lax.rem(item, 2)], t * row_of_token + own, part, at=quarter * THREADS * 4)
+                    return tuple(new_dstate), tuple(new_dA)
+
+                return lax.fori_loop(0, chunk, token, carry, unroll=UNROLL)
+
+            def step(i, adjoint):
+                adjoint = list(adjoint)
+                for g in range(groups):
+                    item = i * groups + g
+                    at = (((b * saved_steps + chunk_of(item)) * blocks + e) * groups + g) * CHANNELS
+                    h = tuple(read(saved_g, (at + c) * THREADS * 4 + own, STATES) for c in range(CHANNELS))
+                    A = scaled_A(g)
+                    plgpu.barrier_wait(ready.at[lax.rem(item, 2)])
+                    stage.wait(lax.rem(item, SLOTS))
+                    again(item, A, h)
+                    adjoint[g] = back(item, A, adjoint[g])
+                    plgpu.barrier_arrive(done.at[lax.rem(item, 2)])
+                return tuple(adjoint)
+
+            nothing = tuple(zeros(STATES) for _ in range(CHANNELS))
+            adjoint = tuple((read_states(dfinal_g, b * groups + g), nothing) for g in range(groups))
+            adjoint = lax.fori_loop(0, steps, step, adjoint)
+            for g, (dinitial, dA) in enumerate(adjoint):
+                write_states(outputs["dinitial"], b * groups + g, dinitial)
+                write_states(outputs["dA"], b * groups + g, dA)
+
         @pl.when(lax.axis_index("role") == 0)
         def _():
-            column, first_token = tile.items()
-            offset = column * CHANNELS
-            channel = e * block + offset
-            tokens = [first_token + first for first in range(0, chunk, tile.tokens)]
-            D = read(D_g, channel, CHANNELS)
-            bias = [read(bias_g, g * padded + channel, CHANNELS) for g in range(groups)]
-
-            def weighted(g, slot, token, dy):
-                if g == 0 or "weights" not in stage:
-                    return dy
-                return tuple(d * w for d, w in zip(dy, stage.read("weights", slot, token, offset, CHANNELS)))
-
-            def start(item, g):
-                """dt, dt u, and dy times gate and weight, float32."""
-                pair, slot = lax.rem(item, 2), lax.rem(item, SLOTS)
-                stage.wait(slot)
-                steps = prepare(stage, slot, chunk_of(item), column, first_token, tile, bias[g], softplus, length)
-                dys = [stage.read("dy", slot, token, offset, CHANNELS) for token in tokens]
-                if "z" in stage:
-                    gates = [stage.read("z", slot, token, offset, CHANNELS) for token in tokens]
-                    dys = [tuple(d * z * lanes.sigmoid(z) for d, z in zip(dy, gate)) for dy, gate in zip(dys, gates)]
-                for (token, dt, x), dy in zip(steps, dys):
-                    at = token * block + offset
-                    write(dt_s.at[pair], at, dt)
-                    write(x_s.at[pair], at, x)
-                    write(dy_s.at[pair], at, weighted(g, slot, token, dy))
-                plgpu.barrier_arrive(ready.at[pair])
-
             def over_shares(pair, token, quarter):
                 at = token * row_of_token + offset
                 at_share = [quarter * THREADS * 4 + j * block for j in range(tile.shares)]
@@ -193,120 +293,19 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                 dbias, total = list(dbias), None
                 for g in range(groups):
                     item = i * groups + g
-                    pl.when(item + 1 < items)(lambda: start(item + 1, (g + 1) % groups))
+                    pl.when(item + 1 < items)(lambda item=item, g=g: start(item + 1, (g + 1) % groups))
                     plgpu.barrier_wait(done.at[lax.rem(item, 2)])
                     total, dD, dbias[g] = by_channel(item, g, total, dD, dbias[g])
                     by_state(item, g)
                     plgpu.commit_smem()  # all threads are through with this slot
-                    pl.when(item + SLOTS < items)(lambda: load(item + SLOTS, (g + SLOTS) % groups))
+                    pl.when(item + SLOTS < items)(lambda item=item, g=g: load(item + SLOTS, (g + SLOTS) % groups))
                 return dD, tuple(dbias)
 
             dD, dbias = lax.fori_loop(0, steps, step, (zeros(CHANNELS), (zeros(CHANNELS),) * groups))
-            slot = b * tile.tokens + first_token
+            slot = b * tile.tokens(chunk) + first_token
             write(outputs["dD"], slot * padded + channel, dD)
             for g in range(groups):
                 write(outputs["dbias"], (slot * groups + g) * padded + channel, dbias[g])
-
-        @pl.when(lax.axis_index("role") == 1)
-        def _():
-            row, share, place = tile.owner()
-            own = place * 4
-            matrix = e * block * states + row * CHANNELS * states + share * STATES
-
-            def read_states(ref, number):
-                start = number * padded * states + matrix
-                return tuple(read(ref, start, STATES, at=c * states) for c in range(CHANNELS))
-
-            def write_states(ref, number, values):
-                for c in range(CHANNELS):
-                    write(ref, number * padded * states + matrix, values[c], at=c * states)
-
-            def scaled_A(g):
-                return tuple(tuple(a * LOG2E for a in row) for row in read_states(A_g, g))
-
-            def operands(item, t, *names):
-                """dt, dt u (and dy) of the thread's channels, B (and C) of its states, and the reset."""
-                pair, slot = lax.rem(item, 2), lax.rem(item, SLOTS)
-                refs = (dt_s, x_s, dy_s) if "C" in names else (dt_s, x_s)
-                channels = [read(ref.at[pair], t * block + row * CHANNELS, CHANNELS) for ref in refs]
-                matrices = [stage.read(name, slot, t, share * STATES, STATES) for name in names]
-                return *channels, *matrices, stage.reset(slot, t) if "marks" in stage else None
-
-            def decay(dt, A, reset):
-                exponent = dt * A
-                return jnp.exp2(exponent if reset is None else exponent + reset)
-
-            def again(item, A, h):
-                """The chunk's states, kept."""
-
-                def token(t, carry):
-                    h, (dt, x, B, reset) = carry
-                    following = operands(item, jnp.minimum(t + 1, chunk - 1), "B")
-                    h = tuple(
-                        tuple(decay(dt[c], A[c][n], reset) * h[c][n] + x[c] * B[n] for n in range(STATES))
-                        for c in range(CHANNELS)
-                    )
-                    for c in range(CHANNELS):
-                        write(kept.at[lax.rem(item, 2)], t * row_of_token + own, h[c], at=c * THREADS * 4)
-                    return h, following
-
-                lax.fori_loop(0, chunk, token, (h, operands(item, 0, "B")), unroll=UNROLL)
-
-            def back(item, A, carry):
-                """The adjoint recurrence; partial sums over a thread's own states and channels."""
-
-                def load(t):
-                    at = t * row_of_token + own
-                    h = [read(kept.at[lax.rem(item, 2)], at, STATES, at=c * THREADS * 4) for c in range(CHANNELS)]
-                    return operands(item, t, "B", "C"), h
-
-                def token(i, carry):
-                    dstate, dA, ((dt, x, dy, B, C, reset), h) = carry
-                    t = chunk - 1 - i
-                    following = load(jnp.maximum(t - 1, 0))
-                    g_B, q_A, y = ([None] * CHANNELS for _ in range(3))
-                    dB, dC = [None] * STATES, [None] * STATES
-                    new_dstate, new_dA = [], []
-                    for c in range(CHANNELS):
-                        row_dstate, row_dA = [], []
-                        for n in range(STATES):
-                            grad = dstate[c][n] + dy[c] * C[n]
-                            dC[n] = add(dC[n], dy[c] * h[c][n])
-                            dB[n] = add(dB[n], grad * x[c])
-                            q = grad * (h[c][n] - x[c] * B[n])
-                            q_A[c] = add(q_A[c], q * A[c][n])
-                            g_B[c] = add(g_B[c], grad * B[n])
-                            y[c] = add(y[c], h[c][n] * C[n])
-                            row_dA.append(dA[c][n] + q * dt[c])
-                            row_dstate.append(grad * decay(dt[c], A[c][n], reset))
-                        new_dstate.append(tuple(row_dstate))
-                        new_dA.append(tuple(row_dA))
-                    for quarter, part in enumerate((g_B, q_A, dB, dC, y)[:quarters]):
-                        write(kept.at[lax.rem(item, 2)], t * row_of_token + own, part, at=quarter * THREADS * 4)
-                    return tuple(new_dstate), tuple(new_dA), following
-
-                return lax.fori_loop(0, chunk, token, (*carry, load(chunk - 1)), unroll=UNROLL)[:2]
-
-            def step(i, adjoint):
-                adjoint = list(adjoint)
-                for g in range(groups):
-                    item = i * groups + g
-                    saved = (((b * saved_steps + chunk_of(item)) * blocks + e) * groups + g) * CHANNELS * THREADS * 4
-                    h = tuple(read(saved_g, saved + own, STATES, at=c * THREADS * 4) for c in range(CHANNELS))
-                    A = scaled_A(g)
-                    plgpu.barrier_wait(ready.at[lax.rem(item, 2)])
-                    stage.wait(lax.rem(item, SLOTS))
-                    again(item, A, h)
-                    adjoint[g] = back(item, A, adjoint[g])
-                    plgpu.barrier_arrive(done.at[lax.rem(item, 2)])
-                return tuple(adjoint)
-
-            nothing = tuple(zeros(STATES) for _ in range(CHANNELS))
-            adjoint = tuple((read_states(dfinal_g, b * groups + g), nothing) for g in range(groups))
-            adjoint = lax.fori_loop(0, steps, step, adjoint)
-            for g, (dinitial, dA) in enumerate(adjoint):
-                write_states(outputs["dinitial"], b * groups + g, dinitial)
-                write_states(outputs["dA"], b * groups + g, dA)
 
     kernel = plgpu.kernel(
         body,

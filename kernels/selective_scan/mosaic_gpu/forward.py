@@ -1,10 +1,9 @@
-"""Forward pass of the selective scan on Hopper: two warpgroups walk a block of channels through time.
+"""Forward pass of the selective scan on Hopper: three warpgroups walk a block of channels through time.
 
-The first prepares and finishes chunks of tokens, the second runs the recurrence, one chunk behind the former:
+Chunks of tokens go from one to the next through shared memory:
   prepare  dt and dt u in float32;
-  recur    token by token, 16 states a thread (and group) in registers; for each channel it leaves one partial readout
-           a share of its states;
-  finish   partial readouts are added, skip and gate applied, y stored.
+  recur    token by token, a channel a thread, its states (of all groups) in registers;
+  finish   skip and gate, y stored, the next chunk sent for.
 """
 
 import jax
@@ -16,10 +15,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels import lanes
 from kernels.lanes import LOG2E, THREADS, read, write
 from kernels.selective_scan.mosaic_gpu.stage import SLOTS, Stage, prepare
-from kernels.selective_scan.mosaic_gpu.tile import CHANNELS, STATES, Tile
+from kernels.selective_scan.mosaic_gpu.tile import Tile, thread_index
 
 f32 = jnp.float32
-UNROLL = 2  # tokens whose operands are loaded together, while the two before them are worked on
+BLOCK = 128  # channels of a block, one a thread
+UNROLL = 4  # tokens whose operands are loaded before the first is worked on
 
 
 def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, softplus, chunk, save):
@@ -38,10 +38,9 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
         float32 in the threads' order (or None).
     """
     batch, length, groups, _ = u.shape
-    padded, tile = A.shape[1], Tile(A.shape[-1])
-    states, block = tile.states, tile.channels
-    blocks, steps = padded // block, -(-length // chunk)
-    stage = Stage(dict(u=u, dt=dt, B=B, C=C, z=z, weights=weights, marks=marks), chunk, block, groups)
+    _, padded, states = A.shape
+    tile, steps = Tile(states), -(-length // chunk)
+    stage = Stage(dict(u=u, dt=dt, B=B, C=C, z=z, weights=weights, marks=marks), chunk, BLOCK, groups)
 
     def body(*refs):
         b, e = lax.axis_index("b"), lax.axis_index("e")
@@ -51,157 +50,172 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
         *buffers, dt_s, x_s, y_s, ready, done = refs
         stage.bind(sources, buffers, b, e)
 
+        offset = lax.rem(thread_index(), BLOCK // 4) * 4
+        tokens = [lax.div(thread_index(), BLOCK // 4) + first for first in range(0, chunk, THREADS * 4 // BLOCK)]
+        channel = e * BLOCK + offset
+        D = read(D_g, channel, 4)
+        bias = [read(bias_g, g * padded + channel, 4) for g in range(groups)]
+
+
         @pl.when(lax.axis_index("role") == 0)
         def _():
-            column, first_token = tile.items()
-            channel = e * block + column * CHANNELS
-            D = read(D_g, channel, CHANNELS)
-            bias = [read(bias_g, g * padded + channel, CHANNELS) for g in range(groups)]
-
-            def start(index):
-                stage.wait(lax.rem(index, SLOTS))
-                for g in range(groups):
-                    facts = (column, first_token, tile, bias[g], softplus, length, g)
-                    for token, dt, x in prepare(stage, lax.rem(index, SLOTS), index, *facts):
-                        at = (token * groups + g) * block + column * CHANNELS
-                        write(dt_s.at[lax.rem(index, 2)], at, dt)
-                        write(x_s.at[lax.rem(index, 2)], at, x)
-                plgpu.barrier_arrive(ready.at[lax.rem(index, 2)])
-
-            def finish(index):
-                """y = (sum of the partial readouts + D u) silu(z)."""
-                tokens = [first_token + first for first in range(0, chunk, tile.tokens)]
-                loaded = []
-                for token in tokens:
-                    at = token * THREADS * CHANNELS + column * CHANNELS
-                    partial = [read(y_s.at[lax.rem(index, 2)], at, CHANNELS, at=j * block) for j in range(tile.shares)]
-                    at = lax.rem(index, SLOTS), token, column * CHANNELS, CHANNELS
-                    loaded.append((partial, stage.read("u", *at), stage.read("z", *at) if "z" in stage else None))
-                for token, (partial, u, z) in zip(tokens, loaded):
-                    y = tuple(sum(share[1:], start=share[0]) for share in zip(*partial))
-                    y = tuple(y + d * u for y, d, u in zip(y, D, u))
-                    y = y if z is None else tuple(y * z * lanes.sigmoid(z) for y, z in zip(y, z))
-                    write(y_g, ((b * steps + index) * chunk + token) * padded + channel, y)
-
             for index in range(min(SLOTS, steps)):
                 stage.load(index, jnp.int32(index))
-            start(jnp.int32(0))
 
-            def step(index, _):
-                pl.when(index + 1 < steps)(lambda: start(index + 1))
-                plgpu.barrier_wait(done.at[lax.rem(index, 2)])
-                finish(index)
-                plgpu.commit_smem()  # all threads are through with this slot
-                pl.when(index + SLOTS < steps)(lambda: stage.load(lax.rem(index, SLOTS), index + SLOTS))
-                return ()
+            def start(index):
+                slot = lax.rem(index, SLOTS)
+                stage.wait(slot)
+                for g in range(groups):
+                    for token, dt, x in prepare(stage, slot, index, tokens, offset, bias[g], softplus, length, g):
+                        at = (token * groups + g) * BLOCK + offset
+                        write(dt_s.at[slot], at, dt)
+                        write(x_s.at[slot], at, x)
+                plgpu.barrier_arrive(ready.at[slot])
 
-            lax.fori_loop(0, steps, step, ())
+            lax.fori_loop(0, steps, lambda index, _: start(index), None)
 
         @pl.when(lax.axis_index("role") == 1)
         def _():
-            row, share, place = tile.owner()
-            matrix = e * block * states + row * CHANNELS * states + share * STATES
+            thread = thread_index()
+            channel = e * BLOCK + thread
+            quads = range(0, states, 4)
 
-            def read_states(ref, start):
-                return tuple(
-                    read(ref, start + g * padded * states + matrix, STATES, at=c * states)
-                    for g in range(groups)
-                    for c in range(CHANNELS)
-                )
+            def read_states(ref, number):
+                """[N] of the thread's channel in matrix `number` of [..., E', N]."""
+                start = (number * padded + channel) * states
+                return sum((read(ref, start, 4, at=n) for n in quads), start=())
 
-            A = tuple(tuple(a * LOG2E for a in row) for row in read_states(A_g, 0))
+            A = [tuple(a * LOG2E for a in read_states(A_g, g)) for g in range(groups)]
 
             def operands(index, t):
                 """What token t needs, loaded."""
-                pair, slot = lax.rem(index, 2), lax.rem(index, SLOTS)
+                slot = lax.rem(index, SLOTS)
                 out = []
                 for g in range(groups):
-                    at = (t * groups + g) * block + row * CHANNELS
-                    dt, x = (read(ref.at[pair], at, CHANNELS) for ref in (dt_s, x_s))
-                    B, C = (stage.read(name, slot, t, share * STATES, STATES, g) for name in ("B", "C"))
+                    at = (t * groups + g) * BLOCK + thread
+                    (dt,), (x,) = (read(ref.at[slot], at, 1) for ref in (dt_s, x_s))
+                    same = thread * 0
+                    B, C = (
+                        sum((stage.read(name, slot, t, same + n, 4, g) for n in quads), start=()) for name in ("B", "C")
+                    )
                     w = None
                     if g > 0 and "weights" in stage:
-                        w = stage.read("weights", slot, t, row * CHANNELS, CHANNELS, g - 1)
+                        (w,) = stage.read("weights", slot, t, thread, 1, g - 1)
                     out.append((dt, x, B, C, w))
                 return out, stage.reset(slot, t) if "marks" in stage else None
 
             def advance(h, loaded):
-                """s = exp(dt A) s + dt u B; the thread's share of s C."""
-                groups, reset = loaded
-                new, y = [], [None] * CHANNELS
-                for g, (dt, x, B, C, w) in enumerate(groups):
-                    for c in range(CHANNELS):
-                        readout = None
-                        for n in range(STATES):
-                            exponent = dt[c] * A[g * CHANNELS + c][n]
-                            exponent = exponent if reset is None else exponent + reset
-                            s = jnp.exp2(exponent) * h[(g * CHANNELS + c) * STATES + n] + x[c] * B[n]
-                            new.append(s)
-                            readout = s * C[n] if readout is None else readout + s * C[n]
-                        readout = readout if w is None else readout * w[c]
-                        y[c] = readout if y[c] is None else y[c] + readout
-                return tuple(new), tuple(y)
+                """s = exp(dt A) s + dt u B and s C."""
+                new, y = [], None
+                operands, reset = loaded
+                for s, A_group, (dt, x, B, C, w) in zip(h, A, operands):
+                    exponents = [dt * a for a in A_group]
+                    exponents = exponents if reset is None else [x + reset for x in exponents]
+                    s = tuple(jnp.exp2(k) * s + x * b for k, s, b in zip(exponents, s, B))
+                    new.append(s)
+                    readout = dot(s, C)
+                    readout = readout if w is None else readout * w
+                    y = readout if y is None else y + readout
+                return tuple(new), y
 
             def recur(index, h):
-                def load(t):
-                    return [operands(index, jnp.minimum(t + k, chunk - 1)) for k in range(UNROLL)]
-
-                def several(i, carry):
-                    h, loaded = carry
-                    t = i * UNROLL
-                    following = load(t + UNROLL)
-                    for k, operand in enumerate(loaded):
-                        if save:
-                            keep_at = lax.rem(t + k, save) == 0
-                            pl.when(keep_at)(lambda h=h, t=t + k: keep(h, index * (chunk // save) + lax.div(t, save)))
+                def several(i, h):
+                    times = [i * UNROLL + k for k in range(UNROLL)]
+                    loaded = [operands(index, t) for t in times]
+                    ys = []
+                    for operand in loaded:
                         h, y = advance(h, operand)
-                        write(y_s.at[lax.rem(index, 2)], (t + k) * THREADS * CHANNELS + place * CHANNELS, y)
-                    return h, following
+                        ys.append(y)
+                    for t, y in zip(times, ys):
+                        write(y_s.at[lax.rem(index, SLOTS)], t * BLOCK + thread, (y,))
+                    return h
 
-                return lax.fori_loop(0, chunk // UNROLL, several, (h, load(0)))[0]
-
-            def keep(h, number):
-                """Write the states at the start of a stretch of `save` tokens."""
-                for part in range(groups * CHANNELS):
-                    at = (((b * (steps * chunk // save) + number) * blocks + e) * groups * CHANNELS + part) * THREADS
-                    write(saved_g[0], (at + place) * STATES, h[part * STATES : (part + 1) * STATES])
-
-            def step(index, h):
-                plgpu.barrier_wait(ready.at[lax.rem(index, 2)])
-                stage.wait(lax.rem(index, SLOTS))
-                h = recur(index, h)
-                plgpu.barrier_arrive(done.at[lax.rem(index, 2)])
+                stretch = save or chunk
+                for start in range(0, chunk, stretch):
+                    if save:
+                        keep(h, index * (chunk // save) + start // save)
+                    h = lax.fori_loop(start // UNROLL, (start + stretch) // UNROLL, several, h)
                 return h
 
-            h = sum(read_states(initial_g, b * groups * padded * states), start=())
+            def keep(h, number):
+                """Write the states at the start of a stretch of `save` tokens, in the order of the backward pass."""
+                start = (b * (steps * chunk // save) + number) * (padded * groups * states)
+                for g in range(groups):
+                    own = start + tile.saved(channel, g, groups)
+                    for n in quads:
+                        write(saved_g[0], own, h[g][n : n + 4], at=n // 4 * tile.rows * 4)
+
+            def step(index, h):
+                plgpu.barrier_wait(ready.at[lax.rem(index, SLOTS)])
+                stage.wait(lax.rem(index, SLOTS))
+                h = recur(index, h)
+                plgpu.barrier_arrive(done.at[lax.rem(index, SLOTS)])
+                return h
+
+            h = tuple(read_states(initial_g, b * groups + g) for g in range(groups))
             h = lax.fori_loop(0, steps, step, h)
             for g in range(groups):
-                for c in range(CHANNELS):
-                    start = (g * CHANNELS + c) * STATES
-                    at = (b * groups + g) * padded * states + matrix
-                    write(final_g, at, h[start : start + STATES], at=c * states)
+                start = ((b * groups + g) * padded + channel) * states
+                for n in quads:
+                    write(final_g, start, h[g][n : n + 4], at=n)
+
+        @pl.when(lax.axis_index("role") == 2)
+        def _():
+            def finish(index):
+                """y = (s C + D u) silu(z)."""
+                slot = lax.rem(index, SLOTS)
+                loaded = [
+                    (
+                        read(y_s.at[slot], token * BLOCK + offset, 4),
+                        stage.read("u", slot, token, offset, 4),
+                        stage.read("z", slot, token, offset, 4) if "z" in stage else None,
+                    )
+                    for token in tokens
+                ]
+                for token, (y, u, z) in zip(tokens, loaded):
+                    y = tuple(y + d * u for y, d, u in zip(y, D, u))
+                    y = y if z is None else tuple(y * z * lanes.sigmoid(z) for y, z in zip(y, z))
+                    write(y_g, ((b * steps + index) * chunk + token) * padded + channel, y)
+
+            def step(index, _):
+                slot = lax.rem(index, SLOTS)
+                plgpu.barrier_wait(done.at[slot])
+                finish(index)
+                plgpu.commit_smem()  # all threads are through with this slot
+                pl.when(index + SLOTS < steps)(lambda: stage.load(slot, index + SLOTS))
+
+            lax.fori_loop(0, steps, step, None)
 
     sds = jax.ShapeDtypeStruct
     out = [sds((batch, steps * chunk, padded), u.dtype), sds((batch, groups, padded, states), f32)]
     if save:
-        out.append(sds((batch, steps * chunk // save, blocks, groups, CHANNELS * THREADS * STATES), f32))
+        out.append(sds((batch, steps * chunk // save, groups * padded * states), f32))
     kernel = plgpu.kernel(
         body,
         out_type=tuple(out),
         scratch_types=[
             *stage.scratch(),
-            plgpu.SMEM((2, chunk, groups, block), f32),
-            plgpu.SMEM((2, chunk, groups, block), f32),
-            plgpu.SMEM((2, chunk, THREADS * CHANNELS), f32),
-            plgpu.Barrier(num_barriers=2),
-            plgpu.Barrier(num_barriers=2),
+            plgpu.SMEM((SLOTS, chunk, groups, BLOCK), f32),
+            plgpu.SMEM((SLOTS, chunk, groups, BLOCK), f32),
+            plgpu.SMEM((SLOTS, chunk, BLOCK), f32),
+            plgpu.Barrier(num_barriers=SLOTS),
+            plgpu.Barrier(num_barriers=SLOTS),
         ],
-        grid=(batch, blocks),
+        grid=(batch, padded // BLOCK),
         grid_names=("b", "e"),
-        num_threads=2,
+        num_threads=3,
         thread_name="role",
         compiler_params=lanes.compiler_params(),
         interpret=lanes.INTERPRET,
     )
     y, final, *saved = kernel(*stage.arrays.values(), A, D, dt_bias, initial_state)
     return y, final, saved[0] if save else None
+
+
+def dot(a, b):
+    """sum_n a_n b_n in four chains, for each addition waits for the one before it."""
+    chains = [None] * 4
+    for n, (x, y) in enumerate(zip(a, b)):
+        chains[n % 4] = x * y if chains[n % 4] is None else chains[n % 4] + x * y
+    first, *rest = (chain for chain in chains if chain is not None)
+    return sum(rest, start=first)

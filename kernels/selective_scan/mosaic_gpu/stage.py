@@ -107,22 +107,20 @@ class Stage:
         return self.chunk, MARKS if name == "marks" else self.block
 
 
-def prepare(stage, slot, index, column, first_token, tile, bias, softplus, length, group=0):
+def prepare(stage, slot, index, tokens, offset, bias, softplus, length, group=0):
     """dt and dt u of a chunk, float32: softplus once a channel, not once a state.
 
-    Yields (token, dt, dt u) for the tokens of each pass of `tile.items`; everything is loaded before it is used.
+    Args:
+        tokens: [128] int32 each; offset: [128] int32, first of the thread's 4 channels in the block.
+
+    Returns:
+        list of (token, dt, dt u), one for each of `tokens`. Everything is loaded before anything is used.
     """
-    tokens = [first_token + first for first in range(0, stage.chunk, tile.tokens)]
-    loaded = [
-        (
-            stage.read("dt", slot, token, column * 4, 4, group),
-            stage.read("u", slot, token, column * 4, 4, group),
-            stage.real(slot, token, index, length),
-        )
-        for token in tokens
-    ]
+    names = ("dt", "u")
+    loaded = [[stage.read(name, slot, token, offset, 4, group) for name in names] for token in tokens]
+    real = [stage.real(slot, token, index, length) for token in tokens]
     out = []
-    for token, (dt, u, real) in zip(tokens, loaded):
+    for token, (dt, u), real in zip(tokens, loaded, real):
         dt = tuple(d + o for d, o in zip(dt, bias))
         dt = tuple(lanes.softplus(d) for d in dt) if softplus else dt
         dt = dt if real is None else tuple(jnp.where(real, d, 0) for d in dt)

@@ -59,12 +59,24 @@ class Tile:
         share = lax.div(lane, in_warp)
         return row, share, share * self.rows + row
 
-    @property
-    def tokens(self) -> int:
-        """Tokens that one pass of `items` covers."""
-        return THREADS // self.rows
+    def tokens(self, chunk) -> int:
+        """Tokens of a chunk that one pass of `items` covers."""
+        return min(THREADS // self.rows, chunk)
 
-    def items(self):
-        """Of each thread, [128] int32: a group of 4 channels and a token, where work is not shared over states."""
+    def items(self, chunk):
+        """Of each thread, [128] int32: a group of 4 channels and a token, where work is not shared over states.
+
+        Where there are more threads than that, some do the same.
+        """
         thread = thread_index()
-        return lax.rem(thread, self.rows), lax.div(thread, self.rows)
+        return lax.rem(thread, self.rows), lax.rem(lax.div(thread, self.rows), chunk)
+
+    def saved(self, channel, group, groups):
+        """Where the states of a channel are among those of [E', G] that were saved of one token: [128] int32.
+
+        The order is that of the threads which read them: [blocks, groups, 4 (channel), 128 (place), 4 (state)]. Shares
+        of a channel's states are 4 * rows apart.
+        """
+        block, channel = lax.div(channel, self.channels), lax.rem(channel, self.channels)
+        part = (block * groups + group) * CHANNELS + lax.rem(channel, CHANNELS)
+        return (part * THREADS + lax.div(channel, CHANNELS)) * STATES
