@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 from configs.base import base, finish, large, preset
 
 # name: (width, layers, peak learning rate, steps, remat, scan_blocks). Steps are those of the paper's scaling runs, of
-# 2.5 to 26 B tokens; 2.8b, not among them, gets the 300 B tokens of the released models and five times the rate of GPT-3's 2.7B.
+# 2.5 to 26 B tokens; 2.8b, not among them, gets the 300 B tokens of the released models and five times the rate of
+# GPT-3's 2.7B.
 PAPER = {
     "130m": (768, 24, 3e-3, 4800, "none", 0),
     "370m": (1024, 48, 1.5e-3, 13500, "none", 0),
