@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from seqmodels.training import sharding
 from seqmodels.training.loss import LossSums, next_token_loss
+from seqmodels.training.optimizer import global_norm
 from seqmodels.training.state import TrainState
 
 
@@ -71,7 +72,7 @@ def make_train_step(
         key = jax.random.fold_in(jax.random.key(config.seed), state.step)
         grads, sums, carry = batch_gradients(state.params, batch, state.carry, key)
         grads = jax.tree.map(lambda g: g / sums.count, grads)
-        loss, grad_norm = sums.nats / sums.count, optax.tree.norm(grads)
+        loss, grad_norm = sums.nats / sums.count, global_norm(grads)
 
         rate = schedule(state.step)
         direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -96,8 +97,8 @@ def make_train_step(
             "loss": loss,
             "learning_rate": rate,
             "grad_norm": grad_norm,
-            "param_norm": optax.tree.norm(params),
-            "update_norm": rate * optax.tree.norm(direction),
+            "param_norm": global_norm(params),
+            "update_norm": rate * global_norm(direction),
             "skipped": new.skipped.astype(jnp.float32),
         }
         if z_weight:
