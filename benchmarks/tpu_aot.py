@@ -65,6 +65,12 @@ def parse_shape(text):
     return tuple(int(n) for n in sizes.split("x")), 1 if variant == "full" else int(variant.removeprefix("read"))
 
 
+def sharding(chip):
+    """One chip of that kind, to compile for."""
+    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0]).devices[0]
+    return jax.sharding.SingleDeviceSharding(device)
+
+
 def compile_gradient(chip, sizes, groups, dtype):
     """Compiles value and gradients of the scan for one chip.
 
@@ -72,11 +78,10 @@ def compile_gradient(chip, sizes, groups, dtype):
         compiled, and the shapes of (arguments, results) of the forward and of the backward pass.
     """
     batch, length, width, state = sizes
-    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0]).devices[0]
-    sharding = jax.sharding.SingleDeviceSharding(device)
+    one = sharding(chip)
 
     def array(*shape, dtype=dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+        return jax.ShapeDtypeStruct(shape, dtype, sharding=one)
 
     args = dict(
         u=array(batch, length, groups, width),

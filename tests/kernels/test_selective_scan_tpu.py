@@ -203,7 +203,10 @@ COMPILED = [("v5e", "bfloat16", "read3")] + [
 ]
 
 
-@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+
+
+@needs_libtpu
 @pytest.mark.parametrize(("chip", "dtype", "variant"), COMPILED)
 def test_compiles_for_tpu(chip, dtype, variant, tmp_path):
     """Forward and gradient, to the final bundles; VMEM suffices, and is no more than `supports` reckons with."""
@@ -218,3 +221,39 @@ def test_compiles_for_tpu(chip, dtype, variant, tmp_path):
     for row in rows:
         assert 0 < row["vmem_bytes"] <= estimate <= mosaic_tpu.VMEM_LIMIT < row["vmem_of_core"]
         assert row["bundles_per_token"] < BUNDLES[variant, row["pass"]]
+
+
+ODD = {
+    "2x150x130x9": (2, "bfloat16"),
+    "1x1x2048x16": (1, "bfloat16"),
+    "1x17x3x1": (1, "float32"),
+    "3x129x384x5": (1, "float16"),
+    "1x300x1536x64": (3, "bfloat16"),
+}
+
+
+@needs_libtpu
+@pytest.mark.parametrize("sizes", ["2x150x130x9", *(pytest.param(s, marks=pytest.mark.slow) for s in list(ODD)[1:])])
+def test_odd_shapes_compile(sizes):
+    """The interpreter takes what the compiler refuses."""
+    from benchmarks import tpu_aot
+
+    groups, dtype = ODD[sizes]
+    tpu_aot.compile_gradient("v5e", tuple(map(int, sizes.split("x"))), groups, jnp.dtype(dtype))
+
+
+@needs_libtpu
+@pytest.mark.parametrize("vmap", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_without_options_compiles(vmap):
+    from benchmarks import tpu_aot
+
+    absent = dict.fromkeys(("D", "z", "dt_bias", "weights", "segment_ids", "initial_segment", "mask"))
+
+    def gradients(args):
+        return jax.grad(lambda a: mosaic_tpu.selective_scan(**a, **absent, dt_softplus=False)[0].sum())(args)
+
+    args = inputs(batch=2, length=40, width=200, state=3)
+    args = {k: v[None] if vmap else v for k, v in args.items() if k not in absent}
+    sharding = tpu_aot.sharding("v6e")
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), args)
+    jax.jit(jax.vmap(gradients) if vmap else gradients).lower(shapes).compile()
