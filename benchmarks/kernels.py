@@ -53,7 +53,7 @@ from seqmodels.errors import UserError
 PASSES = ("forward", "forward+backward")
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}  # the last two round their outputs
 KEY = ("op", "implementation", "shape", "variant", "dtype", "pass", "device")
-SHORT = 0.05  # ms of floor under which dispatching a call takes longer than running it
+SHORT = 0.6  # ms of floor under which dispatching a call shows beside running it
 TOGETHER = 16  # calls a program for those
 CACHE = 2**28  # bytes that the input sets exceed together
 CHECKED = 2**24  # numbers of the float64 reference: tokens times channels times states

@@ -12,6 +12,18 @@ logger = logging.getLogger(__name__)
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
+def platforms() -> tuple[str, ...]:
+    """Those that a computation traced here can be lowered for: tracing kernels for others would be lost time.
+
+    They are the CPU, the accelerator at hand, and that of the mesh that a program is compiled for ahead of time.
+    """
+    found = {"cpu", lowered_name(jax.default_backend())}
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    if device is not None:
+        found.add(lowered_name(device.platform))
+    return tuple(p for p in PLATFORMS if p in found)
+
+
 class UnsupportedError(ValueError):
     """A named implementation cannot serve this call; the message says why."""
 
@@ -74,7 +86,7 @@ def dispatch(
     """Run `call(backend, *arrays)` on the named backend, or on the winner of the platform that this is lowered for."""
     if implementation:
         return call(require(operation, backends, implementation, **facts), *arrays)
-    chosen = {p: choose(operation, backends, winners, p, **facts)[0] for p in PLATFORMS}
+    chosen = {p: choose(operation, backends, winners, p, **facts)[0] for p in platforms()}
     if len(set(chosen.values())) == 1:
         return call(backends[chosen["cpu"]], *arrays)
     branches = {p: functools.partial(call, backends[name]) for p, name in chosen.items()}

@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 
 from kernels import dispatch
-from kernels.selective_scan import mosaic_tpu, reference, xla
+from kernels.selective_scan import mosaic_gpu, mosaic_tpu, reference, xla
 
-BACKENDS = {"reference": reference, "xla": xla, "mosaic_tpu": mosaic_tpu}
+BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 # By platform, fastest first as measured; the last one serves everything. No TPU has timed mosaic_tpu yet.
-WINNERS = {"default": ("xla",)}
+WINNERS = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}
 IMPLEMENTATIONS = tuple(BACKENDS)
 
 
@@ -82,6 +82,7 @@ def selective_scan(
     if mask is not None:  # where, not a product: padding may hold anything
         u, dt, B, C = (jnp.where(mask[:, :, None, None], x, 0) for x in (u, dt, B, C))
         z = None if z is None else jnp.where(mask[:, :, None], z, 0)
+        weights = None if weights is None else jnp.where(mask[:, :, None, None], weights, 0)
     if initial_state is None:
         initial_state = jnp.zeros((u.shape[0], *A.shape), accumulator)
     optional = dict(D=D, z=z, dt_bias=dt_bias, weights=weights)

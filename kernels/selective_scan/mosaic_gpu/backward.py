@@ -22,7 +22,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import lanes
 from kernels.lanes import LN2, LOG2E, THREADS, read, write
-from kernels.selective_scan.mosaic_gpu.stage import SLOTS, Stage, prepare
+from kernels.selective_scan.mosaic_gpu.stage import MARKED, SLOTS, Stage, prepare
 from kernels.selective_scan.mosaic_gpu.tile import CHANNELS, STATES, Tile, thread_index
 
 f32 = jnp.float32
@@ -40,9 +40,10 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
         dy: [b, T, E] in u's dtype. dfinal: [b, G, E', N] float32, gradient of the final state.
 
     Returns:
-        dict of du, ddt [b, T', G, E'] (u's dtype), dA [b, G, E', N], dBC [b, parts, T', G, 2, N] to be added over parts,
-        dD [b, parts, E'], dbias [b, parts, G, E'], dz [b, T', E'], dweights [b, T', G - 1, E'] of every group (u's
-        dtype), dinitial [b, G, E', N]. Float32 where nothing else is said; dz, dweights None without z, weights.
+        dict of du, ddt [b, T', G, E'], dA [b, G, E', N], dBC [b, parts, T', G, 2, N] to be added over parts,
+        dD [b, parts, E'], dbias [b, parts, G, E'], dz [b, T', E'], dweights [b, T', G - 1, E'] of every group,
+        dinitial [b, G, E', N]; du, ddt, dz, dweights in their inputs' dtypes, the rest float32. Without z or weights
+        there are no dz or dweights.
     """
     batch, length, groups, width = u.shape
     padded, tile = A.shape[1], Tile(A.shape[-1])
@@ -60,13 +61,13 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
     sds = jax.ShapeDtypeStruct
     out = dict(
         du=sds((batch, steps * chunk, groups, padded), u.dtype),
-        ddt=sds((batch, steps * chunk, groups, padded), u.dtype),
+        ddt=sds((batch, steps * chunk, groups, padded), dt.dtype),
         dA=sds((batch, groups, padded, states), f32),
         dBC=sds((batch, blocks * parts, steps * chunk, groups, 2, states), f32),
         dD=sds((batch, tile.tokens(chunk), padded), f32),
         dbias=sds((batch, tile.tokens(chunk), groups, padded), f32),
-        dz=sds((batch, steps * chunk, padded), u.dtype) if z is not None else None,
-        dweights=sds((batch, steps * chunk, groups - 1, padded), u.dtype) if weights is not None else None,
+        dz=sds((batch, steps * chunk, padded), z.dtype) if z is not None else None,
+        dweights=sds((batch, steps * chunk, groups - 1, padded), weights.dtype) if weights is not None else None,
         dinitial=sds((batch, groups, padded, states), f32),
     )
     out = {name: x for name, x in out.items() if x is not None}
@@ -327,6 +328,14 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
         interpret=lanes.INTERPRET,
     )
     return dict(zip(out, kernel(*stage.arrays.values(), A, D, dt_bias, saved, dfinal)))
+
+
+def backward_bytes(u, dt, B, C, z, weights, states, chunk) -> int:
+    """Shared memory of a block."""
+    block = Tile(states).channels
+    dy = jax.ShapeDtypeStruct((*u.shape[:2], u.shape[3]), u.dtype)
+    arrays = dict(u=u, dt=dt, B=B, C=C, dy=dy, z=z, weights=weights, marks=MARKED)
+    return Stage(arrays, chunk, block, groups=1).bytes() + 2 * chunk * (3 * block + 5 * THREADS * 4) * 4
 
 
 def zeros(count):

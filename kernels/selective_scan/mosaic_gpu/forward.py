@@ -14,7 +14,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import lanes
 from kernels.lanes import LOG2E, THREADS, read, write
-from kernels.selective_scan.mosaic_gpu.stage import SLOTS, Stage, prepare
+from kernels.selective_scan.mosaic_gpu.stage import MARKED, SLOTS, Stage, prepare
 from kernels.selective_scan.mosaic_gpu.tile import Tile, thread_index
 
 f32 = jnp.float32
@@ -55,7 +55,6 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
         channel = e * BLOCK + offset
         D = read(D_g, channel, 4)
         bias = [read(bias_g, g * padded + channel, 4) for g in range(groups)]
-
 
         @pl.when(lax.axis_index("role") == 0)
         def _():
@@ -210,6 +209,13 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
     )
     y, final, *saved = kernel(*stage.arrays.values(), A, D, dt_bias, initial_state)
     return y, final, saved[0] if save else None
+
+
+def forward_bytes(u, dt, B, C, z, weights, chunk) -> int:
+    """Shared memory of a block."""
+    groups = u.shape[2]
+    stage = Stage(dict(u=u, dt=dt, B=B, C=C, z=z, weights=weights, marks=MARKED), chunk, BLOCK, groups)
+    return stage.bytes() + SLOTS * chunk * (2 * groups + 1) * BLOCK * 4
 
 
 def dot(a, b):

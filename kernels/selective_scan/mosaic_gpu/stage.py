@@ -1,5 +1,8 @@
 """The inputs of a block on their way to shared memory: chunk by chunk, `SLOTS` of them at a time."""
 
+import math
+
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -10,6 +13,7 @@ from kernels.lanes import read
 
 SLOTS = 3
 MARKS = 8  # numbers a token in `marks`, for copies must be multiples of 128 bytes
+MARKED = jax.ShapeDtypeStruct((1, 1, MARKS), jnp.float32)
 
 
 def marks(reset, mask, length):
@@ -48,6 +52,10 @@ class Stage:
         """What `plgpu.kernel` allocates for it: buffers, and barriers that say when a slot is full."""
         buffers = [plgpu.SMEM((SLOTS, *self._shape(name)), x.dtype) for name, x in self.arrays.items()]
         return [*buffers, plgpu.Barrier(num_arrivals=len(buffers), num_barriers=SLOTS)]
+
+    def bytes(self) -> int:
+        """Shared memory of the buffers."""
+        return sum(SLOTS * math.prod(self._shape(name)) * x.dtype.itemsize for name, x in self.arrays.items())
 
     def bind(self, sources, scratch, b, e):
         """Inside the kernel: the references of the arrays and of `scratch`, and the block's indices."""
