@@ -7,7 +7,7 @@ import pytest
 
 from seqmodels.errors import UserError
 from seqmodels.training import sharding
-from seqmodels.training.loss import next_token_loss
+from seqmodels.training.loss import log_sum_exp, next_token_loss
 from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
 from seqmodels.training.state import abstract_params, abstract_state, init_state
 from seqmodels.training.step import join_rows, lower_train_step, make_train_step, split_rows
@@ -63,6 +63,17 @@ def test_chunked_loss_is_the_plain_loss(chunk):
     dlogits = (softmax * (1 + 0.2 * log_z[..., None]) - np.eye(9)[targets]) * weights[..., None]
     np.testing.assert_allclose(dh, dlogits @ table.T, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(dt, np.einsum("btd,btv->dv", hidden, dlogits), rtol=1e-4, atol=1e-5)
+
+
+def test_log_sum_exp_in_one_pass(monkeypatch):
+    """What accelerators run, at extremes too."""
+    x = np.random.default_rng(0).normal(size=(3, 4, 33)).astype(np.float32) * 30
+    x[0, 0, 5:], x[0, 1, 3], x[0, 2, 0] = -np.inf, 1e4, -1e30
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda x, cpu, default: default(x))
+    wide = x.astype(np.float64)
+    want = np.log(np.exp(wide - wide.max(-1, keepdims=True)).sum(-1)) + wide.max(-1)
+    np.testing.assert_allclose(log_sum_exp(jnp.asarray(x)), want, rtol=1e-6)
+    assert np.isnan(log_sum_exp(jnp.array([0.0, np.nan, 1.0])))
 
 
 def test_logits_of_a_row_never_exist_at_once():
