@@ -51,7 +51,7 @@ def selective_scan(
     if dtype == jnp.float16:  # unknown to the compiler
         u, dt, z, weights = (None if x is None else x.astype(jnp.float32) for x in (u, dt, z, weights))
     if not dt_softplus:
-        dt = dt if dt_bias is None else dt + dt_bias.astype(dt.dtype)
+        dt = dt if dt_bias is None else dt + dt_bias.astype(jnp.float32)
     no_step = NO_STEP if dt_softplus else 0
     if mask is not None:
         dt = jnp.where(mask[:, :, None, None], dt, no_step)
@@ -181,8 +181,9 @@ def backward_vmem(length, groups, channels, state, itemsize):
     """Bytes of VMEM of the backward kernel, which needs the more: its scratch, and two of each block."""
     channels, state = _round_up(channels, LANES), _round_up(state, SUBLANES)
     tokens, width = chunk_tokens(length, groups, state), block_width(channels, groups, state)
-    scratch = 2 * state * channels + tokens * (state * (width + 4 * LANES) + 5 * width) + 3 * TILE * STRIDE * width
-    blocks = 5 * state * width + tokens * 2 * (state + LANES)
+    carried = 2 * (state + SUBLANES) * channels
+    scratch = carried + tokens * (state * (width + 4 * LANES) + 5 * width) + 3 * TILE * STRIDE * width
+    blocks = 5 * (state + SUBLANES) * width + tokens * (2 * state + 3 * LANES)
     return 4 * groups * (scratch + 2 * blocks) + 2 * tokens * width * itemsize * 6 * (groups + 1)
 
 
@@ -202,7 +203,8 @@ def _run(name, kernel, arrays, outputs, output_axes, scratch, grid, tokens, widt
         ),
         interpret=INTERPRET,
     )
-    return jax.custom_batching.sequential_vmap(call)(arrays)  # Pallas cannot add a parallel axis to such a grid
+    # Pallas's own rule for vmap adds an axis to the grid, but not to dimension_semantics
+    return jax.custom_batching.sequential_vmap(call)(arrays)
 
 
 def _columns(x, tokens):
@@ -264,7 +266,7 @@ def _backward(softplus, arrays, reset, start, ungated, dy, dstate):
     wide = (groups, tokens, state, LANES)
     tile, rows = (groups, tokens, width), (groups, width // LANES, tokens, LANES)
     carried = (grid[2], groups, state, width)
-    scratch = dict(B=wide, C=wide, dB=wide, dC=wide, step=rows, write=rows, dreadout=rows, true=tile, slope=tile)
+    scratch = dict(B=wide, C=wide, dB=wide, dC=wide, step=rows, write=rows, dreadout=rows, dt=tile, slope=tile)
     scratch |= dict(dstate=carried, dA=carried, states=(tokens, groups, state, width))
     scratch |= dict(dD=(grid[2], SUBLANES, width), dbias=(grid[2], groups, SUBLANES, width))
     parts = (groups, *parts_shape(width))

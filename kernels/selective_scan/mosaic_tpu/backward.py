@@ -83,7 +83,7 @@ def kernel(x, out, scratch, *, softplus):
         for g in range(groups):
             u = x["u"][g, tile, :].astype(jnp.float32)
             dwrite = take_sums(scratch["dwrite"].at[g])
-            du = dwrite * scratch["true"][g, tile, :]
+            du = dwrite * scratch["dt"][g, tile, :]
             if g == 0:
                 dy = load_rows(scratch["dreadout"].at[0], tile)
                 du += x["D"][...] * dy

@@ -9,7 +9,7 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES, SUBLANES = 128, 8
 TILE = 16  # tokens that are loaded together: the rows of a bfloat16 tile
-STRIDE = SUBLANES + 1  # rows between parts of sums: 8 in the same sublane would be loaded one by one
+STRIDE = SUBLANES + 1  # rows between parts of sums: if 8, all that a load takes would lie in one sublane
 FORGET = 1e33  # step after which nothing is left of a state
 LOG2_E = math.log2(math.e)
 
@@ -47,7 +47,7 @@ def write_rows(x, scratch, tile, softplus):
     for g in range(x["u"].shape[0]):
         step, slope = steps(x, g, tile, softplus)
         if "slope" in scratch:
-            scratch["true"][g, tile, :] = step
+            scratch["dt"][g, tile, :] = step
             scratch["slope"][g, tile, :] = slope
         store_rows(scratch["write"].at[g], tile, step * x["u"][g, tile, :].astype(jnp.float32))
         if x["reset"] is not None:
@@ -110,4 +110,5 @@ def take_sums(ref):
 
 
 def parts_shape(width):
+    """What `put` fills and `take_sums` reads."""
     return (width // LANES, TILE * STRIDE, LANES)
