@@ -126,7 +126,11 @@ def test_kernels_are_described():
     scan, conv = describe_kernels(config, "cpu")
     assert conv == "short_conv: reference (model.implementation.short_conv)"
     assert scan == "selective_scan: xla (first choice on cpu)"
-    assert [line.split(":")[0] for line in describe_kernels(config_of("transformer").model, "cpu")] == ["attention"]
+    for platform in ("cpu", "gpu", "tpu"):
+        lines = describe_kernels(config_of("densemamba").model, platform)
+        assert [line.split(":")[0] for line in lines] == ["selective_scan", "short_conv"]
+        (line,) = describe_kernels(config_of("transformer").model, platform)
+        assert line.startswith("attention: ")
 
 
 def test_an_unknown_implementation_is_refused():

@@ -19,9 +19,9 @@ WINNERS = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}
 IMPLEMENTATIONS = tuple(BACKENDS)
 
 
-def choose(platform: str, **facts) -> tuple[str, str]:
-    """Name of the implementation that `None` takes on a platform, and why."""
-    return dispatch.choose("selective_scan", BACKENDS, WINNERS, platform, **facts)
+def choose(platform: str, shape: tuple[int, ...] = (8, 2048, 1, 1536, 16), **facts) -> tuple[str, str]:
+    """Name of the implementation that `None` takes on a platform, and why; shape is that of u and N, [B, T, G, E, N]."""
+    return dispatch.choose("selective_scan", BACKENDS, WINNERS, platform, shape=shape, **facts)
 
 
 def selective_scan(
