@@ -7,7 +7,6 @@ time, and the hardware's reciprocal. In interpret mode the same functions are in
 
 import functools
 
-import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu

@@ -106,9 +106,9 @@ def chunks(arrays) -> tuple[int, int]:
     """
     states = arrays["A"].shape[-1]
     inputs = {name: arrays[name] for name in ("u", "dt", "B", "C", "z", "weights")}
-    ahead = next(chunk for chunk in (16, 8, 4) if forward_bytes(chunk=chunk, **inputs) <= SHARED)
-    back = next(chunk for chunk in (8, 4) if backward_bytes(chunk=chunk, states=states, **inputs) <= SHARED)
-    return max(ahead, back), back
+    ahead = next((chunk for chunk in (16, 8, 4) if forward_bytes(chunk=chunk, **inputs) <= SHARED), 4)
+    back = next((chunk for chunk in (8, 4) if backward_bytes(chunk=chunk, states=states, **inputs) <= SHARED), 4)
+    return ahead, min(ahead, back)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))

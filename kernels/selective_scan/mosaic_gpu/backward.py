@@ -14,6 +14,8 @@ one warpgroup prepares and finishes chunks (of one group each), another works on
   by_state    sums over the rows of the block's channels: dB, dC of this block. Blocks are added outside, in a fixed order.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -27,11 +29,13 @@ from kernels.selective_scan.mosaic_gpu.tile import CHANNELS, STATES, Tile, threa
 
 f32 = jnp.float32
 UNROLL = 2  # tokens of a turn of the loops over a chunk
+HELD = 4  # tokens of a chunk whose states stay in registers
 # Quarters of a token's [512 * quarters] floats in shared memory, 4 a thread each: first a thread's 16 states (by channel),
 # then its part of the sums that they go into.
 G_B, Q_A, DB, DC, READOUT = range(5)
 
 
+@functools.partial(jax.jit, static_argnames=("softplus", "chunk"))  # traced once a shape, not once a layer
 def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *, softplus, chunk):
     """Gradients; arguments as of `forward`, which saved the states of every chunk.
 
@@ -49,6 +53,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
     padded, tile = A.shape[1], Tile(A.shape[-1])
     states, block = tile.states, tile.channels
     blocks, steps = padded // block, -(-length // chunk)
+    held = min(HELD, chunk) if groups == 1 else 0
     items = steps * groups  # a chunk of a group each, chunks from the last to the first
     readout = z is not None or weights is not None  # whose gradients need each group's readout
     quarters = 5 if readout else 4
@@ -144,33 +149,36 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                 exponent = dt * A
                 return jnp.exp2(exponent if reset is None else exponent + reset)
 
+            def advance(item, A, h, t):
+                """exp(dt A) s + dt u B."""
+                dt, x, B, reset = operands(item, t, "B")
+                return tuple(
+                    tuple(decay(dt[c], A[c][n], reset) * h[c][n] + x[c] * B[n] for n in range(STATES))
+                    for c in range(CHANNELS)
+                )
+
             def again(item, A, h):
-                """The chunk's states, kept."""
+                """The chunk's states: the first ones in shared memory, the last ones returned."""
 
                 def token(t, h):
-                    dt, x, B, reset = operands(item, t, "B")
-                    h = tuple(
-                        tuple(decay(dt[c], A[c][n], reset) * h[c][n] + x[c] * B[n] for n in range(STATES))
-                        for c in range(CHANNELS)
-                    )
+                    h = advance(item, A, h, t)
                     for c in range(CHANNELS):
                         write(kept.at[lax.rem(item, 2)], t * row_of_token + own, h[c], at=c * THREADS * 4)
                     return h
 
-                lax.fori_loop(0, chunk, token, h, unroll=UNROLL)
+                h = lax.fori_loop(0, chunk - held, token, h, unroll=UNROLL)
+                last = []
+                for t in range(chunk - held, chunk):
+                    h = advance(item, A, h, t)
+                    last.append(h)
+                return last
 
-            def back(item, A, carry):
+            def back(item, A, last, carry):
                 """The adjoint recurrence; partial sums over a thread's own states and channels."""
 
-                def load(t):
-                    at = t * row_of_token + own
-                    h = [read(kept.at[lax.rem(item, 2)], at, STATES, at=c * THREADS * 4) for c in range(CHANNELS)]
-                    return operands(item, t, "B", "C"), h
-
-                def token(i, carry):
+                def token(t, carry, h):
                     dstate, dA = carry
-                    t = chunk - 1 - i
-                    (dt, x, dy, B, C, reset), h = load(t)
+                    dt, x, dy, B, C, reset = operands(item, t, "B", "C")
                     g_B, q_A, y = ([None] * CHANNELS for _ in range(3))
                     dB, dC = [None] * STATES, [None] * STATES
                     new_dstate, new_dA = [], []
@@ -192,7 +200,15 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                         write(kept.at[lax.rem(item, 2)], t * row_of_token + own, part, at=quarter * THREADS * 4)
                     return tuple(new_dstate), tuple(new_dA)
 
-                return lax.fori_loop(0, chunk, token, carry, unroll=UNROLL)
+                def token_of_kept(i, carry):
+                    t = chunk - held - 1 - i
+                    at = t * row_of_token + own
+                    h = [read(kept.at[lax.rem(item, 2)], at, STATES, at=c * THREADS * 4) for c in range(CHANNELS)]
+                    return token(t, carry, h)
+
+                for t in range(chunk - 1, chunk - held - 1, -1):
+                    carry = token(t, carry, last[t - chunk + held])
+                return lax.fori_loop(0, chunk - held, token_of_kept, carry, unroll=UNROLL)
 
             def step(i, adjoint):
                 adjoint = list(adjoint)
@@ -203,8 +219,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                     A = scaled_A(g)
                     plgpu.barrier_wait(ready.at[lax.rem(item, 2)])
                     stage.wait(lax.rem(item, SLOTS))
-                    again(item, A, h)
-                    adjoint[g] = back(item, A, adjoint[g])
+                    adjoint[g] = back(item, A, again(item, A, h), adjoint[g])
                     plgpu.barrier_arrive(done.at[lax.rem(item, 2)])
                 return tuple(adjoint)
 

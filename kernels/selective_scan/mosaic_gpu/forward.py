@@ -6,6 +6,8 @@ Chunks of tokens go from one to the next through shared memory:
   finish   skip and gate, y stored, the next chunk sent for.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -22,6 +24,7 @@ BLOCK = 128  # channels of a block, one a thread
 UNROLL = 4  # tokens whose operands are loaded before the first is worked on
 
 
+@functools.partial(jax.jit, static_argnames=("softplus", "chunk", "save"))  # traced once a shape, not once a layer
 def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, softplus, chunk, save):
     """y, the final state, and the states at the start of every `save` tokens.
 

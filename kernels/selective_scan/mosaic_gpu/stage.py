@@ -4,7 +4,6 @@ import math
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -66,7 +65,7 @@ class Stage:
     def load(self, slot, index, group=0):
         """Start copying chunk `index` into a slot."""
         time, channels = pl.ds(index * self.chunk, self.chunk), pl.ds(self.e * self.block, self.block)
-        for name, x in self.arrays.items():
+        for name in self.arrays:
             source = self.sources[name]
             if name in ("u", "dt", "weights"):
                 source = source.at[self.b, time, self._groups(name, group), channels]
@@ -126,9 +125,9 @@ def prepare(stage, slot, index, tokens, offset, bias, softplus, length, group=0)
     """
     names = ("dt", "u")
     loaded = [[stage.read(name, slot, token, offset, 4, group) for name in names] for token in tokens]
-    real = [stage.real(slot, token, index, length) for token in tokens]
+    marked = [stage.real(slot, token, index, length) for token in tokens]
     out = []
-    for token, (dt, u), real in zip(tokens, loaded, real):
+    for token, (dt, u), real in zip(tokens, loaded, marked):
         dt = tuple(d + o for d, o in zip(dt, bias))
         dt = tuple(lanes.softplus(d) for d in dt) if softplus else dt
         dt = dt if real is None else tuple(jnp.where(real, d, 0) for d in dt)
