@@ -91,9 +91,16 @@ def _convolve_bwd(activation, inputs, dy):
     taps = weight.astype(dsum.dtype)
     # Rounded like x, it is the one array that this pass writes beside dx; the barrier is against a float32 one.
     rounded = jax.lax.optimization_barrier(dsum.astype(x.dtype))
-    dx = sum(taps[rows - d] * _later(rounded, reach, d) for d in range(rows + 1))
+    dx = taps[rows] * rounded
+    for d in range(1, rows + 1):
+        later = None if reach is None else _shift(reach, -d, d)
+        dx = _add_within(dx, taps[rows - d] * _shift(rounded, -d, d), later, d)
     dsum = rounded.astype(dsum.dtype)
-    *dweight, dbias = _sums([dsum * _earlier(x, state, reach, d) for d in range(rows, -1, -1)] + [dsum])
+    products = [dsum * x]
+    for d in range(1, rows + 1):  # a factor will do for "else 0": an x that is not finite spoils these sums anyway
+        seen = 1 if reach is None else (reach >= d)[..., None].astype(dsum.dtype)
+        products.insert(0, dsum * _earlier(x, state, d) * seen)
+    *dweight, dbias = _sums([*products, dsum])
     dbias = None if bias is None else dbias.astype(bias.dtype)
     return dx.astype(x.dtype), jnp.stack(dweight).astype(weight.dtype), dbias, dstate, None
 
@@ -105,7 +112,9 @@ def _sum(x, weight, bias, state, reach):
     """bias + sum_d weight[W-1-d] x_{t-d}, [B, T, E] float32."""
     rows = weight.shape[0] - 1
     taps = weight.astype(jnp.result_type(x, weight, jnp.float32))
-    total = sum(taps[rows - d] * _earlier(x, state, reach, d) for d in range(rows, -1, -1))
+    total = taps[rows] * x
+    for d in range(1, rows + 1):
+        total = _add_within(total, taps[rows - d] * _earlier(x, state, d), reach, d)
     return total if bias is None else total + bias
 
 
@@ -151,23 +160,22 @@ def _reduce(arrays, axes):
     return jax.lax.reduce(arrays, zeros, lambda x, y: [a + b for a, b in zip(x, y, strict=True)], axes)
 
 
-def _earlier(x, state, reach, distance):
-    """The input `distance` tokens before each token, [B, T, E]: x, or before its start the state; 0 out of reach."""
-    if distance == 0:
-        return x
+def _earlier(x, state, distance):
+    """The input `distance` tokens before each token, [B, T, E]: x, or before its start the state."""
     earlier = _shift(x, distance, -distance)
     if state is not None:
         rows, length = state.shape[1], x.shape[1]
         earlier = earlier + _shift(state, distance - rows, length - distance)
-    return _within(earlier, reach, distance)
+    return earlier
 
 
-def _later(x, reach, distance):
-    """x `distance` tokens after each token, 0 where that token does not see this one: the transpose of `_earlier`."""
-    if distance == 0:
-        return x
-    later = None if reach is None else _shift(reach, -distance, distance)
-    return _within(_shift(x, -distance, distance), later, distance)
+def _add_within(total, term, reach, distance):
+    """total + term where a token sees as far as `distance` tokens back, else total.
+
+    Not total + where(.., term, 0): XLA would write the zeros to memory, once for all layers, and read them in each.
+    """
+    added = total + term
+    return added if reach is None else jnp.where((reach >= distance)[..., None], added, total)
 
 
 def _within(x, reach, distance):
