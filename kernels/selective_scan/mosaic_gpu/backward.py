@@ -6,12 +6,13 @@ With g_t the gradient of the state after token t, and per channel and state
     dC_t = sum_e dy_t s_t,    dB_t = sum_e g_t dt_t u_t                     (over channels)
     du_t = dt_t sum_n g_t B_t,    ddt_t = sum_n q_t A + u_t sum_n g_t B_t   (over states),    dA = sum_t q_t dt_t
 
-one warpgroup prepares and finishes chunks (of one group each), another works on the states:
+one warpgroup prepares and finishes chunks (of one group each), two others (one, if there are several groups) work on
+their states:
   start       dt, dt u and the gated dy in float32;
   again       the recurrence from the state that the forward pass saved; every s_t is kept in shared memory;
   back        the walk back: each thread puts its part of the sums where its s_t was;
   by_channel  sums over the shares of a channel's states: du, ddt, dz and dweights;
-  by_state    sums over the rows of the block's channels: dB, dC of this block. Blocks are added outside, in a fixed order.
+  by_state    sums over the rows of the block's channels: dB, dC of this block. Blocks are added outside, in order.
 """
 
 import functools
@@ -29,9 +30,8 @@ from kernels.selective_scan.mosaic_gpu.tile import CHANNELS, STATES, Tile, threa
 
 f32 = jnp.float32
 UNROLL = 2  # tokens of a turn of the loops over a chunk
-HELD = 4  # tokens of a chunk whose states stay in registers
-# Quarters of a token's [512 * quarters] floats in shared memory, 4 a thread each: first a thread's 16 states (by channel),
-# then its part of the sums that they go into.
+# Quarters of a token's [512 * quarters] floats in shared memory, 4 a thread each: first a thread's 16 states (by
+# channel), then its part of the sums that they go into.
 G_B, Q_A, DB, DC, READOUT = range(5)
 
 
@@ -53,7 +53,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
     padded, tile = A.shape[1], Tile(A.shape[-1])
     states, block = tile.states, tile.channels
     blocks, steps = padded // block, -(-length // chunk)
-    held = min(HELD, chunk) if groups == 1 else 0
+    apart = groups == 1  # the two ways over a chunk by two warpgroups; states of several groups need one's registers
     items = steps * groups  # a chunk of a group each, chunks from the last to the first
     readout = z is not None or weights is not None  # whose gradients need each group's readout
     quarters = 5 if readout else 4
@@ -83,7 +83,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
         sources, refs = refs[:count], refs[count:]
         (A_g, D_g, bias_g, saved_g, dfinal_g), refs = refs[:5], refs[5:]
         outputs, refs = dict(zip(out, refs)), refs[len(out) :]
-        *buffers, dt_s, x_s, dy_s, kept, ready, done = refs
+        *buffers, dt_s, x_s, dy_s, kept, ready, known, done = refs
         stage.bind(sources, buffers, b, e)
 
         def chunk_of(item):
@@ -120,7 +120,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                 write(dy_s.at[pair], at, weighted(g, slot, token, dy))
             plgpu.barrier_arrive(ready.at[pair])
 
-        @pl.when(lax.axis_index("role") == 1)
+        @pl.when(lax.axis_index("role") > 0)
         def _():
             row, share, place = tile.owner()
             own = place * 4
@@ -158,7 +158,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                 )
 
             def again(item, A, h):
-                """The chunk's states: the first ones in shared memory, the last ones returned."""
+                """The chunk's states, kept."""
 
                 def token(t, h):
                     h = advance(item, A, h, t)
@@ -166,18 +166,16 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                         write(kept.at[lax.rem(item, 2)], t * row_of_token + own, h[c], at=c * THREADS * 4)
                     return h
 
-                h = lax.fori_loop(0, chunk - held, token, h, unroll=UNROLL)
-                last = []
-                for t in range(chunk - held, chunk):
-                    h = advance(item, A, h, t)
-                    last.append(h)
-                return last
+                lax.fori_loop(0, chunk, token, h, unroll=UNROLL)
 
-            def back(item, A, last, carry):
+            def back(item, A, carry):
                 """The adjoint recurrence; partial sums over a thread's own states and channels."""
 
-                def token(t, carry, h):
+                def token(i, carry):
                     dstate, dA = carry
+                    t = chunk - 1 - i
+                    at = t * row_of_token + own
+                    h = [read(kept.at[lax.rem(item, 2)], at, STATES, at=c * THREADS * 4) for c in range(CHANNELS)]
                     dt, x, dy, B, C, reset = operands(item, t, "B", "C")
                     g_B, q_A, y = ([None] * CHANNELS for _ in range(3))
                     dB, dC = [None] * STATES, [None] * STATES
@@ -200,35 +198,48 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                         write(kept.at[lax.rem(item, 2)], t * row_of_token + own, part, at=quarter * THREADS * 4)
                     return tuple(new_dstate), tuple(new_dA)
 
-                def token_of_kept(i, carry):
-                    t = chunk - held - 1 - i
-                    at = t * row_of_token + own
-                    h = [read(kept.at[lax.rem(item, 2)], at, STATES, at=c * THREADS * 4) for c in range(CHANNELS)]
-                    return token(t, carry, h)
+                return lax.fori_loop(0, chunk, token, carry, unroll=UNROLL)
 
-                for t in range(chunk - 1, chunk - held - 1, -1):
-                    carry = token(t, carry, last[t - chunk + held])
-                return lax.fori_loop(0, chunk - held, token_of_kept, carry, unroll=UNROLL)
+            def saved(item, g):
+                """States at the start of a chunk (of the first chunk, if there is no such item)."""
+                at = (((b * saved_steps + jnp.maximum(chunk_of(item), 0)) * blocks + e) * groups + g) * CHANNELS
+                return tuple(read(saved_g, (at + c) * THREADS * 4 + own, STATES) for c in range(CHANNELS))
 
-            def step(i, adjoint):
-                adjoint = list(adjoint)
-                for g in range(groups):
-                    item = i * groups + g
-                    at = (((b * saved_steps + chunk_of(item)) * blocks + e) * groups + g) * CHANNELS
-                    h = tuple(read(saved_g, (at + c) * THREADS * 4 + own, STATES) for c in range(CHANNELS))
-                    A = scaled_A(g)
-                    plgpu.barrier_wait(ready.at[lax.rem(item, 2)])
-                    stage.wait(lax.rem(item, SLOTS))
-                    adjoint[g] = back(item, A, again(item, A, h), adjoint[g])
-                    plgpu.barrier_arrive(done.at[lax.rem(item, 2)])
-                return tuple(adjoint)
+            def run(forth, back_too):
+                """All items; what they need of global memory is read ahead."""
 
-            nothing = tuple(zeros(STATES) for _ in range(CHANNELS))
-            adjoint = tuple((read_states(dfinal_g, b * groups + g), nothing) for g in range(groups))
-            adjoint = lax.fori_loop(0, steps, step, adjoint)
-            for g, (dinitial, dA) in enumerate(adjoint):
-                write_states(outputs["dinitial"], b * groups + g, dinitial)
-                write_states(outputs["dA"], b * groups + g, dA)
+                def step(i, carry):
+                    adjoint, A, h = carry
+                    adjoint = list(adjoint)
+                    for g in range(groups):
+                        item, following = i * groups + g, (g + 1) % groups
+                        plgpu.barrier_wait((ready if forth else known).at[lax.rem(item, 2)])
+                        stage.wait(lax.rem(item, SLOTS))
+                        if forth:
+                            again(item, A, h)
+                            h = saved(item + 1, following)
+                        next_A = A if groups == 1 else scaled_A(following)
+                        if back_too:
+                            adjoint[g] = back(item, A, adjoint[g])
+                        plgpu.barrier_arrive((done if back_too else known).at[lax.rem(item, 2)])
+                        A = next_A
+                    return tuple(adjoint), A, h
+
+                nothing = tuple(zeros(STATES) for _ in range(CHANNELS))
+                adjoint = tuple(
+                    (read_states(dfinal_g, b * groups + g), nothing) for g in range(groups if back_too else 0)
+                )
+                h = saved(jnp.int32(0), 0) if forth else ()
+                adjoint, *_ = lax.fori_loop(0, steps, step, (adjoint, scaled_A(0), h))
+                for g, (dinitial, dA) in enumerate(adjoint):
+                    write_states(outputs["dinitial"], b * groups + g, dinitial)
+                    write_states(outputs["dA"], b * groups + g, dA)
+
+            if apart:
+                pl.when(lax.axis_index("role") == 1)(lambda: run(forth=True, back_too=False))
+                pl.when(lax.axis_index("role") == 2)(lambda: run(forth=False, back_too=True))
+            else:
+                run(forth=True, back_too=True)
 
         @pl.when(lax.axis_index("role") == 0)
         def _():
@@ -290,7 +301,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                     token = lax.div(number, 2 * tile.shares)
                     at = token * row_of_token + (DB + which) * (THREADS * 4) + share * block + part * (rows * 4)
 
-                    def add_row(i, total):
+                    def add_row(i, total, at=at, thread=thread):
                         # each thread starts elsewhere, else all would read the same bank
                         turn = lax.rem(thread + i, rows)
                         values = read(kept.at[lax.rem(item, 2)], at + turn * 4, 4)
@@ -332,12 +343,11 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
             plgpu.SMEM((2, chunk, block), f32),
             plgpu.SMEM((2, chunk, block), f32),
             plgpu.SMEM((2, chunk, row_of_token), f32),
-            plgpu.Barrier(num_barriers=2),
-            plgpu.Barrier(num_barriers=2),
+            *[plgpu.Barrier(num_barriers=2)] * 3,
         ],
         grid=(batch, blocks),
         grid_names=("b", "e"),
-        num_threads=2,
+        num_threads=3 if apart else 2,
         thread_name="role",
         compiler_params=lanes.compiler_params(),
         interpret=lanes.INTERPRET,
