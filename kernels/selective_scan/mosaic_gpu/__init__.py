@@ -16,17 +16,20 @@ from kernels.selective_scan.mosaic_gpu.backward import backward, backward_bytes
 from kernels.selective_scan.mosaic_gpu.forward import BLOCK, forward, forward_bytes
 from kernels.selective_scan.mosaic_gpu.stage import marks
 from kernels.selective_scan.mosaic_gpu.tile import SIZES, Tile
+from kernels.selective_scan.xla import FEW
 
 MULTIPLE = 16  # tokens; the largest chunk
 DTYPES = ("bfloat16", "float16", "float32")
 SHARED = 226 * 1024  # bytes of shared memory that a block may take, barriers aside
 
 
-def supports(platform, shape, dtype, **facts) -> str | None:
-    """Why this backend cannot serve the call; None: it can."""
+def supports(platform, shape, dtype, named=False, **facts) -> str | None:
+    """Why this backend cannot serve the call, or should not where it is not asked for by name; None: it can."""
     batch, length, groups, width, states = shape
     if platform != "cuda" and lanes.INTERPRET is None:
         return "it needs an NVIDIA GPU"
+    if length <= FEW and not named:
+        return f"T is {length}: up to {FEW} tokens are faster in XLA's own fusions"
     if lanes.INTERPRET is None and (capability := _compute_capability()) and capability < 9:
         return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or later, this one has {capability}"
     if jnp.dtype(dtype).name not in DTYPES:

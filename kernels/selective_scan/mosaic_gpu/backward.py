@@ -6,8 +6,7 @@ With g_t the gradient of the state after token t, and per channel and state
     dC_t = sum_e dy_t s_t,    dB_t = sum_e g_t dt_t u_t                     (over channels)
     du_t = dt_t sum_n g_t B_t,    ddt_t = sum_n q_t A + u_t sum_n g_t B_t   (over states),    dA = sum_t q_t dt_t
 
-one warpgroup prepares and finishes chunks (of one group each), two others (one, if there are several groups) work on
-their states:
+one warpgroup prepares and finishes chunks (of one group each), one goes through their states forwards, one backwards:
   start       dt, dt u and the gated dy in float32;
   again       the recurrence from the state that the forward pass saved; every s_t is kept in shared memory;
   back        the walk back: each thread puts its part of the sums where its s_t was;
@@ -53,7 +52,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
     padded, tile = A.shape[1], Tile(A.shape[-1])
     states, block = tile.states, tile.channels
     blocks, steps = padded // block, -(-length // chunk)
-    apart = groups == 1  # the two ways over a chunk by two warpgroups; states of several groups need one's registers
+    ring = ring_of(groups)
     items = steps * groups  # a chunk of a group each, chunks from the last to the first
     readout = z is not None or weights is not None  # whose gradients need each group's readout
     quarters = 5 if readout else 4
@@ -83,8 +82,13 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
         sources, refs = refs[:count], refs[count:]
         (A_g, D_g, bias_g, saved_g, dfinal_g), refs = refs[:5], refs[5:]
         outputs, refs = dict(zip(out, refs)), refs[len(out) :]
-        *buffers, dt_s, x_s, dy_s, kept, ready, known, done = refs
+        *buffers, dt_s, x_s, dy_s, kept, ready, known, done, free = refs
         stage.bind(sources, buffers, b, e)
+
+        def budget(registers):
+            """The adjoint states of several groups need more registers than a third of what there is."""
+            if groups > 1 and lanes.INTERPRET is None:
+                plgpu.set_max_registers(registers, action="increase" if registers > 168 else "decrease")
 
         def chunk_of(item):
             return steps - 1 - lax.div(item, groups)
@@ -106,7 +110,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
 
         def start(item, g):
             """dt, dt u, and dy times gate and weight, float32."""
-            pair, slot = lax.rem(item, 2), lax.rem(item, SLOTS)
+            place, slot = lax.rem(item, ring), lax.rem(item, SLOTS)
             stage.wait(slot)
             steps = prepare(stage, slot, chunk_of(item), tokens, offset, bias[g], softplus, length)
             dys = [stage.read("dy", slot, token, offset, CHANNELS) for token in tokens]
@@ -115,10 +119,10 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                 dys = [tuple(d * z * lanes.sigmoid(z) for d, z in zip(dy, gate)) for dy, gate in zip(dys, gates)]
             for (token, dt, x), dy in zip(steps, dys):
                 at = token * block + offset
-                write(dt_s.at[pair], at, dt)
-                write(x_s.at[pair], at, x)
-                write(dy_s.at[pair], at, weighted(g, slot, token, dy))
-            plgpu.barrier_arrive(ready.at[pair])
+                write(dt_s.at[place], at, dt)
+                write(x_s.at[place], at, x)
+                write(dy_s.at[place], at, weighted(g, slot, token, dy))
+            plgpu.barrier_arrive(ready.at[place])
 
         @pl.when(lax.axis_index("role") > 0)
         def _():
@@ -139,9 +143,9 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
 
             def operands(item, t, *names):
                 """dt, dt u (and dy) of the thread's channels, B (and C) of its states, and the reset."""
-                pair, slot = lax.rem(item, 2), lax.rem(item, SLOTS)
+                turn, slot = lax.rem(item, ring), lax.rem(item, SLOTS)
                 refs = (dt_s, x_s, dy_s) if "C" in names else (dt_s, x_s)
-                channels = [read(ref.at[pair], t * block + row * CHANNELS, CHANNELS) for ref in refs]
+                channels = [read(ref.at[turn], t * block + row * CHANNELS, CHANNELS) for ref in refs]
                 matrices = [stage.read(name, slot, t, share * STATES, STATES) for name in names]
                 return *channels, *matrices, stage.reset(slot, t) if "marks" in stage else None
 
@@ -205,44 +209,51 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                 at = (((b * saved_steps + jnp.maximum(chunk_of(item), 0)) * blocks + e) * groups + g) * CHANNELS
                 return tuple(read(saved_g, (at + c) * THREADS * 4 + own, STATES) for c in range(CHANNELS))
 
-            def run(forth, back_too):
-                """All items; what they need of global memory is read ahead."""
+            @pl.when(lax.axis_index("role") == 1)
+            def _():
+                budget(136)
 
                 def step(i, carry):
-                    adjoint, A, h = carry
+                    A, h = carry
+                    for g in range(groups):
+                        item, following = i * groups + g, (g + 1) % groups
+                        plgpu.barrier_wait(ready.at[lax.rem(item, ring)])
+                        pl.when(item > 1)(lambda item=item: plgpu.barrier_wait(free.at[lax.rem(item, 2)]))
+                        stage.wait(lax.rem(item, SLOTS))
+                        again(item, A, h)
+                        plgpu.barrier_arrive(known.at[lax.rem(item, 2)])
+                        A, h = A if groups == 1 else scaled_A(following), saved(item + 1, following)
+                    return A, h
+
+                lax.fori_loop(0, steps, step, (scaled_A(0), saved(jnp.int32(0), 0)))
+
+            @pl.when(lax.axis_index("role") == 2)
+            def _():
+                budget(232)
+
+                def step(i, carry):
+                    adjoint, A = carry
                     adjoint = list(adjoint)
                     for g in range(groups):
                         item, following = i * groups + g, (g + 1) % groups
-                        plgpu.barrier_wait((ready if forth else known).at[lax.rem(item, 2)])
+                        plgpu.barrier_wait(known.at[lax.rem(item, 2)])
                         stage.wait(lax.rem(item, SLOTS))
-                        if forth:
-                            again(item, A, h)
-                            h = saved(item + 1, following)
-                        next_A = A if groups == 1 else scaled_A(following)
-                        if back_too:
-                            adjoint[g] = back(item, A, adjoint[g])
-                        plgpu.barrier_arrive((done if back_too else known).at[lax.rem(item, 2)])
-                        A = next_A
-                    return tuple(adjoint), A, h
+                        adjoint[g] = back(item, A, adjoint[g])
+                        plgpu.barrier_arrive(done.at[lax.rem(item, 2)])
+                        A = A if groups == 1 else scaled_A(following)
+                    return tuple(adjoint), A
 
                 nothing = tuple(zeros(STATES) for _ in range(CHANNELS))
-                adjoint = tuple(
-                    (read_states(dfinal_g, b * groups + g), nothing) for g in range(groups if back_too else 0)
-                )
-                h = saved(jnp.int32(0), 0) if forth else ()
-                adjoint, *_ = lax.fori_loop(0, steps, step, (adjoint, scaled_A(0), h))
+                adjoint = tuple((read_states(dfinal_g, b * groups + g), nothing) for g in range(groups))
+                adjoint, _ = lax.fori_loop(0, steps, step, (adjoint, scaled_A(0)))
                 for g, (dinitial, dA) in enumerate(adjoint):
                     write_states(outputs["dinitial"], b * groups + g, dinitial)
                     write_states(outputs["dA"], b * groups + g, dA)
 
-            if apart:
-                pl.when(lax.axis_index("role") == 1)(lambda: run(forth=True, back_too=False))
-                pl.when(lax.axis_index("role") == 2)(lambda: run(forth=False, back_too=True))
-            else:
-                run(forth=True, back_too=True)
-
         @pl.when(lax.axis_index("role") == 0)
         def _():
+            budget(136)
+
             def over_shares(pair, token, quarter):
                 at = token * row_of_token + offset
                 at_share = [quarter * THREADS * 4 + j * block for j in range(tile.shares)]
@@ -257,7 +268,10 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                     at = token * block + offset
                     g_B, q_A = over_shares(pair, token, G_B), over_shares(pair, token, Q_A)
                     y = over_shares(pair, token, READOUT) if readout else None
-                    step, dy = read(dt_s.at[pair], at, CHANNELS), read(dy_s.at[pair], at, CHANNELS)
+                    step, dy = (
+                        read(dt_s.at[lax.rem(item, ring)], at, CHANNELS),
+                        read(dy_s.at[lax.rem(item, ring)], at, CHANNELS),
+                    )
                     names = [name for name in ("u", "dt", "dy", "z") if name in stage]
                     s = {name: stage.read(name, slot, token, offset, CHANNELS) for name in names}
                     ddt = tuple(q * LN2 + u * gb for q, u, gb in zip(q_A, s["u"], g_B))
@@ -313,17 +327,20 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
 
             for item in range(min(SLOTS, items)):
                 load(jnp.int32(item), item % groups)
-            start(jnp.int32(0), 0)
+            for item in range(min(ring - 1, items)):
+                start(jnp.int32(item), item % groups)
 
             def step(i, carry):
                 dD, dbias = carry
                 dbias, total = list(dbias), None
                 for g in range(groups):
                     item = i * groups + g
-                    pl.when(item + 1 < items)(lambda item=item, g=g: start(item + 1, (g + 1) % groups))
+                    ahead = item + ring - 1
+                    pl.when(ahead < items)(lambda ahead=ahead, g=g: start(ahead, (g + ring - 1) % groups))
                     plgpu.barrier_wait(done.at[lax.rem(item, 2)])
                     total, dD, dbias[g] = by_channel(item, g, total, dD, dbias[g])
                     by_state(item, g)
+                    plgpu.barrier_arrive(free.at[lax.rem(item, 2)])
                     plgpu.commit_smem()  # all threads are through with this slot
                     pl.when(item + SLOTS < items)(lambda item=item, g=g: load(item + SLOTS, (g + SLOTS) % groups))
                 return dD, tuple(dbias)
@@ -339,15 +356,16 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
         out_type=tuple(out.values()),
         scratch_types=[
             *stage.scratch(),
-            plgpu.SMEM((2, chunk, block), f32),
-            plgpu.SMEM((2, chunk, block), f32),
-            plgpu.SMEM((2, chunk, block), f32),
+            plgpu.SMEM((ring, chunk, block), f32),
+            plgpu.SMEM((ring, chunk, block), f32),
+            plgpu.SMEM((ring, chunk, block), f32),
             plgpu.SMEM((2, chunk, row_of_token), f32),
+            plgpu.Barrier(num_barriers=ring),
             *[plgpu.Barrier(num_barriers=2)] * 3,
         ],
         grid=(batch, blocks),
         grid_names=("b", "e"),
-        num_threads=3 if apart else 2,
+        num_threads=3,
         thread_name="role",
         compiler_params=lanes.compiler_params(),
         interpret=lanes.INTERPRET,
@@ -360,7 +378,15 @@ def backward_bytes(u, dt, B, C, z, weights, states, chunk) -> int:
     block = Tile(states).channels
     dy = jax.ShapeDtypeStruct((*u.shape[:2], u.shape[3]), u.dtype)
     arrays = dict(u=u, dt=dt, B=B, C=C, dy=dy, z=z, weights=weights, marks=MARKED)
-    return Stage(arrays, chunk, block, groups=1).bytes() + 2 * chunk * (3 * block + 5 * THREADS * 4) * 4
+    return (
+        Stage(arrays, chunk, block, groups=1).bytes()
+        + chunk * (ring_of(u.shape[2]) * 3 * block + 2 * 5 * THREADS * 4) * 4
+    )
+
+
+def ring_of(groups) -> int:
+    """Chunks whose dt, dt u and dy are in shared memory: three let the next one be prepared early."""
+    return 3 if groups == 1 else 2
 
 
 def zeros(count):

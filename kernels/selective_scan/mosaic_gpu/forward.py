@@ -1,8 +1,8 @@
-"""Forward pass of the selective scan on Hopper: three warpgroups walk a block of channels through time.
+"""Forward pass of the selective scan on Hopper: four warpgroups walk a block of channels through time.
 
 Chunks of tokens go from one to the next through shared memory:
   prepare  dt and dt u in float32;
-  recur    token by token, a channel a thread, its states (of all groups) in registers;
+  recur    token by token, by two warpgroups: half the states (of all groups) of a channel in a thread's registers;
   finish   skip and gate, y stored, the next chunk sent for.
 """
 
@@ -21,6 +21,7 @@ from kernels.selective_scan.mosaic_gpu.tile import Tile, thread_index
 
 f32 = jnp.float32
 BLOCK = 128  # channels of a block, one a thread
+WORKERS = 2  # warpgroups that share the states of a channel
 UNROLL = 4  # tokens whose operands are loaded before the first is worked on
 
 
@@ -42,7 +43,7 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
     """
     batch, length, groups, _ = u.shape
     _, padded, states = A.shape
-    tile, steps = Tile(states), -(-length // chunk)
+    tile, steps, own = Tile(states), -(-length // chunk), states // WORKERS
     stage = Stage(dict(u=u, dt=dt, B=B, C=C, z=z, weights=weights, marks=marks), chunk, BLOCK, groups)
 
     def body(*refs):
@@ -76,15 +77,17 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
 
             lax.fori_loop(0, steps, lambda index, _: start(index), None)
 
-        @pl.when(lax.axis_index("role") == 1)
+        @pl.when((lax.axis_index("role") > 0) & (lax.axis_index("role") <= WORKERS))
         def _():
             thread = thread_index()
             channel = e * BLOCK + thread
-            quads = range(0, states, 4)
+            worker = lax.axis_index("role") - 1
+            first = worker * own  # of the states
+            quads = range(0, own, 4)
 
             def read_states(ref, number):
-                """[N] of the thread's channel in matrix `number` of [..., E', N]."""
-                start = (number * padded + channel) * states
+                """The thread's states of its channel in matrix `number` of [..., E', N]."""
+                start = (number * padded + channel) * states + first
                 return sum((read(ref, start, 4, at=n) for n in quads), start=())
 
             A = [tuple(a * LOG2E for a in read_states(A_g, g)) for g in range(groups)]
@@ -96,7 +99,7 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
                 for g in range(groups):
                     at = (t * groups + g) * BLOCK + thread
                     (dt,), (x,) = (read(ref.at[slot], at, 1) for ref in (dt_s, x_s))
-                    same = thread * 0
+                    same = thread * 0 + first
                     B, C = (
                         sum((stage.read(name, slot, t, same + n, 4, g) for n in quads), start=()) for name in ("B", "C")
                     )
@@ -129,7 +132,7 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
                         h, y = advance(h, operand)
                         ys.append(y)
                     for t, y in zip(times, ys):
-                        write(y_s.at[lax.rem(index, SLOTS)], t * BLOCK + thread, (y,))
+                        write(y_s.at[lax.rem(index, SLOTS), worker], t * BLOCK + thread, (y,))
                     return h
 
                 stretch = save or chunk
@@ -143,9 +146,9 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
                 """Write the states at the start of a stretch of `save` tokens, in the order of the backward pass."""
                 start = (b * (steps * chunk // save) + number) * (padded * groups * states)
                 for g in range(groups):
-                    own = start + tile.saved(channel, g, groups)
+                    place = start + tile.saved(channel, g, groups) + first * tile.rows
                     for n in quads:
-                        write(saved_g[0], own, h[g][n : n + 4], at=n // 4 * tile.rows * 4)
+                        write(saved_g[0], place, h[g][n : n + 4], at=n * tile.rows)
 
             def step(index, h):
                 plgpu.barrier_wait(ready.at[lax.rem(index, SLOTS)])
@@ -157,25 +160,25 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
             h = tuple(read_states(initial_g, b * groups + g) for g in range(groups))
             h = lax.fori_loop(0, steps, step, h)
             for g in range(groups):
-                start = ((b * groups + g) * padded + channel) * states
+                start = ((b * groups + g) * padded + channel) * states + first
                 for n in quads:
                     write(final_g, start, h[g][n : n + 4], at=n)
 
-        @pl.when(lax.axis_index("role") == 2)
+        @pl.when(lax.axis_index("role") == WORKERS + 1)
         def _():
             def finish(index):
                 """y = (s C + D u) silu(z)."""
                 slot = lax.rem(index, SLOTS)
                 loaded = [
                     (
-                        read(y_s.at[slot], token * BLOCK + offset, 4),
+                        [read(y_s.at[slot, worker], token * BLOCK + offset, 4) for worker in range(WORKERS)],
                         stage.read("u", slot, token, offset, 4),
                         stage.read("z", slot, token, offset, 4) if "z" in stage else None,
                     )
                     for token in tokens
                 ]
-                for token, (y, u, z) in zip(tokens, loaded):
-                    y = tuple(y + d * u for y, d, u in zip(y, D, u))
+                for token, (ys, u, z) in zip(tokens, loaded):
+                    y = tuple(sum(parts) + d * u for *parts, d, u in zip(*ys, D, u))
                     y = y if z is None else tuple(y * z * lanes.sigmoid(z) for y, z in zip(y, z))
                     write(y_g, ((b * steps + index) * chunk + token) * padded + channel, y)
 
@@ -199,13 +202,13 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
             *stage.scratch(),
             plgpu.SMEM((SLOTS, chunk, groups, BLOCK), f32),
             plgpu.SMEM((SLOTS, chunk, groups, BLOCK), f32),
-            plgpu.SMEM((SLOTS, chunk, BLOCK), f32),
+            plgpu.SMEM((SLOTS, WORKERS, chunk, BLOCK), f32),
             plgpu.Barrier(num_barriers=SLOTS),
-            plgpu.Barrier(num_barriers=SLOTS),
+            plgpu.Barrier(num_barriers=SLOTS, num_arrivals=WORKERS),
         ],
         grid=(batch, padded // BLOCK),
         grid_names=("b", "e"),
-        num_threads=3,
+        num_threads=2 + WORKERS,
         thread_name="role",
         compiler_params=lanes.compiler_params(),
         interpret=lanes.INTERPRET,
@@ -218,7 +221,7 @@ def forward_bytes(u, dt, B, C, z, weights, chunk) -> int:
     """Shared memory of a block."""
     groups = u.shape[2]
     stage = Stage(dict(u=u, dt=dt, B=B, C=C, z=z, weights=weights, marks=MARKED), chunk, BLOCK, groups)
-    return stage.bytes() + SLOTS * chunk * (2 * groups + 1) * BLOCK * 4
+    return stage.bytes() + SLOTS * chunk * (2 * groups + WORKERS) * BLOCK * 4
 
 
 def dot(a, b):
