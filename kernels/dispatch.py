@@ -44,7 +44,8 @@ def choose(
     """The implementation that `None` takes on a platform, and why.
 
     Args:
-        backends: implementations by name; each has `supports(platform=..., **facts) -> reason | None`.
+        backends: implementations by name; each has `supports(platform=..., **facts) -> reason | None`. Where one is asked
+            for by name, `named=True` is among the facts: it then serves what another would serve faster.
         winners: names by platform, fastest first, as measured; the last one serves everything.
         platform: "cpu", "cuda", "rocm" or "tpu" ("gpu" means "cuda").
         **facts: static facts of the call that `supports` judges, such as shapes and dtypes.
@@ -68,7 +69,7 @@ def require(operation: str, backends: Mapping[str, ModuleType], name: str, **fac
     """
     if name not in backends:
         raise UnsupportedError(f"{operation}: implementation {name!r} is unknown; there are {', '.join(backends)}")
-    reason = backends[name].supports(platform=lowered_name(jax.default_backend()), **facts)
+    reason = backends[name].supports(platform=lowered_name(jax.default_backend()), named=True, **facts)
     if reason is not None:
         raise UnsupportedError(f"{operation}: implementation {name!r} cannot serve: {reason}")
     return backends[name]

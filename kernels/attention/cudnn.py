@@ -14,7 +14,7 @@ from kernels.attention.visible import visible
 
 
 def supports(
-    platform: str, *, dtype="bfloat16", queries=2, keys=2, width=8, causal=True, masked=False, window=None
+    platform: str, *, dtype="bfloat16", queries=2, keys=2, width=8, causal=True, masked=False, window=None, **facts
 ) -> str | None:
     """Why this backend cannot serve the call; None: it can. `masked`: documents, a key mask or a cache are given."""
     if platform not in ("cuda", "gpu") or jax.default_backend() != "gpu":

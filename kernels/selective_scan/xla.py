@@ -1,8 +1,9 @@
 """The selective scan in plain XLA: chunks of time, states kept at chunk boundaries only, backward by recomputation.
 
 Inside a chunk the recurrence is a sequential scan on CPU, where it is 10 times faster than an associative one, and an
-associative scan elsewhere, where 2048 small steps would be launches. States are laid out [B, G, N, E] here, so that the
-innermost axis is long.
+associative scan elsewhere, where 2048 small steps would be launches. States are laid out [B, G, N, E] there, so that the
+innermost axis is long. A few tokens, as in decoding, are written out one after the other on states as they come: then
+a GPU or TPU reads and writes the state once, in place if it is donated.
 """
 
 import jax
@@ -12,6 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 from kernels.segments import resets
 
 CHUNK = 64  # tokens; the states of one chunk are held while it is differentiated
+FEW = 8  # tokens that are written out
 
 
 def supports(**facts) -> str | None:
@@ -33,13 +35,32 @@ def selective_scan(
         weights = jnp.broadcast_to(weights, (batch, length, groups - 1, width))
         weights = jnp.concatenate([jnp.ones((batch, length, 1, width), weights.dtype), weights], axis=2)
     reset = resets(segment_ids, initial_segment, mask)
-    state = jnp.swapaxes(initial_state.astype(dtype), -1, -2)
-    y, state = _scan(u, dt, jnp.swapaxes(A.astype(dtype), -1, -2), B, C, weights, reset, state)
+    A, state = A.astype(dtype), initial_state.astype(dtype)
+    if u.shape[1] <= FEW:
+        y, state = _few_tokens(u, dt, A, B, C, weights, reset, state)
+    else:
+        y, state = _scan(u, dt, jnp.swapaxes(A, -1, -2), B, C, weights, reset, jnp.swapaxes(state, -1, -2))
+        state = jnp.swapaxes(state, -1, -2)
     if D is not None:
         y = y + D.astype(dtype) * u[:, :, 0]
     if z is not None:
         y = y * jax.nn.silu(z.astype(dtype))
-    return y.astype(u.dtype), jnp.swapaxes(state, -1, -2)
+    return y.astype(u.dtype), state
+
+
+def _few_tokens(u, dt, A, B, C, weights, reset, state):
+    """y [B, T, E] and the final state [B, G, E, N]; A is [G, E, N], the rest as for `_scan`."""
+    readouts = []
+    for t in range(u.shape[1]):
+        decay = jnp.exp(dt[:, t, :, :, None] * A)
+        if reset is not None:
+            decay = jnp.where(reset[:, t, None, None, None], 0, decay)
+        state = decay * state + (dt[:, t] * u[:, t])[..., None] * B[:, t, :, None]
+        readouts.append(jnp.sum(state * C[:, t, :, None], axis=-1))
+    # One kernel for all sums and the new state: XLA would give some to y's kernel, which would then read states again.
+    readouts, state = jax.lax.optimization_barrier((readouts, state))
+    y = jnp.stack(readouts, axis=1)
+    return jnp.sum(y if weights is None else weights * y, axis=2), state
 
 
 @jax.custom_vjp

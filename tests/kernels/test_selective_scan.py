@@ -11,7 +11,7 @@ from kernels import selective_scan as op
 from kernels.dispatch import UnsupportedError, lowered_name
 from kernels.selective_scan import selective_scan, xla
 
-FACTS = dict(platform=lowered_name(jax.default_backend()), shape=(1, 1, 1, 1, 1), dtype=np.dtype("float32"))
+FACTS = dict(platform=lowered_name(jax.default_backend()), shape=(1, 1, 1, 1, 1), dtype=np.dtype("float32"), named=True)
 SERVING = [name for name, backend in op.BACKENDS.items() if backend.supports(**FACTS) is None]
 BACKENDS = [name for name in SERVING if name != "reference"]
 
@@ -75,6 +75,7 @@ CASES = {
     "no group axis": (dict(groups=0), {}),
     "read": (dict(groups=3), {}),
     "one token": (dict(length=1), {}),
+    "a few tokens": (dict(length=5, groups=3), dict(packed=True, padded=True)),
     "several chunks": (dict(length=2 * xla.CHUNK + 3, width=3, state=2, groups=2), dict(packed=True, padded=True)),
     "packed": (dict(), dict(packed=True, padded=False)),
     "padded": (dict(groups=2), dict(packed=False, padded=True)),
@@ -199,3 +200,19 @@ def test_wrong_shape_is_named():
     args["B"] = args["B"][..., :-1]
     with pytest.raises(ValueError, match="B has shape"):
         selective_scan(**args)
+
+
+def test_a_donated_state_is_updated_in_place():
+    args = inputs(length=1, groups=2, width=64, state=16)
+    state = args.pop("initial_state")
+    step = jax.jit(lambda state, args: selective_scan(**args, initial_state=state), donate_argnums=0)
+    memory = step.lower(state, args).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == state.nbytes > memory.temp_size_in_bytes
+
+
+def test_few_tokens_are_left_to_xla_unless_asked_for_by_name():
+    gpu = dict(platform="cuda", dtype=np.dtype("float32"))
+    for length, name in ((1, "xla"), (xla.FEW, "xla"), (xla.FEW + 1, "mosaic_gpu")):
+        shape = (2, length, 1, 64, 16)
+        assert op.choose("cuda", shape, dtype=gpu["dtype"])[0] == name
+        assert op.mosaic_gpu.supports(**gpu, shape=shape, named=True) is None
