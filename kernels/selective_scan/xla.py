@@ -1,9 +1,9 @@
 """The selective scan in plain XLA: chunks of time, states kept at chunk boundaries only, backward by recomputation.
 
 Inside a chunk the recurrence is a sequential scan on CPU, where it is 10 times faster than an associative one, and an
-associative scan elsewhere, where 2048 small steps would be launches. States are laid out [B, G, N, E] there, so that the
-innermost axis is long. A few tokens, as in decoding, are written out one after the other on states as they come: then
-a GPU or TPU reads and writes the state once, in place if it is donated.
+associative scan elsewhere, where 2048 small steps would be launches. States are laid out [B, G, N, E] there, so that
+the innermost axis is long. A few tokens, as in decoding, are written out one after the other on states as they come:
+then a GPU reads and writes a state once for one token, in place if it is donated.
 """
 
 import jax
