@@ -8,7 +8,6 @@ time, and the hardware's reciprocal. In interpret mode the same functions are in
 import functools
 
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 THREADS = 128
@@ -58,6 +57,11 @@ def write(ref, offset, values, *, at=0):
         _write(len(values), at)(ref, offset, *values)
 
 
+def zeros(count):
+    """`count` arrays [128] of float32 zeros."""
+    return (plgpu.layout_cast(jnp.zeros((THREADS,), jnp.float32), LANES),) * count
+
+
 def reciprocal(x):
     """1 / x to a unit in the last place, [128] float32."""
     return 1 / x if INTERPRET is not None else _reciprocal()(x)
@@ -66,21 +70,6 @@ def reciprocal(x):
 def exp(x):
     """e^x."""
     return jnp.exp2(x * LOG2E)
-
-
-def exp2_by_fma(x):
-    """2^x for x <= 0 without the special function unit: 2^round(x) by the exponent's bits, the rest by a polynomial.
-
-    Relative error 2.4e-7 + that of x - round(x), which is exact. Below -127 the result is denormal or 0.
-    """
-    x = jnp.maximum(x, -127.0)
-    shifted = x + 12582912.0  # 1.5 * 2^23: the integer part ends up in the low bits
-    f = x - (shifted - 12582912.0)
-    p = jnp.full_like(f, 0.0013390863)
-    for coefficient in (0.00961546, 0.05550411, 0.24022651, 0.6931472, 1.0):
-        p = p * f + coefficient
-    bits = lax.bitcast_convert_type(p, jnp.int32) + (lax.bitcast_convert_type(shifted, jnp.int32) << 23)
-    return lax.bitcast_convert_type(bits, jnp.float32)
 
 
 def sigmoid(x):

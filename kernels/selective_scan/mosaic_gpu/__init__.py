@@ -15,10 +15,13 @@ from kernels.segments import resets
 from kernels.selective_scan.mosaic_gpu.backward import backward, backward_bytes
 from kernels.selective_scan.mosaic_gpu.forward import BLOCK, forward, forward_bytes
 from kernels.selective_scan.mosaic_gpu.stage import marks
+from kernels.selective_scan.mosaic_gpu.summary import end_of_gradient, end_of_state
 from kernels.selective_scan.mosaic_gpu.tile import SIZES, Tile
 from kernels.selective_scan.xla import FEW
 
 MULTIPLE = 16  # tokens; the largest chunk
+PROCESSORS = 132  # of an H100
+OVER_TIME = ("u", "dt", "B", "C", "z", "weights", "dy", "du", "ddt", "dz", "dweights")
 DTYPES = ("bfloat16", "float16", "float32")
 SHARED = 226 * 1024  # bytes of shared memory that a block may take, barriers aside
 
@@ -82,14 +85,15 @@ def selective_scan(
         initial_state=channels_to_block(states_to_size(initial_state), -2),
     )
     reset = resets(segment_ids, initial_segment, mask)
-    tokens = -(-length // MULTIPLE) * MULTIPLE
-    if length < tokens and length < MULTIPLE:  # copies need whole chunks
+    pieces = stretches(u.shape[0], length, padded)
+    tokens = -(-length // (MULTIPLE * pieces)) * MULTIPLE * pieces
+    if length < tokens and (length < MULTIPLE or pieces > 1):  # copies need whole chunks, stretches equal lengths
         arrays = {
             name: pad(x, 1, tokens) if name in ("u", "dt", "B", "C", "z", "weights") else x
             for name, x in arrays.items()
         }
         mask = jnp.ones(u.shape[:2], bool) if mask is None else mask
-    y, state = _scan(arrays, marks(reset, mask, tokens), dt_softplus, chunks(arrays))
+    y, state = _scan(arrays, marks(reset, mask, tokens), dt_softplus, chunks(arrays), pieces)
     return y[:, :length, :width], state[:, :, :width, :states]
 
 
@@ -114,27 +118,62 @@ def chunks(arrays) -> tuple[int, int]:
     return ahead, min(ahead, back)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _scan(arrays, marks, softplus, chunks):
+def stretches(batch, length, width) -> int:
+    """Pieces of time that run at once: as few as give each multiprocessor a block, of at least 256 tokens each."""
+    pieces, blocks = 1, batch * width // BLOCK
+    while pieces * blocks < PROCESSORS * 3 // 4 and length >= 512 * pieces:
+        pieces *= 2
+    return pieces
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _scan(arrays, marks, softplus, chunks, pieces):
     """y [b, T', E'] and the final state; the arguments of `forward`."""
-    y, final, _ = forward(**arrays, marks=marks, softplus=softplus, chunk=chunks[0], save=0)
-    return y, final
+    return _forward(arrays, marks, softplus, chunks, pieces, save=False)[0]
 
 
-def _scan_fwd(arrays, marks, softplus, chunks):
-    out = forward(**arrays, marks=marks, softplus=softplus, chunk=chunks[0], save=chunks[1])
-    y, final, saved = (checkpoint_name(x, "scan") for x in out)
-    return (y, final), (arrays, marks, saved)
+def _forward(arrays, marks, softplus, chunks, pieces, save):
+    """(y, final state), and what the backward pass needs: the states saved and the decay of each piece."""
+    decay = None
+    if pieces > 1:
+        start, arrays = arrays["initial_state"], {name: cut(name, x, pieces) for name, x in arrays.items()}
+        marks = cut("marks", marks, pieces)
+        inputs = {name: arrays[name] for name in ("u", "dt", "A", "B", "dt_bias")}
+        end, steps = end_of_state(**inputs, marks=marks, softplus=softplus)
+        decay = decay_of(arrays["A"], steps, marks)
+        arrays["initial_state"] = chain(start, decay, end, pieces)
+    y, final, saved = forward(**arrays, marks=marks, softplus=softplus, chunk=chunks[0], save=chunks[1] if save else 0)
+    if pieces > 1:
+        y = y.reshape(-1, pieces * y.shape[1], y.shape[2])
+        final = final.reshape(-1, pieces, *final.shape[1:])[:, -1]
+    return (y, final), saved, decay
 
 
-def _scan_bwd(softplus, chunks, residuals, cotangents):
-    arrays, marks, saved = residuals
+def _scan_fwd(arrays, marks, softplus, chunks, pieces):
+    out = _forward(arrays, marks, softplus, chunks, pieces, save=True)
+    out, saved, decay = jax.tree.map(lambda x: checkpoint_name(x, "scan"), out)
+    return out, (arrays, marks, saved, decay)
+
+
+def _scan_bwd(softplus, chunks, pieces, residuals, cotangents):
+    arrays, marks, saved, decay = residuals
     dy, dfinal = cotangents
     length, width = arrays["u"].shape[1], arrays["u"].shape[-1]
     inputs = {name: x for name, x in arrays.items() if name != "initial_state"}
     dy = dy[:, :length, :width]
+    if pieces > 1:
+        inputs = {name: cut(name, x, pieces) for name, x in inputs.items()}
+        marks, dy = cut("marks", marks, pieces), cut("dy", dy, pieces)
+        read = {name: x for name, x in inputs.items() if name not in ("u", "B", "D")}
+        start = end_of_gradient(**read, marks=marks, dy=dy, softplus=softplus)
+        dfinal = chain(dfinal, decay, start, pieces, reverse=True)
     g = backward(**inputs, marks=marks, saved=saved, dy=dy, dfinal=dfinal, softplus=softplus, chunk=chunks[1])
-    dB, dC = jnp.moveaxis(jnp.sum(g["dBC"], axis=1)[:, :length], 3, 0)
+    dBC = jnp.sum(g["dBC"], axis=1)
+    if pieces > 1:
+        whole = {name: x.reshape(-1, pieces * x.shape[1], *x.shape[2:]) for name, x in g.items() if name in OVER_TIME}
+        g = {**g, **whole, "dinitial": g["dinitial"].reshape(-1, pieces, *g["dinitial"].shape[1:])[:, 0]}
+        dBC = dBC.reshape(-1, pieces * dBC.shape[1], *dBC.shape[2:])
+    dB, dC = jnp.moveaxis(dBC[:, :length], 3, 0)
     dweights = None
     if arrays["weights"] is not None:
         dweights = g["dweights"][:, :length, :, :width]
@@ -154,6 +193,32 @@ def _scan_bwd(softplus, chunks, residuals, cotangents):
     )
     gradients = {name: None if x is None else x.astype(arrays[name].dtype) for name, x in gradients.items()}
     return gradients, None
+
+
+def cut(name, x, pieces):
+    """An array with its time in pieces, each a sequence: [b, T, ...] to [b pieces, T / pieces, ...]."""
+    if x is None or name not in (*OVER_TIME, "marks"):
+        return x
+    return x.reshape(x.shape[0] * pieces, x.shape[1] // pieces, *x.shape[2:])
+
+
+def decay_of(A, steps, marks):
+    """What is left of a state after each sequence: exp(A sum dt) [b, G, E', N], 0 where a document begins in it."""
+    decay = jnp.exp(A * steps[..., None])
+    if marks is None:
+        return decay
+    begins = jnp.any(marks[..., 0] < 0, axis=1)
+    return jnp.where(begins[:, None, None, None], 0, decay)
+
+
+def chain(start, decay, end, pieces, reverse=False):
+    """The state before each piece [b pieces, G, E', N] (reversed: after it), from the one before the first (last)."""
+    decay, end = (x.reshape(-1, pieces, *x.shape[1:]) for x in (decay, end))
+    states, order = [start], range(pieces - 1)
+    for piece in (pieces - 1 - i for i in order) if reverse else order:
+        states.append(decay[:, piece] * states[-1] + end[:, piece])
+    states = jnp.stack(states[::-1] if reverse else states, axis=1)
+    return states.reshape(-1, *states.shape[2:])
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)

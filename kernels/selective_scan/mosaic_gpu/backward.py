@@ -112,15 +112,16 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
             """dt, dt u, and dy times gate and weight, float32."""
             place, slot = lax.rem(item, ring), lax.rem(item, SLOTS)
             stage.wait(slot)
-            steps = prepare(stage, slot, chunk_of(item), tokens, offset, bias[g], softplus, length)
+            us = [stage.read("u", slot, token, offset, CHANNELS) for token in tokens]
+            dts = prepare(stage, slot, chunk_of(item), tokens, offset, bias[g], softplus, length)
             dys = [stage.read("dy", slot, token, offset, CHANNELS) for token in tokens]
             if "z" in stage:
                 gates = [stage.read("z", slot, token, offset, CHANNELS) for token in tokens]
                 dys = [tuple(d * z * lanes.sigmoid(z) for d, z in zip(dy, gate)) for dy, gate in zip(dys, gates)]
-            for (token, dt, x), dy in zip(steps, dys):
+            for (token, dt), u, dy in zip(dts, us, dys):
                 at = token * block + offset
                 write(dt_s.at[place], at, dt)
-                write(x_s.at[place], at, x)
+                write(x_s.at[place], at, tuple(d * u for d, u in zip(dt, u)))
                 write(dy_s.at[place], at, weighted(g, slot, token, dy))
             plgpu.barrier_arrive(ready.at[place])
 
@@ -137,9 +138,6 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
             def write_states(ref, number, values):
                 for c in range(CHANNELS):
                     write(ref, number * padded * states + matrix, values[c], at=c * states)
-
-            def scaled_A(g):
-                return tuple(tuple(a * LOG2E for a in row) for row in read_states(A_g, g))
 
             def operands(item, t, *names):
                 """dt, dt u (and dy) of the thread's channels, B (and C) of its states, and the reset."""
@@ -220,12 +218,16 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                         plgpu.barrier_wait(ready.at[lax.rem(item, ring)])
                         pl.when(item > 1)(lambda item=item: plgpu.barrier_wait(free.at[lax.rem(item, 2)]))
                         stage.wait(lax.rem(item, SLOTS))
+                        next_A = A if groups == 1 else read_states(A_g, following)
+                        next_h = saved(item + 1, following)
                         again(item, A, h)
                         plgpu.barrier_arrive(known.at[lax.rem(item, 2)])
-                        A, h = A if groups == 1 else scaled_A(following), saved(item + 1, following)
+                        A, h = next_A, next_h
                     return A, h
 
-                lax.fori_loop(0, steps, step, (scaled_A(0), saved(jnp.int32(0), 0)))
+                lax.fori_loop(0, steps, step, (read_states(A_g, 0), saved(jnp.int32(0), 0)))
+                for item in range(max(0, items - 2), items):  # no arrival is left unseen
+                    plgpu.barrier_wait(free.at[item % 2])
 
             @pl.when(lax.axis_index("role") == 2)
             def _():
@@ -238,14 +240,15 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                         item, following = i * groups + g, (g + 1) % groups
                         plgpu.barrier_wait(known.at[lax.rem(item, 2)])
                         stage.wait(lax.rem(item, SLOTS))
+                        next_A = A if groups == 1 else read_states(A_g, following)
                         adjoint[g] = back(item, A, adjoint[g])
                         plgpu.barrier_arrive(done.at[lax.rem(item, 2)])
-                        A = A if groups == 1 else scaled_A(following)
+                        A = next_A
                     return tuple(adjoint), A
 
-                nothing = tuple(zeros(STATES) for _ in range(CHANNELS))
+                nothing = tuple(lanes.zeros(STATES) for _ in range(CHANNELS))
                 adjoint = tuple((read_states(dfinal_g, b * groups + g), nothing) for g in range(groups))
-                adjoint, _ = lax.fori_loop(0, steps, step, (adjoint, scaled_A(0)))
+                adjoint, _ = lax.fori_loop(0, steps, step, (adjoint, read_states(A_g, 0)))
                 for g, (dinitial, dA) in enumerate(adjoint):
                     write_states(outputs["dinitial"], b * groups + g, dinitial)
                     write_states(outputs["dA"], b * groups + g, dA)
@@ -321,7 +324,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                         values = read(kept.at[lax.rem(item, 2)], at + turn * 4, 4)
                         return tuple(a + v for a, v in zip(total, values))
 
-                    total = lax.fori_loop(0, rows, add_row, zeros(4), unroll=8)
+                    total = lax.fori_loop(0, rows, add_row, lanes.zeros(4), unroll=8)
                     time = ((b * blocks + e) * parts + part) * (steps * chunk) + chunk_of(item) * chunk + token
                     write(outputs["dBC"], ((time * groups + g) * 2 + which) * states + share * 4, total)
 
@@ -345,7 +348,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                     pl.when(item + SLOTS < items)(lambda item=item, g=g: load(item + SLOTS, (g + SLOTS) % groups))
                 return dD, tuple(dbias)
 
-            dD, dbias = lax.fori_loop(0, steps, step, (zeros(CHANNELS), (zeros(CHANNELS),) * groups))
+            dD, dbias = lax.fori_loop(0, steps, step, (lanes.zeros(CHANNELS), (lanes.zeros(CHANNELS),) * groups))
             slot = b * tile.tokens(chunk) + first_token
             write(outputs["dD"], slot * padded + channel, dD)
             for g in range(groups):
@@ -370,7 +373,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
         compiler_params=lanes.compiler_params(),
         interpret=lanes.INTERPRET,
     )
-    return dict(zip(out, kernel(*stage.arrays.values(), A, D, dt_bias, saved, dfinal)))
+    return dict(zip(out, kernel(*stage.arrays.values(), A * LOG2E, D, dt_bias, saved, dfinal)))
 
 
 def backward_bytes(u, dt, B, C, z, weights, states, chunk) -> int:
@@ -387,10 +390,6 @@ def backward_bytes(u, dt, B, C, z, weights, states, chunk) -> int:
 def ring_of(groups) -> int:
     """Chunks whose dt, dt u and dy are in shared memory: three let the next one be prepared early."""
     return 3 if groups == 1 else 2
-
-
-def zeros(count):
-    return tuple(plgpu.layout_cast(jnp.zeros((THREADS,), f32), lanes.LANES) for _ in range(count))
 
 
 def add(total, term):

@@ -69,10 +69,12 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
                 slot = lax.rem(index, SLOTS)
                 stage.wait(slot)
                 for g in range(groups):
-                    for token, dt, x in prepare(stage, slot, index, tokens, offset, bias[g], softplus, length, g):
+                    us = [stage.read("u", slot, token, offset, 4, g) for token in tokens]
+                    dts = prepare(stage, slot, index, tokens, offset, bias[g], softplus, length, g)
+                    for u, (token, dt) in zip(us, dts):
                         at = (token * groups + g) * BLOCK + offset
                         write(dt_s.at[slot], at, dt)
-                        write(x_s.at[slot], at, x)
+                        write(x_s.at[slot], at, tuple(d * u for d, u in zip(dt, u)))
                 plgpu.barrier_arrive(ready.at[slot])
 
             lax.fori_loop(0, steps, lambda index, _: start(index), None)
@@ -90,7 +92,7 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
                 start = (number * padded + channel) * states + first
                 return sum((read(ref, start, 4, at=n) for n in quads), start=())
 
-            A = [tuple(a * LOG2E for a in read_states(A_g, g)) for g in range(groups)]
+            A = [read_states(A_g, g) for g in range(groups)]
 
             def operands(index, t):
                 """What token t needs, loaded."""
@@ -213,7 +215,7 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
         compiler_params=lanes.compiler_params(),
         interpret=lanes.INTERPRET,
     )
-    y, final, *saved = kernel(*stage.arrays.values(), A, D, dt_bias, initial_state)
+    y, final, *saved = kernel(*stage.arrays.values(), A * LOG2E, D, dt_bias, initial_state)
     return y, final, saved[0] if save else None
 
 

@@ -115,21 +115,18 @@ class Stage:
 
 
 def prepare(stage, slot, index, tokens, offset, bias, softplus, length, group=0):
-    """dt and dt u of a chunk, float32: softplus once a channel, not once a state.
+    """The steps dt of a chunk, float32, zero on padding: softplus once a channel, not once a state.
 
     Args:
         tokens: [128] int32 each; offset: [128] int32, first of the thread's 4 channels in the block.
 
     Returns:
-        list of (token, dt, dt u), one for each of `tokens`. Everything is loaded before anything is used.
+        list of (token, dt), one for each of `tokens`. Everything is loaded before anything is used.
     """
-    names = ("dt", "u")
-    loaded = [[stage.read(name, slot, token, offset, 4, group) for name in names] for token in tokens]
-    marked = [stage.real(slot, token, index, length) for token in tokens]
+    loaded = [(stage.read("dt", slot, t, offset, 4, group), stage.real(slot, t, index, length)) for t in tokens]
     out = []
-    for token, (dt, u), real in zip(tokens, loaded, marked):
+    for token, (dt, real) in zip(tokens, loaded):
         dt = tuple(d + o for d, o in zip(dt, bias))
         dt = tuple(lanes.softplus(d) for d in dt) if softplus else dt
-        dt = dt if real is None else tuple(jnp.where(real, d, 0) for d in dt)
-        out.append((token, dt, tuple(d * u for d, u in zip(dt, u))))
+        out.append((token, dt if real is None else tuple(jnp.where(real, d, 0) for d in dt)))
     return out

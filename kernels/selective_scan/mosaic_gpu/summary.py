@@ -1,0 +1,189 @@
+"""What a stretch of time does to a state, and to a state's gradient: for scans with too few channels to fill the GPU.
+
+Such a scan is cut into stretches that run at once. A stretch maps the state before it to decay * state + end, with
+decay = exp(A sum_t dt_t) and end the state after it from a start of zeros; the gradient of the state after it goes to
+that of the state before it by the same decay and another end. Both ends are made here, by recurrences without readout:
+
+    forwards   s = exp(dt_t A) s + dt_t u_t B_t
+    backwards  s = exp(dt_t A) (s + dy_t C_t)
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels import lanes
+from kernels.lanes import LOG2E, THREADS, read, write
+from kernels.selective_scan.mosaic_gpu.forward import BLOCK, UNROLL, WORKERS
+from kernels.selective_scan.mosaic_gpu.stage import SLOTS, Stage, prepare
+from kernels.selective_scan.mosaic_gpu.tile import thread_index
+
+f32 = jnp.float32
+CHUNK = 8  # tokens
+
+
+@functools.partial(jax.jit, static_argnames="softplus")
+def end_of_state(u, dt, A, B, dt_bias, marks, *, softplus):
+    """The state after each sequence from a start of zeros, and the sum of its steps.
+
+    Args: as of `forward.forward`.
+
+    Returns:
+        [b, G, E', N] and [b, G, E'], float32.
+    """
+    return _summary(dict(u=u, dt=dt, B=B, marks=marks), A, dt_bias, softplus, reverse=False)
+
+
+@functools.partial(jax.jit, static_argnames="softplus")
+def end_of_gradient(dt, A, C, z, dt_bias, weights, marks, dy, *, softplus):
+    """The gradient of the state before each sequence, by its outputs alone: [b, G, E', N] float32.
+
+    Args: as of `backward.backward`.
+    """
+    arrays = dict(dt=dt, B=C, dy=dy, z=z, weights=weights, marks=marks)
+    return _summary(arrays, A, dt_bias, softplus, reverse=True)[0]
+
+
+def _summary(arrays, A, dt_bias, softplus, reverse):
+    batch, length, groups, _ = arrays["dt"].shape
+    _, padded, states = A.shape
+    chunk, steps, own = CHUNK, -(-length // CHUNK), states // WORKERS
+    stage = Stage(arrays, chunk, BLOCK, groups)
+    passes = THREADS * 4 // BLOCK  # tokens that the first warpgroup takes at once
+
+    def body(*refs):
+        b, e = lax.axis_index("b"), lax.axis_index("e")
+        sources, refs = refs[: len(stage.arrays)], refs[len(stage.arrays) :]
+        A_g, bias_g, end_g, steps_g, *buffers, dt_s, x_s, ready, done = refs
+        stage.bind(sources, buffers, b, e)
+
+        def chunk_of(index):
+            return steps - 1 - index if reverse else index
+
+        @pl.when(lax.axis_index("role") == 0)
+        def _():
+            offset = lax.rem(thread_index(), BLOCK // 4) * 4
+            first_token = lax.div(thread_index(), BLOCK // 4)
+            tokens = [first_token + first for first in range(0, chunk, passes)]
+            channel = e * BLOCK + offset
+            bias = [read(bias_g, g * padded + channel, 4) for g in range(groups)]
+
+            def written(slot, token, dt, g):
+                """dt u, or dy times gate and weight."""
+                if not reverse:
+                    return tuple(d * u for d, u in zip(dt, stage.read("u", slot, token, offset, 4, g)))
+                x = stage.read("dy", slot, token, offset, 4)
+                if "z" in stage:
+                    x = tuple(x * z * lanes.sigmoid(z) for x, z in zip(x, stage.read("z", slot, token, offset, 4)))
+                if g > 0 and "weights" in stage:
+                    x = tuple(x * w for x, w in zip(x, stage.read("weights", slot, token, offset, 4, g - 1)))
+                return x
+
+            for index in range(min(SLOTS, steps)):
+                stage.load(index, chunk_of(jnp.int32(index)))
+
+            def start(index, totals):
+                slot = lax.rem(index, SLOTS)
+                before = lax.rem(index + SLOTS - 1, SLOTS)
+
+                @pl.when((index > 0) & (index + SLOTS - 1 < steps))
+                def _():
+                    plgpu.barrier_wait(done.at[before])
+                    stage.load(before, chunk_of(index + SLOTS - 1))
+
+                stage.wait(slot)
+                totals = list(totals)
+                for g in range(groups):
+                    for token, dt in prepare(
+                        stage, slot, chunk_of(index), tokens, offset, bias[g], softplus, length, g
+                    ):
+                        at = (token * groups + g) * BLOCK + offset
+                        write(dt_s.at[slot], at, dt)
+                        write(x_s.at[slot], at, written(slot, token, dt, g))
+                        totals[g] = tuple(total + d for total, d in zip(totals[g], dt))
+                plgpu.barrier_arrive(ready.at[slot])
+                return tuple(totals)
+
+            totals = lax.fori_loop(0, steps, start, (lanes.zeros(4),) * groups)
+            for index in range(max(0, steps - SLOTS), steps):  # no barrier is left with an arrival that none has seen
+                plgpu.barrier_wait(done.at[index % SLOTS])
+            for g in range(groups):
+                write(steps_g, ((b * passes + first_token) * groups + g) * padded + channel, totals[g])
+
+        @pl.when(lax.axis_index("role") > 0)
+        def _():
+            thread = thread_index()
+            channel = e * BLOCK + thread
+            first = (lax.axis_index("role") - 1) * own  # of the states
+            quads = range(0, own, 4)
+
+            def place(number):
+                return (number * padded + channel) * states + first
+
+            A = [sum((read(A_g, place(g), 4, at=n) for n in quads), start=()) for g in range(groups)]
+
+            def operands(slot, t):
+                out = []
+                for g in range(groups):
+                    (dt,), (x,) = (read(ref.at[slot], (t * groups + g) * BLOCK + thread, 1) for ref in (dt_s, x_s))
+                    B = sum((stage.read("B", slot, t, thread * 0 + first + n, 4, g) for n in quads), start=())
+                    out.append((dt, x, B))
+                return out, stage.reset(slot, t) if "marks" in stage else None
+
+            def advance(h, operands):
+                inputs, reset = operands
+                new = []
+                for s, A_group, (dt, x, B) in zip(h, A, inputs):
+                    exponents = [dt * a if reset is None else dt * a + reset for a in A_group]
+                    if reverse:
+                        new.append(tuple(jnp.exp2(k) * (s + x * b) for k, s, b in zip(exponents, s, B)))
+                    else:
+                        new.append(tuple(jnp.exp2(k) * s + x * b for k, s, b in zip(exponents, s, B)))
+                return tuple(new)
+
+            def step(index, h):
+                slot = lax.rem(index, SLOTS)
+                plgpu.barrier_wait(ready.at[slot])
+                stage.wait(slot)
+
+                def several(i, h):
+                    times = [i * UNROLL + k for k in range(UNROLL)]
+                    for operand in [operands(slot, chunk - 1 - t if reverse else t) for t in times]:
+                        h = advance(h, operand)
+                    return h
+
+                h = lax.fori_loop(0, chunk // UNROLL, several, h)
+                plgpu.barrier_arrive(done.at[slot])
+                return h
+
+            h = lax.fori_loop(0, steps, step, (lanes.zeros(own),) * groups)
+            for g in range(groups):
+                for n in quads:
+                    write(end_g, place(b * groups + g), h[g][n : n + 4], at=n)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=(
+            jax.ShapeDtypeStruct((batch, groups, padded, states), f32),
+            jax.ShapeDtypeStruct((batch, passes, groups, padded), f32),
+        ),
+        scratch_types=[
+            *stage.scratch(),
+            plgpu.SMEM((SLOTS, chunk, groups, BLOCK), f32),
+            plgpu.SMEM((SLOTS, chunk, groups, BLOCK), f32),
+            plgpu.Barrier(num_barriers=SLOTS),
+            plgpu.Barrier(num_barriers=SLOTS, num_arrivals=WORKERS),
+        ],
+        grid=(batch, padded // BLOCK),
+        grid_names=("b", "e"),
+        num_threads=1 + WORKERS,
+        thread_name="role",
+        compiler_params=lanes.compiler_params(),
+        interpret=lanes.INTERPRET,
+    )
+    end, total = kernel(*stage.arrays.values(), A * LOG2E, dt_bias)
+    return end, jnp.sum(total, axis=1)
