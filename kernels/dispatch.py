@@ -44,8 +44,8 @@ def choose(
     """The implementation that `None` takes on a platform, and why.
 
     Args:
-        backends: implementations by name; each has `supports(platform=..., **facts) -> reason | None`. Asked for by name,
-            it finds `named=True` among the facts, and then serves what another would serve faster too.
+        backends: implementations by name; each has `supports(platform=..., **facts) -> reason | None`. Asked for by
+            name, it finds `named=True` among the facts, and then serves what another would serve faster too.
         winners: names by platform, fastest first, as measured; the last one serves everything.
         platform: "cpu", "cuda", "rocm" or "tpu" ("gpu" means "cuda").
         **facts: static facts of the call that `supports` judges, such as shapes and dtypes.

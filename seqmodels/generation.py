@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqmodels.errors import UserError
+from seqmodels.rounding import rounded
 
 LARGEST_CHUNK = 512  # tokens prefilled at once
 
@@ -36,8 +37,8 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     Args:
       logits: [B, V] float32.
     """
-    temperature, top_k, top_p = (jnp.broadcast_to(jnp.asarray(x), logits.shape[:1])[:, None] for x in sampling)
-    logits = logits / jnp.where(temperature > 0, temperature, 1.0)
+    top_k, top_p = (jnp.broadcast_to(jnp.asarray(x), logits.shape[:1])[:, None] for x in sampling[1:])
+    logits = scaled(logits, sampling.temperature)
     ordered = jnp.sort(logits, axis=-1, descending=True)
     rank = jnp.arange(logits.shape[-1])
     ordered = jnp.where((top_k == 0) | (rank < top_k), ordered, -jnp.inf)
@@ -48,11 +49,32 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-def draw(keys: jax.Array, logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """A token [B] int32 a row. keys: [B] typed keys, logits: [B, V] float32."""
-    greedy = jnp.argmax(logits, axis=-1)
-    sampled = jax.vmap(jax.random.categorical)(keys, filtered(logits, sampling))
-    return jnp.where(jnp.asarray(sampling.temperature) > 0, sampled, greedy).astype(jnp.int32)
+def work(sampling: Sampling) -> str:
+    """What the sampling takes: "greedy" no random numbers, "plain" no sorting, "filtered" both; known before compiling.
+
+    Sorting a vocabulary takes a GPU as long as many layers.
+    """
+    if np.all(np.asarray(sampling.temperature) == 0):
+        return "greedy"
+    return (
+        "plain" if np.all(np.asarray(sampling.top_k) == 0) and np.all(np.asarray(sampling.top_p) >= 1) else "filtered"
+    )
+
+
+def draw(keys: jax.Array, logits: jax.Array, sampling: Sampling, work: str = "filtered") -> jax.Array:
+    """A token [B] int32 a row. keys: [B] typed keys, logits: [B, V] float32; work: as of `work(sampling)`, or more."""
+    greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
+    if work == "greedy":
+        return greedy
+    weights = filtered(logits, sampling) if work == "filtered" else scaled(logits, sampling.temperature)
+    sampled = jax.vmap(jax.random.categorical)(keys, weights).astype(jnp.int32)
+    return jnp.where(jnp.asarray(sampling.temperature) > 0, sampled, greedy)
+
+
+def scaled(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:
+    """logits [B, V] at a temperature, a scalar or [B]; as they are at 0."""
+    temperature = jnp.broadcast_to(jnp.asarray(temperature), logits.shape[:1])[:, None]
+    return logits / jnp.where(temperature > 0, temperature, 1.0)
 
 
 def chunks(length: int) -> list[int]:
@@ -73,12 +95,12 @@ def _chunk(model, params, tokens, mask, state):
     return hidden[:, -1:], state
 
 
-def prefill(model, params: Any, tokens: jax.Array, mask: jax.Array, state: Any) -> tuple[jax.Array, Any]:
+def prefill(model, params: Any, tokens: jax.Array, mask: jax.Array | None, state: Any) -> tuple[jax.Array, Any]:
     """Take prompts into the state.
 
     Args:
       tokens: [B, P] int32, P >= 1, each prompt at the right end of its row.
-      mask: [B, P] bool, False on the padding before it.
+      mask: [B, P] bool, False on the padding before it; None: there is none.
       state: of the B rows; consumed.
 
     Returns:
@@ -87,15 +109,22 @@ def prefill(model, params: Any, tokens: jax.Array, mask: jax.Array, state: Any) 
     start = 0
     for size in chunks(tokens.shape[1]):
         piece = slice(start, start + size)
-        hidden, state = _chunk(model, params, tokens[:, piece], mask[:, piece], state)
+        hidden, state = _chunk(model, params, tokens[:, piece], None if mask is None else mask[:, piece], state)
         start += size
     return hidden, state
 
 
-@functools.partial(jax.jit, static_argnames=("model", "room"), donate_argnames="state")
-def _continue(model, params, hidden, state, keys, sampling, vocab_size, stop, tokens, *, room):
-    """Draw `tokens` tokens a row into [B, room]; only `room` decides what is compiled. The state comes back as well."""
-    variables = {"params": params}
+@functools.partial(jax.jit, static_argnames=("model", "work", "room"), donate_argnames="state")
+def _continue(model, params, hidden, state, keys, sampling, vocab_size, stop, tokens, *, work, room):
+    """Draw `tokens` tokens a row into [B, room]; only `work` and `room` decide what is compiled. And the last state.
+
+    params: as of `rounded`.
+    """
+    params, head = ({"params": tree} for tree in params)
+    rows = hidden.shape[0]
+    if rows == 1 and jax.default_backend() == "gpu":
+        # Twice the same row: with one alone XLA multiplies each matrix by it in memory, and then sums up.
+        hidden, state, keys = jax.tree.map(lambda x: jnp.concatenate([x, x]), (hidden, state, keys))
 
     def unfinished(carry):
         step, _, _, _, done = carry
@@ -103,19 +132,19 @@ def _continue(model, params, hidden, state, keys, sampling, vocab_size, stop, to
 
     def body(carry):
         step, hidden, state, out, done = carry
-        logits = model.apply(variables, hidden, method="logits")[:, 0].astype(jnp.float32)
+        logits = model.apply(head, hidden, method="logits")[:, 0].astype(jnp.float32)
         logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
-        token = jnp.where(done, stop, draw(step_keys, logits, sampling))
+        token = jnp.where(done, stop, draw(step_keys, logits, sampling, work))
         out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], step, axis=1)
-        hidden, state = model.apply(variables, token[:, None], state=state)
+        hidden, state = model.apply(params, token[:, None], state=state)
         return step + 1, hidden, state, out, done | (token == stop)
 
     batch = hidden.shape[0]
     out = jnp.full((batch, room), stop, jnp.int32)
     carry = jnp.zeros((), jnp.int32), hidden, state, out, jnp.zeros((batch,), bool)
     _, _, state, out, _ = jax.lax.while_loop(unfinished, body, carry)
-    return out, state
+    return out[:rows], jax.tree.map(lambda x: x[:rows], state)
 
 
 def decode(
@@ -156,11 +185,11 @@ def decode(
         mask[row, length - len(prompt) :] = True
     # An attention model's cache is all that depends on this number; a power of two keeps the programs few.
     state = _initial_state(model, batch, power_of_two(length + tokens))
-    hidden, state = prefill(model, params, ids, mask, state)
+    params = rounded(model, params)
+    hidden, state = prefill(model, params[0], ids, None if mask.all() else mask, state)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(batch))
-    out, _ = _continue(
-        model, params, hidden, state, keys, sampling, vocab_size, stop, tokens, room=power_of_two(tokens)
-    )
+    static = dict(work=work(sampling), room=power_of_two(tokens))
+    out, _ = _continue(model, params, hidden, state, keys, sampling, vocab_size, stop, tokens, **static)
     return np.asarray(out)[:, :tokens]
 
 

@@ -14,6 +14,7 @@ from seqmodels.data import load_tokenizer
 from seqmodels.errors import UserError
 from seqmodels.generation import Sampling, chunks, decode, draw, filtered, generate, prefill
 from seqmodels.model import build
+from seqmodels.rounding import rounded
 from seqmodels.training.sharding import unbox
 
 VOCAB = 257  # padded to 264
@@ -87,7 +88,7 @@ def test_chunks_are_few_powers_of_two_that_sum_up(monkeypatch):
 def test_lengths_do_not_recompile():
     model, params = tiny("densemamba")
     run = functools.partial(decode, model, params, vocab_size=VOCAB)
-    run([text(7)], tokens=5)  # chunks of 4, 2, 1; room for 8
+    run([text(7)], tokens=5, sampling=Sampling(top_k=3))  # chunks of 4, 2, 1; room for 8
     before = generation._chunk._cache_size(), generation._continue._cache_size()
     for length, tokens in ((1, 8), (5, 6), (6, 5), (4, 7)):
         run([text(length)], tokens=tokens, seed=length, sampling=Sampling(0.5, 7, 0.9))
@@ -232,3 +233,53 @@ def test_empty_prompts():
     model, params = tiny("densemamba")
     with pytest.raises(UserError, match="at least one token"):
         decode(model, params, [[1], []], tokens=3, vocab_size=VOCAB)
+
+
+# Rounded parameters
+
+
+@pytest.mark.parametrize("name, scan_blocks", [("densemamba", 0), ("densemamba", 1), ("transformer", 0)])
+def test_rounded_parameters_give_the_same_results(name, scan_blocks):
+    config = {"densemamba": densemamba, "transformer": transformer}[name].get_config().model.unlock()
+    config.update(width=32, repeats=4, dtype="bfloat16", scan_blocks=scan_blocks)
+    model = build(config, VOCAB)
+    params = unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
+    blocks, head = rounded(model, params)
+    kept = {
+        path[-1].key
+        for path, leaf in jax.tree.leaves_with_path(blocks)
+        if leaf.dtype == jnp.float32 and "mixer" in jax.tree_util.keystr(path)
+    }
+    assert kept == ({"A_log", "D", "conv_bias", "conv_weight", "dt_bias"} if name == "densemamba" else set())
+    assert blocks["embedding"].dtype == jnp.float32 and head["embedding"].dtype == jnp.bfloat16
+
+    tokens = np.array([text(6)], np.int32)
+    hidden, _ = jax.jit(model.apply)({"params": params}, tokens)
+    np.testing.assert_array_equal(jax.jit(model.apply)({"params": blocks}, tokens)[0], hidden)
+    logits = functools.partial(model.apply, method="logits")
+    np.testing.assert_array_equal(logits({"params": head}, hidden), logits({"params": params}, hidden))
+
+
+def test_plain_sampling_draws_what_sorting_would():
+    logits = jax.random.normal(jax.random.key(0), (64, 50))
+    keys = jax.random.split(jax.random.key(1), 64)
+    assert [generation.work(Sampling(*x)) for x in ((0,), (0.5,), (0.5, 3), (0.5, 0, 0.9))] == [
+        "greedy",
+        "plain",
+        "filtered",
+        "filtered",
+    ]
+    for temperature, work in ((0.7, "plain"), (jnp.arange(64) % 2 * 0.7, "plain"), (0.0, "greedy")):
+        sampling = Sampling(temperature)
+        np.testing.assert_array_equal(draw(keys, logits, sampling, work), draw(keys, logits, sampling))
+
+
+def test_a_lone_row_on_a_gpu_is_run_twice(monkeypatch):
+    model, params = tiny("densemamba")
+    run = functools.partial(decode, model, params, [text(5)], tokens=3, vocab_size=VOCAB, seed=2)
+    alone = run()
+    jax.clear_caches()
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr("kernels.dispatch.platforms", lambda: ("cpu",))
+    assert run().tolist() == alone.tolist()
+    jax.clear_caches()

@@ -175,8 +175,10 @@ class Mamba(nn.Module):
         if seq.mask is not None:  # padding may hold anything
             x = jnp.where(seq.mask[..., None], x, 0)
         in_proj = self.in_proj.astype(self.dtype)
-        # Two products: one for both would be cut in two by a copy. The barrier keeps XLA from making them one.
-        a, z = x @ in_proj[:, 0], jax.lax.optimization_barrier(x) @ in_proj[:, 1]
+        if x.shape[1] == 1:  # here copies of the weights' halves would cost the most
+            a, z = jnp.moveaxis(jnp.einsum("btd,dce->btce", x, in_proj), 2, 0)
+        else:  # Two products: one for both would be cut in two by a copy. The barrier keeps XLA from making them one.
+            a, z = x @ in_proj[:, 0], jax.lax.optimization_barrier(x) @ in_proj[:, 1]
         a, z = (checkpoint_name(v, "projected") for v in (a, z))
         u, conv = short_conv(
             a,
