@@ -56,7 +56,7 @@ KEY = ("op", "implementation", "shape", "variant", "dtype", "pass", "device")
 SHORT = 0.6  # ms of floor under which dispatching a call shows beside running it
 TOGETHER = 16  # calls a program for those
 CACHE = 2**28  # bytes that the input sets exceed together
-CHECKED = 2**24  # numbers of the float64 reference: tokens times channels times states
+CHECKED = 2**22  # numbers of the float64 reference: tokens times channels times states
 ROW = "{:24} {:9} {:12} {:17} {:>10} {:>9} {:>7} {:>7} {:>7} {:>9} {:>4}"
 EXPS_PER_SECOND = {  # 16 a clock and multiprocessor, at the clock in the device's description
     "NVIDIA H100 80GB HBM3": 16 * 132 * 1.98e9,

@@ -31,7 +31,8 @@ OPERATIONS = {
 REMAT = {  # what of a block is kept for the backward pass; the rest is computed again
     "block": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "mixer": jax.checkpoint_policies.save_only_these_names("projected", "stream", "scan"),  # again: norms
+    "mixer": jax.checkpoint_policies.save_only_these_names("projected", "stream"),  # again: norms, the scan
+    "rescan": jax.checkpoint_policies.save_anything_except_these_names("scan"),  # again: the scan over time
     "scan": jax.checkpoint_policies.save_only_these_names("scan"),  # again: all but the scan over time
     "streams": jax.checkpoint_policies.save_only_these_names("stream"),
 }

@@ -266,7 +266,7 @@ def test_scan_over_blocks_equals_unrolled(variant, group):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["mixer", "scan", "block", "dots", "streams"])
+@pytest.mark.parametrize("remat", ["rescan", "mixer", "scan", "block", "dots", "streams"])
 def test_rematerialisation_changes_nothing(remat):
     model, params = make()
     saved, _ = make(model=dict(remat=remat))

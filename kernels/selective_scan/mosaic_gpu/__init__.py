@@ -119,9 +119,9 @@ def chunks(arrays) -> tuple[int, int]:
 
 
 def stretches(batch, length, width) -> int:
-    """Pieces of time that run at once: as few as give each multiprocessor a block, of at least 256 tokens each."""
+    """Pieces of time that run at once: as few as give most multiprocessors a block, of at least 256 tokens each."""
     pieces, blocks = 1, batch * width // BLOCK
-    while pieces * blocks < PROCESSORS * 3 // 4 and length >= 512 * pieces:
+    while pieces * blocks < PROCESSORS * 2 // 3 and length >= 512 * pieces:
         pieces *= 2
     return pieces
 

@@ -48,7 +48,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
         dinitial [b, G, E', N]; du, ddt, dz, dweights in their inputs' dtypes, the rest float32. Without z or weights
         there are no dz or dweights.
     """
-    batch, length, groups, width = u.shape
+    batch, length, groups, _ = u.shape
     padded, tile = A.shape[1], Tile(A.shape[-1])
     states, block = tile.states, tile.channels
     blocks, steps = padded // block, -(-length // chunk)
