@@ -6,13 +6,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from benchmarks import generation, models, trace
 from benchmarks import kernels as script
-from benchmarks import models, trace
 from benchmarks.record import record, slug
 from kernels import selective_scan as scan
 from kernels.selective_scan import xla
 from seqmodels import cli
 from seqmodels.config import validate
+from seqmodels.model import build
 
 SHAPE = "2x6x4x2:full"
 FIELDS = [
@@ -194,6 +195,27 @@ def test_models_measures_and_profiles(tmp_path, capsys):
     assert row["tokens_per_second"] > 0 and row["loss"][1] < row["loss"][0]
     said = capsys.readouterr().out
     assert "kernel" in said and "all kernels" in said and "block_*/mixer" in said
+
+
+def test_generation_measures(tmp_path):
+    sizes = ["vocab_size=64", "width=16", "repeats=1"]
+    arguments = ["--config=configs/mamba.py", *(f"--config.model.{size}" for size in sizes)]
+    options = ["--batch=2", "--prompt=6", "--tokens=4", "--repeats=2", f"--out={tmp_path}/out.json"]
+    assert cli.run(generation.main, generation.define, generation.__doc__, ["generation.py", *arguments, *options]) == 0
+    (row,) = json.loads((tmp_path / "out.json").read_text())
+    assert (row["config"], row["batch"], row["prompt"], row["new_tokens"]) == ("mamba", 2, 6, 4)
+    whole = 2 * 4 / row["tokens_per_second"] * 1e3
+    assert row["prefill_ms"] > 0 and whole == pytest.approx(
+        row["prefill_ms"] + 4 * row["decode_ms_per_token"], rel=0.02
+    )
+
+
+def test_rows_of_generation(capsys):
+    for config, _ in generation.ROWS.values():
+        build(cli.load_config(config).model, 50277)  # refuses fields that do not fit
+    arguments = ["generation.py", "--rows=9b"]
+    assert cli.run(generation.main, generation.define, generation.__doc__, arguments) == 1
+    assert "--rows=9b: there are 130m-1, 130m-64" in capsys.readouterr().err
 
 
 def test_kernels_of_all_layers_count_together():
