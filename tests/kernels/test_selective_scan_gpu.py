@@ -1,0 +1,250 @@
+"""The GPU kernels of the selective scan: their numbers in Pallas's GPU interpreter, their compilation ahead of time.
+
+The interpreter compiles each warpgroup's program anew for every shape, some ten seconds for a gradient; so one small
+shape, with several chunks, several blocks of channels and padding on every axis, serves most tests.
+"""
+
+import functools
+import importlib
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from test_selective_scan import assert_close, documents, inputs
+
+from kernels import lanes
+from kernels.dispatch import UnsupportedError
+from kernels.selective_scan import mosaic_gpu, selective_scan
+
+HERE = Path(__file__).resolve().parent
+SHAPE = dict(length=21, groups=2, width=130, state=9)
+ONE_WORKER = ("forward", "summary")
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """Kernels run in the interpreter, whose memory starts as NaN.
+
+    A write is there one of the whole array, so no two warpgroups may write to one array: each channel has one worker.
+    """
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip("the interpreter of jax 0.10 compiles at every launch, a minute for each gradient")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lanes, "INTERPRET", plgpu.InterpretGPUParams())
+        for name in ONE_WORKER:
+            patch.setattr(importlib.import_module(f"{mosaic_gpu.__name__}.{name}"), "WORKERS", 1)
+        jax.clear_caches()  # the kernels are jitted, and know nothing of these
+        yield patch
+    jax.clear_caches()
+
+
+@functools.partial(jax.jit, static_argnames=("dt_softplus", "implementation"))
+def value_and_gradients(args, documents, cotangents, dt_softplus=True, implementation="mosaic_gpu"):
+    """y on real tokens, the final state, and what `cotangents` of both pull back to."""
+
+    def outputs(args):
+        y, state = selective_scan(**args, **documents, dt_softplus=dt_softplus, implementation=implementation)
+        return (jnp.where(documents["mask"][..., None], y, 0) if "mask" in documents else y), state
+
+    results, pull = jax.vjp(outputs, args)
+    return results, pull(tuple(c.astype(r.dtype) for c, r in zip(cotangents, results, strict=True)))
+
+
+def cotangents(args, seed=7):
+    draw = np.random.default_rng(seed)
+    shape = args["u"].shape
+    return tuple(
+        draw.normal(size=s).astype(np.float32) for s in ((*shape[:2], shape[-1]), (shape[0], *args["A"].shape))
+    )
+
+
+def expected(args, documents, **static):
+    """The same by the reference in float64, from the same numbers."""
+    with jax.enable_x64(True):
+        double = {k: np.asarray(v, np.float64) for k, v in args.items()}
+        pull = tuple(np.asarray(c, np.float64) for c in cotangents(args))
+        return value_and_gradients(double, documents, pull, implementation="reference", **static)
+
+
+def assert_equals_reference(args, documents, tolerance=1e-5, **static):
+    got = value_and_gradients(args, documents, cotangents(args), **static)
+    assert_close(got, expected(args, documents, **static), tolerance)
+
+
+def test_equals_float64_reference(interpreter):
+    """Two groups with weights, packed and padded, T, E and N odd."""
+    assert_equals_reference(inputs(**SHAPE), documents(length=21))
+
+
+@pytest.mark.parametrize("scale", [1e-35, 1e3])
+def test_extreme_decays(interpreter, scale):
+    """Also with A so near 0 that only the reset itself can make a state forget."""
+    args = inputs(**SHAPE)
+    args["A"] = args["A"] * np.float32(scale)
+    got = value_and_gradients(args, documents(length=21), cotangents(args))
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+    want = expected(args, documents(length=21))
+    A, want_A = got[1][0].pop("A"), want[1][0].pop("A")
+    assert_close(got, want, 1e-5)
+    # what a token leaves of the state before it is found as s_t - dt_t u_t B_t: of fast decays few digits are left
+    assert_close(A, want_A, 1e-4 if scale > 1 else 1e-5)
+
+
+def test_poisoned_padding_never_leaks(interpreter):
+    args, layout = inputs(**SHAPE), documents(length=21)
+    hidden = {k: np.array(args[k]) for k in ("u", "dt", "B", "C", "z")}
+    for x in hidden.values():
+        x[~np.asarray(layout["mask"])] = np.nan
+    got = value_and_gradients(args | hidden, layout, cotangents(args))
+    assert_close(got, value_and_gradients(args, layout, cotangents(args)), 1e-7)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
+def test_low_precision(interpreter, dtype):
+    args = inputs(batch=1, length=40, groups=1, width=5)
+    low = ("u", "dt", "B", "C", "z")
+    half = {k: jnp.asarray(v, dtype if k in low else jnp.float32) for k, v in args.items()}
+    (y, state), gradients = value_and_gradients(half, {}, cotangents(args))
+    assert y.dtype == dtype and state.dtype == jnp.float32
+    assert {k: v.dtype for k, v in gradients[0].items()} == {k: v.dtype for k, v in half.items()}
+    (want, want_state), want_gradients = expected(half, {})  # the same rounded inputs
+    np.testing.assert_allclose(y.astype(jnp.float32), want, rtol=3e-2, atol=5e-2)  # mamba-ssm's own test
+    np.testing.assert_allclose(state, want_state, rtol=1e-4, atol=1e-4)
+    assert_close(gradients, want_gradients, 1e-2)
+
+
+OPTIONS = {
+    "step given": (dict(batch=1, length=33, width=3, state=2), (), dict(dt_softplus=False)),
+    "bare": (dict(batch=1, length=5, width=3, state=1), ("D", "z", "dt_bias"), {}),
+    "shared weights": (dict(batch=1, length=18, groups=3, width=4), (), {}),
+    "no weights": (dict(batch=1, length=18, groups=3, width=4), ("weights",), {}),
+    "four groups": (dict(batch=1, length=18, groups=4, width=4), (), {}),
+    "64 states": (dict(batch=1, length=17, width=3, state=64), (), {}),
+    "no group axis": (dict(batch=1, length=19, groups=0, width=3, state=3), ("D",), {}),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", OPTIONS)
+def test_options(interpreter, case):
+    shape, without, static = OPTIONS[case]
+    args = {k: v for k, v in inputs(**shape).items() if k not in without}
+    if case == "shared weights":
+        args["weights"] = args["weights"][:, :, :1]
+    if not static.get("dt_softplus", True):
+        args = args | dict(dt=np.abs(args["dt"]), dt_bias=np.abs(args["dt_bias"]))
+    assert_equals_reference(args, {}, **static)
+
+
+@pytest.mark.slow
+def test_state_carries_over(interpreter):
+    args, layout = inputs(batch=1, length=36, width=3), documents(batch=1, length=36, padded=False)
+    scan = jax.jit(functools.partial(selective_scan, implementation="mosaic_gpu"))
+    whole, final = scan(**args, **layout)
+    both, time = args | layout, ("u", "dt", "B", "C", "z", "segment_ids")
+    head = {k: v[:, :18] if k in time else v for k, v in both.items()}
+    tail = {k: v[:, 18:] if k in time else v for k, v in both.items()}
+    first, state = scan(**head)
+    second, state = scan(**tail | dict(initial_state=state, initial_segment=head["segment_ids"][:, -1]))
+    assert_close((jnp.concatenate([first, second], axis=1), state), (whole, final), 1e-6)
+
+
+def test_no_races(interpreter):
+    """No warpgroup reads or writes what another may be writing; in one block, for blocks run one after another."""
+    from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
+
+    args = inputs(batch=1, length=40, width=5, state=9)
+    with interpreter.context() as patch:
+        patch.setattr(lanes, "INTERPRET", plgpu.InterpretGPUParams(detect_races=True))
+        jax.clear_caches()
+        assert_equals_reference(args, {})
+        assert not gpu_callbacks.get_races().races_found
+    jax.clear_caches()
+
+
+@pytest.mark.slow
+def test_vmap(interpreter):
+    args = [inputs(batch=1, length=18, width=3, seed=seed) for seed in (0, 1)]
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *args)
+    pulls = jax.tree.map(lambda *x: jnp.stack(x), *map(cotangents, args))
+    got = jax.vmap(lambda a, c: value_and_gradients(a, {}, c))(stacked, pulls)
+    want = jax.tree.map(lambda *x: np.stack(x), *(expected(a, {}) for a in args))
+    assert_close(got, want, 1e-5)
+
+
+def test_reasons(monkeypatch):
+    monkeypatch.setattr(lanes, "INTERPRET", None)
+    facts = dict(shape=(1, 32, 1, 4, 2), dtype=np.dtype("float32"))
+    assert "needs an NVIDIA GPU" in mosaic_gpu.supports(platform="cpu", **facts)
+    assert "float64" in mosaic_gpu.supports(platform="cuda", **facts | dict(dtype=np.dtype("float64")))
+    assert "N is 65" in mosaic_gpu.supports(platform="cuda", **facts | dict(shape=(1, 32, 1, 4, 65)))
+    assert "5 groups" in mosaic_gpu.supports(platform="cuda", **facts | dict(shape=(1, 32, 5, 4, 2)))
+    if jax.default_backend() != "gpu":
+        with pytest.raises(UnsupportedError, match="needs an NVIDIA GPU"):
+            selective_scan(**inputs(), implementation="mosaic_gpu")
+
+
+# shape, groups, dtype, documents. The first ones are those that models train with.
+MAIN = [
+    ("8x2048x2048x16", 1, "bfloat16", 1),
+    ("8x2048x2048x16", 1, "float32", 0),
+    ("1x65536x1536x16", 1, "bfloat16", 1),
+]
+ODD = [
+    ("2x150x130x9", 2, "float16", 1),
+    ("1x40x3x1", 1, "float32", 0),
+    ("2x1000x384x32", 2, "bfloat16", 1),
+    ("2x64x256x64", 1, "bfloat16", 0),
+    ("2x64x256x64", 4, "float32", 1),
+    ("8x2048x2048x16", 3, "bfloat16", 1),
+]
+SHARED_MEMORY = 227 * 1024  # bytes a block, of an H100
+
+
+def assembled(shape, groups, dtype, documents):
+    """(bytes of shared memory, bytes spilled) of each kernel of the gradient, as compiled for an H100.
+
+    jax 0.10 does not say how much shared memory; the compiler refuses too much by itself.
+    """
+    command = [sys.executable, str(HERE / "compile_for_h100.py"), shape, str(groups), dtype, str(documents)]
+    dump = dict(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_RESOURCES="1")
+    run = subprocess.run(command, env=os.environ | dump, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    said = run.stdout + run.stderr
+    shared = [int(n) for n in re.findall(r"smem_scratch_bytes=(\d+)", said)]
+    spilled = [
+        int(n) for n in re.findall(r"(\d+) bytes spill stores, \d+ bytes spill loads\n *ptxas info *: Used", said)
+    ]
+    assert len(spilled) >= 2 and len(shared) in (0, len(spilled)), said
+    return shared, spilled
+
+
+needs_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
+    reason="jax's CUDA plug-in is not installed",
+)
+
+
+@needs_plugin
+@pytest.mark.parametrize("case", [MAIN[0], *(pytest.param(c, marks=pytest.mark.slow) for c in MAIN[1:])])
+def test_compiles_without_spills(case):
+    shared, spilled = assembled(*case)
+    assert not any(spilled)
+    assert max(shared, default=0) <= SHARED_MEMORY
+
+
+@needs_plugin
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ODD)
+def test_odd_shapes_compile(case):
+    """The interpreter takes what the compiler refuses."""
+    shared, _ = assembled(*case)
+    assert max(shared, default=0) <= SHARED_MEMORY
