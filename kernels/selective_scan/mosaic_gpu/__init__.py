@@ -126,6 +126,11 @@ def stretches(batch, length, width) -> int:
     return pieces
 
 
+def mapped(kernel, **static):
+    """A kernel as a function of a dict of arrays; jax.vmap calls it once for each, for Pallas has no rule for that."""
+    return jax.custom_batching.sequential_vmap(lambda arrays: kernel(**arrays, **static))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
 def _scan(arrays, marks, softplus, chunks, pieces):
     """y [b, T', E'] and the final state; the arguments of `forward`."""
@@ -139,10 +144,11 @@ def _forward(arrays, marks, softplus, chunks, pieces, save):
         start, arrays = arrays["initial_state"], {name: cut(name, x, pieces) for name, x in arrays.items()}
         marks = cut("marks", marks, pieces)
         inputs = {name: arrays[name] for name in ("u", "dt", "A", "B", "dt_bias")}
-        end, steps = end_of_state(**inputs, marks=marks, softplus=softplus)
+        end, steps = mapped(end_of_state, softplus=softplus)(inputs | dict(marks=marks))
         decay = decay_of(arrays["A"], steps, marks)
         arrays["initial_state"] = chain(start, decay, end, pieces)
-    y, final, saved = forward(**arrays, marks=marks, softplus=softplus, chunk=chunks[0], save=chunks[1] if save else 0)
+    run = mapped(forward, softplus=softplus, chunk=chunks[0], save=chunks[1] if save else 0)
+    y, final, saved = run(arrays | dict(marks=marks))
     if pieces > 1:
         y = y.reshape(-1, pieces * y.shape[1], y.shape[2])
         final = final.reshape(-1, pieces, *final.shape[1:])[:, -1]
@@ -165,9 +171,10 @@ def _scan_bwd(softplus, chunks, pieces, residuals, cotangents):
         inputs = {name: cut(name, x, pieces) for name, x in inputs.items()}
         marks, dy = cut("marks", marks, pieces), cut("dy", dy, pieces)
         read = {name: x for name, x in inputs.items() if name not in ("u", "B", "D")}
-        start = end_of_gradient(**read, marks=marks, dy=dy, softplus=softplus)
+        start = mapped(end_of_gradient, softplus=softplus)(read | dict(marks=marks, dy=dy))
         dfinal = chain(dfinal, decay, start, pieces, reverse=True)
-    g = backward(**inputs, marks=marks, saved=saved, dy=dy, dfinal=dfinal, softplus=softplus, chunk=chunks[1])
+    run = mapped(backward, softplus=softplus, chunk=chunks[1])
+    g = run(inputs | dict(marks=marks, saved=saved, dy=dy, dfinal=dfinal))
     dBC = jnp.sum(g["dBC"], axis=1)
     if pieces > 1:
         whole = {name: x.reshape(-1, pieces * x.shape[1], *x.shape[2:]) for name, x in g.items() if name in OVER_TIME}
