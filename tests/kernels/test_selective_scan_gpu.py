@@ -92,10 +92,7 @@ def test_extreme_decays(interpreter, scale):
     got = value_and_gradients(args, documents(length=21), cotangents(args))
     assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
     want = expected(args, documents(length=21))
-    A, want_A = got[1][0].pop("A"), want[1][0].pop("A")
     assert_close(got, want, 1e-5)
-    # what a token leaves of the state before it is found as s_t - dt_t u_t B_t: of fast decays few digits are left
-    assert_close(A, want_A, 1e-4 if scale > 1 else 1e-5)
 
 
 def test_poisoned_padding_never_leaks(interpreter):

@@ -2,14 +2,14 @@
 
 With g_t the gradient of the state after token t, and per channel and state
 
-    g_t = exp(dt_{t+1} A) g_{t+1} + dy_t C_t,    q_t = g_t exp(dt_t A) s_{t-1} = g_t (s_t - dt_t u_t B_t)
+    g_t = exp(dt_{t+1} A) g_{t+1} + dy_t C_t,    q_t = g_t exp(dt_t A) s_{t-1}
     dC_t = sum_e dy_t s_t,    dB_t = sum_e g_t dt_t u_t                     (over channels)
     du_t = dt_t sum_n g_t B_t,    ddt_t = sum_n q_t A + u_t sum_n g_t B_t   (over states),    dA = sum_t q_t dt_t
 
 one warpgroup prepares and finishes chunks (of one group each), one goes through their states forwards, one backwards:
   start       dt, dt u and the gated dy in float32;
-  again       the recurrence from the state that the forward pass saved; every s_t is kept in shared memory;
-  back        the walk back: each thread puts its part of the sums where its s_t was;
+  again       the recurrence from the state that the forward pass saved; every s_{t-1} is kept in shared memory;
+  back        the walk back: each thread puts its part of the sums where its s_{t-1} was;
   by_channel  sums over the shares of a channel's states: du, ddt, dz and dweights;
   by_state    sums over the rows of the block's channels: dB, dC of this block. Blocks are added outside, in order.
 """
@@ -160,13 +160,12 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                 )
 
             def again(item, A, h):
-                """The chunk's states, kept."""
+                """The state before each token of the chunk, kept."""
 
                 def token(t, h):
-                    h = advance(item, A, h, t)
                     for c in range(CHANNELS):
                         write(kept.at[lax.rem(item, 2)], t * row_of_token + own, h[c], at=c * THREADS * 4)
-                    return h
+                    return advance(item, A, h, t)
 
                 lax.fori_loop(0, chunk, token, h, unroll=UNROLL)
 
@@ -186,14 +185,17 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                         row_dstate, row_dA = [], []
                         for n in range(STATES):
                             grad = dstate[c][n] + dy[c] * C[n]
-                            dC[n] = add(dC[n], dy[c] * h[c][n])
+                            left = decay(dt[c], A[c][n], reset)
+                            old = left * h[c][n]
+                            new = old + x[c] * B[n]
+                            q = grad * old
+                            dC[n] = add(dC[n], dy[c] * new)
                             dB[n] = add(dB[n], grad * x[c])
-                            q = grad * (h[c][n] - x[c] * B[n])
                             q_A[c] = add(q_A[c], q * A[c][n])
                             g_B[c] = add(g_B[c], grad * B[n])
-                            y[c] = add(y[c], h[c][n] * C[n])
+                            y[c] = add(y[c], new * C[n])
                             row_dA.append(dA[c][n] + q * dt[c])
-                            row_dstate.append(grad * decay(dt[c], A[c][n], reset))
+                            row_dstate.append(grad * left)
                         new_dstate.append(tuple(row_dstate))
                         new_dA.append(tuple(row_dA))
                     for quarter, part in enumerate((g_B, q_A, dB, dC, y)[:quarters]):
