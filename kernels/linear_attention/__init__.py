@@ -1,0 +1,144 @@
+"""Linear attention: a matrix state with decay, written by outer products of keys and values, read by queries.
+
+    S_t = a_t S_{t-1} + k_t v_t^T          [K, V] for each head
+    y_t = scale q_t S_t                    or, read exclusively, scale q_t (S_{t-1} + (u * k_t) v_t^T)
+
+The decay a_t = exp(log_decay_t) is one (linear attention, Katharopoulos et al. 2020; Performer), a constant of the head
+(RetNet, Sun et al. 2023), a number for each token and head (Mamba-2, Dao & Gu 2024; Mamba-3 with keys rescaled) or a
+vector over K (GLA, Yang et al. 2024; RWKV-6, which reads exclusively with the bonus u).
+"""
+
+import jax
+import jax.numpy as jnp
+
+from kernels import dispatch
+from kernels.linear_attention import reference
+
+BACKENDS = {"reference": reference}
+# By platform, fastest first as measured; the last one serves everything.
+WINNERS = {"default": ("reference",)}
+IMPLEMENTATIONS = tuple(BACKENDS)
+
+EPSILON = 1e-10  # a normaliser nearer to zero than this counts as this, with its sign
+
+
+def choose(platform: str, shape: tuple[int, ...] = (8, 2048, 1, 32, 128, 64), **facts) -> tuple[str, str]:
+    """Name of the implementation that `None` takes on a platform for a shape [B, T, Hk, H, K, V], and why."""
+    usual = dict(dtype=jnp.dtype("bfloat16"), decay="head", read="inclusive", bonus=False, chunk=None)
+    return dispatch.choose("linear_attention", BACKENDS, WINNERS, platform, shape=shape, **usual | facts)
+
+
+def linear_attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None = None,
+    *,
+    scale: float = 1.0,
+    read: str = "inclusive",
+    bonus: jax.Array | None = None,
+    normalise: bool = False,
+    initial_state: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    initial_segment: jax.Array | None = None,
+    mask: jax.Array | None = None,
+    chunk: int | None = None,
+    implementation: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Attend over time; differentiable in q, k, v, log_decay, bonus and initial_state, through both results.
+
+    Args:
+        q, k: [B, T, Hk, K] queries and keys; float32, bfloat16, float16 or float64.
+        v: [B, T, H, V] values; H is a multiple of Hk, and value head h goes with query and key head h // (H / Hk).
+        log_decay: logarithm of the decay, at most 0 (-1e4 is fine), float32: None (no decay), [H], [B, T, H], or
+            [B, T, H, K] with one for each row of the state.
+        scale: factor of the readout.
+        read: "inclusive", y_t = scale q_t S_t; or "exclusive", y_t = scale q_t S_{t-1}, which token t neither decays
+            nor adds to.
+        bonus: [H, K] u, weight of a token's own key in an exclusive read: adds scale (q_t . (u * k_t)) v_t.
+        normalise: divide y_t by what the same read gives for values of one (scale cancels). This normaliser is one
+            more column of the state. Where it is nearer to zero than 1e-10, it counts as 1e-10 of its sign: a token
+            that reads nothing gets zero.
+        initial_state: [B, H, K, V] float32, with `normalise` [B, H, K, V + 1], normaliser last. None: zeros.
+        segment_ids: [B, T] int32; a change of id resets the state, at any position.
+        initial_segment: [B] int32, segment that initial_state belongs to; None: that of the first real token.
+        mask: [B, T] bool; a token with False leaves the state as it is, and what stands there (NaN even) is not read;
+            its output is unspecified but finite.
+        chunk: tokens that are worked on at once; None: what the implementation finds best. Changes rounding alone.
+        implementation: one of `IMPLEMENTATIONS`; None: the fastest that serves.
+
+    Returns:
+        y [B, T, H, V] in v's dtype, and the final state, of initial_state's shape, in float32 (float64 if an argument
+        is). Sums and decays are float32; products of bfloat16 arrays take bfloat16 factors.
+
+    Raises:
+        UnsupportedError: the named implementation is unknown or cannot serve.
+        ValueError: shapes disagree, or an option is unknown.
+    """
+    _check(q, k, v, log_decay, read, bonus, normalise, initial_state, segment_ids, initial_segment, mask, chunk)
+    dtype = jnp.result_type(q, k, v)
+    accumulator = jnp.promote_types(jnp.float32, dtype)
+    log_decay = None if log_decay is None else log_decay.astype(accumulator)
+    if mask is not None:  # where, not a product: padding may hold anything
+        q, k, v = (jnp.where(mask[:, :, None, None], x, 0) for x in (q, k, v))
+        if log_decay is not None:
+            log_decay = jnp.broadcast_to(log_decay, (*v.shape[:3], *log_decay.shape[3:]))
+            log_decay = jnp.where(mask.reshape(*mask.shape, *[1] * (log_decay.ndim - 2)), log_decay, 0)
+    values = append_ones(v) if normalise else v
+    if initial_state is None:
+        initial_state = jnp.zeros((v.shape[0], v.shape[2], k.shape[3], values.shape[3]), accumulator)
+
+    def call(backend, arrays):
+        # a quotient of rounded numbers would be rounded twice over
+        result = accumulator if normalise else v.dtype
+        return backend.linear_attention(**arrays, scale=scale, read=read, chunk=chunk, dtype=result)
+
+    arrays = dict(q=q, k=k, v=values, log_decay=log_decay, bonus=bonus, initial_state=initial_state)
+    arrays |= dict(segment_ids=segment_ids, initial_segment=initial_segment, mask=mask)
+    facts = dict(shape=(*k.shape[:3], v.shape[2], k.shape[3], values.shape[3]), dtype=dtype, read=read, chunk=chunk)
+    facts |= dict(bonus=bonus is not None, decay=_kind(log_decay))
+    y, state = dispatch.dispatch("linear_attention", BACKENDS, WINNERS, implementation, facts, call, arrays)
+    return (divide(y).astype(v.dtype) if normalise else y), state
+
+
+def append_ones(v: jax.Array) -> jax.Array:
+    """v [..., V] with a column of ones [..., V + 1], whose readout is the normaliser."""
+    return jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
+
+
+def divide(y: jax.Array) -> jax.Array:
+    """Readouts [..., V + 1] divided by their last column: [..., V]."""
+    total = y[..., -1:]
+    return y[..., :-1] / jnp.where(jnp.abs(total) > EPSILON, total, jnp.where(total < 0, -EPSILON, EPSILON))
+
+
+def _kind(log_decay: jax.Array | None) -> str:
+    """What `supports` knows of the decay: none, constant [H], head [B, T, H], channel [B, T, H, K]."""
+    return "none" if log_decay is None else {1: "constant", 3: "head", 4: "channel"}[log_decay.ndim]
+
+
+def _check(q, k, v, log_decay, read, bonus, normalise, initial_state, segment_ids, initial_segment, mask, chunk):
+    """Shapes and options, before anything is compiled."""
+    if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:2] != k.shape[:2] or v.shape[2] % k.shape[2]:
+        raise ValueError(
+            f"linear_attention: q has shape {q.shape}, k {k.shape} and v {v.shape}; "
+            "allowed: q, k [B, T, Hk, K] and v [B, T, H, V] with H a multiple of Hk"
+        )
+    if read not in ("inclusive", "exclusive"):
+        raise ValueError(f"linear_attention: read is {read!r}; allowed: 'inclusive', 'exclusive'")
+    if bonus is not None and read == "inclusive":
+        raise ValueError("linear_attention: bonus was given with read='inclusive'; allowed: with read='exclusive'")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"linear_attention: chunk is {chunk}; allowed: None, or 1 or more")
+    (batch, length, heads, values), keys = v.shape, k.shape[3]
+    want = dict(
+        log_decay=(log_decay, [(heads,), (batch, length, heads), (batch, length, heads, keys)]),
+        bonus=(bonus, [(heads, keys)]),
+        initial_state=(initial_state, [(batch, heads, keys, values + normalise)]),
+        segment_ids=(segment_ids, [(batch, length)]),
+        initial_segment=(initial_segment, [(batch,)]),
+        mask=(mask, [(batch, length)]),
+    )
+    for name, (array, shapes) in want.items():
+        if array is not None and array.shape not in shapes:
+            raise ValueError(f"linear_attention: {name} has shape {array.shape}; allowed with v {v.shape}: {shapes}")

@@ -1,0 +1,63 @@
+"""The definition of linear attention: one token after the other, float64 if an argument is."""
+
+import jax
+import jax.numpy as jnp
+
+
+def supports(**facts) -> str | None:
+    """Serves everything, slowly."""
+    return None
+
+
+def linear_attention(
+    q,
+    k,
+    v,
+    log_decay,
+    bonus,
+    initial_state,
+    segment_ids,
+    initial_segment,
+    mask,
+    *,
+    scale,
+    read,
+    chunk,
+    dtype,
+):
+    """As `kernels.linear_attention.linear_attention`, padding zeroed, a normaliser among the values; y in `dtype`.
+
+    On padding log_decay is zero too, so that only segment_ids are left to be judged with the mask.
+    """
+    (batch, length, heads, _), keys = v.shape, k.shape[3]
+    accumulator = jnp.result_type(q, k, v, jnp.float32)
+    if log_decay is None:
+        log_decay = jnp.zeros(heads, accumulator)
+    if log_decay.ndim == 1:
+        log_decay = jnp.broadcast_to(log_decay, (batch, length, heads))
+    decay = jnp.exp(log_decay if log_decay.ndim == 4 else log_decay[..., None])
+    if segment_ids is None:
+        segment_ids = jnp.zeros((batch, length), jnp.int32)
+    if mask is None:
+        mask = jnp.ones((batch, length), bool)
+    q, k = (jnp.repeat(x.astype(accumulator), heads // x.shape[2], axis=2) for x in (q, k))
+    bonus = jnp.zeros((heads, keys), accumulator) if bonus is None else bonus.astype(accumulator)
+
+    def step(carry, token):
+        state, segment, known = carry
+        q, k, v, decay, new_segment, real = token
+        kept = ~known | (segment == new_segment)
+        old = jnp.where(kept[:, None, None, None], state, 0)
+        write = k[..., None] * v[..., None, :]
+        new = decay[..., None] * old + write
+        seen = new if read == "inclusive" else old + bonus[..., None] * write
+        y = scale * jnp.einsum("bhk,bhkv->bhv", q, seen, precision="highest")
+        state = jnp.where(real[:, None, None, None], new, state)
+        return (state, jnp.where(real, new_segment, segment), known | real), y
+
+    known = jnp.full((batch,), initial_segment is not None)
+    segment = jnp.zeros((batch,), jnp.int32) if initial_segment is None else initial_segment
+    tokens = (q, k, v.astype(accumulator), decay, segment_ids, mask)
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
+    (state, _, _), y = jax.lax.scan(step, (initial_state.astype(accumulator), segment, known), tokens)
+    return jnp.moveaxis(y, 0, 1).astype(dtype), state
