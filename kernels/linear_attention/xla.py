@@ -1,0 +1,340 @@
+"""Linear attention in plain XLA: chunks of time by matrix products, states kept at chunk boundaries only.
+
+Inside a block of C tokens the incoming state is one more token before the first, and the outgoing state one more read
+after the last. Then one matrix holds all decays,
+
+    D[i, j] = exp(sum of log_decay over the tokens l that read i sees after token j)          [C + 1, C + 1]
+
+zero where i does not see j, and the block is (written for one head)
+
+    y_i = sum_j (q_i . k_j) D[i, j] v_j + D[i, start] q_i S,     S' = D[end, start] S + sum_j D[end, j] k_j v_j^T.
+
+A sum is taken over just the tokens it is made of: the difference of two running sums would cancel, and no exponent is
+ever above zero. Decays of the head make D one matrix for all K, and the blocks are the chunks. Decays of the channel
+make one for each k, so blocks are shorter, and a chunk is several of them: the backward pass starts from the states at
+the chunks' boundaries and computes those of its blocks again.
+
+A few tokens, as in decoding, are written out one after the other on the state as it comes.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
+
+from kernels.segments import resets
+
+CHUNK = 64  # tokens between the states that are kept
+BLOCK = 16  # tokens of a block where every channel has a decay of its own
+FEW = 8  # tokens that are written out
+
+
+class Options(NamedTuple):
+    """What is static. dtype: of y; factors: of what is multiplied; chunk, block: tokens."""
+
+    scale: float
+    read: str
+    dtype: jnp.dtype
+    factors: jnp.dtype
+    chunk: int
+    block: int
+
+
+def supports(**facts) -> str | None:
+    """Serves everything, everywhere."""
+    return None
+
+
+def linear_attention(
+    q,
+    k,
+    v,
+    log_decay,
+    bonus,
+    initial_state,
+    segment_ids,
+    initial_segment,
+    mask,
+    *,
+    scale,
+    read,
+    chunk,
+    dtype,
+):
+    """As `kernels.linear_attention.linear_attention`, padding zeroed, a normaliser among the values; y in `dtype`."""
+    (batch, length, heads, values), (groups, keys) = v.shape, k.shape[2:]
+    factors = jnp.result_type(q, k, v)
+    accumulator = jnp.promote_types(jnp.float32, factors)
+    if factors != jnp.bfloat16:  # float16 would overflow with the state
+        factors = accumulator
+    # from here on heads are [G, R]: those of keys, and those of values for each
+    each = heads // groups
+    v = v.reshape(batch, length, groups, each, values)
+    state = initial_state.astype(accumulator).reshape(batch, groups, each, keys, values)
+    if log_decay is None:  # sizes of one stand for all rows and heads: their decays are computed once
+        decay = jnp.zeros((1, length, 1, 1, 1), accumulator)
+    elif log_decay.ndim == 1:
+        decay = jnp.broadcast_to(log_decay.reshape(1, 1, groups, each, 1), (1, length, groups, each, 1))
+    else:
+        decay = log_decay.reshape(batch, length, groups, each, -1)
+    bonus = None if bonus is None else bonus.astype(accumulator).reshape(groups, each, keys)
+    reset = resets(segment_ids, initial_segment, mask)
+    if length <= FEW:
+        y, state = _few_tokens(scale, read, (q, k, v, decay, reset), bonus, state)
+        y = y.astype(dtype)
+    else:
+        chunk = min(chunk or CHUNK, length)
+        block = min(BLOCK, chunk) if decay.shape[-1] > 1 else chunk
+        y, state = _attend(Options(scale, read, dtype, factors, chunk, block), (q, k, v, decay, reset), bonus, state)
+    return y.reshape(batch, length, heads, values), state.reshape(batch, heads, keys, values)
+
+
+def _few_tokens(scale, read, tokens, bonus, state):
+    """y [B, T, G, R, V] and the final state [B, G, R, K, V], token by token. The arguments are those of `_attend`."""
+    q, k, v, decay, reset = tokens
+    readouts = []
+    for t in range(q.shape[1]):
+        q_t, k_t = (x[:, t, :, None, :, None].astype(state.dtype) for x in (q, k))
+        old = state if reset is None else jnp.where(reset[:, t, None, None, None, None], 0, state)
+        write = k_t * v[:, t, :, :, None, :].astype(state.dtype)
+        state = jnp.exp(decay[:, t, ..., None]) * old + write
+        seen = state
+        if read == "exclusive":
+            seen = old if bonus is None else old + bonus[..., None] * write
+        readouts.append(scale * jnp.sum(q_t * seen, axis=-2))
+    # one kernel for all sums and the new state, so that the state is read once
+    readouts, state = jax.lax.optimization_barrier((readouts, state))
+    return jnp.stack(readouts, axis=1), state
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(options, tokens, bonus, state):
+    """y [B, T, G, R, V] and the final state.
+
+    Args:
+        tokens: q, k [B, T, G, K], v [B, T, G, R, V], log decays [B or 1, T, G or 1, R or 1, K or 1], and resets
+            [B, T] bool or None.
+        bonus: [G, R, K] or None.
+        state: [B, G, R, K, V].
+    """
+    y, state, _ = _forward(options, tokens, bonus, state)
+    return y, state
+
+
+def _attend_fwd(options, tokens, bonus, state):
+    y, final, boundaries = (checkpoint_name(x, "scan") for x in _forward(options, tokens, bonus, state))
+    return (y, final), (tokens, bonus, state, boundaries)
+
+
+def _attend_bwd(options, residuals, cotangents):
+    tokens, bonus, state, boundaries = residuals
+
+    def chunk(tokens, dy, state, dstate):
+        _, _, states = _in_pieces(_block(options, bonus), options.block, tokens, state)
+        return _back_in_pieces(block, options.block, tokens, dy, states, dstate)
+
+    def block(tokens, dy, state, dstate):
+        return _block_gradients(options, tokens, bonus, state, dy, dstate)
+
+    gradients, dbonus, dstate = _back_in_pieces(chunk, options.chunk, tokens, cotangents[0], boundaries, cotangents[1])
+    return (*gradients, None), dbonus, dstate
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+
+def _forward(options, tokens, bonus, state):
+    """y, the final state, and the states [T / chunk, B, G, R, K, V] at the start of each chunk."""
+
+    def chunk(tokens, state):
+        return _in_pieces(_block(options, bonus), options.block, tokens, state)[:2]
+
+    return _in_pieces(chunk, options.chunk, tokens, state)
+
+
+def _in_pieces(forward, size, tokens, state):
+    """`forward(tokens, state) -> y, state` piece after piece: y, the last state, and that before each piece."""
+
+    def body(state, piece):
+        y, new = forward(piece, state)
+        return new, (y, state)
+
+    state, (y, before) = jax.lax.scan(body, state, _split(tokens, size))
+    return _join(y, tokens[0].shape[1]), state, before
+
+
+def _back_in_pieces(backward, size, tokens, dy, states, dstate):
+    """`backward(tokens, dy, state, dstate) -> gradients of tokens, bonus and state`, from the last piece to the first.
+
+    Args:
+        states: before each piece.
+        dstate: gradient of the last state.
+    """
+
+    def body(dstate, piece):
+        gradients, dbonus, dstate = backward(*piece, dstate)
+        return dstate, (gradients, dbonus)
+
+    pieces = (_split(tokens, size), _split(dy, size), states)
+    dstate, (gradients, dbonus) = jax.lax.scan(body, dstate, pieces, reverse=True)
+    dbonus = None if dbonus is None else jnp.sum(dbonus, axis=0)
+    return tuple(_join(g, dy.shape[1]) for g in gradients), dbonus, dstate
+
+
+def _split(tree, size):
+    """[B, T, ...] to [T / size, B, size, ...]; the last piece ends in zeros, which leave the state as it is."""
+
+    def split(x):
+        x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
+        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+
+    return jax.tree.map(split, tree)
+
+
+def _join(x, length):
+    """[T / size, B, size, ...] to [B, T, ...]."""
+    x = jnp.moveaxis(x, 0, 1)
+    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+
+
+def _product(options, spec, *arrays):
+    """einsum of factors in their dtype, summed in the accumulators'. Not in TF32, nor float32 by bfloat16."""
+    exact = None if options.factors == jnp.bfloat16 else "highest"
+    accumulator = jnp.promote_types(jnp.float32, options.factors)
+    arrays = (x.astype(options.factors) for x in arrays)
+    return jnp.einsum(spec, *arrays, precision=exact, preferred_element_type=accumulator)
+
+
+def _sees(length, read):
+    """[C + 1, C] bool: the tokens before each token's read, and all before the outgoing state."""
+    own = 0 if read == "inclusive" else -1
+    return jnp.tril(jnp.ones((length + 1, length), bool), own).at[-1].set(True)
+
+
+def _after(length):
+    """[C, C + 1] bool: the tokens after the incoming state (all), and after each token."""
+    return jnp.tril(jnp.ones((length, length + 1), bool))
+
+
+def _decays(options, decay, reset):
+    """D [B, G, R, C + 1, C + 1, K] of the reads (rows) and writes (columns) of a block; reads are scaled.
+
+    Sizes of one are left as they are. The first column is the incoming state, the last row the outgoing one.
+    """
+    length = decay.shape[1]
+    sees, after = _sees(length, options.read), _after(length)
+    decay = jnp.moveaxis(decay, 1, 3)[..., None, :]  # [B, G, R, C, 1, K]
+    spread = jnp.where(after[..., None], decay, 0)
+    sums = jnp.einsum("il,bgrljn->bgrijn", sees.astype(spread.dtype), spread, precision="highest")
+    visible = jnp.concatenate([jnp.ones((length + 1, 1), bool), sees], axis=1)
+    if reset is not None:
+        document = jnp.cumsum(reset, axis=1)
+        of_read = jnp.concatenate([document, document[:, -1:]], axis=1)
+        of_write = jnp.concatenate([jnp.zeros_like(document[:, :1]), document], axis=1)
+        visible = (visible & (of_read[:, :, None] == of_write[:, None, :]))[:, None, None]
+    D = jnp.exp(jnp.where(visible[..., None], sums, -jnp.inf))
+    return D * jnp.where(jnp.arange(length + 1) < length, options.scale, 1.0).astype(D.dtype)[:, None, None]
+
+
+def _scores(options, q, k, D):
+    """(q_i . k_j) D[i, j] [B, G, R, C, C], and q_i . k_j [B, G, 1, C, C] where D is the same for all K (else None)."""
+    D = D[..., :-1, 1:, :]
+    if D.shape[-1] == 1:
+        products = _product(options, "bign,bjgn->bgij", q, k)[:, :, None]
+        return products * D[..., 0], products
+    return jnp.einsum("bign,bjgn,bgrijn->bgrij", q.astype(D.dtype), k.astype(D.dtype), D, precision="highest"), None
+
+
+def _by_head(x):
+    """[B, C, G, K] to [B, G, 1, C, K]."""
+    return jnp.moveaxis(x, 1, 2)[:, :, None]
+
+
+def _block(options, bonus):
+    """The function of a block's tokens and incoming state to y [B, C, G, R, V] and the outgoing state."""
+
+    def forward(tokens, state):
+        q, k, v, decay, reset = tokens
+        D = _decays(options, decay, reset)
+        scores, _ = _scores(options, q, k, D)
+        if bonus is not None:
+            own = options.scale * jnp.einsum("bign,grn,bign->bgri", q, bonus, k, precision="highest")
+            scores = scores + own[..., None] * jnp.eye(q.shape[1], dtype=own.dtype)
+        product = functools.partial(_product, options)
+        y = product("bgrij,bjgrp->bigrp", scores, v)
+        y = y + product("bgrin,bgrnp->bigrp", _by_head(q) * D[..., :-1, 0, :], state)
+        written = product("bgrjn,bjgrp->bgrnp", _by_head(k) * D[..., -1, 1:, :], v)
+        return y.astype(options.dtype), D[..., -1, 0, :, None] * state + written
+
+    return forward
+
+
+def _block_gradients(options, tokens, bonus, state, dy, dstate):
+    """Gradients of a block's q, k, v and log decays, of the bonus, and of the incoming state."""
+    q, k, v, decay, reset = tokens
+    product = functools.partial(_product, options)
+    D = _decays(options, decay, reset)
+    scores, products = _scores(options, q, k, D)
+    q_, k_ = _by_head(q), _by_head(k)
+    dscores = product("bigrp,bjgrp->bgrij", dy, v)
+
+    # through the scores; `within` is the gradient of D's exponents there, [B, G, R, C, C, K or 1]
+    if products is not None:
+        weighted = dscores * D[..., :-1, 1:, 0]
+        dproducts = jnp.sum(weighted, axis=2)
+        dq, dk = product("bgij,bjgn->bign", dproducts, k), product("bgij,bign->bjgn", dproducts, q)
+        within = (weighted * products)[..., None]
+    else:
+        weighted = dscores[..., None] * D[..., :-1, 1:, :]
+        dq = jnp.einsum("bgrijn,bjgn->bign", weighted, k.astype(weighted.dtype), precision="highest")
+        dk = jnp.einsum("bgrijn,bign->bjgn", weighted, q.astype(weighted.dtype), precision="highest")
+        within = weighted * (q_[..., :, None, :] * k_[..., None, :, :])
+    dbonus = None
+    if bonus is not None:
+        down = options.scale * jnp.diagonal(dscores, axis1=-2, axis2=-1)
+        dq = dq + jnp.einsum("bgri,grn,bign->bign", down, bonus, k, precision="highest")
+        dk = dk + jnp.einsum("bgri,grn,bign->bign", down, bonus, q, precision="highest")
+        dbonus = jnp.einsum("bgri,bign,bign->grn", down, q, k, precision="highest")
+        own = options.scale * jnp.einsum("bign,grn,bign->bgri", q, bonus, k, precision="highest")
+        scores = scores + own[..., None] * jnp.eye(q.shape[1], dtype=own.dtype)
+    dv = product("bgrij,bigrp->bjgrp", scores, dy)
+
+    # through the incoming state's readout, and what is written into the outgoing state
+    read, written = _by_head(q) * D[..., :-1, 0, :], k_ * D[..., -1, 1:, :]
+    dread = product("bigrp,bgrnp->bgrin", dy, state) * D[..., :-1, 0, :]
+    dwritten = product("bjgrp,bgrnp->bgrjn", v, dstate) * D[..., -1, 1:, :]
+    dq = dq + jnp.moveaxis(jnp.sum(dread, axis=2), 2, 1)
+    dk = dk + jnp.moveaxis(jnp.sum(dwritten, axis=2), 2, 1)
+    dv = dv + product("bgrjn,bgrnp->bjgrp", written, dstate)
+    through = D[..., -1, 0, :]
+    dthrough = through * jnp.sum(dstate * state, axis=-1)
+    dstate = through[..., None] * dstate + product("bgrin,bigrp->bgrnp", read, dy)
+
+    exponents = (dread * q_, dwritten * k_, dthrough)
+    if decay.shape[-1] == 1:
+        exponents = (jnp.sum(x, axis=-1, keepdims=True) for x in exponents)
+    ddecay = _decay_gradients(options, within, *exponents, decay.shape)
+    gradients = (x.astype(y.dtype) for x, y in zip((dq, dk, dv, ddecay), tokens, strict=False))
+    return tuple(gradients), dbonus, dstate
+
+
+def _decay_gradients(options, within, read, written, through, shape):
+    """Gradients of the log decays, of `shape`, from those of the exponents of D.
+
+    Args:
+        within: [B, G, R, C, C, K] of reads of the block's own tokens.
+        read: [B, G, R, C, K] of reads of the incoming state.
+        written: [B, G, R, C, K] of what the tokens write into the outgoing state.
+        through: [B, G, R, K] of the incoming state's part in the outgoing one.
+    """
+    rows = jnp.concatenate([read[..., None, :], within], axis=-2)
+    last = jnp.concatenate([through[..., None, :], written], axis=-2)
+    exponents = jnp.concatenate([rows, last[..., None, :, :]], axis=-3)
+    length = shape[1]
+    sees = _sees(length, options.read).astype(exponents.dtype)
+    sums = jnp.einsum("il,bgrijn->bgrljn", sees, exponents, precision="highest")
+    gradients = jnp.moveaxis(jnp.sum(jnp.where(_after(length)[..., None], sums, 0), axis=-2), 3, 1)
+    shared = tuple(axis for axis, size in enumerate(shape) if size == 1)
+    return jnp.sum(gradients, axis=shared, keepdims=True)
