@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -47,15 +48,12 @@ def nearest(word: str, choices: list[str]) -> str:
     return f"; there are {', '.join(choices)}" if len(choices) <= 12 else ""
 
 
-def load_config(spec: str) -> ConfigDict:
-    """Config of `path/to/config.py` or `path/to/config.py:preset`, locked.
-
-    Raises: UserError where the file is missing or does not define get_config, or the preset is unknown.
-    """
-    path, _, preset = spec.partition(":")
+def load_module(spec: str) -> ModuleType:
+    """The file of `path/to/config.py:preset`, freshly run. Raises: UserError where it is missing or no config."""
+    path = spec.partition(":")[0]
     if not Path(path).is_file():
         folder = Path(path).parent
-        there = sorted(str(p) for p in folder.glob("*.py") if p.stem not in ("base", "__init__"))
+        there = sorted(str(p) for p in folder.glob("*.py") if p.stem not in ("base", "trials", "__init__"))
         raise UserError(f"--config={spec}: there is no file {path}{nearest(path, there)}")
     module_spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
     module = importlib.util.module_from_spec(module_spec)
@@ -65,6 +63,15 @@ def load_config(spec: str) -> ConfigDict:
         raise UserError(f"--config={spec}: cannot import {path}: {error}") from error
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={spec}: {path} does not define get_config(preset)")
+    return module
+
+
+def load_config(spec: str) -> ConfigDict:
+    """Config of `path/to/config.py` or `path/to/config.py:preset`, locked.
+
+    Raises: UserError where the file is missing or does not define get_config, or the preset is unknown.
+    """
+    module, preset = load_module(spec), spec.partition(":")[2]
     try:
         config = module.get_config(preset) if preset else module.get_config()
     except (ValueError, KeyError, TypeError) as error:
@@ -72,12 +79,27 @@ def load_config(spec: str) -> ConfigDict:
     return config.lock()
 
 
+def take_config(argv: list[str]) -> str | None:
+    """Takes --config=SPEC (or --config SPEC) out of the arguments; the last one counts."""
+    spec, i = None, 1
+    while i < len(argv):
+        if match := re.match(r"--?config=(.*)", argv[i]):
+            spec = match[1]
+            del argv[i]
+        elif re.fullmatch(r"--?config", argv[i]) and i + 1 < len(argv):
+            spec = argv[i + 1]
+            del argv[i : i + 2]
+        else:
+            i += 1
+    return spec
+
+
 def define_config(flag_values: flags.FlagValues, argv: list[str]) -> None:
     """Takes --config=FILE[:preset] out of `argv` and declares a flag --config.field for each field of that config.
 
     Raises: UserError for a config or a field that is not there.
     """
-    spec = _take_config(argv)
+    spec = take_config(argv)
     if spec is None and not _HELP & set(argv):
         raise UserError("--config is missing; for example --config=configs/densemamba.py")
     if spec is None:
@@ -194,21 +216,6 @@ def run(
         return 1
     except BrokenPipeError:  # `train.py ... | head`
         return 1
-
-
-def _take_config(argv: list[str]) -> str | None:
-    """Takes --config=SPEC (or --config SPEC) out of the arguments; the last one counts."""
-    spec, i = None, 1
-    while i < len(argv):
-        if match := re.match(r"--?config=(.*)", argv[i]):
-            spec = match[1]
-            del argv[i]
-        elif re.fullmatch(r"--?config", argv[i]) and i + 1 < len(argv):
-            spec = argv[i + 1]
-            del argv[i : i + 2]
-        else:
-            i += 1
-    return spec
 
 
 def _one_line(error: BaseException) -> str:

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 from ml_collections import ConfigDict
 
+from seqmodels.atomic import replace_file
 from seqmodels.errors import UserError
-from seqmodels.training.run import replace_file
 
 
 class Metrics:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import jax
 
+from seqmodels.atomic import replace_file
 from seqmodels.training import metrics
-from seqmodels.training.run import replace_file
 
 
 def devices(mesh: jax.sharding.Mesh) -> str:

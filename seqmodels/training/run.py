@@ -1,12 +1,12 @@
 """A run directory: what is in it, and whether a command belongs to it."""
 
 import json
-import os
 from pathlib import Path
 
 import jax
 from ml_collections import ConfigDict
 
+from seqmodels.atomic import replace_file
 from seqmodels.cli import fields
 from seqmodels.errors import UserError
 
@@ -64,16 +64,6 @@ def read_config(workdir: Path) -> ConfigDict:
     if isinstance(name := model.get("implementation"), str):  # older runs have one for all operations
         model["implementation"] = dict.fromkeys(("selective_scan", "short_conv", "attention"), name)
     return ConfigDict(config).lock()
-
-
-def replace_file(path: Path, text: str) -> None:
-    """Writes a file so that whoever reads it, at any time, finds the old or the new text whole."""
-    temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
 
 
 def _plain(config: ConfigDict) -> dict:
