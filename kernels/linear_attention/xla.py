@@ -64,49 +64,65 @@ def linear_attention(
     dtype,
 ):
     """As `kernels.linear_attention.linear_attention`, padding zeroed, a normaliser among the values; y in `dtype`."""
-    (batch, length, heads, values), (groups, keys) = v.shape, k.shape[2:]
-    factors = jnp.result_type(q, k, v)
-    accumulator = jnp.promote_types(jnp.float32, factors)
-    if factors != jnp.bfloat16:  # float16 would overflow with the state
-        factors = accumulator
+    accumulator = jnp.result_type(q, k, v, jnp.float32)
+    state = initial_state.astype(accumulator)
+    bonus = None if bonus is None else bonus.astype(accumulator)
+    reset = resets(segment_ids, initial_segment, mask)
+    if v.shape[1] <= FEW:
+        y, state = _few_tokens(scale, read, (q, k, v, log_decay, reset), bonus, state)
+        return y.astype(dtype), state
+
     # from here on heads are [G, R]: those of keys, and those of values for each
+    (batch, length, heads, values), (groups, keys) = v.shape, k.shape[2:]
     each = heads // groups
-    v = v.reshape(batch, length, groups, each, values)
-    state = initial_state.astype(accumulator).reshape(batch, groups, each, keys, values)
     if log_decay is None:  # sizes of one stand for all rows and heads: their decays are computed once
         decay = jnp.zeros((1, length, 1, 1, 1), accumulator)
     elif log_decay.ndim == 1:
         decay = jnp.broadcast_to(log_decay.reshape(1, 1, groups, each, 1), (1, length, groups, each, 1))
     else:
         decay = log_decay.reshape(batch, length, groups, each, -1)
-    bonus = None if bonus is None else bonus.astype(accumulator).reshape(groups, each, keys)
-    reset = resets(segment_ids, initial_segment, mask)
-    if length <= FEW:
-        y, state = _few_tokens(scale, read, (q, k, v, decay, reset), bonus, state)
-        y = y.astype(dtype)
-    else:
-        chunk = min(chunk or CHUNK, length)
-        block = min(BLOCK, chunk) if decay.shape[-1] > 1 else chunk
-        y, state = _attend(Options(scale, read, dtype, factors, chunk, block), (q, k, v, decay, reset), bonus, state)
+    v = v.reshape(batch, length, groups, each, values)
+    bonus = None if bonus is None else bonus.reshape(groups, each, keys)
+    state = state.reshape(batch, groups, each, keys, values)
+    chunk = min(chunk or CHUNK, length)
+    block = min(BLOCK, chunk) if decay.shape[-1] > 1 else chunk
+    factors = jnp.result_type(q, k, v)
+    factors = factors if factors == jnp.bfloat16 else accumulator  # float16 would overflow with the state
+    y, state = _attend(Options(scale, read, dtype, factors, chunk, block), (q, k, v, decay, reset), bonus, state)
     return y.reshape(batch, length, heads, values), state.reshape(batch, heads, keys, values)
 
 
 def _few_tokens(scale, read, tokens, bonus, state):
-    """y [B, T, G, R, V] and the final state [B, G, R, K, V], token by token. The arguments are those of `_attend`."""
+    """y [B, T, H, V] and the final state [B, H, K, V], token by token.
+
+    Args:
+        tokens: q, k [B, T, Hk, K], v [B, T, H, V], log decays as they come, and resets [B, T] bool or None.
+        bonus: [H, K] or None.
+        state: [B, H, K, V]; its layout is kept, so that a donated one is updated in place.
+    """
     q, k, v, decay, reset = tokens
+    q, k = (jnp.repeat(x.astype(state.dtype), v.shape[2] // x.shape[2], axis=2)[..., None] for x in (q, k))
+    v = v.astype(state.dtype)
     readouts = []
-    for t in range(q.shape[1]):
-        q_t, k_t = (x[:, t, :, None, :, None].astype(state.dtype) for x in (q, k))
-        old = state if reset is None else jnp.where(reset[:, t, None, None, None, None], 0, state)
-        write = k_t * v[:, t, :, :, None, :].astype(state.dtype)
-        state = jnp.exp(decay[:, t, ..., None]) * old + write
+    for t in range(v.shape[1]):
+        old = state if reset is None else jnp.where(reset[:, t, None, None, None], 0, state)
+        write = k[:, t] * v[:, t, :, None, :]
+        state = write + (old if decay is None else _decay_of(decay, t) * old)
         seen = state
         if read == "exclusive":
             seen = old if bonus is None else old + bonus[..., None] * write
-        readouts.append(scale * jnp.sum(q_t * seen, axis=-2))
+        readouts.append(scale * jnp.sum(q[:, t] * seen, axis=-2))
     # one kernel for all sums and the new state, so that the state is read once
     readouts, state = jax.lax.optimization_barrier((readouts, state))
     return jnp.stack(readouts, axis=1), state
+
+
+def _decay_of(log_decay, t):
+    """The decay of token t, to multiply a state [B, H, K, V] with, of log decays [H], [B, T, H] or [B, T, H, K]."""
+    if log_decay.ndim == 1:
+        return jnp.exp(log_decay)[:, None, None]
+    log_decay = log_decay[:, t]
+    return jnp.exp(log_decay.reshape(*log_decay.shape, *[1] * (4 - log_decay.ndim)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -125,11 +141,11 @@ def _attend(options, tokens, bonus, state):
 
 def _attend_fwd(options, tokens, bonus, state):
     y, final, boundaries = (checkpoint_name(x, "scan") for x in _forward(options, tokens, bonus, state))
-    return (y, final), (tokens, bonus, state, boundaries)
+    return (y, final), (tokens, bonus, boundaries)
 
 
 def _attend_bwd(options, residuals, cotangents):
-    tokens, bonus, state, boundaries = residuals
+    tokens, bonus, boundaries = residuals
 
     def chunk(tokens, dy, state, dstate):
         _, _, states = _in_pieces(_block(options, bonus), options.block, tokens, state)
@@ -200,11 +216,14 @@ def _join(x, length):
 
 
 def _product(options, spec, *arrays):
-    """einsum of factors in their dtype, summed in the accumulators'. Not in TF32, nor float32 by bfloat16."""
-    exact = None if options.factors == jnp.bfloat16 else "highest"
-    accumulator = jnp.promote_types(jnp.float32, options.factors)
-    arrays = (x.astype(options.factors) for x in arrays)
-    return jnp.einsum(spec, *arrays, precision=exact, preferred_element_type=accumulator)
+    """einsum of factors in their dtype, summed in the accumulators': not in TF32, nor float32 by way of bfloat16."""
+    arrays = [x.astype(options.factors) for x in arrays]
+    if options.factors != jnp.bfloat16:
+        return jnp.einsum(spec, *arrays, precision="highest")
+    # XLA's CPU has no such product of bfloat16 in every layout
+    exact = lambda *x: jnp.einsum(spec, *(y.astype(jnp.float32) for y in x))  # noqa: E731
+    rounded = functools.partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
+    return jax.lax.platform_dependent(*arrays, cpu=exact, default=rounded)
 
 
 def _sees(length, read):

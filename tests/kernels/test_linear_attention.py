@@ -1,0 +1,299 @@
+"""Every implementation of linear attention against the sequential float64 reference."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_selective_scan import assert_close, documents
+
+from kernels import linear_attention as op
+from kernels.dispatch import UnsupportedError, lowered_name
+from kernels.linear_attention import linear_attention, xla
+
+FACTS = dict(platform=lowered_name(jax.default_backend()), shape=(1, 1, 1, 1, 1, 1), dtype=np.dtype("float32"))
+FACTS |= dict(decay="head", read="inclusive", bonus=False, chunk=None, named=True)
+SERVING = [name for name, backend in op.BACKENDS.items() if backend.supports(**FACTS) is None]
+BACKENDS = [name for name in SERVING if name != "reference"]
+KINDS = ("none", "constant", "head", "channel")
+
+
+def inputs(
+    batch=2,
+    length=11,
+    groups=2,
+    heads=4,
+    keys=3,
+    values=5,
+    decay="head",
+    bonus=False,
+    normalise=False,
+    rate=0.3,
+    seed=0,
+    dtype=np.float32,
+):
+    """Random arguments, the initial state given; with `normalise` such that the normaliser is no difference."""
+    draw = np.random.default_rng(seed)
+    args = dict(
+        q=draw.normal(size=(batch, length, groups, keys)),
+        k=draw.normal(size=(batch, length, groups, keys)),
+        v=draw.normal(size=(batch, length, heads, values)),
+        initial_state=draw.normal(size=(batch, heads, keys, values + normalise)),
+    )
+    if normalise:
+        args |= dict(q=np.abs(args["q"]) + 0.1, k=np.abs(args["k"]) + 0.1)
+        args["initial_state"][..., -1] = np.abs(args["initial_state"][..., -1]) + 1
+    shape = dict(constant=(heads,), head=(batch, length, heads), channel=(batch, length, heads, keys))
+    if decay != "none":
+        args["log_decay"] = -rate * np.abs(draw.normal(size=shape[decay]))
+    if bonus:
+        args["bonus"] = draw.normal(size=(heads, keys))
+    return {name: np.asarray(value, dtype) for name, value in args.items()}
+
+
+def value_and_gradients(args, static, implementation, options=None, seed=7):
+    """y on real tokens and the final state, and the gradients of a random functional of both."""
+    mask, options = static.get("mask"), options or {}
+
+    @jax.jit
+    def run(args, static):
+        def outputs(args):
+            y, state = linear_attention(**args, **static, **options, implementation=implementation)
+            return (y if mask is None else jnp.where(static["mask"][..., None, None], y, 0)), state
+
+        results, pull = jax.vjp(outputs, args)
+        draw = np.random.default_rng(seed)
+        (gradients,) = pull(tuple(jnp.asarray(draw.normal(size=x.shape), x.dtype) for x in results))
+        return results, gradients
+
+    return run(args, static)
+
+
+def against_reference(implementation, shape, static, options, tolerance=1e-5, **changed):
+    """Value and gradients in float32, within `tolerance` of the float64 reference."""
+    got = value_and_gradients(inputs(**shape) | changed, static, implementation, options)
+    with jax.enable_x64(True):
+        args = inputs(**shape, dtype=np.float64) | {k: np.asarray(v, np.float64) for k, v in changed.items()}
+        want = value_and_gradients(args, static, "reference", options)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
+    assert_close(got, want, tolerance)
+
+
+# shape, documents, options
+EXCLUSIVE, NORMALISED = dict(read="exclusive"), dict(normalise=True)
+LONG = dict(length=xla.CHUNK + 9, keys=2, values=3)
+CASES = {
+    "no decay": (dict(decay="none"), {}, {}),
+    "no decay, normalised": (dict(decay="none", normalise=True), dict(packed=True, padded=True), NORMALISED),
+    "constant": (dict(decay="constant"), {}, dict(scale=0.7)),
+    "constant, packed": (dict(decay="constant"), dict(packed=True, padded=False), {}),
+    "constant, padded, exclusive": (dict(decay="constant"), dict(packed=False, padded=True), EXCLUSIVE),
+    "head": (dict(), {}, {}),
+    "head, packed and padded": (dict(), dict(packed=True, padded=True), dict(scale=0.7)),
+    "head, one group": (dict(groups=1), dict(packed=True, padded=False), {}),
+    "head, keys for each head": (dict(groups=4), dict(packed=False, padded=True), {}),
+    "head, exclusive with bonus": (dict(bonus=True), dict(packed=True, padded=True), EXCLUSIVE | dict(scale=0.7)),
+    "head, several chunks": (LONG, dict(packed=True, padded=True), {}),
+    "head, short chunks": (dict(), dict(packed=True, padded=True), dict(chunk=4)),
+    "channel": (dict(decay="channel", length=35), {}, {}),
+    "channel, exclusive with bonus": (
+        dict(decay="channel", length=35, bonus=True),
+        dict(packed=True, padded=True),
+        EXCLUSIVE | dict(scale=0.7),
+    ),
+    "channel, several chunks": (
+        LONG | dict(decay="channel", normalise=True),
+        dict(packed=True, padded=True),
+        NORMALISED,
+    ),
+    "one token": (dict(length=1, bonus=True), {}, EXCLUSIVE),
+    "a few tokens": (dict(length=5), dict(packed=True, padded=True), dict(scale=0.7)),
+    "a few tokens, exclusive": (
+        dict(length=5, decay="channel", normalise=True),
+        dict(packed=True, padded=True),
+        EXCLUSIVE | NORMALISED,
+    ),
+    "a few tokens, bonus": (dict(length=5, bonus=True), dict(packed=True, padded=True), EXCLUSIVE),
+}
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_equals_float64_reference(implementation, case):
+    shape, layout, options = CASES[case]
+    static = documents(length=shape.get("length", 11), **layout) if layout else {}
+    against_reference(implementation, shape, static, options)
+
+
+@pytest.mark.parametrize("decay", ["head", "channel"])
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_bfloat16(implementation, decay):
+    shape = dict(length=80, keys=16, values=8, decay=decay)
+    args = inputs(**shape)
+    half = {k: jnp.asarray(v, jnp.bfloat16 if k in "qkv" else jnp.float32) for k, v in args.items()}
+    (y, state), gradients = value_and_gradients(half, {}, implementation)
+    assert y.dtype == gradients["v"].dtype == jnp.bfloat16 and state.dtype == jnp.float32
+    with jax.enable_x64(True):  # the same rounded inputs
+        same = {k: np.asarray(v, np.float64) for k, v in half.items()}
+        want = value_and_gradients(same, {}, "reference")
+    assert_close(((y, state), gradients), want, 1e-2)
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_float16_sums_beyond_its_range(implementation):
+    args = {k: jnp.full_like(v, 100, jnp.float16) for k, v in inputs(decay="none", length=40).items() if k in "qkv"}
+    y, state = linear_attention(**args, scale=1e-6, implementation=implementation)
+    np.testing.assert_allclose(state, 40 * 1e4, rtol=1e-5)
+    np.testing.assert_allclose(y[:, -1], 3 * 100 * 0.4, rtol=2e-3)
+
+
+@pytest.mark.parametrize("normalise", [False, True])
+@pytest.mark.parametrize("cut", [1, 4, 9])
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_state_carries_over(implementation, cut, normalise):
+    args, static = inputs(normalise=normalise), documents(length=11)
+    run = functools.partial(linear_attention, implementation=implementation, normalise=normalise)
+    whole, whole_state = run(**args, **static)
+    time = ("q", "k", "v", "log_decay", "segment_ids", "mask")
+    both = args | static
+    first, state = run(**{k: v[:, :cut] if k in time else v for k, v in both.items()})
+    tail = {k: v[:, cut:] if k in time else v for k, v in both.items()}
+    real = [row[:cut][mask[:cut]] for row, mask in zip(static["segment_ids"], static["mask"], strict=True)]
+    tail["initial_segment"] = jnp.asarray([row[-1] if row.size else 0 for row in real], jnp.int32)
+    second, state = run(**tail | dict(initial_state=state))
+    y = jnp.concatenate([first, second], axis=1)
+    mask = static["mask"][..., None, None]
+    assert_close((jnp.where(mask, y, 0), state), (jnp.where(mask, whole, 0), whole_state), 1e-6)
+
+
+@pytest.mark.parametrize("decay", ["head", "channel"])
+@pytest.mark.parametrize("implementation", SERVING)
+def test_documents_are_apart(implementation, decay):
+    """A packed row equals its documents one by one."""
+    args = inputs(batch=1, length=20, decay=decay)
+    start = args.pop("initial_state")
+    run = functools.partial(linear_attention, implementation=implementation)
+    bounds = [0, 3, 4, 13, 20]
+    ids = np.repeat([5, 2, 9, 2], np.diff(bounds))[None].astype(np.int32)
+    y, state = run(**args, initial_state=start, segment_ids=ids)
+    for first, (begin, end) in enumerate(itertools.pairwise(bounds)):
+        own = {name: x[:, begin:end] for name, x in args.items()}
+        alone, alone_state = run(**own, initial_state=None if first else start)
+        assert_close(y[:, begin:end], alone, 1e-6)
+    assert_close(state, alone_state, 1e-6)
+
+
+@pytest.mark.parametrize("sides", [(4, 0), (0, 3), (2, 5)])
+@pytest.mark.parametrize("implementation", SERVING)
+def test_padding_on_any_side_changes_nothing(implementation, sides):
+    args = inputs(length=10)
+    want, want_state = linear_attention(**args, implementation=implementation)
+    time = ("q", "k", "v", "log_decay")
+    pad = lambda x: np.pad(x, [(0, 0), sides] + [(0, 0)] * (x.ndim - 2), constant_values=np.nan)  # noqa: E731
+    padded = {k: pad(v) if k in time else v for k, v in args.items()}
+    mask = jnp.asarray(np.pad(np.ones((2, 10), bool), [(0, 0), sides]))
+    y, state = linear_attention(**padded, mask=mask, implementation=implementation)
+    assert np.isfinite(y).all()
+    assert_close((y[:, sides[0] : sides[0] + 10], state), (want, want_state), 1e-6)
+
+
+@pytest.mark.parametrize("implementation", SERVING)
+def test_poisoned_padding_never_leaks(implementation):
+    args, static = inputs(bonus=True), documents(length=11)
+    mask = static["mask"]
+    hole = lambda v: mask.reshape(*mask.shape, *[1] * (v.ndim - 2))  # noqa: E731
+    time = ("q", "k", "v", "log_decay")
+    poisoned = {k: jnp.where(hole(v), v, jnp.nan) if k in time else v for k, v in args.items()}
+    got = value_and_gradients(poisoned, static, implementation, EXCLUSIVE)
+    want = value_and_gradients(args, static, implementation, EXCLUSIVE)
+    assert_close(got, want, 1e-7)
+
+
+@pytest.mark.parametrize("length", [5, 40])
+@pytest.mark.parametrize("decay", ["constant", "head", "channel"])
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_extreme_decays(implementation, decay, length):
+    """No decay, all gone at once, and what is left after tokens of both: finite, and as exact as ever."""
+    shape = dict(decay=decay, length=length)
+    draw = np.random.default_rng(3)
+    extreme = draw.choice([0.0, -1e4, -3e-5, -0.4], inputs(**shape)["log_decay"].shape, p=[0.4, 0.1, 0.3, 0.2])
+    against_reference(implementation, shape, documents(length=length), {}, log_decay=np.float32(extreme))
+
+
+@pytest.mark.parametrize("implementation", SERVING)
+def test_nothing_to_read_gives_zero(implementation):
+    """Without keys, and without queries, the normaliser is zero: so is y, and gradients are finite."""
+    args = inputs(decay="none", normalise=True)
+    del args["initial_state"]
+    args["k"][:, :4] = 0
+    args["q"][:, 7:] = 0
+    (y, _), gradients = value_and_gradients(args, {}, implementation, NORMALISED)
+    assert (y[:, :4] == 0).all() and (y[:, 7:] == 0).all() and (y[:, 4:7] != 0).all()
+    assert all(np.isfinite(x).all() for x in gradients.values())
+
+
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_deterministic(implementation):
+    args, static = inputs(length=70, decay="channel"), documents(length=70)
+    first, second = (value_and_gradients(args, static, implementation) for _ in range(2))
+    jax.tree.map(np.testing.assert_array_equal, first, second)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_vmap(implementation):
+    args = [inputs(seed=s, bonus=True) for s in (0, 1)]
+    f = functools.partial(value_and_gradients, static={}, implementation=implementation, options=EXCLUSIVE)
+    stacked = jax.tree.map(lambda *x: jnp.stack(x), *args)
+    want = jax.tree.map(lambda *x: jnp.stack(x), *(f(a) for a in args))
+    assert_close(jax.vmap(f)(stacked), want, 1e-5)
+
+
+@pytest.mark.parametrize("decay", ["head", "channel"])
+@pytest.mark.parametrize("implementation", BACKENDS)
+def test_memory_grows_with_chunks_not_tokens(implementation, decay):
+    """What the gradient of a long sequence needs a token is a fraction of one state a token."""
+    heads, keys, values = 2, 32, 64
+
+    def temporary(length):
+        shape = dict(batch=1, length=length, groups=1, heads=heads, keys=keys, values=values, decay=decay)
+        f = jax.jit(jax.grad(lambda args: jnp.sum(linear_attention(**args, implementation=implementation)[0])))
+        return f.lower(inputs(**shape)).compile().memory_analysis().temp_size_in_bytes
+
+    bytes_per_token = (temporary(4096) - temporary(1024)) / 3072
+    state = heads * keys * values * 4
+    boundaries, arrays = state / xla.CHUNK, 4 * (2 * keys + heads * (values + 2 * keys))
+    assert bytes_per_token < boundaries + 5 * arrays < state / 2, bytes_per_token
+
+
+def test_a_donated_state_is_updated_in_place():
+    args = inputs(length=1, keys=32, values=64)
+    state = args.pop("initial_state")
+    step = jax.jit(lambda state, args: linear_attention(**args, initial_state=state), donate_argnums=0)
+    memory = step.lower(state, args).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == state.nbytes > memory.temp_size_in_bytes
+
+
+def test_unknown_implementation_is_named():
+    with pytest.raises(UnsupportedError, match=r"'cuda'.*reference, xla"):
+        linear_attention(**inputs(), implementation="cuda")
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        (dict(v=np.zeros((2, 11, 3, 5), np.float32)), "a multiple of Hk"),
+        (dict(log_decay=np.zeros((2, 11), np.float32)), r"log_decay has shape \(2, 11\)"),
+        (dict(initial_state=np.zeros((2, 4, 3, 6), np.float32)), "initial_state has shape"),
+        (dict(bonus=np.zeros((4, 3), np.float32)), "bonus was given with read='inclusive'"),
+        (dict(read="before"), "read is 'before'"),
+        (dict(chunk=0), "chunk is 0"),
+        (dict(mask=np.ones((2, 10), bool)), "mask has shape"),
+    ],
+    ids=lambda x: x if isinstance(x, str) else next(iter(x)),
+)
+def test_wrong_arguments_are_named(changed, message):
+    with pytest.raises(ValueError, match=message):
+        linear_attention(**inputs() | changed)
