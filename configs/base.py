@@ -19,6 +19,7 @@ def base() -> ConfigDict:
     config.batch_size = 8  # rows a step, over all devices and accumulation steps
     config.seq_len = 256  # tokens a row
     config.platform = ""  # "" takes JAX's default; "cpu", "gpu" or "tpu" insists
+    config.evals = ""  # evaluators at the end of training, names apart by commas (docs/evaluation.md); "": none
 
     config.model = ConfigDict(
         dict(
@@ -42,6 +43,7 @@ def base() -> ConfigDict:
             selective_scan="",  # reference | xla | mosaic_gpu | mosaic_tpu
             short_conv="",  # reference | xla
             attention="",  # reference | xla | cudnn
+            linear_attention="",  # reference | xla
         )
     )
     config.model.dense = ConfigDict(
@@ -109,7 +111,18 @@ def base() -> ConfigDict:
             every=0,  # steps between validations during training; 0: at the end only
             rows=64,  # rows a validation during training reads
             batch_size=0,  # 0: batch_size
-            lengths=(1, 2, 4),  # context lengths of eval.py, as multiples of seq_len
+            lengths=(1, 4, 16, 64),  # context lengths of eval.py, as multiples of seq_len
+            classification="",  # JSON lines of prompt, choices and answer: a file or a glob; "": those of the project
+            tasks="local",  # of lm-eval: names apart by commas, or a list of seqmodels/evals/lists.py such as mamba
+            task_folder="",  # your own task files for lm-eval
+        )
+    )
+    config.evaluation.throughput = ConfigDict(
+        dict(
+            contexts=(1, 4, 16),  # tokens of a prompt, as multiples of seq_len
+            batches=(1, 8),  # prompts at once
+            tokens=32,  # new tokens for each
+            repeats=3,  # timings, of which the median counts
         )
     )
     config.metrics = ConfigDict(

@@ -135,7 +135,7 @@ def test_buckets_cover_every_position_once(length):
 def test_longer_contexts_predict_the_same_tokens(model_and_params, split):
     model, params = model_and_params
     lengths = [T, 2 * T, 8 * T]
-    result = extrapolation.evaluate(model, params, split, lengths=lengths, scored=8, batch_size=2, limit=99)
+    result = extrapolation.evaluate(model, params, split, lengths=lengths, piece=8, scored=8, batch_size=2, limit=99)
     ids = split.segment_ids(0, 100)
     for length in lengths[:2]:
         expected = []
@@ -145,18 +145,28 @@ def test_longer_contexts_predict_the_same_tokens(model_and_params, split):
             expected.append(token_nats(model, params, *row)[-8:])
         np.testing.assert_allclose(result[str(length)]["loss"], np.mean(expected), rtol=1e-5)
         assert result[str(length)]["tokens"] == 24
+    everything = [
+        token_nats(model, params, split.tokens[s : s + 32].astype(int), split.tokens[s + 1 : s + 33].astype(int), ids[s : s + 32])
+        for s in (0, 32, 64)
+    ]  # fmt: skip
+    by_position = result["32"]["by_position"]
+    assert (by_position["first"], by_position["last"]) == ([0, 1, 2, 4, 8, 16], [0, 1, 3, 7, 15, 31])
+    for first, last, loss in zip(*by_position.values(), strict=True):
+        np.testing.assert_allclose(loss, np.mean(everything, axis=0)[first : last + 1].mean(), rtol=1e-5)
     assert "101 tokens, a row needs 129" in result["128"]["not_served"]
 
 
 def test_what_a_model_cannot_do_is_said_and_what_is_broken_is_raised(model_and_params, split, monkeypatch):
     def failing(error):
-        def score(model, params, batch, mesh):
+        def score(model, params, batch, piece, mesh):
             if batch["tokens"].shape[1] > T:
                 raise error
             return np.ones(batch["tokens"].shape)
 
-        monkeypatch.setattr(extrapolation, "score_batch", score)
-        return extrapolation.evaluate(*model_and_params, split, lengths=[T, 48], scored=8, batch_size=2, limit=9)
+        monkeypatch.setattr(extrapolation, "score_long", score)
+        return extrapolation.evaluate(
+            *model_and_params, split, lengths=[T, 48], piece=T, scored=8, batch_size=2, limit=9
+        )
 
     assert failing(UnsupportedError("at most 16"))["48"] == {"not_served": "at most 16"}
     result = failing(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"))

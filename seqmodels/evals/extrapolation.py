@@ -1,4 +1,8 @@
-"""Context lengths beyond the one in training: the same tokens, with more and more text before them."""
+"""Context lengths beyond the one in training: the same tokens, with more and more text before them.
+
+A row is read in pieces of the trained length, each going on from the state that the one before left. So a recurrent
+model needs no more memory for 64 times its context than for one; a Transformer's cache of keys grows with it.
+"""
 
 import math
 from typing import Any
@@ -8,7 +12,9 @@ from jax.sharding import Mesh
 
 from kernels.dispatch import UnsupportedError
 from seqmodels.errors import UserError
-from seqmodels.evals.scoring import rows_of, score_batch
+from seqmodels.evals.by_position import by_position
+from seqmodels.evals.memory import exhausted
+from seqmodels.evals.scoring import PositionSums, rows_of, score_long
 
 
 def evaluate(
@@ -17,6 +23,7 @@ def evaluate(
     split,
     *,
     lengths: list[int],
+    piece: int,
     scored: int,
     batch_size: int,
     limit: int,
@@ -28,17 +35,21 @@ def evaluate(
     `length` tokens of the row, for every length, from a zero state. Rows left by `limit` are spread over the split.
 
     Args:
-      lengths: context lengths in tokens.
+      lengths: context lengths in tokens, multiples of `piece`.
+      piece: tokens of a row that are read at once.
       scored: targets a row, at most the shortest length.
+      batch_size: rows at once.
       limit: rows, at most.
 
     Returns:
-      For each length, by its decimal name: {"loss": nats a token, "perplexity", "tokens"} or {"not_served": reason}.
+      For each length, by its decimal name: {"loss": nats a token, "perplexity", "tokens", "by_position"} or
+      {"not_served": reason}. "by_position" is the loss of all tokens read, by how many stand before in their row.
     """
     longest = max((n for n in lengths if split.rows(n)), default=0)
     available = split.rows(longest) if longest else 0
     count = min(limit, available)
     ends = (np.arange(count) * available // max(count, 1) + 1) * longest  # of the row in the split
+    batch_size = rows_of(min(batch_size, max(count, 1)), mesh)
     result = {}
     for length in lengths:
         if length > longest:
@@ -47,28 +58,34 @@ def evaluate(
             }
             continue
         try:
-            nats = _sum_of_nats(model, params, split, ends, length, scored, rows_of(batch_size, mesh), mesh)
+            nats = _sums_of_nats(model, params, split, ends, length, piece, batch_size, mesh)
         except (UserError, UnsupportedError) as error:
             result[str(length)] = {"not_served": str(error)}
         except Exception as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):  # any other error is a defect
+            if not exhausted(error):  # any other error is a defect
                 raise
             result[str(length)] = {"not_served": "out of memory; lower --batch_size"}
         else:
-            loss = nats / (count * scored)
-            result[str(length)] = dict(loss=loss, perplexity=math.exp(min(loss, 700.0)), tokens=count * scored)
+            loss = float(nats[length - scored :].sum()) / (count * scored)
+            result[str(length)] = dict(
+                loss=loss,
+                perplexity=math.exp(min(loss, 700.0)),
+                tokens=count * scored,
+                by_position=by_position(PositionSums(nats, np.full(length, count), 0)),
+            )
     return result
 
 
-def _sum_of_nats(model, params, split, ends, length, scored, batch_size, mesh) -> float:
-    total = 0.0
+def _sums_of_nats(model, params, split, ends, length, piece, batch_size, mesh) -> np.ndarray:
+    """[length] float64: nats of the `length` tokens before each of the ends, summed over the ends."""
+    total = np.zeros(length)
     for first in range(0, len(ends), batch_size):
         stops = ends[first : first + batch_size]
         filled = np.resize(stops, batch_size)  # one shape; the repeats do not count
         text = np.stack([split.tokens[end - length : end + 1] for end in filled]).astype(np.int32)
         segment_ids = np.stack([split.segment_ids(end - length, end) for end in filled])
         batch = {"tokens": text[:, :-1], "targets": text[:, 1:], "segment_ids": segment_ids}
-        total += float(score_batch(model, params, batch, mesh)[: len(stops), length - scored :].sum())
+        total += score_long(model, params, batch, piece, mesh)[: len(stops)].sum(axis=0)
     return total
 
 
@@ -82,6 +99,7 @@ def evaluate_run(run, splits: list[str], limit: int | None) -> dict:
                 run.params,
                 run.dataset[split],
                 lengths=sorted({config.seq_len * n for n in config.evaluation.lengths}),
+                piece=config.seq_len,
                 scored=max(config.seq_len // 2, 1),
                 batch_size=run.batch_size,
                 limit=config.evaluation.rows if limit is None else min(limit, config.evaluation.rows),

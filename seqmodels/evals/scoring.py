@@ -8,8 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from seqmodels.evals import memory
 from seqmodels.training.loss import token_nats
-from seqmodels.training.sharding import put_batch
+from seqmodels.training.sharding import put_batch, rows_sharding
 
 LOGIT_TOKENS = 1024  # tokens of a row whose logits exist at once
 
@@ -35,27 +36,65 @@ def score(model, params: Any, tokens: jax.Array, targets: jax.Array, segment_ids
       tokens, targets, segment_ids: [B, T] int32.
       mesh: replicate the result over its devices, so that every process can read it.
     """
-    variables = {"params": params}
-    hidden, _ = model.apply(variables, tokens, segment_ids=segment_ids)
+    hidden, _ = model.apply({"params": params}, tokens, segment_ids=segment_ids)
+    return _replicate(_nats_and_best(model, params, hidden, targets)[0], mesh)
 
-    def nats_of(piece):
-        return token_nats(model.apply(variables, piece[0], method="logits"), piece[1])[0]
+
+@functools.partial(jax.jit, static_argnames=("model", "mesh"), donate_argnames="state")
+def score_piece(model, params: Any, state: Any, tokens, targets, segment_ids, mask=None, mesh: Mesh | None = None):
+    """The same for the next tokens of rows whose beginning is in `state`, which is consumed.
+
+    Args:
+      state: of `zero_state`, or of the piece before.
+      mask: [B, T] bool, False on padding; None: there is none.
+
+    Returns:
+      nats [B, T] float32, the likeliest token [B, T] int32 in place of each target, and the new state.
+    """
+    hidden, state = model.apply({"params": params}, tokens, segment_ids=segment_ids, mask=mask, state=state)
+    nats, best = _replicate(_nats_and_best(model, params, hidden, targets), mesh)
+    if mesh is not None:  # as it came in: one program serves every piece
+        state = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows_sharding(mesh, x.shape)), state)
+    return nats, best, state
+
+
+def zero_state(model, batch: int, slots: int, mesh: Mesh | None = None) -> Any:
+    """The state before the first token, its rows spread over a mesh if there is one.
+
+    Args:
+      slots: tokens that an attention cache has room for.
+    """
+
+    def zeros():
+        return model.init_state(batch, slots)
+
+    if mesh is None:
+        return jax.jit(zeros)()
+    return jax.jit(zeros, out_shardings=jax.tree.map(lambda x: rows_sharding(mesh, x.shape), jax.eval_shape(zeros)))()
+
+
+def _nats_and_best(model, params, hidden, targets):
+    """-log p(target) and the likeliest token, [B, T] both, from hidden states [B, T, D]."""
+
+    def piece_of(piece):
+        logits = model.apply({"params": params}, piece[0], method="logits")
+        return token_nats(logits, piece[1])[0], jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
     length = targets.shape[1]
     if length <= LOGIT_TOKENS:
-        nats = nats_of((hidden, targets))
-    else:
-        count = -(-length // LOGIT_TOKENS)
+        return piece_of((hidden, targets))
+    count = -(-length // LOGIT_TOKENS)
 
-        def pieces(x):  # [B, T, ...] -> [count, B, LOGIT_TOKENS, ...]
-            x = jnp.pad(x, ((0, 0), (0, count * LOGIT_TOKENS - length)) + ((0, 0),) * (x.ndim - 2))
-            return x.reshape(x.shape[0], count, LOGIT_TOKENS, *x.shape[2:]).swapaxes(0, 1)
+    def pieces(x):  # [B, T, ...] -> [count, B, LOGIT_TOKENS, ...]
+        x = jnp.pad(x, ((0, 0), (0, count * LOGIT_TOKENS - length)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(x.shape[0], count, LOGIT_TOKENS, *x.shape[2:]).swapaxes(0, 1)
 
-        nats = jax.lax.map(nats_of, (pieces(hidden), pieces(targets)))
-        nats = nats.swapaxes(0, 1).reshape(targets.shape[0], -1)[:, :length]
-    if mesh is not None:
-        nats = jax.lax.with_sharding_constraint(nats, NamedSharding(mesh, PartitionSpec()))
-    return nats
+    out = jax.lax.map(piece_of, (pieces(hidden), pieces(targets)))
+    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(targets.shape[0], -1)[:, :length], out)
+
+
+def _replicate(x, mesh):
+    return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
 
 def score_batch(model, params: Any, batch: dict[str, np.ndarray], mesh: Mesh | None) -> np.ndarray:
@@ -64,6 +103,26 @@ def score_batch(model, params: Any, batch: dict[str, np.ndarray], mesh: Mesh | N
     if mesh is not None:
         rows = put_batch(rows, mesh)
     return np.asarray(score(model, params, **rows, mesh=mesh)).astype(np.float64)
+
+
+def score_long(model, params: Any, batch: dict[str, np.ndarray], piece: int, mesh: Mesh | None) -> np.ndarray:
+    """`score_batch` of rows of any length T, a piece at a time: memory is that of one piece, and of the state.
+
+    Args:
+      piece: tokens at once, a divisor of T.
+
+    Raises: UserError where the planned memory exceeds what is free (a cache of T keys and their scores may).
+    """
+    rows, length = batch["tokens"].shape
+    state, nats = zero_state(model, rows, length, mesh), []
+    for start in range(0, length, piece):
+        part = {name: batch[name][:, start : start + piece] for name in ("tokens", "targets", "segment_ids")}
+        part = put_batch(part, mesh) if mesh is not None else part
+        if start == 0:
+            memory.check(score_piece.lower(model, params, state, **part, mesh=mesh))
+        values, _, state = score_piece(model, params, state, **part, mesh=mesh)
+        nats.append(np.asarray(values).astype(np.float64))
+    return np.concatenate(nats, axis=1)
 
 
 def rows_of(batch_size: int, mesh: Mesh | None) -> int:

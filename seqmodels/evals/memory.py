@@ -1,0 +1,48 @@
+"""Memory that a compiled program needs, and what there is."""
+
+from pathlib import Path
+
+import jax
+
+from seqmodels.errors import UserError
+
+
+def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
+    """Bytes a device of everything that a program holds while it runs, as its compiler planned; None: it does not say."""
+    plan = compiled.memory_analysis()
+    if plan is None:
+        return None
+    held = plan.argument_size_in_bytes + plan.output_size_in_bytes - plan.alias_size_in_bytes
+    return held + plan.temp_size_in_bytes
+
+
+def free_host_bytes() -> int | None:
+    """Bytes that programs may still take of the host's memory; None where the system does not say (not Linux)."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def check(lowered: jax.stages.Lowered) -> None:
+    """Refuse a program that a CPU would be killed for: other devices raise an error where their memory ends.
+
+    Raises: UserError with what it needs and what is free.
+    """
+    if jax.default_backend() != "cpu":
+        return
+    needed, free = planned_bytes(lowered.compile()), free_host_bytes()
+    needed = needed and needed * jax.local_device_count()
+    if needed is not None and free is not None and needed > free:
+        raise UserError(f"needs {needed / 2**30:,.1f} GiB of memory, {free / 2**30:,.1f} are free; lower --batch_size")
+
+
+def exhausted(error: Exception) -> bool:
+    """Whether an error says that a device's memory ended."""
+    return "RESOURCE_EXHAUSTED" in str(error)
+
+
+def peak_bytes(device: jax.Device) -> int | None:
+    """Most bytes that this process ever held on a device; None where it is not counted (CPU)."""
+    return (device.memory_stats() or {}).get("peak_bytes_in_use")
