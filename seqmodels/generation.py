@@ -215,7 +215,7 @@ def generate(
     """Text that goes on from `prompt`, without it, for `tokens` tokens or to the end of the document or `stop`.
 
     Args:
-      tokenizer: as in docs/architecture.md. The prompt begins a document.
+      tokenizer: as in docs/architecture.md. The prompt begins a document, if the tokenizer has a separator.
       temperature, top_k, top_p: as in `Sampling`.
       stop: text that is cut off with all that follows it.
       context: tokens that the model can see, prompt and answer together; None is any number
@@ -225,7 +225,11 @@ def generate(
     """
     sampling = Sampling(temperature, top_k, top_p)
     _check(tokens, sampling)
-    ids = [tokenizer.separator, *tokenizer.encode(prompt)]
+    ids = [*([tokenizer.separator] if tokenizer.separator >= 0 else []), *tokenizer.encode(prompt)]
+    if not ids:
+        raise UserError(
+            "the prompt is empty; where tokens have no separator, as in synthetic tasks, it needs one token"
+        )
     if context is not None and len(ids) + tokens > context:
         raise UserError(
             f"prompt of {len(ids)} tokens and tokens={tokens} exceed the Transformer's context of {context}: at most "

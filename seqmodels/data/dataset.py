@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seqmodels.data import cache
+from seqmodels.data import cache, synthetic
 from seqmodels.data.permutation import permute
 from seqmodels.data.sources import find_source
 from seqmodels.data.tokenizer import Tokenizer, load_tokenizer
@@ -121,6 +121,18 @@ class Dataset:
             raise UserError(f"split {split!r}: must be one of {', '.join(self._splits)}")
         return self._splits[split]
 
+    def describe(self) -> str:
+        """What a run says of its data."""
+        return (
+            f"tokenizer {self.tokenizer.name}, {len(self['train'].tokens):,} training tokens, "
+            f"{self.steps_per_epoch:.1f} steps an epoch"
+        )
+
+    @property
+    def held_out(self) -> list[str]:
+        """Splits other than train."""
+        return [split for split in ("validation", "test") if split in self.meta["splits"]]
+
     def xz_bits_per_byte(self, split: str) -> float:
         """Bits a byte that `xz -9` needs for the split's raw text (for its first 64 MiB, if it is longer)."""
         part = self.meta["splits"][split]
@@ -158,8 +170,10 @@ class Dataset:
         return train.read(permute(samples % available, available, self.seed, samples // available), self.seq_len)
 
 
-def load(config, *, seq_len: int, batch_size: int, seed: int = 0, bptt: bool = False) -> Dataset:
-    """The dataset that a config names, tokenised on first use.
+def load(
+    config, *, seq_len: int, batch_size: int, seed: int = 0, bptt: bool = False
+) -> Dataset | synthetic.SyntheticDataset:
+    """The dataset that a config names, tokenised on first use; with a `config.task`, that task's, which is generated.
 
     Args:
       config: `config.data`, see configs/base.py.
@@ -175,6 +189,8 @@ def load(config, *, seq_len: int, batch_size: int, seed: int = 0, bptt: bool = F
         raise UserError(f"config.seq_len={seq_len}: must be at least 1")
     if batch_size < 1:
         raise UserError(f"config.batch_size={batch_size}: must be at least 1")
+    if "task" in config:
+        return synthetic.load(config, seq_len=seq_len, batch_size=batch_size, seed=seed, bptt=bptt)
     tokenizer = load_tokenizer(config.tokenizer)
     folder = cache.find_or_build(find_source(config), tokenizer, Path(config.cache))
     dataset = Dataset(folder, tokenizer, seq_len, batch_size, seed, bptt, config.reset)

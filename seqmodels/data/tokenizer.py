@@ -28,7 +28,7 @@ class Tokenizer:
       name: "bytes" or the path of the file.
       fingerprint: str that changes whenever an encoding may change.
       vocab_size: number of ids, the separator included.
-      separator: id that begins each document. It is never the encoding of text.
+      separator: id that begins each document. It is never the encoding of text. -1: there is none.
     """
 
     name: str

@@ -14,7 +14,7 @@ from kernels.dispatch import UnsupportedError
 from seqmodels import data
 from seqmodels.config import context, validate
 from seqmodels.errors import UserError
-from seqmodels.evals.perplexity import evaluate
+from seqmodels.evals import accuracy, perplexity
 from seqmodels.generation import generate
 from seqmodels.model import build, describe_kernels
 from seqmodels.training import checkpoint, flops, report, run, sharding
@@ -62,6 +62,7 @@ class _Training:
             seed=config.seed,
             bptt=config.training.bptt,
         )
+        self.is_task = isinstance(self.dataset, data.SyntheticDataset)
         self._check_best()
         self.model = build(config.model, self.dataset.tokenizer.vocab_size)
         self.boxed = abstract_params(self.model, config)
@@ -82,11 +83,11 @@ class _Training:
 
     def _check_best(self) -> None:
         best = self.config.checkpoint.best
-        if best and best not in ("validation_loss", "validation_bits_per_byte", "validation_perplexity"):
-            raise UserError(
-                f"config.checkpoint.best={best!r}: must be validation_loss, validation_bits_per_byte or "
-                "validation_perplexity"
-            )
+        allowed = ["validation_loss"]  # lower is better
+        if not self.is_task:
+            allowed += ["validation_bits_per_byte", "validation_perplexity"]
+        if best and best not in allowed:
+            raise UserError(f"config.checkpoint.best={best!r}: must be {' or '.join(allowed)}")
         if best and not self.config.evaluation.every:
             raise UserError(f"config.checkpoint.best={best!r}: needs validations, set --config.evaluation.every")
 
@@ -112,9 +113,8 @@ class _Training:
         _say(report.devices(self.mesh))
         for line in describe_kernels(self.config.model, self.mesh.devices.flat[0].platform):
             _say(f"kernel   {line}")
-        source, tokens, length = self.config.data, len(self.dataset["train"].tokens), self.config.seq_len
-        _say(f"data     {source.name}, tokenizer {self.dataset.tokenizer.name}, {tokens:,} training tokens, "
-             f"{self.dataset.steps_per_epoch:.1f} steps an epoch")  # fmt: skip
+        length = self.config.seq_len
+        _say(f"data     {self.config.data.name}, {self.dataset.describe()}")
         _say(f"\n{report.parameter_table(self.abstract.params)}\n")
         _say(f"state    {report.state_bytes(self.model, length):,} bytes a sequence of {length} tokens")
         _say(f"compute  {self.flops_per_step:.3g} floating-point operations a step")
@@ -182,37 +182,40 @@ class _Training:
         if bad:
             self.progress.write(f"step {step}: {bad[0]} is {values[bad[0]]}, update skipped")
 
-    def _evaluate(self, state: TrainState, split: str, rows: int | None) -> dict:
+    def _evaluate(self, state: TrainState, split: str, rows: int | None) -> dict[str, float]:
+        """What the model makes of a split: the figures that a run reports."""
         params = state.params if state.ema is None else state.ema
-        return evaluate(
-            self.model,
-            params,
-            self.dataset[split],
+        options = dict(
             length=self.config.seq_len,
             batch_size=self.config.evaluation.batch_size or self.config.batch_size,
             limit=rows,
             mesh=self.mesh,
-            tokenizer=self.dataset.tokenizer,
         )
+        if self.is_task:
+            figures = accuracy.evaluate(self.model, params, self.dataset[split], **options)
+            return {name: float(figures[name]) for name in ("loss", "accuracy", "sequence_accuracy")}
+        figures = perplexity.evaluate(
+            self.model, params, self.dataset[split], tokenizer=self.dataset.tokenizer, **options
+        )
+        return {name: float(figures[name]) for name in ("loss", "perplexity", "bits_per_byte")}
 
     def _validate(self, state: TrainState, step: int) -> dict[str, float]:
         figures = self._evaluate(state, "validation", self.config.evaluation.rows)
-        row = {f"validation_{name}": figures[name] for name in ("loss", "perplexity", "bits_per_byte")}
+        row = {f"validation_{name}": value for name, value in figures.items()}
         self.metrics.write(step, row)
-        self.progress.write(f"step {step}: validation {figures['bits_per_byte']:.4f} bits per byte")
+        self.progress.write(f"step {step}: validation {report.headline(figures)}")
         return row
 
     def _finish(self, state: TrainState) -> dict:
-        """The figures of a trained model: bits per byte of what it was not trained on, a sample, a picture."""
+        """The figures of a trained model: how it does on what it was not trained on, a sample, a picture."""
         config, step = self.config, int(state.step)
         self.checkpoints.close()
         splits = {}
-        for split in ("validation", "test"):
-            if split in self.dataset.meta["splits"]:
-                figures = self._evaluate(state, split, None)
-                splits[split] = {name: float(figures[name]) for name in ("loss", "perplexity", "bits_per_byte")}
+        for split in self.dataset.held_out:
+            splits[split] = self._evaluate(state, split, None)
+            if not self.is_task:
                 splits[split]["xz_bits_per_byte"] = self.dataset.xz_bits_per_byte(split)
-                self._exit_if_noted(step)
+            self._exit_if_noted(step)
         sample = self._sample(state)
         summary = {"name": config.name, "steps": step, "splits": splits, "sample": sample}
         summary["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))

@@ -67,8 +67,8 @@ def next_token_loss(
     Args:
       logits_of: hidden [B, t, D] -> logits [B, t, V]; the loss is differentiable in what it closes over, too.
       hidden: [B, T, D].
-      targets: [B, T] int32.
-      weights: [B, T] float, 0 where a token does not count; None counts all.
+      targets: [B, T] int32; -1 where there is nothing to predict.
+      weights: [B, T] float, 0 where a token does not count; None counts all targets that are not negative.
       chunk: 0, or a chunk as long as the row, computes all tokens together.
       z_weight: of the squared log-denominators.
 
@@ -76,7 +76,7 @@ def next_token_loss(
       nats + z_weight * z_squared, float32; and the sums, which carry no gradient.
     """
     batch, length = targets.shape
-    weights = jnp.ones(targets.shape, jnp.float32) if weights is None else weights.astype(jnp.float32)
+    weights = (targets >= 0 if weights is None else weights).astype(jnp.float32)
     chunk = chunk if 0 < chunk < length else length
     count = -(-length // chunk)
 

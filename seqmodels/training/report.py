@@ -91,14 +91,21 @@ def read_summary(workdir: Path) -> dict | None:
     return json.loads(path.read_text()) if path.exists() else None
 
 
-def result(summary: dict) -> str:
-    """The end of a run: bits per byte beside xz's, a sample of text, and where the picture is."""
-    lines = ["", f"trained {summary['steps']} steps"]
-    for split, figures in summary["splits"].items():
-        lines.append(
-            f"{split:10}  {figures['bits_per_byte']:.4f} bits per byte   (xz -9: {figures['xz_bits_per_byte']:.4f})   "
-            f"perplexity {figures['perplexity']:.3f}"
+def headline(figures: dict[str, float]) -> str:
+    """The figures of a split in a line: of a text, or of a synthetic task."""
+    if "accuracy" in figures:
+        return (
+            f"{figures['accuracy']:.4f} of the answers right   (of the rows, all answers: "
+            f"{figures['sequence_accuracy']:.4f})   {figures['loss']:.4f} nats an answer"
         )
+    xz = f"   (xz -9: {figures['xz_bits_per_byte']:.4f})" if "xz_bits_per_byte" in figures else ""
+    return f"{figures['bits_per_byte']:.4f} bits per byte{xz}   perplexity {figures['perplexity']:.3f}"
+
+
+def result(summary: dict) -> str:
+    """The end of a run: how good it is (bits per byte beside xz's), a sample of text, and where the picture is."""
+    lines = ["", f"trained {summary['steps']} steps"]
+    lines += [f"{split:10}  {headline(figures)}" for split, figures in summary["splits"].items()]
     if summary["sample"]:
         lines += ["", "sample:", summary["sample"]]
     return "\n".join([*lines, "", f"loss curve: {summary['plot']}"])

@@ -23,7 +23,7 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """The pure function (state, batch) -> (state, metrics) of one step.
 
-    batch: {"tokens", "targets", "segment_ids"}, [B, T] int32. metrics: float32 scalars.
+    batch: {"tokens", "targets", "segment_ids"}, [B, T] int32; targets of -1 do not count. metrics: float32 scalars.
 
     A step whose loss or gradient is not finite changes neither parameters, optimizer, average nor carry. Under
     `training.nan="skip"` it counts as a step, and the next one goes on. Under "stop" the state stays at the last good

@@ -1,0 +1,219 @@
+"""Synthetic tasks: can a mixer remember, recall, count, compute? Rows are generated as they go (docs/synthetic.md).
+
+Command:   python train.py --config=configs/synthetic.py:mqar,mixer=densemamba
+Hardware:  2 CPU cores, minutes; the presets with a paper's name one GPU.
+
+The argument is `preset[,key=value...]`. Presets: FIELDS and PAPERS below. Keys: `mixer`, any other config of this
+folder; `length`, `width` and `layers`; and the fields of the task. All else are flags: --config.steps=500.
+"""
+
+import importlib
+import pathlib
+from collections.abc import Callable
+from difflib import get_close_matches
+
+from ml_collections import ConfigDict
+
+from configs.base import base, finish, preset
+from configs.trials import Trial, product, vary
+
+MIXERS = ("mamba", "densemamba", "transformer")  # those that a sweep can compare
+
+# Fields of each task (seqmodels/data/synthetic/<task>.py) with their values in its small preset
+FIELDS = {
+    "copying": dict(vocab=16, tokens=8),
+    "selective_copying": dict(vocab=16, tokens=8),
+    "induction": dict(vocab=16),
+    "recall": dict(vocab=21),
+    "mqar": dict(
+        vocab=64, shapes=((64, 4, 1.0),), test_shapes=((64, 4), (64, 8), (128, 16)), power=0.01, random_filler=False
+    ),
+    "parity": dict(ask="last", shortest=3),
+    "majority": dict(ask="last", shortest=3),
+    "modular_arithmetic": dict(modulus=5, brackets=False, operators="+-*", shortest=3),
+    "word_problem": dict(group="s3", shortest=2),
+    "listops": dict(depth=4, arguments=5, shortest=10, longest=100),
+    "passkey": dict(depth=-1.0),
+}
+# ... and its sizes. lengths: at which a trained model is measured as well.
+SIZES = {
+    "copying": dict(length=64),
+    "selective_copying": dict(length=64),
+    "induction": dict(length=64, lengths=tuple(2**i for i in range(6, 13))),
+    "recall": dict(length=32),
+    "mqar": dict(length=64),
+    "parity": dict(length=41, lengths=(41, 65, 129, 257)),
+    "majority": dict(length=41, lengths=(41, 65, 129, 257)),
+    "modular_arithmetic": dict(length=41, lengths=(41, 65, 129, 257)),
+    "word_problem": dict(length=20, lengths=(20, 40, 80, 160)),
+    "listops": dict(length=128),
+    "passkey": dict(length=128, lengths=(128, 256, 512, 1024)),
+}
+TWO_POWERS = tuple(2**i for i in range(6, 21))
+ZOOLOGY = dict(batch_size=512, steps=12_500, width=128)  # 64 epochs of 100,000 rows
+PAPERS = {
+    # Gu and Dao 2023, appendix E.1; the learning rate of induction is ours
+    "selective_copying-mamba": dict(
+        task=dict(tokens=16), length=4112, batch_size=64, steps=400_000, learning_rate=1e-4, schedule="constant"
+    ),
+    "induction-mamba": dict(
+        length=256, lengths=TWO_POWERS, batch_size=8, steps=25 * 8192, learning_rate=1e-3, schedule="constant"
+    ),
+    # Arora et al. 2023, figure 2: learning rates 1e-4 to 1e-2, widths 64 to 512
+    "mqar-zoology64": ZOOLOGY | dict(task=dict(vocab=8192, shapes=((64, 4, 1.0),), test_shapes=()), length=64),
+    "mqar-zoology128": ZOOLOGY | dict(task=dict(vocab=8192, shapes=((128, 8, 1.0),), test_shapes=()), length=128),
+    "mqar-zoology256": ZOOLOGY
+    | dict(task=dict(vocab=8192, shapes=((256, 16, 1.0),), test_shapes=()), length=256, batch_size=256, steps=25_000),
+    "mqar-zoology512": ZOOLOGY
+    | dict(task=dict(vocab=8192, shapes=((512, 64, 1.0),), test_shapes=()), length=512, batch_size=128, steps=50_000),
+    # Arora et al. 2024, figure 2: learning rates 1e-3 to 3e-2; 32 epochs of 180,000 rows
+    "mqar-based": dict(
+        task=dict(
+            vocab=8192,
+            shapes=((64, 4, 100.0), (128, 8, 20.0), (256, 16, 20.0), (256, 32, 20.0), (256, 64, 20.0)),
+            test_shapes=((64, 4), (64, 8), (64, 16), (128, 32), (256, 64), (512, 128), (1024, 256)),
+        ),
+        length=256,
+        batch_size=256,
+        steps=22_500,
+        width=128,
+    ),
+    # Tay et al. 2020, with the sizes of the S4 repository
+    "listops-lra": dict(
+        task=dict(depth=10, arguments=10, shortest=500, longest=2000),
+        length=2048,
+        batch_size=32,
+        steps=120_000,
+        width=256,
+        layers=6,
+    ),
+    # Merrill et al. 2024
+    "word_problem-s5": dict(task=dict(group="s5"), steps=20_000, width=512, batch_size=256, learning_rate=1e-4),
+    "word_problem-a5": dict(task=dict(group="a5"), steps=20_000, width=512, batch_size=256, learning_rate=1e-4),
+    "word_problem-z60": dict(task=dict(group="z60"), steps=20_000, width=512, batch_size=256, learning_rate=1e-4),
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The config of `preset[,key=value...]`, locked. Raises ValueError on a preset, key or value that is not there."""
+    chosen, keys = parse(arg or "mqar")
+    task = chosen.partition("-")[0]
+    sizes = dict(batch_size=64, steps=2000, width=64, layers=2, learning_rate=3e-3, schedule="cosine", lengths=())
+    sizes |= SIZES[task] | PAPERS.get(chosen, {})
+    fields = FIELDS[task] | sizes.pop("task", {})
+    sizes |= {key: value for key, value in keys.items() if key in ("length", "width", "layers")}
+    fields |= {key: value for key, value in keys.items() if key in fields}
+
+    config = base()
+    config.seq_len, config.batch_size, config.steps = sizes["length"], sizes["batch_size"], sizes["steps"]
+    config.model = model(keys["mixer"], sizes["width"], sizes["layers"])
+    config.data = ConfigDict(
+        dict(
+            name=task,
+            task=fields,
+            loss="answers",  # answers | all: also next tokens, where the task has them (induction, recall, passkey)
+            rows=512,  # of validation and of test
+            lengths=sizes["lengths"],  # of rows, in tokens, that a trained model is measured on as well
+            reset=False,  # a row is one document
+        )
+    )
+    config.optimizer.learning_rate, config.optimizer.schedule = sizes["learning_rate"], sizes["schedule"]
+    config.evals = "accuracy,needle" if task == "passkey" else "accuracy"
+    config.checkpoint.every = config.evaluation.every = max(config.steps // 10, 1)
+    config.evaluation.rows = 128
+    config.metrics.every = 10
+    config.metrics.tensorboard = False
+    config.sample.tokens = 0
+    return finish(config, f"synthetic-{chosen}-{keys['mixer']}", "small")
+
+
+def parse(arg: str) -> tuple[str, dict]:
+    """Preset, and its keys with `mixer` among them. Raises ValueError that names the nearest, and what there is."""
+    first, *rest = arg.split(",")
+    chosen = preset(first, [*FIELDS, *PAPERS])
+    task = FIELDS[chosen.partition("-")[0]]
+    types = dict(mixer=str, length=int, width=int, layers=int)
+    types |= {name: type(value) for name, value in task.items() if not isinstance(value, tuple)}
+    keys = {"mixer": "mamba"}
+    for part in rest:
+        key, equals, text = part.partition("=")
+        if not equals or key not in types:
+            raise ValueError(f"{part!r} is no key=value of {chosen}: {_nearest(key, types)}keys are {', '.join(types)}")
+        try:
+            keys[key] = {"True": True, "False": False}[text] if types[key] is bool else types[key](text)
+        except (ValueError, KeyError):
+            raise ValueError(
+                f"{part}: must be {'True or False' if types[key] is bool else types[key].__name__}"
+            ) from None
+    if keys["mixer"] not in (there := mixers()):
+        raise ValueError(
+            f"no mixer {keys['mixer']!r}: {_nearest(keys['mixer'], there)}there are {', '.join(there)}, "
+            "the configs of this folder"
+        )
+    return chosen, keys
+
+
+def mixers() -> list[str]:
+    """Configs of this folder, each of which has a model."""
+    mine = pathlib.Path(__file__)
+    others = ("__init__", "base", "trials", mine.stem)
+    return sorted(path.stem for path in mine.parent.glob("*.py") if path.stem not in others)
+
+
+def model(mixer: str, width: int, layers: int) -> ConfigDict:
+    """`config.model` of another config's small preset at this size, with the fields of MIXERS for a sweep to choose."""
+    chosen = ConfigDict(_small(mixer).to_dict())
+    for other in MIXERS:
+        for name, value in _small(other).items():
+            if isinstance(value, ConfigDict) and name not in chosen:
+                chosen[name] = ConfigDict(value.to_dict())
+    chosen.width = width
+    chosen.repeats = max(layers // len(chosen.pattern.split()), 1)
+    if "mlp" in chosen:
+        chosen.mlp.hidden = 0  # 8/3 of the width
+    return chosen
+
+
+def _small(mixer: str) -> ConfigDict:
+    return importlib.import_module(f"configs.{mixer}").get_config().model
+
+
+def _nearest(word: str, choices) -> str:
+    near = get_close_matches(word, list(choices), n=1, cutoff=0.3)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def trials_of(config: ConfigDict) -> list[Trial]:
+    """A trial for each of MIXERS: its pattern and its dense links. The sizes are the config's."""
+    trials = []
+    for mixer in MIXERS:
+        other = _small(mixer)
+        trials.append({"model.pattern": other.pattern, "model.dense.variant": other.dense.variant})
+    return trials
+
+
+def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
+    """The mixers at one task and size: each trial is a dict of dotted fields."""
+    for trial in trials_of(get_config(arg)):
+        add(trial)
+
+
+def sweep_widths(add: Callable[[dict], None], arg: str | None = None) -> None:
+    """The mixers at several widths: accuracy against the bytes of state."""
+    for trial in product(trials_of(get_config(arg)), vary("model.width", 16, 32, 64, 128)):
+        add(trial)
+
+
+def sweep_rates(add: Callable[[dict], None], arg: str | None = None) -> None:
+    """The mixers at the learning rates of Zoology, as recall depends on them much."""
+    for trial in product(trials_of(get_config(arg)), vary("optimizer.learning_rate", 1e-4, 4.6e-4, 2.2e-3, 1e-2)):
+        add(trial)
+
+
+def sweep_miniature(add: Callable[[dict], None], arg: str | None = None) -> None:
+    """Two mixers for a few steps: does the way from here to a table work?"""
+    for trial in product(trials_of(get_config(arg))[:2], [{"steps": 20, "data.rows": 32, "data.lengths": ()}]):
+        add(trial)
+
+
+SWEEPS = {"mixers": sweep, "widths": sweep_widths, "rates": sweep_rates, "miniature": sweep_miniature}

@@ -1,0 +1,163 @@
+"""Batches of a task, generated as they are asked for: a batch is a pure function of (seed, step)."""
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+
+from seqmodels.data.synthetic.symbols import SymbolTokenizer
+from seqmodels.data.synthetic.task import NOTHING, Rows, Task
+from seqmodels.errors import UserError
+
+SPLITS = ("train", "validation", "test")
+FOLDS = 8  # a row whose hash falls into one of so many parts is held out: never trained on
+ATTEMPTS = 4096  # to find the rows of a split
+
+
+def fold(tokens: np.ndarray) -> np.ndarray:
+    """[n] int: a part, below FOLDS, that depends on nothing but the tokens [n, T] of a row."""
+    place = np.arange(1, tokens.shape[1] + 1, dtype=np.uint64)
+    weight = mix(place * np.uint64(0x9E3779B97F4A7C15))
+    total = (tokens.astype(np.uint64) + np.uint64(1)) * weight
+    return (mix(total.sum(axis=1, dtype=np.uint64)) % np.uint64(FOLDS)).astype(int)
+
+
+def mix(x: np.ndarray) -> np.ndarray:
+    """uint64 whose bits each depend on all of x's (SplitMix64's finisher, Steele et al. 2014)."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def sample(task: Task, rng: np.random.Generator, count: int, length: int, held_out: bool | None) -> Rows:
+    """`count` rows of a task, of those that are held out, of those that are not, or (None) of all.
+
+    Raises: UserError where there are hardly any such rows.
+    """
+    if held_out is None:
+        return task.rows(rng, count, length)
+    found, pieces = 0, []
+    for attempt in itertools.count():
+        rows = task.rows(rng, count - found, length)
+        kept = np.flatnonzero((fold(rows.tokens) == 0) == held_out)
+        pieces.append(Rows(*(part[kept] for part in rows)))
+        found += len(kept)
+        if found == count:
+            return Rows(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
+        if attempt > ATTEMPTS:
+            raise UserError(
+                f"config.seq_len={length}: this task has too few different rows to hold some out; make it longer"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticSplit:
+    """The rows of one split. Row i of a length is the same however many are asked for at once.
+
+    Attributes:
+      task: what the rows are of.
+      name: of SPLITS.
+      seed: of the dataset.
+      train_length: T in training. At this length rows of "train" and of the other splits differ by their hash.
+      count: rows of validation and test.
+    """
+
+    task: Task
+    name: str
+    seed: int
+    train_length: int
+    count: int
+
+    def row(self, number: int, length: int) -> Rows:
+        """Row `number` as Rows of one."""
+        rng = np.random.default_rng([self.seed, SPLITS.index(self.name), length, number])
+        held_out = None if length != self.train_length else self.name != "train"
+        return sample(self.task, rng, 1, length, held_out)
+
+    def windows(self, length: int, batch_size: int = 1, limit: int | None = None) -> Iterator[dict[str, np.ndarray]]:
+        """The rows of the split, in order.
+
+        Args:
+          length: T. batch_size: B; the last batch is filled up with masked rows, so every batch has one shape.
+          limit: rows to stop after; None reads `count`.
+
+        Yields:
+          `tokens`, `targets`, `segment_ids` [B, T] int32 and `mask` [B, T] bool, True at answers, the targets that
+          count; other targets are -1.
+        """
+        self.task.check(length)
+        rows = self.count if limit is None else min(limit, self.count)
+        for first in range(0, rows, batch_size):
+            numbers = range(first, min(first + batch_size, rows))
+            batch = {"tokens": np.zeros((batch_size, length), np.int32), "mask": np.zeros((batch_size, length), bool)}
+            batch["targets"] = np.full((batch_size, length), NOTHING, np.int32)
+            batch["segment_ids"] = np.zeros((batch_size, length), np.int32)
+            for b, number in enumerate(numbers):
+                row = self.row(number, length)
+                batch["tokens"][b], batch["mask"][b] = row.tokens[0], row.answers[0]
+                batch["targets"][b] = np.where(row.answers[0], row.targets[0], NOTHING)
+            yield batch
+
+
+@dataclasses.dataclass(frozen=True)
+class SyntheticDataset:
+    """A task, in the place of a `seqmodels.data.Dataset`. Made by `seqmodels.data.load`.
+
+    Attributes:
+      task: see `seqmodels.data.synthetic.TASKS`.
+      seq_len, batch_size: T and B of a (global) batch.
+      seed: of all rows.
+      loss: training counts the "answers", or "all" positions that have a target.
+      count: rows of validation, and of test.
+      lengths: T at which a trained model is measured besides its own, in tokens.
+    """
+
+    task: Task
+    seq_len: int
+    batch_size: int
+    seed: int
+    loss: str
+    count: int
+    lengths: tuple[int, ...]
+
+    @cached_property
+    def tokenizer(self) -> SymbolTokenizer:
+        return SymbolTokenizer(self.task.symbols)
+
+    def __getitem__(self, split: str) -> SyntheticSplit:
+        """A split: train, validation or test."""
+        if split not in SPLITS:
+            raise UserError(f"split {split!r}: must be one of {', '.join(SPLITS)}")
+        return SyntheticSplit(self.task, split, self.seed, self.seq_len, self.count)
+
+    def other(self, split: str, task: Task) -> SyntheticSplit:
+        """A split with rows of another task of the same tokens, as `Task.tests` gives them."""
+        return dataclasses.replace(self[split], task=task)
+
+    def describe(self) -> str:
+        """What a run says of its data."""
+        return f"{self.tokenizer.vocab_size:,} symbols, generated, 1/{FOLDS} of all rows held out"
+
+    @property
+    def held_out(self) -> list[str]:
+        """Splits other than train."""
+        return list(SPLITS[1:])
+
+    def batch(self, n: int, rows: slice | None = None) -> dict[str, np.ndarray]:
+        """Training batch of step n, the same whenever and wherever it is asked for; no row is one of another split.
+
+        Args:
+          n: step, from 0.
+          rows: part of the batch that this host needs; None is all of it.
+
+        Returns:
+          `tokens`, `targets` (-1 where nothing counts), `segment_ids` (0): [B, T] int32.
+        """
+        rng = np.random.default_rng([self.seed, SPLITS.index("train"), n])
+        tokens, targets, answers = sample(self.task, rng, self.batch_size, self.seq_len, held_out=False)
+        if self.loss == "answers":
+            targets = np.where(answers, targets, NOTHING)
+        batch = {"tokens": tokens, "targets": targets, "segment_ids": np.zeros_like(tokens)}
+        return {name: np.ascontiguousarray(part[rows or slice(None)], np.int32) for name, part in batch.items()}

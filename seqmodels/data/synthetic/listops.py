@@ -1,0 +1,123 @@
+"""ListOps (Nangia and Bowman 2018) as in the Long Range Arena (Tay et al. 2020), read as in the S4 repository."""
+
+import dataclasses
+
+import numpy as np
+
+from seqmodels.data.synthetic.bits import with_answer
+from seqmodels.data.synthetic.task import Rows, Task, refuse_length
+
+OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")  # ids 10 to 13
+CLOSE, END, PAD = 14, 15, 16
+OPERATOR_SHARE = 0.25  # of the nodes above the deepest level
+
+
+@dataclasses.dataclass(frozen=True)
+class ListOps(Task):
+    """The value, a digit, of nested minimum, maximum, median (rounded down) and sum modulo 10.
+
+    A node is a digit, or with probability 1/4, above the deepest level, an operator with 2 to `arguments` nodes; all
+    uniform. Trees are drawn until one has more than `shortest` and fewer than `longest` tokens, where an operator
+    counts two: itself and its "]". There are no other brackets. Then comes the end, then padding. Loss mask: the end,
+    whose target is the value.
+
+    Ids: 0 to 9 digits, 10 to 13 operators, 14 "]", 15 the end, 16 padding.
+
+    Attributes:
+      depth: levels of nodes at most. arguments: of an operator at most. shortest, longest: see above.
+    """
+
+    depth: int = 10
+    arguments: int = 10
+    shortest: int = 500
+    longest: int = 2000
+
+    def __post_init__(self):
+        if self.depth < 2:
+            self.refuse("depth", "at least 2")
+        if self.arguments < 2:
+            self.refuse("arguments", "at least 2")
+        if self.shortest < 0:
+            self.refuse("shortest", "at least 0")
+        if self.longest < self.shortest + 2:
+            self.refuse("longest", f"at least {self.shortest + 2}, two more than shortest")
+        if self.shortest + 1 > (most := self._most_tokens()):
+            self.refuse("shortest", f"less than {most}, the tokens of the largest tree of this depth")
+
+    def _most_tokens(self) -> int:
+        most = 1
+        for _ in range(self.depth - 1):
+            most = 2 + self.arguments * most
+        return most
+
+    @property
+    def symbols(self):
+        return [*map(str, range(10)), *OPERATORS, "]", "=", "_"]
+
+    def check(self, length):
+        if length < self.longest:
+            refuse_length(length, f"at least config.data.task.longest, {self.longest}")
+
+    def rows(self, rng, count, length):
+        text, sizes = np.zeros((count, length), np.int32), np.zeros((count, 1), int)
+        results = np.zeros((count, 1), np.int32)
+        for row in range(count):
+            while len(tokens := self._tree(rng)) <= self.shortest or len(tokens) >= self.longest:
+                pass
+            sizes[row], results[row] = len(tokens), value(tokens)
+            text[row, : len(tokens)] = tokens
+        return Rows(*with_answer(text, sizes, results, END, PAD))
+
+    def tests(self, lengths):
+        return {}
+
+    def _tree(self, rng) -> list[int]:
+        """Ids of a random tree; it is cut off when it is too long to be taken."""
+        numbers = iter(())
+
+        def random() -> float:  # one at a time is what takes the time
+            nonlocal numbers
+            if (number := next(numbers, None)) is None:
+                numbers = iter(rng.random(256).tolist())
+                number = next(numbers)
+            return number
+
+        tokens, todo = [], [1]  # levels of the nodes that are still to come; 0 closes an operator
+        while todo and len(tokens) < self.longest:
+            level = todo.pop()
+            if level == 0:
+                tokens.append(CLOSE)
+            elif level < self.depth and random() < OPERATOR_SHARE:
+                tokens.append(10 + int(random() * len(OPERATORS)))
+                arguments = 2 + int(random() * (self.arguments - 1))
+                todo += [0, *[level + 1] * arguments]
+            else:
+                tokens.append(int(random() * 10))
+        return tokens
+
+
+def value(tokens: list[int]) -> int:
+    """The digit that a tree, written out, stands for."""
+    stack = []  # operators that are open, each with its arguments so far
+    for token in tokens:
+        if 10 <= token < CLOSE:
+            stack.append((OPERATORS[token - 10], []))
+            continue
+        result = token
+        if token == CLOSE:
+            name, arguments = stack.pop()
+            match name:
+                case "[MIN":
+                    result = min(arguments)
+                case "[MAX":
+                    result = max(arguments)
+                case "[MED":
+                    arguments.sort()
+                    middle = len(arguments) // 2
+                    result = arguments[middle] if len(arguments) % 2 else sum(arguments[middle - 1 : middle + 1]) // 2
+                case "[SM":
+                    result = sum(arguments) % 10
+        if not stack:
+            return result
+        stack[-1][1].append(result)
+    raise ValueError("the tree does not end")

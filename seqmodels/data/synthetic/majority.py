@@ -1,0 +1,15 @@
+"""Majority: are there more ones than zeros? Counting, without any order."""
+
+import dataclasses
+
+import numpy as np
+
+from seqmodels.data.synthetic.bits import Bits
+
+
+@dataclasses.dataclass(frozen=True)
+class Majority(Bits):
+    """1 where more than half of the bits are ones; a tie is 0, as in the Zoology repository."""
+
+    def running(self, bits):
+        return 2 * np.cumsum(bits, axis=1) > np.arange(1, bits.shape[1] + 1)

@@ -1,0 +1,124 @@
+"""Modular arithmetic, plain and with brackets (Deletang et al. 2022, "Neural networks and the Chomsky hierarchy")."""
+
+import dataclasses
+
+import numpy as np
+
+from seqmodels.data.synthetic.bits import with_answer
+from seqmodels.data.synthetic.task import Rows, Task, refuse_length
+
+OPERATORS = "+-*"
+
+
+@dataclasses.dataclass(frozen=True)
+class ModularArithmetic(Task):
+    """The value of an expression modulo m.
+
+    Plain: numbers and operators by turns, an odd number of tokens, products before sums. With brackets: an expression
+    of n >= 5 tokens is "(left operator right)" with the n - 3 other tokens split uniformly; of 1 to 4 tokens it is d,
+    -d, (d) or (-d). Numbers and operators are uniform. A row is an expression of `shortest` to T - 1 tokens, uniformly
+    long (plain: among the odd lengths), "=", and padding. Loss mask: the "="; the target there is the value.
+
+    Ids: 0 to m - 1 numbers, then + - * ( ) = and padding.
+
+    Attributes:
+      modulus: m.
+      brackets: with brackets.
+      operators: those that occur, of + - *. The paper: all in plain expressions, + and - within brackets.
+      shortest: fewest tokens of an expression; 0 makes all as long as fits.
+    """
+
+    modulus: int = 5
+    brackets: bool = False
+    operators: str = "+-*"
+    shortest: int = 0
+
+    def __post_init__(self):
+        if self.modulus < 2:
+            self.refuse("modulus", "at least 2")
+        if not self.operators or not set(self.operators) <= set(OPERATORS):
+            self.refuse("operators", f"one or several of {OPERATORS}")
+        if self.shortest < 0:
+            self.refuse("shortest", "at least 0")
+
+    @property
+    def symbols(self):
+        return [*map(str, range(self.modulus)), *OPERATORS, "(", ")", "=", "_"]
+
+    def check(self, length):
+        if length <= max(self.shortest, 1):
+            refuse_length(length, f"more than config.data.task.shortest, and at least 2: {max(self.shortest, 1) + 1}")
+        if not self.brackets and self.shortest and not self.shortest % 2 and length == self.shortest + 1:
+            refuse_length(length, "such that an odd number of tokens fits before the '='")
+
+    def rows(self, rng, count, length):
+        make = self._bracketed if self.brackets else self._plain
+        expressions, sizes, values = make(rng, count, length)
+        end = self.modulus + len(OPERATORS) + 2
+        return Rows(*with_answer(expressions, sizes, values, end, end + 1))
+
+    def tests(self, lengths):
+        return {str(n): (dataclasses.replace(self, shortest=0), n) for n in lengths}
+
+    def _plain(self, rng, count, length):
+        longest = (length - 1) - (length - 1 + 1) % 2  # the odd number of tokens that fits
+        shortest = (self.shortest or longest) // 2 * 2 + 1
+        sizes = rng.integers(shortest // 2, longest // 2 + 1, (count, 1)) * 2 + 1
+        numbers = rng.integers(0, self.modulus, (count, longest // 2 + 1), dtype=np.int32)
+        allowed = np.array([OPERATORS.index(name) for name in self.operators], np.int32)
+        operators = rng.choice(allowed, (count, longest // 2))
+        text = np.zeros((count, length), np.int32)
+        text[:, 0:longest:2], text[:, 1:longest:2] = numbers, self.modulus + operators
+        running = values(numbers, operators, self.modulus)
+        return text, sizes, np.take_along_axis(running, sizes // 2, axis=1)
+
+    def _bracketed(self, rng, count, length):
+        sizes = rng.integers(self.shortest or length - 1, length, (count, 1))
+        text, results = np.zeros((count, length), np.int32), np.zeros((count, 1), np.int32)
+        for row, (size,) in enumerate(sizes):
+            symbols, results[row] = self._expression(rng, int(size))
+            text[row, :size] = symbols
+        return text, sizes, results
+
+    def _expression(self, rng, size: int) -> tuple[list[int], int]:
+        """Ids and value of one expression with brackets. A stack, not recursion: long ones nest deeply."""
+        m = self.modulus
+        plus, minus, opening, closing = m, m + 1, m + 3, m + 4
+        symbols, numbers, todo = [], [], [size]
+        while todo:
+            part = todo.pop()
+            if isinstance(part, str):  # both sides are there: close the bracket
+                right, left = numbers.pop(), numbers.pop()
+                numbers.append({"+": left + right, "-": left - right, "*": left * right}[part] % m)
+                symbols.append(closing)
+            elif part < 0:  # an operator between the sides
+                symbols.append(-part)
+            elif part < 5:
+                number = int(rng.integers(0, m))
+                sign = [minus] if part % 2 == 0 else []
+                inside = [*sign, number]
+                symbols += [opening, *inside, closing] if part > 2 else inside
+                numbers.append(-number % m if sign else number)
+            else:
+                left = int(rng.integers(1, part - 3))
+                name = self.operators[int(rng.integers(0, len(self.operators)))]
+                symbols.append(opening)
+                todo += [name, part - 3 - left, -(plus + OPERATORS.index(name)), left]
+        return symbols, numbers[0]
+
+
+def values(numbers: np.ndarray, operators: np.ndarray, modulus: int) -> np.ndarray:
+    """[n, k] int32: value of each expression up to its 1st, 2nd, ..., k-th number, products before sums.
+
+    Args:
+      numbers: [n, k]. operators: [n, k - 1], index in OPERATORS of the one before each but the first number.
+    """
+    done, term = np.zeros_like(numbers[:, 0]), numbers[:, 0]  # sum of the finished terms, product of the open one
+    running = [term]
+    for number, operator in zip(numbers.T[1:], operators.T, strict=True):
+        times = operator == OPERATORS.index("*")
+        done = np.where(times, done, (done + term) % modulus)
+        sign = np.where(operator == OPERATORS.index("-"), -1, 1)
+        term = np.where(times, term * number, sign * number) % modulus
+        running.append((done + term) % modulus)
+    return np.stack(running, axis=1).astype(np.int32) % modulus

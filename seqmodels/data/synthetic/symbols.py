@@ -1,0 +1,31 @@
+"""The tokenizer of a task: every id has a name, and a text is names apart by spaces."""
+
+import difflib
+
+import numpy as np
+
+from seqmodels.data.tokenizer import Tokenizer
+from seqmodels.errors import UserError
+
+
+class SymbolTokenizer(Tokenizer):
+    """Names to ids and back. A row is no document, so there is no separator."""
+
+    name = "symbols"
+    separator = -1
+
+    def __init__(self, symbols: list[str]):
+        self.fingerprint = " ".join(symbols)
+        self.vocab_size = len(symbols)
+        self._symbols = symbols
+        self._ids = {symbol: i for i, symbol in enumerate(symbols)}
+
+    def encode_batch(self, texts):
+        """Raises UserError for a name that is not there."""
+        for word in (word for text in texts for word in text.split() if word not in self._ids):
+            near = difflib.get_close_matches(word, self._symbols, n=3, cutoff=0) if len(word) < 20 else []
+            raise UserError(f"{word!r} is no symbol of this task; there are {', '.join(near)} and the like")
+        return [np.array([self._ids[word] for word in text.split()], self.dtype) for text in texts]
+
+    def decode(self, ids):
+        return " ".join(self._symbols[i] for i in map(int, ids) if i < self.vocab_size)

@@ -1,0 +1,75 @@
+"""What a synthetic task is: settings, and rows that are a pure function of a random generator."""
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+
+from seqmodels.errors import UserError
+
+NOTHING = -1  # target of a position at which nothing is to be predicted
+
+
+class Rows(NamedTuple):
+    """Rows of a task.
+
+    tokens: [n, T] int32, what the model reads.
+    targets: [n, T] int32, what it should say after reading a token: NOTHING, or an id. Never to be shifted again.
+    answers: [n, T] bool, the loss mask: True at the positions that the task is about, each of which has a target. Where
+      targets go on beyond the answers, they are the next tokens.
+    """
+
+    tokens: np.ndarray
+    targets: np.ndarray
+    answers: np.ndarray
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """Settings of a task; subclasses add fields, which come from `config.data.task`."""
+
+    def __post_init__(self):
+        """Refuses settings that do not fit. Raises UserError."""
+
+    @property
+    def symbols(self) -> list[str]:
+        """A name for each token id, without spaces."""
+        raise NotImplementedError
+
+    def check(self, length: int) -> None:
+        """Raises UserError where there are no rows of `length` tokens."""
+
+    def rows(self, rng: np.random.Generator, count: int, length: int) -> Rows:
+        """`count` rows of `length` tokens, which `check` has let pass."""
+        raise NotImplementedError
+
+    def tests(self, lengths: tuple[int, ...]) -> dict[str, tuple["Task", int]]:
+        """What to measure a trained model by besides its own task: name -> task and length of a row in tokens."""
+        return {str(length): (self, length) for length in lengths}
+
+    def refuse(self, field: str, allowed: str) -> None:
+        """Raises UserError for a field of this task."""
+        raise UserError(f"config.data.task.{field}={getattr(self, field)!r}: must be {allowed}")
+
+
+def refuse_length(length: int, allowed: str) -> None:
+    """Raises UserError for a length of rows."""
+    raise UserError(f"config.seq_len={length}: must be {allowed}")
+
+
+def next_tokens(tokens: np.ndarray, last: np.ndarray) -> np.ndarray:
+    """Targets [n, T] of rows [n, T] that `last` [n] goes on."""
+    return np.concatenate([tokens[:, 1:], last[:, None]], axis=1)
+
+
+def only(answers: np.ndarray, targets: np.ndarray) -> np.ndarray:
+    """int32 targets at the answers, NOTHING elsewhere."""
+    return np.where(answers, targets, NOTHING).astype(np.int32)
+
+
+def draw(rng: np.random.Generator, count: int, choices: int, size: int) -> np.ndarray:
+    """[count, size] int: in each row, different numbers below `choices`, in random order."""
+    numbers = rng.random((count, choices))
+    first = np.argpartition(numbers, size - 1, axis=1)[:, :size]  # the smallest, but in no random order
+    order = np.argsort(np.take_along_axis(numbers, first, axis=1), axis=1)
+    return np.take_along_axis(first, order, axis=1)

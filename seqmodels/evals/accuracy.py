@@ -1,0 +1,216 @@
+"""Accuracy on a synthetic task: how many answers, and how many rows with all their answers, a model gets right."""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from kernels.dispatch import UnsupportedError
+from seqmodels.config import context
+from seqmodels.data import SyntheticDataset
+from seqmodels.errors import UserError
+from seqmodels.evals.scoring import rows_of
+from seqmodels.training.loss import token_nats
+from seqmodels.training.report import state_bytes
+from seqmodels.training.sharding import put_batch
+
+PIECE = 2048  # tokens of a row that are read at once
+LOGITS = 2**26  # logits that exist at once
+LONG = 16  # rows up to so many times the length of training are measured in full number, longer ones in fewer
+FEWEST = 16  # rows of any length
+CACHE = 2**14  # tokens up to which attention, whose cache and time grow with them, is measured
+
+
+def serves(run) -> bool:
+    """Whether a run has what this evaluator measures."""
+    return isinstance(run.dataset, SyntheticDataset)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "mesh"))
+def read(model, params: Any, tokens, targets, state, mesh: Mesh | None = None):
+    """Reads a piece of rows on from `state`.
+
+    Args:
+      model, params, state: as in docs/architecture.md; params unboxed.
+      tokens, targets: [B, C] int32, targets -1 where nothing is asked.
+      mesh: replicate the results over its devices, so that every process can read them.
+
+    Returns:
+      nats [B, C] float32 of the answers, right [B, C] bool: the likeliest token is the target; and the new state.
+    """
+    variables = {"params": params}
+    hidden, state = model.apply(variables, tokens, state=state)
+
+    def answer(piece):
+        logits = model.apply(variables, piece[0], method="logits")
+        return token_nats(logits, piece[1])[0], jnp.argmax(logits, axis=-1) == piece[1]
+
+    batch, length = targets.shape
+    size = min(length, max(1, LOGITS // (batch * model.config.vocab_size)))
+    count = -(-length // size)
+
+    def split(x):  # [B, C, ...] -> [count, B, size, ...]
+        x = jnp.pad(x, ((0, 0), (0, count * size - length)) + ((0, 0),) * (x.ndim - 2))
+        return x.reshape(batch, count, size, *x.shape[2:]).swapaxes(0, 1)
+
+    results = jax.lax.map(answer, (split(hidden), split(targets)))
+    nats, right = (x.swapaxes(0, 1).reshape(batch, -1)[:, :length] for x in results)
+    if mesh is not None:
+        nats, right = (jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec())) for x in (nats, right))
+    return nats, right, state
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))
+def _initial_state(model, batch, max_length):
+    return model.init_state(batch, max_length)
+
+
+def read_rows(model, params: Any, batch: dict[str, np.ndarray], *, piece: int, mesh: Mesh | None = None):
+    """Reads whole rows, `piece` tokens at a time, so that memory does not grow with their length.
+
+    Args:
+      batch: tokens, targets [B, T] int32, as a `SyntheticSplit` yields them.
+
+    Returns:
+      nats [B, T] float64 and right [B, T] bool, which mean something where there are targets.
+    """
+    rows, length = batch["tokens"].shape
+    pieces = -(-length // piece)
+    end = ((0, 0), (0, pieces * piece - length))  # what is read after a row changes nothing in it
+    tokens, targets = np.pad(batch["tokens"], end), np.pad(batch["targets"], end, constant_values=-1)
+    state = _initial_state(model, rows, pieces * piece) if pieces > 1 else None
+    nats, right = [], []
+    for start in range(0, pieces * piece, piece):
+        part = {"tokens": tokens[:, start : start + piece], "targets": targets[:, start : start + piece]}
+        if mesh is not None:
+            part = put_batch(part, mesh)
+        some_nats, some_right, state = read(model, params, **part, state=state, mesh=mesh)
+        nats.append(some_nats)
+        right.append(some_right)
+    return tuple(
+        np.concatenate([np.asarray(x) for x in parts], axis=1)[:, :length].astype(dtype)
+        for parts, dtype in ((nats, np.float64), (right, bool))
+    )
+
+
+def evaluate(
+    model,
+    params: Any,
+    split,
+    *,
+    length: int,
+    batch_size: int,
+    limit: int | None = None,
+    mesh: Mesh | None = None,
+    piece: int | None = None,
+) -> dict[str, float | int]:
+    """Answers to the rows of a split.
+
+    Args:
+      split: a `seqmodels.data.synthetic.dataset.SyntheticSplit`.
+      length: T of a row, in tokens.
+      batch_size: rows at once, at most; rounded up to a multiple of the mesh's data and fsdp axes.
+      limit: rows to stop after; None is the whole split.
+      mesh: devices to spread the rows over.
+      piece: tokens of a row read at once; None is the length, at most PIECE.
+
+    Returns:
+      loss: nats an answer. accuracy: share of the answers that are right. sequence_accuracy: share of the rows whose
+      answers are all right. answers, sequences: how many there were.
+    """
+    piece = piece or min(length, PIECE)
+    batch_size = rows_of(min(batch_size, split.count if limit is None else limit), mesh)
+    return summarize(
+        (batch["mask"], *read_rows(model, params, batch, piece=piece, mesh=mesh))
+        for batch in split.windows(length, batch_size, limit)
+    )
+
+
+def summarize(batches: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, float | int]:
+    """What `evaluate` returns, from (mask, nats, right) of each batch; rows without an answer are not counted."""
+    loss, hits, answers, rows, whole = 0.0, 0, 0, 0, 0
+    for mask, nats, right in batches:
+        real = mask.any(axis=1)
+        loss += float(nats[mask].sum())
+        hits += int(right[mask].sum())
+        answers += int(mask.sum())
+        rows += int(real.sum())
+        whole += int((right | ~mask).all(axis=1)[real].sum())
+    return dict(
+        loss=loss / answers,
+        accuracy=hits / answers,
+        sequence_accuracy=whole / rows,
+        answers=answers,
+        sequences=rows,
+    )
+
+
+def evaluate_run(run, splits: list[str], limit: int | None) -> dict:
+    """Accuracy by split at the length of training; of the last split also at the task's other lengths or shapes."""
+    length, mesh, dataset = run.config.seq_len, run.mesh, run.dataset
+    measure = functools.partial(evaluate, run.model, run.params, batch_size=run.batch_size, mesh=mesh)
+    by_split = {split: measure(dataset[split], length=length, limit=limit) for split in splits}
+    names = ("loss", "accuracy", "sequence_accuracy", "answers", "sequences")
+    result = {name: {split: values[name] for split, values in by_split.items()} for name in names}
+    result["state_bytes"] = state_bytes(run.model, length)
+    if splits and (tests := dataset.task.tests(dataset.lengths)):
+        result["accuracy_by_test"] = {
+            name: {"length": n} | _measure_test(run, measure, dataset.other(splits[-1], task), n, limit)
+            for name, (task, n) in tests.items()
+        }
+    return result
+
+
+def _measure_test(run, measure, split, length: int, limit: int | None) -> dict:
+    trained = run.config.seq_len
+    if context(run.config) is not None and length > max(CACHE, trained):
+        return {"not_served": f"attention's cache: measured up to {CACHE:,} tokens"}
+    rows = max(min(split.count, FEWEST), min(split.count, split.count * LONG * trained // length))
+    rows = rows if limit is None else min(rows, limit)
+    try:
+        return measure(split, length=length, limit=rows, piece=min(trained, PIECE))
+    except (UserError, UnsupportedError) as error:
+        return {"not_served": str(error)}
+    except Exception as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):  # any other error is a defect
+            raise
+        return {"not_served": "out of memory; lower --batch_size"}
+
+
+def table(result: dict) -> str:
+    lines = [f"{'split':<12}{'accuracy':>12}{'all right':>12}{'nats':>12}{'answers':>12}{'rows':>10}"]
+    for split in result["accuracy"]:
+        lines.append(
+            f"{split:<12}" + _cells({name: values[split] for name, values in result.items() if name in COLUMNS})
+        )
+    if "accuracy_by_test" in result:
+        lines += ["", f"{'test':<12}{'accuracy':>12}{'all right':>12}{'nats':>12}{'answers':>12}{'rows':>10}"]
+    for name, values in result.get("accuracy_by_test", {}).items():
+        lines.append(f"{name:<12}" + (_cells(values) if "accuracy" in values else f"   {values['not_served']}"))
+    return "\n".join([*lines, f"state: {result['state_bytes']:,} bytes a row"])
+
+
+COLUMNS = ("loss", "accuracy", "sequence_accuracy", "answers", "sequences")
+
+
+def _cells(values: dict) -> str:
+    return (
+        f"{values['accuracy']:>12.4f}{values['sequence_accuracy']:>12.4f}{values['loss']:>12.4f}"
+        f"{values['answers']:>12,}{values['sequences']:>10,}"
+    )
+
+
+def plot(axes, result: dict) -> None:
+    tests = {n: values for n, values in result.get("accuracy_by_test", {}).items() if "accuracy" in values}
+    if not tests:  # the splits alone
+        axes.bar(list(result["accuracy"]), list(result["accuracy"].values()))
+    else:
+        for name, label in (("accuracy", "answers"), ("sequence_accuracy", "rows, all answers")):
+            axes.plot(list(tests), [values[name] for values in tests.values()], "o-", label=label)
+        axes.tick_params(axis="x", rotation=45)
+        axes.legend()
+    axes.set(ylim=(-0.02, 1.02), xlabel="test", ylabel="share that is right", title="accuracy")
