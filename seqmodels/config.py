@@ -38,6 +38,11 @@ RANGES = {
     "model.mamba.expand": (1, math.inf),
     "model.mamba.conv": (1, math.inf),
     "model.mamba.dt_rank": (0, math.inf),
+    "model.mamba2.state": (1, math.inf),
+    "model.mamba2.expand": (1, math.inf),
+    "model.mamba2.head_dim": (1, math.inf),
+    "model.mamba2.groups": (1, math.inf),
+    "model.mamba2.conv": (2, 8),
     "model.attention.heads": (1, math.inf),
     "model.attention.kv_heads": (0, math.inf),
     "model.attention.head_dim": (0, math.inf),
@@ -67,6 +72,8 @@ RANGES = {
     "sample.temperature": (0, math.inf),
     "sample.top_k": (0, math.inf),
 }
+
+STREAMS = ("mamba",)  # mixers with a hidden stream, which DenseSSM reads
 
 POSITIVE = ("model.embedding_std", "model.norm_eps", "optimizer.learning_rate", "optimizer.eps", "sample.top_p")
 SHARES = ("model.dropout", "optimizer.b1", "optimizer.b2", "optimizer.ema")  # at least 0, under 1
@@ -123,8 +130,9 @@ def _validate_model(model: ConfigDict, *, bptt: bool) -> None:
     if bptt and "attention" in names:
         _refuse("training.bptt", bptt, "False with attention in model.pattern: a cache of keys is no constant state")
     if model.dense.variant != "none":
-        if "mamba" not in names:
-            _refuse("model.dense.variant", model.dense.variant, "'none' without a mamba block in model.pattern")
+        if not names & set(STREAMS):
+            allowed = f"'none' without one of {', '.join(STREAMS)} in model.pattern"
+            _refuse("model.dense.variant", model.dense.variant, allowed)
         if model.dense.gate != "none" and model.width < model.dense.bottleneck:
             _refuse("model.dense.bottleneck", model.dense.bottleneck, f"at most model.width={model.width}")
     if "attention" in names:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import kernels.attention
+import kernels.linear_attention
 import kernels.selective_scan
 import kernels.short_conv
 from seqmodels.dense import DenseFusion
@@ -26,6 +27,7 @@ OPERATIONS = {
     "selective_scan": kernels.selective_scan,
     "short_conv": kernels.short_conv,
     "attention": kernels.attention,
+    "linear_attention": kernels.linear_attention,
 }
 
 REMAT = {  # what of a block is kept for the backward pass; the rest is computed again
@@ -120,7 +122,8 @@ def dense_of(config, spec: BlockSpec, mixer, **parent) -> DenseFusion | None:
     if not spec.sources and (config.dense.variant != "output" or not has_stream(spec.mixer)):
         return None
     fields = {k: v for k, v in config.dense.items() if k not in ("depth", "every")}
-    sizes = dict(width=config.width, inner=mixer.inner, state=mixer.state, sources=spec.sources)
+    inner, state = mixer.stream_sizes
+    sizes = dict(width=config.width, inner=inner, state=state, sources=spec.sources)
     return DenseFusion(**sizes, **fields, dtype=mixer.dtype, implementation=mixer.implementation, **parent)
 
 
@@ -177,7 +180,7 @@ class Block(nn.Module):
         else:
             sources = window[: self.spec.sources]
             y, ssm, carried, stream = self.dense(x, stream, readout, sources, seq, state.get("dense"))
-        new_state = {"mixer": dict(conv=readout.conv, ssm=ssm)}
+        new_state = {"mixer": self.mixer.new_state(readout, ssm)}
         if carried is not None:
             new_state["dense"] = carried
         return self.mixer.project(y), new_state, stream

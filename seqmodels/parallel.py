@@ -12,6 +12,7 @@ import jax
 from flax import linen as nn
 from jax.sharding import AxisType, PartitionSpec
 
+from kernels.linear_attention import linear_attention as linear_attention
 from kernels.selective_scan import selective_scan as scan
 from kernels.selective_scan import sharded as scan_in_pieces
 from kernels.short_conv import sharded as conv_in_pieces

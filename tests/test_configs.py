@@ -18,7 +18,7 @@ from tests.golden.regenerate import HERE, every_config
 
 REGENERATE = "if the change is meant: python tests/golden/regenerate.py, and look through the diff"
 CONFIGS = every_config()
-NAMES = ("densemamba", "mamba", "transformer")
+NAMES = ("densemamba", "mamba", "mamba2", "transformer")
 
 
 def config_of(name, arg=None):
@@ -196,7 +196,7 @@ def test_choices_are_refused_by_name(field):
         ("transformer", "model.attention.heads", 5, "divisor of model.width=128"),
         ("transformer", "model.attention.kv_heads", 3, "divisor of heads=4"),
         ("transformer", "model.attention.head_dim", 31, "even"),
-        ("transformer", "model.dense.variant", "read", "'none' without a mamba block"),
+        ("transformer", "model.dense.variant", "read", "'none' without one of mamba"),
     ],
 )
 def test_bad_values_are_refused_with_field_value_and_what_is_allowed(name, field, value, allowed):

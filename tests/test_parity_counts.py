@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import mamba
+from configs import mamba, mamba2
 from seqmodels.model import build
 
 PUBLISHED = {  # of state-spaces/mamba-*, and of the same sizes in transformers (checked below)
@@ -15,6 +15,15 @@ PUBLISHED = {  # of state-spaces/mamba-*, and of the same sizes in transformers 
     "790m": 793_204_224,
     "1.4b": 1_372_178_432,
     "2.8b": 2_768_345_600,
+}
+
+
+MAMBA2 = {  # of state-spaces/mamba2-*, whose vocabulary is 50,288
+    "130m": 128_989_632,
+    "370m": 368_346_624,
+    "780m": 780_161_280,
+    "1.3b": 1_343_757_312,
+    "2.7b": 2_702_599_680,
 }
 
 
@@ -37,3 +46,20 @@ def test_transformers_agrees(preset):
     with torch.device("meta"):
         theirs = transformers.MambaForCausalLM(config)
     assert sum(parameter.numel() for parameter in theirs.parameters()) == PUBLISHED[preset]
+
+
+@pytest.mark.parametrize("preset", MAMBA2)
+def test_mamba2(preset):
+    assert count(build(mamba2.get_config(preset).model, 50280)) == MAMBA2[preset]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", MAMBA2)
+def test_transformers_agrees_on_mamba2(preset):
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    model = mamba2.get_config(preset).model
+    sizes = dict(hidden_size=model.width, num_hidden_layers=model.repeats, vocab_size=model.vocab_size)
+    heads = dict(num_heads=2 * model.width // 64, head_dim=64, state_size=128, n_groups=1)
+    with torch.device("meta"):
+        theirs = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**sizes, **heads, tie_word_embeddings=True))
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == MAMBA2[preset]

@@ -1,4 +1,4 @@
-"""Mamba, FalconMamba, Llama and Mistral models of transformers, against ours: logits, gradients, decoding, files.
+"""Mamba, Mamba-2, FalconMamba, Llama, Mistral of transformers against ours: logits, gradients, decoding, files.
 
 Parameters are perturbed until the logits' standard deviation is 1 to 3: with the initial ones every defect hides
 below 1e-4. Theirs run in float64 as far as they can, so the rounding is ours: float32 sums through two layers of
@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import configs.mamba
+import configs.mamba2
 import configs.transformer
 from configs.base import base
 from seqmodels.errors import UserError
@@ -39,6 +40,7 @@ MODELS = {
         "FalconMamba",
         dict(**SIZES, state_size=5, conv_kernel=3, time_step_rank=3, mixer_rms_eps=1e-3, tie_word_embeddings=False),
     ),
+    "mamba2": ("Mamba2", dict(**SIZES, num_heads=8, head_dim=8, state_size=6, n_groups=2, chunk_size=4)),
     "llama": ("Llama", dict(**LLAMA, head_dim=12, rope_theta=500.0, rms_norm_eps=1e-2)),
     "tied mistral": ("Mistral", dict(**LLAMA, sliding_window=8, head_dim=8, tie_word_embeddings=True)),
 }
@@ -123,12 +125,13 @@ def test_gradients(exact, ours):
 
 
 def test_cached_decoding(exact, ours):
-    """A prefill and single tokens; their chunked prefill is not compared, as their Mamba forgets its state there."""
+    """A prefill and single tokens. Only Mamba-2's prefill is in pieces: their Mamba forgets its state there."""
     model, params, _ = ours
     step = jax.jit(lambda tokens, state: logits(model, params, tokens, state))
     state = model.init_state(BATCH, LENGTH)
     cache, tokens = None, torch.from_numpy(TOKENS)
-    for start, stop in [(0, PREFILL), *((t, t + 1) for t in range(PREFILL, LENGTH))]:
+    prefill = [(0, 3), (3, PREFILL)] if exact.config.model_type == "mamba2" else [(0, PREFILL)]
+    for start, stop in [*prefill, *((t, t + 1) for t in range(PREFILL, LENGTH))]:
         got, state = step(TOKENS[:, start:stop].astype(np.int32), state)
         with torch.no_grad():
             cached = {} if cache is None else {name_of_cache(exact): cache}
@@ -148,7 +151,8 @@ def test_file_round_trip(theirs, ours, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, params, ours[1])
     assert fields == ours[2]
     save(tmp_path / "ours", params, ours[0].config)
-    again = type(theirs).from_pretrained(tmp_path / "ours", attn_implementation="eager")
+    chunks = {"chunk_size": theirs.config.chunk_size} if theirs.config.model_type == "mamba2" else {}  # rounding
+    again = type(theirs).from_pretrained(tmp_path / "ours", attn_implementation="eager", **chunks)
     for (name, x), y in zip(again.state_dict().items(), theirs.state_dict().values(), strict=True):
         np.testing.assert_array_equal(x.numpy(), y.numpy(), name)
     with torch.no_grad():
@@ -196,8 +200,26 @@ def test_files_of_mambas_authors(tiny_mamba):
     assert fields == want_fields
 
 
+def test_mamba2_files_of_mambas_authors():
+    sizes = {**MODELS["mamba2"][1], "tie_word_embeddings": True}
+    model = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**sizes))
+    tensors, config = original_of(model)
+    config["ssm_cfg"] = dict(layer="Mamba2", d_state=6, headdim=8, ngroups=2)
+    fields, params = from_huggingface(tensors, config)
+    want_fields, want = from_huggingface(arrays(model), model.config.to_dict())
+    jax.tree.map(np.testing.assert_array_equal, params, want)
+    assert fields == want_fields
+    with pytest.raises(UserError, match="norm_before_gate is True"):
+        from_huggingface(tensors, {**config, "ssm_cfg": {**config["ssm_cfg"], "norm_before_gate": True}})
+    with pytest.raises(UserError, match="time_step_limit is"):
+        from_huggingface(arrays(model), {**model.config.to_dict(), "time_step_limit": (0.0, 0.1)})
+
+
+PRESETS = [(configs.mamba, "Mamba"), (configs.mamba2, "Mamba2"), (configs.transformer, "Llama")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("preset, family", [(configs.mamba, "Mamba"), (configs.transformer, "Llama")])
+@pytest.mark.parametrize("preset, family", PRESETS)
 def test_presets_export(preset, family, tmp_path):
     """A model that was never theirs, its sizes left to our defaults."""
     config = preset.get_config().model

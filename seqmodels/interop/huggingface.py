@@ -1,57 +1,18 @@
-"""Weights of Mamba, FalconMamba and Llama models in the names and layouts of Hugging Face, and back.
+"""Weights of Mamba, Mamba-2, FalconMamba and Llama models in the names and layouts of Hugging Face, and back.
 
-A torch Linear holds [out, in] and ours [in, out], perhaps with the outer axes split; a depthwise convolution there is
-[E, 1, W] and here [W, E]. Vectors, embeddings and A_log are the same. Names are those of the files on disk; Mamba's
-authors say `backbone.embedding` and write `lm_head` even where it is tied.
+Names are those in the files. Mamba's authors say `backbone.embedding` and write `lm_head` even where it is tied.
 """
 
-import dataclasses
 from collections.abc import Mapping
 
 import numpy as np
 
 from seqmodels.errors import UserError
+from seqmodels.interop import mamba2
+from seqmodels.interop.weights import Weight, convert, demand, export, find, same, turned
 
 IGNORED = ("rotary_emb.inv_freq",)  # buffers in old Llama files, which follow from the config
 DEFAULT_ROPE_THETA = 10_000.0
-
-
-@dataclasses.dataclass(frozen=True)
-class Weight:
-    """One tensor under both names.
-
-    `turned` says that rows there (their first axis) are columns here (our last axes, in the same order).
-    """
-
-    theirs: str
-    their_shape: tuple[int, ...]
-    ours: tuple[str, ...]
-    our_shape: tuple[int, ...]
-    turned: bool = False
-
-    def into(self, tensor) -> np.ndarray:
-        """Theirs to ours, float32."""
-        tensor = np.asarray(tensor, np.float32)
-        if self.turned:
-            tensor = tensor.reshape(self.their_shape[0], -1).T
-        return np.ascontiguousarray(tensor.reshape(self.our_shape))
-
-    def back(self, array) -> np.ndarray:
-        """Ours to theirs, float32."""
-        array = np.asarray(array, np.float32)
-        if self.turned:
-            array = array.reshape(-1, self.their_shape[0]).T
-        return np.ascontiguousarray(array.reshape(self.their_shape))
-
-
-def same(theirs: str, ours: tuple[str, ...], *shape: int) -> Weight:
-    """A tensor that is laid out alike."""
-    return Weight(theirs, shape, ours, shape)
-
-
-def turned(theirs: str, their_shape: tuple[int, ...], ours: tuple[str, ...], our_shape: tuple[int, ...]) -> Weight:
-    """A matrix, which torch holds transposed."""
-    return Weight(theirs, their_shape, ours, our_shape, turned=True)
 
 
 def mamba_weights(model: Mapping, tied: bool, embedding: str = "embeddings") -> list[Weight]:
@@ -105,14 +66,6 @@ def llama_weights(model: Mapping, tied: bool) -> list[Weight]:
     return weights if tied else [*weights, turned("lm_head.weight", (V, D), ("head",), (D, V))]
 
 
-def demand(config: Mapping, **wanted) -> None:
-    """Raise a UserError if a field of their config is there and is none of the values that our models have."""
-    for field, allowed in wanted.items():
-        if field in config and config[field] not in allowed:
-            values = " or ".join(repr(value) for value in allowed)
-            raise UserError(f"Hugging Face config: {field} is {config[field]!r}; only {values} can be converted")
-
-
 def mamba_config(config: Mapping, vocab_size: int) -> dict:
     """Fields of config.model for a Mamba or FalconMamba config of transformers."""
     demand(config, hidden_act=("silu",), use_bias=(False,), use_conv_bias=(True,), time_step_scale=(1.0,))
@@ -143,23 +96,27 @@ def original_mamba_config(config: Mapping, vocab_size: int) -> dict:
     """Fields of config.model for a config of Mamba's authors: d_model, n_layer, ssm_cfg, ..."""
     demand(config, rms_norm=(True,), attn_layer_idx=([],), d_intermediate=(0,))
     ssm = config.get("ssm_cfg") or {}
-    demand(ssm, layer=("Mamba1",), bias=(False,), conv_bias=(True,))
-    rank = ssm.get("dt_rank", "auto")
-    options = dict(
-        state=ssm.get("d_state", 16),
-        expand=ssm.get("expand", 2),
-        conv=ssm.get("d_conv", 4),
-        dt_rank=0 if rank == "auto" else rank,
-        norms="none",
-    )
+    demand(ssm, layer=("Mamba1", "Mamba2"), bias=(False,), conv_bias=(True,))
+    pattern = "mamba2" if ssm.get("layer") == "Mamba2" else "mamba"
+    if pattern == "mamba2":
+        options = mamba2.original_options(ssm)
+    else:
+        rank = ssm.get("dt_rank", "auto")
+        options = dict(
+            state=ssm.get("d_state", 16),
+            expand=ssm.get("expand", 2),
+            conv=ssm.get("d_conv", 4),
+            dt_rank=0 if rank == "auto" else rank,
+            norms="none",
+        )
     return dict(
-        pattern="mamba",
+        pattern=pattern,
         width=config["d_model"],
         repeats=config["n_layer"],
         vocab_size=vocab_size,
         norm_eps=1e-5,
         tie_embeddings=config.get("tie_embeddings", True),
-        mamba=options,
+        **{pattern: options},
     )
 
 
@@ -191,7 +148,8 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: Mapping) -> tupl
     """A model that others trained, as ours.
 
     Args:
-        tensors: by file name, of model_type mamba, falcon_mamba, llama or mistral, or a file of Mamba's authors.
+        tensors: by name in the file, of model_type mamba, mamba2, falcon_mamba, llama or mistral, or of Mamba's
+            authors.
         config: their config.json.
 
     Returns:
@@ -213,12 +171,13 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: Mapping) -> tupl
             model = original_mamba_config(config, vocab_size)
         elif kind in ("mamba", "falcon_mamba"):
             model = mamba_config(config, vocab_size)
+        elif kind == "mamba2":
+            model = mamba2.config_of(config, vocab_size)
         elif kind in ("llama", "mistral"):
             model = llama_config(config, vocab_size)
         else:
-            raise UserError(
-                f"Hugging Face config: model_type is {kind!r}; allowed: mamba, falcon_mamba, llama, mistral"
-            )
+            allowed = "mamba, mamba2, falcon_mamba, llama, mistral"
+            raise UserError(f"Hugging Face config: model_type is {kind!r}; allowed: {allowed}")
     except KeyError as field:
         raise UserError(f"Hugging Face config: the field {field} of a {kind} model is missing") from None
     tied = model["tie_embeddings"]
@@ -229,16 +188,9 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: Mapping) -> tupl
     if kind in ("llama", "mistral"):
         weights = llama_weights(model, tied)
     else:
-        weights = mamba_weights(model, tied, embedding=found[0].split(".")[1])
-    check_names(tensors, weights)
-    params = {}
-    for weight in weights:
-        tensor = tensors[weight.theirs]
-        if tensor.shape != weight.their_shape:
-            problem = f"has shape {tensor.shape}; the config asks for {weight.their_shape}"
-            raise UserError(f"Hugging Face weights: {weight.theirs} {problem}")
-        place(params, weight.ours, weight.into(tensor))
-    return model, params
+        names = mamba2.weights if model["pattern"] == "mamba2" else mamba_weights
+        weights = names(model, tied, embedding=found[0].split(".")[1])
+    return model, convert(tensors, weights)
 
 
 def to_huggingface(params: Mapping, model: Mapping) -> tuple[dict[str, np.ndarray], dict]:
@@ -249,7 +201,7 @@ def to_huggingface(params: Mapping, model: Mapping) -> tuple[dict[str, np.ndarra
         model: `config.model` with vocab_size filled in (`LanguageModel.config`).
 
     Returns:
-        Tensors by file name, float32, and the config.json: of model_type mamba, falcon_mamba, llama or mistral.
+        Tensors by file name, float32, and the config.json: of model_type mamba, mamba2, falcon_mamba, llama or mistral.
 
     Raises:
         UserError: transformers has no such model.
@@ -269,13 +221,19 @@ def to_huggingface(params: Mapping, model: Mapping) -> tuple[dict[str, np.ndarra
         model = {**model, "repeats": model["repeats"] * len(pattern), "mamba": mamba_options(model)}
         config = {**shared, "num_hidden_layers": model["repeats"], **mamba_fields(model)}
         weights = mamba_weights(model, model["tie_embeddings"])
+    elif set(pattern) == {"mamba2"}:
+        model = {**model, "repeats": model["repeats"] * len(pattern), "mamba2": mamba2.options(model)}
+        config = {**shared, "num_hidden_layers": model["repeats"], **mamba2.fields(model)}
+        weights = mamba2.weights(model, model["tie_embeddings"])
     elif set(pattern) == {"attention+mlp"}:
         model = {**model, "repeats": model["repeats"] * len(pattern), **llama_options(model, params)}
         config = {**shared, "num_hidden_layers": model["repeats"], **llama_fields(model)}
         weights = llama_weights(model, model["tie_embeddings"])
     else:
-        raise UserError(f"model.pattern is {model['pattern']!r}; only 'mamba' and 'attention+mlp' can be exported")
-    return {weight.theirs: weight.back(find(params, weight.ours)) for weight in weights}, config
+        raise UserError(
+            f"model.pattern is {model['pattern']!r}; only 'mamba', 'mamba2', 'attention+mlp' can be exported"
+        )
+    return export(params, weights), config
 
 
 def mamba_options(model: Mapping) -> dict:
@@ -333,29 +291,3 @@ def llama_fields(model: Mapping) -> dict:
         rope_parameters=dict(rope_type="default", rope_theta=options["rope_theta"]),
         **(dict(sliding_window=options["window"]) if mistral else dict(attention_bias=False, mlp_bias=False)),
     )
-
-
-def check_names(tensors: Mapping, weights: list[Weight]) -> None:
-    """Raise a UserError that names the tensors that are missing or unexpected."""
-    wanted = {weight.theirs for weight in weights}
-    for problem, names in (("missing", wanted - tensors.keys()), ("unexpected", tensors.keys() - wanted)):
-        if names:
-            shown = ", ".join(sorted(names)[:4])
-            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
-            raise UserError(f"Hugging Face weights: {problem} {shown}{more}")
-
-
-def find(tree: Mapping, path: tuple[str, ...]):
-    """The leaf at `path`; a UserError if there is none."""
-    for i, name in enumerate(path):
-        if name not in tree:
-            raise UserError(f"parameters: {'/'.join(path[: i + 1])} is missing; scanned blocks must be unstacked first")
-        tree = tree[name]
-    return tree
-
-
-def place(tree: dict, path: tuple[str, ...], leaf) -> None:
-    """Put `leaf` at `path`, growing the tree where needed."""
-    for name in path[:-1]:
-        tree = tree.setdefault(name, {})
-    tree[path[-1]] = leaf

@@ -1,10 +1,10 @@
-"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864, section 3.2.2), in the half-split layout of Llama."""
+"""Rotary position embedding (Su et al. 2021, arXiv 2104.09864, section 3.2.2), in both layouts of the pairs."""
 
 import jax.numpy as jnp
 
 
 def rope(x, positions, theta: float = 10_000.0):
-    """Rotate channel i together with channel i + d/2 by the angle positions * theta**(-2i/d).
+    """Rotate channel i together with channel i + d/2 (Llama) by the angle positions * theta**(-2i/d).
 
     Args:
         x: [B, T, H, d], d even.
@@ -20,3 +20,16 @@ def rope(x, positions, theta: float = 10_000.0):
     cos, sin = jnp.cos(angle), jnp.sin(angle)
     first, second = x[..., :half].astype(dtype), x[..., half:].astype(dtype)
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+
+
+def rotate_pairs(x, angle):
+    """Rotate channels 2i and 2i + 1 (neighbours) of x [..., d] by angle [..., d/2].
+
+    Returns:
+        As x; the rotation is float32 (float64 for float64).
+    """
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
+    even, odd = x[..., ::2].astype(dtype), x[..., 1::2].astype(dtype)
+    turned = jnp.stack([even * cos - odd * sin, odd * cos + even * sin], axis=-1)
+    return turned.reshape(x.shape).astype(x.dtype)

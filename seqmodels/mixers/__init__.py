@@ -2,8 +2,10 @@
 
 from seqmodels.mixers.attention import Attention
 from seqmodels.mixers.mamba import Mamba
+from seqmodels.mixers.mamba2 import Mamba2
 
 MIXERS = {
     "attention": Attention,
     "mamba": Mamba,
+    "mamba2": Mamba2,
 }

@@ -125,6 +125,11 @@ class Mamba(nn.Module):
         return self.expand * self.width
 
     @property
+    def stream_sizes(self) -> tuple[int, int]:
+        """Channels of what is written, and of its key: what DenseSSM's gates are as wide as."""
+        return self.inner, self.state
+
+    @property
     def rank(self) -> int:
         """R, rank of the step."""
         return self.dt_rank or -(-self.width // 16)
@@ -165,7 +170,7 @@ class Mamba(nn.Module):
         """x [B, T, D] to y [B, T, D] and the new state."""
         stream, readout = self.write(x, seq, state)
         y, ssm = self.scan(stream, readout, seq)
-        return self.project(y), dict(conv=readout.conv, ssm=ssm)
+        return self.project(y), self.new_state(readout, ssm)
 
     def write(self, x: jax.Array, seq: Sequence, state=None) -> tuple[Stream, Readout]:
         """Everything before the scan: projection, convolution, and the token's step, input and output matrices."""
@@ -224,6 +229,11 @@ class Mamba(nn.Module):
     def project(self, y: jax.Array) -> jax.Array:
         """[B, T, E] to [B, T, D]."""
         return y.astype(self.dtype) @ self.out_proj.astype(self.dtype)
+
+    @nn.nowrap
+    def new_state(self, readout: Readout, ssm: jax.Array) -> dict[str, jax.Array]:
+        """The mixer's state after the tokens."""
+        return dict(conv=readout.conv, ssm=ssm)
 
 
 def skip_and_gate(y: jax.Array, u: jax.Array, readout: Readout) -> jax.Array:

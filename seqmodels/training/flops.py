@@ -10,8 +10,7 @@ import math
 import jax
 from ml_collections import ConfigDict
 
-from seqmodels.model import plan
-from seqmodels.training import sharding
+from seqmodels.model import mixer_of, plan
 from seqmodels.training.sharding import is_box
 
 # Dense peak in 1e12 operations a second, by the start of jax.Device.device_kind; vendors' data sheets.
@@ -33,9 +32,14 @@ PEAKS = {
 # Of one token, channel and state of a selective scan: dt A, (dt x) B, a h + b, and h C summed over the state.
 SCAN = 1 + 1 + 2 + 2
 
+# Of one token and element of a matrix state: k v and the sum, and q S summed over the keys. DECAY, where there is one.
+MATRIX = 2 + 2
+DECAY = 1
+
 # The same for each lower state that a DenseSSM layer uses: READ scans it again and reads it; CARRY scans it, gates it
 # twice and adds it; RANK writes it, as a product and a sum. INPUT and OUTPUT mix tokens, not states.
 DENSE = {"none": 0, "read": SCAN, "carry": 4 + 2 + 1, "rank": 2, "input": 0, "output": 0}
+DENSE_MATRIX = DENSE | {"read": MATRIX + DECAY}
 
 
 def peak_flops(device_kind: str, dtype: str) -> float | None:
@@ -62,9 +66,11 @@ def forward_flops_per_token(boxed, seq_len: int) -> float:
         size = math.prod(value.shape)
         if "vocab" in axes:
             tables.append(2.0 * size)
+        elif sum(axis != "layers" for axis in axes) < 2:
+            continue
         elif name == "A_log":
             total += SCAN * size
-        elif sum(axis != "layers" for axis in axes) >= 2:
+        else:
             total += 2.0 * size
             if name == "query":
                 total += 4.0 * seq_len * size / value.shape[axes.index("embed")]
@@ -74,15 +80,30 @@ def forward_flops_per_token(boxed, seq_len: int) -> float:
 def train_step_flops(boxed, config: ConfigDict) -> float:
     """Operations of one optimizer step over the whole batch: forward, and twice that backward."""
     tokens = config.batch_size * config.seq_len
-    forward = forward_flops_per_token(boxed, config.seq_len) + dense_flops_per_token(boxed, config.model)
-    return 3.0 * tokens * forward
+    states = matrix_flops_per_token(config.model) + dense_flops_per_token(config.model)
+    return 3.0 * tokens * (forward_flops_per_token(boxed, config.seq_len) + states)
 
 
-def dense_flops_per_token(boxed, model: ConfigDict) -> float:
+def matrix_flops_per_token(model: ConfigDict) -> float:
+    """Operations a token of the forward pass in matrix states, as the recurrence needs them; `model` is config.model.
+
+    Chunks of matrix products, which is how these run, do more of them, at the speed of a matmul.
+    """
+    total = 0.0
+    for block in plan(model):
+        mixer = mixer_of(model, block, parent=None)
+        if hasattr(mixer, "state_shape"):
+            total += (MATRIX + DECAY * mixer.decays) * math.prod(mixer.state_shape)
+    return total
+
+
+def dense_flops_per_token(model: ConfigDict) -> float:
     """Operations a token of the forward pass in the lower states that DenseSSM uses; `model` is config.model."""
-    sources = sum(block.sources for block in plan(model))
-    if not sources:
-        return 0.0
-    leaves = jax.tree_util.tree_leaves_with_path(sharding.unbox(boxed))
-    inner, state = next(leaf.shape[-2:] for path, leaf in leaves if path[-1].key == "A_log")
-    return float(sources * DENSE[model.dense.variant] * inner * state)
+    total = 0.0
+    for block in plan(model):
+        if block.sources:
+            mixer = mixer_of(model, block, parent=None)
+            matrix = hasattr(mixer, "state_shape")
+            elements = math.prod(mixer.state_shape if matrix else mixer.stream_sizes)
+            total += block.sources * (DENSE_MATRIX if matrix else DENSE)[model.dense.variant] * elements
+    return total

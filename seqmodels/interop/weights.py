@@ -1,0 +1,120 @@
+"""One tensor of a model under two names and in two layouts, theirs and ours.
+
+A torch Linear holds [out, in] and ours [in, out], perhaps with the outer axes split; a depthwise convolution there is
+[E, 1, W] and here [W, E].
+"""
+
+import dataclasses
+from collections.abc import Mapping
+
+import numpy as np
+
+from seqmodels.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """One tensor under both names.
+
+    Attributes:
+        theirs, their_shape: name in the file, and shape of the whole tensor there.
+        ours, our_shape: path in our parameters, and shape there.
+        turned: rows there (their first axis) are columns here (our last axes, in the same order).
+        rows: the rows there that are ours, from and to; others are another Weight's. None: all.
+    """
+
+    theirs: str
+    their_shape: tuple[int, ...]
+    ours: tuple[str, ...]
+    our_shape: tuple[int, ...]
+    turned: bool = False
+    rows: tuple[int, int] | None = None
+
+    def into(self, tensor) -> np.ndarray:
+        """Theirs to ours, float32."""
+        tensor = np.asarray(tensor, np.float32)[slice(*self.rows or (None,))]
+        if self.turned:
+            tensor = tensor.reshape(tensor.shape[0], -1).T
+        return np.ascontiguousarray(tensor.reshape(self.our_shape))
+
+    def back(self, array) -> np.ndarray:
+        """Ours to theirs (to our rows of it), float32."""
+        first, last = self.rows or (0, self.their_shape[0])
+        array = np.asarray(array, np.float32)
+        if self.turned:
+            array = array.reshape(-1, last - first).T
+        return np.ascontiguousarray(array.reshape(last - first, *self.their_shape[1:]))
+
+
+def same(theirs: str, ours: tuple[str, ...], *shape: int) -> Weight:
+    """A tensor that is laid out alike."""
+    return Weight(theirs, shape, ours, shape)
+
+
+def turned(theirs: str, their_shape: tuple[int, ...], ours: tuple[str, ...], our_shape: tuple[int, ...]) -> Weight:
+    """A matrix, which torch holds transposed."""
+    return Weight(theirs, their_shape, ours, our_shape, turned=True)
+
+
+def parts(theirs: str, rest: tuple[int, ...], *ours: tuple[tuple[str, ...], int, tuple[int, ...]]) -> list[Weight]:
+    """A tensor [rows, *rest] whose rows are several of ours, in order: (path, rows, our shape) each."""
+    total, start, weights = sum(rows for _, rows, _ in ours), 0, []
+    for path, rows, shape in ours:
+        weights.append(Weight(theirs, (total, *rest), path, shape, bool(rest), (start, start + rows)))
+        start += rows
+    return weights
+
+
+def demand(config: Mapping, **wanted) -> None:
+    """Raise a UserError if a field of their config is there and is none of the values that our models have."""
+    for field, allowed in wanted.items():
+        if field in config and config[field] not in allowed:
+            values = " or ".join(repr(value) for value in allowed)
+            raise UserError(f"Hugging Face config: {field} is {config[field]!r}; only {values} can be converted")
+
+
+def check_names(tensors: Mapping, weights: list[Weight]) -> None:
+    """Raise a UserError that names the tensors that are missing or unexpected."""
+    wanted = {weight.theirs for weight in weights}
+    for problem, names in (("missing", wanted - tensors.keys()), ("unexpected", tensors.keys() - wanted)):
+        if names:
+            shown = ", ".join(sorted(names)[:4])
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            raise UserError(f"Hugging Face weights: {problem} {shown}{more}")
+
+
+def convert(tensors: Mapping, weights: list[Weight]) -> dict:
+    """Our parameters of their tensors; a UserError names those missing, unexpected or of the wrong shape."""
+    check_names(tensors, weights)
+    params = {}
+    for weight in weights:
+        tensor = tensors[weight.theirs]
+        if tensor.shape != weight.their_shape:
+            problem = f"has shape {tensor.shape}; the config asks for {weight.their_shape}"
+            raise UserError(f"Hugging Face weights: {weight.theirs} {problem}")
+        place(params, weight.ours, weight.into(tensor))
+    return params
+
+
+def export(params: Mapping, weights: list[Weight]) -> dict[str, np.ndarray]:
+    """Their tensors of our parameters."""
+    rows = {}
+    for weight in weights:
+        rows.setdefault(weight.theirs, []).append(weight.back(find(params, weight.ours)))
+    return {name: np.concatenate(parts) if len(parts) > 1 else parts[0] for name, parts in rows.items()}
+
+
+def find(tree: Mapping, path: tuple[str, ...]):
+    """The leaf at `path`; a UserError if there is none."""
+    for i, name in enumerate(path):
+        if name not in tree:
+            raise UserError(f"parameters: {'/'.join(path[: i + 1])} is missing; scanned blocks must be unstacked first")
+        tree = tree[name]
+    return tree
+
+
+def place(tree: dict, path: tuple[str, ...], leaf) -> None:
+    """Put `leaf` at `path`, growing the tree where needed."""
+    for name in path[:-1]:
+        tree = tree.setdefault(name, {})
+    tree[path[-1]] = leaf

@@ -1,0 +1,66 @@
+"""What mixers with a matrix state have in common: the stream that they write, and how queries read several at once."""
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+
+from seqmodels.layers.rope import rotate_pairs
+from seqmodels.parallel import linear_attention
+from seqmodels.sequence import Sequence
+
+
+@struct.dataclass
+class Stream:
+    """What a layer writes into its matrix state: enough for another layer to compute that state again.
+
+    S_t = exp(log_decay_t) S_{t-1} + k_t (step_t v_t)^T, from `state` on, with k_t turned by `angle_t` first.
+
+    Attributes:
+        k: [B, T, Hk, K] keys before rotation; value head h goes with key head h // (H / Hk).
+        v: [B, T, H, V] values.
+        log_decay: [H] or [B, T, H] float32; None: no decay.
+        state: [B, H, K, V] float32, before the first token.
+        step: [B, T, H] float32 factor of the values; None: one.
+        angle: [B, T, K / 2] float32, by which channels 2i and 2i + 1 of keys and queries are turned; None: not turned.
+        y: [B, T, H, V] the layer's own readout S_t q_t, where DenseSSM's OUTPUT asks for it.
+    """
+
+    k: jax.Array
+    v: jax.Array
+    log_decay: jax.Array | None
+    state: jax.Array
+    step: jax.Array | None = None
+    angle: jax.Array | None = None
+    y: jax.Array | None = None
+
+    def turned(self, x: jax.Array) -> jax.Array:
+        """Keys or queries [B, T, ..., K], rotated."""
+        if self.angle is None:
+            return x
+        return rotate_pairs(x, self.angle.reshape(*x.shape[:2], *[1] * (x.ndim - 3), -1))
+
+    def written(self) -> jax.Array:
+        """[B, T, H, V] values as they are written."""
+        if self.step is None:
+            return self.v
+        return (self.v * self.step[..., None]).astype(self.v.dtype)
+
+
+def read(streams: list[Stream], queries: list[jax.Array], seq: Sequence, implementation: str | None = None):
+    """Each stream's state, read by its query [B, T, Hk, K]: one linear attention, the streams' heads side by side.
+
+    Returns:
+        y [B, T, G, H, V], one readout a stream, and the first stream's new state [B, H, K, V].
+    """
+    decays = [s.log_decay for s in streams]
+    heads = streams[0].v.shape[2]
+    y, state = linear_attention(
+        jnp.concatenate([s.turned(q) for s, q in zip(streams, queries, strict=True)], axis=2),
+        jnp.concatenate([s.turned(s.k) for s in streams], axis=2),
+        jnp.concatenate([s.written() for s in streams], axis=2),
+        None if decays[0] is None else jnp.concatenate(decays, axis=-1),
+        initial_state=jnp.concatenate([s.state for s in streams], axis=1),
+        implementation=implementation,
+        **seq.documents(),
+    )
+    return y.reshape(*y.shape[:2], len(streams), heads, y.shape[-1]), state[:, :heads]
