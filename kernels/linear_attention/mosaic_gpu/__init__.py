@@ -1,0 +1,174 @@
+"""Linear attention as Pallas Mosaic GPU kernels, for Hopper: matrix products of 64 x 64 tiles by the tensor cores.
+
+Forward is one kernel (`walk`) in which states never leave registers. Backward computes the states before each chunk
+again, walks back for the gradients of values and states, and makes those of queries, keys and decays chunk by chunk.
+Where there are too few heads to fill the GPU, time is cut into stretches that are walked at once, from states that a
+walk without readouts found before. Decays are the head's or the token's, not the channel's.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+
+from kernels import lanes
+from kernels.lanes import LN2
+from kernels.linear_attention.mosaic_gpu.decay import exponents, gradient, starts, vectors
+from kernels.linear_attention.mosaic_gpu.keys import keys_gradient
+from kernels.linear_attention.mosaic_gpu.tile import SIDE
+from kernels.linear_attention.mosaic_gpu.walk import walk
+from kernels.segments import resets
+
+PROCESSORS = 132  # of an H100
+WIDEST = 256  # K whose state one warpgroup holds
+FEW = 16  # tokens: no more are worth a chunk
+DTYPES = ("bfloat16", "float16")
+
+
+def supports(platform, shape, dtype, decay, chunk=None, named=False, **facts) -> str | None:
+    """Why this backend cannot serve the call, or should not where it is not asked for by name; None: it can."""
+    batch, length, _, heads, keys, values = shape
+    if platform != "cuda" and lanes.INTERPRET is None:
+        return "it needs an NVIDIA GPU"
+    if length <= FEW and not named:
+        return f"T is {length}: up to {FEW} tokens are not worth a chunk of {SIDE}"
+    if lanes.INTERPRET is None and jax.default_backend() == "gpu":
+        capability = jax.devices()[0].compute_capability
+        if capability != "9.0":
+            return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper), this one has {capability}"
+    if jnp.dtype(dtype).name not in DTYPES:
+        return f"arrays are {jnp.dtype(dtype).name}; its tensor cores take {', '.join(DTYPES)}"
+    if decay == "channel":
+        return "log_decay is [B, T, H, K]; it takes decays of the head"
+    if keys > WIDEST:
+        return f"K is {keys}; it holds states of at most {WIDEST} rows in registers"
+    if min(batch, length) < 1 or heads > 65535 or values > 65535 * SIDE:
+        return "its grid has at least one block, and at most 65535 heads and tiles"
+    return None
+
+
+def linear_attention(
+    q,
+    k,
+    v,
+    log_decay,
+    bonus,
+    initial_state,
+    segment_ids,
+    initial_segment,
+    mask,
+    *,
+    scale,
+    read,
+    chunk,
+    dtype,
+):
+    """As `kernels.linear_attention.linear_attention`, padding zeroed; y in `dtype`. `chunk` is always 64."""
+    batch, length, heads, values = v.shape
+    keys = k.shape[-1]
+    strict = read == "exclusive"
+    reset = resets(segment_ids, initial_segment, mask)
+    if log_decay is not None:
+        log_decay = jnp.broadcast_to(log_decay, (batch, length, heads))
+    common = jnp.result_type(q, k, v)
+    q, k, v = (x.astype(common) for x in (q, k, v))
+    own = None
+    if bonus is not None:
+        own = own_token(q, k, v, bonus, scale)
+    if scale <= 0:
+        q, scale = q * scale, 1.0
+    pieces = stretches(batch * heads * -(-values // SIDE), length)
+    tokens = -(-length // (SIDE * pieces)) * SIDE * pieces
+    wide, deep = -(-values // SIDE) * SIDE, -(-keys // SIDE) * SIDE
+    arrays = dict(
+        q=pad(q, tokens, deep),
+        k=pad(k, tokens, deep),
+        v=pad(v, tokens, wide),
+        g=exponents(log_decay, reset, (batch, length, heads), tokens),
+        initial_state=pad(initial_state.astype(jnp.float32), None, wide, deep),
+    )
+    y, state = attend(arrays, float(scale), strict, pieces, log_decay is not None)
+    y, state = y[:, :length, :, :values], state[:, :, :keys, :values]
+    return (y if own is None else (y + own)).astype(dtype), state
+
+
+def pad(x, tokens, last, rows=None):
+    """x [B, T, ., .] with zeros up to sizes of T and the last axis; of a state, of the last two axes."""
+    sizes = (x.shape[0], tokens, x.shape[2], last) if rows is None else (*x.shape[:2], rows, last)
+    widths = [(0, size - old) for size, old in zip(sizes, x.shape, strict=True)]
+    return jnp.pad(x, widths) if any(w for _, w in widths) else x
+
+
+def own_token(q, k, v, bonus, scale):
+    """scale (q_t . (u * k_t)) v_t: [B, T, H, V] float32."""
+    batch, length, heads, keys = q.shape
+    group = v.shape[2] // heads
+    q, k = (x.astype(jnp.float32) for x in (q, k))
+    weight = jnp.einsum("bthk,hgk->bthg", q * k, bonus.astype(jnp.float32).reshape(heads, group, keys))
+    return scale * weight.reshape(batch, length, heads * group, 1) * v
+
+
+def stretches(blocks, length) -> int:
+    """Pieces of time that are walked at once: as few as fill the GPU, of at least 512 tokens each."""
+    pieces = 1
+    while pieces * blocks < PROCESSORS * 3 // 4 and length >= 1024 * pieces:
+        pieces *= 2
+    return pieces
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
+def attend(arrays, scale, strict, pieces, decays):
+    """y and the final state of whole chunks and tiles. decays: whether a gradient of g is wanted."""
+    return forward(arrays, scale, strict, pieces)[0]
+
+
+def forward(arrays, scale, strict, pieces):
+    """(y, final state), and the states before each stretch."""
+    ahead, _ = vectors(arrays["g"], scale, strict)
+    inputs = {name: arrays[name] for name in ("k", "v")} | dict(vectors=ahead)
+    options = dict(reverse=False, strict=strict, save=False, dtype=arrays["v"].dtype)
+    start = begin(inputs, arrays["initial_state"], arrays["g"], pieces, **options)
+    y, final, _ = mapped(walk, **options)(inputs | dict(x=arrays["q"], initial_state=start))
+    return (y, final[:, -1]), start
+
+
+def begin(inputs, state, g, pieces, reverse, **options):
+    """The state before (with `reverse`, after) each stretch, [B, S, H, K, V], from the one before the first."""
+    if pieces == 1:
+        return state[:, None]
+    nothing = jnp.zeros((state.shape[0], pieces, *state.shape[1:]))
+    _, ends, _ = mapped(walk, x=None, reverse=reverse, **options)(inputs | dict(initial_state=nothing))
+    return starts(state, ends, g, pieces, reverse)
+
+
+def mapped(kernel, **static):
+    """A kernel as a function of a dict of arrays; jax.vmap calls it once for each, for Pallas has no rule for that."""
+    return jax.custom_batching.sequential_vmap(lambda arrays: kernel(**arrays, **static))
+
+
+def attend_forward(arrays, scale, strict, pieces, decays):
+    out, start = forward(arrays, scale, strict, pieces)
+    return out, (arrays, start)
+
+
+def attend_backward(scale, strict, pieces, decays, residuals, cotangents):
+    arrays, start = residuals
+    dy, dfinal = cotangents
+    q, k, v, g = (arrays[name] for name in ("q", "k", "v", "g"))
+    ahead, back = vectors(g, scale, strict)
+    options = dict(strict=strict, dtype=v.dtype)
+    _, _, states = mapped(walk, x=None, reverse=False, save=True, **options)(
+        dict(k=k, v=v, vectors=ahead, initial_state=start)
+    )
+    inputs = dict(k=q, v=dy, vectors=back)
+    end = begin(inputs, dfinal, g, pieces, reverse=True, save=False, **options)
+    walked = mapped(walk, reverse=True, save=True, **options)(inputs | dict(x=k, initial_state=end))
+    dv, dstart, dstates = walked
+    dq, dk, sums = mapped(keys_gradient, strict=strict)(
+        dict(q=q, k=k, v=v, dy=dy, vectors=ahead, states=states, dstates=dstates)
+    )
+    dg = gradient(sums, ahead[..., 4, :], strict) * LN2 if decays else jnp.zeros_like(g)
+    return (dict(q=dq, k=dk, v=dv, g=dg, initial_state=dstart[:, 0]),)
+
+
+attend.defvjp(attend_forward, attend_backward)

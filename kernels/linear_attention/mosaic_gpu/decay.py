@@ -1,0 +1,88 @@
+"""Decays as the kernels read them: for each chunk a few vectors over its tokens.
+
+All are powers of two of sums of log2 decays inside one chunk, so no sum is over more than 64 tokens. The beginning of a
+document is a decay too small for float32: 2^-200 is exactly 0, and a finite exponent leaves no NaN in any gradient.
+"""
+
+import math
+
+import jax.numpy as jnp
+from jax import lax
+
+from kernels.lanes import LOG2E
+from kernels.linear_attention.mosaic_gpu.tile import SIDE
+
+FORGET = -200.0  # log2 of a decay that is 0 in float32
+LEAST = -100.0  # of any other: less would cost the sums of its chunk their precision, and is 1e-30 already
+
+
+def exponents(log_decay, reset, shape, length):
+    """Log2 decays by chunk: [B, H, T' / 64, 64] float32, T' = length, 0 after T.
+
+    Args:
+        log_decay: [B, T, H] float32, or None. reset: [B, T] bool, where documents begin, or None. shape: (B, T, H).
+    """
+    batch, tokens, heads = shape
+    g = jnp.zeros(shape) if log_decay is None else jnp.maximum(log_decay * LOG2E, LEAST)
+    if reset is not None:
+        g = jnp.where(reset[..., None], FORGET, g)
+    g = jnp.pad(jnp.swapaxes(g, 1, 2), ((0, 0), (0, 0), (0, length - tokens)))
+    return g.reshape(batch, heads, length // SIDE, SIDE)
+
+
+def vectors(g, scale, strict):
+    """What `walk` takes of the decays, forwards and backwards.
+
+    Args:
+        g: [B, H, N, 64] of `exponents`. scale: of the readout, above 0. strict: token t reads before it decays.
+
+    Returns:
+        two arrays [B, H, N, 5, 64] float32: row, column, rin, wout, keep.
+    """
+    triangle = jnp.tril(jnp.ones((SIDE, SIDE)))
+    write = total(triangle, g)  # log2 of the decay from before the chunk to after token t
+    read = write
+    if strict:  # a token that begins a document does not see the one before, though it reads before its own decay
+        read = jnp.pad(write[..., :-1], ((0, 0),) * 3 + ((1, 0),)) + jnp.where(g == FORGET, FORGET, 0)
+    read = read + math.log2(scale)
+    end = write[..., -1:]
+    rin, wout = jnp.exp2(read), jnp.exp2(end - write)
+    keep = jnp.broadcast_to(jnp.exp2(end), g.shape)
+    return jnp.stack([read, write, rin, wout, keep], -2), jnp.stack([-write, -read, wout, rin, keep], -2)
+
+
+def total(matrix, x):
+    """sum_j matrix[i, j] x[..., j] in float32."""
+    return jnp.einsum("ij,...j->...i", matrix, x, precision=lax.Precision.HIGHEST)
+
+
+def gradient(sums, keep, strict):
+    """Gradient of the log decays: [B, H, N, 64], for natural logarithms.
+
+    The decay of token t scales what tokens before it in the chunk, and the state before the chunk, say to tokens from
+    t on (with `strict`, after t) and to the state after the chunk.
+
+    Args:
+        sums: [K / 64, B, H, N, 4, 64] of `keys_gradient`. keep: [B, H, N, 64].
+    """
+    read, near, far, corner = jnp.moveaxis(jnp.sum(sums, axis=0), -2, 0)
+    ones = jnp.ones((SIDE, SIDE))
+    later, after, before = jnp.triu(ones), jnp.triu(ones, 1), jnp.tril(ones, -1)
+    through = keep[..., :1] * jnp.sum(corner, axis=-1, keepdims=True)
+    return total(after if strict else later, read) - total(later, near) + total(before, far) + through
+
+
+def starts(initial_state, ends, g, pieces, reverse=False):
+    """The state before (with `reverse`, after) each stretch of time: [B, S, H, K, V] float32.
+
+    Args:
+        initial_state: [B, H, K, V] before the first (after the last) stretch. ends: [B, S, H, K, V], what each stretch
+            leaves if it starts from nothing. g: [B, H, N, 64] of `exponents`. pieces: S.
+    """
+    batch, heads = g.shape[:2]
+    kept = jnp.sum(g.reshape(batch, heads, pieces, -1), axis=-1)
+    kept = jnp.swapaxes(jnp.exp2(kept), 1, 2)[..., None, None]
+    states, order = [initial_state], range(pieces - 1)
+    for s in (pieces - 1 - i for i in order) if reverse else order:
+        states.append(kept[:, s] * states[-1] + ends[:, s])
+    return jnp.stack(states[::-1] if reverse else states, axis=1)

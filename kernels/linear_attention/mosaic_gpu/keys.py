@@ -1,0 +1,135 @@
+"""Gradients of queries, keys and decays: every chunk by itself, from the states around it.
+
+With dP_ij = dy_i . v_j, D the decays inside the chunk, S the state before it and dS the gradient of that after it,
+
+    dq_i = sum_j D_ij dP_ij k_j + rin_i S dy_i,    dk_j = sum_i D_ij dP_ij q_i + wout_j dS v_j.
+
+One warpgroup makes 64 columns of both for all value heads that share them, one head after the other, and so adds them
+up in float32 and always in the same order.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels import lanes
+from kernels.linear_attention.mosaic_gpu.tile import ROW, SIDE, SLOTS, along, decays, load, products, shared, zeros
+from kernels.linear_attention.mosaic_gpu.walk import VECTORS
+
+SUMS = 4
+
+
+def keys_gradient(q, k, v, dy, vectors, states, dstates, *, strict):
+    """Gradients of q and k, and what those of the decays are made of.
+
+    Args:
+        q, k: [B, T, Hk, K]. v, dy: [B, T, H, V]. vectors: as of `walk`. states: [B, H, T / 64, K, V] before each chunk.
+        dstates: the gradient of the state after each chunk. strict: tokens do not see themselves.
+
+    Returns:
+        (dq, dk, sums [K / 64, B, H, T / 64, 4, 64] float32: of each token and 64 columns of K, q . dq; k . dk by way of
+        the chunk's other tokens; k . dk by way of the state after it; and, of each column, dS . S).
+    """
+    batch, length, key_heads, keys = k.shape
+    heads, values = v.shape[2:]
+    group = heads // key_heads
+    tiles = values // SIDE
+    f32 = jnp.float32
+
+    def body(q_g, k_g, v_g, dy_g, vectors_g, states_g, dstates_g, dq_g, dk_g, sums_g, *scratch):
+        q_s, k_s, scores_s, v_s, dy_s, states_s, dstates_s, vectors_s, ready, full = scratch
+        b, hk, tile, n = lax.axis_index("b"), lax.axis_index("hk"), lax.axis_index("tile"), lax.axis_index("n")
+        time, key = pl.ds(n * SIDE, SIDE), pl.ds(tile * SIDE, SIDE)
+
+        def fetch(step):
+            h, value = hk * group + lax.div(step, tiles), pl.ds(lax.rem(step, tiles) * SIDE, SIDE)
+            slot = lax.rem(step, SLOTS)
+            for source, buffer in (
+                (v_g.at[b, time, h, value], v_s),
+                (dy_g.at[b, time, h, value], dy_s),
+                (states_g.at[b, h, n, key, value], states_s),
+                (dstates_g.at[b, h, n, key, value], dstates_s),
+                (vectors_g.at[b, h, n], vectors_s),
+            ):
+                plgpu.copy_gmem_to_smem(source, buffer.at[slot], full.at[slot])
+
+        def head(g, gradients):
+            square = (SIDE, SIDE)
+
+            def inputs(t, carry):
+                """What comes by way of the states, and dP, from 64 columns of V."""
+                dp, dq, dk, corner = carry
+                step = g * tiles + t
+                slot = lax.rem(step, SLOTS)
+                plgpu.barrier_wait(full.at[slot])
+                read = (load(dy_s.at[slot]) * along(load(vectors_s.at[slot, 2], ROW), 0, square)).astype(v.dtype)
+                wrote = (load(v_s.at[slot]) * along(load(vectors_s.at[slot, 3], ROW), 0, square)).astype(v.dtype)
+                dp, dq, dk = products(
+                    (dp, (dy_s.at[slot], v_s.at[slot].transpose((1, 0)))),
+                    (dq, (read, states_s.at[slot].transpose((1, 0)))),
+                    (dk, (wrote, dstates_s.at[slot].transpose((1, 0)))),
+                )
+                corner += jnp.sum(load(states_s.at[slot]) * load(dstates_s.at[slot]), axis=1)
+                return dp, dq, dk, corner
+
+            def refill(t):
+                plgpu.commit_smem()  # all warps are through with this slot
+                step = g * tiles + t + SLOTS
+                pl.when(step < group * tiles)(lambda: fetch(step))
+
+            def several(t, carry):
+                carry = inputs(t, carry)
+                refill(t)
+                return carry
+
+            nothing = plgpu.layout_cast(jnp.zeros((SIDE,), f32), ROW)
+            carry = (zeros(*square), zeros(*square), zeros(*square), nothing)
+            carry = lax.fori_loop(0, tiles - 1, several, carry)
+            dp, dq, dk, corner = inputs(tiles - 1, carry)
+            decay, seen = decays(vectors_s, lax.rem((g + 1) * tiles - 1, SLOTS), False, strict)
+            dp = jnp.where(seen, dp * decay, 0).astype(v.dtype)
+            plgpu.commit_smem()  # all warps are through with the scores of the head before
+            scores_s[...] = dp
+            refill(tiles - 1)
+            dq, dk_near = products((dq, (dp, k_s)), (zeros(*square), (scores_s.transpose((1, 0)), q_s)))
+            queries, own = load(q_s), load(k_s)
+            sums = [queries * dq, own * dk_near, own * dk]
+            for i, total in enumerate([*(jnp.sum(x, axis=1) for x in sums), corner]):
+                sums_g[tile, b, hk * group + g, n, i] = total
+            return gradients[0] + dq, gradients[1] + dk + dk_near
+
+        plgpu.copy_gmem_to_smem(q_g.at[b, time, hk, key], q_s, ready)
+        plgpu.copy_gmem_to_smem(k_g.at[b, time, hk, key], k_s, ready)
+        for first in range(min(SLOTS, group * tiles)):
+            fetch(jnp.int32(first))
+        plgpu.barrier_wait(ready)
+        dq, dk = lax.fori_loop(0, group, head, (zeros(SIDE, SIDE), zeros(SIDE, SIDE)))
+        plgpu.commit_smem()
+        q_s[...] = dq.astype(q.dtype)
+        k_s[...] = dk.astype(k.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(q_s, dq_g.at[b, time, hk, key])
+        plgpu.copy_smem_to_gmem(k_s, dk_g.at[b, time, hk, key])
+        plgpu.wait_smem_to_gmem(0)
+
+    sds, slots = jax.ShapeDtypeStruct, shared(SLOTS, SIDE, SIDE, dtype=v.dtype)
+    tile = shared(SIDE, SIDE, dtype=v.dtype)
+    kernel = plgpu.kernel(
+        body,
+        out_type=(
+            sds(q.shape, q.dtype),
+            sds(k.shape, k.dtype),
+            sds((keys // SIDE, batch, heads, length // SIDE, SUMS, SIDE), f32),
+        ),
+        scratch_types=[tile] * 3
+        + [slots] * 4
+        + [plgpu.SMEM((SLOTS, VECTORS, SIDE), f32), plgpu.Barrier(num_arrivals=2)]
+        + [plgpu.Barrier(num_barriers=SLOTS, num_arrivals=5)],
+        grid=(batch, key_heads, keys // SIDE, length // SIDE),
+        grid_names=("b", "hk", "tile", "n"),
+        compiler_params=lanes.compiler_params(),
+        interpret=lanes.INTERPRET,
+    )
+    return kernel(q, k, v, dy, vectors, states, dstates)

@@ -1,0 +1,75 @@
+"""Tiles of 64 x 64 numbers in shared memory, in the form that the tensor cores multiply them in."""
+
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels import lanes
+
+SIDE = 64  # tokens of a chunk, and columns of a tile: 128 bytes of 16-bit numbers, one swizzle
+SLOTS = 2  # chunks in shared memory: one in use, one on its way
+
+ACCUMULATOR = plgpu.Layout.WGMMA
+ROW = plgpu.Layout.WGMMA.reduce(1)  # of a vector with a number for each row of a tile
+COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+
+def shared(*shape, dtype):
+    """An array in shared memory whose last two axes wgmma takes as either operand, transposed or not."""
+    transforms = (plgpu.TilingTransform((8, SIDE)), plgpu.SwizzleTransform(128))
+    return plgpu.SMEM(shape, dtype, transforms=() if lanes.INTERPRET else transforms)
+
+
+def zeros(rows, columns):
+    """[rows, columns] float32 in registers."""
+    return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), ACCUMULATOR)
+
+
+def products(*sums, meanwhile=lambda: None):
+    """Matrix products by the tensor cores, all at once.
+
+    Args:
+        sums: pairs of an accumulator [M, N], float32 in registers, and factors (left [M, K], right [K, N]) of what is
+            added to it; the left one in registers or in shared memory, the right one in shared memory.
+        meanwhile: called when they are on their way; it must not write what they read.
+
+    Returns:
+        the accumulators.
+    """
+    if lanes.INTERPRET:
+        meanwhile()
+        return [x + jnp.dot(a[...], b[...], preferred_element_type=jnp.float32) for x, (a, b) in sums]
+
+    def run(accumulators):
+        for accumulator, (_, (a, b)) in zip(accumulators, sums, strict=True):
+            plgpu.wgmma(accumulator, a, b)
+        meanwhile()
+
+    return pl.run_state(run)(tuple(plgpu.ACC.init(x) for x, _ in sums))
+
+
+def load(ref, layout=ACCUMULATOR):
+    """A reference's numbers in registers, float32."""
+    if layout is ACCUMULATOR:
+        return plgpu.layout_cast(ref[...], layout).astype(jnp.float32)
+    return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
+
+
+def along(vector, axis, shape):
+    """A vector [shape[axis]] repeated over the other axis."""
+    return lax.broadcast_in_dim(vector, shape, (axis,))
+
+
+def decays(vectors, slot, reverse, strict):
+    """exp2(row_i - column_j) where i sees j, and a mask that says where: [64, 64] each.
+
+    i sees what comes before it (with `reverse`, after it), and itself unless `strict`.
+    """
+    shape = (SIDE, SIDE)
+    row, column = load(vectors.at[slot, 0], ROW), load(vectors.at[slot, 1], COLUMN)
+    i = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=ACCUMULATOR)
+    j = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=ACCUMULATOR)
+    if reverse:
+        i, j = j, i
+    return jnp.exp2(along(row, 0, shape) - along(column, 1, shape)), i > j if strict else i >= j
