@@ -145,10 +145,10 @@ def test_longer_contexts_predict_the_same_tokens(model_and_params, split):
             expected.append(token_nats(model, params, *row)[-8:])
         np.testing.assert_allclose(result[str(length)]["loss"], np.mean(expected), rtol=1e-5)
         assert result[str(length)]["tokens"] == 24
+    text = split.tokens.astype(int)
     everything = [
-        token_nats(model, params, split.tokens[s : s + 32].astype(int), split.tokens[s + 1 : s + 33].astype(int), ids[s : s + 32])
-        for s in (0, 32, 64)
-    ]  # fmt: skip
+        token_nats(model, params, text[s : s + 32], text[s + 1 : s + 33], ids[s : s + 32]) for s in (0, 32, 64)
+    ]
     by_position = result["32"]["by_position"]
     assert (by_position["first"], by_position["last"]) == ([0, 1, 2, 4, 8, 16], [0, 1, 3, 7, 15, 31])
     for first, last, loss in zip(*by_position.values(), strict=True):
@@ -161,7 +161,7 @@ def test_what_a_model_cannot_do_is_said_and_what_is_broken_is_raised(model_and_p
         def score(model, params, batch, piece, mesh):
             if batch["tokens"].shape[1] > T:
                 raise error
-            return np.ones(batch["tokens"].shape)
+            return np.ones(batch["tokens"].shape), None
 
         monkeypatch.setattr(extrapolation, "score_long", score)
         return extrapolation.evaluate(

@@ -4,22 +4,18 @@ import functools
 from collections.abc import Iterable
 from typing import Any
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from kernels.dispatch import UnsupportedError
 from seqmodels.config import context
 from seqmodels.data import SyntheticDataset
 from seqmodels.errors import UserError
-from seqmodels.evals.scoring import rows_of
-from seqmodels.training.loss import token_nats
+from seqmodels.evals import memory
+from seqmodels.evals.scoring import rows_of, score_long
 from seqmodels.training.report import state_bytes
-from seqmodels.training.sharding import put_batch
 
 PIECE = 2048  # tokens of a row that are read at once
-LOGITS = 2**26  # logits that exist at once
 LONG = 16  # rows up to so many times the length of training are measured in full number, longer ones in fewer
 FEWEST = 16  # rows of any length
 CACHE = 2**14  # tokens up to which attention, whose cache and time grow with them, is measured
@@ -30,71 +26,20 @@ def serves(run) -> bool:
     return isinstance(run.dataset, SyntheticDataset)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "mesh"))
-def read(model, params: Any, tokens, targets, state, mesh: Mesh | None = None):
-    """Reads a piece of rows on from `state`.
-
-    Args:
-      model, params, state: as in docs/architecture.md; params unboxed.
-      tokens, targets: [B, C] int32, targets -1 where nothing is asked.
-      mesh: replicate the results over its devices, so that every process can read them.
-
-    Returns:
-      nats [B, C] float32 of the answers, right [B, C] bool: the likeliest token is the target; and the new state.
-    """
-    variables = {"params": params}
-    hidden, state = model.apply(variables, tokens, state=state)
-
-    def answer(piece):
-        logits = model.apply(variables, piece[0], method="logits")
-        return token_nats(logits, piece[1])[0], jnp.argmax(logits, axis=-1) == piece[1]
-
-    batch, length = targets.shape
-    size = min(length, max(1, LOGITS // (batch * model.config.vocab_size)))
-    count = -(-length // size)
-
-    def split(x):  # [B, C, ...] -> [count, B, size, ...]
-        x = jnp.pad(x, ((0, 0), (0, count * size - length)) + ((0, 0),) * (x.ndim - 2))
-        return x.reshape(batch, count, size, *x.shape[2:]).swapaxes(0, 1)
-
-    results = jax.lax.map(answer, (split(hidden), split(targets)))
-    nats, right = (x.swapaxes(0, 1).reshape(batch, -1)[:, :length] for x in results)
-    if mesh is not None:
-        nats, right = (jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec())) for x in (nats, right))
-    return nats, right, state
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _initial_state(model, batch, max_length):
-    return model.init_state(batch, max_length)
-
-
 def read_rows(model, params: Any, batch: dict[str, np.ndarray], *, piece: int, mesh: Mesh | None = None):
     """Reads whole rows, `piece` tokens at a time, so that memory does not grow with their length.
 
     Args:
-      batch: tokens, targets [B, T] int32, as a `SyntheticSplit` yields them.
+      batch: tokens, targets, segment_ids [B, T] int32, as a `SyntheticSplit` yields them.
 
     Returns:
-      nats [B, T] float64 and right [B, T] bool, which mean something where there are targets.
+      nats [B, T] float64 and right [B, T] bool, the likeliest token is the target: where there are targets.
     """
-    rows, length = batch["tokens"].shape
-    pieces = -(-length // piece)
-    end = ((0, 0), (0, pieces * piece - length))  # what is read after a row changes nothing in it
-    tokens, targets = np.pad(batch["tokens"], end), np.pad(batch["targets"], end, constant_values=-1)
-    state = _initial_state(model, rows, pieces * piece) if pieces > 1 else None
-    nats, right = [], []
-    for start in range(0, pieces * piece, piece):
-        part = {"tokens": tokens[:, start : start + piece], "targets": targets[:, start : start + piece]}
-        if mesh is not None:
-            part = put_batch(part, mesh)
-        some_nats, some_right, state = read(model, params, **part, state=state, mesh=mesh)
-        nats.append(some_nats)
-        right.append(some_right)
-    return tuple(
-        np.concatenate([np.asarray(x) for x in parts], axis=1)[:, :length].astype(dtype)
-        for parts, dtype in ((nats, np.float64), (right, bool))
-    )
+    length = batch["tokens"].shape[1]
+    end = ((0, 0), (0, -length % piece))  # what is read after a row changes nothing in it
+    padded = {name: np.pad(batch[name], end) for name in ("tokens", "targets", "segment_ids")}
+    nats, best = score_long(model, params, padded, piece, mesh)
+    return nats[:, :length], best[:, :length] == batch["targets"]
 
 
 def evaluate(
@@ -176,7 +121,7 @@ def _measure_test(run, measure, split, length: int, limit: int | None) -> dict:
     except (UserError, UnsupportedError) as error:
         return {"not_served": str(error)}
     except Exception as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):  # any other error is a defect
+        if not memory.exhausted(error):  # any other error is a defect
             raise
         return {"not_served": "out of memory; lower --batch_size"}
 

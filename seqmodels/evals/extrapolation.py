@@ -85,7 +85,7 @@ def _sums_of_nats(model, params, split, ends, length, piece, batch_size, mesh) -
         text = np.stack([split.tokens[end - length : end + 1] for end in filled]).astype(np.int32)
         segment_ids = np.stack([split.segment_ids(end - length, end) for end in filled])
         batch = {"tokens": text[:, :-1], "targets": text[:, 1:], "segment_ids": segment_ids}
-        total += score_long(model, params, batch, piece, mesh)[: len(stops)].sum(axis=0)
+        total += score_long(model, params, batch, piece, mesh)[0][: len(stops)].sum(axis=0)
     return total
 
 

@@ -8,7 +8,7 @@ from seqmodels.errors import UserError
 
 
 def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
-    """Bytes a device of everything that a program holds while it runs, as its compiler planned; None: it does not say."""
+    """Bytes a device that a program holds while it runs, as its compiler planned; None: it does not say."""
     plan = compiled.memory_analysis()
     if plan is None:
         return None

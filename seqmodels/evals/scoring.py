@@ -105,24 +105,30 @@ def score_batch(model, params: Any, batch: dict[str, np.ndarray], mesh: Mesh | N
     return np.asarray(score(model, params, **rows, mesh=mesh)).astype(np.float64)
 
 
-def score_long(model, params: Any, batch: dict[str, np.ndarray], piece: int, mesh: Mesh | None) -> np.ndarray:
-    """`score_batch` of rows of any length T, a piece at a time: memory is that of one piece, and of the state.
+def score_long(model, params: Any, batch: dict[str, np.ndarray], piece: int, mesh: Mesh | None):
+    """Scores of rows of any length T, a piece at a time: memory is that of one piece, and of the state.
 
     Args:
+      batch: `tokens`, `targets`, `segment_ids`, [B, T] int32.
       piece: tokens at once, a divisor of T.
+
+    Returns:
+      nats [B, T] float64, and the likeliest token [B, T] int32 in place of each target.
 
     Raises: UserError where the planned memory exceeds what is free (a cache of T keys and their scores may).
     """
     rows, length = batch["tokens"].shape
-    state, nats = zero_state(model, rows, length, mesh), []
+    state, nats, best = zero_state(model, rows, length, mesh), [], []
     for start in range(0, length, piece):
         part = {name: batch[name][:, start : start + piece] for name in ("tokens", "targets", "segment_ids")}
         part = put_batch(part, mesh) if mesh is not None else part
         if start == 0:
             memory.check(score_piece.lower(model, params, state, **part, mesh=mesh))
-        values, _, state = score_piece(model, params, state, **part, mesh=mesh)
-        nats.append(np.asarray(values).astype(np.float64))
-    return np.concatenate(nats, axis=1)
+        *scores, state = score_piece(model, params, state, **part, mesh=mesh)
+        for kept, values in zip((nats, best), scores, strict=True):
+            kept.append(values)  # not read yet: the device goes on meanwhile
+    nats, best = (np.concatenate([*map(np.asarray, kept)], axis=1) for kept in (nats, best))
+    return nats.astype(np.float64), best
 
 
 def rows_of(batch_size: int, mesh: Mesh | None) -> int:

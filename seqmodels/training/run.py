@@ -12,8 +12,8 @@ from seqmodels.errors import UserError
 
 # Fields that change neither the mathematics of a run nor its data: they may differ when a run goes on.
 FREE = (
-    "name", "steps", "platform", "evals", "checkpoint.", "metrics.", "evaluation.", "sample.", "mesh.",
-    "training.profile_start", "training.profile_steps", "training.nan", "data.cache", "model.implementation", "model.remat",
+    "name", "steps", "platform", "evals", "checkpoint.", "metrics.", "evaluation.", "sample.", "mesh.", "data.cache",
+    "training.profile_start", "training.profile_steps", "training.nan", "model.implementation", "model.remat",
 )  # fmt: skip
 
 

@@ -1,0 +1,144 @@
+"""Log-likelihoods of continuations of texts: many short requests in few rows, all of one compiled shape.
+
+Requests stand one behind the other in a row, each a document of its own, so each sees itself alone. A recurrent model
+goes through a row in pieces, from state to state: there a request may have any length, and go on in the next piece.
+For a Transformer a row is as long as its context.
+"""
+
+import bisect
+import heapq
+from typing import Any, NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from seqmodels.errors import UserError
+from seqmodels.evals.scoring import rows_of, score_long
+
+
+class Request(NamedTuple):
+    """Tokens [n] int32 that begin a document, or go on in one; the last `scored` of them are to be predicted."""
+
+    tokens: np.ndarray
+    scored: int
+
+
+class Likelihood(NamedTuple):
+    """nats: sum of -log p over the scored tokens. greedy: whether each of them is the likeliest at its place."""
+
+    nats: float
+    greedy: bool
+
+
+def continuations(tokenizer, pairs: list[tuple[str, str]], context: int | None = None) -> list[Request]:
+    """Requests for `p(continuation | text)`, each pair a text and what follows it.
+
+    Text and continuation are tokenised as one string, which begins a document. White space at the end of the text
+    belongs to the continuation, as the tokenizers of words have it (so does lm-eval). What exceeds the model's context
+    is cut off at the beginning.
+
+    Args:
+      tokenizer: as in docs/architecture.md.
+      context: tokens that the model can see; None: any number.
+
+    Raises: UserError for a continuation without tokens, or longer than the context.
+    """
+    texts = [text.rstrip() for text, _ in pairs]
+    wholes = tokenizer.encode_batch([text + continuation for text, continuation in pairs])
+    requests = []
+    for whole, beginning, pair in zip(wholes, tokenizer.encode_batch(texts), pairs, strict=True):
+        scored = len(whole) - len(beginning)
+        if scored < 1 or (context is not None and scored > context):
+            allowed = "at least one" if scored < 1 else f"at most {context}, the Transformer's context"
+            raise UserError(f"continuation {pair[1][:60]!r} has {max(scored, 0)} tokens: must be {allowed}")
+        tokens = np.concatenate([[begin(tokenizer)], whole]).astype(np.int32)
+        requests.append(Request(tokens if context is None else tokens[-(context + 1) :], scored))
+    return requests
+
+
+def windows(tokenizer, text: str, context: int | None = None) -> list[Request]:
+    """Requests that predict every token of a text once, each from all that the model can see before it.
+
+    A text longer than the context is cut where the context ends. The last window goes back as far as it can.
+    """
+    tokens = np.concatenate([[begin(tokenizer)], tokenizer.encode(text)]).astype(np.int32)
+    step = len(tokens) if context is None else context
+    stops = [min(start + step, len(tokens) - 1) for start in range(0, len(tokens) - 1, step)]
+    return [Request(tokens[max(stop - step, 0) : stop + 1], (stop - 1) % step + 1) for stop in stops]
+
+
+def begin(tokenizer) -> int:
+    """The token that begins a document. Raises: UserError where there is none, as in synthetic tasks."""
+    if tokenizer.separator < 0:
+        raise UserError(f"tokenizer {tokenizer.name}: encodes no text; this evaluator needs a model of text")
+    return tokenizer.separator
+
+
+def score(
+    model,
+    params: Any,
+    requests: list[Request],
+    *,
+    piece: int,
+    batch_size: int,
+    context: int | None = None,
+    mesh: Mesh | None = None,
+) -> list[Likelihood]:
+    """What each request costs, in the order of the requests.
+
+    Args:
+      model, params: as in docs/architecture.md; params unboxed.
+      piece: tokens of a row that a recurrent model reads at once.
+      batch_size: rows at once; rounded up to what the devices of the mesh can share.
+      context: tokens that the model can see; None: any number.
+    """
+    batch_size = rows_of(batch_size, mesh)
+    rows = pack([len(request.tokens) - 1 for request in requests], context, batch_size)
+    result: list[Likelihood] = [None] * len(requests)
+    for first in range(0, len(rows), batch_size):
+        group = rows[first : first + batch_size]
+        used = max(sum(len(requests[i].tokens) - 1 for i in row) for row in group)
+        length = -(-used // piece) * piece if context is None else context
+        shape = (batch_size, length)
+        tokens, targets, ids = (np.zeros(shape, np.int32) for _ in range(3))
+        places = {}
+        for b, row in enumerate(group):
+            stop = 0
+            for number, i in enumerate(row, 1):
+                start, stop = stop, stop + len(requests[i].tokens) - 1
+                tokens[b, start:stop], targets[b, start:stop] = requests[i].tokens[:-1], requests[i].tokens[1:]
+                ids[b, start:stop] = number
+                places[i] = b, slice(stop - requests[i].scored, stop)
+        batch = {"tokens": tokens, "targets": targets, "segment_ids": ids}  # the rest of a row is one more document
+        nats, best = score_long(model, params, batch, piece if context is None else context, mesh)
+        for i, place in places.items():
+            result[i] = Likelihood(float(nats[place].sum()), bool((best[place] == targets[place]).all()))
+    return result
+
+
+def pack(lengths: list[int], capacity: int | None, rows: int) -> list[list[int]]:
+    """Numbers of the requests in each row, the longest first.
+
+    Args:
+      lengths: tokens of each request.
+      capacity: tokens a row holds, at least the longest; each request goes into the fullest row that has room for it
+        (best fit). None: any number; requests are shared among `rows` rows so that these come out alike.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
+    if capacity is None:
+        packed: list[list[int]] = [[] for _ in range(rows)]
+        shortest = [(0, row) for row in range(rows)]
+        for i in order:
+            used, row = shortest[0]
+            packed[row].append(i)
+            heapq.heapreplace(shortest, (used + lengths[i], row))
+        return packed
+    packed, free = [], []  # free: (room, row), least room first
+    for i in order:
+        fullest = bisect.bisect_left(free, (lengths[i],))
+        room, row = free.pop(fullest) if fullest < len(free) else (capacity, len(packed))
+        if row == len(packed):
+            packed.append([])
+        packed[row].append(i)
+        bisect.insort(free, (room - lengths[i], row))
+    return packed

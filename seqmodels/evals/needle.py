@@ -1,0 +1,167 @@
+"""A passkey in a haystack: is a number, said once at some depth of a long text, still known at the end?
+
+On a run of the passkey task the rows are the task's. On a run of text they are the same sentences in plain English
+(Mohtashami and Jaggi 2023), in the run's tokens. A key is found if each of its tokens is the likeliest after those
+before, which is what greedy decoding would say.
+"""
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+from seqmodels.config import context
+from seqmodels.data import SyntheticDataset
+from seqmodels.data.synthetic.passkey import Passkey
+from seqmodels.errors import UserError
+from seqmodels.evals.accuracy import PIECE, read_rows
+from seqmodels.evals.scoring import rows_of
+
+DEPTHS = tuple(i / 10 for i in range(11))  # share of the filler before the needle
+TRIES = 10  # keys for each depth and length
+
+INTRODUCTION = (
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about "
+    "the important information there.\n"
+)
+HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
+NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
+QUESTION = "\nWhat is the pass key? The pass key is"
+
+
+def serves(run) -> bool:
+    """Whether a run has what this evaluator measures."""
+    return not isinstance(run.dataset, SyntheticDataset) or isinstance(run.dataset.task, Passkey)
+
+
+def text_row(tokenizer, key: int, depth: float, length: int) -> tuple[np.ndarray, int]:
+    """A row of text in tokens.
+
+    Args:
+      tokenizer: as in docs/architecture.md.
+      depth: share of the filler before the needle.
+      length: of the row with the key, in tokens.
+
+    Returns: [length + 1] int32, the separator first and the key last; and how many tokens the key has.
+    Raises: UserError where introduction, needle and question alone are longer.
+    """
+    encode = tokenizer.encode
+    asked = encode(f"{INTRODUCTION}{QUESTION}")
+    answer = len(encode(f"{INTRODUCTION}{QUESTION} {key}")) - len(asked)
+    needle, end = encode(NEEDLE.format(key=key)), encode(f"{QUESTION} {key}")
+    start = [tokenizer.separator, *encode(INTRODUCTION)]
+    room = length + 1 - len(start) - len(needle) - len(end)
+    if room < 0:
+        raise UserError(f"a needle and the question for it take {length - room:,} tokens")
+    before = round(depth * room)
+    hay = encode(HAY)
+    sentences = [np.resize(hay, size) for size in (before, room - before)]
+    return np.concatenate([start, sentences[0], needle, sentences[1], end]).astype(np.int32), answer
+
+
+def text_rows(tokenizer, rng: np.random.Generator, depth: float, count: int, length: int) -> dict[str, np.ndarray]:
+    """`count` rows of text at a depth, as a `SyntheticSplit` yields them."""
+    batch = {name: np.zeros((count, length), np.int32) for name in ("tokens", "targets", "segment_ids")}
+    for row in range(count):
+        text, answer = text_row(tokenizer, int(rng.integers(1, 50_001)), depth, length)
+        batch["tokens"][row] = text[:-1]
+        batch["targets"][row] = np.where(np.arange(length) >= length - answer, text[1:], -1)
+    return batch
+
+
+def evaluate(
+    model,
+    params: Any,
+    rows,
+    *,
+    lengths: list[int],
+    tries: int,
+    batch_size: int,
+    piece: int,
+    most: int | None,
+    mesh=None,
+) -> dict[str, dict]:
+    """How many keys are found at each length and depth.
+
+    Args:
+      rows: (depth, length, count) -> tokens, targets, segment_ids [count, length]; UserError where it cannot.
+      lengths: of the rows, in tokens. tries: keys for each cell.
+      piece: tokens of a row read at once.
+      most: tokens that the model can see; None is any number.
+
+    Returns:
+      For each length, by its decimal name: {"accuracy": [share found by DEPTHS]} or {"not_served": reason}.
+    """
+    size, result = rows_of(batch_size, mesh), {}
+    for length in lengths:
+        if most is not None and length > most:
+            result[str(length)] = {"not_served": f"the model sees {most:,} tokens"}
+            continue
+        try:
+            parts = [rows(depth, length, tries) for depth in DEPTHS]
+            whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            found = []
+            for start in range(0, len(DEPTHS) * tries, size):
+                places = np.arange(start, start + size) % (len(DEPTHS) * tries)  # one shape; the repeats do not count
+                batch = {name: part[places] for name, part in whole.items()}
+                _, right = read_rows(model, params, batch, piece=min(piece, length), mesh=mesh)
+                found.append((right | (batch["targets"] < 0)).all(axis=1))
+        except UserError as error:
+            result[str(length)] = {"not_served": str(error)}
+            continue
+        found = np.concatenate(found)[: len(DEPTHS) * tries].reshape(len(DEPTHS), tries)
+        result[str(length)] = {"accuracy": found.mean(axis=1).tolist()}
+    return result
+
+
+def evaluate_run(run, splits: list[str], limit: int | None) -> dict:
+    """The heat map of a run: at the task's lengths, or at `config.evaluation.lengths` times that of training."""
+    config, dataset = run.config, run.dataset
+    if isinstance(dataset, SyntheticDataset):
+        lengths = sorted({config.seq_len, *dataset.lengths})
+
+        def rows(depth, length, count):
+            split = dataset.other("test", dataclasses.replace(dataset.task, depth=depth))
+            (batch,) = split.windows(length, count, count)
+            return batch
+
+        most = None if context(config) is None else max(config.seq_len, PIECE * 8)
+    else:
+        lengths = sorted({config.seq_len * n for n in config.evaluation.lengths})
+
+        def rows(depth, length, count):
+            return text_rows(dataset.tokenizer, np.random.default_rng([config.seed, length]), depth, count, length)
+
+        most = context(config)
+    result = evaluate(
+        run.model,
+        run.params,
+        rows,
+        lengths=lengths,
+        tries=TRIES if limit is None else min(limit, TRIES),
+        batch_size=run.batch_size,
+        piece=min(config.seq_len, PIECE),
+        most=most,
+        mesh=run.mesh,
+    )
+    return {"needle": result, "needle_depths": list(DEPTHS)}
+
+
+def table(result: dict) -> str:
+    by_length = result["needle"]
+    lines = [f"{'passkey':<12}" + "".join(f"{depth:>7.0%}" for depth in result["needle_depths"]) + "   depth"]
+    for length, values in by_length.items():
+        cells = "".join(f"{share:>7.2f}" for share in values.get("accuracy", []))
+        lines.append(f"{length:<12}" + (cells or f"   {values['not_served']}"))
+    return "\n".join(lines)
+
+
+def plot(axes, result: dict) -> None:
+    served = {length: values["accuracy"] for length, values in result["needle"].items() if "accuracy" in values}
+    axes.set(xlabel="tokens of the row", ylabel="depth of the passkey", title="passkeys found")
+    if not served:
+        return
+    image = axes.imshow(np.array(list(served.values())).T, vmin=0, vmax=1, aspect="auto", cmap="RdYlGn")
+    axes.set_xticks(range(len(served)), list(served), rotation=45)
+    axes.set_yticks(range(len(DEPTHS)), [f"{depth:.0%}" for depth in result["needle_depths"]])
+    axes.figure.colorbar(image, ax=axes, label="share")
