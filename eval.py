@@ -75,7 +75,10 @@ def evaluate(run, flag_values: flags.FlagValues) -> None:
     from seqmodels import evals
     from seqmodels.evals import report
 
-    evaluators = evals.find(flag_values.evals or list(evals.EVALUATORS))
+    evaluators = evals.find(flag_values.evals or evals.default(run))
+    for name, evaluator in evaluators.items():
+        if not evals.serves(evaluator, run):
+            raise UserError(f"--evals={name}: does not fit this run; {', '.join(evals.default(run))} do")
     for split in flag_values.splits:
         run.dataset[split]  # a UserError now rather than after the first split
     workdir = Path(flag_values.workdir)

@@ -3,15 +3,15 @@
     evaluate_run(run, splits, limit) -> dict    # figures of a trained model (`seqmodels.evals.run.Run`), ready for JSON
     table(figures) -> str                       # for the terminal
     plot(axes, figures) -> None                 # on Matplotlib axes; optional
-    serves(run) -> bool                         # whether the run has what it measures; without it: whether it is of text
+    serves(run) -> bool                         # whether the run has what it measures; optional: runs of text have
 
 A new evaluator is one file and one line here.
 """
 
 from types import ModuleType
 
-from seqmodels.errors import UserError
 from seqmodels.data import SyntheticDataset
+from seqmodels.errors import UserError
 from seqmodels.evals import accuracy, by_position, extrapolation, needle, perplexity
 
 EVALUATORS: dict[str, ModuleType] = {

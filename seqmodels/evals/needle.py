@@ -21,8 +21,8 @@ DEPTHS = tuple(i / 10 for i in range(11))  # share of the filler before the need
 TRIES = 10  # keys for each depth and length
 
 INTRODUCTION = (
-    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. I will quiz you about "
-    "the important information there.\n"
+    "There is an important info hidden inside a lot of irrelevant text. Find it and memorize them. "
+    "I will quiz you about the important information there.\n"
 )
 HAY = "The grass is green. The sky is blue. The sun is yellow. Here we go. There and back again. "
 NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
@@ -46,9 +46,8 @@ def text_row(tokenizer, key: int, depth: float, length: int) -> tuple[np.ndarray
     Raises: UserError where introduction, needle and question alone are longer.
     """
     encode = tokenizer.encode
-    asked = encode(f"{INTRODUCTION}{QUESTION}")
-    answer = len(encode(f"{INTRODUCTION}{QUESTION} {key}")) - len(asked)
     needle, end = encode(NEEDLE.format(key=key)), encode(f"{QUESTION} {key}")
+    answer = len(end) - len(encode(QUESTION))
     start = [tokenizer.separator, *encode(INTRODUCTION)]
     room = length + 1 - len(start) - len(needle) - len(end)
     if room < 0:
