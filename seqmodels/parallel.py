@@ -12,7 +12,8 @@ import jax
 from flax import linen as nn
 from jax.sharding import AxisType, PartitionSpec
 
-from kernels.linear_attention import linear_attention as linear_attention
+from kernels.linear_attention import linear_attention as attend
+from kernels.linear_attention import sharded as attend_in_pieces
 from kernels.selective_scan import selective_scan as scan
 from kernels.selective_scan import sharded as scan_in_pieces
 from kernels.short_conv import sharded as conv_in_pieces
@@ -20,6 +21,7 @@ from kernels.short_conv import short_conv as conv
 
 TOKENS = ("batch", "length")
 CHANNELS = (*TOKENS, "inner")
+HEADS = (*TOKENS, "heads", None)
 
 
 def selective_scan(u, dt, A, B, C, *, dt_softplus=True, implementation=None, **optional):
@@ -32,7 +34,7 @@ def selective_scan(u, dt, A, B, C, *, dt_softplus=True, implementation=None, **o
     options = dict(dt_softplus=dt_softplus, implementation=implementation)
     arrays = dict(u=u, dt=dt, A=A, B=B, C=C, **optional)
     axes = mesh_axes(batch=u.shape[0], length=u.shape[1], inner=u.shape[-1])
-    return _run(scan, scan_in_pieces.selective_scan, arrays, names, state, axes, options)
+    return _run(scan, scan_in_pieces.selective_scan, arrays, names, (CHANNELS, state), axes, options)
 
 
 def short_conv(x, weight, bias=None, *, activation=None, implementation=None, **optional):
@@ -42,7 +44,34 @@ def short_conv(x, weight, bias=None, *, activation=None, implementation=None, **
     options = dict(activation=activation, implementation=implementation)
     arrays = dict(x=x, weight=weight, bias=bias, **optional)
     axes = mesh_axes(**dict(zip(CHANNELS, x.shape, strict=True)))
-    return _run(conv, conv_in_pieces.short_conv, arrays, names, state, axes, options)
+    return _run(conv, conv_in_pieces.short_conv, arrays, names, (CHANNELS, state), axes, options)
+
+
+def linear_attention(
+    q,
+    k,
+    v,
+    log_decay=None,
+    *,
+    scale=1.0,
+    read="inclusive",
+    normalise=False,
+    chunk=None,
+    implementation=None,
+    **optional,
+):
+    """`kernels.linear_attention.linear_attention` on the current mesh; `optional` are its other arrays."""
+    heads, groups = v.shape[2], k.shape[2]
+    axes = mesh_axes(batch=v.shape[0], length=v.shape[1], heads=heads, kv_heads=groups)
+    if axes is not None and groups > 1 and axes.get("heads") != axes.get("kv_heads"):
+        axes = {name: axis for name, axis in axes.items() if "heads" not in name}  # heads stay with their keys
+    keys = (*TOKENS, "kv_heads", None)
+    decay = {None: (), 1: ("heads",), 3: HEADS[:3], 4: HEADS}[None if log_decay is None else log_decay.ndim]
+    names = dict(q=keys, k=keys, v=HEADS, log_decay=decay, bonus=("heads", None))
+    options = dict(scale=scale, read=read, normalise=normalise, chunk=chunk, implementation=implementation)
+    arrays = dict(q=q, k=k, v=v, log_decay=log_decay, **optional)
+    state = ("batch", "heads", None, None)
+    return _run(attend, attend_in_pieces.linear_attention, arrays, names, (HEADS, state), axes, options)
 
 
 def mesh_axes(**sizes: int) -> dict[str, tuple[str, ...]] | None:
@@ -68,11 +97,11 @@ def mesh_axes(**sizes: int) -> dict[str, tuple[str, ...]] | None:
     return split
 
 
-def _run(whole, in_pieces, arrays, names, state, axes, options):
-    """The kernel on each device's part of the arrays. `names`: logical axes of each; `state`: those of a state."""
+def _run(whole, in_pieces, arrays, names, outputs, axes, options):
+    """The kernel on each device's part of the arrays. `names`: logical axes of each; `outputs`: of y and the state."""
     if axes is None:
         return whole(**arrays, **options)
-    names |= dict(initial_state=state, segment_ids=TOKENS, mask=TOKENS, initial_segment=("batch",))
+    names |= dict(initial_state=outputs[1], segment_ids=TOKENS, mask=TOKENS, initial_segment=("batch",))
     arrays = {name: x for name, x in arrays.items() if x is not None}
 
     def spec(names):
@@ -84,5 +113,5 @@ def _run(whole, in_pieces, arrays, names, state, axes, options):
         return whole(**arrays, **options)
 
     specs = {name: spec(names[name]) for name in arrays}
-    outputs = spec(CHANNELS), spec(state)
+    outputs = tuple(spec(names) for names in outputs)
     return jax.shard_map(part, in_specs=(specs,), out_specs=outputs, check_vma=False)(arrays)

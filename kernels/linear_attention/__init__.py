@@ -75,30 +75,55 @@ def linear_attention(
         UnsupportedError: the named implementation is unknown or cannot serve.
         ValueError: shapes disagree, or an option is unknown.
     """
-    _check(q, k, v, log_decay, read, bonus, normalise, initial_state, segment_ids, initial_segment, mask, chunk)
-    dtype = jnp.result_type(q, k, v)
-    accumulator = jnp.promote_types(jnp.float32, dtype)
+    documents = dict(segment_ids=segment_ids, initial_segment=initial_segment, mask=mask)
+    check(q, k, v, log_decay, read, bonus, normalise, initial_state, **documents, chunk=chunk)
+    arrays = dict(q=q, k=k, v=append_ones(v) if normalise else v, log_decay=log_decay, bonus=bonus)
+    options = dict(scale=scale, read=read, chunk=chunk, implementation=implementation)
+    if not normalise:
+        return readouts(**arrays, initial_state=initial_state, **documents, **options, dtype=v.dtype)
+    dtype = jnp.result_type(q, k, v, jnp.float32)  # a quotient of rounded numbers would be rounded twice over
+    y, state = readouts(**arrays, initial_state=initial_state, **documents, **options, dtype=dtype)
+    return divide(y).astype(v.dtype), state
+
+
+def readouts(
+    q,
+    k,
+    v,
+    log_decay,
+    bonus,
+    initial_state,
+    segment_ids,
+    initial_segment,
+    mask,
+    *,
+    scale,
+    read,
+    chunk,
+    implementation,
+    dtype,
+):
+    """`linear_attention` without its checks and its division: y [B, T, H, V] in `dtype`, and the final state."""
+    factors = jnp.result_type(q, k, v)
+    accumulator = jnp.promote_types(jnp.float32, factors)
     log_decay = None if log_decay is None else log_decay.astype(accumulator)
     if mask is not None:  # where, not a product: padding may hold anything
         q, k, v = (jnp.where(mask[:, :, None, None], x, 0) for x in (q, k, v))
         if log_decay is not None:
             log_decay = jnp.broadcast_to(log_decay, (*v.shape[:3], *log_decay.shape[3:]))
             log_decay = jnp.where(mask.reshape(*mask.shape, *[1] * (log_decay.ndim - 2)), log_decay, 0)
-    values = append_ones(v) if normalise else v
+    (batch, length, heads, values), (groups, keys) = v.shape, k.shape[2:]
     if initial_state is None:
-        initial_state = jnp.zeros((v.shape[0], v.shape[2], k.shape[3], values.shape[3]), accumulator)
+        initial_state = jnp.zeros((batch, heads, keys, values), accumulator)
 
     def call(backend, arrays):
-        # a quotient of rounded numbers would be rounded twice over
-        result = accumulator if normalise else v.dtype
-        return backend.linear_attention(**arrays, scale=scale, read=read, chunk=chunk, dtype=result)
+        return backend.linear_attention(**arrays, scale=scale, read=read, chunk=chunk, dtype=dtype)
 
-    arrays = dict(q=q, k=k, v=values, log_decay=log_decay, bonus=bonus, initial_state=initial_state)
+    arrays = dict(q=q, k=k, v=v, log_decay=log_decay, bonus=bonus, initial_state=initial_state)
     arrays |= dict(segment_ids=segment_ids, initial_segment=initial_segment, mask=mask)
-    facts = dict(shape=(*k.shape[:3], v.shape[2], k.shape[3], values.shape[3]), dtype=dtype, read=read, chunk=chunk)
+    facts = dict(shape=(batch, length, groups, heads, keys, values), dtype=factors, read=read, chunk=chunk)
     facts |= dict(bonus=bonus is not None, decay=_kind(log_decay))
-    y, state = dispatch.dispatch("linear_attention", BACKENDS, WINNERS, implementation, facts, call, arrays)
-    return (divide(y).astype(v.dtype) if normalise else y), state
+    return dispatch.dispatch("linear_attention", BACKENDS, WINNERS, implementation, facts, call, arrays)
 
 
 def append_ones(v: jax.Array) -> jax.Array:
@@ -117,8 +142,8 @@ def _kind(log_decay: jax.Array | None) -> str:
     return "none" if log_decay is None else {1: "constant", 3: "head", 4: "channel"}[log_decay.ndim]
 
 
-def _check(q, k, v, log_decay, read, bonus, normalise, initial_state, segment_ids, initial_segment, mask, chunk):
-    """Shapes and options, before anything is compiled."""
+def check(q, k, v, log_decay, read, bonus, normalise, initial_state, segment_ids, initial_segment, mask, chunk):
+    """Raise a ValueError unless the arguments fit together and the options are known."""
     if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:2] != k.shape[:2] or v.shape[2] % k.shape[2]:
         raise ValueError(
             f"linear_attention: q has shape {q.shape}, k {k.shape} and v {v.shape}; "

@@ -86,9 +86,8 @@ def linear_attention(
     state = state.reshape(batch, groups, each, keys, values)
     chunk = min(chunk or CHUNK, length)
     block = min(BLOCK, chunk) if decay.shape[-1] > 1 else chunk
-    factors = jnp.result_type(q, k, v)
-    factors = factors if factors == jnp.bfloat16 else accumulator  # float16 would overflow with the state
-    y, state = _attend(Options(scale, read, dtype, factors, chunk, block), (q, k, v, decay, reset), bonus, state)
+    options = Options(scale, read, dtype, factors_dtype(q, k, v), chunk, block)
+    y, state = _attend(options, (q, k, v, decay, reset), bonus, state)
     return y.reshape(batch, length, heads, values), state.reshape(batch, heads, keys, values)
 
 
@@ -215,10 +214,16 @@ def _join(x, length):
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
-def _product(options, spec, *arrays):
-    """einsum of factors in their dtype, summed in the accumulators': not in TF32, nor float32 by way of bfloat16."""
-    arrays = [x.astype(options.factors) for x in arrays]
-    if options.factors != jnp.bfloat16:
+def factors_dtype(*arrays):
+    """bfloat16 for bfloat16 arrays, else that of sums: float16 would overflow with the state."""
+    dtype = jnp.result_type(*arrays)
+    return dtype if dtype == jnp.bfloat16 else jnp.promote_types(jnp.float32, dtype)
+
+
+def product(factors, spec, *arrays):
+    """einsum of arrays as factors of that dtype, summed in float32 at least; float32 is not rounded on the way."""
+    arrays = [x.astype(factors) for x in arrays]
+    if factors != jnp.bfloat16:
         return jnp.einsum(spec, *arrays, precision="highest")
     # XLA's CPU has no such product of bfloat16 in every layout
     exact = lambda *x: jnp.einsum(spec, *(y.astype(jnp.float32) for y in x))  # noqa: E731
@@ -261,7 +266,7 @@ def _scores(options, q, k, D):
     """(q_i . k_j) D[i, j] [B, G, R, C, C], and q_i . k_j [B, G, 1, C, C] where D is the same for all K (else None)."""
     D = D[..., :-1, 1:, :]
     if D.shape[-1] == 1:
-        products = _product(options, "bign,bjgn->bgij", q, k)[:, :, None]
+        products = product(options.factors, "bign,bjgn->bgij", q, k)[:, :, None]
         return products * D[..., 0], products
     return jnp.einsum("bign,bjgn,bgrijn->bgrij", q.astype(D.dtype), k.astype(D.dtype), D, precision="highest"), None
 
@@ -281,10 +286,10 @@ def _block(options, bonus):
         if bonus is not None:
             own = options.scale * jnp.einsum("bign,grn,bign->bgri", q, bonus, k, precision="highest")
             scores = scores + own[..., None] * jnp.eye(q.shape[1], dtype=own.dtype)
-        product = functools.partial(_product, options)
-        y = product("bgrij,bjgrp->bigrp", scores, v)
-        y = y + product("bgrin,bgrnp->bigrp", _by_head(q) * D[..., :-1, 0, :], state)
-        written = product("bgrjn,bjgrp->bgrnp", _by_head(k) * D[..., -1, 1:, :], v)
+        times = functools.partial(product, options.factors)
+        y = times("bgrij,bjgrp->bigrp", scores, v)
+        y = y + times("bgrin,bgrnp->bigrp", _by_head(q) * D[..., :-1, 0, :], state)
+        written = times("bgrjn,bjgrp->bgrnp", _by_head(k) * D[..., -1, 1:, :], v)
         return y.astype(options.dtype), D[..., -1, 0, :, None] * state + written
 
     return forward
@@ -293,17 +298,17 @@ def _block(options, bonus):
 def _block_gradients(options, tokens, bonus, state, dy, dstate):
     """Gradients of a block's q, k, v and log decays, of the bonus, and of the incoming state."""
     q, k, v, decay, reset = tokens
-    product = functools.partial(_product, options)
+    times = functools.partial(product, options.factors)
     D = _decays(options, decay, reset)
     scores, products = _scores(options, q, k, D)
     q_, k_ = _by_head(q), _by_head(k)
-    dscores = product("bigrp,bjgrp->bgrij", dy, v)
+    dscores = times("bigrp,bjgrp->bgrij", dy, v)
 
     # through the scores; `within` is the gradient of D's exponents there, [B, G, R, C, C, K or 1]
     if products is not None:
         weighted = dscores * D[..., :-1, 1:, 0]
         dproducts = jnp.sum(weighted, axis=2)
-        dq, dk = product("bgij,bjgn->bign", dproducts, k), product("bgij,bign->bjgn", dproducts, q)
+        dq, dk = times("bgij,bjgn->bign", dproducts, k), times("bgij,bign->bjgn", dproducts, q)
         within = (weighted * products)[..., None]
     else:
         weighted = dscores[..., None] * D[..., :-1, 1:, :]
@@ -318,18 +323,18 @@ def _block_gradients(options, tokens, bonus, state, dy, dstate):
         dbonus = jnp.einsum("bgri,bign,bign->grn", down, q, k, precision="highest")
         own = options.scale * jnp.einsum("bign,grn,bign->bgri", q, bonus, k, precision="highest")
         scores = scores + own[..., None] * jnp.eye(q.shape[1], dtype=own.dtype)
-    dv = product("bgrij,bigrp->bjgrp", scores, dy)
+    dv = times("bgrij,bigrp->bjgrp", scores, dy)
 
     # through the incoming state's readout, and what is written into the outgoing state
     read, written = _by_head(q) * D[..., :-1, 0, :], k_ * D[..., -1, 1:, :]
-    dread = product("bigrp,bgrnp->bgrin", dy, state) * D[..., :-1, 0, :]
-    dwritten = product("bjgrp,bgrnp->bgrjn", v, dstate) * D[..., -1, 1:, :]
+    dread = times("bigrp,bgrnp->bgrin", dy, state) * D[..., :-1, 0, :]
+    dwritten = times("bjgrp,bgrnp->bgrjn", v, dstate) * D[..., -1, 1:, :]
     dq = dq + jnp.moveaxis(jnp.sum(dread, axis=2), 2, 1)
     dk = dk + jnp.moveaxis(jnp.sum(dwritten, axis=2), 2, 1)
-    dv = dv + product("bgrjn,bgrnp->bjgrp", written, dstate)
+    dv = dv + times("bgrjn,bgrnp->bjgrp", written, dstate)
     through = D[..., -1, 0, :]
     dthrough = through * jnp.sum(dstate * state, axis=-1)
-    dstate = through[..., None] * dstate + product("bgrin,bigrp->bgrnp", read, dy)
+    dstate = through[..., None] * dstate + times("bgrin,bigrp->bgrnp", read, dy)
 
     exponents = (dread * q_, dwritten * k_, dthrough)
     if decay.shape[-1] == 1:
