@@ -1,6 +1,7 @@
 """Linear attention as Pallas Mosaic GPU kernels, for Hopper: matrix products of 64 x 64 tiles by the tensor cores.
 
-Forward is one kernel (`walk`) in which states never leave registers. Backward computes the states before each chunk
+Forward is one kernel (`walk`) in which states never leave registers, or, where K is above 256, one that writes states
+and one that reads them. Backward computes the states before each chunk
 again, walks back for the gradients of values and states, and makes those of queries, keys and decays chunk by chunk.
 Where there are too few heads to fill the GPU, time is cut into stretches that are walked at once, from states that a
 walk without readouts found before. Decays are the head's or the token's, not the channel's.
@@ -15,19 +16,20 @@ from kernels import lanes
 from kernels.lanes import LN2
 from kernels.linear_attention.mosaic_gpu.decay import exponents, gradient, starts, vectors
 from kernels.linear_attention.mosaic_gpu.keys import keys_gradient
+from kernels.linear_attention.mosaic_gpu.readout import readout
 from kernels.linear_attention.mosaic_gpu.tile import SIDE
 from kernels.linear_attention.mosaic_gpu.walk import walk
 from kernels.segments import resets
 
 PROCESSORS = 132  # of an H100
-WIDEST = 256  # K whose state one warpgroup holds
+WIDEST = 256  # K whose states one warpgroup holds while it reads them
 FEW = 16  # tokens: no more are worth a chunk
 DTYPES = ("bfloat16", "float16")
 
 
 def supports(platform, shape, dtype, decay, chunk=None, named=False, **facts) -> str | None:
     """Why this backend cannot serve the call, or should not where it is not asked for by name; None: it can."""
-    batch, length, _, heads, keys, values = shape
+    batch, length, _, heads, _, values = shape
     if platform != "cuda" and lanes.INTERPRET is None:
         return "it needs an NVIDIA GPU"
     if length <= FEW and not named:
@@ -40,8 +42,6 @@ def supports(platform, shape, dtype, decay, chunk=None, named=False, **facts) ->
         return f"arrays are {jnp.dtype(dtype).name}; its tensor cores take {', '.join(DTYPES)}"
     if decay == "channel":
         return "log_decay is [B, T, H, K]; it takes decays of the head"
-    if keys > WIDEST:
-        return f"K is {keys}; it holds states of at most {WIDEST} rows in registers"
     if min(batch, length) < 1 or heads > 65535 or values > 65535 * SIDE:
         return "its grid has at least one block, and at most 65535 heads and tiles"
     return None
@@ -125,20 +125,35 @@ def attend(arrays, scale, strict, pieces, decays):
 def forward(arrays, scale, strict, pieces):
     """(y, final state), and the states before each stretch."""
     ahead, _ = vectors(arrays["g"], scale, strict)
-    inputs = {name: arrays[name] for name in ("k", "v")} | dict(vectors=ahead)
-    options = dict(reverse=False, strict=strict, save=False, dtype=arrays["v"].dtype)
-    start = begin(inputs, arrays["initial_state"], arrays["g"], pieces, **options)
-    y, final, _ = mapped(walk, **options)(inputs | dict(x=arrays["q"], initial_state=start))
+    inputs = dict(k=arrays["k"], v=arrays["v"], vectors=ahead)
+    start = begin(inputs, arrays["initial_state"], arrays["g"], pieces, reverse=False)
+    y, final, _ = attended(arrays["q"], inputs, start, reverse=False, strict=strict, save=False)
     return (y, final[:, -1]), start
 
 
-def begin(inputs, state, g, pieces, reverse, **options):
+def begin(inputs, state, g, pieces, reverse):
     """The state before (with `reverse`, after) each stretch, [B, S, H, K, V], from the one before the first."""
     if pieces == 1:
         return state[:, None]
     nothing = jnp.zeros((state.shape[0], pieces, *state.shape[1:]))
-    _, ends, _ = mapped(walk, x=None, reverse=reverse, **options)(inputs | dict(initial_state=nothing))
+    ends, _ = states_of(inputs, nothing, reverse, save=False)
     return starts(state, ends, g, pieces, reverse)
+
+
+def states_of(inputs, start, reverse, save):
+    """The states after each stretch, and those before each chunk or None."""
+    options = dict(x=None, reverse=reverse, strict=False, save=save, dtype=None)
+    return mapped(walk, **options)(inputs | dict(initial_state=start))[1:]
+
+
+def attended(x, inputs, start, reverse, strict, save):
+    """Results of `walk` with readouts, whatever the size of the state."""
+    if x.shape[-1] <= WIDEST:
+        options = dict(reverse=reverse, strict=strict, save=save, dtype=x.dtype)
+        return mapped(walk, **options)(inputs | dict(x=x, initial_state=start))
+    final, states = states_of(inputs, start, reverse, save=True)
+    y = mapped(readout, reverse=reverse, strict=strict)(inputs | dict(x=x, states=states))
+    return y, final, states
 
 
 def mapped(kernel, **static):
@@ -156,14 +171,10 @@ def attend_backward(scale, strict, pieces, decays, residuals, cotangents):
     dy, dfinal = cotangents
     q, k, v, g = (arrays[name] for name in ("q", "k", "v", "g"))
     ahead, back = vectors(g, scale, strict)
-    options = dict(strict=strict, dtype=v.dtype)
-    _, _, states = mapped(walk, x=None, reverse=False, save=True, **options)(
-        dict(k=k, v=v, vectors=ahead, initial_state=start)
-    )
+    _, states = states_of(dict(k=k, v=v, vectors=ahead), start, reverse=False, save=True)
     inputs = dict(k=q, v=dy, vectors=back)
-    end = begin(inputs, dfinal, g, pieces, reverse=True, save=False, **options)
-    walked = mapped(walk, reverse=True, save=True, **options)(inputs | dict(x=k, initial_state=end))
-    dv, dstart, dstates = walked
+    end = begin(inputs, dfinal, g, pieces, reverse=True)
+    dv, dstart, dstates = attended(k, inputs, end, reverse=True, strict=strict, save=True)
     dq, dk, sums = mapped(keys_gradient, strict=strict)(
         dict(q=q, k=k, v=v, dy=dy, vectors=ahead, states=states, dstates=dstates)
     )
