@@ -10,12 +10,14 @@ depth 2 on every layer, read out by the current layer's query through a gate of 
 of parameters. Neither code nor weights of the paper's DenseMamba were published: `variant` names what is built.
 """
 
+import copy
 from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
 from configs.base import base, finish, large, preset
 from configs.mamba import add_mamba
+from configs.trials import product, vary
 
 # name: (width, layers, peak learning rate, steps, remat); as in the Mamba paper
 PAPER = {
@@ -41,24 +43,82 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """What the dense links are worth: variants, gates, depth and placement, against two controls without links.
+    """What the dense links are worth: variants, gates, depth and placement, against controls without links.
 
-    Each trial is a dict of dotted fields. The second control gives the gates' parameters to the step size instead.
+    The controls have as many parameters as the default DenseMamba: one is wider, the other has a larger step rank. RANK
+    and CARRY run as scans of their own, which only pay at small sizes.
     """
     model = get_config(arg).model
-    width = model.width
-    add({"model.dense.variant": "none"})
-    add({"model.dense.variant": "none", "model.mamba.dt_rank": -(-width // 16) + 3 * width // 128})
-    add({"model.dense.variant": "output"})
-    for norm in (False, True):
-        add({"model.dense.variant": "input", "model.dense.norm": norm})
-    add({"model.dense.variant": "rank"})
-    if width <= 128:
-        add({"model.dense.variant": "carry"})  # a scan of its own: only worth its time at small sizes
-    for gate in ("channel", "both", "none"):
-        add({"model.dense.variant": "read", "model.dense.gate": gate})
-    for depth in (1, 4):
-        add({"model.dense.variant": "read", "model.dense.depth": depth})
+    variant, gate, depth = "model.dense.variant", "model.dense.gate", "model.dense.depth"
+    add({variant: "none"})
+    add({variant: "none", "model.width": matching(model, "width")})
+    add({variant: "none", "model.mamba.dt_rank": matching(model, "dt_rank")})
+    add({variant: "output"})
+    for trial in product(vary(variant, "input"), vary("model.dense.norm", False, True)):
+        add(trial)
+    for trial in product(vary(variant, "read"), vary(gate, "channel", "both", "none")):
+        add(trial)
+    for trial in product(vary(variant, "read"), vary(depth, *(m for m in (1, 2, 4) if m != model.dense.depth))):
+        add(trial)
     for every in (2, 4):
-        scan = {"model.scan_blocks": every} if model.scan_blocks else {}  # a super-block holds a whole period
-        add({"model.dense.variant": "read", "model.dense.every": every, **scan})
+        if every < model.repeats:  # else no layer has links
+            scan = {"model.scan_blocks": every} if model.scan_blocks else {}  # a super-block holds a whole period
+            add({variant: "read", "model.dense.every": every, **scan})
+    if model.width <= 128:
+        for trial in vary(variant, "rank", "carry"):
+            add(trial)
+
+
+def miniature(add: Callable[[dict], None], arg: str | None = None) -> None:
+    """Two trials in a minute or two on 2 CPU cores: it shows that a sweep works, and nothing of the models."""
+    small = {
+        "steps": 60,
+        "seq_len": 64,
+        "model.width": 32,
+        "model.repeats": 2,
+        "model.scan_blocks": 0,
+        "model.dense.depth": 1,
+        "optimizer.learning_rate": 1e-2,
+        "sample.tokens": 20,
+        "evaluation.batch_size": 128,
+        "evaluation.rows": 16,
+        "evaluation.lengths": (1, 4),
+    }
+    for trial in product([small], vary("model.dense.variant", "none", "read")):
+        add(trial)
+
+
+SWEEPS = {"miniature": miniature}  # beside `sweep`, which is "ablation"
+
+
+def matching(model: ConfigDict, field: str) -> int:
+    """The `width` or `dt_rank` that gives Mamba without links as many parameters as READ, as nearly as one can.
+
+    A tokenizer that is not the bytes' needs model.vocab_size set, else its embeddings do not count.
+    """
+    model = copy.deepcopy(model).unlock()
+    model.dense.update(variant="read", gate="channel")
+    target, model.dense.variant = parameters(model), "none"
+    part, first = (model, model.width) if field == "width" else (model.mamba, -(-model.width // 16))
+
+    def excess(value: int) -> int:
+        part[field] = value
+        return abs(parameters(model) - target)
+
+    return min(range(first, 2 * model.width), key=excess)
+
+
+def parameters(model: ConfigDict) -> int:
+    """Of a stack of Mamba layers, without links or with READ's and one gate a channel, from its sizes alone."""
+    D, N, W = model.width, model.mamba.state, model.mamba.conv
+    E = model.mamba.expand * D
+    R = model.mamba.dt_rank or -(-D // 16)
+    V = -(-(model.vocab_size or 257) // model.vocab_multiple) * model.vocab_multiple
+    mamba = 2 * D * E + W * E + E + E * (R + 2 * N) + R * E + E + E * N + E + E * D
+    embeddings = V * D * (1 if model.tie_embeddings else 2)
+    total = embeddings + D + model.repeats * (mamba + D)  # and an RMSNorm before each layer, and after the last
+    if model.dense.variant == "none":
+        return total
+    rank = max(1, D // model.dense.bottleneck)
+    linked = [min(model.dense.depth, l) for l in range(0, model.repeats, model.dense.every) if l]
+    return total + sum(rank * (D + E * (sources if model.dense.per_source else 1)) for sources in linked)

@@ -1,0 +1,167 @@
+"""One attempt at a trial: its commands, one after another, and what became of them."""
+
+import datetime
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from seqmodels.sweeps.devices import Slot
+from seqmodels.sweeps.trial import Trial
+
+PREEMPTED = 75  # exit status of train.py after a checkpoint on a signal
+POLL = 0.05  # seconds between looks at a process
+
+
+class Stop:
+    """Told once, trials save a checkpoint and end; told twice, they are killed."""
+
+    def __init__(self):
+        self.asked, self.insisted = threading.Event(), threading.Event()
+
+    def __call__(self, *_) -> None:
+        (self.insisted if self.asked.is_set() else self.asked).set()
+
+
+def attempt(trial: Trial, slot: Slot, descriptors: Sequence[int], stop: Stop) -> dict:
+    """Runs the trial, which the caller has claimed, from where it is, and keeps the record of it.
+
+    Args:
+      descriptors: of the claims that the trial's processes inherit.
+
+    Returns: the record, with a status of FINAL, "preempted" or "interrupted". A trial that cannot start is "failed".
+    Raises: OSError where the record cannot be kept.
+    """
+    before, start = trial.record(), time.monotonic()
+    record = {
+        "status": "running",
+        "attempts": before.get("attempts", 0) + 1,
+        "host": socket.gethostname(),
+        "commit": commit(),
+        "started": now(),
+    }
+
+    def seconds() -> float:
+        return round(before.get("seconds", 0.0) + time.monotonic() - start, 3)
+
+    begin = 0
+    try:
+        with open(trial.log, "ab", buffering=0) as log:
+            begin = log.tell()
+            for stage, command in trial.commands.items():
+                record |= {"stage": stage, "stage_started": now(), "seconds": seconds()}
+                trial.write(record)
+                heading = f"=== {record['stage_started']} on {record['host']}, attempt {record['attempts']}: {stage}\n"
+                log.write(heading.encode())
+                code = _run(command, log, slot, descriptors, stop)
+                if code:
+                    break
+        record |= {"status": _status(trial, stage, code), "exit": code}
+        if code:
+            record["reason"] = _reason(trial.log, begin, code)
+    except OSError as error:
+        record |= {
+            "status": "failed",
+            "reason": f"{error.strerror}: {error.filename}" if error.filename else str(error),
+        }
+    record |= {"ended": now(), "seconds": seconds(), "device": _device(trial.log, begin)}
+    trial.write(record)
+    return record
+
+
+def _run(command, log, slot: Slot, descriptors: Sequence[int], stop: Stop) -> int:
+    """Exit status of a command; negative where a signal ended it."""
+    process = subprocess.Popen(
+        [*slot.prefix, sys.executable, *command[1:]],
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        env=os.environ | slot.environment,
+        pass_fds=tuple(descriptors),
+        start_new_session=True,  # Ctrl-C is for the sweep, which passes it on once
+    )
+    if slot.cores is not None:
+        os.sched_setaffinity(process.pid, slot.cores)
+    told = False
+    while True:
+        try:
+            return process.wait(POLL)
+        except subprocess.TimeoutExpired:
+            if stop.insisted.is_set():
+                process.kill()
+            elif stop.asked.is_set() and not told:
+                process.terminate()
+                told = True
+
+
+def _status(trial: Trial, stage: str, code: int) -> str:
+    if code == 0:
+        return "done"
+    if code == PREEMPTED:
+        return "preempted"
+    if code < 0:
+        return "interrupted"
+    row = last_row(trial.workdir / "metrics.jsonl") if stage == "train" else {}
+    return "diverged" if "loss" in row and (row["loss"] is None or row.get("grad_norm", 0) is None) else "failed"
+
+
+def _reason(log: Path, begin: int, code: int) -> str:
+    """The last line that the attempt said, or the signal that ended it."""
+    if code < 0:
+        return f"signal {-code}"
+    lines = [line.strip() for line in _tail(log, begin).splitlines() if line.strip() and not line.startswith("===")]
+    return lines[-1].removeprefix("error: ")[:300] if lines else f"exit status {code}"
+
+
+def _device(log: Path, begin: int) -> str:
+    """Of the line in which train.py says what it runs on; "" where it did not come so far."""
+    try:
+        with open(log, "rb") as file:
+            file.seek(begin)
+            found = re.search(rb"^device +(.*)$", file.read(65536), re.MULTILINE)
+    except OSError:
+        return ""
+    return found[1].decode(errors="replace").strip() if found else ""
+
+
+def _tail(path: Path, begin: int = 0, size: int = 65536) -> str:
+    with open(path, "rb") as file:
+        file.seek(max(begin, path.stat().st_size - size))
+        return file.read().decode(errors="replace")
+
+
+def last_row(path: Path) -> dict:
+    """The last whole row with a loss of a metrics.jsonl; empty where there is none."""
+    try:
+        lines = _tail(path).splitlines()
+    except OSError:
+        return {}
+    for line in reversed(lines):
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict) and "loss" in row:
+            return row
+    return {}
+
+
+def now() -> str:
+    return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def commit() -> str:
+    """Short hash of the checkout that the trials run from, with "+" if files differ from it; "" outside one."""
+    git = ["git", "-C", str(Path(__file__).parent)]
+    try:
+        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
+        clean = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode == 0
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return head.strip() + ("" if clean else "+")

@@ -1,0 +1,131 @@
+"""From `sweep(add, arg)` in a config to trials: every mistake is found here, before anything starts."""
+
+import copy
+import hashlib
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from seqmodels import cli
+from seqmodels.atomic import replace_file
+from seqmodels.config import validate
+from seqmodels.errors import UserError
+from seqmodels.sweeps.claim import waited
+from seqmodels.sweeps.trial import Trial, read_json
+
+SCRIPTS = Path(__file__).resolve().parents[2]  # where train.py and eval.py are
+
+
+def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path) -> list[Trial]:
+    """The trials of a sweep, each config once, in the order of the sweep, all seeds of a trial together.
+
+    Args:
+      spec: `path/to/config.py[:preset]`.
+      config: what that gives, with the command's overrides.
+      name: of the sweep.
+      seeds: how many; seed, seed + 1, ...
+      folder: of the sweep; run directories are `folder/trials/<id>`.
+
+    Raises: UserError for a sweep, field or value that is not there.
+    """
+    validate(config)
+    listed: list[dict] = []
+    _find(spec, config, name)(listed.append, spec.partition(":")[2] or None)
+    if not listed:
+        raise UserError(f"--sweep={name}: adds no trial")
+    default = dict(cli.fields(cli.load_config(spec)))
+    trials = {}
+    for overrides in listed:
+        first = overrides.get("seed", config.seed)
+        for seed in range(first, first + seeds):
+            trial = _trial(spec, config, name, overrides | {"seed": seed}, default, folder)
+            trials.setdefault(trial.id, trial)
+    return list(trials.values())
+
+
+def keep(folder: Path, spec: str, name: str, trials: list[Trial]) -> None:
+    """Writes `sweep.json`, which says whose directory this is. Raises: UserError where it is another sweep's."""
+    before = read_json(folder / "sweep.json")
+    if before and (before["config"], before["sweep"]) != (spec, name):
+        raise UserError(
+            f"--out={folder}: holds sweep {before['sweep']} of {before['config']}, not {name} of {spec}; take another"
+        )
+    about = {"config": spec, "sweep": name, "trials": [trial.id for trial in trials]}
+    try:
+        (folder / "trials").mkdir(parents=True, exist_ok=True)
+        with waited(folder / "sweep.lock"):
+            replace_file(folder / "sweep.json", json.dumps(about, indent=2) + "\n")
+    except OSError as error:
+        raise UserError(f"--out={folder}: cannot be written ({error.strerror})") from error
+
+
+def options(texts: list[str]) -> dict[str, object]:
+    """{"timeout_min": 60} of ["timeout_min=60"]. Raises: UserError for one that is not NAME=VALUE."""
+    pairs = [text.partition("=") for text in texts]
+    for name, equals, value in pairs:
+        if not (name and equals and value):
+            raise UserError(f"--slurm={name}{equals}{value}: must be NAME=VALUE, apart by commas")
+    return {name: int(value) if value.isdecimal() else value for name, _, value in pairs}
+
+
+def _find(spec: str, config: ConfigDict, name: str) -> Callable:
+    module = cli.load_module(spec)
+    sweeps = ({"ablation": module.sweep} if hasattr(module, "sweep") else {}) | getattr(module, "SWEEPS", {})
+    if not sweeps:
+        raise UserError(f"--config={spec}: defines no sweep(add, arg)")
+    if name not in sweeps:
+        raise UserError(f"--sweep={name}: no such sweep in {spec}{cli.nearest(name, list(sweeps))}")
+    # A sweep asks get_config for what it starts from, such as a width to match: that is with the command's overrides.
+    module.get_config = lambda arg=None: copy.deepcopy(config)
+    return sweeps[name]
+
+
+def _trial(spec, config, name, overrides, default, folder) -> Trial:
+    resolved = resolve(config, overrides, name)
+    fields = dict(cli.fields(resolved))
+    plain = json.loads(resolved.to_json())
+    identity = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:10]
+    workdir = folder / "trials" / identity
+    flags = [f"--config.{field}={value}" for field, value in fields.items() if value != default[field]]
+    evaluate = [f"--evals={fields['evals']}"] if fields.get("evals") else []
+    evaluate += [f"--platform={config.platform}"] if config.platform else []
+    commands = {
+        "train": ("python", _script("train.py"), f"--config={spec}", *flags, f"--workdir={workdir}"),
+        "eval": ("python", _script("eval.py"), f"--workdir={workdir}", *evaluate),
+    }
+    return Trial(identity, workdir, overrides, _plain(fields), commands)
+
+
+def resolve(config: ConfigDict, overrides: dict[str, object], name: str) -> ConfigDict:
+    """`config` with a trial's fields set. Raises: UserError for one that is not there, or a value that does not fit."""
+    names = [field for field, _ in cli.fields(config)]
+    resolved = copy.deepcopy(config)
+    for field, value in overrides.items():
+        if field not in names:
+            raise UserError(f"--sweep={name}: {field}={value!r}: no such field{cli.nearest(field, names)}")
+        try:
+            resolved.update_from_flattened_dict({field: value})
+        except TypeError:
+            raise UserError(f"--sweep={name}: {field}={value!r}: must be {_kind(config, field)}") from None
+    try:
+        validate(resolved)
+    except UserError as error:
+        raise UserError(f"--sweep={name}: {error}") from None
+    return resolved
+
+
+def _kind(config: ConfigDict, field: str) -> str:
+    return f"of type {type(dict(cli.fields(config))[field]).__name__}"
+
+
+def _plain(fields: dict[str, object]) -> dict[str, object]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
+
+
+def _script(name: str) -> str:
+    """As one would type it, where it is near."""
+    path = os.path.relpath(SCRIPTS / name)
+    return str(SCRIPTS / name) if path.startswith("..") else path

@@ -1,0 +1,89 @@
+"""What a trial runs on: one GPU (or as many as its mesh asks for), or a share of the CPU's cores."""
+
+import contextlib
+import dataclasses
+import getpass
+import math
+import os
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from seqmodels.errors import UserError
+from seqmodels.sweeps.claim import Claim
+
+
+@dataclasses.dataclass(frozen=True)
+class Slot:
+    """Room for one trial. What is pinned is pinned from outside, before the trial imports JAX.
+
+    Attributes:
+      environment: variables of the trial's processes.
+      cores: of the CPU; None leaves all.
+      prefix: a command that runs the trial's commands, which follow it.
+      locks: files, one a device, so that no two sweeps of a user on this host take the same.
+    """
+
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    cores: frozenset[int] | None = None
+    prefix: tuple[str, ...] = ()
+    locks: tuple[Path, ...] = ()
+
+    @contextlib.contextmanager
+    def claimed(self) -> Iterator[list[int] | None]:
+        """Holds the devices and gives the descriptors of their locks, or None where another sweep has one of them."""
+        claims = []
+        try:
+            for lock in self.locks:
+                claim = Claim.take(lock)
+                if claim is None:
+                    break
+                claims.append(claim)
+            yield [claim.descriptor for claim in claims] if len(claims) == len(self.locks) else None
+        finally:
+            for claim in claims:
+                claim.release()
+
+
+def slots(parallel: int, config: ConfigDict) -> list[Slot]:
+    """Room for `parallel` trials at once; 0 is one for each GPU, or one on a CPU.
+
+    Raises: UserError where this host has not as many GPUs.
+    """
+    found = [] if config.platform == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu" else gpus()
+    if found:
+        size = math.prod(max(n, 1) for n in config.mesh.values())
+        if size > len(found):
+            raise UserError(f"config.mesh asks for {size} GPUs; this host has {len(found)}")
+        count = parallel or len(found) // size
+        if count * size > len(found):
+            each = f" of {size} GPUs each" if size > 1 else ""
+            raise UserError(f"--parallel={parallel}: trials{each} need {count * size} GPUs; this host has {len(found)}")
+        return [_gpu_slot(found[i * size : (i + 1) * size]) for i in range(count)]
+    if not hasattr(os, "sched_getaffinity") or parallel <= 1:
+        return [Slot() for _ in range(parallel or 1)]
+    cores = sorted(os.sched_getaffinity(0))
+    return [Slot(cores=frozenset(cores[i % len(cores) :: parallel])) for i in range(parallel)]
+
+
+def gpus() -> list[str]:
+    """NVIDIA GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [name.strip() for name in visible.split(",") if name.strip() not in ("", "-1")]
+    query = ["nvidia-smi", "--query-gpu=index", "--format=csv,noheader"]
+    try:
+        answer = subprocess.run(query, capture_output=True, text=True, check=True, timeout=60).stdout
+    except (OSError, subprocess.SubprocessError):
+        return []
+    return answer.split()
+
+
+def _gpu_slot(names: list[str]) -> Slot:
+    def lock(name):
+        return Path(tempfile.gettempdir()) / re.sub(r"[^\w.-]", "_", f"seqmodels-{getpass.getuser()}-gpu-{name}.lock")
+
+    return Slot({"CUDA_VISIBLE_DEVICES": ",".join(names)}, locks=tuple(map(lock, names)))

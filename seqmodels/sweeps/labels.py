@@ -1,0 +1,24 @@
+"""Short names of trials: what tells one from the others."""
+
+from collections.abc import Sequence
+
+
+def labels(trials: Sequence[dict[str, object]]) -> list[str]:
+    """`variant=read, gate=both` for each dict of overrides; the seed, and what all set alike, is left out."""
+    names = list(dict.fromkeys(name for overrides in trials for name in overrides if name != "seed"))
+    if len({_text(overrides) for overrides in trials}) > 1:
+        names = [name for name in names if len({str(overrides.get(name)) for overrides in trials}) > 1]
+    last = [name.split(".")[-1] for name in names]
+    short = {name: tail if last.count(tail) == 1 else name for name, tail in zip(names, last, strict=True)}
+    return [
+        ", ".join(f"{short[name]}={_value(overrides[name])}" for name in names if name in overrides) or "as configured"
+        for overrides in trials
+    ]
+
+
+def _text(overrides: dict[str, object]) -> str:
+    return str(sorted((name, str(value)) for name, value in overrides.items() if name != "seed"))
+
+
+def _value(value: object) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

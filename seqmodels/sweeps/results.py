@@ -1,0 +1,200 @@
+"""What trials and other run directories came to: figures by name, and their mean and spread over seeds."""
+
+import csv
+import dataclasses
+import io
+import itertools
+import json
+import math
+import statistics
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from seqmodels.atomic import replace_file
+from seqmodels.errors import UserError
+from seqmodels.sweeps.attempt import last_row
+from seqmodels.sweeps.labels import labels
+from seqmodels.sweeps.trial import Trial, read_json
+from seqmodels.training import metrics
+
+WINDOW = 50  # rows of training loss in a mean, or a twentieth of them if that is fewer
+EQUAL_TIME = "train_loss_at_equal_time"
+
+
+@dataclasses.dataclass(eq=False)
+class Result:
+    """A trial or a run directory, as it is now.
+
+    Attributes:
+      label: shared by the seeds of a trial.
+      columns: fields that the sweep sets, with the values that they have in this trial.
+      figures: metrics by dotted name. Those of eval.json begin with "eval.".
+      steps, seconds, losses: the training losses, each the mean of a few rows, and the time in steps until then.
+    """
+
+    id: str
+    workdir: Path
+    label: str
+    seed: int
+    record: dict
+    columns: dict[str, object] = dataclasses.field(default_factory=dict)
+    figures: dict[str, float] = dataclasses.field(default_factory=dict)
+    steps: list[int] = dataclasses.field(default_factory=list)
+    seconds: list[float] = dataclasses.field(default_factory=list)
+    losses: list[float] = dataclasses.field(default_factory=list)
+
+    @property
+    def status(self) -> str:
+        return self.record["status"]
+
+
+@dataclasses.dataclass(eq=False)
+class Group:
+    """The seeds of one trial. `number` names it in tables and plots."""
+
+    number: int
+    label: str
+    results: list[Result]
+
+    def values(self, metric: str) -> list[float]:
+        """Of the seeds that have it."""
+        return [result.figures[metric] for result in self.results if metric in result.figures]
+
+    def differences(self, other: "Group", metric: str) -> list[float]:
+        """This minus the other, seed by seed."""
+        theirs = {result.seed: result.figures.get(metric) for result in other.results}
+        pairs = [(result.figures.get(metric), theirs.get(result.seed)) for result in self.results]
+        return [mine - its for mine, its in pairs if mine is not None and its is not None]
+
+
+def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
+    """Mean and sample standard deviation, None for a single value; NaN where there is no value."""
+    if not values:
+        return math.nan, None
+    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
+
+
+def of_trials(trials: list[Trial], unkept: dict[str, dict]) -> list[Result]:
+    """One result a trial, in their order. `unkept`: records that are not on disk."""
+    names = list(dict.fromkeys(name for trial in trials for name in trial.overrides if name != "seed"))
+    results = []
+    for trial, label in zip(trials, labels([trial.overrides for trial in trials]), strict=True):
+        columns = {name: trial.fields[name] for name in names}
+        record = unkept.get(trial.id) or trial.record()
+        results.append(_read(Result(trial.id, trial.workdir, label, trial.overrides["seed"], record, columns)))
+    return results
+
+
+def of_runs(folders: list[Path]) -> list[Result]:
+    """One result a run directory; a sweep's directory stands for its trials. Raises: UserError where it is neither."""
+    results = []
+    for folder in folders:
+        if sweep := read_json(folder / "sweep.json"):
+            runs = [folder / "trials" / identity for identity in sweep["trials"]]
+            names = labels([read_json(run / "trial.json").get("overrides", {}) for run in runs])
+            there = [(run, f"{folder.name}: {name}") for run, name in zip(runs, names, strict=True)]
+            results += [_run(run, label) for run, label in there if (run / "config.json").exists()]
+        elif (folder / "config.json").exists():
+            results.append(_run(folder, folder.absolute().name))
+        else:
+            raise UserError(
+                f"--compare={folder}: neither a run directory nor a sweep's (no config.json, no sweep.json)"
+            )
+    return results
+
+
+def _run(folder: Path, label: str) -> Result:
+    config = read_json(folder / "config.json")
+    record = read_json(folder / "trial.json")
+    finished = (folder / "summary.json").exists()
+    record = {"status": "done" if finished else "interrupted"} | record
+    return _read(Result(folder.absolute().name, folder, label, config.get("seed", 0), record))
+
+
+def _read(result: Result) -> Result:
+    """Fills in what the run directory holds."""
+    summary, evaluation = (read_json(result.workdir / name) for name in ("summary.json", "eval.json"))
+    config = read_json(result.workdir / "config.json")
+    summary |= summary.pop("splits", {})
+    summary.pop("steps", None)  # steps_done says it, of any run
+    path = result.workdir / "metrics.jsonl"
+    rows = [row for row in metrics.read(path) if "loss" in row] if path.exists() else []
+    finite = [row for row in rows if row["loss"] is not None]
+    if finite:
+        tokens = config.get("batch_size", 0) * config.get("seq_len", 0)
+        times = list(itertools.accumulate(_seconds(rows, tokens)))
+        window = _window(rows)
+        result.steps = [row["step"] for row in finite]
+        result.seconds = [time for time, row in zip(times, rows, strict=True) if row["loss"] is not None]
+        losses = [row["loss"] for row in finite]
+        result.losses = [statistics.fmean(losses[max(0, i + 1 - window) : i + 1]) for i in range(len(losses))]
+        speeds = [row["tokens_per_second"] for row in finite if row.get("tokens_per_second")]
+        result.figures["steps_done"] = last_row(path)["step"]
+        result.figures["train_loss"] = result.losses[-1]
+        if speeds:
+            result.figures["tokens_per_second"] = statistics.median(speeds)
+            result.figures["train_seconds"] = times[-1]
+    result.figures |= dict(_leaves(summary, ""))
+    result.figures |= dict(_leaves(evaluation, "eval."))
+    if result.status != "done":  # half a run's figures would look like another's
+        result.figures = {"steps_done": result.figures["steps_done"]} if "steps_done" in result.figures else {}
+    return result
+
+
+def _window(rows: list[dict]) -> int:
+    return max(1, min(WINDOW, len(rows) // 20))
+
+
+def _seconds(rows: list[dict], tokens: int) -> Iterator[float]:
+    """Time that the steps up to each row took, by the speed that the row reports."""
+    for before, row in zip([{"step": 0}, *rows], rows, strict=False):
+        speed = row.get("tokens_per_second")
+        yield (row["step"] - before["step"]) * tokens / speed if speed else 0.0
+
+
+def _leaves(value: object, name: str) -> Iterator[tuple[str, float]]:
+    """Numbers in nested dicts, by dotted name; lists are for plots, not for tables."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}{key}.")
+    elif isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value):
+        yield name.removesuffix("."), value
+
+
+def at_equal_time(results: list[Result]) -> float | None:
+    """Gives each finished run its training loss at the time when the first of them ended, and returns that time."""
+    done = [result for result in results if result.status == "done" and result.seconds and result.seconds[-1]]
+    if len(done) < 2:
+        return None
+    time = min(result.seconds[-1] for result in done)
+    for result in done:
+        there = max((i for i, seconds in enumerate(result.seconds) if seconds <= time), default=0)
+        result.figures[EQUAL_TIME] = result.losses[there]
+    return time
+
+
+def group(results: list[Result], key: Callable[[Result], object] = lambda result: result.label) -> list[Group]:
+    """Results of one key together, in the order in which they come."""
+    groups: dict[object, list[Result]] = {}
+    for result in results:
+        groups.setdefault(key(result), []).append(result)
+    return [Group(number, members[0].label, members) for number, members in enumerate(groups.values(), 1)]
+
+
+def write_csv(path: Path, results: list[Result]) -> None:
+    """One row a result: id, status, seed, the fields that the sweep sets, and every figure. Raises: OSError."""
+    columns = list(dict.fromkeys(name for result in results for name in result.columns))
+    figures = list(dict.fromkeys(name for result in results for name in result.figures))
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["id", "status", "seed", *columns, *figures])
+    for result in results:
+        settings = [_cell(result.columns.get(name, "")) for name in columns]
+        writer.writerow(
+            [result.id, result.status, result.seed, *settings, *(result.figures.get(name, "") for name in figures)]
+        )
+    replace_file(path, buffer.getvalue())
+
+
+def _cell(value: object) -> object:
+    return json.dumps(value) if isinstance(value, list | tuple | dict) else value

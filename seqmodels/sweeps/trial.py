@@ -1,0 +1,73 @@
+"""A trial: one config, the commands that train and evaluate it, and the record of how that went."""
+
+import dataclasses
+import json
+import shlex
+from pathlib import Path
+
+from seqmodels.atomic import replace_file
+from seqmodels.sweeps.claim import claimed
+
+# done; diverged and failed are not run again unless asked; the others go on where they are.
+FINAL = ("done", "diverged", "failed")
+OPEN = ("waiting", "running", "preempted", "interrupted")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Trial:
+    """Plain data, so that it can be handed to other hosts.
+
+    Attributes:
+      id: hash of the resolved config.
+      workdir: its run directory, which also holds `trial.json` (the record), `trial.log` and `trial.lock`.
+      overrides: the fields that the sweep sets for it, the seed among them.
+      fields: every field of its config, by dotted name.
+      commands: stage ("train", "eval") to what is run, one after another.
+    """
+
+    id: str
+    workdir: Path
+    overrides: dict[str, object]
+    fields: dict[str, object]
+    commands: dict[str, tuple[str, ...]]
+
+    @property
+    def log(self) -> Path:
+        return self.workdir / "trial.log"
+
+    @property
+    def lock(self) -> Path:
+        return self.workdir / "trial.lock"
+
+    @property
+    def line(self) -> str:
+        """The commands as one would type them."""
+        return " && ".join(map(shlex.join, self.commands.values()))
+
+    def record(self) -> dict:
+        """What is known of the trial, `status` among it: one of FINAL and OPEN."""
+        record = read_json(self.workdir / "trial.json")
+        if record.get("status") == "running" and not claimed(self.lock):
+            return record | {"status": "interrupted"}
+        if not record and self._ran_by_hand():
+            return {"status": "done"}
+        return {"status": "waiting"} | record
+
+    def write(self, record: dict) -> None:
+        """Keeps a record, whole or not at all. Raises: OSError."""
+        head = {"id": self.id, "overrides": self.overrides, "commands": [shlex.join(c) for c in self.commands.values()]}
+        replace_file(self.workdir / "trial.json", json.dumps(head | record, indent=2) + "\n")
+
+    def _ran_by_hand(self) -> bool:
+        """Whether the printed commands were run by somebody else, who left no record."""
+        summary, evaluation = (read_json(self.workdir / name) for name in ("summary.json", "eval.json"))
+        return summary.get("steps", -1) >= self.fields["steps"] and evaluation.get("step") == summary["steps"]
+
+
+def read_json(path: Path) -> dict:
+    """The object in a file; empty where there is none or it is not whole."""
+    try:
+        value = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
