@@ -21,8 +21,14 @@ def supports(platform: str, **facts) -> str | None:
 
 def short_conv(x, weight, bias, *, activation, initial_state, segment_ids, initial_segment, mask):
     """See `kernels.short_conv.short_conv`. Sums in float32 (float64 for float64 arguments)."""
+    return convolve_real(_convolve, x, weight, bias, activation, initial_state, segment_ids, initial_segment, mask)
+
+
+def convolve_real(kernel, x, weight, bias, activation, initial_state, segment_ids, initial_segment, mask):
+    """The convolution of the real tokens; `kernel` is `_convolve` or a function like it."""
+    documents = segment_ids, initial_segment
     if mask is None:
-        return convolve(x, weight, bias, activation, initial_state, segment_ids, initial_segment, last=None)
+        return convolve(kernel, x, weight, bias, activation, initial_state, *documents, last=None)
 
     # Padding is the identity: move the real tokens to the front, convolve them as one sequence, move the results back.
     order = jnp.argsort(~mask, axis=1, stable=True)
@@ -30,20 +36,21 @@ def short_conv(x, weight, bias, *, activation, initial_state, segment_ids, initi
     if segment_ids is not None:
         segment_ids = jnp.take_along_axis(segment_ids, order, axis=1)
     count = jnp.sum(mask, axis=1, dtype=jnp.int32)
-    y, final_state = convolve(x, weight, bias, activation, initial_state, segment_ids, initial_segment, last=count)
+    documents = segment_ids, initial_segment
+    y, final_state = convolve(kernel, x, weight, bias, activation, initial_state, *documents, last=count)
     rank = jnp.maximum(jnp.cumsum(mask, axis=1) - 1, 0)
     y = jnp.take_along_axis(y, rank[..., None], axis=1)
     return jnp.where(mask[..., None], y, 0), final_state
 
 
-def convolve(x, weight, bias, activation, initial_state, segment_ids, initial_segment, last):
+def convolve(kernel, x, weight, bias, activation, initial_state, segment_ids, initial_segment, last):
     """The convolution without padding; `last [B]` is the number of tokens after which the final state is taken."""
     rows = weight.shape[0] - 1
     dtype = jnp.result_type(x, weight, jnp.float32)
     reset = resets(segment_ids, initial_segment, mask=None)
     reach = None if reset is None else tokens_in_reach(reset, rows)
     state = None if initial_state is None else initial_state.astype(dtype)
-    y = _convolve(activation, x, weight, bias, state, reach)
+    y = kernel(activation, x, weight, bias, state, reach)
     if state is None:
         state = jnp.zeros((x.shape[0], rows, x.shape[2]), dtype)
     return y, final_history(x, state, reach, last)
@@ -87,7 +94,7 @@ def _convolve_bwd(activation, inputs, dy):
     x, weight, bias, state, reach = inputs
     rows = weight.shape[0] - 1
     dsum = _sum_gradient(activation, *inputs, dy)
-    dstate = None if state is None else _state_gradient(activation, *inputs, dy).astype(state.dtype)
+    dstate = None if state is None else state_gradient(activation, *inputs, dy).astype(state.dtype)
     taps = weight.astype(dsum.dtype)
     # Rounded like x, it is the one array that this pass writes beside dx; the barrier is against a float32 one.
     rounded = jax.lax.optimization_barrier(dsum.astype(x.dtype))
@@ -127,7 +134,7 @@ def _sum_gradient(activation, x, weight, bias, state, reach, dy):
     return dy * gate * (1 + total * (1 - gate))
 
 
-def _state_gradient(activation, x, weight, bias, state, reach, dy):
+def state_gradient(activation, x, weight, bias, state, reach, dy):
     """The gradient of the state [B, W - 1, E], which only the first W - 1 tokens see."""
     rows = state.shape[1]
     x, reach, dy = (None if v is None else v[:, :rows] for v in (x, reach, dy))

@@ -1,0 +1,335 @@
+"""Short causal convolution as Pallas Mosaic GPU kernels, for Hopper and later: each array is read or written once.
+
+A thread has `CHANNELS` neighbouring channels of a piece of time, and walks its tokens with the last W - 1 inputs in
+registers. Nothing is shared among threads. The backward pass is one such walk, too: token s computes the gradient g_s
+of its sum again, and adds it to the gradients of the inputs s, s - 1, .., s - W + 1, of which the last is then whole
+and the others wait in registers. So do the sums over tokens that are the gradients of weight and bias.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels import lanes
+from kernels.lanes import LANES, THREADS, read, write
+from kernels.short_conv import tuning, xla
+from kernels.short_conv.tuning import CHANNELS
+
+f32 = jnp.float32
+FEW = 8  # tokens up to which XLA's fusions serve
+DTYPES = ("bfloat16", "float16", "float32")
+
+
+def supports(
+    platform, batch=8, length=2048, channels=1536, taps=4, dtype="bfloat16", named=False, **facts
+) -> str | None:
+    """Why this backend cannot serve the call, or should not where it is not asked for by name; None: it can."""
+    if platform != "cuda" and lanes.INTERPRET is None:
+        return "it needs an NVIDIA GPU"
+    if length <= FEW and not named:
+        return f"T is {length}: up to {FEW} tokens are faster in XLA's own fusions"
+    capability = float(jax.devices()[0].compute_capability) if jax.default_backend() == "gpu" else 9.0
+    if capability < 9:
+        return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or later, this one has {capability}"
+    if jnp.dtype(dtype).name not in DTYPES:
+        return f"x is {jnp.dtype(dtype).name}; it takes {', '.join(DTYPES)}"
+    if min(batch, length, channels) < 1 or batch * length * (channels + CHANNELS) >= 2**31:
+        return f"x has {batch * length * channels} elements; it addresses 1 to 2^31 - 1"
+    return None
+
+
+def short_conv(x, weight, bias, *, activation, initial_state, segment_ids, initial_segment, mask):
+    """See `kernels.short_conv.short_conv`. Sums in float32."""
+    channels = x.shape[-1]
+    more = -channels % CHANNELS
+
+    def widen(v):
+        return v if v is None or not more else jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, more)])
+
+    x, weight, bias, initial_state = (widen(v) for v in (x, weight, bias, initial_state))
+    y, state = xla.convolve_real(
+        convolve, x, weight, bias, activation, initial_state, segment_ids, initial_segment, mask
+    )
+    return y[..., :channels], state[..., :channels]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def convolve(activation, x, weight, bias, state, reach):
+    """As `xla.convolve`, without the final state: y [B, T, E]."""
+    return mapped(forward, activation=activation)(arrays(x, weight, bias, state, reach))
+
+
+def _convolve_fwd(activation, *inputs):
+    return convolve(activation, *inputs), inputs
+
+
+def _convolve_bwd(activation, inputs, dy):
+    _, weight, bias, state, _ = inputs
+    dx, sums = mapped(backward, activation=activation)(arrays(*inputs) | dict(dy=dy))
+    *dweight, dbias = jnp.sum(sums, axis=(0, 1))
+    dstate = None if state is None else xla.state_gradient(activation, *inputs, dy).astype(state.dtype)
+    dbias = None if bias is None else dbias.astype(bias.dtype)
+    return dx, jnp.stack(dweight).astype(weight.dtype), dbias, dstate, None
+
+
+convolve.defvjp(_convolve_fwd, _convolve_bwd)
+
+
+def arrays(x, weight, bias, state, reach):
+    """The kernels' arguments by name; reach becomes float32, as all that they read does."""
+    optional = dict(bias=bias, state=state, reach=reach)
+    return dict(x=x, weight=weight.astype(f32)) | {n: None if v is None else v.astype(f32) for n, v in optional.items()}
+
+
+def mapped(kernel, **static):
+    """A kernel as a function of a dict of arrays; jax.vmap calls it once for each, for Pallas has no rule for that."""
+    return jax.custom_batching.sequential_vmap(lambda arrays: kernel(**arrays, **static))
+
+
+@functools.partial(jax.jit, static_argnames="activation")  # traced once a shape, not once a layer
+def forward(x, weight, bias, state, reach, *, activation):
+    """y [B, T, E].
+
+    Args:
+        x: [B, T, E] with E a multiple of CHANNELS. weight: [W, E]; bias: [E] or None, float32.
+        state: [B, W - 1, E] float32 or None. reach: [B, T] float32, how many earlier inputs a token sees, or None: all.
+    """
+    walk = Walk("forward", *x.shape, weight.shape[0])
+    inputs = given(x=x, weight=weight, bias=bias, state=state, reach=reach)
+
+    def body(*refs):
+        refs = dict(zip((*inputs, "y"), refs, strict=True))
+        thread = walk.thread(refs)
+
+        def several(group, history):
+            first = thread.start + group * walk.together
+            xs = thread.tokens("x", first)
+            ys = []
+            for x, reach in zip(xs, thread.reaches(first), strict=True):
+                total, _ = thread.sum(x, history, reach)
+                ys.append(tuple(v * lanes.sigmoid(v) for v in total) if activation == "silu" else total)
+                history = (x, *history[:-1])
+            for at, y in enumerate(ys):
+                write(refs["y"], thread.place(first), y, at=at * walk.channels)
+            return history
+
+        lax.fori_loop(0, walk.piece // walk.together, several, thread.history())
+
+    return walk.kernel(body, jax.ShapeDtypeStruct(x.shape, x.dtype))(*inputs.values())
+
+
+@functools.partial(jax.jit, static_argnames="activation")
+def backward(x, weight, bias, state, reach, dy, *, activation):
+    """dx [B, T, E], and parts [B, pieces, W + 1, E] float32 of the sums that are the gradients of weight and bias.
+
+    Args: as of `forward`; dy [B, T, E].
+    """
+    taps = weight.shape[0]
+    walk = Walk("backward", *x.shape, taps)
+    inputs = given(x=x, weight=weight, bias=bias, state=state, reach=reach, dy=dy)
+
+    def body(*refs):
+        refs = dict(zip((*inputs, "dx", "sums"), refs, strict=True))
+        thread = walk.thread(refs)
+
+        def tokens(first, count, carry, finish, past_end, counted=None):
+            """`count` tokens from `first` on; with `finish` each writes the gradient that is whole then.
+
+            Args:
+                carry: history, gradients that wait for more, and sums.
+                past_end: whether some may be past the end.
+                counted: [128] int32, the first token that goes into the sums; None: this one.
+            """
+            history, waiting, sums = carry
+            xs, dys = (thread.tokens(name, first, count, past_end) for name in ("x", "dy"))
+            whole = []
+            for at, reach in enumerate(thread.reaches(first, count, past_end)):
+                x = xs[at]
+                total, seen = thread.sum(x, history, reach)
+                g = tuple(slope(v, d) for v, d in zip(total, dys[at], strict=True)) if activation == "silu" else dys[at]
+                if past_end:
+                    g = tuple(jnp.where(first + at < walk.length, v, 0) for v in g)
+                own = g if counted is None else tuple(jnp.where(first + at >= counted, v, 0) for v in g)
+                # weight[k] is that of the input W - 1 - k tokens before
+                products = [tuple(a * b for a, b in zip(own, seen[taps - 1 - k], strict=True)) for k in range(taps)]
+                sums = tuple(add(s, v) for s, v in zip(sums, (*products, own), strict=True))
+                back = [tuple(a * b for a, b in zip(g, thread.weight[taps - 1], strict=True))]
+                for distance, wait in enumerate(waiting, start=1):
+                    term = tuple(a * b for a, b in zip(g, thread.weight[taps - 1 - distance], strict=True))
+                    back.append(add(wait, thread.within(term, reach, distance)))
+                *waiting, last = back
+                whole.append(last)
+                history = (x, *history[:-1])
+            if finish:
+                for at, last in enumerate(whole):
+                    write(refs["dx"], thread.place(first - (taps - 1)), last, at=at * walk.channels)
+            return history, tuple(waiting), sums
+
+        # The gradients of tokens start .. start + piece - 1 are this thread's to write, those of weight and bias the
+        # sums over the W - 1 tokens after, and, for the first piece, over the very first tokens too.
+        zeros = lanes.zeros(CHANNELS)
+        carry = thread.history(), (zeros,) * (taps - 1), (zeros,) * (taps + 1)
+        never = jnp.int32(walk.length)
+        begin = jnp.where(thread.piece == 0, thread.start, never)
+        carry = tokens(thread.start, taps - 1, carry, finish=False, past_end=True, counted=begin)
+        first = thread.start + (taps - 1)
+        counted = thread.piece * walk.piece + (taps - 1) if walk.overlap else None
+        groups = walk.piece // walk.together
+
+        def several(group, carry):
+            return tokens(
+                first + group * walk.together, walk.together, carry, finish=True, past_end=False, counted=counted
+            )
+
+        inside = max(0, groups - -(-(taps - 1) // walk.together))  # groups that end before the row does
+        carry = lax.fori_loop(0, inside, several, carry)
+        for group in range(inside, groups):
+            at = first + group * walk.together
+            carry = tokens(at, walk.together, carry, finish=True, past_end=True, counted=counted)
+        _, _, sums = carry
+        part = (thread.row * walk.pieces + thread.piece) * (taps + 1)
+        for k, total in enumerate(sums):
+            write(refs["sums"], (part + k) * walk.channels + thread.channel, total)
+
+    out = (
+        jax.ShapeDtypeStruct(x.shape, x.dtype),
+        jax.ShapeDtypeStruct((walk.batch, walk.pieces, taps + 1, walk.channels), f32),
+    )
+    return walk.kernel(body, out)(*inputs.values())
+
+
+def given(**arrays):
+    """Those that there are."""
+    return {name: x for name, x in arrays.items() if x is not None}
+
+
+def add(first, second):
+    return tuple(a + b for a, b in zip(first, second, strict=True))
+
+
+def slope(total, dy):
+    """The gradient of a sum, given that of its SiLU."""
+    gate = lanes.sigmoid(total)
+    return dy * gate * (1 + total * (1 - gate))
+
+
+@dataclasses.dataclass(frozen=True)
+class Walk:
+    """How rows, time and channels are dealt out to threads.
+
+    Pieces of time are equally long; the last one is moved back to end with the row, so it may overlap the one before.
+    """
+
+    kind: str
+    batch: int
+    length: int
+    channels: int
+    taps: int
+
+    @property
+    def together(self) -> int:
+        """Tokens loaded before the first of them is worked on."""
+        return min(tuning.TOGETHER, self.length)
+
+    @property
+    def piece(self) -> int:
+        """Tokens of a thread."""
+        return tuning.piece(self.kind, self.batch, self.length, self.channels)
+
+    @property
+    def pieces(self) -> int:
+        return -(-self.length // self.piece)
+
+    @property
+    def overlap(self) -> bool:
+        return self.length % self.piece > 0
+
+    @property
+    def threads(self) -> int:
+        return self.batch * self.pieces * (self.channels // CHANNELS)
+
+    def kernel(self, body, out):
+        return plgpu.kernel(
+            body,
+            out_type=out,
+            grid=(-(-self.threads // THREADS),),
+            grid_names=("block",),
+            compiler_params=lanes.compiler_params(),
+            interpret=lanes.INTERPRET,
+        )
+
+    def thread(self, refs):
+        return Thread(self, refs)
+
+
+class Thread:
+    """Inside a kernel: a thread's place, and what it reads. All are [128], one value a thread.
+
+    Attributes:
+        row, piece: of its tokens; start: its first token; channel: its first channel.
+        weight: W tuples of its channels' taps; bias: a tuple or None.
+    """
+
+    def __init__(self, walk: Walk, refs):
+        self.walk, self.refs = walk, refs
+        lane = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (THREADS,), 0), LANES)
+        number = jnp.minimum(lax.axis_index("block") * THREADS + lane, walk.threads - 1)  # some do the last one's work
+        quads = walk.channels // CHANNELS
+        self.channel = lax.rem(number, quads) * CHANNELS
+        self.piece = lax.rem(lax.div(number, quads), walk.pieces)
+        self.row = lax.div(number, quads * walk.pieces)
+        self.start = jnp.minimum(self.piece * walk.piece, walk.length - walk.piece)
+        self.weight = [read(refs["weight"], self.channel, CHANNELS, at=k * walk.channels) for k in range(walk.taps)]
+        self.bias = read(refs["bias"], self.channel, CHANNELS) if "bias" in refs else None
+
+    def place(self, token):
+        """Where a token is in arrays [B, T, E]."""
+        return (self.row * self.walk.length + token) * self.walk.channels + self.channel
+
+    def tokens(self, name, first, count=None, past_end=False):
+        """`count` tokens of an array from `first` on; those past the end are the last one."""
+        ref, step = self.refs[name], self.walk.channels
+        offsets = range(count or self.walk.together)
+        if past_end:
+            return [read(ref, self.place(jnp.minimum(first + at, self.walk.length - 1)), CHANNELS) for at in offsets]
+        return [read(ref, self.place(first), CHANNELS, at=at * step) for at in offsets]
+
+    def reaches(self, first, count=None, past_end=False):
+        """How many earlier inputs each of these tokens sees, or None."""
+        offsets = range(count or self.walk.together)
+        if "reach" not in self.refs:
+            return [None for _ in offsets]
+        ref, row = self.refs["reach"], self.row * self.walk.length
+        if past_end:
+            return [read(ref, row + jnp.minimum(first + at, self.walk.length - 1), 1)[0] for at in offsets]
+        return [read(ref, row + first, 1, at=at)[0] for at in offsets]
+
+    def history(self):
+        """The W - 1 inputs before `start`, the newest first; before the row they are the state's, or zeros."""
+        rows, inputs = self.walk.taps - 1, []
+        for distance in range(1, rows + 1):
+            token = self.start - distance
+            x = read(self.refs["x"], self.place(jnp.maximum(token, 0)), CHANNELS)
+            before = lanes.zeros(CHANNELS)
+            if "state" in self.refs:
+                place = self.row * rows + jnp.minimum(rows + token, rows - 1)
+                before = read(self.refs["state"], place * self.walk.channels + self.channel, CHANNELS)
+            inputs.append(tuple(jnp.where(token >= 0, a, b) for a, b in zip(x, before, strict=True)))
+        return tuple(inputs)
+
+    def sum(self, x, history, reach):
+        """bias + sum_k weight[W-1-k] x_{t-k}, and the inputs that are seen: x and the history, or zeros."""
+        seen = [x] + [self.within(v, reach, distance) for distance, v in enumerate(history, start=1)]
+        total = self.bias
+        for distance, v in enumerate(seen):
+            products = tuple(a * b for a, b in zip(self.weight[self.walk.taps - 1 - distance], v, strict=True))
+            total = products if total is None else add(total, products)
+        return total, seen
+
+    def within(self, x, reach, distance):
+        """x where the token sees as far as `distance` tokens back, else 0."""
+        return x if reach is None else tuple(jnp.where(reach >= distance, v, 0) for v in x)
