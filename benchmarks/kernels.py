@@ -3,11 +3,13 @@
     python benchmarks/kernels.py                                        # selective_scan at the shapes for this device
     python benchmarks/kernels.py --shapes=table,decode --implementations=mosaic_gpu --repeat=30
     python benchmarks/kernels.py --op=short_conv --shapes=8x2048x2048x4:silu --dtypes=float32
+    python benchmarks/kernels.py --op=linear_attention --shapes=table
 
-A shape is its sizes (B x T x E x N for the selective scan, B x T x E x W for the short convolution), a colon, and a
-variant; a name such as "table" stands for several. The variants of the selective scan are "full" (softplus, bias, D,
-z), "bare" (none of these) and "readG" (full, with G groups of states read into one output, each with weights a
-channel).
+A shape is its sizes (B x T x E x N for the selective scan, B x T x E x W for the short convolution, B x T x H x K x V
+for linear attention), a colon, and a variant; a name such as "table" stands for several. The variants of the selective
+scan are "full" (softplus, bias, D, z), "bare" (none of these) and "readG" (full, with G groups of states read into one
+output, each with weights a channel); of linear attention "ssd" (Mamba-2: a decay a token and head, keys shared by all
+heads), "retention" (RetNet: constant decays), "linear" (no decay) and "gla" (decays of each channel).
 
 Checked are the outputs, the final state and the gradient of every argument, at the very shape that is timed. The
 outputs' gradients are zero but for some rows and channels, scattered over the arrays, and of these the sequential
@@ -16,9 +18,10 @@ Frobenius norm; one above the dtype's tolerance fails the run, and is recorded a
 
 A time is the median over --repeat timings, each of as many calls in a row as fill 30 ms, rotating over input sets
 larger than the caches. On accelerators, calls too short to be dispatched one by one run 16 to a program. A floor is the
-time of a pass that does nothing but move its bytes at the copy bandwidth measured here, or nothing but take its
-exponentials at 16 a clock and multiprocessor, whichever is longer; GB/s and Gexp/s count the same bytes and
-exponentials. The floor of forward+backward is the sum of both passes' floors.
+time of a pass that does nothing but move its bytes at the copy bandwidth measured here, nothing but take its
+exponentials at 16 a clock and multiprocessor, or nothing but its matrix products (of 16-bit factors) at the rate that
+large ones reach on the tensor cores, whichever is longest; GB/s, Gexp/s and Tflop/s count the same. The floor of
+forward+backward is the sum of both passes' floors.
 
 Rows go to benchmarks/results/kernels_<device>.json as they come, each in place of an older one of the same kind.
 """
@@ -29,6 +32,7 @@ import functools
 import importlib
 import itertools
 import math
+import operator
 import os
 import statistics
 import sys
@@ -57,10 +61,14 @@ SHORT = 0.6  # ms of floor under which dispatching a call shows beside running i
 TOGETHER = 16  # calls a program for those
 CACHE = 2**28  # bytes that the input sets exceed together
 CHECKED = 2**22  # numbers of the float64 reference: tokens times channels times states
-ROW = "{:24} {:9} {:12} {:17} {:>10} {:>9} {:>7} {:>7} {:>7} {:>9} {:>4}"
+ROW = "{:26} {:9} {:12} {:17} {:>10} {:>9} {:>7} {:>7} {:>7} {:>8} {:>9} {:>4}"
 EXPS_PER_SECOND = {  # 16 a clock and multiprocessor, at the clock in the device's description
     "NVIDIA H100 80GB HBM3": 16 * 132 * 1.98e9,
     "NVIDIA H200": 16 * 132 * 1.98e9,
+}
+FLOPS_PER_SECOND = {  # of a product of large bfloat16 matrices, as measured
+    "NVIDIA H100 80GB HBM3": 700e12,
+    "NVIDIA H200": 700e12,
 }
 
 
@@ -95,15 +103,22 @@ class Case:
         low = 4 if self.dtype == "float32" else 2
         return sum(math.prod(self.sizes[a] for a in x.axes) * (low if x.low else 4) for x in arrays.values())
 
-    def costs(self, kind: str) -> list[tuple[int, float]]:
-        """(bytes, exponentials) of the forward and, with kind "forward+backward", of the backward pass.
+    @property
+    def differentiated(self) -> dict[str, Argument]:
+        """The arguments that have gradients."""
+        return {name: x for name, x in self.arguments.items() if not x.fixed}
+
+    def costs(self, kind: str) -> list[tuple[int, float, float]]:
+        """(bytes, exponentials, flops) of the forward and, with kind "forward+backward", of the backward pass.
 
         Forward every argument is read and every output written, once. Backward the arguments and the outputs' gradients
         are read and the arguments' gradients written, once, and the exponentials taken again.
         """
         arguments, outputs = self.bytes_of(self.arguments), self.bytes_of(self.outputs)
-        exps = self.operation.exps(self.sizes)
-        return [(arguments + outputs, exps), (2 * arguments + outputs, exps)][: 1 + PASSES.index(kind)]
+        gradients = self.bytes_of(self.differentiated)
+        exps, (forward, backward) = self.operation.exps(self.sizes), self.operation.flops(self.sizes)
+        both = [(arguments + outputs, exps, forward), (arguments + outputs + gradients, exps, backward)]
+        return both[: 1 + PASSES.index(kind)]
 
     @functools.cached_property
     def draw(self) -> Callable[[int], tuple[dict, dict]]:
@@ -126,7 +141,8 @@ class Case:
         """Indices of each axis in `operation.apart` that are checked: all, or some scattered from first to last."""
         budget = CHECKED // math.prod(self.sizes[a] for a in self.operation.work if a not in self.operation.apart)
         chosen = {}
-        for letter, most in zip(self.operation.apart, (2, max(budget // 2, 4)), strict=True):
+        others = len(self.operation.apart) - 1
+        for letter, most in zip(self.operation.apart, [2] * others + [max(budget // 2**others, 4)], strict=True):
             size = self.sizes[letter]
             chosen[letter] = np.linspace(0, size - 1, min(size, most)).round().astype(int)
         return chosen
@@ -145,15 +161,23 @@ class Case:
 
         return some(outputs, self.outputs), some(gradients or {}, self.arguments)
 
+    def vjp(self, arguments: dict, implementation: str) -> tuple[dict, Callable]:
+        """The outputs, and the function from their gradients to those of the arguments that have one."""
+        varied = {name: arguments[name] for name in self.differentiated}
+
+        def call(varied):
+            return self.operation.call(arguments | varied, self.variant, implementation)
+
+        return jax.vjp(call, varied)
+
     @functools.cached_property
     def truth(self) -> tuple[dict, dict]:
         """`picked` as the float64 reference makes it from the chosen indices of the arguments."""
         arguments, cotangents = self.checked
         cotangents, arguments = self.picked(cotangents, arguments)
-        call = functools.partial(self.operation.call, variant=self.variant, implementation="reference")
 
         def both(arguments, cotangents):
-            outputs, pullback = jax.vjp(call, arguments)
+            outputs, pullback = self.vjp(arguments, "reference")
             return outputs, pullback(cotangents)[0]
 
         with jax.enable_x64(True), jax.default_device(host()):
@@ -199,10 +223,9 @@ def program(case: Case, implementation: str, kind: str, together: int) -> Callab
     carried = case.operation.carried if case.sizes["T"] == 1 and kind == "forward" else {}
 
     def one(arguments, cotangents):
-        call = functools.partial(case.operation.call, variant=case.variant, implementation=implementation)
         if kind == "forward":
-            return call(arguments), None
-        outputs, pullback = jax.vjp(call, arguments)
+            return case.operation.call(arguments, case.variant, implementation), None
+        outputs, pullback = case.vjp(arguments, implementation)
         return outputs, pullback(cotangents)[0]
 
     def all_of(states, sets):
@@ -283,14 +306,16 @@ def bandwidth(device) -> float:
     return 2 * 4 * size / measure(add, sets, repeat=5)
 
 
-def floor_ms(case: Case, kind: str, copy: float, exps_per_second: float | None) -> float:
+def floor_ms(
+    case: Case, kind: str, copy: float, exps_per_second: float | None, flops_per_second: float | None
+) -> float:
     """Milliseconds that a pass takes at least; see the top of this file.
 
     Args:
-        copy: bytes a second. exps_per_second: None where it is not known; bytes alone count then.
+        copy: bytes a second. exps_per_second, flops_per_second: None where it is not known; it does not count then.
     """
-    rate = exps_per_second or math.inf
-    return 1e3 * sum(max(moved / copy, exps / rate) for moved, exps in case.costs(kind))
+    rates = copy, exps_per_second or math.inf, flops_per_second or math.inf
+    return 1e3 * sum(max(map(operator.truediv, costs, rates)) for costs in case.costs(kind))
 
 
 def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
@@ -336,31 +361,32 @@ def main(flag_values: flags.FlagValues) -> int:
     copy, exps_per_second = bandwidth(device), EXPS_PER_SECOND.get(device.device_kind)
     exps = f"{exps_per_second / 1e9:,.0f} Gexp/s" if exps_per_second else "exponentials not counted"
     print(f"{device_name(device)}, jax {jax.__version__}, copy {copy / 1e9:,.0f} GB/s, {exps}; results in {path}")
-    print(
-        ROW.format("shape", "dtype", "by", "pass", "ms", "floor", "floors", "GB/s", "Gexp/s", "error", "s"), flush=True
-    )
+    figures_of = "ms", "floor", "floors", "GB/s", "Gexp/s", "Tflop/s", "error", "s"
+    print(ROW.format("shape", "dtype", "by", "pass", *figures_of), flush=True)
     failed = 0
     for case, implementation, kind in itertools.product(cases, implementations, passes):
         if kind != "forward" and case.sizes["T"] == 1 and not flag_values.passes:
             continue
         start = time.perf_counter()
         label = (str(case), case.dtype, implementation, kind)
-        floor = floor_ms(case, kind, copy, exps_per_second)
+        flops_per_second = None if case.dtype == "float32" else FLOPS_PER_SECOND.get(device.device_kind)
+        floor = floor_ms(case, kind, copy, exps_per_second, flops_per_second)
         try:
             ms, error = figures(case, implementation, kind, floor, flag_values.repeat, flag_values.check)
         except UnsupportedError as reason:
             failed += bool(flag_values.implementations)
-            print(ROW.format(*label, *"-" * 7), reason, flush=True)
+            print(ROW.format(*label, *"-" * 8), reason, flush=True)
             continue
         except Exception as problem:  # out of memory, say; the other rows are wanted all the same
             failed += 1
             message = " ".join(str(problem).split())[:300]
-            print(ROW.format(*label, *"!" * 7), f"{type(problem).__name__}: {message}", flush=True)
+            print(ROW.format(*label, *"!" * 8), f"{type(problem).__name__}: {message}", flush=True)
             continue
         wrong = error is not None and error > TOLERANCE[case.dtype]
         failed += wrong
-        moved, exps = (sum(costs) for costs in zip(*case.costs(kind), strict=True))
-        figure = f"{ms:.4f}", f"{floor:.4f}", f"{ms / floor:.2f}", f"{moved / ms / 1e6:.0f}", f"{exps / ms / 1e6:.0f}"
+        moved, exps, flops = (sum(costs) for costs in zip(*case.costs(kind), strict=True))
+        rates = f"{moved / ms / 1e6:.0f}", f"{exps / ms / 1e6:.0f}", f"{flops / ms / 1e9:.0f}"
+        figure = f"{ms:.4f}", f"{floor:.4f}", f"{ms / floor:.2f}", *rates
         shown = "-" if error is None else f"{error:.1e}{'!' if wrong else ''}"
         print(ROW.format(*label, *figure, shown, f"{time.perf_counter() - start:.0f}"), flush=True)
         if error is not None:

@@ -1,4 +1,4 @@
-"""The operations that benchmarks/kernels.py checks and times: arguments, variants, shapes and exponentials of each.
+"""The operations that benchmarks/kernels.py checks and times: arguments, variants, shapes and arithmetic of each.
 
 A new operation is one more entry of `OPERATIONS`.
 """
@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from kernels.linear_attention import linear_attention
 from kernels.selective_scan import selective_scan
 from kernels.short_conv import short_conv
 
@@ -24,11 +25,13 @@ class Argument:
         axes: a letter an axis, whose size `Operation.sizes` gives.
         draw: random values from a key and a shape, float32.
         low: whether it has the dtype under test; else it is float32.
+        fixed: whether it has no gradient.
     """
 
     axes: str
     draw: Callable
     low: bool = True
+    fixed: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +40,14 @@ class Operation:
 
     Attributes:
         letters: of the numbers in a shape, such as "BTEN".
-        apart: axes along which the operation works for each index by itself, so that some of them can be checked alone.
+        apart: axes along which the operation works for each index by itself, so that some of them can be checked alone;
+            the longest last.
         sizes: (shape, variant) to the size of each letter. Raises ValueError for an unknown variant.
-        arguments: variant to its arrays by name; all are differentiated.
+        arguments: variant to its arrays by name; all are differentiated but fixed ones.
         outputs: variant to the axes of each output by name.
         call: (arguments, variant, implementation) to the outputs by name.
         exps: sizes to exponentials of the forward pass; the backward pass, which keeps none, takes them again.
+        flops: sizes to those of the matrix products of the forward and of the backward pass.
         shapes: names of shapes that are asked for together. "small" is for CPUs, "table" for accelerators.
         carried: argument to the output that takes its place in the next call: the state.
         work: letters whose sizes multiplied are the work of the reference.
@@ -58,6 +63,7 @@ class Operation:
     shapes: dict[str, tuple[str, ...]]
     work: str
     carried: dict[str, str]
+    flops: Callable[[dict[str, int]], tuple[float, float]] = lambda sizes: (0, 0)
 
 
 def normal(key, shape, scale=1.0):
@@ -143,6 +149,61 @@ def conv_call(arguments, variant, implementation):
     return dict(y=y, state=state)
 
 
+HEAD_VARIANTS = ("ssd", "retention", "linear", "gla")
+
+
+def head_decays(key, shape):
+    """Mamba-2's first log decays: -dt A, with A in [1, 16] for each head."""
+    return -steps(key, shape) * jax.random.uniform(jax.random.fold_in(key, 1), shape[-1:], minval=1, maxval=16)
+
+
+def channel_decays(key, shape):
+    """GLA's: log sigmoid of a normal number, over 16."""
+    return jax.nn.log_sigmoid(normal(key, shape)) / 16
+
+
+def retention_decays(key, shape):
+    """RetNet's: log(1 - 2^(-5 - h)) of head h."""
+    return jnp.log1p(-(2.0 ** (-5 - jnp.arange(shape[0], dtype=jnp.float32))))
+
+
+def attention_sizes(shape, variant):
+    if variant not in HEAD_VARIANTS:
+        raise ValueError(f"variant {variant!r} of linear_attention is none of {', '.join(HEAD_VARIANTS)}")
+    sizes = dict(zip("BTHKV", shape, strict=True))
+    return sizes | dict(G=1 if variant == "ssd" else sizes["H"])
+
+
+def attention_arguments(variant):
+    keys = "BTGK" if variant == "ssd" else "BTHK"  # Mamba-2's heads share their keys
+    arguments = dict(q=Argument(keys, normal), k=Argument(keys, normal), v=Argument("BTHV", normal))
+    if variant == "ssd":
+        arguments["log_decay"] = Argument("BTH", head_decays, low=False)
+    if variant == "retention":
+        arguments["log_decay"] = Argument("H", retention_decays, low=False, fixed=True)
+    if variant == "gla":
+        arguments["log_decay"] = Argument("BTHK", channel_decays, low=False)
+    return arguments | dict(initial_state=Argument("BHKV", normal, low=False))
+
+
+def attention_call(arguments, variant, implementation):
+    scale = 1.0 if variant == "ssd" else arguments["k"].shape[-1] ** -0.5
+    y, state = linear_attention(**arguments, scale=scale, implementation=implementation)
+    return dict(y=y, state=state)
+
+
+def attention_flops(sizes):
+    """Two for each multiply-add, over chunks of 64 tokens, the rows of one instruction of the tensor cores.
+
+    Forwards scores of the groups (K) and their products with values (V), and reads and writes of the state (K V).
+    Backwards scores again and the gradients of both factors of each product; states are not made again.
+    """
+    tokens, chunk = sizes["B"] * sizes["T"], min(64, sizes["T"])
+    scores, values = chunk * sizes["G"] * sizes["K"], chunk * sizes["H"] * sizes["V"]
+    states = sizes["H"] * sizes["K"] * sizes["V"]
+    return 2 * tokens * (scores + values + 2 * states), 2 * tokens * (3 * scores + 2 * values + 4 * states)
+
+
 OPERATIONS = {
     "selective_scan": Operation(
         letters="BTEN",
@@ -184,6 +245,36 @@ OPERATIONS = {
             small=("2x256x64x4:silu", "1x500x24x3:silu", "4x1x128x4:silu"),
         ),
         work="BTEW",
+        carried=dict(initial_state="state"),
+    ),
+    "linear_attention": Operation(
+        letters="BTHKV",
+        apart="BHV",
+        sizes=attention_sizes,
+        arguments=attention_arguments,
+        outputs=lambda variant: dict(y="BTHV", state="BHKV"),
+        call=attention_call,
+        exps=lambda s: 0,  # one a token at the least
+        flops=attention_flops,
+        shapes=dict(
+            table=(
+                "8x2048x32x128x64:ssd",
+                "8x2048x64x128x64:ssd",
+                "1x65536x32x128x64:ssd",
+                "8x2048x4x256x512:retention",
+                "8x2048x8x128x256:retention",
+            ),
+            others=("8x2048x2x384x1536:retention", "8x2048x16x64x64:linear", "8x2048x4x128x256:gla"),
+            decode=tuple(f"{b}x1x{h}x128x64:ssd" for b in (1, 64, 128) for h in (24, 32, 64)),
+            small=(
+                "2x256x4x32x16:ssd",
+                "1x200x2x24x40:retention",
+                "1x100x2x16x8:linear",
+                "1x96x2x16x24:gla",
+                "4x1x4x32x16:ssd",
+            ),
+        ),
+        work="BTHKV",
         carried=dict(initial_state="state"),
     ),
 }

@@ -1,5 +1,6 @@
 """The benchmark scripts: fields and merging of their results, floors, and that a wrong kernel is caught."""
 
+import functools
 import json
 
 import jax.numpy as jnp
@@ -69,10 +70,16 @@ def test_results_have_the_fields_and_replace_their_own_kind(tmp_path, capsys):
     assert [row["implementation"] for row in again[3:]] == ["reference", "xla"]
 
 
-def test_short_convolution_and_low_precision(tmp_path):
+@pytest.mark.parametrize(
+    "op, shapes",
+    [
+        ("short_conv", "2x6x4x3:silu"),
+        ("linear_attention", "2x12x4x3x5:ssd,1x12x2x3x5:retention,1x12x2x3x5:linear,1x12x2x3x5:gla"),
+    ],
+)
+def test_other_operations_in_low_precision(tmp_path, op, shapes):
     path = tmp_path / "results.json"
-    arguments = ("--op=short_conv", "--shapes=2x6x4x3:silu", "--dtypes=bfloat16", "--implementations=xla")
-    assert run(path, *arguments) == 0
+    assert run(path, f"--op={op}", f"--shapes={shapes}", "--dtypes=bfloat16", "--implementations=xla") == 0
     assert all(1e-4 < row["error"] < 1e-2 for row in json.loads(path.read_text()))
 
 
@@ -129,20 +136,37 @@ def test_floors_by_hand():
     arguments, outputs = 3 * 48 + 2 * 24 + 16 + 8 + 2 * 4, 48 + 16
     exps = 2 * 6 * 4 * (2 + 2)
     full = case()
-    assert full.costs("forward") == [(4 * (arguments + outputs), exps)]
-    assert full.costs("forward+backward")[1] == (4 * (2 * arguments + outputs), exps)
-    assert script.floor_ms(full, "forward", copy=1e3, exps_per_second=None) == 4 * (arguments + outputs)
-    assert script.floor_ms(full, "forward", copy=1e3, exps_per_second=exps / 10) == 10e3
-    both = script.floor_ms(full, "forward+backward", copy=1e3, exps_per_second=exps / 1.5)
+    assert full.costs("forward") == [(4 * (arguments + outputs), exps, 0)]
+    assert full.costs("forward+backward")[1] == (4 * (2 * arguments + outputs), exps, 0)
+    floor = functools.partial(script.floor_ms, copy=1e3, flops_per_second=None)
+    assert floor(full, "forward", exps_per_second=None) == 4 * (arguments + outputs)
+    assert floor(full, "forward", exps_per_second=exps / 10) == 10e3
+    both = floor(full, "forward+backward", exps_per_second=exps / 1.5)
     assert both == pytest.approx(1500 + 4 * (2 * arguments + outputs))
 
     low = case(dtype="bfloat16")  # parameters and states stay float32
     assert low.costs("forward")[0][0] == 2 * (4 * 48 + 2 * 24) + 4 * (16 + 8 + 2 * 4 + 16)
     read = case(shape="2x6x4x2:read3")  # three u, dt, B, C, A, bias and states, two weights
     numbers = 6 * 48 + 48 + 6 * 24 + 3 * 16 + 3 * 8 + 4 + 3 * 4 + 2 * 48 + 48 + 3 * 16
-    assert read.costs("forward") == [(4 * numbers, 2 * 6 * 4 * (3 * (2 + 1) + 1))]
+    assert read.costs("forward") == [(4 * numbers, 2 * 6 * 4 * (3 * (2 + 1) + 1), 0)]
     conv = case("short_conv", "2x6x4x3:silu")
-    assert conv.costs("forward") == [(4 * (48 + 12 + 4 + 16 + 48 + 16), 48)]
+    assert conv.costs("forward") == [(4 * (48 + 12 + 4 + 16 + 48 + 16), 48, 0)]
+
+
+def test_floors_of_linear_attention_by_hand():
+    """B T H K V = 2 6 4 3 5, bfloat16, keys of each head: q and k have 144 numbers, v and y 240, the states 120."""
+    retention = case("linear_attention", "2x6x4x3x5:retention", "bfloat16")
+    chunk, tokens = 6, 12
+    forward = 2 * tokens * 4 * (chunk * (3 + 5) + 2 * 15)
+    backward = 2 * tokens * 4 * (chunk * (3 * 3 + 2 * 5) + 4 * 15)
+    moved = 2 * (2 * 144 + 2 * 240) + 4 * (2 * 120 + 4)
+    gradients = 2 * (2 * 144 + 240) + 4 * 120  # the decays are constants
+    assert retention.costs("forward+backward") == [(moved, 0, forward), (moved + gradients, 0, backward)]
+    floor = script.floor_ms(retention, "forward+backward", 1e9, exps_per_second=None, flops_per_second=1e3)
+    assert floor == forward + backward
+    ssd = case("linear_attention", "2x6x4x3x5:ssd", "bfloat16")  # keys of all heads, a decay a token and head
+    assert ssd.costs("forward")[0][0] == 2 * (2 * 36 + 2 * 240) + 4 * (2 * 120 + 48)
+    assert ssd.costs("forward")[0][2] == 2 * tokens * (chunk * (3 + 4 * 5) + 2 * 60)
 
 
 @pytest.mark.parametrize(
