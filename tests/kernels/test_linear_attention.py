@@ -127,17 +127,16 @@ def test_equals_float64_reference(implementation, case):
     against_reference(implementation, shape, static, options)
 
 
-@pytest.mark.parametrize("decay", ["head", "channel"])
+@pytest.mark.parametrize("case", [dict(decay="head"), dict(decay="channel"), dict(decay="none", normalise=True)])
 @pytest.mark.parametrize("implementation", BACKENDS)
-def test_bfloat16(implementation, decay):
-    shape = dict(length=80, keys=16, values=8, decay=decay)
-    args = inputs(**shape)
+def test_bfloat16(implementation, case):
+    args, options = inputs(length=80, keys=16, values=8, **case), dict(normalise="normalise" in case)
     half = {k: jnp.asarray(v, jnp.bfloat16 if k in "qkv" else jnp.float32) for k, v in args.items()}
-    (y, state), gradients = value_and_gradients(half, {}, implementation)
+    (y, state), gradients = value_and_gradients(half, {}, implementation, options)
     assert y.dtype == gradients["v"].dtype == jnp.bfloat16 and state.dtype == jnp.float32
     with jax.enable_x64(True):  # the same rounded inputs
         same = {k: np.asarray(v, np.float64) for k, v in half.items()}
-        want = value_and_gradients(same, {}, "reference")
+        want = value_and_gradients(same, {}, "reference", options)
     assert_close(((y, state), gradients), want, 1e-2)
 
 
