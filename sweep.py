@@ -56,7 +56,9 @@ def main(flag_values: flags.FlagValues) -> int:
     folder = Path(flag_values.out or f"sweeps/{config.name}-{flag_values.sweep}")
     trials = definition.define(flag_values.spec, config, flag_values.sweep, flag_values.seeds, folder)
     if flag_values.engine == "print":
-        print("\n".join(trial.line for trial in trials if trial.record()["status"] != "done"))
+        for trial in trials:
+            if trial.record()["status"] != "done":
+                print(trial.line)
         return 0
     definition.keep(folder, flag_values.spec, flag_values.sweep, trials)
     stop = Stop()

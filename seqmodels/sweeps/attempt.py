@@ -1,5 +1,6 @@
 """One attempt at a trial: its commands, one after another, and what became of them."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -62,9 +63,10 @@ def attempt(trial: Trial, slot: Slot, descriptors: Sequence[int], stop: Stop) ->
                 code = _run(command, log, slot, descriptors, stop)
                 if code:
                     break
-        record |= {"status": _status(trial, stage, code), "exit": code}
-        if code:
-            record["reason"] = _reason(trial.log, begin, code)
+            record |= {"status": _status(trial, stage, code), "exit": code}
+            if code:
+                record["reason"] = _reason(trial.log, begin, code)
+            log.write(f"=== {': '.join(record[name] for name in ('status', 'reason') if name in record)}\n".encode())
     except OSError as error:
         record |= {
             "status": "failed",
@@ -87,7 +89,8 @@ def _run(command, log, slot: Slot, descriptors: Sequence[int], stop: Stop) -> in
         start_new_session=True,  # Ctrl-C is for the sweep, which passes it on once
     )
     if slot.cores is not None:
-        os.sched_setaffinity(process.pid, slot.cores)
+        with contextlib.suppress(ProcessLookupError):  # over already
+            os.sched_setaffinity(process.pid, slot.cores)
     told = False
     while True:
         try:

@@ -47,7 +47,7 @@ class Live:
             self._live.update(self._table(records), refresh=True)
             return
         for identity, record in records.items():
-            status = record["status"]
+            status = _status(record)
             if status != self._seen.get(identity, "waiting"):
                 reason = f": {record['reason']}" if "reason" in record else ""
                 print(f"{clock(time.monotonic() - self._start):>7}  {identity}  {status:<11}  {self._names[identity]}"
@@ -72,7 +72,7 @@ class Live:
 
     def _row(self, trial: Trial, record: dict) -> list[str]:
         row = last_row(trial.workdir / "metrics.jsonl") if record["status"] != "waiting" else {}
-        status = record["status"] + (f" ({record['stage']})" if record["status"] == "running" else "")
+        status = _status(record) + (f" ({record['stage']})" if record["status"] == "running" else "")
         loss, speed, seconds = row.get("loss"), row.get("tokens_per_second"), record.get("seconds")
         if record["status"] == "running":
             seconds += time.time() - datetime.datetime.fromisoformat(record["stage_started"]).timestamp()
@@ -95,3 +95,8 @@ class Live:
         if took and left:
             parts.append(f"about {clock(sum(took) / len(took) * left / self._slots)} left")
         return ", ".join(parts)
+
+
+def _status(record: dict) -> str:
+    attempts = record.get("attempts", 1)
+    return record["status"] + (f", attempt {attempts}" if attempts > 1 else "")
