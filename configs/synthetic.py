@@ -19,6 +19,8 @@ from configs.trials import Trial, product, vary
 
 MIXERS = ("mamba", "densemamba", "transformer")  # those that a sweep can compare
 
+DEFAULT = "mqar"
+
 # Fields of each task (seqmodels/data/synthetic/<task>.py) with their values in its small preset
 FIELDS = {
     "copying": dict(vocab=16, tokens=8),
@@ -96,7 +98,7 @@ PAPERS = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `preset[,key=value...]`, locked. Raises ValueError on a preset, key or value that is not there."""
-    chosen, keys = parse(arg or "mqar")
+    chosen, keys = parse(arg or DEFAULT)
     task = chosen.partition("-")[0]
     sizes = dict(batch_size=64, steps=2000, width=64, layers=2, learning_rate=3e-3, schedule="cosine", lengths=())
     sizes |= SIZES[task] | PAPERS.get(chosen, {})
@@ -123,7 +125,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.evaluation.rows = 128
     config.metrics.every = 10
     config.metrics.tensorboard = False
-    config.sample.tokens = 0
+    config.sample.prompt, config.sample.tokens = "", 0
     return finish(config, f"synthetic-{chosen}-{keys['mixer']}", "small")
 
 
@@ -179,40 +181,49 @@ def _small(mixer: str) -> ConfigDict:
 
 
 def _nearest(word: str, choices) -> str:
-    near = get_close_matches(word, list(choices), n=1, cutoff=0.3)
+    near = get_close_matches(word, list(choices), n=1, cutoff=0.6)
     return f"did you mean {near[0]!r}? " if near else ""
 
 
-def trials_of(config: ConfigDict) -> list[Trial]:
-    """A trial for each of MIXERS: its pattern and its dense links. The sizes are the config's."""
+def trials_of(arg: str | None) -> list[Trial]:
+    """A trial for each of MIXERS: whatever its model has otherwise than that of `arg`, but for the sizes."""
+    mine = _fields(parse(arg or DEFAULT)[1]["mixer"])
     trials = []
     for mixer in MIXERS:
-        other = _small(mixer)
-        trials.append({"model.pattern": other.pattern, "model.dense.variant": other.dense.variant})
+        always = ("pattern", "dense.variant")  # so that every trial says what it is
+        other = {name: value for name, value in _fields(mixer).items() if name in always or value != mine[name]}
+        trials.append({f"model.{name}": value for name, value in other.items()})
     return trials
+
+
+def _fields(mixer: str) -> dict[str, object]:
+    flat = {}
+    for name, value in model(mixer, 0, 0).items():
+        flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, ConfigDict) else {name: value}
+    return {name: value for name, value in flat.items() if name not in ("width", "repeats")}
 
 
 def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
     """The mixers at one task and size: each trial is a dict of dotted fields."""
-    for trial in trials_of(get_config(arg)):
+    for trial in trials_of(arg):
         add(trial)
 
 
 def sweep_widths(add: Callable[[dict], None], arg: str | None = None) -> None:
     """The mixers at several widths: accuracy against the bytes of state."""
-    for trial in product(trials_of(get_config(arg)), vary("model.width", 16, 32, 64, 128)):
+    for trial in product(trials_of(arg), vary("model.width", 32, 64, 128)):
         add(trial)
 
 
 def sweep_rates(add: Callable[[dict], None], arg: str | None = None) -> None:
     """The mixers at the learning rates of Zoology, as recall depends on them much."""
-    for trial in product(trials_of(get_config(arg)), vary("optimizer.learning_rate", 1e-4, 4.6e-4, 2.2e-3, 1e-2)):
+    for trial in product(trials_of(arg), vary("optimizer.learning_rate", 1e-4, 4.6e-4, 2.2e-3, 1e-2)):
         add(trial)
 
 
 def sweep_miniature(add: Callable[[dict], None], arg: str | None = None) -> None:
     """Two mixers for a few steps: does the way from here to a table work?"""
-    for trial in product(trials_of(get_config(arg))[:2], [{"steps": 20, "data.rows": 32, "data.lengths": ()}]):
+    for trial in product(trials_of(arg)[:2], [{"steps": 20, "data.rows": 32, "data.lengths": ()}]):
         add(trial)
 
 

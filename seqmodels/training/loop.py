@@ -231,6 +231,8 @@ class _Training:
         """The prompt and what the model makes of it, as far as its context goes."""
         sample, tokenizer = self.config.sample, self.dataset.tokenizer
         limit = context(self.config)
+        if not sample.tokens:
+            return ""
         room = sample.tokens if limit is None else limit - 1 - len(tokenizer.encode(sample.prompt))
         tokens = min(sample.tokens, room)
         if tokens < 1:

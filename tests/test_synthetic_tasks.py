@@ -1,0 +1,429 @@
+"""Every task against a solver of its own: what a row asks can be found in it, and nothing else is asked."""
+
+import itertools
+import re
+
+import numpy as np
+import pytest
+
+from seqmodels.data.synthetic import GOES_ON, TASKS, make_task
+from seqmodels.data.synthetic.groups import group_table, permutations
+from seqmodels.data.synthetic.modular_arithmetic import values
+from seqmodels.data.synthetic.mqar import gaps
+from seqmodels.errors import UserError
+
+# name, fields, tokens of a row
+CASES = [
+    ("copying", dict(vocab=7, tokens=5), 23),
+    ("copying", dict(vocab=4, tokens=3), 6),
+    ("selective_copying", dict(vocab=7, tokens=5), 23),
+    ("induction", dict(vocab=6), 17),
+    ("induction", dict(vocab=3), 4),
+    ("recall", dict(vocab=9), 20),
+    ("recall", dict(vocab=10), 4),
+    ("mqar", dict(vocab=40, shapes=((24, 4, 1.0),)), 24),
+    ("mqar", dict(vocab=41, shapes=((16, 4, 3.0), (24, 2, 1.0)), random_filler=True, power=1.0), 30),
+    ("parity", dict(), 12),
+    ("parity", dict(shortest=3), 12),
+    ("parity", dict(ask="every"), 12),
+    ("majority", dict(shortest=1), 12),
+    ("majority", dict(ask="every"), 13),
+    ("modular_arithmetic", dict(), 14),
+    ("modular_arithmetic", dict(modulus=7, shortest=1), 15),
+    ("modular_arithmetic", dict(modulus=3, operators="*-", shortest=5), 13),
+    ("modular_arithmetic", dict(brackets=True, operators="+-", shortest=1), 31),
+    ("modular_arithmetic", dict(brackets=True, modulus=3), 26),
+    ("word_problem", dict(group="s3"), 10),
+    ("word_problem", dict(group="s5", shortest=2), 10),
+    ("word_problem", dict(group="z60"), 10),
+    ("listops", dict(depth=4, arguments=5, shortest=4, longest=60), 64),
+    ("passkey", dict(), 70),
+    ("passkey", dict(depth=0.25), 100),
+]
+IDS = [f"{name}-{'-'.join(map(str, fields.values()))}" for name, fields, _ in CASES]
+COUNT = 200
+
+
+def example(name, fields, length, count=COUNT, seed=0):
+    task = make_task(name, fields)
+    task.check(length)
+    return task, task.rows(np.random.default_rng(seed), count, length)
+
+
+def words(task, tokens):
+    return [task.symbols[token] for token in tokens]
+
+
+# What each row should ask: position -> name of the answer
+
+
+def solve_copying(text, task):
+    told = [word for word in text if word not in "_?"]
+    return dict(zip((i for i, word in enumerate(text) if word == "?"), told, strict=True))
+
+
+def solve_induction(text, task):
+    return {len(text) - 1: text[text.index("=>") + 1]}
+
+
+def solve_recall(text, task):
+    pairs, (marker, asked) = text[:-2], text[-2:]
+    known = {}
+    for key, value in zip(pairs[::2], pairs[1::2], strict=True):
+        assert key[0] == "k" and value[0] == "v" and known.setdefault(key, value) == value
+    assert marker == "=>"
+    return {len(text) - 1: known[asked]}
+
+
+def solve_mqar(text, task):
+    """Only rows without random filler can be solved by looking; see test_mqar_with_random_filler."""
+    pairs = list(itertools.takewhile(lambda pair: pair[1][0] == "v", zip(text[::2], text[1::2], strict=True)))
+    known = dict(pairs)
+    assert len(known) == len(pairs) == len(set(known.values()))
+    return {i: known[word] for i, word in enumerate(text) if i >= 2 * len(pairs) and word != "_"}
+
+
+def solve_parity(text, task):
+    if task.ask == "every":
+        return {i: str(text[: i + 1].count("1") % 2) for i in range(len(text))}
+    end = text.index("=")
+    return {end: str(text[:end].count("1") % 2)}
+
+
+def solve_majority(text, task):
+    ends = range(1, len(text) + 1) if task.ask == "every" else [text.index("=")]
+    shift = 1 if task.ask == "every" else 0
+    return {end - shift: str(int(text[:end].count("1") > text[:end].count("0"))) for end in ends}
+
+
+def solve_modular_arithmetic(text, task):
+    end = text.index("=")
+    assert task.brackets or end % 2
+    return {end: str(eval("".join(text[:end])) % task.modulus)}
+
+
+def solve_word_problem(text, task):
+    """By moving points with each element, not by the table."""
+    if task.group == "z60":
+        elements = [tuple((i + shift) % 60 for i in range(60)) for shift in range(60)]
+    else:
+        elements = list(itertools.permutations(range(int(task.group[1]))))
+    answers, product = {}, tuple(range(len(elements[0])))
+    for i, word in enumerate(itertools.takewhile(lambda word: word != "_", text)):
+        product = tuple(product[point] for point in elements[int(word[1:])])
+        answers[i] = f"g{elements.index(product)}"
+    return answers
+
+
+def solve_listops(text, task):
+    end = text.index("=")
+    assert task.shortest < end < task.longest
+    rest = iter(text[:end])
+
+    def node(word, level):
+        assert level <= task.depth
+        if word.isdigit():
+            return int(word)
+        arguments = [node(inner, level + 1) for inner in iter(lambda: next(rest), "]")]
+        assert 2 <= len(arguments) <= task.arguments
+        kind = {"[MIN": min, "[MAX": max, "[MED": lambda x: int(np.median(x)), "[SM": lambda x: sum(x) % 10}
+        return kind[word](arguments)
+
+    result = node(next(rest), 1)
+    assert next(rest, None) is None
+    return {end: str(result)}
+
+
+def solve_passkey(text, task):
+    (key, again) = re.findall(r"(?:the pass key is|remember it \.) (\d \d \d \d \d)", " ".join(text))
+    assert key == again and 1 <= int(key.replace(" ", "")) <= 50_000
+    assert text[-4:] == key.split()[:4]
+    return dict(zip(range(len(text) - 5, len(text)), key.split(), strict=True))
+
+
+SOLVERS = {name[len("solve_") :]: solver for name, solver in globals().items() if name.startswith("solve_")}
+SOLVERS["selective_copying"] = solve_copying
+
+
+def test_every_task_has_a_case_and_a_solver():
+    assert set(TASKS) == {name for name, *_ in CASES} == set(SOLVERS)
+
+
+@pytest.mark.parametrize("name, fields, length", CASES, ids=IDS)
+def test_answers_are_those_of_a_solver(name, fields, length):
+    if fields.get("random_filler"):
+        pytest.skip("see test_mqar_with_random_filler")
+    task, rows = example(name, fields, length)
+    for tokens, targets, answers in zip(*rows, strict=True):
+        asked = {int(i): task.symbols[targets[i]] for i in np.flatnonzero(answers)}
+        assert asked == SOLVERS[name](words(task, tokens), task)
+        assert asked
+
+
+@pytest.mark.parametrize("name, fields, length", CASES, ids=IDS)
+def test_rows_are_well_formed(name, fields, length):
+    """Shapes, dtypes, ids; targets at all answers, and elsewhere the next token or nothing; a pure function."""
+    task, rows = example(name, fields, length)
+    assert [part.shape for part in rows] == [(COUNT, length)] * 3
+    assert [part.dtype for part in rows] == [np.int32, np.int32, bool]
+    assert len(set(task.symbols)) == len(task.symbols) and not any(" " in symbol for symbol in task.symbols)
+    assert rows.tokens.min() >= 0 and max(rows.tokens.max(), rows.targets.max()) < len(task.symbols)
+    assert (rows.targets[rows.answers] >= 0).all() and rows.answers.any(axis=1).all()
+    others = rows.targets[:, :-1][~rows.answers[:, :-1]]
+    assert (others == (rows.tokens[:, 1:][~rows.answers[:, :-1]] if name in GOES_ON else -1)).all()
+    again = example(name, fields, length)[1]
+    other = example(name, fields, length, seed=1)[1]
+    assert all((a == b).all() for a, b in zip(rows, again, strict=True))
+    assert (rows.tokens != other.tokens).any()
+
+
+def expect_share(hits, share, count):
+    """A share of `count` independent draws, within 5 standard deviations."""
+    assert abs(hits - share * count) <= 5 * np.sqrt(count * share * (1 - share)), (hits / count, share)
+
+
+# Distributions
+
+
+def test_copying_places_and_tokens():
+    _task, rows = example("copying", dict(vocab=7, tokens=5), 23)
+    assert (rows.tokens[:, :5] > 0).all() and not rows.tokens[:, 5:18].any()
+    _, rows = example("selective_copying", dict(vocab=7, tokens=5), 23, count=4000)
+    for place in range(18):
+        expect_share((rows.tokens[:, place] > 0).sum(), 5 / 18, 4000)
+    for token in range(1, 6):
+        expect_share((rows.targets[:, -5] == token).sum(), 1 / 5, 4000)
+
+
+def test_induction_trigger_is_uniform_and_twice():
+    _task, rows = example("induction", dict(vocab=6), 12, count=4000)
+    assert ((rows.tokens == 5).sum(axis=1) == 2).all() and (rows.tokens[:, -1] == 5).all()
+    for place in range(9):
+        expect_share((rows.tokens[:, place] == 5).sum(), 1 / 9, 4000)
+
+
+def test_recall_asks_uniformly_among_the_keys_shown():
+    _task, rows = example("recall", dict(vocab=5), 8, count=8000)  # 2 keys, 3 pairs
+    counts = {shown: (rows.tokens[:, 0:6:2].sum(axis=1) == shown) for shown in range(4)}
+    for shown, which in counts.items():  # how many of the three are key 1
+        asked = rows.tokens[which, -1]
+        expect_share(asked.sum(), {0: 0.0, 1: 0.5, 2: 0.5, 3: 1.0}[shown], which.sum())
+
+
+@pytest.mark.parametrize("power", [0.01, 1.0, 0.5])
+def test_mqar_gaps_are_drawn_one_after_another_without_replacement(power):
+    space, count = 4, 20_000
+    drawn = gaps(np.random.default_rng(0), count, space, 2, power)
+    p = np.arange(1, space + 1) ** (power - 1.0)
+    p /= p.sum()
+    for i, j in itertools.product(range(space), repeat=2):
+        expected = 0.0 if i == j else p[i] * p[j] / (1 - p[i])
+        expect_share(((drawn == (i, j)).all(axis=1)).sum(), expected, count)
+
+
+def test_mqar_queries_come_at_the_gaps():
+    """The first key's gap has the power law's share at each slot, and nothing stands in a slot's second place."""
+    _task, rows = example("mqar", dict(vocab=64, shapes=((64, 4, 1.0),)), 64, count=4000)
+    assert not rows.tokens[:, 9::2].any()
+    first = (rows.tokens[:, 8::2] == rows.tokens[:, :1]).argmax(axis=1)
+    p = np.arange(1, 29) ** (0.01 - 1.0)
+    for slot in range(28):
+        expect_share((first == slot).sum(), p[slot] / p.sum(), 4000)
+    for key in range(1, 32):
+        expect_share((rows.tokens[:, 0] == key).sum(), 1 / 31, 4000)
+
+
+def test_mqar_with_random_filler():
+    fields = dict(vocab=4096, shapes=((16, 4, 3.0), (24, 2, 1.0)), random_filler=True)
+    _task, rows = example("mqar", fields, 30, count=2000)
+    short = ~rows.tokens[:, 16:24].any(axis=1)
+    expect_share(short.sum(), 3 / 4, 2000)
+    assert not rows.tokens[:, 24:].any()
+    for which, pairs, size in ((short, 4, 16), (~short, 2, 24)):
+        tokens, targets, answers = (part[which] for part in rows)
+        assert (answers.sum(axis=1) == pairs).all() and not answers[:, : 2 * pairs].any()
+        filler = tokens[:, 2 * pairs : size][~answers[:, 2 * pairs : size]]
+        assert 1900 < filler.mean() < 2200 and filler.max() > 4000
+        for row, goal, asked in zip(tokens[:100], targets, answers, strict=False):
+            known = dict(zip(row[0 : 2 * pairs : 2].tolist(), row[1 : 2 * pairs : 2].tolist(), strict=True))
+            found = {row[i]: goal[i] for i in np.flatnonzero(asked)}
+            assert found == known
+
+
+def test_lengths_of_bits_words_and_expressions_are_uniform():
+    for name, fields, length, sizes in [
+        ("parity", dict(shortest=3), 8, range(3, 8)),
+        ("word_problem", dict(group="s3", shortest=2), 6, range(2, 7)),
+        ("modular_arithmetic", dict(shortest=3), 11, (3, 5, 7, 9)),
+        ("modular_arithmetic", dict(shortest=3, brackets=True), 8, range(3, 8)),
+    ]:
+        _task, rows = example(name, fields, length, count=4000)
+        last = rows.answers.shape[1] - 1 - rows.answers[:, ::-1].argmax(axis=1)
+        found = last + (name == "word_problem")
+        assert set(found.tolist()) == set(sizes)
+        for size in sizes:
+            expect_share((found == size).sum(), 1 / len(sizes), 4000)
+
+
+def test_parity_and_majority_are_balanced():
+    for name, length, share in (("parity", 12, 0.5), ("majority", 12, 0.5)):  # 11 bits: no ties
+        _, rows = example(name, dict(), length, count=4000)
+        expect_share(rows.targets[rows.answers].sum(), share, 4000)
+
+
+def test_brackets_split_uniformly():
+    """An expression of 9 tokens is "(", a left side of 1 to 5, an operator, a right side of the rest, ")"."""
+    _task, rows = example("modular_arithmetic", dict(brackets=True, operators="+-"), 10, count=3000)
+    operators = np.isin(rows.tokens, (5, 6))
+    assert (rows.tokens[:, 0] == 8).all() and (rows.tokens[:, 8] == 9).all() and operators.any(axis=1).all()
+    depth = np.cumsum((rows.tokens == 8).astype(int) - (rows.tokens == 9), axis=1)
+    sides = [
+        next(i for i in range(2, 8) if outer[i] == 1 and is_operator[i] and (i > 2 or row[1] < 5) and row[i - 1] != 8)
+        for row, outer, is_operator in zip(rows.tokens.tolist(), depth, operators, strict=True)
+    ]
+    # where the left side begins with a minus, that sign is not the operator: the first one after something complete
+    for left in range(1, 6):
+        expect_share(np.sum(np.array(sides) == left + 1), 1 / 5, 3000)
+
+
+def test_running_values_by_python():
+    rng = np.random.default_rng(0)
+    numbers, operators = rng.integers(0, 7, (50, 9)), rng.integers(0, 3, (50, 8))
+    running = values(numbers, operators, 7)
+    for row in range(50):
+        text = str(numbers[row, 0])
+        for k in range(9):
+            text += f"{'+-*'[operators[row, k - 1]]}{numbers[row, k]}" if k else ""
+            assert running[row, k] == eval(text) % 7
+
+
+def test_listops_shares():
+    """A quarter of the nodes above the deepest level are operators, and their arguments are 2 to 5, uniformly."""
+    task = make_task("listops", dict(depth=3, arguments=5, shortest=0, longest=10_000))
+    rng = np.random.default_rng(0)
+    trees = [task._tree(rng) for _ in range(4000)]
+    operators = [tree for tree in trees if len(tree) > 1]
+    expect_share(len(operators), 0.25, 4000)
+    for kind in range(10, 14):
+        expect_share(sum(tree[0] == kind for tree in operators), 1 / 4, len(operators))
+    nodes, inner, arguments = 0, 0, []
+    for tree in operators:
+        level, count = 0, 0
+        for token in tree:
+            count += level == 1 and token != 14
+            nodes += level == 1 and token != 14
+            inner += level == 1 and 10 <= token < 14
+            level += (10 <= token < 14) - (token == 14)
+        arguments.append(count)
+    expect_share(inner, 0.25, nodes)
+    for size in range(2, 6):
+        expect_share(arguments.count(size), 1 / 4, len(operators))
+
+
+def test_listops_of_the_long_range_arena():
+    task, rows = example("listops", dict(depth=10, arguments=10, shortest=500, longest=2000), 2048, count=4)
+    sizes = rows.answers.argmax(axis=1)
+    assert (sizes > 500).all() and (sizes < 2000).all()
+    for row in range(4):
+        (answer,) = solve_listops(words(task, rows.tokens[row]), task).values()
+        assert answer == str(rows.targets[row, sizes[row]])
+
+
+def test_passkey_depths():
+    for depth in (0.0, 0.3, 1.0):
+        task, rows = example("passkey", dict(depth=depth), 143, count=3)
+        for tokens in rows.tokens:
+            text = words(task, tokens)
+            start = " ".join(text).index("the pass key is")
+            hay = 143 - 23 - 10 - 4
+            assert len(" ".join(text)[:start].split()) == round(depth * hay)
+    task, rows = example("passkey", dict(), 143, count=300)
+    starts = [" ".join(words(task, tokens)).index("the pass key is") for tokens in rows.tokens]
+    assert min(starts) < 30 and max(starts) > 300 and len(set(starts)) > 60
+
+
+# Groups
+
+
+@pytest.mark.parametrize("name, order", [("s3", 6), ("s5", 120), ("a5", 60), ("z60", 60), ("a4xz5", 60), ("z2xz2", 4)])
+def test_groups_are_groups(name, order):
+    table = group_table(name)
+    every = np.arange(order)
+    assert table.shape == (order, order)
+    assert all(sorted(line) == every.tolist() for line in (*table, *table.T))  # closed, and division is unique
+    assert (table[0] == every).all() and (table[:, 0] == every).all()
+    assert (table[table[:, :, None], every] == table[every[:, None, None], table[None]]).all()  # associative
+    commutes = (table == table.T).all()
+    assert commutes == name.startswith("z")
+
+
+def test_a5_is_perfect_and_s5_is_not():
+    """All of A5 is generated by commutators, so it is not solvable; those of S5 generate A5, those of A4 x Z5 four."""
+    for name, size in (("a5", 60), ("s5", 60), ("a4xz5", 4), ("z60", 1)):
+        table = group_table(name)
+        inverse = (table == 0).argmax(axis=1)
+        found = {int(table[table[x, y], table[inverse[x], inverse[y]]]) for x in range(len(table)) for y in range(60)}
+        while len(closed := found | {int(table[x, y]) for x in found for y in found}) > len(found):
+            found = closed
+        assert len(found) == size
+
+
+def test_even_permutations_have_determinant_one():
+    for permutation in permutations(4, even=True):
+        assert round(np.linalg.det(np.eye(4)[permutation])) == 1
+    assert len(permutations(5, even=True)) == 60
+
+
+# Refusals
+
+
+@pytest.mark.parametrize(
+    "name, fields, message",
+    [
+        ("mqra", {}, r"config.data.name='mqra': did you mean 'mqar'\? tasks are copying, selective_copying"),
+        ("mqar", dict(pairs=3), "config.data.task.pairs: mqar has no such field; its fields are vocab, shapes"),
+        ("copying", dict(vocab=3), "config.data.task.vocab=3: must be at least 4"),
+        ("copying", dict(tokens=0), "tokens=0: must be at least 1"),
+        ("induction", dict(vocab=2), "vocab=2: must be at least 3"),
+        ("recall", dict(vocab=4), "vocab=4: must be at least 5"),
+        ("mqar", dict(vocab=16, shapes=((64, 8, 1.0),)), r"shapes=.*at most 7 pairs, as vocab=16"),
+        ("mqar", dict(shapes=((64, 17, 1.0),)), r"shapes=.*at least 4 for each"),
+        ("mqar", dict(shapes=((63, 4, 1.0),)), "even number"),
+        ("mqar", dict(shapes=((64, 4),)), "triples"),
+        ("mqar", dict(test_shapes=((64, 40),)), "test_shapes"),
+        ("mqar", dict(power=0.0), "power=0.0: must be greater than 0"),
+        ("parity", dict(ask="all"), "ask='all': must be 'last' or 'every'"),
+        ("parity", dict(ask="every", shortest=2), "shortest=2"),
+        ("modular_arithmetic", dict(operators="+/"), r"operators='\+/': must be one or several of \+-\*"),
+        ("modular_arithmetic", dict(modulus=1), "modulus=1: must be at least 2"),
+        ("word_problem", dict(group="s9"), "group='s9': must be s2 to s5"),
+        ("word_problem", dict(group="q8"), "group='q8'"),
+        ("listops", dict(depth=2, arguments=3, shortest=10, longest=20), "shortest=10: must be less than 5"),
+        ("listops", dict(shortest=10, longest=11), "longest=11: must be at least 12"),
+        ("passkey", dict(depth=1.5), "depth=1.5: must be from 0 to 1, or -1"),
+    ],
+)
+def test_bad_settings_are_refused(name, fields, message):
+    with pytest.raises(UserError, match=message) as error:
+        make_task(name, fields)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "name, fields, length",
+    [
+        ("copying", dict(tokens=5), 9),
+        ("induction", {}, 3),
+        ("recall", {}, 5),
+        ("mqar", dict(shapes=((64, 4, 1.0), (128, 4, 1.0))), 64),
+        ("parity", dict(shortest=3), 3),
+        ("parity", {}, 1),
+        ("modular_arithmetic", dict(shortest=4), 5),
+        ("word_problem", dict(shortest=4), 3),
+        ("listops", dict(longest=600), 599),
+        ("passkey", {}, 36),
+    ],
+)
+def test_short_rows_are_refused(name, fields, length):
+    with pytest.raises(UserError, match=f"config.seq_len={length}: must be"):
+        make_task(name, fields).check(length)
