@@ -1,0 +1,392 @@
+"""What a sweep is: its trials, their commands, and the tables and pictures of what came out."""
+
+import csv
+import importlib
+import json
+import math
+import os
+import re
+import shlex
+import statistics
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from absl import flags
+
+import sweep
+from configs import densemamba
+from configs.trials import chain, product, vary, zipped
+from seqmodels import cli
+from seqmodels.errors import UserError
+from seqmodels.model import build
+from seqmodels.sweeps import definition, devices, markup, plots, report, results
+from seqmodels.sweeps.labels import labels
+from tests.sweep_fakes import ROOT, Fakes
+
+DENSEMAMBA = str(ROOT / "configs" / "densemamba.py")
+
+
+# Lists of trials
+
+
+def test_product_is_every_combination():
+    assert product(vary("a", 1, 2), vary("b", 3, 4)) == [
+        {"a": 1, "b": 3}, {"a": 1, "b": 4}, {"a": 2, "b": 3}, {"a": 2, "b": 4},
+    ]  # fmt: skip
+    assert product([{"a": 1, "c": 5}], vary("b", 3)) == [{"a": 1, "c": 5, "b": 3}]
+    with pytest.raises(ValueError, match="two lists of trials set a"):
+        product(vary("a", 1), vary("a", 2))
+
+
+def test_zipped_is_side_by_side_and_chain_one_after_another():
+    assert zipped(vary("a", 1, 2), vary("b", 3, 4)) == [{"a": 1, "b": 3}, {"a": 2, "b": 4}]
+    with pytest.raises(ValueError):
+        zipped(vary("a", 1, 2), vary("b", 3))
+    assert chain(vary("a", 1), product(vary("b", 2), vary("c", 3))) == [{"a": 1}, {"b": 2, "c": 3}]
+
+
+def test_labels_say_what_differs():
+    trials = [
+        {"steps": 9, "model.width": 8, "seed": 0},
+        {"steps": 9, "model.dense.variant": "read", "optimizer.learning_rate": 0.001, "seed": 1},
+    ]
+    assert labels(trials) == ["width=8", "variant=read, learning_rate=0.001"]
+    assert labels([{"a.norm": 1, "seed": 0}, {"b.norm": 2, "seed": 0}]) == ["a.norm=1", "b.norm=2"]
+    assert labels([{"a.b": 1, "seed": 0}, {"a.b": 1, "seed": 1}]) == ["b=1", "b=1"]
+    assert labels([{"seed": 0}]) == ["as configured"]
+
+
+# Definition
+
+
+def define(tmp_path, name="ablation", seeds=1, spec=DENSEMAMBA, **fields):
+    config = cli.load_config(spec)
+    config.update_from_flattened_dict(fields)
+    return definition.define(spec, config, name, seeds, tmp_path)
+
+
+@pytest.mark.parametrize("name", ["ablation", "miniature"])
+def test_a_trial_is_an_ordinary_command_that_gives_its_config(tmp_path, name):
+    """What train.py makes of the command's flags is the config whose hash is the trial's name."""
+    trials = define(tmp_path, name, 2, **{"steps": 7, "evaluation.lengths": (1, 8), "sample.prompt": "it's"})
+    assert len({trial.id for trial in trials}) == len(trials)
+    for trial in trials:
+        argv = shlex.split(trial.line.split(" && ")[0])[1:]
+        values = flags.FlagValues()
+        cli.define_config(values, argv)
+        flags.DEFINE_string("workdir", None, "", flag_values=values)
+        values(argv)
+        assert json.loads(json.dumps(dict(cli.fields(values.config)))) == trial.fields
+        assert values.workdir == str(trial.workdir) and trial.workdir.name == trial.id
+        for field, value in trial.overrides.items():
+            assert dict(cli.fields(values.config))[field] == value
+
+
+def test_miniature_has_two_trials_and_ablation_those_of_the_study(tmp_path):
+    assert len(define(tmp_path, "miniature")) == 2
+    trials = [trial.overrides for trial in define(tmp_path, seeds=1)]
+    assert trials[0] == {"model.dense.variant": "none", "seed": 0}
+    read = [t for t in trials if t["model.dense.variant"] == "read"]
+    assert [t["model.dense.gate"] for t in read if "model.dense.gate" in t] == ["channel", "both", "none"]
+    assert [t["model.dense.depth"] for t in read if "model.dense.depth" in t] == [1, 4]  # 2 is the config's
+    assert {t["model.dense.norm"] for t in trials if t["model.dense.variant"] == "input"} == {False, True}
+    deep = [trial.overrides for trial in define(tmp_path, **{"model.repeats": 8})]
+    assert [t["model.dense.every"] for t in deep if "model.dense.every" in t] == [2, 4]
+
+
+def test_same_config_is_the_same_trial_whatever_the_sweep(tmp_path):
+    one, three = define(tmp_path), define(tmp_path, seeds=3)
+    assert {trial.id for trial in one} < {trial.id for trial in three} and len(three) == 3 * len(one)
+    assert {trial.id for trial in define(tmp_path, **{"steps": 7})}.isdisjoint(trial.id for trial in three)
+
+
+def test_sweep_starts_from_the_overridden_config(tmp_path):
+    """The width that matches is that of the model that is trained, not of the preset."""
+    widths = [
+        {trial.fields["model.width"] for trial in define(tmp_path, **{"model.width": width})} for width in (192, 256)
+    ]
+    assert widths[0] == {192, 193} and widths[1] == {256, 257}
+
+
+def count(model) -> int:
+    shapes = jax.eval_shape(build(model, 257).init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes))
+
+
+@pytest.mark.parametrize("fields", [{}, {"depth": 4, "every": 2, "per_source": True}, {"variant": "none"}])
+def test_parameters_are_counted_as_the_model_has_them(fields):
+    model = densemamba.get_config().model
+    model.update(width=48, repeats=5)
+    model.dense.update(**fields)
+    assert densemamba.parameters(model) == count(model)
+
+
+@pytest.mark.parametrize("field, bound", [("width", 0.0005), ("dt_rank", 0.0005)])
+def test_controls_have_the_parameters_of_read(field, bound):
+    model = densemamba.get_config("130m").model
+    other = densemamba.get_config("130m").model
+    other.dense.variant = "none"
+    (other if field == "width" else other.mamba)[field] = densemamba.matching(model, field)
+    assert abs(densemamba.parameters(other) / densemamba.parameters(model) - 1) < 2 * bound
+    assert densemamba.parameters(model) == densemamba.parameters(densemamba.get_config("130m").model)  # untouched
+
+
+@pytest.mark.parametrize(
+    "argv, words",
+    [
+        (["--sweep=miniatur"], ["--sweep=miniatur", "did you mean miniature"]),
+        (["--sweep=x"], ["there are ablation, miniature"]),
+        (["--config.stepz=3"], ["config.stepz", "steps"]),
+        (["--config.model.width=0"], ["config.model.width=0", "at least 1"]),
+        (["--engine=slum"], ["--engine=slum", "local|slurm|print"]),
+        (["--seeds=0"], ["--seeds=0"]),
+        (["--parallel=-1"], ["--parallel=-1"]),
+        (["--compare=nowhere"], ["--compare=nowhere", "neither a run directory nor a sweep's"]),
+        (["--out=/dev/null/x"], ["--out=/dev/null/x", "cannot be written"]),
+        (["--sweeps=3"], ["sweeps"]),
+    ],
+)
+def test_mistakes_are_one_line_before_anything_starts(tmp_path, monkeypatch, capsys, argv, words):
+    monkeypatch.chdir(tmp_path)
+    assert cli.run(sweep.main, sweep.define, "", ["sweep.py", f"--config={DENSEMAMBA}", *argv]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and error.count("\n") == 1
+    assert all(word in error for word in words), error
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "trial, words",
+    [
+        ("{'model.widht': 3}", ["model.widht=3", "did you mean model.width"]),
+        ("{'model.width': 'wide'}", ["model.width='wide'", "of type int"]),
+        ("{'model.dense': 3}", ["model.dense=3", "no such field"]),
+        ("{'model.width': -3}", ["config.model.width=-3", "at least 1"]),
+    ],
+)
+def test_bad_trial_of_a_sweep_is_one_line(tmp_path, trial, words):
+    path = tmp_path / "bad.py"
+    path.write_text(
+        f"from configs.mamba import get_config\ndef sweep(add, arg=None):\n    add({{}})\n    add({trial})\n"
+    )
+    with pytest.raises(UserError) as error:
+        define(tmp_path, spec=str(path))
+    assert all(word in str(error.value) for word in ["--sweep=ablation", *words]) and "\n" not in str(error.value)
+
+
+def test_config_without_a_sweep_and_sweep_without_trials(tmp_path):
+    path = tmp_path / "none.py"
+    path.write_text("from configs.mamba import get_config\n")
+    with pytest.raises(UserError, match="defines no sweep"):
+        define(tmp_path, spec=str(path))
+    path.write_text("from configs.mamba import get_config\ndef sweep(add, arg=None):\n    pass\n")
+    with pytest.raises(UserError, match="adds no trial"):
+        define(tmp_path, spec=str(path))
+
+
+def test_directory_of_another_sweep_is_refused(tmp_path):
+    trials = define(tmp_path)
+    definition.keep(tmp_path, "a.py", "ablation", trials)
+    definition.keep(tmp_path, "a.py", "ablation", trials[:2])
+    with pytest.raises(UserError, match=r"holds sweep ablation of a.py, not miniature of a.py"):
+        definition.keep(tmp_path, "a.py", "miniature", trials)
+
+
+def test_evaluators_of_the_config_are_the_evals_of_the_trial(tmp_path):
+    (trial, _) = define(tmp_path, "miniature", **{"evals": "perplexity,context_lengths", "platform": "cpu"})
+    assert trial.commands["eval"][3:] == ("--evals=perplexity,context_lengths", "--platform=cpu")
+
+
+# Devices
+
+
+def test_slots_of_gpus(monkeypatch):
+    config = densemamba.get_config()
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0, 2,GPU-a")
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in devices.slots(0, config)] == ["0", "2", "GPU-a"]
+    assert len(devices.slots(2, config)) == 2
+    with pytest.raises(UserError, match="--parallel=4: trials need 4 GPUs; this host has 3"):
+        devices.slots(4, config)
+    config.mesh.fsdp = 2
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in devices.slots(0, config)] == ["0,2"]
+    config.mesh.tensor = 2
+    with pytest.raises(UserError, match="mesh asks for 4 GPUs; this host has 3"):
+        devices.slots(0, config)
+    config.platform = "cpu"
+    assert devices.slots(0, config) == [devices.Slot()]
+
+
+def test_slots_of_a_cpu_share_its_cores(monkeypatch):
+    monkeypatch.setenv("JAX_PLATFORMS", "cpu")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
+    cores = [slot.cores for slot in devices.slots(2, densemamba.get_config())]
+    assert cores == [{0, 2}, {1}]
+    assert [slot.cores for slot in devices.slots(4, densemamba.get_config())] == [{0}, {1}, {2}, {0}]
+    assert devices.slots(1, densemamba.get_config()) == [devices.Slot()]
+
+
+# Results
+
+
+def run_directory(folder, *, seed=0, loss=2.0, speed=100.0, steps=10, curve=None, done=True, width=8):
+    """As train.py and eval.py make it."""
+    folder.mkdir(parents=True)
+    config = {"seed": seed, "batch_size": 4, "seq_len": 5, "model": {"width": width}}
+    (folder / "config.json").write_text(json.dumps(config))
+    losses = curve or [loss + 1 / (step + 1) for step in range(steps)]
+    rows = [{"step": i + 1, "loss": value, "tokens_per_second": speed} for i, value in enumerate(losses)]
+    rows.insert(5, {"step": 5, "validation_loss": 1.0})
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"step": 11, "lo')
+    if done:
+        summary = {"steps": steps, "splits": {"validation": {"loss": loss}}, "parameters": 10 * width, "sample": "x"}
+        (folder / "summary.json").write_text(json.dumps(summary))
+        (folder / "eval.json").write_text(json.dumps({"step": steps, "a": {"b": [1, 2], "c": loss / 2}, "bad": None}))
+    return folder
+
+
+def test_figures_of_a_run(tmp_path):
+    (result,) = results.of_runs([run_directory(tmp_path / "run", speed=50.0)])
+    assert result.status == "done" and result.id == result.label == "run"
+    figures = result.figures
+    assert figures["validation.loss"] == 2.0 and figures["eval.a.c"] == 1.0 and figures["parameters"] == 80
+    assert figures["steps_done"] == 10 and figures["train_loss"] == 2.0 + 1 / 10  # a twentieth of 10 rows is one
+    assert figures["tokens_per_second"] == 50.0
+    assert math.isclose(figures["train_seconds"], 10 * 20 / 50)  # 10 steps of 4 x 5 tokens
+    assert set(figures) == {
+        "steps_done", "train_loss", "tokens_per_second", "train_seconds", "validation.loss", "parameters",
+        "eval.step", "eval.a.c",
+    }  # fmt: skip
+
+
+def test_loss_at_equal_time(tmp_path):
+    fast = run_directory(tmp_path / "fast", speed=100.0, curve=[5.0, 4.0, 3.0, 2.0], steps=4)
+    slow = run_directory(tmp_path / "slow", speed=50.0, curve=[4.0, 3.0, 2.0, 1.0], steps=4)
+    lined = results.of_runs([fast, slow])
+    assert math.isclose(results.at_equal_time(lined), 0.8)
+    assert [result.figures[results.EQUAL_TIME] for result in lined] == [2.0, 3.0]
+
+
+def test_unfinished_runs_have_no_figures_to_be_mistaken_for_results(tmp_path):
+    (result,) = results.of_runs([run_directory(tmp_path / "run", done=False)])
+    assert result.status == "interrupted" and result.figures == {"steps_done": 10} and len(result.losses) == 10
+
+
+def test_mean_spread_and_paired_differences_against_numpy(tmp_path):
+    rng = np.random.default_rng(0)
+    values = rng.normal(3, 0.1, (2, 4))
+    lined = []
+    for row, name in zip(values, ("one", "two"), strict=True):
+        for seed, loss in enumerate(row):
+            (result,) = results.of_runs([run_directory(tmp_path / f"{name}{seed}", seed=seed, loss=loss)])
+            result.label = name
+            lined.append(result)
+    one, two = results.group(lined)
+    assert (one.number, two.number, one.label, two.label) == (1, 2, "one", "two")
+    np.testing.assert_allclose(
+        results.mean_and_spread(one.values("validation.loss")), (values[0].mean(), values[0].std(ddof=1))
+    )
+    np.testing.assert_allclose(two.differences(one, "validation.loss"), values[1] - values[0])
+    two.results.pop(0)  # only seeds that both have
+    np.testing.assert_allclose(two.differences(one, "validation.loss"), values[1, 1:] - values[0, 1:])
+    assert results.mean_and_spread([2.0]) == (2.0, None) and math.isnan(results.mean_and_spread([])[0])
+
+
+def test_compare_lines_up_runs_and_sweeps(tmp_path, monkeypatch, capsys):
+    fakes = Fakes(tmp_path, ("fine", "better"))
+    fakes.run("--seeds=2")
+    run_directory(tmp_path / "other", loss=2.5)
+    run_directory(tmp_path / "going", done=False)
+    monkeypatch.chdir(tmp_path)
+    argv = ["sweep.py", "--compare=other,out,going", "--out=lined"]
+    assert cli.run(sweep.main, sweep.define, "", argv) == 0
+    table = capsys.readouterr().out
+    with open("lined/results.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["status"] for row in rows] == ["done"] * 5 + ["interrupted"]
+    assert [row["validation.loss"] for row in rows] == ["2.5", "4.0", "4.125", "6.0", "6.125", ""]
+    for name in ("other", "out: prompt=fine", "out: prompt=better", "going"):
+        assert name in table
+    assert cli.run(sweep.main, sweep.define, "", [*argv, "--metric=validation.los"]) == 1
+    assert "--metric=validation.los: no such figure; did you mean validation.loss" in capsys.readouterr().err
+    assert cli.run(sweep.main, sweep.define, "", argv[:2]) == 1
+    assert "--out is missing" in capsys.readouterr().err
+
+
+def test_report_has_the_means_spreads_and_differences(tmp_path):
+    losses = {"none": (2.0, 2.2), "read": (1.9, 2.05)}
+    lined = []
+    for name, values in losses.items():
+        for seed, loss in enumerate(values):
+            (result,) = results.of_runs([run_directory(tmp_path / f"{name}{seed}", seed=seed, loss=loss)])
+            result.label, result.columns = name, {"variant": name, "lengths": [1, 2]}
+            result.record |= {"commit": "abc", "device": "1 x <H100>", "started": "2026-01-02T03:04:05"}
+            lined.append(result)
+    lined += results.of_runs([run_directory(tmp_path / "rank", done=False)])
+    lined[4].record |= {"status": "failed", "reason": "a | b <script>alert(1)</script>"}
+    (lined[4].workdir / "trial.log").write_text("lots\nthen <b>boom</b>\n")
+    report.write(tmp_path, "A & B", lined, "python sweep.py --x=<y>")
+
+    text = (tmp_path / "report.md").read_text()
+    row = next(line for line in text.splitlines() if line.startswith("| 1 | none"))
+    assert f"| 2 | 2.1000 ± {statistics.stdev(losses['none']):.4f} |  |" in row
+    assert "| 2 | read | 2 | 1.9750 ± 0.1061 | -0.1250 ± 0.0354 |" in text
+    for part in ("![training losses](losses.png)", "python sweep.py --x=<y>", "Commit abc", "1 x <H100>", "2026-01-02"):
+        assert part in text
+    assert "a \\| b" in text and "Seeds 0, 1" in text and "4 done, 1 failed" in text
+
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>" not in page and "&lt;script&gt;" in page and "then &lt;b&gt;boom&lt;/b&gt;" in page
+    assert page.count("data:image/png;base64,") == 3
+    assert not re.search(r"""(src|href)=["'](?!data:)|url\(|https?:|@import""", page)
+    for name in ("losses.png", "bars.png", "quality.png"):
+        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+
+
+def test_report_of_nothing_yet(tmp_path):
+    (result,) = results.of_runs([run_directory(tmp_path / "run", done=False)])
+    result.losses.clear()
+    report.write(tmp_path, "Nothing", [result], "python sweep.py")
+    assert not (tmp_path / "losses.png").exists() and "| 1 | run | 0 of 1 |" in (tmp_path / "report.md").read_text()
+
+
+def test_plots_show_every_group(tmp_path):
+    """Marks, bars and curves are at the means; a diverged run is still a curve."""
+    lined = results.of_runs([run_directory(tmp_path / f"run{i}", seed=i, loss=2.0 + i) for i in range(3)])
+    lined[2].record["status"], lined[2].figures = "diverged", {}
+    groups = results.group(lined)
+    for png in (
+        plots.losses(groups), plots.bars(groups, "validation.loss"), plots.quality(groups, "validation.loss")
+    ):  # fmt: skip
+        assert png.startswith(b"\x89PNG")
+    assert plots.bars(groups[2:], "validation.loss") is None and plots.quality(groups[2:], "validation.loss") is None
+
+
+def test_markup_in_both_forms():
+    blocks = [
+        markup.Heading("Two"), markup.Table(["a", "b", "c"], [["x|y", "<", "1"]]), markup.Code("```", "Log"), "Text."
+    ]  # fmt: skip
+    assert markup.markdown("One", blocks) == (
+        "# One\n\n## Two\n\n| a | b | c |\n| --- | --- | ---: |\n| x\\|y | < | 1 |\n\nLog\n\n````\n```\n````\n\nText.\n"
+    )
+    page = markup.page("One", blocks)
+    assert '<td class="text">x|y</td><td class="text">&lt;</td><td>1</td>' in page
+    assert "<details><summary>Log</summary><pre>```</pre></details>" in page
+
+
+def test_sweep_imports_no_jax_and_no_plots():
+    """The parent of the trials is light, and takes no device from them."""
+    code = "import sys, sweep; print([m for m in ('jax', 'matplotlib', 'torch', 'submitit') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
+
+
+@pytest.mark.parametrize("name", ["densemamba", "mamba", "transformer"])
+def test_sweeps_of_all_configs_are_defined(tmp_path, name):
+    spec = str(ROOT / "configs" / f"{name}.py")
+    assert len(define(tmp_path, spec=spec)) > 3
+    assert hasattr(importlib.import_module(f"configs.{name}"), "sweep")
