@@ -10,6 +10,7 @@ import pytest
 from ml_collections import ConfigDict
 
 import eval as evaluation
+from benchmarks import accuracy_by_state
 from configs import synthetic
 from seqmodels import cli, data
 from seqmodels.config import validate
@@ -344,6 +345,30 @@ def test_needle_counts_rows_by_depth(monkeypatch):
     assert result["60"] == {"not_served": "no such row"} and result["90"] == {"not_served": "the model sees 80 tokens"}
     figures = {"needle": result, "needle_depths": list(needle.DEPTHS)}
     assert "no such row" in needle.table(figures) and "1.00" in needle.table(figures)
+
+
+def test_accuracy_by_state(tmp_path, capsys, monkeypatch):
+    """Seeds of one size are joined; a run without an accuracy is named."""
+    for i, (dense, width, seed, right) in enumerate([("none", 32, 0, 0.5), ("none", 32, 1, 0.7), ("read", 64, 0, 0.9)]):
+        folder = tmp_path / f"run{i}"
+        folder.mkdir()
+        config = synthetic.get_config("mqar").unlock()
+        config.model.dense.variant, config.model.width, config.seed = dense, width, seed
+        (folder / "config.json").write_text(config.to_json())
+        (folder / "summary.json").write_text(json.dumps({"parameters": width * 1000}))
+        figures = {"accuracy": {"test": right}, "sequence_accuracy": {"test": right**2}, "state_bytes": width * 100}
+        (folder / "eval.json").write_text(json.dumps(figures))
+    folders = [str(tmp_path / f"run{i}") for i in range(3)]
+    monkeypatch.setattr("sys.argv", ["accuracy_by_state.py", *folders, f"--out={tmp_path}/out"])
+    accuracy_by_state.main()
+    text = (tmp_path / "out.md").read_text()
+    assert "| mamba | 32 | 32,000 | 3,200 | 2 | 0.6000 (0.5000 to 0.7000) | 0.3700 (0.2500 to 0.4900) |" in text
+    assert "| mamba, dense read | 64 | 64,000 | 6,400 | 1 | 0.9000 | 0.8100 |" in text and "Seeds: 0, 1." in text
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "run1" / "eval.json").unlink()
+    with pytest.raises(SystemExit):
+        accuracy_by_state.main()
+    assert f"python eval.py --workdir={folders[1]}" in capsys.readouterr().err
 
 
 # The whole way

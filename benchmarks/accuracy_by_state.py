@@ -1,0 +1,120 @@
+"""Accuracy on a synthetic task against the bytes of state that a row needs, over any finished and evaluated runs.
+
+    python benchmarks/accuracy_by_state.py sweeps/mqar/trials/* --out=docs/results/mqar_by_state
+
+writes docs/results/mqar_by_state.png and .md from the runs' config.json, summary.json and eval.json. Runs of one model
+(pattern and dense links) are joined, from the smallest state to the largest; several of one size, such as seeds, stand
+at their mean, with a bar from the worst to the best.
+"""
+
+import argparse
+import datetime
+import json
+import statistics
+import sys
+from collections import defaultdict
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.record import commit
+
+
+def read(folder: Path, split: str) -> dict:
+    """Figures of one run. Raises ValueError where it has no accuracy."""
+    try:
+        config, summary, figures = (
+            json.loads((folder / f"{name}.json").read_text()) for name in ("config", "summary", "eval")
+        )
+        accuracy = {name: figures[name][split] for name in ("accuracy", "sequence_accuracy")}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{folder}: no accuracy on {split} in eval.json ({error!r}); run `python eval.py --workdir={folder}`"
+        ) from error
+    model, dense = config["model"]["pattern"], config["model"]["dense"]["variant"]
+    return dict(
+        model=model if dense == "none" else f"{model}, dense {dense}",
+        width=config["model"]["width"],
+        task=config["data"]["name"],
+        seed=config["seed"],
+        parameters=summary["parameters"],
+        state_bytes=figures["state_bytes"],
+        **accuracy,
+    )
+
+
+def grouped(runs: list[dict]) -> dict[str, dict[int, list[dict]]]:
+    """Model -> bytes of state, rising -> runs."""
+    groups = defaultdict(lambda: defaultdict(list))
+    for run in sorted(runs, key=lambda run: (run["model"], run["state_bytes"], run["seed"])):
+        groups[run["model"]][run["state_bytes"]].append(run)
+    return groups
+
+
+def table(runs: list[dict]) -> str:
+    """Markdown, one row a model and size."""
+    lines = ["| model | width | parameters | state bytes | runs | accuracy | rows all right |"]
+    lines += ["|---|---|---|---|---|---|---|"]
+    for model, sizes in grouped(runs).items():
+        for state_bytes, same in sizes.items():
+            cells = []
+            for name in ("accuracy", "sequence_accuracy"):
+                values = [run[name] for run in same]
+                spread = f" ({min(values):.4f} to {max(values):.4f})" if len(values) > 1 else ""
+                cells.append(f"{statistics.mean(values):.4f}{spread}")
+            widths = ", ".join(str(width) for width in sorted({run["width"] for run in same}))
+            parameters = ", ".join(f"{n:,}" for n in sorted({run["parameters"] for run in same}))
+            lines.append(f"| {model} | {widths} | {parameters} | {state_bytes:,} | {len(same)} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(runs: list[dict], path: Path) -> None:
+    """One line a model."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for model, sizes in grouped(runs).items():
+        values = [[run["accuracy"] for run in same] for same in sizes.values()]
+        means = [statistics.mean(some) for some in values]
+        bars = [[mean - min(some) for mean, some in zip(means, values, strict=True)],
+                [max(some) - mean for mean, some in zip(means, values, strict=True)]]  # fmt: skip
+        axes.errorbar(list(sizes), means, yerr=bars, marker="o", capsize=3, label=model)
+    axes.set(xscale="log", ylim=(-0.02, 1.02), xlabel="bytes of state a row", ylabel="accuracy")
+    axes.set_title(", ".join(sorted({run["task"] for run in runs})))
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    pyplot.close(figure)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path, help="run directories with an eval.json")
+    parser.add_argument("--out", type=Path, required=True, help="where to write, without ending")
+    parser.add_argument("--split", default="test", help="of the accuracy")
+    parser.add_argument("--device", default="", help="what the runs ran on, for the heading")
+    options = parser.parse_args()
+    try:
+        runs = [read(run, options.split) for run in options.runs]
+    except ValueError as error:
+        parser.error(str(error))
+    command = f"python benchmarks/accuracy_by_state.py {' '.join(map(str, options.runs))} --out={options.out}"
+    made = [datetime.date.today().isoformat(), options.device, f"commit {commit()}" if commit() else ""]
+    text = [
+        f"# Accuracy against state: {', '.join(sorted({run['task'] for run in runs}))}",
+        f"{', '.join(filter(None, made))}. Seeds: {', '.join(map(str, sorted({run['seed'] for run in runs})))}.",
+        table(runs),
+        f"![accuracy against state]({options.out.name}.png)",
+        f"Made by\n\n```\n{command}\n```",
+    ]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.with_suffix(".md").write_text("\n\n".join(text) + "\n")
+    plot(runs, options.out.with_suffix(".png"))
+    print(table(runs))
+
+
+if __name__ == "__main__":
+    main()
