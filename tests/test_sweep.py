@@ -178,6 +178,15 @@ def test_bad_trial_of_a_sweep_is_one_line(tmp_path, trial, words):
     assert all(word in str(error.value) for word in ["--sweep=ablation", *words]) and "\n" not in str(error.value)
 
 
+def test_example_of_the_page(tmp_path):
+    example = re.search(r"```python\n(.*?)```", (ROOT / "docs" / "sweeps.md").read_text(), re.DOTALL)[1]
+    path = tmp_path / "mine.py"
+    path.write_text(f"from configs.mamba import get_config\n{example}")
+    assert len(define(tmp_path, spec=str(path))) == 5 and len(define(tmp_path, "depths", spec=str(path))) == 3
+    fields = [trial.fields for trial in define(tmp_path, spec=str(path), **{"optimizer.learning_rate": 1e-3})]
+    assert (fields[0]["model.width"], fields[0]["optimizer.learning_rate"]) == (64, 2e-3)
+
+
 def test_config_without_a_sweep_and_sweep_without_trials(tmp_path):
     path = tmp_path / "none.py"
     path.write_text("from configs.mamba import get_config\n")

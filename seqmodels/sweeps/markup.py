@@ -9,9 +9,10 @@ STYLE = """
 :root { color-scheme: light dark }
 body { font: 15px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 80rem; padding: 0 1rem }
 .wide { overflow-x: auto }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; white-space: nowrap }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums }
+td { white-space: nowrap }
 th, td { border-bottom: 1px solid #8886; padding: .25rem .7rem; text-align: right }
-th { border-bottom-width: 2px }
+th { border-bottom-width: 2px; vertical-align: bottom }
 .text { text-align: left }
 tbody tr:hover { background: #8882 }
 img { max-width: 100%; background: white; border-radius: 4px }

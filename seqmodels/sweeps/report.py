@@ -101,13 +101,11 @@ def _table(groups: list[Group], metric: str) -> Table:
 
 
 def _figure(values: list[float], sign: str = "") -> str:
-    """`1.4317 ± 0.0012`; the spread only where it is not zero by nature."""
+    """`1.4317 ± 0.0012`; counts, and what is over a thousand, without decimals."""
     mean, spread = mean_and_spread(values)
     if math.isnan(mean):
         return "–"
-    digits = (
-        ".0f" if abs(mean) >= 1000 or (all(float(value).is_integer() for value in values) and not spread) else ".4f"
-    )
+    digits = ".0f" if abs(mean) >= 1000 or (not spread and all(isinstance(value, int) for value in values)) else ".4f"
     text = f"{mean:{sign},{digits}}"
     return text if not spread else f"{text} ± {spread:,{digits}}"
 
