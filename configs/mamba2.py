@@ -49,7 +49,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.pattern = "mamba2"
     add_mamba2(config)
     if chosen == "small":
-        config.model.mamba2.update(dict(state=32, head_dim=32))
+        config.model.mamba2.update(dict(state=64, head_dim=32))
     else:
         width, layers, learning_rate, steps, remat, scan_blocks = PAPER[chosen]
         large(config, learning_rate=learning_rate, steps=steps, remat=remat)

@@ -17,6 +17,9 @@ CHOICES = {
     "model.dense.activation": ("silu", "sigmoid", "identity"),
     "model.dense.projection": ("identity", "linear"),
     "model.mamba.norms": ("none", "rms", "learned"),
+    "model.retnet.schedule": ("octaves", "spread"),
+    "model.retnet.activation": ("identity", "silu"),
+    "model.mlp.activation": ("silu", "gelu", "relu"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
     "training.nan": ("stop", "skip"),
 }
@@ -34,6 +37,8 @@ RANGES = {
     "model.dense.depth": (1, math.inf),
     "model.dense.every": (1, math.inf),
     "model.dense.bottleneck": (1, math.inf),
+    "model.dense.bottleneck_state": (0, math.inf),
+    "model.dense.gate_std": (0, math.inf),
     "model.mamba.state": (1, math.inf),
     "model.mamba.expand": (1, math.inf),
     "model.mamba.conv": (1, math.inf),
@@ -43,6 +48,10 @@ RANGES = {
     "model.mamba2.head_dim": (1, math.inf),
     "model.mamba2.groups": (1, math.inf),
     "model.mamba2.conv": (2, 8),
+    "model.retnet.heads": (1, math.inf),
+    "model.retnet.key_dim": (0, math.inf),
+    "model.retnet.value_dim": (0, math.inf),
+    "model.retnet.init_std": (0, math.inf),
     "model.attention.heads": (1, math.inf),
     "model.attention.kv_heads": (0, math.inf),
     "model.attention.head_dim": (0, math.inf),
@@ -73,7 +82,7 @@ RANGES = {
     "sample.top_k": (0, math.inf),
 }
 
-STREAMS = ("mamba",)  # mixers with a hidden stream, which DenseSSM reads
+STREAMS = ("mamba", "mamba2", "retnet")  # mixers with a hidden stream, which DenseSSM reads
 
 POSITIVE = ("model.embedding_std", "model.norm_eps", "optimizer.learning_rate", "optimizer.eps", "sample.top_p")
 SHARES = ("model.dropout", "optimizer.b1", "optimizer.b2", "optimizer.ema")  # at least 0, under 1
@@ -133,10 +142,25 @@ def _validate_model(model: ConfigDict, *, bptt: bool) -> None:
         if not names & set(STREAMS):
             allowed = f"'none' without one of {', '.join(STREAMS)} in model.pattern"
             _refuse("model.dense.variant", model.dense.variant, allowed)
+        if names & {"mamba2", "retnet"}:
+            if model.dense.variant == "carry":
+                _refuse("model.dense.variant", "carry", "one of 'read', 'input', 'output', 'rank' with a matrix state")
+            if model.dense.projection != "identity":
+                _refuse("model.dense.projection", model.dense.projection, "'identity' with a matrix state")
         if model.dense.gate != "none" and model.width < model.dense.bottleneck:
             _refuse("model.dense.bottleneck", model.dense.bottleneck, f"at most model.width={model.width}")
+    if "retnet" in names:
+        _validate_retnet(model.retnet, model.width)
     if "attention" in names:
         _validate_attention(model.attention, model.width)
+
+
+def _validate_retnet(retnet: ConfigDict, width: int) -> None:
+    if width % retnet.heads and not (retnet.key_dim and retnet.value_dim):
+        allowed = f"a divisor of model.width={width}, or key_dim and value_dim must be set"
+        _refuse("model.retnet.heads", retnet.heads, allowed)
+    if (key_dim := retnet.key_dim or width // retnet.heads) % 2 or not key_dim:
+        _refuse("model.retnet.key_dim", key_dim, "even, as rotations turn pairs")
 
 
 def _validate_attention(attention: ConfigDict, width: int) -> None:

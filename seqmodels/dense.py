@@ -1,5 +1,7 @@
 """DenseSSM: layers that use the hidden states of the layers below (He et al. 2024, arXiv 2403.00818), for Mamba.
 
+seqmodels/dense_matrix.py has the same for mixers whose state is a matrix.
+
 Let s^l be layer l's own state, and "past" the m layers below that have a state. The published text and figures leave
 open where the lower states enter, and no code of DenseMamba was published; so each reading has a name:
 
@@ -53,6 +55,8 @@ class DenseFusion(nn.Module):
     Attributes:
         width, inner, state: D, E, N. sources: how many layers below are read, m or fewer near the bottom; OUTPUT also
             has none, to hand its readout up.
+        bottleneck_state: as `bottleneck`, of the state's gate; 0 takes the same.
+        gate_std: standard deviation of the gates' matrices at the start; 0: the first is width^-1/2, the last zero.
         The rest is `config.model.dense`; see configs/base.py.
     """
 
@@ -64,10 +68,12 @@ class DenseFusion(nn.Module):
     gate: str = "channel"
     activation: str = "silu"
     bottleneck: int = 32
+    bottleneck_state: int = 0
     per_source: bool = False
     projection: str = "identity"
     norm: bool = False
     norm_eps: float = 1e-5
+    gate_std: float = 0.0
     dtype: jnp.dtype = jnp.float32
     implementation: Mapping[str, str] = FrozenDict()
 
@@ -89,17 +95,17 @@ class DenseFusion(nn.Module):
         if not self.sources:
             return
         count = self.sources if self.per_source else 1
-        hidden = max(1, self.width // self.bottleneck)
 
-        def gate(name, size, axis):
+        def gate(name, size, axis, bottleneck):
             """W1 [D, r] and W2 [r, S, size]; W2 starts at zero, so the gate does (sigmoid: at a half)."""
-            inward = matrix(self, f"{name}_in", (self.width, hidden), ("embed", "rank"), self.width**-0.5)
-            return inward, matrix(self, f"{name}_out", (hidden, count, size), ("rank", None, axis), 0.0)
+            hidden, std = max(1, self.width // bottleneck), self.gate_std or self.width**-0.5
+            inward = matrix(self, f"{name}_in", (self.width, hidden), ("embed", "rank"), std)
+            return inward, matrix(self, f"{name}_out", (hidden, count, size), ("rank", None, axis), self.gate_std)
 
         if self.gate in ("channel", "both"):
-            self.channel = gate("gate_channel", self.inner, "inner")
+            self.channel = gate("gate_channel", self.inner, "inner", self.bottleneck)
         if self.gate == "state" or (self.gate == "both" and self.variant == "input"):
-            self.state_gate = gate("gate_state", self.state, "state")
+            self.state_gate = gate("gate_state", self.state, "state", self.bottleneck_state or self.bottleneck)
         elif self.gate == "both":  # 1 + x W: the channel gate, a factor beside it, must not be starved
             self.state_gain = matrix(self, "gain_state", (self.width, count, self.state), ("embed", None, "state"), 0.0)
         if self.projection == "linear":

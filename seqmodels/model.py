@@ -16,6 +16,7 @@ import kernels.linear_attention
 import kernels.selective_scan
 import kernels.short_conv
 from seqmodels.dense import DenseFusion
+from seqmodels.dense_matrix import MatrixFusion
 from seqmodels.errors import UserError
 from seqmodels.layers.mlp import Mlp
 from seqmodels.layers.norm import RMSNorm
@@ -124,7 +125,8 @@ def dense_of(config, spec: BlockSpec, mixer, **parent) -> DenseFusion | None:
     fields = {k: v for k, v in config.dense.items() if k not in ("depth", "every")}
     inner, state = mixer.stream_sizes
     sizes = dict(width=config.width, inner=inner, state=state, sources=spec.sources)
-    return DenseFusion(**sizes, **fields, dtype=mixer.dtype, implementation=mixer.implementation, **parent)
+    fusion = MatrixFusion if hasattr(type(mixer), "state_shape") else DenseFusion
+    return fusion(**sizes, **fields, dtype=mixer.dtype, implementation=mixer.implementation, **parent)
 
 
 def block_state(config, spec: BlockSpec, batch: int, max_length: int):

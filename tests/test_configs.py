@@ -18,7 +18,8 @@ from tests.golden.regenerate import HERE, every_config
 
 REGENERATE = "if the change is meant: python tests/golden/regenerate.py, and look through the diff"
 CONFIGS = every_config()
-NAMES = ("densemamba", "mamba", "mamba2", "transformer")
+NAMES = ("densemamba", "denseretnet", "mamba", "mamba2", "retnet", "transformer")
+LARGE = {"denseretnet": "350m", "retnet": "200m"}  # a preset of a paper's size, where it is not 130m
 
 
 def config_of(name, arg=None):
@@ -31,6 +32,13 @@ def set_field(config, field, value):
         for parent in parents:
             config = config[parent]
         config[last] = value
+
+
+def has_field(config, field):
+    *parents, last = field.split(".")
+    for parent in parents:
+        config = config.get(parent, {})
+    return last in config
 
 
 def test_every_preset_has_its_golden_file():
@@ -69,7 +77,7 @@ def test_unknown_preset_names_the_nearest(arg, near):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", NAMES)
 def test_every_trial_of_the_sweep_is_a_valid_config_of_its_own(name):
-    for arg in (None, "130m"):
+    for arg in (None, LARGE.get(name, "130m")):
         trials = []
         importlib.import_module(f"configs.{name}").sweep(trials.append, arg)
         resolved = set()
@@ -148,19 +156,12 @@ def test_an_unknown_implementation_is_refused():
 def test_every_rule_is_about_a_field_that_some_config_has():
     configs = [config_of(name) for name in NAMES]
     for field in (*CHOICES, *RANGES, *POSITIVE, *SHARES):
-        *parents, last = field.split(".")
-        found = False
-        for config in configs:
-            part = config
-            for parent in parents:
-                part = part.get(parent, {})
-            found |= last in part
-        assert found, field
+        assert any(has_field(config, field) for config in configs), field
 
 
 @pytest.mark.parametrize("field", sorted(CHOICES))
 def test_choices_are_refused_by_name(field):
-    config = config_of("densemamba")
+    config = next(config for config in map(config_of, NAMES) if has_field(config, field))
     set_field(config, field, "nonesuch")
     with pytest.raises(UserError) as error:
         validate(config)
@@ -196,7 +197,11 @@ def test_choices_are_refused_by_name(field):
         ("transformer", "model.attention.heads", 5, "divisor of model.width=128"),
         ("transformer", "model.attention.kv_heads", 3, "divisor of heads=4"),
         ("transformer", "model.attention.head_dim", 31, "even"),
-        ("transformer", "model.dense.variant", "read", "'none' without one of mamba"),
+        ("retnet", "model.retnet.heads", 3, "divisor of model.width=128"),
+        ("retnet", "model.retnet.key_dim", 7, "even"),
+        ("denseretnet", "model.dense.variant", "carry", "with a matrix state"),
+        ("denseretnet", "model.dense.projection", "linear", "'identity' with a matrix state"),
+        ("transformer", "model.dense.variant", "read", "'none' without one of mamba, mamba2, retnet"),
     ],
 )
 def test_bad_values_are_refused_with_field_value_and_what_is_allowed(name, field, value, allowed):

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from seqmodels.errors import UserError
-from seqmodels.interop import mamba2
+from seqmodels.interop import denseretnet, mamba2
 from seqmodels.interop.weights import Weight, convert, demand, export, find, same, turned
 
 IGNORED = ("rotary_emb.inv_freq",)  # buffers in old Llama files, which follow from the config
@@ -148,8 +148,8 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: Mapping) -> tupl
     """A model that others trained, as ours.
 
     Args:
-        tensors: by name in the file, of model_type mamba, mamba2, falcon_mamba, llama or mistral, or of Mamba's
-            authors.
+        tensors: by name in the file, of model_type mamba, mamba2, falcon_mamba, llama or mistral, or those of
+            Mamba's or DenseRetNet's authors.
         config: their config.json.
 
     Returns:
@@ -159,6 +159,9 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: Mapping) -> tupl
     Raises:
         UserError: another kind of model, or tensors that are missing, unexpected or of the wrong shape.
     """
+    if denseretnet.WITNESS in tensors:  # their config.json may say llama
+        model = denseretnet.config_of(tensors, config)
+        return model, convert(denseretnet.without_unused(tensors, model), denseretnet.weights(model))
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(IGNORED)}
     vocabularies = ("backbone.embeddings.weight", "backbone.embedding.weight", "model.embed_tokens.weight")
     found = [name for name in vocabularies if name in tensors]

@@ -190,7 +190,7 @@ class Mamba2(nn.Module):
     def scan(self, stream: Stream, readout: Readout, seq: Sequence) -> tuple[jax.Array, jax.Array]:
         """The recurrence with skip, gate and norm: y [B, T, E] and the final state [B, H, N, P]."""
         y, ssm = read([stream], [readout.q], seq, self.implementation.get("linear_attention"))
-        return readout.finish(y[:, :, 0]), ssm
+        return readout.finish(y[:, :, 0]), ssm[:, 0]
 
     def project(self, y: jax.Array) -> jax.Array:
         """[B, T, E] to [B, T, D]."""

@@ -50,7 +50,7 @@ def read(streams: list[Stream], queries: list[jax.Array], seq: Sequence, impleme
     """Each stream's state, read by its query [B, T, Hk, K]: one linear attention, the streams' heads side by side.
 
     Returns:
-        y [B, T, G, H, V], one readout a stream, and the first stream's new state [B, H, K, V].
+        y [B, T, G, H, V], one readout a stream, and the streams' new states [B, G, H, K, V].
     """
     decays = [s.log_decay for s in streams]
     heads = streams[0].v.shape[2]
@@ -63,4 +63,5 @@ def read(streams: list[Stream], queries: list[jax.Array], seq: Sequence, impleme
         implementation=implementation,
         **seq.documents(),
     )
-    return y.reshape(*y.shape[:2], len(streams), heads, y.shape[-1]), state[:, :heads]
+    apart = (len(streams), heads)
+    return y.reshape(*y.shape[:2], *apart, -1), state.reshape(state.shape[0], *apart, *state.shape[2:])

@@ -92,7 +92,7 @@ def matrix_flops_per_token(model: ConfigDict) -> float:
     total = 0.0
     for block in plan(model):
         mixer = mixer_of(model, block, parent=None)
-        if hasattr(mixer, "state_shape"):
+        if hasattr(type(mixer), "state_shape"):
             total += (MATRIX + DECAY * mixer.decays) * math.prod(mixer.state_shape)
     return total
 
@@ -103,7 +103,7 @@ def dense_flops_per_token(model: ConfigDict) -> float:
     for block in plan(model):
         if block.sources:
             mixer = mixer_of(model, block, parent=None)
-            matrix = hasattr(mixer, "state_shape")
+            matrix = hasattr(type(mixer), "state_shape")
             elements = math.prod(mixer.state_shape if matrix else mixer.stream_sizes)
             total += block.sources * (DENSE_MATRIX if matrix else DENSE)[model.dense.variant] * elements
     return total

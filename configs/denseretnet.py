@@ -1,0 +1,75 @@
+"""DenseRetNet (He et al. 2024, arXiv 2403.00818): RetNet blocks that also write the layers' below keys and values.
+
+Command:   python train.py --config=configs/denseretnet.py --workdir=runs/denseretnet
+Hardware:  2 CPU cores. `:350m` one GPU of 80 GB, `:1.3b` eight of them (lower training.accumulate to 4).
+Expected:  not yet measured
+Cost:      minutes of training on 2 CPU cores (small)
+
+Presets: small (no argument); 350m and 1.3b, the released checkpoints "DenseMamba-350M" and "-1.3B" (which are RetNets):
+links of depth 2; 350m-code and 1.3b-code, the configs of the authors' repository: depth 1, other bottlenecks.
+seqmodels/interop/denseretnet.py reads their weights. Of their parameters (373,277,184 and 1,387,783,680; 367,968,768
+and 1,334,023,680) those of the links of layer 0, which have no effect, are left out here.
+
+The block is gated retention, SiLU on queries, keys and values, no MLP. `dense.variant=read` and `rank` are what
+DenseSSM is on the state itself instead; `none` is the same RetNet without links. Other than theirs: the matrix of the
+logits starts with a standard deviation of width^-1/2, and dropout also falls on the embeddings.
+"""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from configs.base import base, finish, large, preset
+from configs.retnet import add_retnet
+
+# name: (width, layers, heads, depth, bottleneck of keys' gates, of values')
+PAPER = {
+    "350m": (1536, 16, 2, 2, 8, 32),
+    "1.3b": (2560, 25, 4, 2, 16, 8),
+    "350m-code": (1536, 16, 2, 1, 32, 32),
+    "1.3b-code": (2560, 25, 4, 1, 32, 32),
+}
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The preset `arg`, locked. Raises ValueError on a preset that is not."""
+    chosen = preset(arg, ["small", *PAPER])
+    config = base()
+    config.model.pattern = "retnet"
+    config.model.norm_eps = 1e-6
+    add_retnet(config)
+    config.model.retnet.update(dict(activation="silu", row_scale=True, norm_weight=True, init_std=0.02))
+    config.model.dense.update(dict(variant="input", gate="both", norm=True))
+    config.model.dense.bottleneck_state = 8  # as bottleneck, of the keys' gate; 0: the same
+    config.model.dense.norm_eps = 1e-6
+    config.model.dense.gate_std = 0.02  # of the gates' matrices; 0: they start closed
+    if chosen == "small":
+        config.model.retnet.key_dim = 32  # width / heads / 2, as in all presets
+    else:
+        width, layers, heads, depth, keys, values = PAPER[chosen]
+        large(config, learning_rate=6e-4, steps=28_600, remat="block")  # 15 B tokens
+        config.model.width, config.model.repeats = width, layers
+        config.model.retnet.update(dict(heads=heads, key_dim=width // heads // 2))
+        config.model.dense.update(dict(depth=depth, bottleneck=values, bottleneck_state=keys))
+        config.model.vocab_size = 32_001
+        config.model.tie_embeddings = False
+        config.model.dropout = 0.1
+        config.model.scan_blocks = 1
+        config.optimizer.update(dict(b2=0.98, weight_decay=0.01, warmup=0.015))
+        config.optimizer.update(dict(schedule="wsd", decay=1.0, floor=0.0))  # a straight line to zero
+    return finish(config, "denseretnet", chosen)
+
+
+def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
+    """The published form against none, READ and RANK, depth and decays: each trial is a dict of dotted fields."""
+    config = get_config(arg)
+    add({"model.dense.variant": "none"})
+    for gate in ("channel", "both"):
+        add({"model.dense.variant": "read", "model.dense.gate": gate, "model.dense.norm": False})
+    add({"model.dense.variant": "rank", "model.dense.gate": "both", "model.dense.norm": False})
+    add({"model.dense.variant": "output", "model.dense.gate": "channel", "model.dense.norm": False})
+    add({"model.dense.norm": False})
+    for depth in (1, 2, 4):
+        if depth != config.model.dense.depth:
+            add({"model.dense.depth": depth})
+    add({"model.retnet.schedule": "spread"})

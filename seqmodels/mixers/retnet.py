@@ -1,0 +1,208 @@
+"""RetNet (Sun et al. 2023, arXiv 2307.08621): attention without a softmax, whose heads forget at fixed rates.
+
+    S_t = gamma S_{t-1} + k_t v_t^T,  o_t = q_t S_t,  y = (norm_head(o) * gate) W_o,  q and k rotated by position
+
+Parallel, recurrent and chunkwise forms are one function, `kernels.linear_attention`. With `activation="silu"`, weights
+in the norm and no MLP behind it this is the block of DenseRetNet (He et al. 2024, arXiv 2403.00818, the authors' code).
+"""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+from flax.core import FrozenDict
+from jax.ad_checkpoint import checkpoint_name
+
+from seqmodels.errors import UserError
+from seqmodels.layers.norm import rms_norm
+from seqmodels.mixers.mamba import uniform
+from seqmodels.mixers.matrix import Stream, read
+from seqmodels.sequence import Sequence
+
+ACTIVATIONS = {"identity": lambda x: x, "silu": jax.nn.silu}
+ROTATION_BASE = 10_000.0
+
+
+def octaves(heads: int) -> np.ndarray:
+    """1 - gamma of each head: 2^-5, 2^-6, ... (equation 8; torchscale, DenseRetNet)."""
+    return 2.0 ** (-5 - np.arange(heads))
+
+
+def spread(heads: int) -> np.ndarray:
+    """1 - gamma of each head: from 1/32 to 1/512 in equal ratios, whatever the heads (section 3.1, the experiments)."""
+    return np.exp(np.linspace(np.log(1 / 32), np.log(1 / 512), heads))
+
+
+SCHEDULES = {"octaves": octaves, "spread": spread}
+
+
+def log_decay(heads: int, schedule: str) -> jax.Array:
+    """log gamma, [H] float32."""
+    return jnp.asarray(np.log1p(-SCHEDULES[schedule](heads)), jnp.float32)
+
+
+def rotation(positions: jax.Array, keys: int) -> jax.Array:
+    """Angles [B, T, K / 2] float32 of keys at positions [B, T]: the slowest turns by exactly 1 / base a token."""
+    frequency = ROTATION_BASE ** -np.linspace(0, 1, keys // 2)
+    return positions[..., None].astype(jnp.float32) * frequency.astype(np.float32)
+
+
+def row_scale(log_decay: jax.Array, positions: jax.Array) -> jax.Array:
+    """sqrt(sum_{s <= t} gamma^{t - s}) = sqrt((1 - gamma^{t + 1}) / (1 - gamma)), [B, T, H] at positions t [B, T]."""
+    sums = jnp.expm1((positions[..., None] + 1).astype(jnp.float32) * log_decay) / jnp.expm1(log_decay)
+    return jnp.sqrt(sums)
+
+
+@struct.dataclass
+class Readout:
+    """The read side of a layer.
+
+    Attributes:
+        q: [B, T, H, K] before rotation.
+        gate: [B, T, H, V], activated.
+        divisor: [B, T, H] float32 `row_scale`, or None.
+        scale: [V] float32 of the heads' norm, or None; eps: its epsilon.
+    """
+
+    q: jax.Array
+    gate: jax.Array
+    divisor: jax.Array | None
+    scale: jax.Array | None
+    eps: float = struct.field(pytree_node=False)
+
+    def finish(self, y: jax.Array) -> jax.Array:
+        """norm(y / divisor) * gate, the norm over a head's channels: [B, T, H, V] to [B, T, H, V]."""
+        y = y.astype(jnp.float32)
+        if self.divisor is not None:
+            y = y / self.divisor[..., None]
+        return rms_norm(y, self.scale, self.eps).astype(self.gate.dtype) * self.gate
+
+
+def xavier(rows: int, columns: int, gain: float):
+    """Uniform with the variance gain^2 2 / (rows + columns) (Glorot and Bengio 2010)."""
+    return uniform(gain * (6 / (rows + columns)) ** 0.5)
+
+
+class RetNet(nn.Module):
+    """Retention mixer.
+
+    Attributes:
+        width: D. heads: H. key_dim: K; 0 takes D / H. value_dim: V; 0 takes 2 D / H.
+        schedule: of the heads' decays, "octaves" or "spread".
+        activation: of queries, keys and values, "identity" or "silu"; the gate is always silu.
+        row_scale: divide the readout by the root of its decays' sum, as torchscale and DenseRetNet do. The norm
+            behind it undoes that, but for its epsilon, which is large for the small readouts of a fresh model.
+        norm_eps: epsilon of the heads' norm. norm_weight: whether that norm has weights, [V] for all heads together.
+        init_std: standard deviation of all matrices at the start; 0 takes the paper's uniform ones.
+    """
+
+    width: int
+    heads: int = 2
+    key_dim: int = 0
+    value_dim: int = 0
+    schedule: str = "octaves"
+    activation: str = "identity"
+    row_scale: bool = False
+    norm_eps: float = 1e-6
+    norm_weight: bool = False
+    init_std: float = 0.0
+    dtype: jnp.dtype = jnp.float32
+    implementation: Mapping[str, str] = FrozenDict()
+    layers: int = 1
+
+    operations = ("linear_attention",)
+    decays = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field, allowed in dict(schedule=SCHEDULES, activation=ACTIVATIONS).items():
+            if getattr(self, field) not in allowed:
+                raise UserError(f"retnet.{field} is {getattr(self, field)!r}; allowed: {', '.join(allowed)}")
+        if self.heads < 1 or (self.width % self.heads and not (self.key_dim and self.value_dim)):
+            raise UserError(f"retnet.heads is {self.heads}; it must divide the width, which is {self.width}")
+        _, keys, values = self.state_shape
+        if keys < 2 or keys % 2:
+            raise UserError(f"retnet.key_dim is {keys}; it must be even and positive, as rotations turn pairs")
+        if values < 1:
+            raise UserError(f"retnet.value_dim is {values}; it must be positive")
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """[H, K, V] of a row's matrix state."""
+        head = self.width // self.heads
+        return self.heads, self.key_dim or head, self.value_dim or 2 * head
+
+    @property
+    def stream_sizes(self) -> tuple[int, int]:
+        """Channels of values and of keys, over all heads: what DenseSSM's gates are as wide as."""
+        heads, keys, values = self.state_shape
+        return heads * values, heads * keys
+
+    def setup(self):
+        heads, keys, values = self.state_shape
+
+        def parameter(name, shape, axes, rows, columns, gain):
+            init = nn.initializers.normal(self.init_std) if self.init_std else xavier(rows, columns, gain)
+            return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+        def inward(name, size):
+            shape, axes = (self.width, heads, size), ("embed", "heads", "head_dim")
+            return parameter(name, shape, axes, self.width, heads * size, 2**-2.5)
+
+        self.q_proj, self.k_proj = inward("q_proj", keys), inward("k_proj", keys)
+        self.v_proj, self.gate_proj = inward("v_proj", values), inward("gate_proj", values)
+        shape, axes = (heads, values, self.width), ("heads", "head_dim", "embed")
+        self.out_proj = parameter("out_proj", shape, axes, heads * values, self.width, 2**-1)
+        if self.norm_weight:
+            ones = nn.with_logical_partitioning(nn.initializers.ones, ("head_dim",))
+            self.scale = self.param("scale", ones, (values,), jnp.float32)
+
+    @nn.nowrap
+    def init_state(self, batch: int, max_length: int = 0) -> jax.Array:
+        """[B, H, K, V] float32."""
+        return jnp.zeros((batch, *self.state_shape), jnp.float32)
+
+    def __call__(self, x: jax.Array, seq: Sequence, state=None):
+        """x [B, T, D] to y [B, T, D] and the new state."""
+        stream, readout = self.write(x, seq, state)
+        y, state = self.scan(stream, readout, seq)
+        return self.project(y), self.new_state(readout, state)
+
+    def write(self, x: jax.Array, seq: Sequence, state=None) -> tuple[Stream, Readout]:
+        """Keys, values, queries and gates."""
+        if state is None:
+            state = self.init_state(x.shape[0])
+        x = x.astype(self.dtype)
+        if seq.mask is not None:  # padding may hold anything
+            x = jnp.where(seq.mask[..., None], x, 0)
+        heads, keys, _ = self.state_shape
+        activate = ACTIVATIONS[self.activation]
+
+        def project(weight, activation, name):
+            return activation(checkpoint_name(jnp.einsum("btd,dhk->bthk", x, weight.astype(self.dtype)), name))
+
+        q = project(self.q_proj, activate, "projected")
+        k = project(self.k_proj, activate, "stream") * keys**-0.5
+        v = project(self.v_proj, activate, "stream")
+        gate = project(self.gate_proj, jax.nn.silu, "projected")
+        decay = log_decay(heads, self.schedule)
+        divisor = row_scale(decay, seq.positions) if self.row_scale else None
+        stream = Stream(k=k, v=v, log_decay=decay, state=state, angle=rotation(seq.positions, keys))
+        return stream, Readout(q, gate, divisor, self.scale if self.norm_weight else None, self.norm_eps)
+
+    def scan(self, stream: Stream, readout: Readout, seq: Sequence) -> tuple[jax.Array, jax.Array]:
+        """The recurrence with norm and gate: y [B, T, H, V] and the final state [B, H, K, V]."""
+        y, state = read([stream], [readout.q], seq, self.implementation.get("linear_attention"))
+        return readout.finish(y[:, :, 0]), state[:, 0]
+
+    def project(self, y: jax.Array) -> jax.Array:
+        """[B, T, H, V] to [B, T, D]."""
+        return jnp.einsum("bthv,hvd->btd", y.astype(self.dtype), self.out_proj.astype(self.dtype))
+
+    @nn.nowrap
+    def new_state(self, readout: Readout, state: jax.Array) -> jax.Array:
+        """The mixer's state after the tokens."""
+        return state
