@@ -12,11 +12,11 @@ import jax
 import jax.numpy as jnp
 
 from kernels import dispatch
-from kernels.linear_attention import reference, xla
+from kernels.linear_attention import mosaic_gpu, mosaic_tpu, reference, xla
 
-BACKENDS = {"reference": reference, "xla": xla}
-# By platform, fastest first as measured; the last one serves everything.
-WINNERS = {"default": ("xla",)}
+BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
+# By platform, fastest first as measured; the last one serves everything. No TPU has timed mosaic_tpu yet.
+WINNERS = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}
 IMPLEMENTATIONS = tuple(BACKENDS)
 
 EPSILON = 1e-10  # a normaliser nearer to zero than this counts as this, with its sign

@@ -11,6 +11,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from kernels import lanes
 from kernels.lanes import LN2
@@ -24,6 +25,7 @@ from kernels.segments import resets
 PROCESSORS = 132  # of an H100
 WIDEST = 256  # K whose states one warpgroup holds while it reads them
 FEW = 16  # tokens: no more are worth a chunk
+FACTORS = jnp.bfloat16  # of products: states and scores of float16 numbers may be beyond float16's range
 DTYPES = ("bfloat16", "float16")
 
 
@@ -39,11 +41,11 @@ def supports(platform, shape, dtype, decay, chunk=None, named=False, **facts) ->
         if capability != "9.0":
             return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper), this one has {capability}"
     if jnp.dtype(dtype).name not in DTYPES:
-        return f"arrays are {jnp.dtype(dtype).name}; its tensor cores take {', '.join(DTYPES)}"
+        return f"arrays are {jnp.dtype(dtype).name}; it multiplies bfloat16 numbers, and takes {', '.join(DTYPES)}"
     if decay == "channel":
         return "log_decay is [B, T, H, K]; it takes decays of the head"
-    if min(batch, length) < 1 or heads > 65535 or values > 65535 * SIDE:
-        return "its grid has at least one block, and at most 65535 heads and tiles"
+    if min(batch, length) < 1 or max(batch * heads, heads * values // SIDE) > 65535:
+        return f"B is {batch}, T {length}, H {heads}, V {values}; its grid has 1 to 65535 blocks on an axis"
     return None
 
 
@@ -70,13 +72,10 @@ def linear_attention(
     reset = resets(segment_ids, initial_segment, mask)
     if log_decay is not None:
         log_decay = jnp.broadcast_to(log_decay, (batch, length, heads))
-    common = jnp.result_type(q, k, v)
-    q, k, v = (x.astype(common) for x in (q, k, v))
-    own = None
-    if bonus is not None:
-        own = own_token(q, k, v, bonus, scale)
-    if scale <= 0:
+    own = None if bonus is None else own_token(q, k, v, bonus, scale)
+    if scale <= 0:  # kernels have its logarithm among those of the decays
         q, scale = q * scale, 1.0
+    q, k, v = (x.astype(FACTORS) for x in (q, k, v))
     pieces = stretches(batch * heads * -(-values // SIDE), length)
     tokens = -(-length // (SIDE * pieces)) * SIDE * pieces
     wide, deep = -(-values // SIDE) * SIDE, -(-keys // SIDE) * SIDE
@@ -87,9 +86,10 @@ def linear_attention(
         g=exponents(log_decay, reset, (batch, length, heads), tokens),
         initial_state=pad(initial_state.astype(jnp.float32), None, wide, deep),
     )
-    y, state = attend(arrays, float(scale), strict, pieces, log_decay is not None)
-    y, state = y[:, :length, :, :values], state[:, :, :keys, :values]
-    return (y if own is None else (y + own)).astype(dtype), state
+    once = jnp.dtype(dtype) == FACTORS and bonus is None  # rounded by the kernel; else after what is still to come
+    y, state = attend(arrays, float(scale), strict, pieces, FACTORS if once else jnp.float32)
+    y = y[:, :length, :, :values]
+    return (y if own is None else y + own).astype(dtype), state[:, :, :keys, :values]
 
 
 def pad(x, tokens, last, rows=None):
@@ -117,17 +117,17 @@ def stretches(blocks, length) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def attend(arrays, scale, strict, pieces, decays):
-    """y and the final state of whole chunks and tiles. decays: whether a gradient of g is wanted."""
-    return forward(arrays, scale, strict, pieces)[0]
+def attend(arrays, scale, strict, pieces, dtype):
+    """y in dtype and the final state, of whole chunks and tiles."""
+    return forward(arrays, scale, strict, pieces, dtype)[0]
 
 
-def forward(arrays, scale, strict, pieces):
+def forward(arrays, scale, strict, pieces, dtype):
     """(y, final state), and the states before each stretch."""
     ahead, _ = vectors(arrays["g"], scale, strict)
     inputs = dict(k=arrays["k"], v=arrays["v"], vectors=ahead)
     start = begin(inputs, arrays["initial_state"], arrays["g"], pieces, reverse=False)
-    y, final, _ = attended(arrays["q"], inputs, start, reverse=False, strict=strict, save=False)
+    y, final, _ = attended(arrays["q"], inputs, start, reverse=False, strict=strict, save=False, dtype=dtype)
     return (y, final[:, -1]), start
 
 
@@ -146,13 +146,12 @@ def states_of(inputs, start, reverse, save):
     return mapped(walk, **options)(inputs | dict(initial_state=start))[1:]
 
 
-def attended(x, inputs, start, reverse, strict, save):
+def attended(x, inputs, start, *, save, **options):
     """Results of `walk` with readouts, whatever the size of the state."""
     if x.shape[-1] <= WIDEST:
-        options = dict(reverse=reverse, strict=strict, save=save, dtype=x.dtype)
-        return mapped(walk, **options)(inputs | dict(x=x, initial_state=start))
-    final, states = states_of(inputs, start, reverse, save=True)
-    y = mapped(readout, reverse=reverse, strict=strict)(inputs | dict(x=x, states=states))
+        return mapped(walk, save=save, **options)(inputs | dict(x=x, initial_state=start))
+    final, states = states_of(inputs, start, options["reverse"], save=True)
+    y = mapped(readout, **options)(inputs | dict(x=x, states=states))
     return y, final, states
 
 
@@ -161,24 +160,25 @@ def mapped(kernel, **static):
     return jax.custom_batching.sequential_vmap(lambda arrays: kernel(**arrays, **static))
 
 
-def attend_forward(arrays, scale, strict, pieces, decays):
-    out, start = forward(arrays, scale, strict, pieces)
+def attend_forward(arrays, *options):
+    out, start = jax.tree.map(lambda x: checkpoint_name(x, "scan"), forward(arrays, *options))
     return out, (arrays, start)
 
 
-def attend_backward(scale, strict, pieces, decays, residuals, cotangents):
+def attend_backward(scale, strict, pieces, dtype, residuals, cotangents):
     arrays, start = residuals
     dy, dfinal = cotangents
     q, k, v, g = (arrays[name] for name in ("q", "k", "v", "g"))
     ahead, back = vectors(g, scale, strict)
     _, states = states_of(dict(k=k, v=v, vectors=ahead), start, reverse=False, save=True)
+    dy = dy.astype(FACTORS)
     inputs = dict(k=q, v=dy, vectors=back)
     end = begin(inputs, dfinal, g, pieces, reverse=True)
-    dv, dstart, dstates = attended(k, inputs, end, reverse=True, strict=strict, save=True)
+    dv, dstart, dstates = attended(k, inputs, end, reverse=True, strict=strict, save=True, dtype=FACTORS)
     dq, dk, sums = mapped(keys_gradient, strict=strict)(
         dict(q=q, k=k, v=v, dy=dy, vectors=ahead, states=states, dstates=dstates)
     )
-    dg = gradient(sums, ahead[..., 4, :], strict) * LN2 if decays else jnp.zeros_like(g)
+    dg = gradient(sums, ahead[..., 4, :], strict) * LN2
     return (dict(q=dq, k=dk, v=dv, g=dg, initial_state=dstart[:, 0]),)
 
 

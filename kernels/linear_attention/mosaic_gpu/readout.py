@@ -14,8 +14,8 @@ from kernels.linear_attention.mosaic_gpu.tile import ROW, SIDE, SLOTS, along, de
 from kernels.linear_attention.mosaic_gpu.walk import VECTORS
 
 
-def readout(x, k, v, vectors, states, *, reverse, strict):
-    """y [B, T, H, V] in v's dtype, as `walk` makes it; states [B, H, T / 64, K, V] as `walk` saves them."""
+def readout(x, k, v, vectors, states, *, reverse, strict, dtype):
+    """y [B, T, H, V] in dtype, as `walk` makes it; states [B, H, T / 64, K, V] as `walk` saves them."""
     batch, length, key_heads, keys = k.shape
     heads, values = v.shape[2:]
     tiles, square = keys // SIDE, (SIDE, SIDE)
@@ -55,15 +55,11 @@ def readout(x, k, v, vectors, states, *, reverse, strict):
         scores = jnp.where(seen, scores * decay, 0).astype(v.dtype)
         y = y * along(load(vectors_s.at[0, 2], ROW), 0, square)
         (y,) = products((y, (scores, v_s)))
-        plgpu.commit_smem()
-        v_s[...] = y.astype(v.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(v_s, y_g.at[b, time, h, value])
-        plgpu.wait_smem_to_gmem(0)
+        y_g[b, time, h, value] = y.astype(dtype)
 
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(v.shape, v.dtype),
+        out_type=jax.ShapeDtypeStruct(v.shape, dtype),
         scratch_types=[shared(SLOTS, *square, dtype=v.dtype)] * 3
         + [shared(*square, dtype=v.dtype), plgpu.SMEM((1, VECTORS, SIDE), jnp.float32)]
         + [plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_barriers=SLOTS, num_arrivals=3)],

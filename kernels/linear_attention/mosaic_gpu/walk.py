@@ -41,6 +41,7 @@ def walk(x, k, v, vectors, initial_state, *, reverse, strict, save, dtype):
     heads, values = v.shape[2:]
     stretches = initial_state.shape[1]
     chunks = length // SIDE // stretches
+    staged = x is not None and dtype == v.dtype  # y goes by way of shared memory
     rows = keys if x is not None else next(r for r in (128, 192, 64) if keys % r == 0)  # of the state, in a block
 
     def body(*refs):
@@ -106,14 +107,17 @@ def walk(x, k, v, vectors, initial_state, *, reverse, strict, save, dtype):
                 y = y * along(load(vectors_s.at[slot, 2], ROW), 0, (SIDE, SIDE))
                 plgpu.commit_smem()
                 y, state = products((y, (scores, v_s.at[slot])), (state, (keys_s, weighted_s)))
-                plgpu.commit_smem()  # all warps have read weighted_s
-                weighted_s[...] = y.astype(dtype)
+                if staged:
+                    plgpu.commit_smem()  # all warps have read weighted_s
+                    weighted_s[...] = y.astype(dtype)
+                else:
+                    y_g[b, pl.ds(chunk(i) * SIDE, SIDE), h, value] = y.astype(dtype)
             if save and x is None:
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             if save or x is not None:
                 state_s[...] = state.astype(v.dtype)
             plgpu.commit_smem()
-            if x is not None:
+            if staged:
                 plgpu.copy_smem_to_gmem(weighted_s, y_g.at[b, pl.ds(chunk(i) * SIDE, SIDE), h, value])
             pl.when(i + SLOTS < chunks)(lambda: fetch(i + SLOTS))
             return state

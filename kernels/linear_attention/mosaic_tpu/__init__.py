@@ -1,0 +1,236 @@
+"""Linear attention as two Pallas TPU kernels, forward and backward, whose products run on the matrix unit.
+
+A kernel walks over the grid (sequence, group of heads, chunk of time, head of the group), heads innermost: the products
+of queries and keys are made once a chunk for all heads that share them, and the gradients of both are summed over these
+heads in VMEM. The states [K, V] of a group's heads stay in VMEM from chunk to chunk.
+
+What a chunk needs of the log decays are a few rows of numbers, which XLA makes: see `chunk_rows`. From them a kernel
+makes all decays between two tokens of the chunk, by sums over just the tokens between.
+
+The forward kernel writes the states at the start of each chunk. The backward kernel reads them and goes through the
+chunks from the last to the first.
+"""
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import tpu as pltpu
+
+from kernels.linear_attention.mosaic_tpu import backward, forward
+from kernels.linear_attention.mosaic_tpu.decays import ROWS, chunk_rows
+from kernels.linear_attention.xla import factors_dtype
+from kernels.segments import resets
+
+INTERPRET = False  # pltpu.InterpretParams() runs the kernels without a TPU, for tests
+
+TOKENS = 128  # of a chunk: one side of the matrix unit
+FACTORS = 16  # K and V are filled up to multiples, whole registers of bfloat16
+VMEM_LIMIT = 48 * 2**20  # bytes; a core has 64 MiB in a v5p, 128 MiB in a v5e or v6e
+
+
+class Options(NamedTuple):
+    """What is static: packed says whether there are resets."""
+
+    scale: float
+    read: str
+    packed: bool
+    dtype: jnp.dtype
+
+
+def supports(*, platform, shape, dtype, decay, chunk, **facts) -> str | None:
+    """Serves TPUs where channels share their decay, as long as the states of a group's heads fit VMEM together."""
+    if platform != "tpu" and not INTERPRET:
+        return f"it needs a TPU; the platform is {platform}"
+    if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
+        return f"it takes float32, bfloat16 and float16; the dtype is {jnp.dtype(dtype).name}"
+    if decay == "channel":
+        return "it takes decays of heads; these are of channels"
+    if chunk not in (None, TOKENS):
+        return f"its chunks have {TOKENS} tokens; asked for are {chunk}"
+    _, _, groups, heads, keys, values = shape
+    need = backward_vmem(heads // groups, keys, values)
+    return f"its states need {need >> 20} MiB of VMEM; {VMEM_LIMIT >> 20} are allowed" if need > VMEM_LIMIT else None
+
+
+def linear_attention(
+    q,
+    k,
+    v,
+    log_decay,
+    bonus,
+    initial_state,
+    segment_ids,
+    initial_segment,
+    mask,
+    *,
+    scale,
+    read,
+    chunk,
+    dtype,
+):
+    """As `kernels.linear_attention.linear_attention`, padding zeroed, a normaliser among the values; y in `dtype`."""
+    (batch, length, heads, values), (groups, keys) = v.shape, k.shape[2:]
+    each, factors = heads // groups, factors_dtype(q, k, v)
+    reset = resets(segment_ids, initial_segment, mask)
+    more = dict(T=-length % TOKENS, K=-keys % FACTORS, V=-values % FACTORS)
+
+    def pad(x, axes):
+        return jnp.pad(x, [(0, more.get(axis, 0)) for axis in axes])
+
+    def by_group(x):  # [B, T, G, K] to [B, G, T, K]
+        return pad(jnp.swapaxes(x, 1, 2).astype(factors), "BGTK")
+
+    def by_head(x):  # [B or 1, T, H, ...] to [B or 1, G, R, T, ...]
+        x = x.reshape(*x.shape[:2], groups, each, *x.shape[3:])
+        return jnp.moveaxis(x, 1, 3)
+
+    if log_decay is None:  # sizes of one stand for all rows and heads
+        decay = jnp.zeros((1, 1, 1, length))
+    elif log_decay.ndim == 1:
+        decay = jnp.broadcast_to(log_decay.reshape(1, groups, each, 1), (1, groups, each, length))
+    else:
+        decay = by_head(log_decay)
+    arrays = dict(
+        q=by_group(q),
+        k=by_group(k),
+        v=pad(by_head(v).astype(factors), "BGRTV"),
+        rows=chunk_rows(
+            pad(decay.astype(jnp.float32), "BGRT"), None if reset is None else pad(reset, "BT"), read, TOKENS
+        ),
+        state=pad(initial_state.astype(jnp.float32).reshape(batch, groups, each, keys, values), "BGRKV"),
+    )
+    own = None if bonus is None else _own(q, k, v, bonus, scale)
+    # a sum of rounded numbers would be rounded twice over
+    inside = jnp.float32 if own is not None or dtype == jnp.float16 else jnp.dtype(dtype)
+    y, state = _attend(Options(scale, read, reset is not None, inside), arrays)
+    y = jnp.moveaxis(y[..., :length, :values], 3, 1).reshape(v.shape)
+    y = y if own is None else y + own
+    return y.astype(dtype), state[..., :keys, :values].reshape(batch, heads, keys, values)
+
+
+def _own(q, k, v, bonus, scale):
+    """What each token reads of itself by the bonus, [B, T, H, V] float32: no matter of the recurrence."""
+    groups = k.shape[2]
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    bonus = bonus.astype(jnp.float32).reshape(groups, -1, k.shape[3])
+    weight = scale * jnp.einsum("btgn,grn,btgn->btgr", q, bonus, k, precision="highest")
+    return weight.reshape(*v.shape[:3], 1) * v
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _attend(options, arrays):
+    """y [B, G, R, T, V] and the final state [B, G, R, K, V].
+
+    Args:
+        arrays: q, k [B, G, T, K], v [B, G, R, T, V], rows [B or 1, G or 1, R or 1, N, ROWS, C] as of `chunk_rows`, and
+            state [B, G, R, K, V] float32.
+    """
+    out = _forward(options, arrays, for_gradient=False)
+    return out["y"], out["state"]
+
+
+def _attend_fwd(options, arrays):
+    out = _forward(options, arrays, for_gradient=True)
+    return (out["y"], out["state"]), (arrays, out["start"])
+
+
+def _attend_bwd(options, residuals, cotangents):
+    arrays, start = residuals
+    return (_backward(options, arrays, start, *cotangents),)
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
+
+# Axes of every array that goes in or out: B, G, R, T, K, V as everywhere, N chunks, 8 and C those of a chunk's rows;
+# F and L stand for R where only the first or the last chunk that is visited needs the array.
+AXES = dict(
+    q="BGTK", k="BGTK", v="BGRTV", rows="BGRN8C", state="BGFKV", start="BGRNKV", y="BGRTV", dy="BGRTV", dstate="BGFKV"
+)
+OUTPUT_AXES = AXES | dict(state="BGLKV")
+
+
+def _specs(arrays, axes, grid, reverse):
+    """The block of each array of a dict at one place of the grid (sequence, group, chunk, head)."""
+    _, _, chunks, heads = grid
+
+    def spec(name, shape):
+        def index(b, g, n, r):
+            time = chunks - 1 - n if reverse else n
+            first, last = jnp.where(n == 0, r, heads - 1), jnp.where(n == chunks - 1, r, 0)
+            place = dict(B=b, G=g, R=r, F=first, L=last, N=time, T=time)
+            return tuple(0 if size == 1 else place.get(axis, 0) for axis, size in zip(axes[name], shape, strict=True))
+
+        sizes = dict.fromkeys("BGRFLN") | dict(T=TOKENS)
+        return pl.BlockSpec(tuple(sizes.get(axis, n) for axis, n in zip(axes[name], shape, strict=True)), index)
+
+    return {name: None if x is None else spec(name, x.shape) for name, x in arrays.items()}
+
+
+def backward_vmem(heads, keys, values):
+    """Bytes of VMEM of the backward kernel, which needs the more: its scratch, and two of each block."""
+    keys, values = -(-keys // FACTORS) * FACTORS, -(-values // TOKENS) * TOKENS
+    state, lanes = keys * values, -(-keys // TOKENS) * TOKENS
+    scratch = heads * state + 2 * TOKENS * (TOKENS + lanes)
+    blocks = 3 * state + TOKENS * (4 * lanes + 3 * values) + 2 * ROWS * TOKENS
+    values_between = 8 * TOKENS * TOKENS + 4 * TOKENS * lanes + 4 * TOKENS * values + 3 * state
+    return 4 * (scratch + 2 * blocks + values_between)
+
+
+def _run(name, kernel, arrays, outputs, scratch, grid, reverse=False):
+    """Calls a kernel on dicts of arrays; outputs and scratch give shapes and dtypes."""
+    call = pl.pallas_call(
+        kernel,
+        name=name,
+        grid=grid,
+        in_specs=[_specs(arrays, AXES, grid, reverse)],
+        out_specs=_specs(outputs, OUTPUT_AXES, grid, reverse),
+        out_shape=outputs,
+        scratch_shapes=[{k: pltpu.VMEM(shape, jnp.float32) for k, shape in scratch.items()}],
+        compiler_params=pltpu.CompilerParams(
+            dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
+        ),
+        interpret=INTERPRET,
+    )
+    # Pallas's own rule for vmap adds an axis to the grid, but not to dimension_semantics
+    return jax.custom_batching.sequential_vmap(call)(arrays)
+
+
+def _grid(arrays):
+    batch, groups, heads, length, _ = arrays["v"].shape
+    return batch, groups, length // TOKENS, heads
+
+
+def _forward(options, arrays, for_gradient):
+    """y, the last state, and for the gradient the states at chunk starts [B, G, R, N, K, V]."""
+    grid, state = _grid(arrays), arrays["state"].shape
+    start = jax.ShapeDtypeStruct((*state[:3], grid[2], *state[3:]), jnp.float32) if for_gradient else None
+    outputs = dict(
+        y=jax.ShapeDtypeStruct(arrays["v"].shape, options.dtype),
+        state=jax.ShapeDtypeStruct(state, jnp.float32),
+        start=start,
+    )
+    scratch = dict(state=state[2:], products=(TOKENS, TOKENS))
+    kernel = functools.partial(forward.kernel, options=options)
+    return _run("linear_attention_forward", kernel, arrays, outputs, scratch, grid)
+
+
+def _backward(options, arrays, start, dy, dstate):
+    """Gradients of `arrays` by name."""
+    grid, rows = _grid(arrays), arrays["rows"].shape
+    outputs = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
+    outputs["rows"] = jax.ShapeDtypeStruct((grid[0], grid[1], grid[3], *rows[3:]), jnp.float32)
+    scratch = dict(
+        dstate=arrays["state"].shape[2:],
+        products=(TOKENS, TOKENS),
+        dproducts=(TOKENS, TOKENS),
+        dq=(TOKENS, arrays["q"].shape[-1]),
+        dk=(TOKENS, arrays["q"].shape[-1]),
+    )
+    kernel = functools.partial(backward.kernel, options=options)
+    inputs = {name: x for name, x in arrays.items() if name != "state"} | dict(start=start, dy=dy, dstate=dstate)
+    gradients = _run("linear_attention_backward", kernel, inputs, outputs, scratch, grid, reverse=True)
+    shared = tuple(axis for axis, size in enumerate(rows[:3]) if size == 1)
+    return gradients | dict(rows=jnp.sum(gradients["rows"], axis=shared, keepdims=True))

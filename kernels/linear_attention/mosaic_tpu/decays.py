@@ -1,0 +1,105 @@
+"""The decays of a chunk: rows of numbers that XLA makes, and what kernels make of them."""
+
+import jax
+import jax.numpy as jnp
+from jax.experimental.pallas import tpu as pltpu
+
+ROWS = 8  # a register of float32; five are used
+STEP, SEEN, KEPT, TOTAL, DOCUMENT = range(5)
+NOTHING = -1e30  # the logarithm of a decay to zero
+
+
+def chunk_rows(log_decay, reset, read, tokens):
+    """Rows [B, G, R, N, ROWS, C] of N chunks, differentiable.
+
+    STEP: log decay of the token that a read sees last; SEEN: from the chunk's start to each read; KEPT: from each token
+    to the chunk's end; TOTAL: over all of it; DOCUMENT: how many resets there were in the chunk, up to each token.
+    The middle three are NOTHING where a reset is between.
+
+    Args:
+        log_decay: [B, G, R, T] float32, T = N C; sizes of one stand for all.
+        reset: [B, T] bool or None.
+    """
+
+    def chunks(x):
+        return x.reshape(*x.shape[:-1], -1, tokens)
+
+    def earlier(x):  # what the token before has
+        return jnp.concatenate([jnp.zeros_like(x[..., :1]), x[..., :-1]], axis=-1)
+
+    step = chunks(log_decay)
+    seen = jnp.cumsum(step, axis=-1)
+    total = seen[..., -1:]
+    later = jax.lax.cumsum(step, axis=step.ndim - 1, reverse=True)
+    kept = jnp.concatenate([later[..., 1:], jnp.zeros_like(later[..., :1])], axis=-1)
+    if read == "exclusive":
+        step, seen = earlier(step), earlier(seen)
+    document = jnp.zeros_like(step)
+    if reset is not None:
+        document = jnp.cumsum(chunks(reset).astype(step.dtype), axis=-1)[:, None, None]
+        last = document[..., -1:]
+        seen = jnp.where(document == 0, seen, NOTHING)
+        kept = jnp.where(document == last, kept, NOTHING)
+        total = jnp.where(last == 0, total, NOTHING)
+    rows = jnp.broadcast_arrays(step, seen, kept, total, document)
+    rows = jnp.stack(rows, axis=-2)
+    return jnp.pad(rows, [(0, 0)] * (rows.ndim - 2) + [(0, ROWS - rows.shape[-2]), (0, 0)])
+
+
+def places(tokens):
+    """Numbers of the row and the column of each place of [C, C]."""
+    return tuple(jax.lax.broadcasted_iota(jnp.int32, (tokens, tokens), axis) for axis in (0, 1))
+
+
+def between(rows, options):
+    """Where STEP of read i lies between token j and read i: j < i - 1, or j < i for reads of the token itself."""
+    i, j = places(rows.shape[1])
+    return j < (i if options.read == "inclusive" else i - 1)
+
+
+def decays(rows, options):
+    """The decays of a chunk, reads scaled.
+
+    Args:
+        rows: [ROWS, C].
+
+    Returns:
+        D [C, C] from token j to read i, zero where it is not seen; from the incoming state to each read [C, 1]; from
+        each token to the outgoing state [C, 1]; and from state to state [1, 1].
+    """
+    tokens, columns = rows.shape[1], rows.T
+    i, j = places(tokens)
+    sums = jnp.where(between(rows, options), columns[:, STEP : STEP + 1], 0)
+    distance = 1
+    while distance < tokens:  # sums over the 2, 4, 8, .. tokens up to i
+        sums += jnp.where(i >= distance, pltpu.roll(sums, distance, 0), 0)
+        distance *= 2
+    visible = j <= i if options.read == "inclusive" else j < i
+    if options.packed:
+        visible &= columns[:, DOCUMENT : DOCUMENT + 1] == rows[DOCUMENT : DOCUMENT + 1, :]
+    D = jnp.where(visible, jnp.exp(sums) * options.scale, 0)
+    seen = jnp.exp(columns[:, SEEN : SEEN + 1]) * options.scale
+    return D, seen, jnp.exp(columns[:, KEPT : KEPT + 1]), jnp.exp(rows[TOTAL : TOTAL + 1, :1])
+
+
+def row_gradients(rows, options, exponents, seen, kept, total):
+    """Gradients [ROWS, C] of the rows from those of the exponents of what `decays` returns."""
+    tokens = rows.shape[1]
+    i, j = places(tokens)
+    distance = 1
+    while distance < tokens:  # sums over the 2, 4, 8, .. reads from i
+        exponents += jnp.where(i < tokens - distance, pltpu.roll(exponents, tokens - distance, 0), 0)
+        distance *= 2
+    step = jnp.sum(jnp.where(between(rows, options), exponents, 0), axis=1, keepdims=True)
+    columns = jnp.where(j == STEP, step, 0) + jnp.where(j == SEEN, seen, 0) + jnp.where(j == KEPT, kept, 0)
+    columns += jnp.where((j == TOTAL) & (i == 0), total, 0)
+    return columns.T[:ROWS]
+
+
+def product(x, y, axes, factors):
+    """x and y as factors of that dtype, multiplied over one axis of each, summed in float32."""
+    exact = None if factors == jnp.bfloat16 else jax.lax.Precision.HIGHEST
+    over = (((axes[0],), (axes[1],)), ((), ()))
+    return jax.lax.dot_general(
+        x.astype(factors), y.astype(factors), over, precision=exact, preferred_element_type=jnp.float32
+    )

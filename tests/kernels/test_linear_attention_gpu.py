@@ -1,0 +1,180 @@
+"""The GPU kernels of linear attention: their numbers in Pallas's GPU interpreter, their compilation ahead of time.
+
+The interpreter multiplies by jax.numpy what the tensor cores multiply, everything else it runs as it stands. Arrays are
+bfloat16, as are the factors of every product; the reference has the same numbers in float64.
+"""
+
+import importlib.util
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from test_linear_attention import inputs, value_and_gradients
+from test_selective_scan import documents
+
+from kernels import lanes
+from kernels.dispatch import UnsupportedError
+from kernels.linear_attention import linear_attention, mosaic_gpu
+
+HERE = Path(__file__).resolve().parent
+ROUNDINGS = 4 * 2**-9  # of a decayed value, a score or state made of such, its gradient's likewise, and the result
+LEAST = 1e-37  # no number of float32 is nearer to 0
+
+
+@pytest.fixture(scope="module")
+def interpreter():
+    """Kernels run in the interpreter, whose memory starts as NaN."""
+    if not hasattr(plgpu, "InterpretGPUParams"):
+        pytest.skip("the interpreter of jax 0.10 compiles at every launch, a minute for each gradient")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(lanes, "INTERPRET", plgpu.InterpretGPUParams())
+        jax.clear_caches()
+        yield patch
+    jax.clear_caches()
+
+
+def halved(args, dtype=jnp.bfloat16):
+    return {k: jnp.asarray(v, dtype if k in "qkv" else jnp.float32) for k, v in args.items()}
+
+
+def assert_near(got, want, tolerance=ROUNDINGS):
+    """Every array near in the sense of norms."""
+    assert jax.tree.structure(got) == jax.tree.structure(want)
+    for (path, x), y in zip(jax.tree_util.tree_leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+        assert np.isfinite(x).all(), path
+        assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y) + LEAST, path
+
+
+def expected(args, static, options=None):
+    """Value and gradients in float64, of the same numbers."""
+    with jax.enable_x64(True):
+        double = {k: np.asarray(v.astype(jnp.float32), np.float64) for k, v in args.items()}
+        return value_and_gradients(double, static, "reference", options)
+
+
+EXCLUSIVE = dict(read="exclusive", scale=0.7)
+CASES = {
+    "packed and padded": (dict(length=90, groups=1, heads=2, keys=40, values=72), {}),
+    "exclusive with bonus": (dict(length=70, bonus=True), EXCLUSIVE),
+    "extreme decays": (dict(length=70, rate=1e4, batch=1, groups=1, heads=2), {}),
+}
+SLOW = {
+    "states of 320 rows": (dict(length=70, batch=1, groups=1, heads=1, keys=320), {}),
+    "constant": (dict(length=70, batch=1, decay="constant", rate=0.05), {}),
+    "no decay": (dict(length=65, batch=1, decay="none"), dict(scale=-0.7)),
+    "stretches of time": (dict(length=1030, batch=1, groups=1, heads=1, rate=0.01), {}),
+}
+
+
+@pytest.mark.parametrize("case", [*CASES, *(pytest.param(c, marks=pytest.mark.slow) for c in SLOW)])
+def test_equals_float64_reference(interpreter, case):
+    shape, options = (CASES | SLOW)[case]
+    args, static = halved(inputs(**shape)), documents(batch=shape.get("batch", 2), length=shape["length"])
+    assert_near(value_and_gradients(args, static, "mosaic_gpu", options), expected(args, static, options))
+
+
+@pytest.mark.slow
+def test_normalised(interpreter):
+    """A quotient's gradient is a difference that rounding shows in: no more of it than in XLA's own products."""
+    args, static = halved(inputs(length=70, batch=1, normalise=True)), documents(batch=1, length=70)
+    options = dict(normalise=True)
+    want = expected(args, static, options)
+    got, other = (value_and_gradients(args, static, name, options) for name in ("mosaic_gpu", "xla"))
+    for x, y, truth in zip(*map(jax.tree.leaves, (got, other, want)), strict=True):
+        error, allowed = (np.linalg.norm(np.asarray(z, np.float64) - np.asarray(truth)) for z in (x, y))
+        assert error <= 1.5 * allowed
+
+
+def test_float16(interpreter):
+    """Also where states are beyond its range."""
+    args = inputs(length=70, batch=1, groups=1, heads=1, decay="none")
+    args = halved(args | dict(initial_state=args["initial_state"] * 1e6, q=args["q"] * 1e-3), jnp.float16)
+    y, state = linear_attention(**args, implementation="mosaic_gpu")
+    assert y.dtype == jnp.float16 and state.dtype == jnp.float32
+    want = linear_attention(**args, implementation="reference")
+    assert_near((y, state), want)
+
+
+def test_poisoned_padding_never_leaks(interpreter):
+    args, static = halved(inputs(length=70, batch=1)), documents(batch=1, length=70)
+    poison = jnp.where(static["mask"][..., None, None], 0, jnp.nan).astype(jnp.bfloat16)
+    got = value_and_gradients(args | {k: args[k] + poison for k in "qkv"}, static, "mosaic_gpu")
+    assert_near(got, value_and_gradients(args, static, "mosaic_gpu"), 0)
+
+
+def test_reasons(monkeypatch):
+    monkeypatch.setattr(lanes, "INTERPRET", None)
+    facts = dict(shape=(1, 64, 1, 1, 64, 64), dtype=np.dtype("float16"), decay="head")
+    assert "needs an NVIDIA GPU" in mosaic_gpu.supports(platform="cpu", **facts)
+    if jax.default_backend() != "gpu":
+        assert mosaic_gpu.supports(platform="cuda", **facts) is None
+        with pytest.raises(UnsupportedError, match="needs an NVIDIA GPU"):
+            linear_attention(**inputs(), implementation="mosaic_gpu")
+    assert "float32" in mosaic_gpu.supports(platform="cuda", **facts | dict(dtype=np.dtype("float32")))
+    assert "log_decay is [B, T, H, K]" in mosaic_gpu.supports(platform="cuda", **facts | dict(decay="channel"))
+    assert "T is 8" in mosaic_gpu.supports(platform="cuda", **facts | dict(shape=(1, 8, 1, 1, 64, 64)))
+    assert "65535" in mosaic_gpu.supports(platform="cuda", **facts | dict(shape=(2**16, 64, 1, 1, 64, 64)))
+
+
+# shape, dtype, decay, documents, read. The first ones are those that models train with.
+MAIN = [
+    ("8x2048x1x32x128x64", "bfloat16", "head", 0, "inclusive"),
+    ("1x65536x1x32x128x64", "bfloat16", "head", 1, "inclusive"),
+    ("8x2048x8x8x128x256", "bfloat16", "constant", 0, "inclusive"),
+]
+ODD = [
+    ("8x2048x4x4x256x512", "bfloat16", "constant", 0, "inclusive"),
+    ("2x2048x2x2x384x1536", "bfloat16", "constant", 1, "inclusive"),
+    ("2x100x1x2x24x65", "float16", "none", 1, "exclusive"),
+]
+SHARED_MEMORY = 227 * 1024  # bytes a block, of an H100
+
+
+def assembled(shape, dtype, decay, documents, read):
+    """(bytes of shared memory, bytes spilled) of each kernel of value and gradient, as compiled for an H100.
+
+    jax 0.10 does not say how much shared memory; the compiler refuses too much by itself.
+    """
+    command = [sys.executable, str(HERE / "compile_linear_attention_for_h100.py"), shape, dtype, decay]
+    command += [str(documents), read]
+    dump = dict(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_RESOURCES="1")
+    run = subprocess.run(command, env=os.environ | dump, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    said = run.stdout + run.stderr
+    shared = [int(n) for n in re.findall(r"smem_scratch_bytes=(\d+)", said)]
+    spilled = [
+        int(n) for n in re.findall(r"(\d+) bytes spill stores, \d+ bytes spill loads\n *ptxas info *: Used", said)
+    ]
+    assert len(spilled) >= 4 and len(shared) in (0, len(spilled)), said
+    return shared, spilled
+
+
+needs_plugin = pytest.mark.skipif(
+    importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
+    reason="jax's CUDA plug-in is not installed",
+)
+
+
+@needs_plugin
+@pytest.mark.parametrize("case", [MAIN[0], *(pytest.param(c, marks=pytest.mark.slow) for c in MAIN[1:])])
+def test_compiles_without_spills(case):
+    shared, spilled = assembled(*case)
+    assert not any(spilled)
+    assert max(shared, default=0) <= SHARED_MEMORY
+
+
+@needs_plugin
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ODD)
+def test_odd_shapes_compile(case):
+    """The interpreter takes what the compiler refuses."""
+    shared, _ = assembled(*case)
+    assert max(shared, default=0) <= SHARED_MEMORY
