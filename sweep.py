@@ -33,6 +33,8 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string("sweep", "ablation", "Sweep of the config, by name.", **values)
     flags.DEFINE_string("out", None, "Directory of the sweep; sweeps/<config>-<sweep> if left out.", **values)
     flags.DEFINE_integer("seeds", 1, "Seeds of every trial: seed, seed + 1, ...", lower_bound=1, **values)
+    flags.DEFINE_list("evals", [], "Evaluators of eval.py; config.evals or the usual if left out; none: no eval.py.",
+                      **values)  # fmt: skip
     flags.DEFINE_integer("parallel", 0, "Trials at once; one a GPU, or one, if left out.", lower_bound=0, **values)
     flags.DEFINE_enum("engine", "local", ENGINES, f"Where trials run: {', '.join(ENGINES)}.", **values)
     flags.DEFINE_list("slurm", [], "Of submitit: timeout_min=240,slurm_partition=gpu,gpus_per_node=1.", **values)
@@ -54,7 +56,13 @@ def main(flag_values: flags.FlagValues) -> int:
         return 0
     config = flag_values.config
     folder = Path(flag_values.out or f"sweeps/{config.name}-{flag_values.sweep}")
-    trials = definition.define(flag_values.spec, config, flag_values.sweep, flag_values.seeds, folder)
+    if flag_values.evals and flag_values.evals != ["none"]:
+        from seqmodels import evals  # imports JAX
+
+        evals.find(flag_values.evals)
+    trials = definition.define(
+        flag_values.spec, config, flag_values.sweep, flag_values.seeds, folder, ",".join(flag_values.evals)
+    )
     if flag_values.engine == "print":
         for trial in trials:
             if trial.record()["status"] != "done":

@@ -148,6 +148,7 @@ def test_controls_have_the_parameters_of_read(field, bound):
         (["--compare=nowhere"], ["--compare=nowhere", "neither a run directory nor a sweep's"]),
         (["--out=/dev/null/x"], ["--out=/dev/null/x", "cannot be written"]),
         (["--sweeps=3"], ["sweeps"]),
+        (["--evals=perplexty"], ["--evals=perplexty", "must be one of perplexity"]),
     ],
 )
 def test_mistakes_are_one_line_before_anything_starts(tmp_path, monkeypatch, capsys, argv, words):
@@ -205,9 +206,13 @@ def test_directory_of_another_sweep_is_refused(tmp_path):
         definition.keep(tmp_path, "a.py", "miniature", trials)
 
 
-def test_evaluators_of_the_config_are_the_evals_of_the_trial(tmp_path):
-    (trial, _) = define(tmp_path, "miniature", **{"evals": "perplexity,context_lengths", "platform": "cpu"})
+def test_evaluators_of_the_config_are_left_to_eval(tmp_path):
+    (trial, _) = define(tmp_path, "miniature", evals="perplexity,context_lengths", platform="cpu")
     assert trial.commands["eval"][3:] == ("--evals=perplexity,context_lengths", "--platform=cpu")
+    assert trial.fields["evals"] == "perplexity,context_lengths" and "evals" not in str(trial.commands["train"])
+    assert trial.id != define(tmp_path, "miniature", platform="cpu")[0].id
+    (usual, _) = define(tmp_path, "miniature")
+    assert usual.commands["eval"][3:] == ()
 
 
 # Devices

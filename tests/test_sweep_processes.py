@@ -43,6 +43,21 @@ def test_runs_each_trial_once_and_again_nothing(tmp_path):
     assert record["device"] == "1 x fake (cpu)" and record["attempts"] == 1 and record["exit"] == 0
 
 
+def test_other_evaluators_are_run_on_what_is_trained(tmp_path):
+    fakes = Fakes(tmp_path, ("fine", "better"))
+    fakes.run("--evals=none")
+    assert all("eval.recall.64.accuracy" not in row and row["status"] == "done" for row in fakes.rows())
+    assert not list(fakes.out.glob("trials/*/eval.json"))
+    fakes.run("--evals=perplexity")
+    fakes.check_done(("fine", "better"))
+    for path in fakes.out.glob("trials/*/eval.json"):
+        assert json.loads(path.read_text())["evals"] == "perplexity"
+    started = len(fakes.calls())
+    fakes.run("--evals=perplexity")
+    fakes.run("--evals=none")
+    assert len(fakes.calls()) == started == 4
+
+
 def test_killed_sweep_leaves_its_trial_alone_and_goes_on(tmp_path):
     """kill -9 of the sweep only: the trial under way runs on, nobody runs it beside, and its work is not lost."""
     fakes = Fakes(tmp_path, ("fine", "better"))

@@ -19,7 +19,7 @@ from seqmodels.sweeps.trial import Trial, read_json
 SCRIPTS = Path(__file__).resolve().parents[2]  # where train.py and eval.py are
 
 
-def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path) -> list[Trial]:
+def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path, evals: str = "") -> list[Trial]:
     """The trials of a sweep, each config once, in the order of the sweep, all seeds of a trial together.
 
     Args:
@@ -28,6 +28,7 @@ def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path) -
       name: of the sweep.
       seeds: how many; seed, seed + 1, ...
       folder: of the sweep; run directories are `folder/trials/<id>`.
+      evals: evaluators, apart by commas; "" those of each config, "none" for no evaluation after training.
 
     Raises: UserError for a sweep, field or value that is not there.
     """
@@ -41,7 +42,7 @@ def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path) -
     for overrides in listed:
         first = overrides.get("seed", config.seed)
         for seed in range(first, first + seeds):
-            trial = _trial(spec, config, name, overrides | {"seed": seed}, default, folder)
+            trial = _trial(spec, config, name, overrides | {"seed": seed}, default, folder, evals)
             trials.setdefault(trial.id, trial)
     return list(trials.values())
 
@@ -83,20 +84,19 @@ def _find(spec: str, config: ConfigDict, name: str) -> Callable:
     return sweeps[name]
 
 
-def _trial(spec, config, name, overrides, default, folder) -> Trial:
+def _trial(spec, config, name, overrides, default, folder, evals) -> Trial:
     resolved = resolve(config, overrides, name)
     fields = dict(cli.fields(resolved))
-    plain = json.loads(resolved.to_json())
-    identity = hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()[:10]
-    workdir = folder / "trials" / identity
-    flags = [f"--config.{field}={value}" for field, value in fields.items() if value != default[field]]
-    evaluate = [f"--evals={fields['evals']}"] if fields.get("evals") else []
-    evaluate += [f"--platform={config.platform}"] if config.platform else []
-    commands = {
-        "train": ("python", _script("train.py"), f"--config={spec}", *flags, f"--workdir={workdir}"),
-        "eval": ("python", _script("eval.py"), f"--workdir={workdir}", *evaluate),
-    }
-    return Trial(identity, workdir, overrides, _plain(fields), commands)
+    identity = hashlib.sha256(json.dumps(_plain(fields), sort_keys=True).encode()).hexdigest()[:10]
+    workdir, evals = folder / "trials" / identity, evals or fields["evals"]
+    given = fields | {"evals": ""}  # eval.py's work, not train.py's as well
+    flags = [f"--config.{field}={value}" for field, value in given.items() if value != default[field]]
+    commands = {"train": ("python", _script("train.py"), f"--config={spec}", *flags, f"--workdir={workdir}")}
+    if evals != "none":
+        named = [f"--evals={evals}"] if evals else []
+        platform = [f"--platform={config.platform}"] if config.platform else []
+        commands["eval"] = ("python", _script("eval.py"), f"--workdir={workdir}", *named, *platform)
+    return Trial(identity, workdir, overrides, _plain(fields), commands, evals)
 
 
 def resolve(config: ConfigDict, overrides: dict[str, object], name: str) -> ConfigDict:

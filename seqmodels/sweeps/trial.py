@@ -23,6 +23,7 @@ class Trial:
       overrides: the fields that the sweep sets for it, the seed among them.
       fields: every field of its config, by dotted name.
       commands: stage ("train", "eval") to what is run, one after another.
+      evals: evaluators by name; "" for those that eval.py takes by itself, "none" where there is no evaluation.
     """
 
     id: str
@@ -30,6 +31,7 @@ class Trial:
     overrides: dict[str, object]
     fields: dict[str, object]
     commands: dict[str, tuple[str, ...]]
+    evals: str = ""
 
     @property
     def log(self) -> Path:
@@ -49,19 +51,23 @@ class Trial:
         record = read_json(self.workdir / "trial.json")
         if record.get("status") == "running" and not claimed(self.lock):
             return record | {"status": "interrupted"}
+        if record.get("status") == "done" and self.evals not in ("none", record.get("evals")):
+            return record | {"status": "interrupted"}  # trained, but evaluated otherwise
         if not record and self._ran_by_hand():
             return {"status": "done"}
         return {"status": "waiting"} | record
 
     def write(self, record: dict) -> None:
         """Keeps a record, whole or not at all. Raises: OSError."""
-        head = {"id": self.id, "overrides": self.overrides, "commands": [shlex.join(c) for c in self.commands.values()]}
+        head = {"id": self.id, "overrides": self.overrides, "evals": self.evals}
+        head["commands"] = [shlex.join(command) for command in self.commands.values()]
         replace_file(self.workdir / "trial.json", json.dumps(head | record, indent=2) + "\n")
 
     def _ran_by_hand(self) -> bool:
         """Whether the printed commands were run by somebody else, who left no record."""
         summary, evaluation = (read_json(self.workdir / name) for name in ("summary.json", "eval.json"))
-        return summary.get("steps", -1) >= self.fields["steps"] and evaluation.get("step") == summary["steps"]
+        trained = summary.get("steps", -1) >= self.fields["steps"]
+        return trained and (self.evals == "none" or evaluation.get("step") == summary["steps"])
 
 
 def read_json(path: Path) -> dict:
