@@ -6,7 +6,7 @@ rows.
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,7 @@ from seqmodels.errors import UserError
 from seqmodels.rounding import rounded
 
 LARGEST_CHUNK = 512  # tokens prefilled at once
+BLOCK = 32  # tokens drawn before a caller is asked whether they are enough
 
 
 class Sampling(NamedTuple):
@@ -115,16 +116,18 @@ def prefill(model, params: Any, tokens: jax.Array, mask: jax.Array | None, state
 
 
 @functools.partial(jax.jit, static_argnames=("model", "work", "room"), donate_argnames="state")
-def _continue(model, params, hidden, state, keys, sampling, vocab_size, stop, tokens, *, work, room):
-    """Draw `tokens` tokens a row into [B, room]; only `work` and `room` decide what is compiled. And the last state.
+def _continue(model, params, hidden, state, keys, done, sampling, vocab_size, stop, first, tokens, *, work, room):
+    """Draw `tokens` tokens a row into [B, room]; only `work` and `room` decide what is compiled.
 
-    params: as of `rounded`.
+    params: as of `rounded`. done: [B] bool, rows that had their `stop`. first: number of the first token in its row.
+
+    Returns: the tokens, and the last hidden state and state, from which the next call may go on.
     """
     params, head = ({"params": tree} for tree in params)
     rows = hidden.shape[0]
     if rows == 1 and jax.default_backend() == "gpu":
         # Twice the same row: with one alone XLA multiplies each matrix by it in memory, and then sums up.
-        hidden, state, keys = jax.tree.map(lambda x: jnp.concatenate([x, x]), (hidden, state, keys))
+        hidden, state, keys, done = jax.tree.map(lambda x: jnp.concatenate([x, x]), (hidden, state, keys, done))
 
     def unfinished(carry):
         step, _, _, _, done = carry
@@ -134,7 +137,7 @@ def _continue(model, params, hidden, state, keys, sampling, vocab_size, stop, to
         step, hidden, state, out, done = carry
         logits = model.apply(head, hidden, method="logits")[:, 0].astype(jnp.float32)
         logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
-        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, step)
+        step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, first + step)
         token = jnp.where(done, stop, draw(step_keys, logits, sampling, work))
         out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], step, axis=1)
         hidden, state = model.apply(params, token[:, None], state=state)
@@ -142,9 +145,9 @@ def _continue(model, params, hidden, state, keys, sampling, vocab_size, stop, to
 
     batch = hidden.shape[0]
     out = jnp.full((batch, room), stop, jnp.int32)
-    carry = jnp.zeros((), jnp.int32), hidden, state, out, jnp.zeros((batch,), bool)
-    _, _, state, out, _ = jax.lax.while_loop(unfinished, body, carry)
-    return out[:rows], jax.tree.map(lambda x: x[:rows], state)
+    carry = jnp.zeros((), jnp.int32), hidden, state, out, done
+    _, hidden, state, out, _ = jax.lax.while_loop(unfinished, body, carry)
+    return out[:rows], hidden[:rows], jax.tree.map(lambda x: x[:rows], state)
 
 
 def decode(
@@ -157,6 +160,7 @@ def decode(
     sampling: Sampling = Sampling(),  # noqa: B008 (a tuple)
     seed: int = 0,
     stop: int = -1,
+    enough: Callable[[np.ndarray], bool] | None = None,
 ) -> np.ndarray:
     """Continue a batch of token sequences.
 
@@ -168,9 +172,10 @@ def decode(
       tokens: how many to add to each.
       vocab_size: of the tokenizer; ids beyond, with which the model's vocabulary is padded, are never drawn.
       stop: id that ends a row, -1 for none; the row is filled up with it.
+      enough: asked every BLOCK tokens, with those so far [B, n]; True ends all rows.
 
     Returns:
-      [B, tokens] int32.
+      [B, tokens] int32, or fewer tokens where they were enough.
 
     Raises: UserError on an empty prompt or numbers that make no sense.
     """
@@ -188,9 +193,16 @@ def decode(
     params = rounded(model, params)
     hidden, state = prefill(model, params[0], ids, None if mask.all() else mask, state)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(batch))
-    static = dict(work=work(sampling), room=power_of_two(tokens))
-    out, _ = _continue(model, params, hidden, state, keys, sampling, vocab_size, stop, tokens, **static)
-    return np.asarray(out)[:, :tokens]
+    block = min(BLOCK, tokens) if enough else tokens
+    static = dict(work=work(sampling), room=power_of_two(block))
+    out = np.zeros((batch, 0), np.int32)
+    while (first := out.shape[1]) < tokens and not (enough and first and enough(out)):
+        done, count = (out == stop).any(axis=1), min(block, tokens - first)
+        new, hidden, state = _continue(
+            model, params, hidden, state, keys, done, sampling, vocab_size, stop, first, count, **static
+        )
+        out = np.concatenate([out, np.asarray(new)[:, :count]], axis=1)
+    return out
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # buffers of its own for each leaf: they are donated

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from configs import densemamba
+from configs import densemamba, transformer
 from kernels.dispatch import UnsupportedError
 from seqmodels import evals
 from seqmodels.data import TokenSplit, load_tokenizer
 from seqmodels.errors import UserError
-from seqmodels.evals import by_position, extrapolation, perplexity, report, scoring
+from seqmodels.evals import by_position, extrapolation, memory, perplexity, report, scoring
 from seqmodels.model import build
 from seqmodels.training.sharding import AXES, RULES, unbox
 
@@ -175,6 +175,49 @@ def test_what_a_model_cannot_do_is_said_and_what_is_broken_is_raised(model_and_p
         failing(ZeroDivisionError())
 
 
+def test_a_recurrent_models_memory_does_not_grow_with_the_context(model_and_params, split):
+    def read(pieces):
+        extrapolation.evaluate(*model_and_params, split, lengths=[T * pieces], piece=T, scored=8, batch_size=1, limit=1)
+        return scoring.score_piece._cache_size()
+
+    assert read(1) == read(6)  # one program, of one piece and a state of one size
+
+
+def attention_model():
+    config = transformer.get_config().model.unlock()
+    config.update(width=16, repeats=2)
+    config.attention.heads, config.mlp.hidden = 2, 16
+    model = build(config, VOCAB)
+    params = unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
+    return model, jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+
+
+def test_a_transformer_is_read_in_pieces_as_far_as_memory_allows(split, monkeypatch):
+    model, params = attention_model()
+    run = functools.partial(
+        extrapolation.evaluate, model, params, split, lengths=[48], piece=T, scored=8, batch_size=2, limit=9
+    )
+    text, ids = split.tokens.astype(int), split.segment_ids(0, 100)
+    expected = [token_nats(model, params, text[s : s + 48], text[s + 1 : s + 49], ids[s : s + 48]) for s in (0, 48)]
+    figures = run()["48"]
+    np.testing.assert_allclose(figures["loss"], np.mean([nats[-8:] for nats in expected]), rtol=1e-5)
+    np.testing.assert_allclose(figures["by_position"]["loss"][0], np.mean([nats[0] for nats in expected]), rtol=1e-5)
+    monkeypatch.setattr(memory, "free_host_bytes", lambda: 2**14)
+    assert run()["48"]["not_served"].startswith("needs 0.0 GiB of memory, 0.0 are free")
+
+
+def test_pieces_spread_over_devices(model_and_params, split):
+    mesh = jax.make_mesh((2, 2, 1, 2, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 5)
+    run = functools.partial(
+        extrapolation.evaluate, *model_and_params, split, lengths=[32], piece=T, scored=8, batch_size=2, limit=9
+    )
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        spread = run(mesh=mesh)["32"]
+    alone = run()["32"]
+    np.testing.assert_allclose(spread["loss"], alone["loss"], rtol=1e-5)
+    np.testing.assert_allclose(spread["by_position"]["loss"], alone["by_position"]["loss"], rtol=1e-5)
+
+
 class FakeRun:
     """A run whose figures are known."""
 
@@ -206,7 +249,9 @@ def by_value(figures):
 
 def test_every_evaluator_gives_json_a_table_and_a_picture(model_and_params, split, tmp_path):
     run, figures = FakeRun(model_and_params, split), {}
-    for name, evaluator in evals.EVALUATORS.items():
+    evaluators = evals.find(evals.default(run))
+    assert list(evaluators) == ["perplexity", "loss_by_position", "context_lengths"]
+    for name, evaluator in evaluators.items():
         result = evaluator.evaluate_run(run, ["validation", "test"], None)
         assert name in result and not result.keys() & figures.keys()
         assert result[name].keys() == {"validation", "test"}
@@ -215,8 +260,48 @@ def test_every_evaluator_gives_json_a_table_and_a_picture(model_and_params, spli
         figures |= result
     report.write_json(tmp_path / "deep" / "eval.json", figures)
     assert json.loads((tmp_path / "deep" / "eval.json").read_text()) == figures
-    assert report.plot(tmp_path / "eval.png", evals.EVALUATORS, figures, "title")
+    assert report.plot(tmp_path / "eval.png", evaluators, figures, "title")
     assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_an_evaluator_that_cannot_serve_does_not_keep_the_others_from_it(model_and_params, split, tmp_path):
+    class Refusing:
+        @staticmethod
+        def evaluate_run(run, splits, limit):
+            raise UserError("no data")
+
+    run, said = FakeRun(model_and_params, split), []
+    run.step, evaluators = 3, {"broken": Refusing, "loss_by_position": by_position}
+    out = tmp_path / "eval.json"
+    figures, failed = report.evaluate(run, evaluators, splits=["test"], limit=1, out=out, say=said.append)
+    assert failed == ["broken: no data"] and json.loads(out.read_text()) == figures
+    assert (figures["step"], figures["limit"]) == (3, 1) and out.with_suffix(".png").exists()
+    assert said[0] == "densemamba, step 3, contexts of 16 tokens" and "position" in said[1]
+
+
+def test_scalars_are_the_numbers_by_dotted_name():
+    figures = {"name": "x", "step": 3, "loss": {"test": 2.5, "more": [1, 2]}, "limit": None}
+    assert dict(report.scalars(figures)) == {"eval.step": 3, "eval.loss.test": 2.5}
+
+
+def test_names_in_a_config():
+    config = densemamba.get_config()
+    assert evals.named(config) == []
+    config.evals = "perplexity, lm_eval"
+    assert evals.named(config) == ["perplexity", "lm_eval"]
+
+
+def test_lm_eval_is_missed_by_name(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"lm-eval is not installed; pip install -r requirements-eval.txt"):
+        evals.EVALUATORS["lm_eval"].check(densemamba.get_config())
+
+
+def test_evaluators_that_do_not_fit_a_run_are_refused(model_and_params, split):
+    run = FakeRun(model_and_params, split)
+    evals.check(evals.find(["perplexity"]), run)
+    with pytest.raises(UserError, match=r"config\.evals=accuracy: does not fit this run; perplexity, "):
+        evals.check(evals.find(["accuracy"]), run, "config.evals")
 
 
 def test_unknown_evaluators_and_unwritable_files(tmp_path):

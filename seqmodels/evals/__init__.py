@@ -2,8 +2,9 @@
 
     evaluate_run(run, splits, limit) -> dict    # figures of a trained model (`seqmodels.evals.run.Run`), ready for JSON
     table(figures) -> str                       # for the terminal
-    plot(axes, figures) -> None                 # on Matplotlib axes; optional
+    plot(axes, figures) -> None                 # on Matplotlib axes; optional; or PLOTS, a tuple of such functions
     serves(run) -> bool                         # whether the run has what it measures; optional: runs of text have
+    check(config) -> None                       # UserError for settings that cannot serve, before training; optional
 
 A new evaluator is one file and one line here.
 """
@@ -12,7 +13,16 @@ from types import ModuleType
 
 from seqmodels.data import SyntheticDataset
 from seqmodels.errors import UserError
-from seqmodels.evals import accuracy, by_position, extrapolation, needle, perplexity
+from seqmodels.evals import (
+    accuracy,
+    by_position,
+    classification,
+    extrapolation,
+    harness,
+    needle,
+    perplexity,
+    throughput,
+)
 
 EVALUATORS: dict[str, ModuleType] = {
     "perplexity": perplexity,
@@ -20,15 +30,19 @@ EVALUATORS: dict[str, ModuleType] = {
     "context_lengths": extrapolation,
     "accuracy": accuracy,
     "needle": needle,
+    "classification": classification,
+    "throughput": throughput,
+    "lm_eval": harness,
 }
-BY_NAME = ("needle",)  # on a run of text, only when asked for
+BY_NAME = ("classification", "throughput", "lm_eval")  # only when asked for
+BY_NAME_ON_TEXT = ("needle", *BY_NAME)
 
 
-def find(names: list[str]) -> dict[str, ModuleType]:
+def find(names: list[str], field: str = "--evals") -> dict[str, ModuleType]:
     """The evaluators of these names. Raises UserError on one that is not."""
     for name in names:
         if name not in EVALUATORS:
-            raise UserError(f"--evals={name}: must be one of {', '.join(EVALUATORS)}")
+            raise UserError(f"{field}={name}: must be one of {', '.join(EVALUATORS)}")
     return {name: EVALUATORS[name] for name in names}
 
 
@@ -38,7 +52,22 @@ def serves(evaluator: ModuleType, run) -> bool:
     return evaluator.serves(run) if hasattr(evaluator, "serves") else is_text
 
 
+def check(evaluators: dict[str, ModuleType], run, field: str = "--evals") -> None:
+    """Raises UserError for an evaluator that does not fit a run (of which config and dataset are looked at)."""
+    for name, evaluator in evaluators.items():
+        if not serves(evaluator, run):
+            raise UserError(f"{field}={name}: does not fit this run; {', '.join(default(run))} do")
+        if hasattr(evaluator, "check"):
+            evaluator.check(run.config)
+
+
 def default(run) -> list[str]:
     """The evaluators that a run gets when none is named."""
     is_text = not isinstance(run.dataset, SyntheticDataset)
-    return [name for name in EVALUATORS if serves(EVALUATORS[name], run) and not (is_text and name in BY_NAME)]
+    left_out = BY_NAME_ON_TEXT if is_text else BY_NAME
+    return [name for name in EVALUATORS if serves(EVALUATORS[name], run) and name not in left_out]
+
+
+def named(config) -> list[str]:
+    """The names in `config.evals`."""
+    return [name for name in map(str.strip, config.evals.split(",")) if name]

@@ -10,10 +10,8 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from kernels.dispatch import UnsupportedError
-from seqmodels.errors import UserError
 from seqmodels.evals.by_position import by_position
-from seqmodels.evals.memory import exhausted
+from seqmodels.evals.memory import served
 from seqmodels.evals.scoring import PositionSums, rows_of, score_long
 
 
@@ -57,23 +55,23 @@ def evaluate(
                 "not_served": f"the split has {len(split.tokens):,} tokens, a row needs {length + 1:,}"
             }
             continue
-        try:
-            nats = _sums_of_nats(model, params, split, ends, length, piece, batch_size, mesh)
-        except (UserError, UnsupportedError) as error:
-            result[str(length)] = {"not_served": str(error)}
-        except Exception as error:
-            if not exhausted(error):  # any other error is a defect
-                raise
-            result[str(length)] = {"not_served": "out of memory; lower --batch_size"}
-        else:
-            loss = float(nats[length - scored :].sum()) / (count * scored)
-            result[str(length)] = dict(
-                loss=loss,
-                perplexity=math.exp(min(loss, 700.0)),
-                tokens=count * scored,
-                by_position=by_position(PositionSums(nats, np.full(length, count), 0)),
+        result[str(length)] = served(
+            lambda length=length: _figures(
+                _sums_of_nats(model, params, split, ends, length, piece, batch_size, mesh), count, scored
             )
+        )
     return result
+
+
+def _figures(nats: np.ndarray, rows: int, scored: int) -> dict:
+    """Of the sums [length] of nats over some rows."""
+    loss = float(nats[len(nats) - scored :].sum()) / (rows * scored)
+    return dict(
+        loss=loss,
+        perplexity=math.exp(min(loss, 700.0)),
+        tokens=rows * scored,
+        by_position=by_position(PositionSums(nats, np.full(len(nats), rows), 0)),
+    )
 
 
 def _sums_of_nats(model, params, split, ends, length, piece, batch_size, mesh) -> np.ndarray:

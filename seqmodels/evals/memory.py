@@ -1,9 +1,11 @@
 """Memory that a compiled program needs, and what there is."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
+from kernels.dispatch import UnsupportedError
 from seqmodels.errors import UserError
 
 
@@ -25,17 +27,32 @@ def free_host_bytes() -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def check(lowered: jax.stages.Lowered) -> None:
+def check(lowered: jax.stages.Lowered, devices: int = 1) -> None:
     """Refuse a program that a CPU would be killed for: other devices raise an error where their memory ends.
+
+    Args:
+      devices: that share the host's memory and run it.
 
     Raises: UserError with what it needs and what is free.
     """
     if jax.default_backend() != "cpu":
         return
     needed, free = planned_bytes(lowered.compile()), free_host_bytes()
-    needed = needed and needed * jax.local_device_count()
+    needed = needed and needed * devices
     if needed is not None and free is not None and needed > free:
         raise UserError(f"needs {needed / 2**30:,.1f} GiB of memory, {free / 2**30:,.1f} are free; lower --batch_size")
+
+
+def served(measure: Callable[[], dict]) -> dict:
+    """What `measure` returns, or {"not_served": reason} where inputs, kernels or memory do not allow it."""
+    try:
+        return measure()
+    except (UserError, UnsupportedError) as error:
+        return {"not_served": str(error)}
+    except Exception as error:
+        if not exhausted(error):  # any other error is a defect
+            raise
+        return {"not_served": "out of memory; lower the batch size"}
 
 
 def exhausted(error: Exception) -> bool:

@@ -1,36 +1,100 @@
-"""What an evaluation leaves behind: a JSON file and a picture."""
+"""What an evaluation shows and leaves behind: tables, a JSON file and a picture."""
 
 import json
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
+from seqmodels.atomic import replace_file
 from seqmodels.errors import UserError
+
+COLUMNS = 3  # of panels in a picture
+
+
+def evaluate(
+    run,
+    evaluators: dict[str, ModuleType],
+    *,
+    splits: list[str],
+    limit: int | None,
+    out: Path,
+    say: Callable[[str], None] = print,
+    write: bool = True,
+) -> tuple[dict, list[str]]:
+    """Runs evaluators one after another.
+
+    Args:
+      run: a `seqmodels.evals.run.Run`.
+      evaluators: as of `seqmodels.evals.find`.
+      splits, limit: see docs/evaluation.md.
+      out: JSON file; the picture has the same name with .png.
+      say: is given each table as it is ready.
+      write: False on all processes but the first.
+
+    Returns: the figures of all of them, as in the file; and why those that could not serve did not.
+    """
+    title = f"{run.config.name}, step {run.step:,}"
+    say(f"{title}, contexts of {run.config.seq_len} tokens")
+    figures, done, failed = {"name": run.config.name, "step": run.step, "limit": limit}, {}, []
+    for name, evaluator in evaluators.items():
+        try:
+            result = evaluator.evaluate_run(run, splits, limit)
+        except UserError as error:
+            failed.append(f"{name}: {error}")
+            continue
+        done[name] = evaluator
+        figures |= result
+        say("\n" + evaluator.table(result))
+    if write:
+        write_json(out, figures)
+        say(f"\nwritten {out}")
+        if plot(picture := out.with_suffix(".png"), done, figures, title):
+            say(f"written {picture}")
+    return figures, failed
+
+
+def scalars(figures: dict, prefix: str = "eval") -> Iterator[tuple[str, float]]:
+    """Dotted name and value of each number in the figures, such as eval.loss.test."""
+    for name, value in figures.items():
+        if isinstance(value, dict):
+            yield from scalars(value, f"{prefix}.{name}")
+        elif isinstance(value, int | float) and not isinstance(value, bool):
+            yield f"{prefix}.{name}", value
 
 
 def write_json(path: Path, figures: dict) -> None:
     """Raises UserError where the file cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(figures, indent=2) + "\n")
+        replace_file(path, json.dumps(figures, indent=2) + "\n")
     except OSError as error:
-        raise UserError(f"--out={path}: cannot be written ({error.strerror})") from error
+        raise UserError(f"{path} cannot be written ({error.strerror})") from error
 
 
 def plot(path: Path, evaluators: dict[str, ModuleType], figures: dict, title: str) -> bool:
-    """One panel for each evaluator that can draw. Returns whether there was any."""
+    """One panel for each plot of each evaluator. Returns whether there was any."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    panels = [evaluator for evaluator in evaluators.values() if hasattr(evaluator, "plot")]
+    panels = [draw for evaluator in evaluators.values() for draw in plots(evaluator)]
     if not panels:
         return False
-    figure, axes = pyplot.subplots(1, len(panels), figsize=(6 * len(panels), 4), squeeze=False, layout="constrained")
-    for panel, evaluator in zip(axes[0], panels, strict=True):
-        evaluator.plot(panel, figures)
+    columns = min(len(panels), COLUMNS)
+    rows = -(-len(panels) // columns)
+    figure, axes = pyplot.subplots(rows, columns, figsize=(6 * columns, 4 * rows), squeeze=False, layout="constrained")
+    for panel, draw in zip(axes.flat, panels, strict=False):
+        draw(panel, figures)
         panel.grid(alpha=0.3)
+    for panel in axes.flat[len(panels) :]:
+        panel.set_axis_off()
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
     return True
+
+
+def plots(evaluator: ModuleType) -> tuple[Callable, ...]:
+    """What an evaluator can draw."""
+    return getattr(evaluator, "PLOTS", None) or ((evaluator.plot,) if hasattr(evaluator, "plot") else ())

@@ -2,13 +2,16 @@
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
+from configs.base import base
 from seqmodels import data
 from seqmodels.errors import UserError
 from seqmodels.evals.scoring import PositionSums, position_sums
@@ -55,17 +58,20 @@ class Run:
         )
 
 
-def load_run(workdir: str | Path, step: str = "latest", batch_size: int = 0) -> Run:
+def load_run(
+    workdir: str | Path, step: str = "latest", batch_size: int = 0, overrides: Mapping[str, Any] = MappingProxyType({})
+) -> Run:
     """The model of a run directory.
 
     Args:
       step: "latest", "best" (by `config.checkpoint.best`) or a number.
       batch_size: rows at once; 0 takes the config's.
+      overrides: dotted fields of the config's `evaluation` and their values, in place of the run's.
 
     Raises: UserError where there is no run, no such checkpoint, or the data is gone.
     """
     workdir = Path(workdir)
-    config = read_config(workdir)
+    config = _with_options(read_config(workdir), overrides)
     number = _checkpoint_step(workdir, config, step)
     dataset = data.load(config.data, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
     model = build(config.model, dataset.tokenizer.vocab_size)
@@ -77,8 +83,24 @@ def load_run(workdir: str | Path, step: str = "latest", batch_size: int = 0) -> 
         sharding.param_shardings(boxed, mesh),
     )
     number, params = restore_params(workdir / "checkpoints", abstract, step=number, ema=config.optimizer.ema > 0)
-    batch_size = batch_size or config.evaluation.batch_size or config.batch_size // config.training.accumulate
+    batch_size = batch_size or rows_at_once(config)
     return Run(config, number, dataset, model, params, mesh, batch_size)
+
+
+def rows_at_once(config: ConfigDict) -> int:
+    """Rows of a batch that an evaluation may take, as training could."""
+    return config.evaluation.batch_size or config.batch_size // config.training.accumulate
+
+
+def _with_options(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
+    """The config of a run with some fields replaced, and those that older runs lack."""
+    complete = base()
+    with config.unlocked():
+        config.evals = config.get("evals", complete.evals)
+        complete.evaluation.update(config.evaluation)
+        config.evaluation = complete.evaluation
+        config.update_from_flattened_dict(dict(overrides))
+    return config
 
 
 def _checkpoint_step(workdir: Path, config: ConfigDict, step: str) -> int | None:

@@ -123,7 +123,7 @@ def score_long(model, params: Any, batch: dict[str, np.ndarray], piece: int, mes
         part = {name: batch[name][:, start : start + piece] for name in ("tokens", "targets", "segment_ids")}
         part = put_batch(part, mesh) if mesh is not None else part
         if start == 0:
-            memory.check(score_piece.lower(model, params, state, **part, mesh=mesh))
+            memory.check(score_piece.lower(model, params, state, **part, mesh=mesh), mesh.size if mesh else 1)
         *scores, state = score_piece(model, params, state, **part, mesh=mesh)
         for kept, values in zip((nats, best), scores, strict=True):
             kept.append(values)  # not read yet: the device goes on meanwhile

@@ -11,10 +11,12 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from kernels.dispatch import UnsupportedError
-from seqmodels import data
+from seqmodels import data, evals
 from seqmodels.config import context, validate
 from seqmodels.errors import UserError
 from seqmodels.evals import accuracy, perplexity
+from seqmodels.evals import report as evaluation
+from seqmodels.evals.run import Run, rows_at_once
 from seqmodels.generation import generate
 from seqmodels.model import build, describe_kernels
 from seqmodels.training import checkpoint, flops, report, run, sharding
@@ -64,6 +66,8 @@ class _Training:
         )
         self.is_task = isinstance(self.dataset, data.SyntheticDataset)
         self._check_best()
+        self.evaluators = evals.find(evals.named(config), "config.evals")
+        evals.check(self.evaluators, self, "config.evals")
         self.model = build(config.model, self.dataset.tokenizer.vocab_size)
         self.boxed = abstract_params(self.model, config)
         self.optimizer = make_optimizer(config.optimizer, decay_mask(self.boxed))
@@ -216,6 +220,9 @@ class _Training:
             if not self.is_task:
                 splits[split]["xz_bits_per_byte"] = self.dataset.xz_bits_per_byte(split)
             self._exit_if_noted(step)
+        if self.evaluators:
+            self._run_evaluators(state, step)
+            self._exit_if_noted(step)
         sample = self._sample(state)
         summary = {"name": config.name, "steps": step, "splits": splits, "sample": sample}
         summary["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))
@@ -226,6 +233,18 @@ class _Training:
             self._exit_if_noted(step)
             report.write_summary(self.workdir, summary)
         return summary
+
+    def _run_evaluators(self, state: TrainState, step: int) -> None:
+        """What `eval.py` would say of this run: eval.json and eval.png, and the numbers in the metrics."""
+        config, params = self.config, state.params if state.ema is None else state.ema
+        trained = Run(config, step, self.dataset, self.model, params, self.mesh, rows_at_once(config))
+        options = dict(splits=self.dataset.held_out, limit=None, out=self.workdir / "eval.json")
+        figures, failed = evaluation.evaluate(
+            trained, self.evaluators, **options, say=_say, write=jax.process_index() == 0
+        )
+        for reason in failed:  # the run is as good without
+            _say(f"not evaluated: {reason}")
+        self.metrics.write(step, dict(evaluation.scalars(figures)))
 
     def _sample(self, state: TrainState) -> str:
         """The prompt and what the model makes of it, as far as its context goes."""

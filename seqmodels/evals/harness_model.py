@@ -1,0 +1,115 @@
+"""A trained model as EleutherAI's lm-evaluation-harness wants it. Importing this needs lm-eval."""
+
+from typing import Any
+
+import numpy as np
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import LM
+
+from seqmodels.errors import UserError
+from seqmodels.evals import likelihood
+from seqmodels.generation import Sampling, decode
+
+
+class HarnessModel(LM):
+    """The three kinds of requests, all answered on the devices of this process.
+
+    Every text begins a document: the separator stands before it. What exceeds a Transformer's context is cut off at the
+    beginning; a recurrent model reads all.
+
+    Args:
+      model, params: as in docs/architecture.md; params unboxed.
+      tokenizer: as in docs/architecture.md.
+      piece: tokens of a row that are read at once.
+      batch_size: rows at once.
+      context: tokens that the model can see; None: any number.
+      mesh: devices to spread rows over.
+      seed: of generated texts, where a task wants them sampled.
+    """
+
+    def __init__(self, model, params: Any, tokenizer, *, piece, batch_size, context=None, mesh=None, seed=0):
+        super().__init__()
+        self.model, self.params, self.tokenizer = model, params, tokenizer
+        self.context, self.batch_size, self.seed = context, batch_size, seed
+        self._scoring = dict(piece=piece, batch_size=batch_size, context=context, mesh=mesh)
+
+    def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """(log p(continuation | context), is it the greedy one) of each (context, continuation)."""
+        found = self._score(likelihood.continuations(self.tokenizer, [r.args for r in requests], self.context))
+        return [(-score.nats, score.greedy) for score in found]
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """log p(text) of each (text,), a document of its own."""
+        windows = [likelihood.windows(self.tokenizer, request.args[0], self.context) for request in requests]
+        scores = iter(self._score([window for text in windows for window in text]))
+        return [-sum(next(scores).nats for _ in text) for text in windows]
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """What follows each (context, options), up to a stop string, the end of the document or `max_gen_toks`."""
+        kinds: dict[tuple, list[int]] = {}  # requests that may be answered together
+        for i, request in enumerate(requests):
+            options = request.args[1]
+            kinds.setdefault((int(options.get("max_gen_toks", 256)), sampling_of(options)), []).append(i)
+        texts = [""] * len(requests)
+        for (tokens, sampling), members in kinds.items():
+            prompts = {i: self._prompt(requests[i].args[0], tokens) for i in members}
+            members.sort(key=lambda i: -len(prompts[i]))
+            for first in range(0, len(members), self.batch_size):
+                rows = np.resize(members[first : first + self.batch_size], self.batch_size)  # one shape
+                stops = [stops_of(requests[i].args[1]) for i in rows]
+                found = self._generate([prompts[i] for i in rows], stops, tokens, sampling)
+                for i, text in zip(rows, found, strict=True):
+                    texts[i] = text
+        return texts
+
+    def _generate(self, prompts: list[list[int]], stops: list[list[str]], tokens: int, sampling: Sampling) -> list[str]:
+        separator = self.tokenizer.separator
+        texts: list[str] = []
+
+        def enough(out: np.ndarray) -> bool:
+            """Reads the texts; whether each has come to its end."""
+            texts[:] = [self.tokenizer.decode(row[: (row != separator).cumprod().sum()]) for row in out]
+            found = [any(s in text for s in stop) for text, stop in zip(texts, stops, strict=True)]
+            return bool((found | (out == separator).any(axis=1)).all())
+
+        out = decode(
+            self.model,
+            self.params,
+            prompts,
+            tokens=tokens,
+            vocab_size=self.tokenizer.vocab_size,
+            sampling=sampling,
+            seed=self.seed,
+            stop=separator,
+            enough=enough,
+        )
+        enough(out)
+        return [
+            min((text.split(s)[0] for s in stop), key=len, default=text)
+            for text, stop in zip(texts, stops, strict=True)
+        ]
+
+    def _score(self, requests: list[likelihood.Request]) -> list[likelihood.Likelihood]:
+        return likelihood.score(self.model, self.params, requests, **self._scoring)
+
+    def _prompt(self, text: str, tokens: int) -> list[int]:
+        ids = [likelihood.begin(self.tokenizer), *self.tokenizer.encode(text)]
+        if self.context is None:
+            return ids
+        if tokens >= self.context:
+            raise UserError(f"max_gen_toks={tokens}: must be less than the Transformer's context of {self.context}")
+        return ids[-(self.context - tokens) :]
+
+
+def stops_of(options: dict) -> list[str]:
+    """Texts that end an answer."""
+    until = options.get("until") or []
+    return [stop for stop in ([until] if isinstance(until, str) else until) if stop]
+
+
+def sampling_of(options: dict) -> Sampling:
+    """Greedy, unless a task says `do_sample`, or gives a temperature and does not say."""
+    temperature = float(options.get("temperature", 1.0 if options.get("do_sample") else 0.0))
+    if not options.get("do_sample", temperature > 0):
+        return Sampling(0.0)
+    return Sampling(temperature, int(options.get("top_k", 0)), float(options.get("top_p", 1.0)))
