@@ -110,6 +110,17 @@ def test_poisoned_padding_never_leaks(interpreter):
     assert_near(got, value_and_gradients(args, static, "mosaic_gpu"), 0)
 
 
+def test_no_races(interpreter, capsys):
+    """No warpgroup reads or writes what a copy may be writing or reading; each kernel's races are printed."""
+    args = halved(inputs(length=200, batch=1, groups=1, heads=1))
+    with interpreter.context() as patch:
+        patch.setattr(lanes, "INTERPRET", plgpu.InterpretGPUParams(detect_races=True))
+        jax.clear_caches()
+        jax.block_until_ready(value_and_gradients(args, {}, "mosaic_gpu"))
+    jax.clear_caches()
+    assert "RACE" not in capsys.readouterr().out
+
+
 def test_reasons(monkeypatch):
     monkeypatch.setattr(lanes, "INTERPRET", None)
     facts = dict(shape=(1, 64, 1, 1, 64, 64), dtype=np.dtype("float16"), decay="head")

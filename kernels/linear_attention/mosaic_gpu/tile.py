@@ -1,5 +1,7 @@
 """Tiles of 64 x 64 numbers in shared memory, in the form that the tensor cores multiply them in."""
 
+import inspect
+
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
@@ -13,6 +15,8 @@ SLOTS = 2  # chunks in shared memory: one in use, one on its way
 ACCUMULATOR = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)  # of a vector with a number for each row of a tile
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
+
+INDEXED = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty  # in jax 0.10
 
 
 def shared(*shape, dtype):
@@ -50,10 +54,16 @@ def products(*sums, meanwhile=lambda: None):
 
 
 def load(ref, layout=ACCUMULATOR):
-    """A reference's numbers in registers, float32."""
+    """What a reference in shared memory holds, in registers, float32."""
     if layout is ACCUMULATOR:
         return plgpu.layout_cast(ref[...], layout).astype(jnp.float32)
-    return plgpu.load(ref, layout=layout, optimized=False).astype(jnp.float32)
+    return gather(ref, layout).astype(jnp.float32)
+
+
+def gather(ref, layout=ACCUMULATOR):
+    """The same from anywhere, whatever the layout, in as many loads as it takes."""
+    index = dict(idx=()) if INDEXED else {}
+    return plgpu.load(ref, **index, layout=layout, optimized=False)
 
 
 def along(vector, axis, shape):

@@ -15,7 +15,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import lanes
-from kernels.linear_attention.mosaic_gpu.tile import ROW, SIDE, SLOTS, along, decays, load, products, shared, zeros
+from kernels.linear_attention.mosaic_gpu.tile import (
+    ROW,
+    SIDE,
+    SLOTS,
+    along,
+    decays,
+    gather,
+    load,
+    products,
+    shared,
+    zeros,
+)
 
 VECTORS = 5  # row, column, rin, wout, keep
 
@@ -124,7 +135,7 @@ def walk(x, k, v, vectors, initial_state, *, reverse, strict, save, dtype):
 
         for first in range(min(SLOTS, chunks)):
             fetch(jnp.int32(first))
-        state = plgpu.load(initial_g.at[b, s, h, key, value], layout=plgpu.Layout.WGMMA, optimized=False)
+        state = gather(initial_g.at[b, s, h, key, value])
         if save or x is not None:
             state_s[...] = state.astype(v.dtype)
             plgpu.commit_smem()
