@@ -3,6 +3,8 @@
 import contextlib
 import json
 import os
+import pty
+import re
 import signal
 import subprocess
 import sys
@@ -225,6 +227,30 @@ def test_printed_commands_are_the_trials(tmp_path):
 
 def path_of_python() -> str:
     return os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
+
+
+def test_table_on_a_terminal(tmp_path):
+    """What rich draws: the counts, and a line a trial."""
+    fakes = Fakes(tmp_path, ("fine", "diverges"))
+    terminal, its = pty.openpty()
+    process = subprocess.Popen(
+        [sys.executable, "driver.py", "--config=fake.py", "--out=out"],
+        cwd=fakes.folder,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm", "COLUMNS": "120", "LINES": "30", **SLOW},
+        stdout=its,
+        stderr=its,
+    )
+    os.close(its)
+    seen = b""
+    with contextlib.suppress(OSError):  # the terminal is closed
+        while piece := os.read(terminal, 1 << 16):
+            seen += piece
+    os.close(terminal)
+    assert process.wait() == 1
+    text = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", seen.decode())
+    assert "1 running, 1 waiting" in text and "1 diverged, 1 done" in text
+    assert re.search(r"prompt=fine +running \(train\) +\d+/40 +\d\.\d{4} +160 ", text)
+    assert re.search(r"prompt=diverges +diverged +7/40 ", text)
 
 
 # Devices

@@ -105,7 +105,8 @@ def _figure(values: list[float], sign: str = "") -> str:
     mean, spread = mean_and_spread(values)
     if math.isnan(mean):
         return "–"
-    digits = ".0f" if abs(mean) >= 1000 or (not spread and all(isinstance(value, int) for value in values)) else ".4f"
+    whole = not spread and all(isinstance(value, int) for value in values)
+    digits = ".0f" if whole or abs(mean) >= 1000 else ".1f" if abs(mean) >= 100 else ".4f"
     text = f"{mean:{sign},{digits}}"
     return text if not spread else f"{text} ± {spread:,{digits}}"
 
