@@ -17,7 +17,7 @@ from ml_collections import ConfigDict
 from configs.base import base, finish, preset
 from configs.trials import Trial, product, vary
 
-MIXERS = ("mamba", "densemamba", "transformer")  # those that a sweep can compare
+MIXERS = ("mamba", "densemamba", "mamba2", "retnet", "transformer")  # those that a sweep compares
 
 DEFAULT = "mqar"
 
@@ -171,8 +171,7 @@ def model(mixer: str, width: int, layers: int) -> ConfigDict:
                 chosen[name] = ConfigDict(value.to_dict())
     chosen.width = width
     chosen.repeats = max(layers // len(chosen.pattern.split()), 1)
-    if "mlp" in chosen:
-        chosen.mlp.hidden = 0  # 8/3 of the width
+    chosen.mlp = ConfigDict(dict(hidden=0))  # the same for all: SwiGLU, 8/3 of the width
     return chosen
 
 
@@ -191,7 +190,7 @@ def trials_of(arg: str | None) -> list[Trial]:
     trials = []
     for mixer in MIXERS:
         always = ("pattern", "dense.variant")  # so that every trial says what it is
-        other = {name: value for name, value in _fields(mixer).items() if name in always or value != mine[name]}
+        other = {name: value for name, value in _fields(mixer).items() if name in always or value != mine.get(name)}
         trials.append({f"model.{name}": value for name, value in other.items()})
     return trials
 
