@@ -14,6 +14,10 @@ from seqmodels.training.loss import LossSums, next_token_loss
 from seqmodels.training.optimizer import global_norm
 from seqmodels.training.state import TrainState
 
+# As calls of cuBLAS products add to what is there already: a gradient's second part to the first. As Triton fusions they
+# leave that sum to a kernel of its own. (benchmarks/notes/model_step.md)
+COMPILER_OPTIONS = {platform: {"xla_gpu_enable_triton_gemm": False} for platform in ("cuda", "gpu")}
+
 
 def make_train_step(
     model: nn.Module,
@@ -121,6 +125,7 @@ def lower_train_step(train_step, abstract: TrainState, config: ConfigDict, mesh:
         in_shardings=(shardings, {name: tokens.sharding for name in batch}),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
+        compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
     )
     return step.lower(abstract, batch)
 
