@@ -70,10 +70,10 @@ def _convolve_fwd(activation, *inputs):
 def _convolve_bwd(activation, inputs, dy):
     _, weight, bias, state, _ = inputs
     dx, sums = mapped(backward, activation=activation)(arrays(*inputs) | dict(dy=dy))
-    *dweight, dbias = jnp.sum(sums, axis=(0, 1))
+    sums = jnp.sum(sums, axis=(0, 1))
     dstate = None if state is None else xla.state_gradient(activation, *inputs, dy).astype(state.dtype)
-    dbias = None if bias is None else dbias.astype(bias.dtype)
-    return dx, jnp.stack(dweight).astype(weight.dtype), dbias, dstate, None
+    dbias = None if bias is None else sums[-1].astype(bias.dtype)
+    return dx, sums[:-1].astype(weight.dtype), dbias, dstate, None
 
 
 convolve.defvjp(_convolve_fwd, _convolve_bwd)
