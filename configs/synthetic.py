@@ -23,12 +23,16 @@ DEFAULT = "mqar"
 
 # Fields of each task (seqmodels/data/synthetic/<task>.py) with their values in its small preset
 FIELDS = {
-    "copying": dict(vocab=16, tokens=8),
-    "selective_copying": dict(vocab=16, tokens=8),
-    "induction": dict(vocab=16),
-    "recall": dict(vocab=21),
+    "copying": dict(vocab=16, tokens=4),
+    "selective_copying": dict(vocab=16, tokens=4),
+    "induction": dict(vocab=8),
+    "recall": dict(vocab=11),
     "mqar": dict(
-        vocab=64, shapes=((64, 4, 1.0),), test_shapes=((64, 4), (64, 8), (128, 16)), power=0.01, random_filler=False
+        vocab=32,
+        shapes=((16, 2, 1.0), (32, 4, 1.0)),
+        test_shapes=((16, 2), (32, 4), (64, 8)),
+        power=0.01,
+        random_filler=False,
     ),
     "parity": dict(ask="last", shortest=3),
     "majority": dict(ask="last", shortest=3),
@@ -39,27 +43,39 @@ FIELDS = {
 }
 # ... and its sizes. lengths: at which a trained model is measured as well.
 SIZES = {
-    "copying": dict(length=64),
-    "selective_copying": dict(length=64),
-    "induction": dict(length=64, lengths=tuple(2**i for i in range(6, 13))),
-    "recall": dict(length=32),
-    "mqar": dict(length=64),
-    "parity": dict(length=41, lengths=(41, 65, 129, 257)),
-    "majority": dict(length=41, lengths=(41, 65, 129, 257)),
-    "modular_arithmetic": dict(length=41, lengths=(41, 65, 129, 257)),
-    "word_problem": dict(length=20, lengths=(20, 40, 80, 160)),
-    "listops": dict(length=128),
-    "passkey": dict(length=128, lengths=(128, 256, 512, 1024)),
+    "copying": dict(length=32),
+    "selective_copying": dict(length=32),
+    "induction": dict(length=32, lengths=tuple(2**i for i in range(5, 12))),
+    "recall": dict(length=18),
+    "mqar": dict(length=32, batch_size=64),
+    "parity": dict(length=17, lengths=(17, 33, 65, 129)),
+    "majority": dict(length=17, lengths=(17, 33, 65, 129)),
+    "modular_arithmetic": dict(length=18, lengths=(18, 34, 66, 130)),
+    "word_problem": dict(length=10, lengths=(10, 20, 40, 80)),
+    "listops": dict(length=100),
+    "passkey": dict(length=64, lengths=(64, 128, 256, 512)),
 }
+SMALL = dict(batch_size=32, steps=1000, learning_rate=1e-2, embedding_std=0.3)
 TWO_POWERS = tuple(2**i for i in range(6, 21))
 ZOOLOGY = dict(batch_size=512, steps=12_500, width=128)  # 64 epochs of 100,000 rows
 PAPERS = {
     # Gu and Dao 2023, appendix E.1; the learning rate of induction is ours
     "selective_copying-mamba": dict(
-        task=dict(tokens=16), length=4112, batch_size=64, steps=400_000, learning_rate=1e-4, schedule="constant"
+        task=dict(vocab=16, tokens=16),
+        length=4112,
+        batch_size=64,
+        steps=400_000,
+        learning_rate=1e-4,
+        schedule="constant",
     ),
     "induction-mamba": dict(
-        length=256, lengths=TWO_POWERS, batch_size=8, steps=25 * 8192, learning_rate=1e-3, schedule="constant"
+        task=dict(vocab=16),
+        length=256,
+        lengths=TWO_POWERS,
+        batch_size=8,
+        steps=25 * 8192,
+        learning_rate=1e-3,
+        schedule="constant",
     ),
     # Arora et al. 2023, figure 2: learning rates 1e-4 to 1e-2, widths 64 to 512
     "mqar-zoology64": ZOOLOGY | dict(task=dict(vocab=8192, shapes=((64, 4, 1.0),), test_shapes=()), length=64),
@@ -100,8 +116,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `preset[,key=value...]`, locked. Raises ValueError on a preset, key or value that is not there."""
     chosen, keys = parse(arg or DEFAULT)
     task = chosen.partition("-")[0]
-    sizes = dict(batch_size=64, steps=2000, width=64, layers=2, learning_rate=3e-3, schedule="cosine", lengths=())
-    sizes |= SIZES[task] | PAPERS.get(chosen, {})
+    sizes = dict(width=64, layers=2, learning_rate=3e-3, schedule="cosine", lengths=(), embedding_std=0.02)
+    sizes |= SIZES[task] | PAPERS[chosen] if chosen in PAPERS else SMALL | SIZES[task]
     fields = FIELDS[task] | sizes.pop("task", {})
     sizes |= {key: value for key, value in keys.items() if key in ("length", "width", "layers")}
     fields |= {key: value for key, value in keys.items() if key in fields}
@@ -109,6 +125,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = base()
     config.seq_len, config.batch_size, config.steps = sizes["length"], sizes["batch_size"], sizes["steps"]
     config.model = model(keys["mixer"], sizes["width"], sizes["layers"])
+    config.model.embedding_std = sizes["embedding_std"]
     config.data = ConfigDict(
         dict(
             name=task,
