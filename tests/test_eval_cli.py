@@ -106,6 +106,30 @@ def test_out_splits_evals_and_limit(workdir, tmp_path):
     assert "loss_by_position" not in figures
 
 
+def test_evaluation_fields_take_the_place_of_the_runs(workdir, tmp_path):
+    out = tmp_path / "figures.json"
+    argv = (f"--workdir={workdir}", f"--out={out}", "--splits=test", "--config.evaluation.rows=2")
+    sizes = ("contexts=1,", "batches=(1,)", "tokens=2", "repeats=1")
+    argv += tuple(f"--config.evaluation.throughput.{size}" for size in sizes)
+    assert call(*argv, "--config.evaluation.lengths=1,2", "--evals=context_lengths,throughput") == 0
+    figures = json.loads(out.read_text())
+    assert set(figures["context_lengths"]["test"]) == {"32", "64"}
+    assert figures["context_lengths"]["test"]["64"]["tokens"] == 2 * 16
+    assert figures["throughput"]["32"]["1"]["decode_tokens_per_second"] > 0
+
+
+def test_runs_without_the_newer_fields(tmp_path):
+    config = config_for(densemamba, tmp_path)
+    config.evals = "perplexity"
+    workdir = make_run(config, tmp_path / "run")
+    stored = json.loads((workdir / "config.json").read_text())
+    del stored["evals"], stored["evaluation"]["throughput"], stored["evaluation"]["tasks"]
+    (workdir / "config.json").write_text(json.dumps(stored))
+    config = run_module.load_run(workdir).config
+    assert config.evals == "" and config.evaluation.tasks == "local" and config.evaluation.throughput.repeats == 3
+    assert config.evaluation.lengths == (1, 2, 64) and config.evaluation.rows == 4
+
+
 def test_averaged_parameters_are_taken_where_there_are_some(tmp_path):
     config = config_for(densemamba, tmp_path)
     config.optimizer.ema = 0.9
@@ -138,6 +162,9 @@ def test_continuation(workdir, capsys):
         (["--workdir={}", "--splits=train,dev"], ["dev", "validation"]),
         (["--workdir={}", "--evals=perplexty"], ["perplexty", "perplexity"]),
         (["--workdir={}", "--limit=0"], ["limit", "0"]),
+        (["--workdir={}", "--evals=accuracy"], ["--evals=accuracy", "does not fit", "perplexity"]),
+        (["--workdir={}", "--config.evaluation.length=1"], ["config.evaluation.length", "evaluation.lengths"]),
+        (["--workdir={}", "--evals=throughput", "--config.evaluation.throughput.tokens=0"], ["tokens=0", "at least 1"]),
         (["--workdir={}", "--prompt=x", "--tokens=0"], ["tokens=0", "at least 1"]),
         (["--workdir={}", "--prompt=x", "--top_p=2"], ["top_p=2.0", "(0, 1]"]),
         (["--workdri={}"], ["workdri", "workdir"]),
