@@ -13,15 +13,15 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def platforms() -> tuple[str, ...]:
-    """Those that a computation traced here can be lowered for: tracing kernels for others would be lost time.
+    """Those that a computation traced here can be lowered for.
 
-    They are the CPU, the accelerator at hand, and that of the mesh that a program is compiled for ahead of time.
+    With a mesh it is the mesh's own, else the CPU and the accelerator at hand. Each more costs time to trace, and memory:
+    what the backward pass on one keeps is kept as zeros on the others.
     """
-    found = {"cpu", lowered_name(jax.default_backend())}
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
-        found.add(lowered_name(device.platform))
-    return tuple(p for p in PLATFORMS if p in found)
+        return (lowered_name(device.platform),)
+    return tuple(p for p in PLATFORMS if p in ("cpu", lowered_name(jax.default_backend())))
 
 
 class UnsupportedError(ValueError):
@@ -88,7 +88,7 @@ def dispatch(
     if implementation:
         return call(require(operation, backends, implementation, **facts), *arrays)
     chosen = {p: choose(operation, backends, winners, p, **facts)[0] for p in platforms()}
-    if len(set(chosen.values())) == 1:
-        return call(backends[chosen["cpu"]], *arrays)
+    if len(names := set(chosen.values())) == 1:
+        return call(backends[names.pop()], *arrays)
     branches = {p: functools.partial(call, backends[name]) for p, name in chosen.items()}
     return jax.lax.platform_dependent(*arrays, **branches)
