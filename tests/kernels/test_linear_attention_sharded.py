@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from test_linear_attention import inputs, value_and_gradients
 from test_selective_scan import assert_close
@@ -72,13 +72,8 @@ def in_pieces(args, static, variant):
     return results, gradients
 
 
-QUICK = ("plain", "padded and packed", "a document goes on after padding")
-PAIRS = [
-    pytest.param(variant, case, marks=[] if variant == "head" or case in QUICK else pytest.mark.slow)
-    for variant in VARIANTS
-    for case in SPLITS
-    if variant == "head" or case in (*QUICK, "documents return")
-]
+PAIRS = [("head", case) for case in SPLITS]
+PAIRS += [(variant, "padded and packed") for variant in VARIANTS if variant != "head"]
 
 
 @pytest.mark.parametrize("variant, case", PAIRS)
@@ -120,7 +115,6 @@ def test_poisoned_padding_never_leaks():
     [
         (dict(data=2, tensor=2, sequence=2), 2),
         (dict(tensor=4, sequence=2), 1),  # one group: keys are whole on every device
-        pytest.param(dict(tensor=4, sequence=2), 2, marks=pytest.mark.slow),  # groups do not divide: heads are whole
     ],
     ids=str,
 )
@@ -139,6 +133,15 @@ def test_on_the_mesh_of_a_model(sizes, groups):
     real = static["mask"][..., None, None]
     assert_close((np.where(real, got[0], 0), got[1]), (np.where(real, want[0], 0), want[1]), 1e-5)
     assert "shard_map" in text and "all_gather" in text
+
+
+def test_heads_stay_with_their_keys():
+    """Two groups do not divide over four devices, so four heads do not either."""
+    mesh = AbstractMesh((4,), ("tensor",), axis_types=(AxisType.Auto,))
+    with jax.sharding.use_abstract_mesh(mesh), nn.logical_axis_rules(RULES):
+        for groups, split in ((1, True), (2, False), (4, True)):
+            text = str(jax.make_jaxpr(lambda a: parallel.linear_attention(**a))(inputs(groups=groups)))
+            assert ("f32[2,11,1,5]" in text) == split, groups
 
 
 @pytest.mark.slow
