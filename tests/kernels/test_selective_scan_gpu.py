@@ -26,7 +26,7 @@ from kernels.selective_scan import mosaic_gpu, selective_scan
 
 HERE = Path(__file__).resolve().parent
 SHAPE = dict(length=21, groups=2, width=130, state=9)
-ONE_WORKER = ("forward", "summary")
+ONE_WORKER = dict(forward=("HELD", 1024), summary=("WORKERS", 1))
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,8 @@ def interpreter():
         pytest.skip("the interpreter of jax 0.10 compiles at every launch, a minute for each gradient")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(lanes, "INTERPRET", plgpu.InterpretGPUParams())
-        for name in ONE_WORKER:
-            patch.setattr(importlib.import_module(f"{mosaic_gpu.__name__}.{name}"), "WORKERS", 1)
+        for name, (constant, value) in ONE_WORKER.items():
+            patch.setattr(importlib.import_module(f"{mosaic_gpu.__name__}.{name}"), constant, value)
         jax.clear_caches()  # the kernels are jitted, and know nothing of these
         yield patch
     jax.clear_caches()
@@ -79,9 +79,22 @@ def assert_equals_reference(args, documents, tolerance=1e-5, **static):
     assert_close(got, expected(args, documents, **static), tolerance)
 
 
-def test_equals_float64_reference(interpreter):
-    """Two groups with weights, packed and padded, T, E and N odd."""
-    assert_equals_reference(inputs(**SHAPE), documents(length=21))
+@pytest.mark.parametrize("block", [128, 16])
+def test_equals_float64_reference(interpreter, block):
+    """Two groups with weights, packed and padded, T, E and N odd; narrow blocks and wide."""
+    with interpreter.context() as patch:
+        patch.setattr(mosaic_gpu.tuning, "FORWARD", {block: 1})
+        jax.clear_caches()
+        assert_equals_reference(inputs(**SHAPE), documents(length=21))
+
+
+@pytest.mark.slow
+def test_time_in_pieces(interpreter):
+    """Too few channels for the GPU: forwards in two pieces, backwards in four."""
+    with interpreter.context() as patch:
+        patch.setattr(mosaic_gpu.tuning, "plan_forward", lambda *shape: (128, 2))
+        patch.setattr(mosaic_gpu.tuning, "plan_backward", lambda *shape: 4)
+        assert_equals_reference(inputs(batch=1, length=37, groups=1, width=5), documents(batch=1, length=37))
 
 
 @pytest.mark.parametrize("scale", [1e-35, 1e3])
@@ -193,6 +206,7 @@ def test_reasons(monkeypatch):
 MAIN = [
     ("8x2048x2048x16", 1, "bfloat16", 1),
     ("8x2048x2048x16", 1, "float32", 0),
+    ("2x8192x2048x16", 1, "bfloat16", 0),
     ("1x65536x1536x16", 1, "bfloat16", 1),
 ]
 ODD = [

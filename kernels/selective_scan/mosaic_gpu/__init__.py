@@ -12,15 +12,14 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels import lanes
 from kernels.segments import resets
+from kernels.selective_scan.mosaic_gpu import tuning
 from kernels.selective_scan.mosaic_gpu.backward import backward, backward_bytes
-from kernels.selective_scan.mosaic_gpu.forward import BLOCK, forward, forward_bytes
+from kernels.selective_scan.mosaic_gpu.forward import forward, forward_bytes
 from kernels.selective_scan.mosaic_gpu.stage import marks
 from kernels.selective_scan.mosaic_gpu.summary import end_of_gradient, end_of_state
 from kernels.selective_scan.mosaic_gpu.tile import SIZES, Tile
 from kernels.selective_scan.xla import FEW
 
-MULTIPLE = 16  # tokens; the largest chunk
-PROCESSORS = 132  # of an H100
 OVER_TIME = ("u", "dt", "B", "C", "z", "weights", "dy", "du", "ddt", "dz", "dweights")
 DTYPES = ("bfloat16", "float16", "float32")
 SHARED = 226 * 1024  # bytes of shared memory that a block may take, barriers aside
@@ -60,7 +59,7 @@ def selective_scan(
     _, length, groups, width = u.shape
     states = A.shape[-1]
     size = next(size for size in SIZES if size >= states)
-    block = max(BLOCK, Tile(size).channels)
+    block = max(tuning.WIDEST, Tile(size).channels)
     padded = -(-width // block) * block
 
     def states_to_size(x):
@@ -85,15 +84,20 @@ def selective_scan(
         initial_state=channels_to_block(states_to_size(initial_state), -2),
     )
     reset = resets(segment_ids, initial_segment, mask)
-    pieces = stretches(u.shape[0], length, padded)
-    tokens = -(-length // (MULTIPLE * pieces)) * MULTIPLE * pieces
-    if length < tokens and (length < MULTIPLE or pieces > 1):  # copies need whole chunks, stretches equal lengths
+    count = tuning.processors()
+    chunk = forward_chunks(arrays)
+    block, ahead = tuning.plan_forward(u.shape[0], length, padded, count, tuple(chunk))
+    back = tuning.plan_backward(u.shape[0], length, padded, size, count)
+    chunk, pieces = chunk[block], max(ahead, back)
+    tokens = -(-length // (chunk * pieces)) * chunk * pieces
+    if length < tokens and (length < chunk or pieces > 1):  # copies need whole chunks, pieces equal lengths
         arrays = {
             name: pad(x, 1, tokens) if name in ("u", "dt", "B", "C", "z", "weights") else x
             for name, x in arrays.items()
         }
         mask = jnp.ones(u.shape[:2], bool) if mask is None else mask
-    y, state = _scan(arrays, marks(reset, mask, tokens), dt_softplus, chunks(arrays), pieces)
+    save = min(chunk, backward_chunk(arrays))
+    y, state = _scan(arrays, marks(reset, mask, tokens), dt_softplus, block, (chunk, save), (ahead, back))
     return y[:, :length, :width], state[:, :, :width, :states]
 
 
@@ -106,24 +110,24 @@ def pad(x, axis, size):
     return jnp.pad(x, widths)
 
 
-def chunks(arrays) -> tuple[int, int]:
-    """Tokens of a chunk of the forward and of the backward pass: as many, up to 16 and 8, as fit in shared memory.
-
-    The forward pass saves states for each chunk of the backward pass.
-    """
-    states = arrays["A"].shape[-1]
+def forward_chunks(arrays) -> dict[int, int]:
+    """By channels of a block of the forward pass, tokens of a chunk: as many as fit in shared memory."""
     inputs = {name: arrays[name] for name in ("u", "dt", "B", "C", "z", "weights")}
-    ahead = next((chunk for chunk in (16, 8, 4) if forward_bytes(chunk=chunk, **inputs) <= SHARED), 4)
-    back = next((chunk for chunk in (8, 4) if backward_bytes(chunk=chunk, states=states, **inputs) <= SHARED), 4)
-    return ahead, min(ahead, back)
+    fit = {}
+    for block in tuning.FORWARD:
+        shortest = 512 // block  # the first warpgroup takes as many tokens at once
+        sizes = [size for size in (64, 32, 16, 8, 4) if shortest <= size <= min(2048 // block, arrays["u"].shape[1])]
+        sizes = (size for size in sizes or [shortest] if forward_bytes(block=block, chunk=size, **inputs) <= SHARED)
+        if (chunk := next(sizes, None)) is not None:
+            fit[block] = chunk
+    return fit
 
 
-def stretches(batch, length, width) -> int:
-    """Pieces of time that run at once: as few as give most multiprocessors a block, of at least 256 tokens each."""
-    pieces, blocks = 1, batch * width // BLOCK
-    while pieces * blocks < PROCESSORS * 2 // 3 and length >= 512 * pieces:
-        pieces *= 2
-    return pieces
+def backward_chunk(arrays) -> int:
+    """Tokens of a chunk of the backward pass: as many as fit. The forward pass saves states for each of them."""
+    inputs = {name: arrays[name] for name in ("u", "dt", "B", "C", "z", "weights")}
+    states = arrays["A"].shape[-1]
+    return next((chunk for chunk in (8, 4) if backward_bytes(chunk=chunk, states=states, **inputs) <= SHARED), 4)
 
 
 def mapped(kernel, **static):
@@ -131,49 +135,49 @@ def mapped(kernel, **static):
     return jax.custom_batching.sequential_vmap(lambda arrays: kernel(**arrays, **static))
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
-def _scan(arrays, marks, softplus, chunks, pieces):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
+def _scan(arrays, marks, softplus, block, chunk, pieces):
     """y [b, T', E'] and the final state; the arguments of `forward`."""
-    return _forward(arrays, marks, softplus, chunks, pieces, save=False)[0]
+    return _forward(arrays, marks, softplus, block, chunk, pieces[0], save=False)[0]
 
 
-def _forward(arrays, marks, softplus, chunks, pieces, save):
-    """(y, final state), and what the backward pass needs: the states saved and the decay of each piece."""
-    decay = None
+def _forward(arrays, marks, softplus, block, chunk, pieces, save):
+    """(y, final state), and the states saved for the backward pass."""
     if pieces > 1:
         start, arrays = arrays["initial_state"], {name: cut(name, x, pieces) for name, x in arrays.items()}
         marks = cut("marks", marks, pieces)
         inputs = {name: arrays[name] for name in ("u", "dt", "A", "B", "dt_bias")}
         end, steps = mapped(end_of_state, softplus=softplus)(inputs | dict(marks=marks))
-        decay = decay_of(arrays["A"], steps, marks)
-        arrays["initial_state"] = chain(start, decay, end, pieces)
-    run = mapped(forward, softplus=softplus, chunk=chunks[0], save=chunks[1] if save else 0)
+        arrays["initial_state"] = chain(start, decay_of(arrays["A"], steps, marks), end, pieces)
+    run = mapped(forward, softplus=softplus, block=block, chunk=chunk[0], save=chunk[1] if save else 0)
     y, final, saved = run(arrays | dict(marks=marks))
     if pieces > 1:
         y = y.reshape(-1, pieces * y.shape[1], y.shape[2])
         final = final.reshape(-1, pieces, *final.shape[1:])[:, -1]
-    return (y, final), saved, decay
+    return (y, final), saved
 
 
-def _scan_fwd(arrays, marks, softplus, chunks, pieces):
-    out = _forward(arrays, marks, softplus, chunks, pieces, save=True)
-    out, saved, decay = jax.tree.map(lambda x: checkpoint_name(x, "scan"), out)
-    return out, (arrays, marks, saved, decay)
+def _scan_fwd(arrays, marks, softplus, block, chunk, pieces):
+    out = _forward(arrays, marks, softplus, block, chunk, pieces[0], save=True)
+    out, saved = jax.tree.map(lambda x: checkpoint_name(x, "scan"), out)
+    return out, (arrays, marks, saved)
 
 
-def _scan_bwd(softplus, chunks, pieces, residuals, cotangents):
-    arrays, marks, saved, decay = residuals
+def _scan_bwd(softplus, block, chunk, pieces, residuals, cotangents):
+    arrays, marks, saved = residuals
     dy, dfinal = cotangents
-    length, width = arrays["u"].shape[1], arrays["u"].shape[-1]
+    batch, length, _, width = arrays["u"].shape
+    pieces = pieces[1]
+    saved = saved.reshape(batch * pieces, -1, *saved.shape[2:])
     inputs = {name: x for name, x in arrays.items() if name != "initial_state"}
     dy = dy[:, :length, :width]
     if pieces > 1:
         inputs = {name: cut(name, x, pieces) for name, x in inputs.items()}
         marks, dy = cut("marks", marks, pieces), cut("dy", dy, pieces)
         read = {name: x for name, x in inputs.items() if name not in ("u", "B", "D")}
-        start = mapped(end_of_gradient, softplus=softplus)(read | dict(marks=marks, dy=dy))
-        dfinal = chain(dfinal, decay, start, pieces, reverse=True)
-    run = mapped(backward, softplus=softplus, chunk=chunks[1])
+        start, steps = mapped(end_of_gradient, softplus=softplus)(read | dict(marks=marks, dy=dy))
+        dfinal = chain(dfinal, decay_of(arrays["A"], steps, marks), start, pieces, reverse=True)
+    run = mapped(backward, softplus=softplus, chunk=chunk[1])
     g = run(inputs | dict(marks=marks, saved=saved, dy=dy, dfinal=dfinal))
     dBC = jnp.sum(g["dBC"], axis=1)
     if pieces > 1:

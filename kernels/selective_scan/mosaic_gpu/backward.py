@@ -24,10 +24,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import lanes
 from kernels.lanes import LN2, LOG2E, THREADS, read, write
-from kernels.selective_scan.mosaic_gpu.stage import MARKED, SLOTS, Stage, prepare
+from kernels.selective_scan.mosaic_gpu.stage import MARKED, Stage, prepare
 from kernels.selective_scan.mosaic_gpu.tile import CHANNELS, STATES, Tile, thread_index
 
 f32 = jnp.float32
+SLOTS = 3  # chunks of inputs in shared memory
 UNROLL = 2  # tokens of a turn of the loops over a chunk
 # Quarters of a token's [512 * quarters] floats in shared memory, 4 a thread each: first a thread's 16 states (by
 # channel), then its part of the sums that they go into.
@@ -60,7 +61,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
     sums = chunk * 2 * tile.shares  # vectors of 4 sums over channels
     parts = max(1, THREADS // sums)  # threads that share one of them
     arrays = dict(u=u, dt=dt, B=B, C=C, dy=dy, z=z, weights=weights, marks=marks)
-    stage = Stage(arrays, chunk, block, groups=1)
+    stage = Stage(arrays, chunk, block, groups=1, slots=SLOTS)
     saved_steps = saved.shape[1]
     sds = jax.ShapeDtypeStruct
     out = dict(
@@ -384,7 +385,7 @@ def backward_bytes(u, dt, B, C, z, weights, states, chunk) -> int:
     dy = jax.ShapeDtypeStruct((*u.shape[:2], u.shape[3]), u.dtype)
     arrays = dict(u=u, dt=dt, B=B, C=C, dy=dy, z=z, weights=weights, marks=MARKED)
     return (
-        Stage(arrays, chunk, block, groups=1).bytes()
+        Stage(arrays, chunk, block, groups=1, slots=SLOTS).bytes()
         + chunk * (ring_of(u.shape[2]) * 3 * block + 2 * 5 * THREADS * 4) * 4
     )
 

@@ -1,9 +1,10 @@
-"""Forward pass of the selective scan on Hopper: four warpgroups walk a block of channels through time.
+"""Forward pass of the selective scan on Hopper: three or four warpgroups walk a block of channels through time.
 
 Chunks of tokens go from one to the next through shared memory:
   prepare  dt and dt u in float32;
-  recur    token by token, by two warpgroups: half the states (of all groups) of a channel in a thread's registers;
+  recur    token by token, by one or two warpgroups: a thread has some states (of all groups) of a channel in registers;
   finish   skip and gate, y stored, the next chunk sent for.
+Where there are few sequences and channels, blocks are narrow: more threads then share the states of a channel.
 """
 
 import functools
@@ -16,17 +17,19 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import lanes
 from kernels.lanes import LOG2E, THREADS, read, write
-from kernels.selective_scan.mosaic_gpu.stage import MARKED, SLOTS, Stage, prepare
-from kernels.selective_scan.mosaic_gpu.tile import Tile, thread_index
+from kernels.selective_scan.mosaic_gpu.stage import MARKED, Stage, prepare
+from kernels.selective_scan.mosaic_gpu.tile import STATES, Tile, thread_index
 
 f32 = jnp.float32
-BLOCK = 128  # channels of a block, one a thread
-WORKERS = 2  # warpgroups that share the states of a channel
-UNROLL = 4  # tokens whose operands are loaded before the first is worked on
+SLOTS = 3  # chunks in shared memory
+HELD = 8  # states of a channel and group that one thread takes at most, if a second warpgroup can take the rest
+UNROLL = {1: 16, 2: 16}  # tokens whose operands are loaded before the first is worked on, by states a thread; else 8
 
 
-@functools.partial(jax.jit, static_argnames=("softplus", "chunk", "save"))  # traced once a shape, not once a layer
-def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, softplus, chunk, save):
+@functools.partial(
+    jax.jit, static_argnames=("softplus", "block", "chunk", "save")
+)  # traced once a shape, not once a layer
+def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, softplus, block, chunk, save):
     """y, the final state, and the states at the start of every `save` tokens.
 
     Args:
@@ -35,16 +38,21 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
         B, C: [b, T, G, N] float32. weights: [b, T, G - 1 or 1, E] or None.
         initial_state: [b, G, E', N] float32. marks: [b, T', 8] of `stage.marks`, T' is T padded to whole chunks.
         softplus: dt + dt_bias goes through softplus.
-        chunk: tokens a step, a multiple of save; save: 0 saves no states.
+        block: channels of a block: 128, 64, 32 or 16, with at least 128 states in all.
+        chunk: tokens a step, a multiple of save and of 512 / block; save: 0 saves no states.
 
     Returns:
-        y [b, T', E'] in u's dtype, final state [b, G, E', N] float32, states [b, T' / save, E' / block, G, 2048]
-        float32 in the threads' order (or None).
+        y [b, T', E'] in u's dtype, final state [b, G, E', N] float32, states [b, T' / save, G E' N] float32
+        in the order of the backward pass's threads (or None).
     """
     batch, length, groups, _ = u.shape
     _, padded, states = A.shape
-    tile, steps, own = Tile(states), -(-length // chunk), states // WORKERS
-    stage = Stage(dict(u=u, dt=dt, B=B, C=C, z=z, weights=weights, marks=marks), chunk, BLOCK, groups)
+    steps, workers = -(-length // chunk), workers_of(block, states)
+    shares = workers * THREADS // block  # threads that share a channel
+    own = states // shares  # states of each
+    vector, tile = min(own, STATES), Tile(states)
+    unroll = min(UNROLL.get(own, 8) if groups == 1 else 4, save or chunk)
+    stage = Stage(dict(u=u, dt=dt, B=B, C=C, z=z, weights=weights, marks=marks), chunk, block, groups, SLOTS)
 
     def body(*refs):
         b, e = lax.axis_index("b"), lax.axis_index("e")
@@ -54,9 +62,9 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
         *buffers, dt_s, x_s, y_s, ready, done = refs
         stage.bind(sources, buffers, b, e)
 
-        offset = lax.rem(thread_index(), BLOCK // 4) * 4
-        tokens = [lax.div(thread_index(), BLOCK // 4) + first for first in range(0, chunk, THREADS * 4 // BLOCK)]
-        channel = e * BLOCK + offset
+        offset = lax.rem(thread_index(), block // 4) * 4
+        tokens = [lax.div(thread_index(), block // 4) + first for first in range(0, chunk, THREADS * 4 // block)]
+        channel = e * block + offset
         D = read(D_g, channel, 4)
         bias = [read(bias_g, g * padded + channel, 4) for g in range(groups)]
 
@@ -72,44 +80,52 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
                     us = [stage.read("u", slot, token, offset, 4, g) for token in tokens]
                     dts = prepare(stage, slot, index, tokens, offset, bias[g], softplus, length, g)
                     for u, (token, dt) in zip(us, dts):
-                        at = (token * groups + g) * BLOCK + offset
+                        at = (token * groups + g) * block + offset
                         write(dt_s.at[slot], at, dt)
                         write(x_s.at[slot], at, tuple(d * u for d, u in zip(dt, u)))
                 plgpu.barrier_arrive(ready.at[slot])
 
             lax.fori_loop(0, steps, lambda index, _: start(index), None)
 
-        @pl.when((lax.axis_index("role") > 0) & (lax.axis_index("role") <= WORKERS))
+        @pl.when((lax.axis_index("role") > 0) & (lax.axis_index("role") <= workers))
         def _():
-            thread = thread_index()
-            channel = e * BLOCK + thread
-            worker = lax.axis_index("role") - 1
-            first = worker * own  # of the states
-            quads = range(0, own, 4)
+            thread = lax.rem(thread_index(), block)
+            channel = e * block + thread
+            share = lax.div(thread_index(), block) + (lax.axis_index("role") - 1) * (shares // workers)
+            first = share * own  # of the states
+            vectors = range(0, own, vector)
 
             def read_states(ref, number):
                 """The thread's states of its channel in matrix `number` of [..., E', N]."""
                 start = (number * padded + channel) * states + first
-                return sum((read(ref, start, 4, at=n) for n in quads), start=())
+                return sum((read(ref, start, vector, at=n) for n in vectors), start=())
+
+            def write_states(ref, number, h):
+                for n in vectors:
+                    write(ref, (number * padded + channel) * states + first, h[n : n + vector], at=n)
 
             A = [read_states(A_g, g) for g in range(groups)]
 
-            def operands(index, t):
-                """What token t needs, loaded."""
+            def operands(index, start):
+                """Of `unroll` tokens: of each group dt, dt u, B, C and weight; and the reset. All loaded."""
                 slot = lax.rem(index, SLOTS)
                 out = []
-                for g in range(groups):
-                    at = (t * groups + g) * BLOCK + thread
-                    (dt,), (x,) = (read(ref.at[slot], at, 1) for ref in (dt_s, x_s))
-                    same = thread * 0 + first
-                    B, C = (
-                        sum((stage.read(name, slot, t, same + n, 4, g) for n in quads), start=()) for name in ("B", "C")
-                    )
-                    w = None
-                    if g > 0 and "weights" in stage:
-                        (w,) = stage.read("weights", slot, t, thread, 1, g - 1)
-                    out.append((dt, x, B, C, w))
-                return out, stage.reset(slot, t) if "marks" in stage else None
+                for k in range(unroll):
+                    of_groups = []
+                    for g in range(groups):
+                        at = start * (groups * block) + thread
+                        (dt,), (x,) = (read(ref.at[slot], at, 1, at=(k * groups + g) * block) for ref in (dt_s, x_s))
+                        B, C = (of_states(name, slot, start, k, g) for name in ("B", "C"))
+                        w = None
+                        if g > 0 and "weights" in stage:
+                            (w,) = stage.read("weights", slot, start, thread, 1, g - 1, k)
+                        of_groups.append((dt, x, B, C, w))
+                    out.append((of_groups, stage.reset(slot, start + k) if "marks" in stage else None))
+                return out
+
+            def of_states(name, slot, start, k, g):
+                """B or C of the thread's states and token start + k."""
+                return sum((stage.read(name, slot, start, first + n, vector, g, k) for n in vectors), start=())
 
             def advance(h, loaded):
                 """s = exp(dt A) s + dt u B and s C."""
@@ -127,30 +143,31 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
 
             def recur(index, h):
                 def several(i, h):
-                    times = [i * UNROLL + k for k in range(UNROLL)]
-                    loaded = [operands(index, t) for t in times]
+                    start = i * unroll
                     ys = []
-                    for operand in loaded:
+                    for operand in operands(index, start):
                         h, y = advance(h, operand)
                         ys.append(y)
-                    for t, y in zip(times, ys):
-                        write(y_s.at[lax.rem(index, SLOTS), worker], t * BLOCK + thread, (y,))
+                    for k, y in enumerate(ys):
+                        at = (share * chunk + start) * block + thread
+                        write(y_s.at[lax.rem(index, SLOTS)], at, (y,), at=k * block)
                     return h
 
                 stretch = save or chunk
                 for start in range(0, chunk, stretch):
                     if save:
                         keep(h, index * (chunk // save) + start // save)
-                    h = lax.fori_loop(start // UNROLL, (start + stretch) // UNROLL, several, h)
+                    h = lax.fori_loop(start // unroll, (start + stretch) // unroll, several, h)
                 return h
 
             def keep(h, number):
                 """Write the states at the start of a stretch of `save` tokens, in the order of the backward pass."""
                 start = (b * (steps * chunk // save) + number) * (padded * groups * states)
+                state = lax.div(first, STATES) * STATES * tile.rows + lax.rem(first, STATES)
                 for g in range(groups):
-                    place = start + tile.saved(channel, g, groups) + first * tile.rows
-                    for n in quads:
-                        write(saved_g[0], place, h[g][n : n + 4], at=n * tile.rows)
+                    place = start + tile.saved(channel, g, groups) + state
+                    for n in vectors:
+                        write(saved_g[0], place, h[g][n : n + vector], at=n * tile.rows)
 
             def step(index, h):
                 plgpu.barrier_wait(ready.at[lax.rem(index, SLOTS)])
@@ -162,18 +179,16 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
             h = tuple(read_states(initial_g, b * groups + g) for g in range(groups))
             h = lax.fori_loop(0, steps, step, h)
             for g in range(groups):
-                start = ((b * groups + g) * padded + channel) * states + first
-                for n in quads:
-                    write(final_g, start, h[g][n : n + 4], at=n)
+                write_states(final_g, b * groups + g, h[g])
 
-        @pl.when(lax.axis_index("role") == WORKERS + 1)
+        @pl.when(lax.axis_index("role") == workers + 1)
         def _():
             def finish(index):
                 """y = (s C + D u) silu(z)."""
                 slot = lax.rem(index, SLOTS)
                 loaded = [
                     (
-                        [read(y_s.at[slot, worker], token * BLOCK + offset, 4) for worker in range(WORKERS)],
+                        [read(y_s.at[slot], (share * chunk + token) * block + offset, 4) for share in range(shares)],
                         stage.read("u", slot, token, offset, 4),
                         stage.read("z", slot, token, offset, 4) if "z" in stage else None,
                     )
@@ -202,15 +217,14 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
         out_type=tuple(out),
         scratch_types=[
             *stage.scratch(),
-            plgpu.SMEM((SLOTS, chunk, groups, BLOCK), f32),
-            plgpu.SMEM((SLOTS, chunk, groups, BLOCK), f32),
-            plgpu.SMEM((SLOTS, WORKERS, chunk, BLOCK), f32),
+            *[plgpu.SMEM((SLOTS, chunk, groups, block), f32)] * 2,
+            plgpu.SMEM((SLOTS, shares, chunk, block), f32),
             plgpu.Barrier(num_barriers=SLOTS),
-            plgpu.Barrier(num_barriers=SLOTS, num_arrivals=WORKERS),
+            plgpu.Barrier(num_barriers=SLOTS, num_arrivals=workers),
         ],
-        grid=(batch, padded // BLOCK),
+        grid=(batch, padded // block),
         grid_names=("b", "e"),
-        num_threads=2 + WORKERS,
+        num_threads=2 + workers,
         thread_name="role",
         compiler_params=lanes.compiler_params(),
         interpret=lanes.INTERPRET,
@@ -219,11 +233,16 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
     return y, final, saved[0] if save else None
 
 
-def forward_bytes(u, dt, B, C, z, weights, chunk) -> int:
+def workers_of(block, states) -> int:
+    """Warpgroups that recur."""
+    return 2 if block * states > THREADS * HELD else 1
+
+
+def forward_bytes(u, dt, B, C, z, weights, block, chunk) -> int:
     """Shared memory of a block."""
-    groups = u.shape[2]
-    stage = Stage(dict(u=u, dt=dt, B=B, C=C, z=z, weights=weights, marks=MARKED), chunk, BLOCK, groups)
-    return stage.bytes() + SLOTS * chunk * (2 * groups + WORKERS) * BLOCK * 4
+    groups, states = u.shape[2], B.shape[3]
+    stage = Stage(dict(u=u, dt=dt, B=B, C=C, z=z, weights=weights, marks=MARKED), chunk, block, groups, SLOTS)
+    return stage.bytes() + SLOTS * chunk * (2 * groups * block + workers_of(block, states) * THREADS) * 4
 
 
 def dot(a, b):

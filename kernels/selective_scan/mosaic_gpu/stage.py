@@ -1,4 +1,4 @@
-"""The inputs of a block on their way to shared memory: chunk by chunk, `SLOTS` of them at a time."""
+"""The inputs of a block on their way to shared memory: chunk by chunk, several of them at a time."""
 
 import math
 
@@ -10,7 +10,6 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels import lanes
 from kernels.lanes import read
 
-SLOTS = 3
 MARKS = 8  # numbers a token in `marks`, for copies must be multiples of 128 bytes
 MARKED = jax.ShapeDtypeStruct((1, 1, MARKS), jnp.float32)
 
@@ -38,23 +37,24 @@ class Stage:
             left out.
         chunk: tokens. block: channels.
         groups: groups in a slot: all, or 1 for one after another.
+        slots: chunks in shared memory at a time.
     """
 
-    def __init__(self, arrays, chunk, block, groups):
+    def __init__(self, arrays, chunk, block, groups, slots):
         self.arrays = {name: x for name, x in arrays.items() if x is not None}
-        self.chunk, self.block, self.groups = chunk, block, groups
+        self.chunk, self.block, self.groups, self.slots = chunk, block, groups, slots
 
     def __contains__(self, name):
         return name in self.arrays
 
     def scratch(self):
         """What `plgpu.kernel` allocates for it: buffers, and barriers that say when a slot is full."""
-        buffers = [plgpu.SMEM((SLOTS, *self._shape(name)), x.dtype) for name, x in self.arrays.items()]
-        return [*buffers, plgpu.Barrier(num_arrivals=len(buffers), num_barriers=SLOTS)]
+        buffers = [plgpu.SMEM((self.slots, *self._shape(name)), x.dtype) for name, x in self.arrays.items()]
+        return [*buffers, plgpu.Barrier(num_arrivals=len(buffers), num_barriers=self.slots)]
 
     def bytes(self) -> int:
         """Shared memory of the buffers."""
-        return sum(SLOTS * math.prod(self._shape(name)) * x.dtype.itemsize for name, x in self.arrays.items())
+        return sum(self.slots * math.prod(self._shape(name)) * x.dtype.itemsize for name, x in self.arrays.items())
 
     def bind(self, sources, scratch, b, e):
         """Inside the kernel: the references of the arrays and of `scratch`, and the block's indices."""
@@ -80,12 +80,12 @@ class Stage:
     def wait(self, slot):
         plgpu.barrier_wait(self.full.at[slot])
 
-    def read(self, name, slot, token, offset, width, group=0):
-        """`width` numbers a thread of `name`, from `offset` on in the row of a token (and group)."""
+    def read(self, name, slot, token, offset, width, group=0, ahead=0):
+        """`width` numbers a thread of `name`, from `offset` on in the row of a token (and group), or `ahead` rows on."""
         _, *inner = self._shape(name)
-        if len(inner) == 2:
-            token = token * inner[0] + min(group, inner[0] - 1)
-        return read(self.buffers[name].at[slot], token * inner[-1] + offset, width)
+        row = math.prod(inner)
+        group = min(group, inner[0] - 1) * inner[-1] if len(inner) == 2 else 0
+        return read(self.buffers[name].at[slot], token * row + offset, width, at=ahead * row + group)
 
     def reset(self, slot, t):
         """What is added to the exponent at token t: a scalar, 0 or -1e30."""
@@ -118,12 +118,12 @@ def prepare(stage, slot, index, tokens, offset, bias, softplus, length, group=0)
     """The steps dt of a chunk, float32, zero on padding: softplus once a channel, not once a state.
 
     Args:
-        tokens: [128] int32 each; offset: [128] int32, first of the thread's 4 channels in the block.
+        tokens: [128] int32 each; offset: [128] int32, first of the thread's channels in the block; bias: of each.
 
     Returns:
         list of (token, dt), one for each of `tokens`. Everything is loaded before anything is used.
     """
-    loaded = [(stage.read("dt", slot, t, offset, 4, group), stage.real(slot, t, index, length)) for t in tokens]
+    loaded = [(stage.read("dt", slot, t, offset, len(bias), group), stage.real(slot, t, index, length)) for t in tokens]
     out = []
     for token, (dt, real) in zip(tokens, loaded):
         dt = tuple(d + o for d, o in zip(dt, bias))

@@ -18,12 +18,15 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import lanes
 from kernels.lanes import LOG2E, THREADS, read, write
-from kernels.selective_scan.mosaic_gpu.forward import BLOCK, UNROLL, WORKERS
-from kernels.selective_scan.mosaic_gpu.stage import SLOTS, Stage, prepare
+from kernels.selective_scan.mosaic_gpu.stage import Stage, prepare
 from kernels.selective_scan.mosaic_gpu.tile import thread_index
 
 f32 = jnp.float32
-CHUNK = 8  # tokens
+BLOCK = 128  # channels
+CHUNK = 16  # tokens
+SLOTS = 3  # chunks in shared memory
+UNROLL = 4  # tokens whose operands are loaded before the first is worked on
+WORKERS = 2  # warpgroups that share the states of a channel
 
 
 @functools.partial(jax.jit, static_argnames="softplus")
@@ -40,19 +43,22 @@ def end_of_state(u, dt, A, B, dt_bias, marks, *, softplus):
 
 @functools.partial(jax.jit, static_argnames="softplus")
 def end_of_gradient(dt, A, C, z, dt_bias, weights, marks, dy, *, softplus):
-    """The gradient of the state before each sequence, by its outputs alone: [b, G, E', N] float32.
+    """The gradient of the state before each sequence, by its outputs alone, and the sum of its steps.
 
     Args: as of `backward.backward`.
+
+    Returns:
+        [b, G, E', N] and [b, G, E'], float32.
     """
     arrays = dict(dt=dt, B=C, dy=dy, z=z, weights=weights, marks=marks)
-    return _summary(arrays, A, dt_bias, softplus, reverse=True)[0]
+    return _summary(arrays, A, dt_bias, softplus, reverse=True)
 
 
 def _summary(arrays, A, dt_bias, softplus, reverse):
     batch, length, groups, _ = arrays["dt"].shape
     _, padded, states = A.shape
     chunk, steps, own = CHUNK, -(-length // CHUNK), states // WORKERS
-    stage = Stage(arrays, chunk, BLOCK, groups)
+    stage = Stage(arrays, chunk, BLOCK, groups, SLOTS)
     passes = THREADS * 4 // BLOCK  # tokens that the first warpgroup takes at once
 
     def body(*refs):

@@ -1,0 +1,64 @@
+"""Block sizes of the GPU kernels: for a shape, those whose measured speed promises the shortest time.
+
+A block of channels goes through time token by token, so a kernel takes the tokens times the nanoseconds a token takes
+one block, for each wave of as many blocks as the GPU has multiprocessors. Where channels and sequences are few, time is
+short of blocks: then narrow blocks, or time in pieces that run at once, at the cost of a summary of each piece first.
+"""
+
+import jax
+
+from kernels.selective_scan.mosaic_gpu.tile import Tile
+
+PROCESSORS = 132  # of an H100
+# One H100, bfloat16, N = 16, 2026-11-22 (benchmarks/notes/selective_scan_gpu.md): nanoseconds a token and block.
+FORWARD = {128: 106, 64: 70, 32: 34, 16: 21}  # by channels of a block
+BACKWARD = 330  # a block of 128 channels
+SUMMARY = {"forward": 106, "backward": 118}  # a block of 128 channels
+SHORTEST = 256  # tokens of a piece
+WIDEST = max(FORWARD)
+
+
+def processors() -> int:
+    """Multiprocessors of the GPU at hand; an H100's where there is none (compiling ahead of time)."""
+    return jax.devices()[0].core_count if jax.default_backend() == "gpu" else PROCESSORS
+
+
+def plan_forward(batch, length, width, count, blocks=tuple(FORWARD)) -> tuple[int, int]:
+    """Channels of a block, one of `blocks`, and pieces of time.
+
+    Args: as of the scan; width: a multiple of 128. count: multiprocessors.
+    """
+    costs = {
+        (block, pieces): cost(batch, length, width, count, block, FORWARD[block], pieces, SUMMARY["forward"])
+        for pieces in pieces_of(length)
+        for block in blocks
+    }
+    return min(costs, key=costs.get)
+
+
+def plan_backward(batch, length, width, states, count) -> int:
+    """Pieces of time; arguments as of `plan_forward`."""
+    block = Tile(states).channels
+    costs = {
+        pieces: cost(batch, length, width, count, block, BACKWARD, pieces, SUMMARY["backward"])
+        for pieces in pieces_of(length)
+    }
+    return min(costs, key=costs.get)
+
+
+def pieces_of(length):
+    """1, 2, 4 and so on, while pieces are not too short."""
+    pieces = [1]
+    while length >= 2 * SHORTEST * pieces[-1]:
+        pieces.append(2 * pieces[-1])
+    return pieces
+
+
+def cost(batch, length, width, count, block, nanoseconds, pieces, summary) -> float:
+    """Nanoseconds of a kernel with blocks of `block` channels, and of the summaries if time is in pieces."""
+
+    def waves(channels):
+        return -(-(batch * pieces * width) // (channels * count))
+
+    total = waves(block) * nanoseconds
+    return length / pieces * (total + (waves(WIDEST) * summary if pieces > 1 else 0))
