@@ -1,0 +1,186 @@
+"""How models are measured on synthetic tasks, from one that knows the answers to one that learns them."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+import eval as evaluation
+from benchmarks import accuracy_by_state
+from configs import synthetic
+from seqmodels import cli, data
+from seqmodels.data.synthetic import make_task
+from seqmodels.data.synthetic.dataset import SyntheticSplit
+from seqmodels.errors import UserError
+from seqmodels.evals import accuracy, needle
+from seqmodels.evals.run import load_run
+from seqmodels.training import loop
+
+
+class Known:
+    """A model that says what followed the first 5 of a row: its hidden state is the token that it would say.
+
+    With `forgets`, rows whose first token is even are answered with a 7.
+    """
+
+    config = ConfigDict(dict(vocab_size=8))
+
+    def __init__(self, forgets: bool = False):
+        self.forgets = forgets
+
+    def init_state(self, batch, slots):
+        return {name: jnp.full((batch,), -1, jnp.int32) for name in ("first", "last", "after")}
+
+    def apply(self, variables, tokens, segment_ids=None, mask=None, state=None, method=None):
+        if method == "logits":
+            return 9.0 * jax.nn.one_hot(tokens, 8)
+
+        def step(state, token):
+            first = jnp.where(state["first"] < 0, token, state["first"])
+            after = jnp.where((state["last"] == 5) & (state["after"] < 0), token, state["after"])
+            answer = jnp.where(self.forgets & (first % 2 == 0), 7, after)
+            return {"first": first, "last": token, "after": after}, answer
+
+        state, answers = jax.lax.scan(step, state, tokens.T)
+        return answers.T, state
+
+
+@pytest.mark.parametrize("piece", [16, 5, 1])
+def test_accuracy_of_a_model_that_knows(piece):
+    split = SyntheticSplit(make_task("induction", dict(vocab=6)), "test", 0, 16, 50)
+    options = dict(length=16, batch_size=8, piece=piece)
+    figures = accuracy.evaluate(Known(), {}, split, **options)
+    assert figures["loss"] == pytest.approx(np.log(np.exp(9) + 7) - 9, rel=1e-3)
+    del figures["loss"]
+    assert figures == dict(accuracy=1, sequence_accuracy=1, answers=50, sequences=50)
+    firsts = np.concatenate([batch["tokens"][batch["mask"].any(axis=1)][:, 0] for batch in split.windows(16, 8)])
+    figures = accuracy.evaluate(Known(forgets=True), {}, split, **options)
+    assert figures["accuracy"] == pytest.approx(np.mean(firsts % 2 == 1))
+
+
+def test_sums_by_row():
+    mask = np.array([[1, 1, 0], [0, 1, 1], [0, 0, 0]], bool)
+    right = np.array([[1, 1, 0], [1, 0, 1], [1, 1, 1]], bool)
+    nats = np.array([[1.0, 2.0, 9.0], [9.0, 3.0, 4.0], [9.0, 9.0, 9.0]])
+    figures = accuracy.summarize([(mask, nats, right)])
+    assert figures == dict(loss=2.5, accuracy=0.75, sequence_accuracy=0.5, answers=4, sequences=2)
+
+
+def test_needle_in_text():
+    tokenizer = data.load_tokenizer("bytes")
+    for depth in (0.0, 0.5, 1.0):
+        row, answer = needle.text_row(tokenizer, 4321, depth, 600)
+        assert len(row) == 601 and answer == 5 and row[0] == tokenizer.separator
+        text = tokenizer.decode(row)
+        assert text.endswith("What is the pass key? The pass key is 4321")
+        room = 600 - len(needle.INTRODUCTION) - len(needle.NEEDLE.format(key=4321)) - len(needle.QUESTION + " 4321")
+        assert text.index("\nThe pass key is 4321. Remember it") == len(needle.INTRODUCTION) + round(depth * room)
+    batch = needle.text_rows(tokenizer, np.random.default_rng(0), 0.5, 3, 600)
+    assert ((batch["targets"] >= 0).sum(axis=1) >= 2).all() and (batch["targets"][:, :590] == -1).all()
+    with pytest.raises(UserError, match="a needle and the question for it take"):
+        needle.text_row(tokenizer, 4321, 0.5, 200)
+
+
+def test_needle_counts_rows_by_depth(monkeypatch):
+    """A reader that finds the key in the first half only; every try once, whatever the batch."""
+
+    def rows(depth, length, count):
+        if length > 50:
+            raise UserError("no such row")
+        return {"tokens": np.full((count, length), round(depth * 10)), "targets": np.full((count, length), 1)}
+
+    def read_rows(model, params, batch, piece, mesh):
+        return None, batch["tokens"] < 5
+
+    monkeypatch.setattr(needle, "read_rows", read_rows)
+    options = dict(lengths=[20, 60, 90], tries=3, batch_size=7, piece=4, most=80)
+    result = needle.evaluate(None, None, rows, **options)
+    assert result["20"]["accuracy"] == [1.0] * 5 + [0.0] * 6
+    assert result["60"] == {"not_served": "no such row"} and result["90"] == {"not_served": "the model sees 80 tokens"}
+    figures = {"needle": result, "needle_depths": list(needle.DEPTHS)}
+    assert "no such row" in needle.table(figures) and "1.00" in needle.table(figures)
+
+
+def test_accuracy_by_state(tmp_path, capsys, monkeypatch):
+    """Seeds of one size are joined; a run without an accuracy is named."""
+    for i, (dense, width, seed, right) in enumerate([("none", 32, 0, 0.5), ("none", 32, 1, 0.7), ("read", 64, 0, 0.9)]):
+        folder = tmp_path / f"run{i}"
+        folder.mkdir()
+        config = synthetic.get_config("mqar").unlock()
+        config.model.dense.variant, config.model.width, config.seed = dense, width, seed
+        (folder / "config.json").write_text(config.to_json())
+        (folder / "summary.json").write_text(json.dumps({"parameters": width * 1000}))
+        figures = {"accuracy": {"test": right}, "sequence_accuracy": {"test": right**2}, "state_bytes": width * 100}
+        (folder / "eval.json").write_text(json.dumps(figures))
+    folders = [str(tmp_path / f"run{i}") for i in range(3)]
+    monkeypatch.setattr("sys.argv", ["accuracy_by_state.py", *folders, f"--out={tmp_path}/out"])
+    accuracy_by_state.main()
+    text = (tmp_path / "out.md").read_text()
+    assert "| mamba | 32 | 32,000 | 3,200 | 2 | 0.6000 (0.5000 to 0.7000) | 0.3700 (0.2500 to 0.4900) |" in text
+    assert "| mamba, dense read | 64 | 64,000 | 6,400 | 1 | 0.9000 | 0.8100 |" in text and "Seeds: 0, 1." in text
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "run1" / "eval.json").unlink()
+    with pytest.raises(SystemExit):
+        accuracy_by_state.main()
+    assert f"python eval.py --workdir={folders[1]}" in capsys.readouterr().err
+
+
+# The whole way
+
+
+def tiny(arg, **changes):
+    config = synthetic.get_config(arg).unlock()
+    config.update_from_flattened_dict({"metrics.every": 20, "mesh.data": 1, **changes})
+    return config
+
+
+@pytest.mark.slow
+def test_mamba_learns_induction_and_keeps_it_at_other_lengths(tmp_path, capsys):
+    changes = {"steps": 120, "batch_size": 32, "data.rows": 128, "data.lengths": (16, 40)}
+    changes |= {"evaluation.every": 60, "checkpoint.every": 120}
+    config = tiny("induction,length=16,vocab=6,width=32", **changes)
+    summary = loop.train(config, tmp_path)
+    assert summary["splits"]["test"]["accuracy"] > 0.9
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "validation_accuracy" in row] == [60, 120]
+    assert "answers right" in capsys.readouterr().out
+
+    figures = json.loads((tmp_path / "eval.json").read_text())  # config.evals is "accuracy"
+    assert figures["accuracy"]["test"] == summary["splits"]["test"]["accuracy"]
+    assert list(figures["accuracy_by_test"]) == ["16", "40"] and figures["state_bytes"] > 0
+    assert figures["accuracy_by_test"]["16"]["accuracy"] == figures["accuracy"]["test"]
+    assert figures["accuracy_by_test"]["40"]["accuracy"] > 0.5  # chance is 0.2
+
+    # the same rows read in one piece, and in pieces that do not divide them
+    run = load_run(tmp_path)
+    measure = dict(length=40, batch_size=32, limit=64, mesh=run.mesh)
+    whole, parts = (
+        accuracy.evaluate(run.model, run.params, run.dataset["test"], piece=piece, **measure) for piece in (40, 12)
+    )
+    assert whole["accuracy"] == parts["accuracy"] and whole["loss"] == pytest.approx(parts["loss"], rel=1e-4)
+
+    args = ["eval.py", f"--workdir={tmp_path}", "--evals=perplexity"]
+    assert cli.run(evaluation.main, evaluation.define, "", args) == 1
+    assert "--evals=perplexity: does not fit this run; accuracy" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_passkey_and_attention_from_training_to_the_heat_map(tmp_path):
+    changes = {
+        "steps": 2,
+        "batch_size": 8,
+        "data.rows": 16,
+        "data.lengths": (48, 96),
+        "checkpoint.every": 2,
+        "evals": "",
+    }
+    config = tiny("passkey,length=48,width=16,layers=1,mixer=transformer", **changes)
+    loop.train(config, tmp_path)
+    args = ["eval.py", f"--workdir={tmp_path}", "--limit=2"]
+    assert cli.run(evaluation.main, evaluation.define, "", args) == 0
+    figures = json.loads((tmp_path / "eval.json").read_text())
+    assert list(figures["needle"]) == ["48", "96"] and len(figures["needle"]["96"]["accuracy"]) == 11
+    assert (tmp_path / "eval.png").read_bytes().startswith(b"\x89PNG")
