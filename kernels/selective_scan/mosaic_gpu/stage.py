@@ -81,7 +81,7 @@ class Stage:
         plgpu.barrier_wait(self.full.at[slot])
 
     def read(self, name, slot, token, offset, width, group=0, ahead=0):
-        """`width` numbers a thread of `name`, from `offset` on in the row of a token and group, or `ahead` tokens on."""
+        """`width` numbers a thread of `name`, from `offset` on in the row of a token (and group) or one `ahead`."""
         _, *inner = self._shape(name)
         row = math.prod(inner)
         group = min(group, inner[0] - 1) * inner[-1] if len(inner) == 2 else 0
