@@ -19,6 +19,9 @@ CHOICES = {
     "model.mamba.norms": ("none", "rms", "learned"),
     "model.retnet.schedule": ("octaves", "spread"),
     "model.retnet.activation": ("identity", "silu"),
+    "model.linear_attention.feature_map": ("elu", "relu", "softmax", "taylor"),
+    "model.mamba3.rotated": (0.5, 1.0),
+    "model.mamba3.A_activation": ("heavy_tail", "softplus"),
     "model.mlp.activation": ("silu", "gelu", "relu"),
     "optimizer.schedule": ("cosine", "wsd", "constant"),
     "training.nan": ("stop", "skip"),
@@ -48,6 +51,19 @@ RANGES = {
     "model.mamba2.head_dim": (1, math.inf),
     "model.mamba2.groups": (1, math.inf),
     "model.mamba2.conv": (2, 8),
+    "model.mamba3.state": (1, math.inf),
+    "model.mamba3.expand": (1, math.inf),
+    "model.mamba3.head_dim": (1, math.inf),
+    "model.mamba3.groups": (1, math.inf),
+    "model.linear_attention.heads": (1, math.inf),
+    "model.performer.heads": (1, math.inf),
+    "model.performer.random_features": (1, math.inf),
+    "model.performer.redraw": (0, math.inf),
+    "model.gla.heads": (1, math.inf),
+    "model.gla.key_dim": (0, math.inf),
+    "model.gla.value_dim": (0, math.inf),
+    "model.gla.gate_rank": (1, math.inf),
+    "model.gla.gate_divisor": (1, math.inf),
     "model.retnet.heads": (1, math.inf),
     "model.retnet.key_dim": (0, math.inf),
     "model.retnet.value_dim": (0, math.inf),
@@ -138,6 +154,8 @@ def _validate_model(model: ConfigDict, *, bptt: bool) -> None:
         _refuse("model.scan_blocks", model.scan_blocks, f"0, or a divisor of model.repeats={model.repeats}")
     if bptt and "attention" in names:
         _refuse("training.bptt", bptt, "False with attention in model.pattern: a cache of keys is no constant state")
+    if bptt and "performer" in names and model.performer.redraw:
+        _refuse("model.performer.redraw", model.performer.redraw, "0 with training.bptt: states are made of features")
     if model.dense.variant != "none":
         if not names & set(STREAMS):
             allowed = f"'none' without one of {', '.join(STREAMS)} in model.pattern"
@@ -149,6 +167,9 @@ def _validate_model(model: ConfigDict, *, bptt: bool) -> None:
                 _refuse("model.dense.projection", model.dense.projection, "'identity' with a matrix state")
         if model.dense.gate != "none" and model.width < model.dense.bottleneck:
             _refuse("model.dense.bottleneck", model.dense.bottleneck, f"at most model.width={model.width}")
+    for name in ("linear_attention", "performer"):
+        if name in names and model.width % model[name].heads:
+            _refuse(f"model.{name}.heads", model[name].heads, f"a divisor of model.width={model.width}")
     if "retnet" in names:
         _validate_retnet(model.retnet, model.width)
     if "attention" in names:

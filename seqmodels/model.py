@@ -245,7 +245,7 @@ class LanguageModel(nn.Module):
         scan = nn.scan(
             SuperBlock,
             variable_axes={"params": 0},
-            split_rngs={"params": True, "dropout": True},
+            split_rngs={"params": True, "dropout": True, "features": True},
             in_axes=(1, nn.broadcast),
             out_axes=1,
             length=self.repeats,

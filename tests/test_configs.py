@@ -18,8 +18,11 @@ from tests.golden.regenerate import HERE, every_config
 
 REGENERATE = "if the change is meant: python tests/golden/regenerate.py, and look through the diff"
 CONFIGS = every_config()
-NAMES = ("densemamba", "denseretnet", "mamba", "mamba2", "retnet", "transformer")
-LARGE = {"denseretnet": "350m", "retnet": "200m"}  # a preset of a paper's size, where it is not 130m
+NAMES = (
+    *("densemamba", "denseretnet", "gla", "linear_attention", "mamba", "mamba2", "mamba3"),
+    *("performer", "retnet", "transformer"),
+)
+LARGE = {"denseretnet": "350m", "gla": "340m", "retnet": "200m"}  # a preset of a paper's size, where it is not 130m
 
 
 def config_of(name, arg=None):
@@ -197,6 +200,8 @@ def test_choices_are_refused_by_name(field):
         ("transformer", "model.attention.heads", 5, "divisor of model.width=128"),
         ("transformer", "model.attention.kv_heads", 3, "divisor of heads=4"),
         ("transformer", "model.attention.head_dim", 31, "even"),
+        ("performer", "model.performer.heads", 3, "divisor of model.width=128"),
+        ("linear_attention", "model.linear_attention.heads", 3, "divisor of model.width=128"),
         ("retnet", "model.retnet.heads", 3, "divisor of model.width=128"),
         ("retnet", "model.retnet.key_dim", 7, "even"),
         ("denseretnet", "model.dense.variant", "carry", "with a matrix state"),

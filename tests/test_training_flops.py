@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import densemamba, mamba, mamba2, transformer
+from configs import densemamba, mamba, mamba2, performer, transformer
 from kernels.linear_attention import linear_attention
 from kernels.selective_scan import selective_scan
 from seqmodels.model import build
@@ -47,7 +47,7 @@ def test_mamba_step_without_its_scans_is_within_eight_percent_of_xla():
     assert 0 < scans < 0.2 * ours and 0.92 * xla < ours - scans < xla
 
 
-@pytest.mark.parametrize("module", [mamba2])
+@pytest.mark.parametrize("module", [mamba2, pytest.param(performer, marks=pytest.mark.slow)])
 def test_matrix_state_step_without_its_recurrence_is_within_eight_percent_of_xla(module):
     """Token by token, XLA counts one token of the recurrence, which is nearly nothing."""
     config = small(module)

@@ -94,6 +94,8 @@ def matrix_flops_per_token(model: ConfigDict) -> float:
         mixer = mixer_of(model, block, parent=None)
         if hasattr(type(mixer), "state_shape"):
             total += (MATRIX + DECAY * mixer.decays) * math.prod(mixer.state_shape)
+        if hasattr(type(mixer), "feature_flops"):  # products with matrices that are no parameters
+            total += mixer.feature_flops
     return total
 
 

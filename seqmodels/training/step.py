@@ -35,14 +35,14 @@ def make_train_step(
     """
     z_weight, accumulate = config.training.z_loss, config.training.accumulate
 
-    def loss_sums(params, rows, carry, key):
+    def loss_sums(params, rows, carry, rngs):
         hidden, new_carry = model.apply(
             {"params": params},
             rows["tokens"],
             segment_ids=rows["segment_ids"] if config.data.reset else None,
             state=carry,
             deterministic=config.model.dropout == 0,
-            rngs={"dropout": key},
+            rngs=rngs,
         )
         # The sum is differentiated and divided by the count at the end: the mean over the batch, however it is cut.
         loss, sums = next_token_loss(
@@ -56,15 +56,17 @@ def make_train_step(
 
     gradients = jax.grad(loss_sums, has_aux=True)
 
-    def batch_gradients(params, batch, carry, key):
+    def batch_gradients(params, batch, carry, rngs):
         """Sums over the batch of the loss and of its gradients, micro-batch by micro-batch."""
         if accumulate == 1:
-            grads, (sums, carry) = gradients(params, batch, carry, key)
+            grads, (sums, carry) = gradients(params, batch, carry, rngs)
             return grads, sums, carry
 
         def body(total, piece):
             index, rows, rows_carry = piece
-            grads, (sums, new_carry) = gradients(params, rows, rows_carry, jax.random.fold_in(key, index))
+            grads, (sums, new_carry) = gradients(
+                params, rows, rows_carry, dict(rngs, dropout=jax.random.fold_in(rngs["dropout"], index))
+            )
             return jax.tree.map(jnp.add, total, (grads, sums)), new_carry
 
         zero = (jax.tree.map(jnp.zeros_like, params), LossSums(*(jnp.zeros((), jnp.float32),) * 3))
@@ -73,8 +75,8 @@ def make_train_step(
         return grads, sums, join_rows(new_carry)
 
     def train_step(state, batch):
-        key = jax.random.fold_in(jax.random.key(config.seed), state.step)
-        grads, sums, carry = batch_gradients(state.params, batch, state.carry, key)
+        rngs = random_streams(config, state.step)
+        grads, sums, carry = batch_gradients(state.params, batch, state.carry, rngs)
         grads = jax.tree.map(lambda g: g / sums.count, grads)
         loss, grad_norm = sums.nats / sums.count, global_norm(grads)
 
@@ -110,6 +112,14 @@ def make_train_step(
         return new, metrics
 
     return train_step
+
+
+def random_streams(config: ConfigDict, step: jax.Array | int) -> dict[str, jax.Array]:
+    """Keys of what is random in the model at a step: dropout, and features that Performer draws every `redraw` steps."""
+    key = jax.random.key(config.seed)
+    redraw = config.model.get("performer", {}).get("redraw", 0)
+    features = {"features": jax.random.fold_in(jax.random.fold_in(key, 1), step // redraw)} if redraw else {}
+    return {"dropout": jax.random.fold_in(key, step), **features}
 
 
 def lower_train_step(train_step, abstract: TrainState, config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:

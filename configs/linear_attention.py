@@ -1,0 +1,48 @@
+"""Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236) in a Transformer: a feature map for the softmax.
+
+Command:   python train.py --config=configs/linear_attention.py --workdir=runs/linear_attention
+Hardware:  2 CPU cores. `:130m` and `:350m` one GPU of 80 GB, `:1.4b` eight of them (lower training.accumulate to 4).
+Expected:  not yet measured
+Cost:      minutes of training on 2 CPU cores (small)
+
+Presets: small (no argument), 130m, 350m, 1.4b: the shapes and training of configs/transformer.py, with no rotary
+positions, as the paper has none in its attention.
+"""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from configs.base import base, finish, large, preset
+from configs.transformer import PAPER
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The preset `arg`, locked. Raises ValueError on a preset that is not."""
+    chosen = preset(arg, ["small", *PAPER])
+    config = base()
+    config.model.pattern = "linear_attention+mlp"
+    config.model.linear_attention = ConfigDict(
+        dict(
+            heads=4,
+            feature_map="elu",  # elu (plus one) | relu | softmax (over channels) | taylor
+        )
+    )
+    config.model.mlp = ConfigDict(dict(hidden=136))  # 0: 8/3 of the width, rounded up to a multiple of 64
+    if chosen != "small":
+        width, layers, heads, learning_rate, steps, remat = PAPER[chosen]
+        large(config, learning_rate=learning_rate, steps=steps, remat=remat)
+        config.model.width, config.model.repeats = width, layers
+        config.model.linear_attention.heads = heads
+        config.model.mlp.hidden = 3 * width
+        config.model.scan_blocks = 1
+    return finish(config, "linear_attention", chosen)
+
+
+def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
+    """Feature maps and heads: each trial is a dict of dotted fields."""
+    config = get_config(arg)
+    for name in ("relu", "softmax", "taylor"):
+        add({"model.linear_attention.feature_map": name})
+    for factor in (0.3, 3.0):
+        add({"optimizer.learning_rate": config.optimizer.learning_rate * factor})

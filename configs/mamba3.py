@@ -1,0 +1,60 @@
+"""Mamba-3 (ICLR 2026, arXiv 2603.15569), SISO: trapezoidal steps and rotating states, and an MLP after each mixer.
+
+Command:   python train.py --config=configs/mamba3.py --workdir=runs/mamba3
+Hardware:  2 CPU cores. `:130m` one GPU of 80 GB, `:1.3b` eight of them (lower training.accumulate to 4).
+Expected:  not yet measured
+Cost:      minutes of training on 2 CPU cores (small)
+
+Presets: small (no argument); 130m, 370m, 780m, 1.3b: Mamba-2's widths, with half its blocks and an MLP behind each.
+The paper alternates so too; its own sizes (180M to 1.5B) were not at hand.
+"""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from configs.base import base, finish, large, preset
+from configs.mamba2 import PAPER
+
+SIZES = ("130m", "370m", "780m", "1.3b")
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The preset `arg`, locked. Raises ValueError on a preset that is not."""
+    chosen = preset(arg, ["small", *SIZES])
+    config = base()
+    config.model.pattern = "mamba3+mlp"
+    config.model.mamba3 = ConfigDict(
+        dict(
+            state=128,  # N
+            expand=2,  # E = expand * D
+            head_dim=64,  # P = E / heads
+            groups=1,  # sets of B and C that the heads share
+            rotated=0.5,  # share of the state's channels that rotate: 0.5 | 1
+            A_activation="heavy_tail",  # heavy_tail | softplus (the authors' before June 2026)
+            norm_eps=1e-5,  # of the norms of B and C
+            dt_min=1e-3,  # of the step size at initialization
+            dt_max=1e-1,
+            dt_floor=1e-4,
+        )
+    )
+    config.model.mlp = ConfigDict(dict(hidden=120))  # 0: 8/3 of the width, rounded up to a multiple of 64
+    if chosen == "small":
+        config.model.repeats = 3
+        config.model.mamba3.update(dict(state=32, head_dim=32))
+    else:
+        width, layers, learning_rate, steps, remat, _ = PAPER[chosen]
+        large(config, learning_rate=learning_rate, steps=steps, remat=remat)
+        config.model.width, config.model.repeats = width, layers // 2
+        config.model.mlp.hidden = 2 * width
+        config.model.scan_blocks = 1
+    return finish(config, "mamba3", chosen)
+
+
+def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
+    """Rotation, decays and learning rate: each trial is a dict of dotted fields."""
+    config = get_config(arg)
+    add({"model.mamba3.rotated": 1.0})
+    add({"model.mamba3.A_activation": "softplus"})
+    for factor in (0.3, 3.0):
+        add({"optimizer.learning_rate": config.optimizer.learning_rate * factor})

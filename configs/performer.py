@@ -1,0 +1,54 @@
+"""Performer (Choromanski et al. 2021, arXiv 2009.14794): softmax attention estimated by positive random features.
+
+Command:   python train.py --config=configs/performer.py --workdir=runs/performer
+Hardware:  2 CPU cores. `:130m` and `:350m` one GPU of 80 GB, `:1.4b` eight of them (lower training.accumulate to 4).
+Expected:  not yet measured
+Cost:      minutes of training on 2 CPU cores (small)
+
+Presets: small (no argument), 130m, 350m, 1.4b: the shapes and training of configs/transformer.py with the paper's 256
+features for heads of 64 channels.
+"""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from configs.base import base, finish, large, preset
+from configs.transformer import PAPER
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The preset `arg`, locked. Raises ValueError on a preset that is not."""
+    chosen = preset(arg, ["small", *PAPER])
+    config = base()
+    config.model.pattern = "performer+mlp"
+    config.model.performer = ConfigDict(
+        dict(
+            heads=4,
+            random_features=64,  # m, of each head
+            orthogonal=True,
+            seed=0,  # of the features
+            redraw=0,  # training steps after which they are drawn again; 0: never
+            qk_norm=False,  # RMSNorm of queries and keys, which bounds the estimate's variance
+        )
+    )
+    config.model.mlp = ConfigDict(dict(hidden=136))  # 0: 8/3 of the width, rounded up to a multiple of 64
+    if chosen != "small":
+        width, layers, heads, learning_rate, steps, remat = PAPER[chosen]
+        large(config, learning_rate=learning_rate, steps=steps, remat=remat)
+        config.model.width, config.model.repeats = width, layers
+        config.model.performer.update(dict(heads=heads, random_features=256))
+        config.model.mlp.hidden = 3 * width
+        config.model.scan_blocks = 1
+    return finish(config, "performer", chosen)
+
+
+def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
+    """Number and kind of features, and redrawing: each trial is a dict of dotted fields."""
+    features = get_config(arg).model.performer.random_features
+    for factor in (0.25, 4):
+        add({"model.performer.random_features": int(features * factor)})
+    add({"model.performer.orthogonal": False})
+    add({"model.performer.qk_norm": True})
+    for redraw in (1, 100):
+        add({"model.performer.redraw": redraw})

@@ -1,0 +1,227 @@
+"""Mamba-3 (ICLR 2026, arXiv 2603.15569), one input and output a head: trapezoidal steps and rotating states.
+
+    S_t = a_t S_{t-1} + (1 - lambda_t) dt_t a_t k_{t-1} x_{t-1}^T + lambda_t dt_t k_t x_t^T,  y_t = q_t S_t + D x_t
+    q_t, k_t: C_t, B_t, normed and biased, turned by angles that dt_t theta_t adds up to
+
+A token's key is written twice, at its own time and at the next token's. Both writes are one if the key is scaled by
+s_t = lambda_t dt_t + (1 - lambda_{t+1}) dt_{t+1}, without the second part for a document's last token. So this runs on
+`kernels.linear_attention` as it is. A query must not read its own token so, as that knows the next: it reads the state
+before, decayed once more, and its own token beside it.
+"""
+
+from collections.abc import Mapping
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from jax.ad_checkpoint import checkpoint_name
+
+from kernels.segments import resets
+from seqmodels.errors import UserError
+from seqmodels.layers.norm import rms_norm
+from seqmodels.layers.rope import rotate_pairs
+from seqmodels.mixers.mamba import init_dt_bias, uniform
+from seqmodels.parallel import linear_attention
+from seqmodels.sequence import Sequence
+
+SLOWEST_DECAY = 1e-4  # -A is at least this
+
+
+def heavy_tail(x: jax.Array) -> jax.Array:
+    """1 + x from zero on, 1 / (1 - x) below: positive, and slower to vanish than softplus."""
+    return jnp.where(x >= 0, 1 + x, 1 / (1 - jnp.minimum(x, 0)))
+
+
+A_ACTIVATIONS = {"heavy_tail": heavy_tail, "softplus": jax.nn.softplus}
+
+
+def wrapped(angle: jax.Array) -> jax.Array:
+    """The same angle in [-pi, pi)."""
+    return jnp.mod(angle + jnp.pi, 2 * jnp.pi) - jnp.pi
+
+
+def angles(turn: jax.Array, start: jax.Array, reset: jax.Array | None) -> jax.Array:
+    """Sums of `turn` [B, T, H, R] over the tokens of a document, as angles in [-pi, pi), from `start` [B, H, R] on.
+
+    reset [B, T] is True on tokens that begin a document. Summed in a tree whose partial sums are wrapped, so that the
+    rounding does not grow with the length.
+    """
+    reset = jnp.zeros(turn.shape[:2], bool) if reset is None else reset
+    turn = turn.at[:, 0].add(jnp.where(reset[:, 0, None, None], 0, start))
+
+    def join(left, right):
+        fresh = right[1]
+        return wrapped(jnp.where(fresh, right[0], left[0] + right[0])), left[1] | fresh
+
+    return wrapped(jax.lax.associative_scan(join, (turn, reset[:, :, None, None]), axis=1)[0])
+
+
+def at_next(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """x [B, T, H] at the next real token, zero where there is none."""
+    after = jnp.concatenate([x[:, 1:], jnp.zeros_like(x[:, :1])], axis=1)
+    if mask is None:
+        return after
+    length = mask.shape[1]
+    index = jnp.where(mask, jnp.arange(length), length)
+    following = jax.lax.cummin(index, axis=1, reverse=True)  # this token or the next real one
+    following = jnp.concatenate([following[:, 1:], jnp.full_like(following[:, :1], length)], axis=1)
+    padded = jnp.concatenate([x, jnp.zeros_like(x[:, :1])], axis=1)
+    return jnp.take_along_axis(padded, following[..., None], axis=1)
+
+
+def at_last(x: jax.Array, before: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """x [B, T, ...] at the last real token; `before` [B, ...] where there is none."""
+    if mask is None:
+        return x[:, -1].astype(before.dtype)
+    last = jnp.max(jnp.where(mask, jnp.arange(1, mask.shape[1] + 1), 0), axis=1)
+    every = jnp.concatenate([before[:, None], x.astype(before.dtype)], axis=1)
+    return jnp.take_along_axis(every, last.reshape(-1, *[1] * (x.ndim - 1)), axis=1)[:, 0]
+
+
+class Mamba3(nn.Module):
+    """Mamba-3 mixer, SISO.
+
+    Attributes:
+        width: D. expand: E / D. head_dim: P = E / H. state: N. groups: G, sets of B and C that the heads share.
+        rotated: share of the N channels that are turned, in neighbouring pairs, 0.5 or 1.
+        A_activation: from the token's number to -A: "heavy_tail" (the authors' since June 2026) or "softplus".
+        dt_min, dt_max, dt_floor: range of the first steps. norm_eps: of the norms of B and C.
+        layers: depth of the model; the output projection starts smaller by its square root.
+    """
+
+    width: int
+    state: int = 16
+    expand: int = 2
+    head_dim: int = 8
+    groups: int = 1
+    rotated: float = 0.5
+    A_activation: str = "heavy_tail"
+    norm_eps: float = 1e-5
+    dt_min: float = 1e-3
+    dt_max: float = 1e-1
+    dt_floor: float = 1e-4
+    dtype: jnp.dtype = jnp.float32
+    implementation: Mapping[str, str] = FrozenDict()
+    layers: int = 1
+
+    operations = ("linear_attention",)
+    decays = True
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field in ("state", "expand", "head_dim", "groups"):
+            if getattr(self, field) < 1:
+                raise UserError(f"mamba3.{field} is {getattr(self, field)}; it must be positive")
+        if self.expand * self.width % self.head_dim:
+            inner = self.expand * self.width
+            raise UserError(f"mamba3.head_dim is {self.head_dim}; it must divide expand times width, {inner}")
+        if self.heads % self.groups:
+            raise UserError(f"mamba3.groups is {self.groups}; it must divide the {self.heads} heads")
+        if self.rotated not in (0.5, 1.0) or self.state * self.rotated % 2:
+            raise UserError(f"mamba3.rotated is {self.rotated}; it must be 0.5 or 1, an even number of channels")
+        if self.A_activation not in A_ACTIVATIONS:
+            raise UserError(f"mamba3.A_activation is {self.A_activation!r}; allowed: {', '.join(A_ACTIVATIONS)}")
+
+    @property
+    def heads(self) -> int:
+        """H, heads of P channels."""
+        return self.expand * self.width // self.head_dim
+
+    @property
+    def turned(self) -> int:
+        """Channels of a key that are turned, two for each angle."""
+        return int(self.state * self.rotated)
+
+    @property
+    def state_shape(self) -> tuple[int, int, int]:
+        """[H, N, P] of a row's matrix state."""
+        return self.heads, self.state, self.head_dim
+
+    def setup(self):
+        width, inner, heads, state = self.width, self.expand * self.width, self.heads, self.state
+
+        def parameter(name, init, shape, *axes):
+            return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+
+        project, ones = uniform(width**-0.5), nn.initializers.ones
+        self.in_proj = parameter("in_proj", project, (width, 2, inner), "embed", None, "inner")
+        self.BC_proj = parameter("BC_proj", project, (width, 2 * self.groups * state), "embed", "state")
+        self.head_proj = parameter("head_proj", project, (width, 3, heads), "embed", None, "heads")
+        self.angle_proj = parameter("angle_proj", project, (width, self.turned // 2), "embed", "state")
+        self.dt_bias = parameter("dt_bias", init_dt_bias(self.dt_min, self.dt_max, self.dt_floor), (heads,), "heads")
+        self.B_bias = parameter("B_bias", ones, (heads, state), "heads", "state")
+        self.C_bias = parameter("C_bias", ones, (heads, state), "heads", "state")
+        self.B_norm, self.C_norm = (parameter(name, ones, (state,), "state") for name in ("B_norm", "C_norm"))
+        self.D = parameter("D", ones, (heads,), "heads")
+        self.out_proj = parameter("out_proj", uniform((inner * self.layers) ** -0.5), (inner, width), "inner", "embed")
+
+    @nn.nowrap
+    def init_state(self, batch: int, max_length: int = 0) -> dict[str, jax.Array]:
+        """ssm [B, H, N, P]; of the last token angle [B, H, R / 2], turned key [B, H, N], value [B, H, P]; float32."""
+        heads, state, head_dim = self.state_shape
+        shapes = dict(ssm=(heads, state, head_dim), angle=(heads, self.turned // 2), key=(heads, state))
+        shapes["value"] = (heads, head_dim)
+        return {name: jnp.zeros((batch, *shape), jnp.float32) for name, shape in shapes.items()}
+
+    def __call__(self, x: jax.Array, seq: Sequence, state=None):
+        """x [B, T, D] to y [B, T, D] and the new state."""
+        batch, length, _ = x.shape
+        state = self.init_state(batch) if state is None else state
+        mask = seq.mask
+        x = x.astype(self.dtype)
+        if mask is not None:  # padding may hold anything
+            x = jnp.where(mask[..., None], x, 0)
+        z, u = jnp.moveaxis(jnp.einsum("btd,dce->btce", x, self.in_proj.astype(self.dtype)), 2, 0)
+        z, u = (checkpoint_name(v, "projected") for v in (z, u))
+        u = u.reshape(batch, length, self.heads, self.head_dim)
+        B, C = jnp.moveaxis((x @ self.BC_proj.astype(self.dtype)).reshape(batch, length, 2, self.groups, -1), 2, 0)
+
+        # Steps, decays and angles are float32 whatever the rest is: their sums over time are what the state depends on.
+        wide = dict(preferred_element_type=jnp.float32)
+        numbers = jnp.einsum("btd,dch->btch", x, self.head_proj.astype(self.dtype), **wide)
+        theta = jnp.pi * jnp.tanh(jnp.einsum("btd,dr->btr", x, self.angle_proj.astype(self.dtype), **wide))
+        dt = jax.nn.softplus(numbers[:, :, 0] + self.dt_bias)
+        log_decay = -dt * jnp.maximum(A_ACTIVATIONS[self.A_activation](numbers[:, :, 1]), SLOWEST_DECAY)
+        share = jax.nn.sigmoid(numbers[:, :, 2])  # lambda: of a token's step that its own input takes
+        dt = dt if mask is None else jnp.where(mask[..., None], dt, 0)
+
+        reset = resets(**seq.documents())
+        angle = angles(dt[..., None] * theta[:, :, None], state["angle"], reset)
+        q, k = self._turned(C, self.C_norm, self.C_bias, angle), self._turned(B, self.B_norm, self.B_bias, angle)
+        late = (1 - share) * dt  # weight of the token before, at this one
+        late = late if reset is None else jnp.where(reset[..., None], 0, late)
+        again = at_next(late, mask)  # weight of this token, at the next one
+        y, ssm = linear_attention(
+            (jnp.exp(log_decay)[..., None] * q).astype(self.dtype),
+            ((share * dt + again)[..., None] * k).astype(self.dtype),
+            u,
+            log_decay,
+            read="exclusive",
+            initial_state=state["ssm"] + self._late_write(late, state, mask),
+            implementation=self.implementation.get("linear_attention"),
+            **seq.documents(),
+        )
+        own = self.D + share * dt * jnp.sum(q * k, axis=-1)
+        y = y.astype(jnp.float32) + own[..., None] * u
+        y = (y.reshape(z.shape) * jax.nn.silu(z.astype(jnp.float32))).astype(self.dtype)
+        values = dict(ssm=ssm, angle=at_last(angle, state["angle"], mask), key=at_last(k, state["key"], mask))
+        values["value"] = at_last(u, state["value"], mask)
+        return y @ self.out_proj.astype(self.dtype), values
+
+    def _turned(self, x, scale, bias, angle):
+        """B or C [B, T, G, N], normed, with the heads' biases and turned: [B, T, H, N] float32."""
+        x = rms_norm(x.astype(jnp.float32), scale, self.norm_eps)
+        x = jnp.repeat(x, self.heads // self.groups, axis=2) + bias
+        return jnp.concatenate([rotate_pairs(x[..., : self.turned], angle), x[..., self.turned :]], axis=-1)
+
+    def _late_write(self, late, state, mask):
+        """[B, H, N, P]: what the first real token writes of the token before it, which the state remembers.
+
+        `late` is zero where that token begins a document, and on padding.
+        """
+        weight = late[:, 0]
+        if mask is not None:
+            first = jnp.argmax(mask, axis=1)
+            weight = jnp.take_along_axis(late, first[:, None, None], axis=1)[:, 0]
+        return weight[..., None, None] * state["key"][..., None] * state["value"][..., None, :]

@@ -1,0 +1,97 @@
+"""Performer (Choromanski et al. 2021, arXiv 2009.14794): softmax attention estimated by positive random features.
+
+    phi(x) = exp(w_i . x - |x|^2 / 2) / sqrt(m), i = 1..m, x = K^-1/4 times a query or key, w_i normal
+
+The expectation of phi(q) . phi(k) is exp(q . k / sqrt(K)), and the rest is linear attention.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from seqmodels.errors import UserError
+from seqmodels.layers.norm import rms_norm
+from seqmodels.mixers.linear_attention import LinearAttention
+
+# An exponent is |w|^2 / 2 at most, K / 2 or a little more: the bound holds for heads of up to 64 channels without this
+# one, and beyond it keeps sums over long rows finite.
+LARGEST_EXPONENT = 60.0
+
+
+def draw_features(key: jax.Array, heads: int, features: int, width: int, orthogonal: bool = True) -> jax.Array:
+    """Directions w [H, m, K] float32, each normal; `orthogonal`: in blocks of K at right angles, which estimate better.
+
+    The length of an orthogonal one is that of an independent normal vector (section 2.4).
+    """
+    blocks = -(-features // width)
+    directions, lengths = jax.random.split(key)
+    normal = jax.random.normal(directions, (heads, blocks, width, width), jnp.float32)
+    if not orthogonal:
+        return normal.reshape(heads, blocks * width, width)[:, :features]
+    q, r = jnp.linalg.qr(normal)
+    q = q * jnp.sign(jnp.diagonal(r, axis1=-2, axis2=-1))[..., None, :]  # uniform among all rotations
+    norms = jnp.linalg.norm(jax.random.normal(lengths, (heads, blocks, width, width), jnp.float32), axis=-1)
+    return (jnp.swapaxes(q, -1, -2) * norms[..., None]).reshape(heads, blocks * width, width)[:, :features]
+
+
+def positive_features(x: jax.Array, w: jax.Array, query: bool) -> jax.Array:
+    """phi of x [B, T, H, K] with directions w [H, m, K]: [B, T, H, m] float32.
+
+    A query's largest exponent is taken off, which its normaliser undoes. Nothing is taken off keys: what they had in
+    common would have to be known before the last of them, and a causal model must not know it.
+    """
+    x = x.astype(jnp.float32) * x.shape[-1] ** -0.25
+    exponent = jnp.einsum("bthk,hmk->bthm", x, w, precision="highest") - jnp.sum(x * x, axis=-1, keepdims=True) / 2
+    if query:
+        exponent = exponent - jax.lax.stop_gradient(jnp.max(exponent, axis=-1, keepdims=True))
+    return jnp.exp(jnp.minimum(exponent, LARGEST_EXPONENT)) * w.shape[1] ** -0.5
+
+
+class Performer(LinearAttention):
+    """Performer mixer, causal: LinearAttention with random features.
+
+    Attributes:
+        random_features: m of each head. orthogonal: see `draw_features`.
+        seed: of the directions. They are constants, the same in all layers and runs, and no parameters.
+        redraw: training steps after which new directions are drawn, 0: never. They come from the random stream
+            "features", where there is one; evaluation and generation always use those of `seed`.
+        qk_norm: RMSNorm of queries and keys: the variance of the estimate grows like exp(|q + k|^2).
+    """
+
+    random_features: int = 16
+    orthogonal: bool = True
+    seed: int = 0
+    redraw: int = 0
+    qk_norm: bool = False
+
+    def __post_init__(self):
+        super().__post_init__()
+        for field, smallest in dict(random_features=1, redraw=0).items():
+            if getattr(self, field) < smallest:
+                raise UserError(f"performer.{field} is {getattr(self, field)}; it must be at least {smallest}")
+
+    @property
+    def feature_count(self) -> int:
+        """m, features of a query or key."""
+        return self.random_features
+
+    @property
+    def feature_flops(self) -> int:
+        """Operations a token in the directions' products with queries and keys."""
+        return 2 * 2 * self.heads * self.random_features * self.head_dim
+
+    def directions(self) -> jax.Array:
+        """w [H, m, K]."""
+        sizes = (self.heads, self.random_features, self.head_dim, self.orthogonal)
+        if self.redraw and self.has_rng("features"):
+            return draw_features(self.make_rng("features"), *sizes)
+        with jax.ensure_compile_time_eval():  # a constant of the program, not drawn again at every call
+            return draw_features(jax.random.key(self.seed), *sizes)
+
+    def features(self, q: jax.Array, k: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """phi(q) and phi(k), [B, T, H, m], of q and k [B, T, H, K]."""
+        if self.qk_norm:
+            q, k = rms_norm(q), rms_norm(k)
+        w = self.directions()
+        # half precision has no room for the exponentials; bfloat16 has
+        dtype = jnp.float32 if self.dtype == jnp.float16 else self.dtype
+        return positive_features(q, w, True).astype(dtype), positive_features(k, w, False).astype(dtype)
