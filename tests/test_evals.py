@@ -206,18 +206,6 @@ def test_a_transformer_is_read_in_pieces_as_far_as_memory_allows(split, monkeypa
     assert run()["48"]["not_served"].startswith("needs 0.0 GiB of memory, 0.0 are free")
 
 
-def test_pieces_spread_over_devices(model_and_params, split):
-    mesh = jax.make_mesh((2, 2, 1, 2, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 5)
-    run = functools.partial(
-        extrapolation.evaluate, *model_and_params, split, lengths=[32], piece=T, scored=8, batch_size=2, limit=9
-    )
-    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
-        spread = run(mesh=mesh)["32"]
-    alone = run()["32"]
-    np.testing.assert_allclose(spread["loss"], alone["loss"], rtol=1e-5)
-    np.testing.assert_allclose(spread["by_position"]["loss"], alone["by_position"]["loss"], rtol=1e-5)
-
-
 class FakeRun:
     """A run whose figures are known."""
 

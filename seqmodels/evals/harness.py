@@ -58,7 +58,7 @@ class Tasks:
         if name not in self._manager.task_index and not self._complete:
             from lm_eval.tasks import TaskManager
 
-            self._manager = TaskManager(include_path=self._folders)
+            self._manager = TaskManager(include_path=self._folders, include_defaults=True)
             self._complete = True
         if name in self._manager.task_index:
             return self._manager
