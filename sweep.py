@@ -36,7 +36,7 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_list("evals", [], "Evaluators of eval.py; config.evals or the usual if left out; none: no eval.py.",
                       **values)  # fmt: skip
     flags.DEFINE_integer("parallel", 0, "Trials at once; one a GPU, or one, if left out.", lower_bound=0, **values)
-    flags.DEFINE_enum("engine", "local", ENGINES, f"Where trials run: {', '.join(ENGINES)}.", **values)
+    flags.DEFINE_enum("engine", "local", ENGINES, "Where trials run.", **values)
     flags.DEFINE_list("slurm", [], "Of submitit: timeout_min=240,slurm_partition=gpu,gpus_per_node=1.", **values)
     flags.DEFINE_bool("retry", False, "Run failed and diverged trials again.", **values)
     flags.DEFINE_string("metric", "", "Figure to compare by; validation.loss if left out.", **values)

@@ -79,7 +79,7 @@ def miniature(add: Callable[[dict], None], arg: str | None = None) -> None:
         "model.scan_blocks": 0,
         "model.dense.depth": 1,
         "optimizer.learning_rate": 1e-2,
-        "sample.tokens": 20,
+        "sample.tokens": 0,
         "evaluation.batch_size": 128,
         "evaluation.rows": 16,
         "evaluation.lengths": (1, 4),

@@ -170,8 +170,8 @@ def help_text(doc: str, flag_values: flags.FlagValues) -> str:
     lines = [doc.strip(), "", "Flags:"]
     for name in sorted(flag_values):
         flag = flag_values[name]
-        if "." not in name and flag.help:
-            default = "" if flag.default in (None, "") or name == "config" else f" (default: {flag.default})"
+        if "." not in name and flag.help != "(no help available)":
+            default = "" if flag.default in (None, "", []) or name == "config" else f" (default: {flag.default})"
             lines.append(f"  --{name}: {flag.help}{default}")
     config = flag_values["config"].default if "config" in flag_values else None
     if isinstance(config, ConfigDict):

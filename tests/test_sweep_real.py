@@ -17,7 +17,7 @@ def test_miniature(tmp_path):
     command = [
         sys.executable, "sweep.py", "--config=configs/densemamba.py", "--sweep=miniature", f"--out={tmp_path / 'out'}",
         "--config.data.name=text", f"--config.data.path={text}", f"--config.data.cache={tmp_path}/cache",
-        "--config.metrics.tensorboard=False", "--parallel=2",
+        "--config.metrics.tensorboard=False", "--parallel=2", "--evals=perplexity",
     ]  # fmt: skip
     done = subprocess.run(command, cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -11,6 +11,7 @@ from seqmodels.sweeps.trial import FINAL, Trial
 
 RETRIES = 3  # of a trial that was preempted or killed, by one run of the sweep
 WAIT = 0.5  # seconds between tries, where others hold what is left
+MISSES = 2  # tries before it is believed; one who only looks whether a claim is held holds it for a moment
 
 
 class Workers:
@@ -71,14 +72,16 @@ class Workers:
             self.stop()
 
     def _work(self, slot: Slot) -> None:
+        missed = 0
         while self._open and not self.stop.asked.is_set():
             with slot.claimed() as devices:
                 taken = self._take() if devices is not None else None
                 if taken:
                     self._attempt(*taken, slot, devices)
-            if not taken and not self._wait:
-                return
             if not taken:
+                missed += 1
+                if missed > MISSES and not self._wait:
+                    return
                 self.stop.asked.wait(WAIT)
 
     def _take(self) -> tuple[Trial, Claim] | None:

@@ -15,6 +15,8 @@ from seqmodels.sweeps.results import EQUAL_TIME, Group, Result, at_equal_time, g
 COLUMNS = {  # of the first table: figure to its heading; the metric stands before them
     "validation.bits_per_byte": "validation bits/byte",
     "test.bits_per_byte": "test bits/byte",
+    "validation.accuracy": "validation accuracy",
+    "test.accuracy": "test accuracy",
     "train_loss": "training loss",
     EQUAL_TIME: "training loss at equal time",
     "parameters": "parameters",
