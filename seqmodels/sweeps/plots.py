@@ -102,9 +102,9 @@ def _over_seeds(curves: Sequence):
 
 
 def _limit(axes, results: Sequence) -> None:
-    """Leaves out how high the loss is before it has fallen: the first twentieth of the steps."""
-    late = [loss for result in results for loss in result.losses[len(result.losses) // 20 :]]
-    low, high = min(late), max(result.losses[len(result.losses) // 20] for result in results)
+    """Leaves out how high the loss is before it has fallen, in the first fifth of the steps: ends are what differs."""
+    late = [result.losses[len(result.losses) // 5 :] for result in results]
+    low, high = min(map(min, late)), max(losses[0] for losses in late)
     margin = 0.05 * (high - low) or 0.1
     axes.set_ylim(low - margin, high + margin)
 
