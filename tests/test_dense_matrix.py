@@ -10,6 +10,7 @@ import pytest
 
 from configs import mamba2, retnet
 from seqmodels.errors import UserError
+from seqmodels.interop.stacking import stack
 from seqmodels.model import build
 
 B, T, D, LAYERS, VOCABULARY = 2, 7, 8, 3, 11
@@ -242,3 +243,21 @@ def test_variants_differ():
 def test_bad_fields_are_named(fields, message):
     with pytest.raises(UserError, match=message):
         make("mamba2", **fields)
+
+
+@pytest.mark.parametrize("name, variant", [("retnet", "input"), pytest.param("mamba2", "read", marks=pytest.mark.slow)])
+def test_scan_over_blocks_equals_unrolled(name, variant):
+    """As the large presets run: streams in the carry of the scan, blocks computed again in the backward pass."""
+    model, params = make(name, variant=variant, gate="both")
+    config = model.config.copy_and_resolve_references()
+    config = {**config.to_dict(), "scan_blocks": 1, "remat": "block"}
+    scan = build(config, VOCABULARY)
+    stacked = {"params": stack(params["params"], size=1, unrolled=2)}
+    loss = lambda model: lambda p: jnp.sum(jnp.sin(model.apply(p, tokens())[0]))  # noqa: E731
+    gradient = jax.jit(jax.grad(loss(scan)))(stacked)
+    want = jax.jit(jax.grad(loss(model)))(params)
+    want = {"params": stack(want["params"], size=1, unrolled=2)}
+    for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(x, y, atol=2e-4 * max(1, float(np.abs(y).max())))
+    half = build({**config, "dtype": "bfloat16"}, VOCABULARY)
+    assert jax.eval_shape(half.apply, stacked, tokens())[0].dtype == jnp.bfloat16
