@@ -7,11 +7,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
 from configs import mamba2, retnet
 from seqmodels.errors import UserError
 from seqmodels.interop.stacking import stack
 from seqmodels.model import build
+from seqmodels.training.sharding import AXES, RULES, param_shardings, tokens_sharding, unbox
 
 B, T, D, LAYERS, VOCABULARY = 2, 7, 8, 3, 11
 HEADS, KEYS, VALUES, GROUPS = 4, 2, 4, 2  # of Mamba-2 with E = 16; RetNet has half the heads and twice their width
@@ -261,3 +263,28 @@ def test_scan_over_blocks_equals_unrolled(name, variant):
         np.testing.assert_allclose(x, y, atol=2e-4 * max(1, float(np.abs(y).max())))
     half = build({**config, "dtype": "bfloat16"}, VOCABULARY)
     assert jax.eval_shape(half.apply, stacked, tokens())[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+@pytest.mark.parametrize("name, variant", [("retnet", "input"), pytest.param("mamba2", "read", marks=pytest.mark.slow)])
+def test_mesh_changes_nothing(name, variant):
+    """Rows, heads and time over two devices each; values and gradients."""
+    model, params = make(name, variant=variant, gate="both")
+    rows = jnp.asarray(np.random.default_rng(6).integers(0, VOCABULARY, (4, 8)), jnp.int32)
+    segments = jnp.asarray(np.cumsum(np.random.default_rng(7).random((4, 8)) < 0.2, axis=1), jnp.int32)
+
+    def loss(params, rows, segments):
+        y = model.apply(params, rows, segments)[0]
+        return jnp.sum(jnp.sin(y)), y
+
+    step = jax.jit(jax.grad(loss, has_aux=True))
+    want = step(params, rows, segments)
+    sizes = dict(data=2, tensor=2, sequence=2)
+    mesh = jax.make_mesh([sizes.get(axis, 1) for axis in AXES], AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    boxed = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        place = lambda x: jax.device_put(x, tokens_sharding(mesh))  # noqa: E731
+        got = step(jax.device_put(params, unbox(param_shardings(boxed, mesh))), place(rows), place(segments))
+    for (path, x), y in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        error = np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-3)
+        assert error < 1e-4, f"{jax.tree_util.keystr(path)}: relative error {error:.1e}"
