@@ -116,6 +116,8 @@ def test_a_transformers_prompt_is_cut_at_its_beginning(attention):
     assert model._prompt(text, 6) == [*text[-10:].encode()]
     with pytest.raises(UserError, match="max_gen_toks=16: must be less than the Transformer's context of 16"):
         model._prompt(text, 16)
+    found = harness.evaluate(model, parse("cloze_generated"), limit=1)
+    assert found["cloze_generated"]["not_served"].startswith("max_gen_toks=16: must be less than")
 
 
 def test_options_of_generation():

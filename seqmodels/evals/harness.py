@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 
 from seqmodels.config import context
 from seqmodels.errors import UserError
+from seqmodels.evals import memory
 from seqmodels.evals.lists import LISTS, WITHOUT_FILE, parse
 
 FOLDER = Path(__file__).with_name("tasks")
@@ -103,11 +104,12 @@ def evaluate(model, tasks: list[tuple[str, int | None]], folder: str = "", limit
 
     Returns:
       Metrics by name, standard errors as `<metric>_stderr`, and `examples`, the number of documents; or
-      {"not_served": reason} where the data cannot be had.
+      {"not_served": reason} where the data cannot be had, or the model's context or memory is too small.
     """
     prepare()
     import lm_eval
 
+    options = dict(limit=limit, bootstrap_iters=RESAMPLES, log_samples=False, verbosity=None)
     result = {}
     for name, shots in tasks:
         manager = catalogue(folder).find(name)
@@ -125,9 +127,10 @@ def evaluate(model, tasks: list[tuple[str, int | None]], folder: str = "", limit
             task.set_config("num_fewshot", (task.get_config("num_fewshot") or 0) if shots is None else shots)
             task.set_fewshot_seed(1234)  # lm-eval's own
         with contextlib.redirect_stdout(sys.stderr):
-            found = lm_eval.evaluate(
-                model, loaded, limit=limit, bootstrap_iters=RESAMPLES, log_samples=False, verbosity=None
-            )
+            found = memory.served(lambda loaded=loaded: lm_eval.evaluate(model, loaded, **options))
+        if "not_served" in found:
+            result[name] = found
+            continue
         for part, values in found["results"].items():
             examples = found["n-samples"].get(part, {}).get("effective")
             result[part] = _metrics(values) | ({} if examples is None else {"examples": examples})
