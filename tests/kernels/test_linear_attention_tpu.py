@@ -152,7 +152,7 @@ def test_reasons():
 
 
 # batch, length, Hk, H, K, V
-SSD, DENSE_RETNET, AT_THE_LIMIT = (2, 512, 1, 4, 128, 64), (1, 256, 2, 2, 384, 1536), (1, 256, 1, 1, 640, 1408)
+SSD, DENSE_RETNET, AT_THE_LIMIT = (2, 256, 1, 8, 128, 64), (1, 256, 2, 2, 384, 1536), (1, 256, 1, 1, 640, 1408)
 COMPILED = [
     ("v5e", SSD, "bfloat16", "inclusive"),
     *(

@@ -1,8 +1,9 @@
 """Linear attention as two Pallas TPU kernels, forward and backward, whose products run on the matrix unit.
 
-A kernel walks over the grid (sequence, group of heads, chunk of time, head of the group), heads innermost: the products
-of queries and keys are made once a chunk for all heads that share them, and the gradients of both are summed over these
-heads in VMEM. The states [K, V] of a group's heads stay in VMEM from chunk to chunk.
+A kernel walks over the grid (sequence, group of heads, chunk of time, heads of the group), heads innermost: products of
+queries and keys are made once a chunk for all heads that share them, and the gradients of both are summed over these
+heads in VMEM. The states [K, V] of a group's heads stay in VMEM from chunk to chunk. Each step of the grid takes a few
+heads together: the products of one hide the latencies of the others.
 
 What a chunk needs of the log decays are a few rows of numbers, which XLA makes: see `chunk_rows`. From them a kernel
 makes all decays between two tokens of the chunk, by sums over just the tokens between.
@@ -27,6 +28,7 @@ from kernels.segments import resets
 INTERPRET = False  # pltpu.InterpretParams() runs the kernels without a TPU, for tests
 
 TOKENS = 128  # of a chunk: one side of the matrix unit
+TOGETHER = 8  # heads of a step of the grid, at most
 FACTORS = 16  # K and V are filled up to multiples, whole registers of bfloat16
 VMEM_LIMIT = 48 * 2**20  # bytes; a core has 64 MiB in a v5p, 128 MiB in a v5e or v6e
 
@@ -145,48 +147,58 @@ def _attend_bwd(options, residuals, cotangents):
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
 # Axes of every array that goes in or out: B, G, R, T, K, V as everywhere, N chunks, 8 and C those of a chunk's rows;
-# F and L stand for R where only the first or the last chunk that is visited needs the array.
+# F and L stand for R where only the first or the last chunk that is visited needs the array. A block has a few heads.
 AXES = dict(
     q="BGTK", k="BGTK", v="BGRTV", rows="BGRN8C", state="BGFKV", start="BGRNKV", y="BGRTV", dy="BGRTV", dstate="BGFKV"
 )
 OUTPUT_AXES = AXES | dict(state="BGLKV")
 
 
-def _specs(arrays, axes, grid, reverse):
-    """The block of each array of a dict at one place of the grid (sequence, group, chunk, head)."""
-    _, _, chunks, heads = grid
+def _specs(arrays, axes, grid, heads, reverse):
+    """The block of each array of a dict at one place of the grid (sequence, group, chunk, block of heads)."""
+    _, _, chunks, blocks = grid
 
     def spec(name, shape):
         def index(b, g, n, r):
             time = chunks - 1 - n if reverse else n
-            first, last = jnp.where(n == 0, r, heads - 1), jnp.where(n == chunks - 1, r, 0)
+            first, last = jnp.where(n == 0, r, blocks - 1), jnp.where(n == chunks - 1, r, 0)
             place = dict(B=b, G=g, R=r, F=first, L=last, N=time, T=time)
             return tuple(0 if size == 1 else place.get(axis, 0) for axis, size in zip(axes[name], shape, strict=True))
 
-        sizes = dict.fromkeys("BGRFLN") | dict(T=TOKENS)
-        return pl.BlockSpec(tuple(sizes.get(axis, n) for axis, n in zip(axes[name], shape, strict=True)), index)
+        sizes = dict.fromkeys("BGN") | dict.fromkeys("RFL", heads) | dict(T=TOKENS)
+        block = tuple(sizes.get(axis, n) for axis, n in zip(axes[name], shape, strict=True))
+        return pl.BlockSpec(tuple(n and min(n, size) for n, size in zip(block, shape, strict=True)), index)
 
     return {name: None if x is None else spec(name, x.shape) for name, x in arrays.items()}
 
 
+def together(heads, keys, values):
+    """Heads of a step of the grid: a divisor of a group's heads."""
+    most = min(TOGETHER, max(1, 2**17 // (keys * values)))  # large products keep the matrix unit busy by themselves
+    return max(n for n in range(1, most + 1) if heads % n == 0)
+
+
 def backward_vmem(heads, keys, values):
-    """Bytes of VMEM of the backward kernel, which needs the more: its scratch, and two of each block."""
+    """Bytes of VMEM of the backward kernel, which needs the more: scratch, two of each block, values between."""
     keys, values = -(-keys // FACTORS) * FACTORS, -(-values // TOKENS) * TOKENS
     state, lanes = keys * values, -(-keys // TOKENS) * TOKENS
     scratch = heads * state + 2 * TOKENS * (TOKENS + lanes)
-    blocks = 3 * state + TOKENS * (4 * lanes + 3 * values) + 2 * ROWS * TOKENS
-    values_between = 8 * TOKENS * TOKENS + 4 * TOKENS * lanes + 4 * TOKENS * values + 3 * state
-    return 4 * (scratch + 2 * blocks + values_between)
+    blocks = 3 * state + TOKENS * 3 * values + 2 * ROWS * TOKENS
+    between = 8 * TOKENS * TOKENS + 4 * TOKENS * (lanes + values) + 3 * state
+    return 4 * (scratch + 8 * TOKENS * lanes + together(heads, keys, values) * (2 * blocks + between))
 
 
-def _run(name, kernel, arrays, outputs, scratch, grid, reverse=False):
+def _run(name, kernel, arrays, outputs, scratch, reverse=False):
     """Calls a kernel on dicts of arrays; outputs and scratch give shapes and dtypes."""
+    batch, groups, all_heads, length, values = arrays["v"].shape
+    heads = together(all_heads, arrays["k"].shape[-1], values)
+    grid = batch, groups, length // TOKENS, all_heads // heads
     call = pl.pallas_call(
         kernel,
         name=name,
         grid=grid,
-        in_specs=[_specs(arrays, AXES, grid, reverse)],
-        out_specs=_specs(outputs, OUTPUT_AXES, grid, reverse),
+        in_specs=[_specs(arrays, AXES, grid, heads, reverse)],
+        out_specs=_specs(outputs, OUTPUT_AXES, grid, heads, reverse),
         out_shape=outputs,
         scratch_shapes=[{k: pltpu.VMEM(shape, jnp.float32) for k, shape in scratch.items()}],
         compiler_params=pltpu.CompilerParams(
@@ -198,32 +210,33 @@ def _run(name, kernel, arrays, outputs, scratch, grid, reverse=False):
     return jax.custom_batching.sequential_vmap(call)(arrays)
 
 
-def _grid(arrays):
-    batch, groups, heads, length, _ = arrays["v"].shape
-    return batch, groups, length // TOKENS, heads
+def _blocks_of_heads(state):
+    """Shape of the states of all heads of a group, by step of the grid."""
+    heads = together(*state[2:])
+    return state[2] // heads, heads, *state[3:]
 
 
 def _forward(options, arrays, for_gradient):
     """y, the last state, and for the gradient the states at chunk starts [B, G, R, N, K, V]."""
-    grid, state = _grid(arrays), arrays["state"].shape
-    start = jax.ShapeDtypeStruct((*state[:3], grid[2], *state[3:]), jnp.float32) if for_gradient else None
+    state, chunks = arrays["state"].shape, arrays["rows"].shape[3]
+    start = jax.ShapeDtypeStruct((*state[:3], chunks, *state[3:]), jnp.float32) if for_gradient else None
     outputs = dict(
         y=jax.ShapeDtypeStruct(arrays["v"].shape, options.dtype),
         state=jax.ShapeDtypeStruct(state, jnp.float32),
         start=start,
     )
-    scratch = dict(state=state[2:], products=(TOKENS, TOKENS))
+    scratch = dict(state=_blocks_of_heads(state), products=(TOKENS, TOKENS))
     kernel = functools.partial(forward.kernel, options=options)
-    return _run("linear_attention_forward", kernel, arrays, outputs, scratch, grid)
+    return _run("linear_attention_forward", kernel, arrays, outputs, scratch)
 
 
 def _backward(options, arrays, start, dy, dstate):
     """Gradients of `arrays` by name."""
-    grid, rows = _grid(arrays), arrays["rows"].shape
+    rows = arrays["rows"].shape
     outputs = {name: jax.ShapeDtypeStruct(x.shape, x.dtype) for name, x in arrays.items()}
-    outputs["rows"] = jax.ShapeDtypeStruct((grid[0], grid[1], grid[3], *rows[3:]), jnp.float32)
+    outputs["rows"] = jax.ShapeDtypeStruct((*arrays["v"].shape[:3], *rows[3:]), jnp.float32)
     scratch = dict(
-        dstate=arrays["state"].shape[2:],
+        dstate=_blocks_of_heads(arrays["state"].shape),
         products=(TOKENS, TOKENS),
         dproducts=(TOKENS, TOKENS),
         dq=(TOKENS, arrays["q"].shape[-1]),
@@ -231,6 +244,6 @@ def _backward(options, arrays, start, dy, dstate):
     )
     kernel = functools.partial(backward.kernel, options=options)
     inputs = {name: x for name, x in arrays.items() if name != "state"} | dict(start=start, dy=dy, dstate=dstate)
-    gradients = _run("linear_attention_backward", kernel, inputs, outputs, scratch, grid, reverse=True)
+    gradients = _run("linear_attention_backward", kernel, inputs, outputs, scratch, reverse=True)
     shared = tuple(axis for axis, size in enumerate(rows[:3]) if size == 1)
     return gradients | dict(rows=jnp.sum(gradients["rows"], axis=shared, keepdims=True))

@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
-ROWS = 8  # a register of float32; five are used
+SUBLANES, LANES = 8, 128
+ROWS = SUBLANES  # a register of float32; five are used
 STEP, SEEN, KEPT, TOTAL, DOCUMENT = range(5)
 NOTHING = -1e30  # the logarithm of a decay to zero
 
@@ -51,49 +52,64 @@ def places(tokens):
     return tuple(jax.lax.broadcasted_iota(jnp.int32, (tokens, tokens), axis) for axis in (0, 1))
 
 
-def between(rows, options):
+def of_heads(rows, heads):
+    """For each of some heads its rows [ROWS, C], and the same as columns [C, ROWS]; `rows` [1, ROWS, C] are of all."""
+    columns = rows.reshape(-1, rows.shape[-1]).T
+    each = [(rows[n], columns[:, n * ROWS : (n + 1) * ROWS]) for n in range(rows.shape[0])]
+    return each if len(each) == heads else each * heads
+
+
+def between(tokens, options):
     """Where STEP of read i lies between token j and read i: j < i - 1, or j < i for reads of the token itself."""
-    i, j = places(rows.shape[1])
+    i, j = places(tokens)
     return j < (i if options.read == "inclusive" else i - 1)
 
 
-def decays(rows, options):
+def decays(rows, columns, options):
     """The decays of a chunk, reads scaled.
 
     Args:
-        rows: [ROWS, C].
+        rows, columns: [ROWS, C] and [C, ROWS], the same numbers.
 
     Returns:
         D [C, C] from token j to read i, zero where it is not seen; from the incoming state to each read [C, 1]; from
         each token to the outgoing state [C, 1]; and from state to state [1, 1].
     """
-    tokens, columns = rows.shape[1], rows.T
+    tokens = rows.shape[1]
     i, j = places(tokens)
-    sums = jnp.where(between(rows, options), columns[:, STEP : STEP + 1], 0)
+    sums = jnp.where(between(tokens, options), columns[:, STEP : STEP + 1], 0)
     distance = 1
     while distance < tokens:  # sums over the 2, 4, 8, .. tokens up to i
-        sums += jnp.where(i >= distance, pltpu.roll(sums, distance, 0), 0)
+        if distance < SUBLANES:
+            sums += jnp.where(i >= distance, pltpu.roll(sums, distance, 0), 0)
+        else:  # whole registers
+            sums = jnp.concatenate([sums[:distance], sums[distance:] + sums[:-distance]])
         distance *= 2
     visible = j <= i if options.read == "inclusive" else j < i
     if options.packed:
         visible &= columns[:, DOCUMENT : DOCUMENT + 1] == rows[DOCUMENT : DOCUMENT + 1, :]
     D = jnp.where(visible, jnp.exp(sums) * options.scale, 0)
-    seen = jnp.exp(columns[:, SEEN : SEEN + 1]) * options.scale
-    return D, seen, jnp.exp(columns[:, KEPT : KEPT + 1]), jnp.exp(rows[TOTAL : TOTAL + 1, :1])
+    column = jnp.exp(columns)
+    seen, kept = column[:, SEEN : SEEN + 1] * options.scale, column[:, KEPT : KEPT + 1]
+    return D, seen, kept, jnp.exp(rows[TOTAL : TOTAL + 1, :1])
 
 
-def row_gradients(rows, options, exponents, seen, kept, total):
-    """Gradients [ROWS, C] of the rows from those of the exponents of what `decays` returns."""
-    tokens = rows.shape[1]
-    i, j = places(tokens)
+def column_gradients(head, options, exponents, seen, kept, total):
+    """Gradients of a head's columns, in their places of [C, LANES], from those of the exponents in `decays`."""
+    tokens = exponents.shape[0]
+    i, _ = places(tokens)
     distance = 1
     while distance < tokens:  # sums over the 2, 4, 8, .. reads from i
-        exponents += jnp.where(i < tokens - distance, pltpu.roll(exponents, tokens - distance, 0), 0)
+        if distance < SUBLANES:
+            exponents += jnp.where(i < tokens - distance, pltpu.roll(exponents, tokens - distance, 0), 0)
+        else:
+            exponents = jnp.concatenate([exponents[:-distance] + exponents[distance:], exponents[-distance:]])
         distance *= 2
-    step = jnp.sum(jnp.where(between(rows, options), exponents, 0), axis=1, keepdims=True)
-    columns = jnp.where(j == STEP, step, 0) + jnp.where(j == SEEN, seen, 0) + jnp.where(j == KEPT, kept, 0)
-    columns += jnp.where((j == TOTAL) & (i == 0), total, 0)
-    return columns.T[:ROWS]
+    step = jnp.sum(jnp.where(between(tokens, options), exponents, 0), axis=1, keepdims=True)
+    token, lane = (jax.lax.broadcasted_iota(jnp.int32, (tokens, LANES), axis) for axis in (0, 1))
+    place = lane - head * ROWS
+    columns = jnp.where(place == STEP, step, 0) + jnp.where(place == SEEN, seen, 0) + jnp.where(place == KEPT, kept, 0)
+    return columns + jnp.where((place == TOTAL) & (token == 0), total, 0)
 
 
 def product(x, y, axes, factors):

@@ -1,34 +1,39 @@
-"""Body of the forward kernel: one chunk of time of one head."""
+"""Body of the forward kernel: one chunk of time of a few heads."""
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels.linear_attention.mosaic_tpu.decays import decays, product
+from kernels.linear_attention.mosaic_tpu.decays import decays, of_heads, product
 
 
 def kernel(x, out, scratch, *, options):
-    chunk, head = pl.program_id(2), pl.program_id(3)
-    q, k, v = x["q"][...], x["k"][...], x["v"][...]
-    factors = v.dtype
+    chunk, block = pl.program_id(2), pl.program_id(3)
+    q, k = x["q"][...], x["k"][...]
+    factors, heads = q.dtype, x["v"].shape[0]
 
     @pl.when(chunk == 0)
     def _():
-        scratch["state"][head] = x["state"][...]
+        scratch["state"][block] = x["state"][...]
 
-    @pl.when(head == 0)
+    @pl.when(block == 0)
     def _():
         scratch["products"][...] = product(q, k, (1, 1), factors)
 
-    state = scratch["state"][head]
     if out["start"] is not None:
-        out["start"][...] = state
-    D, seen, kept, total = decays(x["rows"][...], options)
-    y = product(scratch["products"][...] * D, v, (1, 0), factors)
-    y += product(q.astype(jnp.float32) * seen, state, (1, 0), factors)
-    out["y"][...] = y.astype(out["y"].dtype)
-    state = total * state + product(k.astype(jnp.float32) * kept, v, (0, 0), factors)
-    scratch["state"][head] = state
+        out["start"][...] = scratch["state"][block]
+
+    def attend(head, rows, columns):
+        v, state = x["v"][head], scratch["state"][block, head]
+        D, seen, kept, total = decays(rows, columns, options)
+        y = product(scratch["products"][...] * D, v, (1, 0), factors)
+        y += product(q.astype(jnp.float32) * seen, state, (1, 0), factors)
+        return y, total * state + product(k.astype(jnp.float32) * kept, v, (0, 0), factors)
+
+    results = [attend(head, *logs) for head, logs in enumerate(of_heads(x["rows"][...], heads))]
+    for head, (y, state) in enumerate(results):
+        out["y"][head] = y.astype(out["y"].dtype)
+        scratch["state"][block, head] = state
 
     @pl.when(chunk == pl.num_programs(2) - 1)
     def _():
-        out["state"][...] = state
+        out["state"][...] = scratch["state"][block]
