@@ -39,7 +39,7 @@ what, seed = arguments.get("config.sample.prompt", "fine"), int(arguments.get("c
 workdir.mkdir(parents=True, exist_ok=True)
 calls = Path(__file__).parent / "calls.jsonl"
 call = dict(id=workdir.name, pid=os.getpid(), cuda=os.environ.get("CUDA_VISIBLE_DEVICES"),
-            cores=sorted(os.sched_getaffinity(0)), began=time.time())
+            cores=sorted(os.sched_getaffinity(0)), began=time.time(), cache=os.environ.get("JAX_COMPILATION_CACHE_DIR"))
 with open(calls, "a") as file:
     file.write(json.dumps(call) + "\\n")
 print("device   1 x fake (cpu)", flush=True)

@@ -6,6 +6,7 @@ import os
 import pty
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ def test_runs_each_trial_once_and_again_nothing(tmp_path):
     fakes.run("--seeds=3")  # more seeds are more trials
     once_each(fakes, 6)
     fakes.check_done(("fine", "better"), seeds=3)
+    assert {call["cache"] for call in fakes.calls()} == {f"out/compiled/{socket.gethostname()}"}
     record = json.loads((fakes.out / "trials" / fakes.rows()[0]["id"] / "trial.json").read_text())
     assert record["device"] == "1 x fake (cpu)" and record["attempts"] == 1 and record["exit"] == 0
 

@@ -17,6 +17,7 @@ from seqmodels.sweeps.devices import Slot
 from seqmodels.sweeps.trial import Trial
 
 PREEMPTED = 75  # exit status of train.py after a checkpoint on a signal
+CACHE = "JAX_COMPILATION_CACHE_DIR"
 POLL = 0.05  # seconds between looks at a process
 
 
@@ -60,7 +61,9 @@ def attempt(trial: Trial, slot: Slot, descriptors: Sequence[int], stop: Stop) ->
                 trial.write(record)
                 heading = f"=== {record['stage_started']} on {record['host']}, attempt {record['attempts']}: {stage}\n"
                 log.write(heading.encode())
-                code = _run(command, log, slot, descriptors, stop)
+                # Seeds of a trial are one program. Evaluators are to measure what compiling takes, and get no cache.
+                cache = {CACHE: str(trial.compiled / record["host"])} if stage == "train" else {}
+                code = _run(command, log, cache | os.environ | slot.environment, slot, descriptors, stop)
                 if code:
                     break
             record |= {"status": _status(trial, stage, code), "exit": code}
@@ -77,14 +80,14 @@ def attempt(trial: Trial, slot: Slot, descriptors: Sequence[int], stop: Stop) ->
     return record
 
 
-def _run(command, log, slot: Slot, descriptors: Sequence[int], stop: Stop) -> int:
+def _run(command, log, environment: dict, slot: Slot, descriptors: Sequence[int], stop: Stop) -> int:
     """Exit status of a command; negative where a signal ended it."""
     process = subprocess.Popen(
         [*slot.prefix, sys.executable, *command[1:]],
         stdin=subprocess.DEVNULL,
         stdout=log,
         stderr=subprocess.STDOUT,
-        env=os.environ | slot.environment,
+        env=environment,
         pass_fds=tuple(descriptors),
         start_new_session=True,  # Ctrl-C is for the sweep, which passes it on once
     )

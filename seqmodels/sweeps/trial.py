@@ -42,6 +42,11 @@ class Trial:
         return self.workdir / "trial.lock"
 
     @property
+    def compiled(self) -> Path:
+        """Of the sweep: programs that JAX keeps for the next trial, by host, as CPUs differ."""
+        return self.workdir.parent.parent / "compiled"
+
+    @property
     def line(self) -> str:
         """The commands as one would type them."""
         return " && ".join(map(shlex.join, self.commands.values()))
