@@ -17,7 +17,9 @@ from ml_collections import ConfigDict
 from configs.base import base, finish, preset
 from configs.trials import Trial, product, vary
 
-MIXERS = ("mamba", "densemamba", "mamba2", "retnet", "transformer")  # those that a sweep compares
+MIXERS = (  # those that a sweep compares
+    "mamba", "densemamba", "mamba2", "mamba3", "gla", "retnet", "linear_attention", "performer", "transformer",
+)  # fmt: skip
 
 DEFAULT = "mqar"
 
@@ -45,7 +47,7 @@ FIELDS = {
 SIZES = {
     "copying": dict(length=32),
     "selective_copying": dict(length=32),
-    "induction": dict(length=32, lengths=tuple(2**i for i in range(5, 12))),
+    "induction": dict(length=32, steps=400, lengths=tuple(2**i for i in range(5, 12))),
     "recall": dict(length=18),
     "mqar": dict(length=32, batch_size=64),
     "parity": dict(length=17, lengths=(17, 33, 65, 129)),
