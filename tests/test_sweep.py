@@ -325,8 +325,10 @@ def test_compare_lines_up_runs_and_sweeps(tmp_path, monkeypatch, capsys):
     assert [row["validation.loss"] for row in rows] == ["2.5", "4.0", "4.125", "6.0", "6.125", ""]
     for name in ("other", "out: prompt=fine", "out: prompt=better", "going"):
         assert name in table
-    assert cli.run(sweep.main, sweep.define, "", [*argv, "--metric=validation.los"]) == 1
+    again = ["sweep.py", "--compare=other,out", "--out=again", "--metric=validation.los"]
+    assert cli.run(sweep.main, sweep.define, "", again) == 1
     assert "--metric=validation.los: no such figure; did you mean validation.loss" in capsys.readouterr().err
+    assert (tmp_path / "again" / "results.csv").exists()  # where the names are to be found
     assert cli.run(sweep.main, sweep.define, "", argv[:2]) == 1
     assert "--out is missing" in capsys.readouterr().err
 

@@ -44,8 +44,8 @@ def compose(folder: Path, title: str, results: list[Result], command: str, metri
     """
     time = at_equal_time(results)
     groups = group(results)
-    metric = _metric(results, metric)
     write_csv(folder / "results.csv", results)
+    metric = _metric(results, metric)
     first = _table(groups, metric)
     blocks: list[Block] = [first, _note(groups, metric, time)]
     for name, description, png in (
@@ -66,17 +66,11 @@ def compose(folder: Path, title: str, results: list[Result], command: str, metri
     return _plain(first)
 
 
-def check_metric(results: list[Result], metric: str) -> None:
-    """Raises UserError where there are figures, but not this one."""
+def _metric(results: list[Result], metric: str) -> str:
     names = list(dict.fromkeys(name for result in results for name in result.figures))
     if metric and names and metric not in names:
         raise UserError(f"--metric={metric}: no such figure{nearest(metric, names)}")
-
-
-def _metric(results: list[Result], metric: str) -> str:
-    check_metric(results, metric)
-    there = {name for result in results for name in result.figures}
-    return metric or next((name for name in QUALITY if name in there), QUALITY[0])
+    return metric or next((name for name in QUALITY if name in names), QUALITY[0])
 
 
 def _table(groups: list[Group], metric: str) -> Table:
