@@ -1,7 +1,9 @@
 """Random lengths, documents and masks against the sequential float64 reference.
 
 Rows of a batch are layouts of their own: each has a length, documents and holes that hypothesis draws. So a thousand
-of them cost a few compilations, one for each shape.
+of them cost a few compilations, one for each shape. On a machine with a GPU its kernels are tested too:
+
+    JAX_PLATFORMS=cuda python -m pytest -n 0 tests/kernels/test_selective_scan_random.py
 """
 
 import functools
@@ -17,6 +19,7 @@ from test_selective_scan import assert_close, inputs
 from kernels.selective_scan import selective_scan
 
 ROWS = 16  # layouts a batch
+IMPLEMENTATIONS = ["xla", "mosaic_gpu"] if jax.default_backend() == "gpu" else ["xla"]
 # length, groups, width, states; with T, E and N that are and are not multiples of anything
 SHAPES = [(1, 1, 3, 1), (2, 2, 1, 5), (16, 1, 8, 16), (33, 3, 5, 4), (67, 1, 7, 9), (130, 2, 3, 2)]
 
@@ -53,7 +56,7 @@ def value_and_gradients(args, documents, cotangents, implementation):
     return results, pull(cotangents)
 
 
-def check(shape, rows, seed, implementation="xla"):
+def check(shape, rows, seed, implementation):
     length, groups, width, state = shape
     draw = np.random.default_rng(seed)
     documents = draw_documents(rows, length, draw)
@@ -71,13 +74,14 @@ def check(shape, rows, seed, implementation="xla"):
 
 
 @pytest.mark.parametrize("shape", [SHAPES[3], *(pytest.param(s, marks=pytest.mark.slow) for s in SHAPES)])
-def test_random_layouts(shape, request):
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_random_layouts(shape, implementation, request):
     """Six shapes of 11 batches of 16 rows: 1,056 layouts; one batch in the quick tests."""
     slow = request.node.get_closest_marker("slow")
 
     @settings(max_examples=11 if slow else 1, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(rows=st.lists(layouts, min_size=ROWS, max_size=ROWS), seed=st.integers(0, 2**16))
     def run(rows, seed):
-        check(shape, rows, seed)
+        check(shape, rows, seed, implementation)
 
     run()
