@@ -85,9 +85,8 @@ EXCLUSIVE, NORMALISED = dict(read="exclusive"), dict(normalise=True)
 BOTH, LONG = dict(packed=True, padded=True), dict(length=xla.CHUNK + 9, keys=2, values=3)
 CASES = {
     "no decay, normalised": (dict(decay="none", normalise=True), BOTH, NORMALISED),
-    "constant": (dict(decay="constant"), {}, dict(scale=0.7)),
-    "constant, padded, exclusive": (dict(decay="constant"), dict(packed=False, padded=True), EXCLUSIVE),
-    "head": (dict(), {}, {}),
+    "constant": (dict(decay="constant"), {}, EXCLUSIVE),
+    "constant, padded": (dict(decay="constant"), dict(packed=False, padded=True), dict(scale=0.7)),
     "head, one group": (dict(groups=1), dict(packed=True, padded=False), dict(scale=0.7)),
     "head, exclusive with bonus": (dict(groups=4, bonus=True), BOTH, EXCLUSIVE | dict(scale=0.7)),
     "head, several chunks": (LONG, BOTH, {}),

@@ -95,11 +95,11 @@ def test_a_state_crosses_every_piece():
 
 def test_extreme_decays():
     """What is all gone stays gone, and exactly one is exactly one."""
-    args = arguments("channel")
+    args, static = arguments("channel"), SPLITS["padded and packed"]
     draw = np.random.default_rng(3)
     args["log_decay"] = np.float32(draw.choice([0.0, -1e4, -0.1], args["log_decay"].shape, p=[0.6, 0.1, 0.3]))
-    options = VARIANTS["channel"][1]
-    assert_close(in_pieces(args, {}, "channel"), value_and_gradients(args, {}, "xla", options), 1e-5)
+    want = value_and_gradients(args, static, "xla", VARIANTS["channel"][1])
+    assert_close(in_pieces(args, static, "channel"), want, 1e-5)
 
 
 def test_poisoned_padding_never_leaks():
@@ -110,22 +110,13 @@ def test_poisoned_padding_never_leaks():
     assert_close(in_pieces(poisoned, static, "channel"), in_pieces(args, static, "channel"), 1e-7)
 
 
-@pytest.mark.parametrize(
-    "sizes, groups",
-    [
-        (dict(data=2, tensor=2, sequence=2), 2),
-        (dict(tensor=4, sequence=2), 1),  # one group: keys are whole on every device
-    ],
-    ids=str,
-)
-def test_on_the_mesh_of_a_model(sizes, groups):
-    shape = tuple(sizes.get(axis, 1) for axis in AXES)
-    devices = jax.devices()[: int(np.prod(shape))]
-    args = inputs(length=LENGTH, groups=groups)
-    static = SPLITS["padded and packed"]
+def test_on_the_mesh_of_a_model():
+    """Rows, heads and time split together."""
+    shape = tuple(dict(data=2, tensor=2, sequence=2).get(axis, 1) for axis in AXES)
+    args, static = inputs(length=LENGTH), SPLITS["padded and packed"]
     want = linear_attention(**args, **static)
     with (
-        jax.set_mesh(jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices)),
+        jax.set_mesh(jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * len(AXES))),
         nn.logical_axis_rules(RULES),
     ):
         got = jax.jit(lambda a, s: parallel.linear_attention(**a, **s))(args, static)

@@ -162,8 +162,7 @@ COMPILED = [
             ("v6e", SSD, "bfloat16", "inclusive"),
             ("v5p", DENSE_RETNET, "bfloat16", "inclusive"),
             ("v5p", AT_THE_LIMIT, "bfloat16", "inclusive"),
-            ("v5e", (1, 17, 2, 4, 3, 5), "float32", "exclusive"),
-            ("v6e", (1, 1, 1, 1, 1, 1), "float16", "inclusive"),
+            ("v6e", (1, 17, 2, 4, 3, 5), "float16", "exclusive"),
         ]
     ),
 ]
