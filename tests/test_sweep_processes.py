@@ -57,7 +57,6 @@ def test_other_evaluators_are_run_on_what_is_trained(tmp_path):
     for path in fakes.out.glob("trials/*/eval.json"):
         assert json.loads(path.read_text())["evals"] == "perplexity"
     started = len(fakes.calls())
-    fakes.run("--evals=perplexity")
     fakes.run("--evals=none")
     assert len(fakes.calls()) == started == 4
 
@@ -130,9 +129,8 @@ def test_full_disk_of_one_trial_is_its_own_affair(tmp_path):
 def test_full_disk_under_the_record_of_a_trial(tmp_path):
     """The sweep itself cannot write trial.json: it says so, goes on with the others, and another time is as good."""
     fakes = Fakes(tmp_path, ("fine", "better"))
-    fakes.run("--config.steps=1")  # names the directories
-    rows = fakes.run("--engine=print").splitlines()
-    workdir = fakes.folder / rows[0].split("--workdir=")[1].split(" ")[0]
+    lines = fakes.run("--engine=print").splitlines()  # they name the directories
+    workdir = fakes.folder / lines[0].split("--workdir=")[1].split(" ")[0]
     workdir.mkdir(parents=True)
     (workdir / "trial.json.tmp").symlink_to("/dev/full")
     out = fakes.run(status=1)
@@ -169,7 +167,7 @@ def test_diverged_trial_is_said_to_be(tmp_path):
 
 def test_preempted_trials_are_retried_but_not_for_ever(tmp_path):
     fakes = Fakes(tmp_path, ("preempted once", "always preempted"))
-    out = fakes.run("--config.steps=40", status=1)
+    out = fakes.run(status=1)
     assert "1 of 2 trials done" in out
     once, always = fakes.rows()
     assert (once["status"], always["status"]) == ("done", "preempted")
