@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from seqmodels.dense import DenseFusion, gated
 from seqmodels.errors import UserError
-from seqmodels.mixers.matrix import Stream, read
+from seqmodels.mixers.matrix import Stream, finish, read
 from seqmodels.sequence import Sequence
 
 
@@ -42,7 +42,7 @@ class MatrixFusion(DenseFusion):
             x = jnp.where(seq.mask[..., None], x, 0)
         values, keys = self.gates(x) if sources else (None, None)
         y, state, stream = getattr(self, f"_{self.variant}")(own, readout.q, sources, seq, values, keys)
-        return readout.finish(y), state, None, stream
+        return finish(readout, y), state, None, stream
 
     def _states(self, streams, queries, seq):
         return read(streams, queries, seq, self.implementation.get("linear_attention"))

@@ -175,7 +175,7 @@ def test_gla_is_its_recurrence():
     params, x = perturbed(module, 0.8), draw(B, T, D, seed=7)
     params["decay_bias"] = params["decay_bias"] - 20  # decays of a tenth a token too
     q, k, v, gate = (heads(x, params[f"{name}_proj"]) for name in ("q", "k", "v", "gate"))
-    number = heads(x @ params["decay_in"], params["decay_out"]) + params["decay_bias"]
+    number = heads(x @ params["decay_in"], params["decay_out"]) + params["decay_bias"].reshape(2, 2)
     decay = (1 / (1 + np.exp(-number))) ** (1 / 16)
     state, ys = np.zeros((B, 2, 2, 4)), []
     for t in range(T):
@@ -209,7 +209,7 @@ def mamba3_step_by_step(p, x, H, P, N, G, turned, activation):
         phase = phase + dt[..., None] * (np.pi * np.tanh(token @ p["angle_proj"]))[:, None]
 
         def spread(v, scale, bias, phase=phase):
-            v = np.repeat(rms(v.reshape(B, G, N), scale), H // G, axis=1) + bias
+            v = np.repeat(rms(v.reshape(B, G, N), scale), H // G, axis=1) + bias.reshape(H, N)
             c = (v[..., :turned:2] + 1j * v[..., 1:turned:2]) * np.exp(1j * phase)
             return np.concatenate([np.stack([c.real, c.imag], -1).reshape(B, H, turned), v[..., turned:]], -1)
 

@@ -79,9 +79,10 @@ class Gla(nn.Module):
         inward = matrix(self, "decay_in", (self.width, self.gate_rank), ("embed", "rank"), self.width**-0.5, self.dtype)
         shape, axes = (self.gate_rank, heads, keys), ("rank", "heads", "head_dim")
         outward = matrix(self, "decay_out", shape, axes, self.gate_rank**-0.5, self.dtype)
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("heads", "head_dim"))
-        bias = self.param("decay_bias", zeros, (heads, keys), jnp.float32)
-        number = jnp.einsum("btr,rhk->bthk", x @ inward, outward, preferred_element_type=jnp.float32) + bias
+        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
+        bias = self.param("decay_bias", zeros, (heads * keys,), jnp.float32)  # a vector: no weight decay
+        number = jnp.einsum("btr,rhk->bthk", x @ inward, outward, preferred_element_type=jnp.float32)
+        number = number + bias.reshape(heads, keys)
         y, state = linear_attention(
             q,
             k,

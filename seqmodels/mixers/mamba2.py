@@ -12,7 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from seqmodels.errors import UserError
 from seqmodels.layers.norm import rms_norm
 from seqmodels.mixers.mamba import init_dt_bias, uniform
-from seqmodels.mixers.matrix import Stream, read
+from seqmodels.mixers.matrix import Stream, finish, read
 from seqmodels.parallel import short_conv
 from seqmodels.sequence import Sequence
 
@@ -190,7 +190,7 @@ class Mamba2(nn.Module):
     def scan(self, stream: Stream, readout: Readout, seq: Sequence) -> tuple[jax.Array, jax.Array]:
         """The recurrence with skip, gate and norm: y [B, T, E] and the final state [B, H, N, P]."""
         y, ssm = read([stream], [readout.q], seq, self.implementation.get("linear_attention"))
-        return readout.finish(y[:, :, 0]), ssm[:, 0]
+        return finish(readout, y[:, :, 0]), ssm[:, 0]
 
     def project(self, y: jax.Array) -> jax.Array:
         """[B, T, E] to [B, T, D]."""

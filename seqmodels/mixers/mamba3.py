@@ -150,8 +150,8 @@ class Mamba3(nn.Module):
         self.head_proj = parameter("head_proj", project, (width, 3, heads), "embed", None, "heads")
         self.angle_proj = parameter("angle_proj", project, (width, self.turned // 2), "embed", "state")
         self.dt_bias = parameter("dt_bias", init_dt_bias(self.dt_min, self.dt_max, self.dt_floor), (heads,), "heads")
-        self.B_bias = parameter("B_bias", ones, (heads, state), "heads", "state")
-        self.C_bias = parameter("C_bias", ones, (heads, state), "heads", "state")
+        self.B_bias = parameter("B_bias", ones, (heads * state,), "heads")  # vectors: no weight decay
+        self.C_bias = parameter("C_bias", ones, (heads * state,), "heads")
         self.B_norm, self.C_norm = (parameter(name, ones, (state,), "state") for name in ("B_norm", "C_norm"))
         self.D = parameter("D", ones, (heads,), "heads")
         self.out_proj = parameter("out_proj", uniform((inner * self.layers) ** -0.5), (inner, width), "inner", "embed")
@@ -212,7 +212,7 @@ class Mamba3(nn.Module):
     def _turned(self, x, scale, bias, angle):
         """B or C [B, T, G, N], normed, with the heads' biases and turned: [B, T, H, N] float32."""
         x = rms_norm(x.astype(jnp.float32), scale, self.norm_eps)
-        x = jnp.repeat(x, self.heads // self.groups, axis=2) + bias
+        x = jnp.repeat(x, self.heads // self.groups, axis=2) + bias.reshape(self.heads, self.state)
         return jnp.concatenate([rotate_pairs(x[..., : self.turned], angle), x[..., self.turned :]], axis=-1)
 
     def _late_write(self, late, state, mask):

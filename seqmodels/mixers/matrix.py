@@ -65,3 +65,8 @@ def read(streams: list[Stream], queries: list[jax.Array], seq: Sequence, impleme
     )
     apart = (len(streams), heads)
     return y.reshape(*y.shape[:2], *apart, -1), state.reshape(state.shape[0], *apart, *state.shape[2:])
+
+
+def finish(readout, y: jax.Array) -> jax.Array:
+    """readout.finish(y): skip, norm and gate, made again in the backward pass rather than kept for it in float32."""
+    return jax.checkpoint(type(readout).finish)(readout, y)

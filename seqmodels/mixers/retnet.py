@@ -19,7 +19,7 @@ from jax.ad_checkpoint import checkpoint_name
 from seqmodels.errors import UserError
 from seqmodels.layers.norm import rms_norm
 from seqmodels.mixers.mamba import uniform
-from seqmodels.mixers.matrix import Stream, read
+from seqmodels.mixers.matrix import Stream, finish, read
 from seqmodels.sequence import Sequence
 
 ACTIVATIONS = {"identity": lambda x: x, "silu": jax.nn.silu}
@@ -196,7 +196,7 @@ class RetNet(nn.Module):
     def scan(self, stream: Stream, readout: Readout, seq: Sequence) -> tuple[jax.Array, jax.Array]:
         """The recurrence with norm and gate: y [B, T, H, V] and the final state [B, H, K, V]."""
         y, state = read([stream], [readout.q], seq, self.implementation.get("linear_attention"))
-        return readout.finish(y[:, :, 0]), state[:, 0]
+        return finish(readout, y[:, :, 0]), state[:, 0]
 
     def project(self, y: jax.Array) -> jax.Array:
         """[B, T, H, V] to [B, T, D]."""
