@@ -16,8 +16,8 @@ from seqmodels.evals.scoring import rows_of, score_long
 from seqmodels.training.report import state_bytes
 
 PIECE = 2048  # tokens of a row that are read at once
-LONG = 16  # rows up to so many times the length of training are measured in full number, longer ones in fewer
-FEWEST = 16  # rows of any length
+LONG = 8  # rows up to so many times the length of training are measured in full number, longer ones in fewer
+FEWEST = 32  # rows of any length
 CACHE = 2**14  # tokens up to which attention, whose cache and time grow with them, is measured
 
 
@@ -117,7 +117,9 @@ def _measure_test(run, measure, split, length: int, limit: int | None) -> dict:
     rows = max(min(split.count, FEWEST), min(split.count, split.count * LONG * trained // length))
     rows = rows if limit is None else min(rows, limit)
     try:
-        return measure(split, length=length, limit=rows, piece=min(trained, PIECE))
+        # few programs, each for many lengths, and not too many calls
+        piece = min(trained if length < LONG * trained else LONG * trained, PIECE)
+        return measure(split, length=length, limit=rows, piece=piece)
     except (UserError, UnsupportedError) as error:
         return {"not_served": str(error)}
     except Exception as error:

@@ -129,3 +129,18 @@ def plot(axes, result: dict) -> None:
     axes.set(xlabel="context (tokens)", ylabel="nats a token", title="the same tokens, longer context")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
+
+
+def plot_positions(axes, result: dict) -> None:
+    """Loss by position in the longest context that is served."""
+    for split, by_length in result["context_lengths"].items():
+        served = {int(length): values for length, values in by_length.items() if "loss" in values}
+        if served:
+            positions = served[max(served)]["by_position"]
+            middle = np.sqrt((np.array(positions["first"]) + 1) * (np.array(positions["last"]) + 1))
+            axes.plot(middle, positions["loss"], "o-", label=f"{split}, {max(served):,} tokens")
+            axes.legend()
+    axes.set(xscale="log", xlabel="position in the context, from 1", ylabel="nats a token", title="the longest context")
+
+
+PLOTS = (plot, plot_positions)

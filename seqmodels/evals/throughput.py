@@ -176,8 +176,9 @@ def _plot(axes, result: dict, lines: dict[str, tuple[str, str]]) -> None:
     axes.set_xscale("log", base=2)
     axes.set(yscale="log", xlabel="tokens of the prompt")
     axes.xaxis.set_major_formatter("{x:.0f}")
+    axes.margins(y=0.25)  # room for the legend
     if served:
-        axes.legend(fontsize="small")
+        axes.legend(fontsize="small", ncols=2, framealpha=0.5)
 
 
 def plot_speed(axes, result: dict) -> None:
