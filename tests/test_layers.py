@@ -40,6 +40,29 @@ def test_rms_norm():
         np.testing.assert_allclose(rms_norm(x, scale, 1e-2), want, rtol=1e-14)
 
 
+@pytest.mark.parametrize("scaled", [True, False])
+def test_rms_norm_gradients(scaled):
+    """Against the derivatives that JAX makes of the formula itself."""
+    x, dy, scale = (jnp.float32(normal(2, 3, WIDTH, seed=seed)) for seed in (0, 1, 2))
+    inputs = (x, scale[0, 0]) if scaled else (x,)
+
+    def formula(x, scale=1.0):
+        return x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 0.1) * scale
+
+    got = jax.vjp(lambda *inputs: rms_norm(*inputs, eps=0.1), *inputs)[1](dy)
+    with jax.enable_x64(True):
+        double = [np.float64(v) for v in inputs]
+        want = jax.vjp(formula, *double)[1](np.float64(dy))
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_rms_norm_keeps_its_input_alone():
+    x = jnp.asarray(normal(2, 3, WIDTH), jnp.bfloat16)
+    kept = jax.tree.leaves(jax.vjp(rms_norm, x, jnp.ones(WIDTH))[1])
+    assert [v.dtype for v in kept if v.shape == x.shape] == [jnp.bfloat16]
+
+
 def test_rms_norm_of_bfloat16_squares_in_float32():
     x = jnp.asarray(1 + normal(2, 4096) * 0.01, jnp.bfloat16)
     y = rms_norm(x)

@@ -1,20 +1,45 @@
 """Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4)."""
 
+import functools
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def rms_norm(x, scale=None, eps=1e-5):
     """Divide x [..., D] by its root mean square over D, then multiply by `scale` [D] if there is one.
 
-    The statistics are float32 (float64 for float64); the result has the dtype of x.
+    The statistics are float32 (float64 for float64); the result has the dtype of x. Of all that is as large as x, the
+    backward pass keeps x alone, which a residual stream keeps anyway.
     """
+    return _forward(x, scale, eps)[0]
+
+
+def _forward(x, scale, eps):
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    y = wide * jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    reciprocal = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    y = wide * reciprocal
     if scale is not None:
         y = y * scale
-    return y.astype(x.dtype)
+    return y.astype(x.dtype), (x, scale, reciprocal)
+
+
+def _backward(eps, kept, dy):
+    """With y = n scale and n = x / rms: dx = (g - n mean(g n)) / rms for g = dy scale."""
+    x, scale, reciprocal = kept
+    normed = x.astype(reciprocal.dtype) * reciprocal
+    g = dy.astype(reciprocal.dtype)
+    dscale = None
+    if scale is not None:
+        dscale = jnp.sum(g * normed, axis=range(x.ndim - 1)).astype(scale.dtype)
+        g = g * scale
+    dx = reciprocal * (g - normed * jnp.mean(g * normed, axis=-1, keepdims=True))
+    return dx.astype(x.dtype), dscale
+
+
+rms_norm.defvjp(_forward, _backward)
 
 
 class RMSNorm(nn.Module):
