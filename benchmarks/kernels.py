@@ -34,7 +34,6 @@ import itertools
 import math
 import operator
 import os
-import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -49,6 +48,7 @@ import numpy as np
 from absl import flags
 
 from benchmarks.operations import OPERATIONS, Argument, Operation, normal
+from benchmarks.rates import EXPS_PER_SECOND, FLOPS_PER_SECOND, bandwidth, measure
 from benchmarks.record import RESULTS, commit, device_name, record, slug
 from kernels.dispatch import UnsupportedError
 from seqmodels import cli
@@ -62,14 +62,6 @@ TOGETHER = 16  # calls a program for those
 CACHE = 2**28  # bytes that the input sets exceed together
 CHECKED = 2**22  # numbers of the float64 reference: tokens times channels times states
 ROW = "{:26} {:9} {:12} {:17} {:>10} {:>9} {:>7} {:>7} {:>7} {:>8} {:>9} {:>4}"
-EXPS_PER_SECOND = {  # 16 a clock and multiprocessor, at the clock in the device's description
-    "NVIDIA H100 80GB HBM3": 16 * 132 * 1.98e9,
-    "NVIDIA H200": 16 * 132 * 1.98e9,
-}
-FLOPS_PER_SECOND = {  # of a product of large bfloat16 matrices, as measured
-    "NVIDIA H100 80GB HBM3": 700e12,
-    "NVIDIA H200": 700e12,
-}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -280,30 +272,6 @@ def keep(array, axes: str, chosen: dict[str, list[int]]):
             kept = jnp.zeros(array.shape[axis], bool).at[jnp.asarray(chosen[letter])].set(True)
             array = jnp.where(kept.reshape([-1 if i == axis else 1 for i in range(array.ndim)]), array, 0)
     return array
-
-
-def measure(run: Callable, sets: list, repeat: int, fill: float = 0.03) -> float:
-    """Median seconds of a call of `run`, which are queued in rows of about `fill` seconds, over sets in rotation."""
-
-    def timing(calls: int) -> float:
-        start = time.perf_counter()
-        for i in range(calls):
-            result = run(sets[i % len(sets)])
-        jax.block_until_ready(result)
-        return (time.perf_counter() - start) / calls
-
-    timing(2)
-    calls = max(2, min(1000, math.ceil(fill / timing(3))))
-    timing(calls)
-    return statistics.median(timing(calls) for _ in range(repeat))
-
-
-def bandwidth(device) -> float:
-    """Bytes a second that a copy reads and writes."""
-    size = 2**28 if device.platform != "cpu" else 2**25
-    sets = [jnp.full(size, i, jnp.float32) for i in range(2)]
-    add = jax.jit(lambda x: x + 1)
-    return 2 * 4 * size / measure(add, sets, repeat=5)
 
 
 def floor_ms(
