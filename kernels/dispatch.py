@@ -15,8 +15,8 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 def platforms() -> tuple[str, ...]:
     """Those that a computation traced here can be lowered for.
 
-    With a mesh it is the mesh's own, else the CPU and the accelerator at hand. Each more costs time to trace, and memory:
-    what the backward pass on one keeps is kept as zeros on the others.
+    With a mesh it is the mesh's own, else the CPU and the accelerator at hand. Each more costs time to trace, and
+    memory: what the backward pass on one keeps is kept as zeros on the others.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:

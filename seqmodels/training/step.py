@@ -14,8 +14,8 @@ from seqmodels.training.loss import LossSums, next_token_loss
 from seqmodels.training.optimizer import global_norm
 from seqmodels.training.state import TrainState
 
-# As calls of cuBLAS products add to what is there already: a gradient's second part to the first. As Triton fusions they
-# leave that sum to a kernel of its own. (benchmarks/notes/model_step.md)
+# As calls of cuBLAS products add to what is there already: a gradient's second part to the first. As Triton fusions
+# they leave that sum to a kernel of its own. (benchmarks/notes/model_step.md)
 COMPILER_OPTIONS = {platform: {"xla_gpu_enable_triton_gemm": False} for platform in ("cuda", "gpu")}
 
 
