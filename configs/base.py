@@ -41,9 +41,9 @@ def base() -> ConfigDict:
     config.model.implementation = ConfigDict(  # of each operation: "" picks by device, a file of kernels/<op> insists
         dict(
             selective_scan="",  # reference | xla | mosaic_gpu | mosaic_tpu
-            short_conv="",  # reference | xla
+            short_conv="",  # reference | xla | mosaic_gpu
             attention="",  # reference | xla | cudnn
-            linear_attention="",  # reference | xla
+            linear_attention="",  # reference | xla | mosaic_gpu | mosaic_tpu
         )
     )
     config.model.dense = ConfigDict(

@@ -115,7 +115,7 @@ def make_train_step(
 
 
 def random_streams(config: ConfigDict, step: jax.Array | int) -> dict[str, jax.Array]:
-    """Keys of what is random in the model at a step: dropout, and features that Performer draws every `redraw` steps."""
+    """Keys of what is random at a step: dropout, and features that Performer draws every `redraw` steps."""
     key = jax.random.key(config.seed)
     redraw = config.model.get("performer", {}).get("redraw", 0)
     features = {"features": jax.random.fold_in(jax.random.fold_in(key, 1), step // redraw)} if redraw else {}
