@@ -88,21 +88,26 @@ from pathlib import Path
 sys.path.insert(0, {root!r})
 import sweep
 from seqmodels import cli
-from seqmodels.sweeps import definition
+from seqmodels.sweeps import definition, plots
 definition.SCRIPTS = Path({fakes!r})
+if not {pictures}:
+    plots.losses = plots.bars = plots.quality = lambda *_: None
 sys.exit(cli.run(sweep.main, sweep.define, sweep.__doc__))
 """
 
 
 class Fakes:
-    """A folder with a config `fake.py` of these trials, the scripts, and the sweep's directory `out`."""
+    """A folder with a config `fake.py` of these trials, the scripts, and the sweep's directory `out`.
 
-    def __init__(self, folder: Path, behaviours: tuple[str, ...]):
+    Pictures take most of such a sweep's time, and are left out unless they are what is tested.
+    """
+
+    def __init__(self, folder: Path, behaviours: tuple[str, ...], pictures: bool = False):
         self.folder, self.out = folder, folder / "out"
         (folder / "fake.py").write_text(CONFIG.format(behaviours=behaviours))
         (folder / "train.py").write_text(TRAIN)
         (folder / "eval.py").write_text(EVAL)
-        (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), fakes=str(folder)))
+        (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), fakes=str(folder), pictures=pictures))
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
         """The sweep, in a session of its own."""

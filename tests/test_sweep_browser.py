@@ -87,7 +87,7 @@ def browser(tmp_path):
 
 
 def test_report_in_a_browser(tmp_path, browser):
-    fakes = Fakes(tmp_path, ("fine", "better", "full disk"))
+    fakes = Fakes(tmp_path, ("fine", "better", "full disk"), pictures=True)
     fakes.run("--seeds=2", status=1)
     target = browser.call("Target.createTarget", url="about:blank")["targetId"]
     session = browser.call("Target.attachToTarget", targetId=target, flatten=True)["sessionId"]
