@@ -60,7 +60,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """State size, width of a head and learning rate: each trial is a dict of dotted fields."""
+    """State size, width of a head, dense links and learning rate: each trial is a dict of dotted fields."""
     config = get_config(arg)
     for state in (16, 64, 128, 256):
         if state != config.model.mamba2.state:
@@ -68,5 +68,7 @@ def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
     for head_dim in (16, 64, 128):
         if head_dim != config.model.mamba2.head_dim:
             add({"model.mamba2.head_dim": head_dim})
+    for variant in ("read", "rank", "input"):
+        add({"model.dense.variant": variant})
     for factor in (0.3, 3.0):
         add({"optimizer.learning_rate": config.optimizer.learning_rate * factor})

@@ -14,6 +14,7 @@ from seqmodels.errors import UserError
 from seqmodels.interop.denseretnet import config_of, dense_weights
 from seqmodels.interop.denseretnet import weights as their_weights
 from seqmodels.interop.huggingface import from_huggingface
+from seqmodels.layers.mlp import Mlp
 from seqmodels.mixers.retnet import RetNet, log_decay
 from seqmodels.model import build
 from seqmodels.sequence import make_sequence
@@ -123,6 +124,19 @@ def test_decays():
     np.testing.assert_allclose(np.exp(log_decay(4, "spread"))[[0, -1]], [31 / 32, 511 / 512], rtol=1e-6)
 
 
+@pytest.mark.parametrize("gated", [False, True])
+def test_mlp_with_gelu_is_the_papers_or_torchscales(gated):
+    module = Mlp(width=4, hidden=6, activation="gelu", gated=gated)
+    params = {"gate": draw(4, 6), "down": draw(6, 4, seed=1)} | ({"up": draw(4, 6, seed=2)} if gated else {})
+    x = draw(3, 4, seed=3)
+    hidden = x @ params["gate"]
+    hidden = hidden * (1 + np.vectorize(math.erf)(hidden / 2**0.5)) / 2
+    want = (hidden * (x @ params["up"] if gated else 1)) @ params["down"]
+    np.testing.assert_allclose(module.apply({"params": params}, x), want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match="activation is 'tanh'; allowed: silu, gelu, relu"):
+        Mlp(width=4, activation="tanh")
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
@@ -186,7 +200,6 @@ def test_denseretnet_equals_its_authors_equations(depth):
     tensors, config = random_file(depth)
     fields, params = from_huggingface(tensors, config)
     settings = base().model
-    settings.dense.update(dict(bottleneck_state=0, norm_eps=0.0))
     settings.update(fields)
     model = build(settings, VOCABULARY)
     declared = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
