@@ -1,33 +1,44 @@
-"""Compiles the selective scan for TPUs that are not at hand, and reads off the schedule what it will cost at least.
+"""Compiles kernels for TPUs that are not at hand, and reads off the schedule what they will cost at least.
 
     python benchmarks/tpu_aot.py                                   # v5e, v5p, v6e; needs libtpu, no TPU
     python benchmarks/tpu_aot.py --chips=v5e --shapes=8x2048x2048x16:read3 --dtypes=float32
+    python benchmarks/tpu_aot.py --op=linear_attention --shapes=8x2048x8x128x256:retention
     python benchmarks/tpu_aot.py --chips=v5e --try=WIDTH=256 --try=TOKENS=64    # prints only
 
-A shape is B x T x E x N, a colon, and "full" (softplus, bias, D, z, packed documents) or "readG" (the same, with G
-groups of states, each with weights a channel). libtpu dumps the final bundles of both kernels. A core issues at most
-one bundle a cycle, so bundles times trips are cycles, if nothing ever stalls: latencies of units are in the bundles,
-waits for copies and conflicts in VMEM are not. Counted are, for a chunk of time, the loops by their trips,
-the code outside of loops at every block of channels, and what runs only at a chunk's first or last block once.
+A shape of the selective scan is B x T x E x N, a colon, and "full" (softplus, bias, D, z) or "readG" (the same, with G
+groups of states, each with weights a channel); of linear attention B x T x H x K x V, a colon, and "ssd" (a decay a
+token and head, keys shared by all heads), "retention" (constant decays) or "linear" (none), as in kernels.py. Documents
+are packed. libtpu dumps the final bundles of both kernels. A core issues at most one bundle a cycle, so bundles times
+trips are cycles, if nothing ever stalls. Late, the compiler takes out the empty bundles that wait for the latencies of
+units; "scheduled" counts these too. Waits for copies and conflicts in VMEM are in neither. Counted are, for a chunk of
+time, the scan's loops by their trips, its code outside of loops (less empty bundles) at every block of channels, and
+what runs only at a chunk's first or last block once; of linear attention, which has no loops, every step of the grid,
+less what only some steps do: state in and out, products that heads share, copies to start.
 
-estimated_ms is the larger of cycles and of the bytes of all arguments and results at the bandwidth of HBM: below it the
-kernel as built cannot go; nothing says that it gets there. floor_ms has, in place of the cycles, those of the
-exponentials alone, one register of 1024 a cycle. A v5p counts as two cores, each with half of the batch.
+estimated_ms is the larger of cycles and of the bytes of the kernel's arrays, as they lie in HBM, at its bandwidth:
+below it the kernel as built cannot go; nothing says that it gets there. floor_ms has, in place of these, the bytes of
+the operation's arguments and results, and the exponentials of the selective scan alone, one register of 1024 a cycle,
+or the matrix products of linear attention alone at the chip's peak. A v5p counts as two cores, each with half of the
+batch.
 
-Rows go to benchmarks/results/selective_scan_tpu_aot.json, each in place of an older one of the same kind.
+Rows go to benchmarks/results/<operation>_tpu_aot.json, each in place of an older one of the same kind.
 """
 
 import argparse
 import contextlib
 import datetime
+import functools
 import glob
 import importlib.metadata
 import itertools
+import math
 import os
 import re
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.update(
@@ -44,108 +55,191 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import topologies
 
+from benchmarks.operations import OPERATIONS
 from benchmarks.record import RESULTS, commit, record
-from kernels.selective_scan import mosaic_tpu
+from kernels.linear_attention import mosaic_tpu as attention
+from kernels.selective_scan import mosaic_tpu as scan
 from kernels.selective_scan.mosaic_tpu.tiles import TILE
 
-# topology, cores, cycles/s (peak bfloat16 FLOP/s over those of a core's matrix units in a cycle), bytes/s of HBM,
-# bytes of VMEM of a core
+
+class Chip(NamedTuple):
+    """A kind of TPU. Flops and bandwidth are the published ones: cloud.google.com/tpu/docs/v5e, v5p and v6e."""
+
+    topology: str
+    cores: int
+    clock: float  # cycles/s: flops over those in a cycle of a core's matrix units, 4 x 128 x 128 or 2 x 256 x 256
+    flops: float  # of bfloat16 a second
+    bandwidth: float  # bytes/s of HBM
+    vmem: int  # bytes of a core
+
+
 CHIPS = dict(
-    v5e=("v5e:2x2", 1, 1.5e9, 819e9, 128 * 2**20),
-    v5p=("v5p:2x2x1", 2, 1.75e9, 2765e9, 64 * 2**20),
-    v6e=("v6e:2x2", 1, 1.75e9, 1640e9, 128 * 2**20),
+    v5e=Chip("v5e:2x2", 1, 1.5e9, 197e12, 819e9, 128 * 2**20),
+    v5p=Chip("v5p:2x2x1", 2, 1.75e9, 459e12, 2765e9, 64 * 2**20),
+    v6e=Chip("v6e:2x2", 1, 1.75e9, 918e12, 1640e9, 128 * 2**20),
 )
-SHAPES = ("8x2048x2048x16:full", "8x2048x2048x16:read3")
+PRODUCTS = dict(bfloat16=1, float16=6, float32=6)  # of bfloat16, for one with all bits of its factors
 KEY = ("op", "implementation", "pass", "chip", "shape", "variant", "dtype", "jax")
 
 
-def parse_shape(text):
-    """ "8x2048x2048x16:read3" to (8, 2048, 2048, 16), 3."""
-    sizes, variant = text.split(":")
-    return tuple(int(n) for n in sizes.split("x")), 1 if variant == "full" else int(variant.removeprefix("read"))
+class Bundle(NamedTuple):
+    """A line of a schedule: its label, loops around it, the region that it branches past, what it says."""
+
+    label: str
+    depth: int
+    target: str | None
+    text: str
+
+
+class Case(NamedTuple):
+    """An operation at one shape, and how its kernels walk over it.
+
+    Attributes:
+        call: what makes y and the final state.
+        arguments: arrays by name.
+        y: shape and dtype; the state's are those of the initial one.
+        chunk: tokens of a chunk.
+        block: channels or heads of a step of the grid.
+        count: bundles to those that a chunk of a sequence issues, lengths of loops, and places of the main ones.
+        seconds: (chip, pass) to those of the arithmetic that there is no way around.
+    """
+
+    call: Callable
+    arguments: dict
+    y: jax.ShapeDtypeStruct
+    chunk: int
+    block: int
+    count: Callable
+    seconds: Callable
+
+
+def arrays(op, variant, sizes, dtype):
+    """The arguments of an operation by name."""
+    return {
+        name: jax.ShapeDtypeStruct(tuple(sizes[a] for a in x.axes), dtype if x.low else jnp.float32)
+        for name, x in OPERATIONS[op].arguments(variant).items()
+    }
+
+
+def selective_scan(shape, variant, dtype):
+    """The case of B x T x E x N."""
+    batch, length, width, state = shape
+    groups = 1 if variant == "full" else int(variant.removeprefix("read"))
+    sizes = OPERATIONS["selective_scan"].sizes(shape, variant)
+    arguments = arrays("selective_scan", "read2", sizes, dtype)  # whose arrays have an axis of groups, as kernels want
+    arguments |= dict(weights=arguments["weights"] if groups > 1 else None)
+    chunk, block = scan.chunk_tokens(length, groups, state), scan.block_width(width, groups, state)
+    return Case(
+        functools.partial(scan.selective_scan, dt_softplus=True),
+        arguments,
+        arguments["z"],
+        chunk,
+        block,
+        count=lambda bundles: count_loops(bundles, chunk // TILE, width // block),
+        seconds=lambda chip, name: batch * length * groups * width * state / 1024 / chip.clock / chip.cores,
+    )
+
+
+def linear_attention(shape, variant, dtype):
+    """The case of B x T x H x K x V."""
+    _, _, heads, keys, values = shape
+    sizes = OPERATIONS["linear_attention"].sizes(shape, variant)
+    arguments = dict(log_decay=None, bonus=None) | arrays("linear_attention", variant, sizes, dtype)
+    block, flops = attention.together(heads // sizes["G"], keys, values), attention_flops(sizes, attention.TOKENS)
+    return Case(
+        functools.partial(attention.linear_attention, scale=1.0, read="inclusive", chunk=None, dtype=dtype),
+        arguments,
+        arguments["v"],
+        attention.TOKENS,
+        block,
+        count=lambda bundles: count_steps(bundles, heads // block),
+        seconds=lambda chip, name: flops[name] * PRODUCTS[dtype.name] / chip.flops,
+    )
+
+
+def attention_flops(sizes, chunk):
+    """Those of the matrix products of each pass, two a multiply-add; as in operations.py, for chunks of that length."""
+    tokens, chunk = sizes["B"] * sizes["T"], min(chunk, sizes["T"])
+    scores, values = chunk * sizes["G"] * sizes["K"], chunk * sizes["H"] * sizes["V"]
+    states = sizes["H"] * sizes["K"] * sizes["V"]
+    forward, backward = scores + values + 2 * states, 3 * scores + 2 * values + 4 * states
+    return dict(forward=2 * tokens * forward, backward=2 * tokens * backward)
+
+
+# case, module of the kernels, shapes
+KERNELS = dict(
+    selective_scan=(selective_scan, scan, ("8x2048x2048x16:full", "8x2048x2048x16:read3")),
+    linear_attention=(linear_attention, attention, ("8x2048x32x128x64:ssd", "8x2048x4x256x512:retention")),
+)
 
 
 def sharding(chip):
     """One chip of that kind, to compile for."""
-    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip][0]).devices[0]
+    device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology).devices[0]
     return jax.sharding.SingleDeviceSharding(device)
 
 
-def compile_gradient(chip, sizes, groups, dtype):
-    """Compiles value and gradients of the scan for one chip.
+def compile_gradient(chip, case):
+    """Compiles value and gradients of an operation for one chip."""
 
-    Returns:
-        compiled, and the shapes of (arguments, results) of the forward and of the backward pass.
-    """
-    batch, length, width, state = sizes
-    one = sharding(chip)
-
-    def array(*shape, dtype=dtype):
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=one)
-
-    args = dict(
-        u=array(batch, length, groups, width),
-        dt=array(batch, length, groups, width),
-        A=array(groups, width, state, dtype=jnp.float32),
-        B=array(batch, length, groups, state),
-        C=array(batch, length, groups, state),
-        D=array(width, dtype=jnp.float32),
-        z=array(batch, length, width),
-        dt_bias=array(groups, width, dtype=jnp.float32),
-        weights=array(batch, length, groups - 1, width) if groups > 1 else None,
-        initial_state=array(batch, groups, width, state, dtype=jnp.float32),
-    )
-    segments = array(batch, length, dtype=jnp.int32)
-    results = (array(batch, length, width), args["initial_state"])
-
-    def gradients(args, segments, cotangents):
-        def scan(args):
-            return mosaic_tpu.selective_scan(
-                **args, segment_ids=segments, initial_segment=None, mask=None, dt_softplus=True
-            )
-
-        results, pull = jax.vjp(scan, args)
+    def gradients(arguments, segments, cotangents):
+        call = functools.partial(case.call, segment_ids=segments, initial_segment=None, mask=None)
+        results, pull = jax.vjp(lambda arguments: call(**arguments), arguments)
         return results, pull(cotangents)
 
-    compiled = jax.jit(gradients).lower(args, segments, results).compile()
-    return compiled, dict(forward=(args, results), backward=((args, results), args))
+    one, segments = sharding(chip), jax.ShapeDtypeStruct(case.y.shape[:2], jnp.int32)
+    shapes = case.arguments, segments, (case.y, case.arguments["initial_state"])
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=one), shapes)
+    return jax.jit(gradients).lower(*shapes).compile()
 
 
-def schedule(bundles, utilization, tokens, blocks):
-    """What a kernel issues for one chunk of time, read off its final bundles.
-
-    Returns:
-        bundles of a chunk, bundles of each loop's body, and the share of slots used by each unit in the loops.
-    """
-    rows = []  # (label, loops around it, whether it branches)
-    for line in bundles.splitlines():
+def read_bundles(text):
+    """The bundles of a schedule."""
+    bundles = []
+    for line in text.splitlines():
         match = re.match(r"\s*(?:0x[0-9a-f]+|0)\s+([A-Z]{2}(?:,? [A-Z]{2})*)?\s*: ([> ]*)\{", line)
         if match:
-            rows.append((match[1] or "", match[2].count(">"), "sbr.rel" in line))
-    units, capacity, used = utilization
+            branch = re.search(r"sbr\.rel .*region(?: = )?(\d+)", line)
+            bundles.append(Bundle(match[1] or "", match[2].count(">"), branch and branch[1], line))
+    return bundles
+
+
+def count_loops(bundles, trips, blocks):
+    """What a kernel with loops over tiles of time issues for a chunk of `blocks` steps: see `Case.count`."""
     loops = []
-    for start in [i for i, (label, depth, _) in enumerate(rows) if "LB" in label and depth == 2]:
-        loops.append((start, next(i for i in range(start, len(rows)) if rows[i][2])))
+    for start in [i for i, x in enumerate(bundles) if "LB" in x.label and x.depth == 2]:
+        loops.append((start, next(i for i in range(start, len(bundles)) if bundles[i].target)))
     inside = {i for start, end in loops for i in range(start, end + 1)}
     ends = {end for _, end in loops}
     once = set()  # places in branches that only the first or the last block of a chunk takes
-    for i, (_, depth, branch) in enumerate(rows):
-        if branch and depth == 1 and i not in ends and i not in inside:
-            join = next((j for j in range(i + 1, len(rows)) if "PF" in rows[j][0]), i)
-            body = range(i + 1, join)
+    for i, x in enumerate(bundles):
+        if x.target and x.depth == 1 and i not in ends and i not in inside:
+            body = range(i + 1, next((j for j in range(i + 1, len(bundles)) if "PF" in bundles[j].label), i))
             if any(j in inside for j in body) or len(body) > 256:
                 once.update(body)
-    trips = tokens // TILE
     total = sum((end - start + 1) * trips * (1 if start in once else blocks) for start, end in loops)
-    outside = [i for i, (_, depth, _) in enumerate(rows) if depth >= 1 and i not in inside]
+    outside = [i for i, x in enumerate(bundles) if x.depth >= 1 and i not in inside]
     total += sum(1 if i in once else blocks for i in outside)
     main = [i for start, end in loops if start not in once for i in range(start, end + 1)]
-    share = {u: round(sum(used[i][k] for i in main) / len(main) / capacity[k], 2) for k, u in enumerate(units)}
-    return total, [end - start + 1 for start, end in loops], share
+    return total, [end - start + 1 for start, end in loops], main
+
+
+def count_steps(bundles, steps):
+    """What a kernel without loops issues for a chunk of `steps` steps, less what only some of them do: `Case.count`."""
+    first = next(i for i, x in enumerate(bundles) if x.label)
+    last = max(i for i, x in enumerate(bundles) if x.target)
+    at_some = set()  # the innermost branches, but for one around all that a step does
+    for i in range(first, last):
+        joins = (j for j in range(i, last) if f"empty region {bundles[i].target} " in bundles[j].text)
+        body = range(i + 1, next(joins, i))
+        if len(body) < (last - first) / 2 and not any(bundles[j].target for j in body):
+            at_some.update(body)
+    always = sorted(set(range(first, last + 1)) - at_some)
+    return len(always) * steps, [len(always)], always
 
 
 def read_dump(folder, name):
-    """Final bundles, utilization and bytes of VMEM of the kernel of that name."""
+    """Of the kernel of that name: bundles, those with empty ones, utilization, bytes of VMEM and of arrays in HBM."""
 
     def text(ending):
         (path,) = (p for p in glob.glob(f"{folder}/*{name}*-{ending}.txt") if re.search(rf"\d-{ending}.txt$", p))
@@ -155,49 +249,53 @@ def read_dump(folder, name):
     used = [[int(n) for n in line.split()] for line in lines if re.fullmatch(r"[\d ]+", line)]
     units = [unit.split(":")[-1].strip().lower() for unit in lines[1].split(",")]
     capacity = [int(n) for n in lines[2].split()]
-    sizes = re.findall(
-        r"^ *#allocation\d+ .*space=vmem, size = (0x[0-9a-f]+)", text("post-rematerialize-allocations"), re.M
-    )
-    return text("final_bundles"), (units, capacity, used), sum(int(size, 16) for size in sizes)
+    allocations = text("post-rematerialize-allocations")
+    sizes = re.findall(r"^ *#allocation\d+ .*space=vmem, size = (0x[0-9a-f]+)", allocations, re.M)
+    final, moved = text("final_bundles"), 0
+    arrays = re.findall(r"inlined_call_operand\.hbm \[shape: [a-z]+(\d+)\[([\d,]+)\], index: (\d+)", final)
+    for bits, shape, _ in set(arrays):
+        *outer, lanes = map(int, shape.split(","))
+        moved += math.prod(outer) * -(-lanes // 128) * 128 * int(bits) // 8  # rows are filled up to whole registers
+    schedules = read_bundles(final), read_bundles(text("packed-bundles-post-ra"))
+    return *schedules, (units, capacity, used), sum(int(size, 16) for size in sizes), moved
 
 
-def bytes_of(tree):
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
-
-
-def measure(chip, shape, dtype, folder):
+def measure(op, chip, shape, dtype, folder):
     """Rows of the forward and of the backward kernel."""
-    sizes, groups = parse_shape(shape)
+    sizes, variant = shape.split(":")
+    sizes = tuple(int(n) for n in sizes.split("x"))
+    case, kind = KERNELS[op][0](sizes, variant, jnp.dtype(dtype)), CHIPS[chip]
     for path in glob.glob(f"{folder}/*"):
         os.remove(path)
-    _, arrays = compile_gradient(chip, sizes, groups, jnp.dtype(dtype))
-    batch, length, width, state = sizes
-    _, cores, clock, bandwidth, core_vmem = CHIPS[chip]
-    tokens = mosaic_tpu.chunk_tokens(length, groups, state)
-    exponentials = batch * length * groups * width * state / 1024
-    blocks = width // mosaic_tpu.block_width(width, groups, state)
-    for name in ("forward", "backward"):
-        bundles, utilization, vmem = read_dump(folder, f"selective_scan_{name}")
-        total, loops, share = schedule(bundles, utilization, tokens, blocks)
-        seconds = total * batch * (length // tokens) / clock / cores
-        moved = bytes_of(arrays[name]) / bandwidth
+    compile_gradient(chip, case)
+    ends = case.arguments, case.y, case.arguments["initial_state"]
+    for name, arrays in dict(forward=ends, backward=(*ends, case.arguments)).items():
+        final, scheduled, (units, capacity, used), vmem, moved = read_dump(folder, f"{op}_{name}")
+        total, loops, main = case.count(final)
+        waiting, *_ = case.count(scheduled)
+        cycle = sizes[0] * -(-sizes[1] // case.chunk) / kind.clock / kind.cores  # seconds, once in each chunk
+        least = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(arrays))
+        floor = max(case.seconds(kind, name), least / kind.bandwidth)
+        share = [sum(used[i][unit] for i in main) / len(main) / most for unit, most in enumerate(capacity)]
         yield dict(
-            op="selective_scan",
+            op=op,
             implementation="mosaic_tpu",
             chip=chip,
             shape=list(sizes),
-            variant=shape.split(":")[1],
+            variant=variant,
             dtype=dtype,
             vmem_bytes=vmem,
-            vmem_of_core=core_vmem,
+            vmem_of_core=kind.vmem,
             bundles_per_chunk=total,
-            bundles_per_token=round(total / tokens, 1),
+            bundles_per_token=round(total / case.chunk, 1),
+            scheduled_per_token=round(waiting / case.chunk, 1),
             bundles_of_loops=loops,
-            slots_used=share,
-            chunk=tokens,
-            block=width // blocks,
-            estimated_ms=round(max(seconds, moved) * 1e3, 3),
-            floor_ms=round(max(exponentials / clock / cores, moved) * 1e3, 3),
+            slots_used={unit: round(x, 2) for unit, x in zip(units, share, strict=True)},
+            chunk=case.chunk,
+            block=case.block,
+            estimated_ms=round(max(total * cycle, moved / kind.bandwidth) * 1e3, 3),
+            scheduled_ms=round(max(waiting * cycle, moved / kind.bandwidth) * 1e3, 3),
+            floor_ms=round(floor * 1e3, 3),
             jax=jax.__version__,
             libtpu=importlib.metadata.version("libtpu"),
             date=datetime.date.today().isoformat(),
@@ -206,43 +304,45 @@ def measure(chip, shape, dtype, folder):
 
 
 @contextlib.contextmanager
-def constants(settings):
-    """Runs with "NAME=number,..." set in mosaic_tpu."""
+def constants(module, settings):
+    """Runs with "NAME=number,..." set in the kernels' module."""
     new = {k: int(v) for k, v in (s.split("=") for s in settings.split(",") if s)}
-    old = {k: getattr(mosaic_tpu, k) for k in new}
+    old = {k: getattr(module, k) for k in new}
     try:
-        vars(mosaic_tpu).update(new)
+        vars(module).update(new)
         yield
     finally:
-        vars(mosaic_tpu).update(old)
+        vars(module).update(old)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in dict(chips=CHIPS, shapes=SHAPES, dtypes=("bfloat16", "float32")).items():
-        parser.add_argument(f"--{name}", default=",".join(default))
-    parser.add_argument("--out", type=Path, default=RESULTS / "selective_scan_tpu_aot.json", help="file of results")
+    parser.add_argument("--op", default="selective_scan", choices=KERNELS)
+    for name, default in dict(chips=",".join(CHIPS), shapes=None, dtypes="bfloat16,float32").items():
+        parser.add_argument(f"--{name}", default=default)
+    parser.add_argument("--out", type=Path, help="file of results")
     parser.add_argument("--try", dest="tries", action="append", help="constants of mosaic_tpu; nothing is kept")
     options = parser.parse_args()
-    cases = itertools.product(
-        options.tries or [""], options.chips.split(","), options.shapes.split(","), options.dtypes.split(",")
-    )
+    _, module, shapes = KERNELS[options.op]
+    shapes = options.shapes.split(",") if options.shapes else shapes
+    cases = itertools.product(options.tries or [""], options.chips.split(","), shapes, options.dtypes.split(","))
     with tempfile.TemporaryDirectory() as folder:
         os.environ["LIBTPU_INIT_ARGS"] = f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
         for settings, chip, shape, dtype in cases:
-            with constants(settings):
-                rows = list(measure(chip, shape, dtype, folder))
+            with constants(module, settings):
+                rows = list(measure(options.op, chip, shape, dtype, folder))
             for row in rows:
                 slots = {unit: used for unit, used in row["slots_used"].items() if used > 0.04}
                 print(
                     f"{settings} {chip} {shape} {dtype:8} {row['pass']:8}",
-                    f"{row['bundles_per_token']:7.1f} bundles/token, loops {row['bundles_of_loops']},",
-                    f"{row['vmem_bytes'] / 2**20:.1f} MiB VMEM,",
-                    f"{row['estimated_ms']:.2f} ms (floor {row['floor_ms']:.2f}), slots {slots}",
+                    f"{row['bundles_per_token']:7.1f} bundles/token ({row['scheduled_per_token']:.1f} scheduled),",
+                    f"loops {row['bundles_of_loops']}, {row['vmem_bytes'] / 2**20:.1f} MiB VMEM,",
+                    f"{row['estimated_ms']:.2f} ms (scheduled {row['scheduled_ms']:.2f}, floor {row['floor_ms']:.2f}),",
+                    f"slots {slots}",
                     flush=True,
                 )
                 if not options.tries:
-                    record(options.out, row, KEY)
+                    record(options.out or RESULTS / f"{options.op}_tpu_aot.json", row, KEY)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,11 @@
 """The benchmark scripts: fields and merging of their results, floors, and that a wrong kernel is caught."""
 
 import functools
+import importlib.util
 import json
+import subprocess
+import sys
+from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +15,7 @@ from benchmarks import generation, models, trace
 from benchmarks import kernels as script
 from benchmarks.record import record, slug
 from kernels import selective_scan as scan
+from kernels.linear_attention import mosaic_tpu as tpu
 from kernels.selective_scan import xla
 from seqmodels import cli
 from seqmodels.config import validate
@@ -167,6 +172,66 @@ def test_floors_of_linear_attention_by_hand():
     ssd = case("linear_attention", "2x6x4x3x5:ssd", "bfloat16")  # keys of all heads, a decay a token and head
     assert ssd.costs("forward")[0][0] == 2 * (2 * 36 + 2 * 240) + 4 * (2 * 120 + 48)
     assert ssd.costs("forward")[0][2] == 2 * tokens * (chunk * (3 + 4 * 5) + 2 * 60)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
+def test_tpu_schedules_of_linear_attention(tmp_path):
+    """Two chunks, in one step of the grid each; the fields are those of the selective scan's rows."""
+    command = [sys.executable, "benchmarks/tpu_aot.py", "--op=linear_attention", "--chips=v5e", "--dtypes=bfloat16"]
+    command += ["--shapes=1x256x8x128x64:ssd", f"--out={tmp_path / 'out.json'}"]
+    root = Path(script.__file__).parents[1]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [row["pass"] for row in rows] == ["forward", "backward"]
+    recorded = json.loads((root / "benchmarks" / "results" / "selective_scan_tpu_aot.json").read_text())
+    for row, most in zip(rows, (25, 50), strict=True):  # a quarter above what they are: losing the overlap costs more
+        assert recorded[0].keys() <= row.keys()
+        assert (row["chunk"], row["block"]) == (128, 8) and row["bundles_of_loops"] == [row["bundles_per_chunk"]]
+        assert 0 < row["bundles_per_token"] < row["scheduled_per_token"] < most
+        assert 0 < row["vmem_bytes"] <= tpu.backward_vmem(8, 128, 64) <= tpu.VMEM_LIMIT < row["vmem_of_core"]
+        assert row["floor_ms"] < row["estimated_ms"] <= row["scheduled_ms"]
+        assert 0.1 < row["slots_used"]["mxu"] < 1
+
+
+def test_reads_tpu_schedules():
+    """A loop of the grid around a branch past all of a step, in which the state is read at the first chunk only."""
+    from benchmarks import tpu_aot
+
+    final = """
+     0   :  { %1 = vsyncpa [#allocation6], 0 }
+   0x1 LB: > { %s1 = sadd.s32 1, %s0 }
+   0x2   : > { %2 = sbr.rel (%p1) target = $region40 }
+   0x3   : > { %v1 = vld [vmem:[%s1] sm:$0xff] }
+   0x4   :  {}
+   0x5   : > { %3 = sbr.rel (%p2) target = $region44 }
+   0x6   : > { %4 = vst [vmem:[%s2] sm:$0xff] /*vst_source=*/%v1 }
+   0x7   : > { %5 = vst [vmem:[%s2 + $0x8] sm:$0xff] /*vst_source=*/%v1 } /* End region 43 */
+   0x8 PF: > { %v2 = vadd.f32 %v1, %v1 } /* Start/End empty region 44 :: Start region 45 */
+   0x9   : > { %v3 = vadd.f32 %v2, %v1 }
+   0xa PF: > { %s2 = smov 0 } /* Start/End empty region 40 */
+   0xb   : > { %6 = sbr.rel (!%p3) target = $region39 }
+   0xc   :  { %s4 = smov 0 }
+"""
+    bundles = tpu_aot.read_bundles(final)
+    assert len(bundles) == 13 and [x.target for x in bundles if x.target] == ["40", "44", "39"]
+    every_step = [1, 2, 3, 4, 5, 8, 9, 10, 11]
+    assert tpu_aot.count_steps(bundles, steps=4) == (36, [9], every_step)
+
+
+def test_tpu_floors_of_linear_attention_by_hand():
+    """B T H K V = 2 6 4 3 5 with shared keys, against the figures of operations.py, whose chunks are as long here."""
+    from benchmarks import tpu_aot
+
+    one = case("linear_attention", "2x6x4x3x5:ssd", "bfloat16")
+    flops = tpu_aot.attention_flops(one.sizes, 128)
+    assert flops["forward"] == 2 * 12 * (6 * (3 + 4 * 5) + 2 * 60) == one.costs("forward")[0][2]
+    assert flops["backward"] == 2 * 12 * (6 * (3 * 3 + 2 * 4 * 5) + 4 * 60) == one.costs("forward+backward")[1][2]
+    exact = tpu_aot.linear_attention((2, 6, 4, 3, 5), "ssd", np.dtype("float32"))
+    v5e = tpu_aot.CHIPS["v5e"]
+    assert exact.seconds(v5e, "forward") == pytest.approx(6 * flops["forward"] / 197e12)
+    arguments = {name: x.shape for name, x in exact.arguments.items() if x is not None}
+    assert arguments == {name: x.shape for name, x in one.draw(1)[0].items()}
 
 
 @pytest.mark.parametrize(

@@ -224,11 +224,11 @@ def test_compiles_for_tpu(chip, dtype, variant, tmp_path):
 
 
 ODD = {
-    "2x150x130x9": (2, "bfloat16"),
-    "1x1x2048x16": (1, "bfloat16"),
-    "1x17x3x1": (1, "float32"),
-    "3x129x384x5": (1, "float16"),
-    "1x300x1536x64": (3, "bfloat16"),
+    "2x150x130x9": ("read2", "bfloat16"),
+    "1x1x2048x16": ("full", "bfloat16"),
+    "1x17x3x1": ("full", "float32"),
+    "3x129x384x5": ("full", "float16"),
+    "1x300x1536x64": ("read3", "bfloat16"),
 }
 
 
@@ -238,8 +238,9 @@ def test_odd_shapes_compile(sizes):
     """The interpreter takes what the compiler refuses."""
     from benchmarks import tpu_aot
 
-    groups, dtype = ODD[sizes]
-    tpu_aot.compile_gradient("v5e", tuple(map(int, sizes.split("x"))), groups, jnp.dtype(dtype))
+    variant, dtype = ODD[sizes]
+    shape = tuple(map(int, sizes.split("x")))
+    tpu_aot.compile_gradient("v5e", tpu_aot.selective_scan(shape, variant, jnp.dtype(dtype)))
 
 
 @needs_libtpu
