@@ -41,7 +41,7 @@ def base() -> ConfigDict:
     config.model.implementation = ConfigDict(  # of each operation: "" picks by device, a file of kernels/<op> insists
         dict(
             selective_scan="",  # reference | xla | mosaic_gpu | mosaic_tpu
-            short_conv="",  # reference | xla | mosaic_gpu
+            short_conv="",  # reference | xla | mosaic_gpu | mosaic_tpu
             attention="",  # reference | xla | cudnn
             linear_attention="",  # reference | xla | mosaic_gpu | mosaic_tpu
         )

@@ -5,9 +5,9 @@ import functools
 import jax
 
 from kernels import dispatch
-from kernels.short_conv import mosaic_gpu, reference, xla
+from kernels.short_conv import mosaic_gpu, mosaic_tpu, reference, xla
 
-BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu}
+BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 WINNERS = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}  # by platform, fastest first as measured
 IMPLEMENTATIONS = tuple(BACKENDS)
 
