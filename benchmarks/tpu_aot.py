@@ -59,7 +59,7 @@ from benchmarks.operations import OPERATIONS
 from benchmarks.record import RESULTS, commit, record
 from kernels.linear_attention import mosaic_tpu as attention
 from kernels.selective_scan import mosaic_tpu as scan
-from kernels.selective_scan.mosaic_tpu.tiles import TILE
+from kernels.selective_scan.mosaic_tpu.tiles import LANES, TILE
 
 
 class Chip(NamedTuple):
@@ -128,14 +128,15 @@ def selective_scan(shape, variant, dtype):
     sizes = OPERATIONS["selective_scan"].sizes(shape, variant)
     arguments = arrays("selective_scan", "read2", sizes, dtype)  # whose arrays have an axis of groups, as kernels want
     arguments |= dict(weights=arguments["weights"] if groups > 1 else None)
-    chunk, block = scan.chunk_tokens(length, groups, state), scan.block_width(width, groups, state)
+    channels = -(-width // LANES) * LANES
+    chunk, block = scan.chunk_tokens(length, groups, state), scan.block_width(channels, groups, state)
     return Case(
         functools.partial(scan.selective_scan, dt_softplus=True),
         arguments,
         arguments["z"],
         chunk,
         block,
-        count=lambda bundles: count_loops(bundles, chunk // TILE, width // block),
+        count=lambda bundles: count_loops(bundles, chunk // TILE, channels // block),
         seconds=lambda chip, name: batch * length * groups * width * state / 1024 / chip.clock / chip.cores,
     )
 
@@ -166,8 +167,7 @@ def attention_flops(sizes, chunk):
     return dict(forward=2 * tokens * forward, backward=2 * tokens * backward)
 
 
-# case, module of the kernels, shapes
-KERNELS = dict(
+KERNELS = dict(  # case, module of the kernels, shapes
     selective_scan=(selective_scan, scan, ("8x2048x2048x16:full", "8x2048x2048x16:read3")),
     linear_attention=(linear_attention, attention, ("8x2048x32x128x64:ssd", "8x2048x4x256x512:retention")),
 )
@@ -255,7 +255,7 @@ def read_dump(folder, name):
     arrays = re.findall(r"inlined_call_operand\.hbm \[shape: [a-z]+(\d+)\[([\d,]+)\], index: (\d+)", final)
     for bits, shape, _ in set(arrays):
         *outer, lanes = map(int, shape.split(","))
-        moved += math.prod(outer) * -(-lanes // 128) * 128 * int(bits) // 8  # rows are filled up to whole registers
+        moved += math.prod(outer) * -(-lanes // LANES) * LANES * int(bits) // 8  # rows are filled up to whole registers
     schedules = read_bundles(final), read_bundles(text("packed-bundles-post-ra"))
     return *schedules, (units, capacity, used), sum(int(size, 16) for size in sizes), moved
 
