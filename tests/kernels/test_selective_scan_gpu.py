@@ -79,11 +79,10 @@ def assert_equals_reference(args, documents, tolerance=1e-5, **static):
     assert_close(got, expected(args, documents, **static), tolerance)
 
 
-@pytest.mark.parametrize("block", [128, 16])
-def test_equals_float64_reference(interpreter, block):
-    """Two groups with weights, packed and padded, T, E and N odd; narrow blocks and wide."""
+def test_equals_float64_reference(interpreter):
+    """Two groups with weights, packed and padded, T, E and N odd; wide blocks. The other tests run narrow ones."""
     with interpreter.context() as patch:
-        patch.setattr(mosaic_gpu.tuning, "FORWARD", {block: 1})
+        patch.setattr(mosaic_gpu.tuning, "FORWARD", {128: 1})
         jax.clear_caches()
         assert_equals_reference(inputs(**SHAPE), documents(length=21))
 
