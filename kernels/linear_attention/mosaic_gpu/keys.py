@@ -8,6 +8,8 @@ One warpgroup makes 64 columns of both for all value heads that share them, one 
 up in float32 and always in the same order.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -21,6 +23,7 @@ from kernels.linear_attention.mosaic_gpu.walk import VECTORS
 SUMS = 4
 
 
+@functools.partial(jax.jit, static_argnames="strict")  # traced once a shape, not once a layer
 def keys_gradient(q, k, v, dy, vectors, states, dstates, *, strict):
     """Gradients of q and k, and what those of the decays are made of.
 

@@ -3,6 +3,8 @@
 y_i = rin_i x_i S + sum_j exp2(row_i - col_j) (x_i . k_j) v_j, for 64 columns of V, in steps of 64 columns of K.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -14,6 +16,7 @@ from kernels.linear_attention.mosaic_gpu.tile import ROW, SIDE, SLOTS, along, de
 from kernels.linear_attention.mosaic_gpu.walk import VECTORS
 
 
+@functools.partial(jax.jit, static_argnames=("reverse", "strict", "dtype"))  # traced once a shape, not once a layer
 def readout(x, k, v, vectors, states, *, reverse, strict, dtype):
     """y [B, T, H, V] in dtype, as `walk` makes it; states [B, H, T / 64, K, V] as `walk` saves them."""
     batch, length, key_heads, keys = k.shape

@@ -8,6 +8,8 @@ Walked forwards with queries for x it is the operation. Walked backwards with ke
 is the gradient of v, with S the gradient of the state.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -31,6 +33,7 @@ from kernels.linear_attention.mosaic_gpu.tile import (
 VECTORS = 5  # row, column, rin, wout, keep
 
 
+@functools.partial(jax.jit, static_argnames=("reverse", "strict", "save", "dtype"))  # traced once a shape, not a layer
 def walk(x, k, v, vectors, initial_state, *, reverse, strict, save, dtype):
     """Chunks of time one after the other.
 
