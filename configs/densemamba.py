@@ -15,7 +15,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from configs.base import base, finish, large, preset
+from configs.base import base, finish, large, preset, short
 from configs.mamba import add_mamba
 from configs.trials import product, vary
 
@@ -29,12 +29,15 @@ PAPER = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The preset `arg`, locked. Raises ValueError on a preset that is not."""
-    chosen = preset(arg, ["small", *PAPER])
+    chosen = preset(arg, ["small", "25m", *PAPER])
     config = base()
     config.model.pattern = "mamba"
     add_mamba(config)
     config.model.dense.variant = "read"
-    if chosen != "small":
+    if chosen == "25m":
+        short(config, learning_rate=3e-3)
+        config.model.width, config.model.repeats = 512, 12
+    elif chosen != "small":
         width, layers, learning_rate, steps, remat = PAPER[chosen]
         large(config, learning_rate=learning_rate, steps=steps, remat=remat)
         config.model.width, config.model.repeats = width, layers

@@ -67,6 +67,13 @@ def reciprocal(x):
     return 1 / x if INTERPRET is not None else _reciprocal()(x)
 
 
+def exchange(x, distance):
+    """x of the thread whose index differs in the bit `distance`, a power of two below 32; [128] float32."""
+    if INTERPRET is not None:
+        return x[jnp.arange(THREADS) ^ distance]
+    return _exchange(distance)(x)
+
+
 def exp(x):
     """e^x."""
     return jnp.exp2(x * LOG2E)
@@ -151,6 +158,19 @@ def _write(width, at):
         llvm.store(packed, pointer)
 
     return store
+
+
+@functools.cache
+def _exchange(distance):
+    from jax.experimental.mosaic.gpu import utils
+
+    out = plgpu.ShapeDtypeStruct((THREADS,), jnp.float32, layout=LANES)
+
+    @plgpu.inline_mgpu(arg_types=(LANES,), return_type=out)
+    def swap(ctx, x):
+        return _array(utils.shfl_bfly(_scalar(x), distance), x)
+
+    return swap
 
 
 @functools.cache

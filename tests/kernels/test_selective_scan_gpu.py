@@ -26,7 +26,7 @@ from kernels.selective_scan import mosaic_gpu, selective_scan
 
 HERE = Path(__file__).resolve().parent
 SHAPE = dict(length=21, groups=2, width=130, state=9)
-ONE_WORKER = dict(forward=("HELD", 1024), summary=("WORKERS", 1))
+ONE_WORKER = dict(forward=("HELD", 1024), summary=("WORKERS", 1), tile=("WORKERS", 1))
 
 
 @pytest.fixture(scope="module")

@@ -6,12 +6,13 @@ With g_t the gradient of the state after token t, and per channel and state
     dC_t = sum_e dy_t s_t,    dB_t = sum_e g_t dt_t u_t                     (over channels)
     du_t = dt_t sum_n g_t B_t,    ddt_t = sum_n q_t A + u_t sum_n g_t B_t   (over states),    dA = sum_t q_t dt_t
 
-one warpgroup prepares and finishes chunks (of one group each), one goes through their states forwards, one backwards:
+four warpgroups hand chunks (of one group each) to one another:
   start       dt, dt u and the gated dy in float32;
-  again       the recurrence from the state that the forward pass saved; every s_{t-1} is kept in shared memory;
-  back        the walk back: each thread puts its part of the sums where its s_{t-1} was;
-  by_channel  sums over the shares of a channel's states: du, ddt, dz and dweights;
-  by_state    sums over the rows of the block's channels: dB, dC of this block. Blocks are added outside, in order.
+  walk        two warpgroups, each with half of the channels: forwards from the state that the forward pass saved, then
+              back with the states and decays of four tokens in registers; each thread stores its part of the sums;
+  by_state    sums over the block's channels, by the warpgroup of `start`: dB, dC of this block. Blocks are added
+              outside, in order;
+  by_channel  sums over a channel's states: du, ddt, dz, dweights; the next chunk sent for.
 """
 
 import functools
@@ -24,15 +25,17 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import lanes
 from kernels.lanes import LN2, LOG2E, THREADS, read, write
+from kernels.selective_scan.mosaic_gpu import tile as tiles
 from kernels.selective_scan.mosaic_gpu.stage import MARKED, Stage, prepare
-from kernels.selective_scan.mosaic_gpu.tile import CHANNELS, STATES, Tile, thread_index
+from kernels.selective_scan.mosaic_gpu.tile import CHANNELS, COLUMN, STATES, Tile, thread_index
 
 f32 = jnp.float32
 SLOTS = 3  # chunks of inputs in shared memory
-UNROLL = 2  # tokens of a turn of the loops over a chunk
-# Quarters of a token's [512 * quarters] floats in shared memory, 4 a thread each: first a thread's 16 states (by
-# channel), then its part of the sums that they go into.
-G_B, Q_A, DB, DC, READOUT = range(5)
+AHEAD = 3  # chunks of dt, dt u and dy
+PART = 4  # tokens of a chunk whose states a thread holds in registers, and whose sums go to shared memory together
+BUFFERS = 2  # parts whose sums are there
+G_B, Q_A, READOUT = range(3)  # sums over states: for each share, the block's channels and a gap against bank conflicts
+DB, DC = range(2)  # sums over channels: for each share and row, 4 states
 
 
 @functools.partial(jax.jit, static_argnames=("softplus", "chunk"))  # traced once a shape, not once a layer
@@ -40,26 +43,27 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
     """Gradients; arguments as of `forward`, which saved the states of every chunk.
 
     Args:
-        saved: [b, T' / chunk, E' / block, G, 2048] float32.
+        saved: [b, T' / chunk or more, G E' N] float32, in the order of `Tile.saved`.
         dy: [b, T, E] in u's dtype. dfinal: [b, G, E', N] float32, gradient of the final state.
+        chunk: a multiple of PART.
 
     Returns:
-        dict of du, ddt [b, T', G, E'], dA [b, G, E', N], dBC [b, parts, T', G, 2, N] to be added over parts,
+        dict of du, ddt [b, T', G, E'], dA [b, G, E', N], dBC [b, blocks, T', G, 2, N] to be added over blocks,
         dD [b, parts, E'], dbias [b, parts, G, E'], dz [b, T', E'], dweights [b, T', G - 1, E'] of every group,
         dinitial [b, G, E', N]; du, ddt, dz, dweights in their inputs' dtypes, the rest float32. Without z or weights
         there are no dz or dweights.
     """
     batch, length, groups, _ = u.shape
     padded, tile = A.shape[1], Tile(A.shape[-1])
-    states, block = tile.states, tile.channels
+    states, block, workers = tile.states, tile.channels, tiles.WORKERS
     blocks, steps = padded // block, -(-length // chunk)
-    ring = ring_of(groups)
     items = steps * groups  # a chunk of a group each, chunks from the last to the first
+    parts = range(chunk // PART)  # of a chunk, from the last to the first
     readout = z is not None or weights is not None  # whose gradients need each group's readout
-    quarters = 5 if readout else 4
-    row_of_token = quarters * THREADS * 4
-    sums = chunk * 2 * tile.shares  # vectors of 4 sums over channels
-    parts = max(1, THREADS // sums)  # threads that share one of them
+    share_of_channels = block + tile.neighbours * CHANNELS
+    share_of_states = tile.rows * STATES
+    by_states = (2 + readout) * tile.shares * share_of_channels  # where the sums over channels are in a token's row
+    row_of_token = row_bytes(tile, readout) // 4
     arrays = dict(u=u, dt=dt, B=B, C=C, dy=dy, z=z, weights=weights, marks=marks)
     stage = Stage(arrays, chunk, block, groups=1, slots=SLOTS)
     saved_steps = saved.shape[1]
@@ -68,9 +72,9 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
         du=sds((batch, steps * chunk, groups, padded), u.dtype),
         ddt=sds((batch, steps * chunk, groups, padded), dt.dtype),
         dA=sds((batch, groups, padded, states), f32),
-        dBC=sds((batch, blocks * parts, steps * chunk, groups, 2, states), f32),
-        dD=sds((batch, tile.tokens(chunk), padded), f32),
-        dbias=sds((batch, tile.tokens(chunk), groups, padded), f32),
+        dBC=sds((batch, blocks, steps * chunk, groups, 2, states), f32),
+        dD=sds((batch, tile.tokens(PART), padded), f32),
+        dbias=sds((batch, tile.tokens(PART), groups, padded), f32),
         dz=sds((batch, steps * chunk, padded), z.dtype) if z is not None else None,
         dweights=sds((batch, steps * chunk, groups - 1, padded), weights.dtype) if weights is not None else None,
         dinitial=sds((batch, groups, padded, states), f32),
@@ -83,276 +87,299 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
         sources, refs = refs[:count], refs[count:]
         (A_g, D_g, bias_g, saved_g, dfinal_g), refs = refs[:5], refs[5:]
         outputs, refs = dict(zip(out, refs)), refs[len(out) :]
-        *buffers, dt_s, x_s, dy_s, kept, ready, known, done, free = refs
+        *buffers, dt_s, x_s, dy_s, sums, ready, done, free, spent = refs
         stage.bind(sources, buffers, b, e)
 
         def budget(registers):
-            """The adjoint states of several groups need more registers than a third of what there is."""
-            if groups > 1 and lanes.INTERPRET is None:
-                plgpu.set_max_registers(registers, action="increase" if registers > 168 else "decrease")
+            """The walk needs more registers than a quarter of what there is."""
+            if lanes.INTERPRET is None:
+                plgpu.set_max_registers(registers, action="increase" if registers > 128 else "decrease")
 
         def chunk_of(item):
             return steps - 1 - lax.div(item, groups)
 
-        def load(item, g):
-            stage.load(lax.rem(item, SLOTS), chunk_of(item), g)
+        def slot_of(item):
+            return lax.rem(item, SLOTS)
 
-        column, first_token = tile.items(chunk)
-        offset = column * CHANNELS
-        channel = e * block + offset
-        tokens = [first_token + first for first in range(0, chunk, tile.tokens(chunk))]
-        D = read(D_g, channel, CHANNELS)
-        bias = [read(bias_g, g * padded + channel, CHANNELS) for g in range(groups)]
+        def place_of(item):
+            return lax.rem(item, AHEAD)
 
-        def weighted(g, slot, token, dy):
+        def buffer_of(item, part):
+            return lax.rem(item * len(parts) + part, BUFFERS)
+
+        def first_of(part):
+            """The first token of a part."""
+            return chunk - (part + 1) * PART
+
+        def weighted(g, slot, token, offset, dy):
             if g == 0 or "weights" not in stage:
                 return dy
-            return tuple(d * w for d, w in zip(dy, stage.read("weights", slot, token, offset, CHANNELS)))
+            return tuple(d * w for d, w in zip(dy, stage.read("weights", slot, token, offset, COLUMN)))
 
-        def start(item, g):
-            """dt, dt u, and dy times gate and weight, float32."""
-            place, slot = lax.rem(item, ring), lax.rem(item, SLOTS)
-            stage.wait(slot)
-            us = [stage.read("u", slot, token, offset, CHANNELS) for token in tokens]
-            dts = prepare(stage, slot, chunk_of(item), tokens, offset, bias[g], softplus, length)
-            dys = [stage.read("dy", slot, token, offset, CHANNELS) for token in tokens]
-            if "z" in stage:
-                gates = [stage.read("z", slot, token, offset, CHANNELS) for token in tokens]
-                dys = [tuple(d * z * lanes.sigmoid(z) for d, z in zip(dy, gate)) for dy, gate in zip(dys, gates)]
-            for (token, dt), u, dy in zip(dts, us, dys):
-                at = token * block + offset
-                write(dt_s.at[place], at, dt)
-                write(x_s.at[place], at, tuple(d * u for d, u in zip(dt, u)))
-                write(dy_s.at[place], at, weighted(g, slot, token, dy))
-            plgpu.barrier_arrive(ready.at[place])
-
-        @pl.when(lax.axis_index("role") > 0)
-        def _():
-            row, share, place = tile.owner()
-            own = place * 4
-            matrix = e * block * states + row * CHANNELS * states + share * STATES
-
-            def read_states(ref, number):
-                start = number * padded * states + matrix
-                return tuple(read(ref, start, STATES, at=c * states) for c in range(CHANNELS))
-
-            def write_states(ref, number, values):
-                for c in range(CHANNELS):
-                    write(ref, number * padded * states + matrix, values[c], at=c * states)
-
-            def operands(item, t, *names):
-                """dt, dt u (and dy) of the thread's channels, B (and C) of its states, and the reset."""
-                turn, slot = lax.rem(item, ring), lax.rem(item, SLOTS)
-                refs = (dt_s, x_s, dy_s) if "C" in names else (dt_s, x_s)
-                channels = [read(ref.at[turn], t * block + row * CHANNELS, CHANNELS) for ref in refs]
-                matrices = [stage.read(name, slot, t, share * STATES, STATES) for name in names]
-                return *channels, *matrices, stage.reset(slot, t) if "marks" in stage else None
-
-            def decay(dt, A, reset):
-                exponent = dt * A
-                return jnp.exp2(exponent if reset is None else exponent + reset)
-
-            def advance(item, A, h, t):
-                """exp(dt A) s + dt u B."""
-                dt, x, B, reset = operands(item, t, "B")
-                return tuple(
-                    tuple(decay(dt[c], A[c][n], reset) * h[c][n] + x[c] * B[n] for n in range(STATES))
-                    for c in range(CHANNELS)
-                )
-
-            def again(item, A, h):
-                """The state before each token of the chunk, kept."""
-
-                def token(t, h):
-                    for c in range(CHANNELS):
-                        write(kept.at[lax.rem(item, 2)], t * row_of_token + own, h[c], at=c * THREADS * 4)
-                    return advance(item, A, h, t)
-
-                lax.fori_loop(0, chunk, token, h, unroll=UNROLL)
-
-            def back(item, A, carry):
-                """The adjoint recurrence; partial sums over a thread's own states and channels."""
-
-                def token(i, carry):
-                    dstate, dA = carry
-                    t = chunk - 1 - i
-                    at = t * row_of_token + own
-                    h = [read(kept.at[lax.rem(item, 2)], at, STATES, at=c * THREADS * 4) for c in range(CHANNELS)]
-                    dt, x, dy, B, C, reset = operands(item, t, "B", "C")
-                    g_B, q_A, y = ([None] * CHANNELS for _ in range(3))
-                    dB, dC = [None] * STATES, [None] * STATES
-                    new_dstate, new_dA = [], []
-                    for c in range(CHANNELS):
-                        row_dstate, row_dA = [], []
-                        for n in range(STATES):
-                            grad = dstate[c][n] + dy[c] * C[n]
-                            left = decay(dt[c], A[c][n], reset)
-                            old = left * h[c][n]
-                            new = old + x[c] * B[n]
-                            q = grad * old
-                            dC[n] = add(dC[n], dy[c] * new)
-                            dB[n] = add(dB[n], grad * x[c])
-                            q_A[c] = add(q_A[c], q * A[c][n])
-                            g_B[c] = add(g_B[c], grad * B[n])
-                            y[c] = add(y[c], new * C[n])
-                            row_dA.append(dA[c][n] + q * dt[c])
-                            row_dstate.append(grad * left)
-                        new_dstate.append(tuple(row_dstate))
-                        new_dA.append(tuple(row_dA))
-                    for quarter, part in enumerate((g_B, q_A, dB, dC, y)[:quarters]):
-                        write(kept.at[lax.rem(item, 2)], t * row_of_token + own, part, at=quarter * THREADS * 4)
-                    return tuple(new_dstate), tuple(new_dA)
-
-                return lax.fori_loop(0, chunk, token, carry, unroll=UNROLL)
-
-            def saved(item, g):
-                """States at the start of a chunk (of the first chunk, if there is no such item)."""
-                at = (((b * saved_steps + jnp.maximum(chunk_of(item), 0)) * blocks + e) * groups + g) * CHANNELS
-                return tuple(read(saved_g, (at + c) * THREADS * 4 + own, STATES) for c in range(CHANNELS))
-
-            @pl.when(lax.axis_index("role") == 1)
-            def _():
-                budget(136)
-
-                def step(i, carry):
-                    A, h = carry
-                    for g in range(groups):
-                        item, following = i * groups + g, (g + 1) % groups
-                        plgpu.barrier_wait(ready.at[lax.rem(item, ring)])
-                        pl.when(item > 1)(lambda item=item: plgpu.barrier_wait(free.at[lax.rem(item, 2)]))
-                        stage.wait(lax.rem(item, SLOTS))
-                        next_A = A if groups == 1 else read_states(A_g, following)
-                        next_h = saved(item + 1, following)
-                        again(item, A, h)
-                        plgpu.barrier_arrive(known.at[lax.rem(item, 2)])
-                        A, h = next_A, next_h
-                    return A, h
-
-                lax.fori_loop(0, steps, step, (read_states(A_g, 0), saved(jnp.int32(0), 0)))
-                for item in range(max(0, items - 2), items):  # no arrival is left unseen
-                    plgpu.barrier_wait(free.at[item % 2])
-
-            @pl.when(lax.axis_index("role") == 2)
-            def _():
-                budget(232)
-
-                def step(i, carry):
-                    adjoint, A = carry
-                    adjoint = list(adjoint)
-                    for g in range(groups):
-                        item, following = i * groups + g, (g + 1) % groups
-                        plgpu.barrier_wait(known.at[lax.rem(item, 2)])
-                        stage.wait(lax.rem(item, SLOTS))
-                        next_A = A if groups == 1 else read_states(A_g, following)
-                        adjoint[g] = back(item, A, adjoint[g])
-                        plgpu.barrier_arrive(done.at[lax.rem(item, 2)])
-                        A = next_A
-                    return tuple(adjoint), A
-
-                nothing = tuple(lanes.zeros(STATES) for _ in range(CHANNELS))
-                adjoint = tuple((read_states(dfinal_g, b * groups + g), nothing) for g in range(groups))
-                adjoint, _ = lax.fori_loop(0, steps, step, (adjoint, read_states(A_g, 0)))
-                for g, (dinitial, dA) in enumerate(adjoint):
-                    write_states(outputs["dinitial"], b * groups + g, dinitial)
-                    write_states(outputs["dA"], b * groups + g, dA)
+        def of_bias(channel):
+            return [read(bias_g, g * padded + channel, COLUMN) for g in range(groups)]
 
         @pl.when(lax.axis_index("role") == 0)
         def _():
-            budget(136)
+            budget(AIDE)
+            offset, first_token = tile.items(chunk)
+            tokens = [first_token + first for first in range(0, chunk, tile.tokens(chunk))]
+            bias = of_bias(e * block + offset)
 
-            def over_shares(pair, token, quarter):
-                at = token * row_of_token + offset
-                at_share = [quarter * THREADS * 4 + j * block for j in range(tile.shares)]
-                shares = [read(kept.at[pair], at, CHANNELS, at=a) for a in at_share]
-                return tuple(sum(part[1:], start=part[0]) for part in zip(*shares))
-
-            def by_channel(item, g, total, dD, dbias):
-                """du, ddt, dz, dweights; the running dD and dbias. total: the groups' readouts so far, for dz."""
-                pair, slot, index = lax.rem(item, 2), lax.rem(item, SLOTS), chunk_of(item)
-                new_total = []
-                for number, token in enumerate(tokens):
+            def start(item, g):
+                """dt, dt u, and dy times gate and weight, float32."""
+                place, slot = place_of(item), slot_of(item)
+                stage.wait(slot)
+                us = [stage.read("u", slot, token, offset, COLUMN) for token in tokens]
+                dts = prepare(stage, slot, chunk_of(item), tokens, offset, bias[g], softplus, length)
+                dys = [stage.read("dy", slot, token, offset, COLUMN) for token in tokens]
+                if "z" in stage:
+                    gates = [stage.read("z", slot, token, offset, COLUMN) for token in tokens]
+                    dys = [tuple(d * z * lanes.sigmoid(z) for d, z in zip(dy, gate)) for dy, gate in zip(dys, gates)]
+                for (token, dt), u, dy in zip(dts, us, dys):
                     at = token * block + offset
-                    g_B, q_A = over_shares(pair, token, G_B), over_shares(pair, token, Q_A)
-                    y = over_shares(pair, token, READOUT) if readout else None
-                    step, dy = (
-                        read(dt_s.at[lax.rem(item, ring)], at, CHANNELS),
-                        read(dy_s.at[lax.rem(item, ring)], at, CHANNELS),
-                    )
-                    names = [name for name in ("u", "dt", "dy", "z") if name in stage]
-                    s = {name: stage.read(name, slot, token, offset, CHANNELS) for name in names}
-                    ddt = tuple(q * LN2 + u * gb for q, u, gb in zip(q_A, s["u"], g_B))
-                    if softplus:
-                        ddt = tuple(d * lanes.sigmoid(r + o) for d, r, o in zip(ddt, s["dt"], bias[g]))
-                    real = stage.real(slot, token, index, length)
-                    ddt = ddt if real is None else tuple(jnp.where(real, d, 0) for d in ddt)
-                    du = tuple(d * gb for d, gb in zip(step, g_B))
-                    if g == 0:
-                        du = tuple(a + d * y for a, d, y in zip(du, D, dy))
-                        dD = tuple(a + y * u for a, y, u in zip(dD, dy, s["u"]))
-                    dbias = tuple(a + d for a, d in zip(dbias, ddt))
-                    time = (b * steps + index) * chunk + token
-                    write(outputs["du"], (time * groups + g) * padded + channel, du)
-                    write(outputs["ddt"], (time * groups + g) * padded + channel, ddt)
-                    if not readout:
-                        continue
-                    gate, dy = s.get("z"), s["dy"]
-                    open_ = None if gate is None else tuple(lanes.sigmoid(z) for z in gate)
-                    if g > 0 and "dweights" in outputs:
-                        dw = dy if gate is None else tuple(d * z * o for d, z, o in zip(dy, gate, open_))
-                        at = (time * (groups - 1) + g - 1) * padded + channel
-                        write(outputs["dweights"], at, tuple(d * y for d, y in zip(dw, y)))
-                    before = tuple(d * u for d, u in zip(D, s["u"])) if g == 0 else total[number]
-                    y = tuple(a + b for a, b in zip(before, weighted(g, slot, token, y)))
-                    new_total.append(y)
-                    if g == groups - 1 and gate is not None:
-                        dz = tuple(d * y * o * (1 + z * (1 - o)) for d, y, o, z in zip(dy, y, open_, gate))
-                        write(outputs["dz"], time * padded + channel, dz)
-                return new_total, dD, dbias
+                    write(dt_s.at[place], at, dt)
+                    write(x_s.at[place], at, tuple(d * u for d, u in zip(dt, u)))
+                    write(dy_s.at[place], at, weighted(g, slot, token, offset, dy))
+                plgpu.barrier_arrive(ready.at[place])
 
-            def by_state(item, g):
+            vectors = PART * 2 * tile.shares  # sums of 4 states each
+            several = max(1, THREADS // vectors)  # neighbouring threads that share one
+            rows = tile.rows // several
+
+            def by_state(item, g, part):
                 """dB, dC of the block's channels."""
-                rows = tile.rows // parts
-                for first in range(0, sums * parts, THREADS):
-                    thread = thread_index()
-                    number = first + thread
-                    part, number = lax.div(number, sums), lax.rem(number, sums)
-                    share = lax.rem(number, tile.shares)
-                    which = lax.rem(lax.div(number, tile.shares), 2)
-                    token = lax.div(number, 2 * tile.shares)
-                    at = token * row_of_token + (DB + which) * (THREADS * 4) + share * block + part * (rows * 4)
-
-                    def add_row(i, total, at=at, thread=thread):
-                        # each thread starts elsewhere, else all would read the same bank
-                        turn = lax.rem(thread + i, rows)
-                        values = read(kept.at[lax.rem(item, 2)], at + turn * 4, 4)
-                        return tuple(a + v for a, v in zip(total, values))
-
-                    total = lax.fori_loop(0, rows, add_row, lanes.zeros(4), unroll=8)
-                    time = ((b * blocks + e) * parts + part) * (steps * chunk) + chunk_of(item) * chunk + token
-                    write(outputs["dBC"], ((time * groups + g) * 2 + which) * states + share * 4, total)
+                for first in range(0, vectors * several, THREADS):
+                    thread = first + thread_index()
+                    vector = lax.div(thread, several)
+                    share, which = lax.rem(vector, tile.shares), lax.rem(lax.div(vector, tile.shares), 2)
+                    token = lax.div(vector, 2 * tile.shares)
+                    at = token * row_of_token + (which * tile.shares + share) * share_of_states
+                    at += lax.rem(thread, several) * STATES
+                    total = None
+                    for i in range(rows):  # each vector starts elsewhere, else all would read the same bank
+                        row = lax.rem(vector + i, rows) * (several * STATES)
+                        values = read(sums.at[buffer_of(item, part)], at + row, STATES, at=by_states)
+                        total = values if total is None else tuple(a + v for a, v in zip(total, values))
+                    for bit in range(several.bit_length() - 1):
+                        total = tuple(x + lanes.exchange(x, 1 << bit) for x in total)
+                    time = ((b * blocks + e) * steps + chunk_of(item)) * chunk + first_of(part) + token
+                    write(outputs["dBC"], ((time * groups + g) * 2 + which) * states + share * STATES, total)
 
             for item in range(min(SLOTS, items)):
-                load(jnp.int32(item), item % groups)
-            for item in range(min(ring - 1, items)):
+                stage.load(slot_of(jnp.int32(item)), chunk_of(jnp.int32(item)), item % groups)
+            for item in range(min(AHEAD - 1, items)):
                 start(jnp.int32(item), item % groups)
+
+            def step(i, _):
+                for g in range(groups):
+                    item = i * groups + g
+                    ahead = item + AHEAD - 1
+
+                    @pl.when(ahead < items)
+                    def _(item=item, ahead=ahead, g=g):
+                        pl.when(item > 0)(lambda: plgpu.barrier_wait(spent.at[place_of(ahead)]))
+                        start(ahead, (g + AHEAD - 1) % groups)
+
+                    for part in parts:
+                        plgpu.barrier_wait(done.at[buffer_of(item, part)])
+                        by_state(item, g, part)
+                        plgpu.barrier_arrive(free.at[buffer_of(item, part)])
+
+            lax.fori_loop(0, steps, step, None)
+            for item in range(max(0, items - AHEAD), items):  # no arrival is left unseen
+                plgpu.barrier_wait(spent.at[item % AHEAD])
+
+        @pl.when((lax.axis_index("role") > 0) & (lax.axis_index("role") <= workers))
+        def _():
+            budget(WALKER)
+            row, share = tile.owner(lax.axis_index("role") - 1)
+            matrix = (e * block + row * CHANNELS) * states + share * STATES
+            channels = range(CHANNELS)
+
+            def read_states(ref, number):
+                """The thread's part of matrix `number` of [..., E', N]."""
+                return tuple(read(ref, number * padded * states + matrix, STATES, at=c * states) for c in channels)
+
+            def write_states(ref, number, values):
+                for c in channels:
+                    write(ref, number * padded * states + matrix, values[c], at=c * states)
+
+            def saved(item, g):
+                """States at the start of a chunk (of the first chunk, if there is no such item)."""
+                at = ((b * saved_steps + jnp.maximum(chunk_of(item), 0)) * blocks + e) * groups + g
+                own = share * tile.rows + row
+                return tuple(
+                    read(saved_g, ((at * CHANNELS + c) * (tile.shares * tile.rows) + own) * STATES, STATES)
+                    for c in channels
+                )
+
+            def of_channels(ref, item, t):
+                return read(ref.at[place_of(item)], row * CHANNELS, CHANNELS, at=t * block)
+
+            def of_states(name, item, t):
+                return stage.read(name, slot_of(item), 0, share * STATES, STATES, ahead=t)
+
+            def forwards(item, A, h, tokens):
+                """Of each token the decays; the states before the first token, after it, and so on to the last."""
+                loaded = [
+                    (of_channels(dt_s, item, t), of_channels(x_s, item, t), of_states("B", item, t)) for t in tokens
+                ]
+                decays, kept = [], [h]
+                for t, (dt, x, B) in zip(tokens, loaded):
+                    reset = stage.reset(slot_of(item), t) if "marks" in stage else None
+                    decays.append([[decay(dt[c], a, reset) for a in A[c]] for c in channels])
+                    kept.append(
+                        [[a * s + x[c] * b for a, s, b in zip(decays[-1][c], kept[-1][c], B)] for c in channels]
+                    )
+                return decays, kept
+
+            def back(item, A, tokens, decays, kept, own, dstate, dA):
+                """The adjoint recurrence; sums over a thread's own states and channels go to `own`."""
+                dstate, dA = [list(x) for x in dstate], [list(x) for x in dA]
+
+                def operands(t):
+                    names = (dt_s, x_s, dy_s)
+                    return [of_channels(x, item, t) for x in names] + [of_states(name, item, t) for name in "BC"]
+
+                following = operands(tokens[-1])
+                for t in reversed(tokens):
+                    number = t - tokens[0]
+                    dt, x, dy, B, C = following
+                    if number > 0:
+                        following = operands(t - 1)  # before anything is stored
+                    old, new, left = kept[number], kept[number + 1], decays[number]
+                    dB, dC, g_B, q_A, y = [None] * STATES, [None] * STATES, [], [], []
+                    for c in channels:
+                        grad = [d + dy[c] * k for d, k in zip(dstate[c], C)]
+                        dstate[c] = [g * a for g, a in zip(grad, left[c])]
+                        q = [d * s for d, s in zip(dstate[c], old[c])]
+                        dA[c] = [total + x * dt[c] for total, x in zip(dA[c], q)]
+                        dB = [add(total, g * x[c]) for total, g in zip(dB, grad)]
+                        dC = [add(total, dy[c] * s) for total, s in zip(dC, new[c])]
+                        g_B.append(total(g * b for g, b in zip(grad, B)))
+                        q_A.append(total(x * a for x, a in zip(q, A[c])))
+                        y.append(total(s * k for s, k in zip(new[c], C)))
+                    for kind, values in enumerate((g_B, q_A, y)[: 2 + readout]):
+                        at = number * row_of_token + kind * tile.shares * share_of_channels
+                        write(own, share * share_of_channels + row * CHANNELS, tuple(values), at=at)
+                    for kind, values in enumerate((dB, dC)):
+                        at = number * row_of_token + by_states + kind * tile.shares * share_of_states
+                        write(own, share * share_of_states + row * STATES, tuple(values), at=at)
+                return dstate, dA
+
+            def walk(item, A, h, dstate, dA):
+                starts = [h]
+                for part in reversed(parts[1:]):
+                    starts.append(forwards(item, A, starts[-1], range(first_of(part), first_of(part) + PART))[1][-1])
+                for part in parts:
+                    tokens = range(first_of(part), first_of(part) + PART)
+                    decays, kept = forwards(item, A, starts.pop(), tokens)
+                    number, buffer = item * len(parts) + part, buffer_of(item, part)
+                    pl.when(number >= BUFFERS)(lambda buffer=buffer: plgpu.barrier_wait(free.at[buffer]))
+                    dstate, dA = back(item, A, tokens, decays, kept, sums.at[buffer], dstate, dA)
+                    plgpu.barrier_arrive(done.at[buffer])
+                return tuples(dstate), tuples(dA)
+
+            def step(i, carry):
+                adjoint, A, h = carry
+                adjoint = list(adjoint)
+                for g in range(groups):
+                    item, following = i * groups + g, (g + 1) % groups
+                    plgpu.barrier_wait(ready.at[place_of(item)])
+                    stage.wait(slot_of(item))
+                    next_A = A if groups == 1 else read_states(A_g, following)
+                    next_h = saved(item + 1, following)
+                    adjoint[g] = walk(item, A, h, *adjoint[g])
+                    A, h = next_A, next_h
+                return tuple(adjoint), A, h
+
+            nothing = (lanes.zeros(STATES),) * CHANNELS
+            adjoint = tuple((read_states(dfinal_g, b * groups + g), nothing) for g in range(groups))
+            carry = adjoint, read_states(A_g, 0), saved(jnp.int32(0), 0)
+            adjoint, *_ = lax.fori_loop(0, steps, step, carry)
+            for number in range(max(0, items * len(parts) - BUFFERS), items * len(parts)):
+                plgpu.barrier_wait(free.at[number % BUFFERS])  # no arrival is left unseen
+            for g, (dinitial, dA) in enumerate(adjoint):
+                write_states(outputs["dinitial"], b * groups + g, dinitial)
+                write_states(outputs["dA"], b * groups + g, dA)
+
+        @pl.when(lax.axis_index("role") == workers + 1)
+        def _():
+            budget(AIDE)
+            offset, first_token = tile.items(PART)
+            channel = e * block + offset
+            D, bias = read(D_g, channel, COLUMN), of_bias(channel)
+
+            def over_shares(own, token, kind):
+                at = [(kind * tile.shares + share) * share_of_channels for share in range(tile.shares)]
+                shares = [read(own, token * row_of_token + offset, COLUMN, at=a) for a in at]
+                return tuple(sum(terms[1:], start=terms[0]) for terms in zip(*shares))
+
+            def by_channel(item, g, part, number, total, dD, dbias):
+                """du, ddt, dz, dweights; the running dD and dbias. total: the groups' readouts so far, for dz."""
+                slot, place, index = slot_of(item), place_of(item), chunk_of(item)
+                in_part = first_token + number * tile.tokens(PART)
+                token, own = first_of(part) + in_part, sums.at[buffer_of(item, part)]
+                g_B, q_A = over_shares(own, in_part, G_B), over_shares(own, in_part, Q_A)
+                y = over_shares(own, in_part, READOUT) if readout else None
+                step, dy = (read(ref.at[place], token * block + offset, COLUMN) for ref in (dt_s, dy_s))
+                names = [name for name in ("u", "dt", "dy", "z") if name in stage]
+                s = {name: stage.read(name, slot, token, offset, COLUMN) for name in names}
+                ddt = tuple(q * LN2 + u * gb for q, u, gb in zip(q_A, s["u"], g_B))
+                if softplus:
+                    ddt = tuple(d * lanes.sigmoid(r + o) for d, r, o in zip(ddt, s["dt"], bias[g]))
+                real = stage.real(slot, token, index, length)
+                ddt = ddt if real is None else tuple(jnp.where(real, d, 0) for d in ddt)
+                du = tuple(d * gb for d, gb in zip(step, g_B))
+                if g == 0:
+                    du = tuple(a + d * y for a, d, y in zip(du, D, dy))
+                    dD = tuple(a + y * u for a, y, u in zip(dD, dy, s["u"]))
+                dbias = tuple(a + d for a, d in zip(dbias, ddt))
+                time = (b * steps + index) * chunk + token
+                write(outputs["du"], (time * groups + g) * padded + channel, du)
+                write(outputs["ddt"], (time * groups + g) * padded + channel, ddt)
+                if not readout:
+                    return total, dD, dbias
+                gate, dy = s.get("z"), s["dy"]
+                open_ = None if gate is None else tuple(lanes.sigmoid(z) for z in gate)
+                if g > 0 and "dweights" in outputs:
+                    dw = dy if gate is None else tuple(d * z * o for d, z, o in zip(dy, gate, open_))
+                    at = (time * (groups - 1) + g - 1) * padded + channel
+                    write(outputs["dweights"], at, tuple(d * y for d, y in zip(dw, y)))
+                before = tuple(d * u for d, u in zip(D, s["u"])) if g == 0 else total
+                total = tuple(a + b for a, b in zip(before, weighted(g, slot, token, offset, y)))
+                if g == groups - 1 and gate is not None:
+                    dz = tuple(d * y * o * (1 + z * (1 - o)) for d, y, o, z in zip(dy, total, open_, gate))
+                    write(outputs["dz"], time * padded + channel, dz)
+                return total, dD, dbias
 
             def step(i, carry):
                 dD, dbias = carry
-                dbias, total = list(dbias), None
+                dbias, total = list(dbias), {}
                 for g in range(groups):
                     item = i * groups + g
-                    ahead = item + ring - 1
-                    pl.when(ahead < items)(lambda ahead=ahead, g=g: start(ahead, (g + ring - 1) % groups))
-                    plgpu.barrier_wait(done.at[lax.rem(item, 2)])
-                    total, dD, dbias[g] = by_channel(item, g, total, dD, dbias[g])
-                    by_state(item, g)
-                    plgpu.barrier_arrive(free.at[lax.rem(item, 2)])
+                    stage.wait(slot_of(item))
+                    for part in parts:
+                        plgpu.barrier_wait(done.at[buffer_of(item, part)])
+                        for number in range(PART // tile.tokens(PART)):
+                            same = part, number
+                            total[same], dD, dbias[g] = by_channel(
+                                item, g, part, number, total.get(same), dD, dbias[g]
+                            )
+                        plgpu.barrier_arrive(free.at[buffer_of(item, part)])
+                    plgpu.barrier_arrive(spent.at[place_of(item)])
                     plgpu.commit_smem()  # all threads are through with this slot
-                    pl.when(item + SLOTS < items)(lambda item=item, g=g: load(item + SLOTS, (g + SLOTS) % groups))
+
+                    @pl.when(item + SLOTS < items)
+                    def _(item=item, g=g):
+                        stage.load(slot_of(item), chunk_of(item + SLOTS), (g + SLOTS) % groups)
+
                 return dD, tuple(dbias)
 
-            dD, dbias = lax.fori_loop(0, steps, step, (lanes.zeros(CHANNELS), (lanes.zeros(CHANNELS),) * groups))
-            slot = b * tile.tokens(chunk) + first_token
+            nothing = lanes.zeros(COLUMN)
+            dD, dbias = lax.fori_loop(0, steps, step, (nothing, (nothing,) * groups))
+            slot = b * tile.tokens(PART) + first_token
             write(outputs["dD"], slot * padded + channel, dD)
             for g in range(groups):
                 write(outputs["dbias"], (slot * groups + g) * padded + channel, dbias[g])
@@ -362,16 +389,16 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
         out_type=tuple(out.values()),
         scratch_types=[
             *stage.scratch(),
-            plgpu.SMEM((ring, chunk, block), f32),
-            plgpu.SMEM((ring, chunk, block), f32),
-            plgpu.SMEM((ring, chunk, block), f32),
-            plgpu.SMEM((2, chunk, row_of_token), f32),
-            plgpu.Barrier(num_barriers=ring),
-            *[plgpu.Barrier(num_barriers=2)] * 3,
+            *[plgpu.SMEM((AHEAD, chunk, block), f32)] * 3,
+            plgpu.SMEM((BUFFERS, PART, row_of_token), f32),
+            plgpu.Barrier(num_barriers=AHEAD),
+            plgpu.Barrier(num_barriers=BUFFERS, num_arrivals=workers),
+            plgpu.Barrier(num_barriers=BUFFERS, num_arrivals=2),  # both readers of the sums
+            plgpu.Barrier(num_barriers=AHEAD),
         ],
         grid=(batch, blocks),
         grid_names=("b", "e"),
-        num_threads=3,
+        num_threads=2 + workers,
         thread_name="role",
         compiler_params=lanes.compiler_params(),
         interpret=lanes.INTERPRET,
@@ -379,21 +406,37 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
     return dict(zip(out, kernel(*stage.arrays.values(), A * LOG2E, D, dt_bias, saved, dfinal)))
 
 
+WALKER, AIDE = 168, 88  # registers of a thread
+
+
+def row_bytes(tile, readout) -> int:
+    """Shared memory of a token's sums."""
+    by_channel = (2 + readout) * tile.shares * (tile.channels + tile.neighbours * CHANNELS)
+    return (by_channel + 2 * tile.states * tile.rows) * 4
+
+
 def backward_bytes(u, dt, B, C, z, weights, states, chunk) -> int:
     """Shared memory of a block."""
-    block = Tile(states).channels
+    tile = Tile(states)
     dy = jax.ShapeDtypeStruct((*u.shape[:2], u.shape[3]), u.dtype)
     arrays = dict(u=u, dt=dt, B=B, C=C, dy=dy, z=z, weights=weights, marks=MARKED)
-    return (
-        Stage(arrays, chunk, block, groups=1, slots=SLOTS).bytes()
-        + chunk * (ring_of(u.shape[2]) * 3 * block + 2 * 5 * THREADS * 4) * 4
-    )
+    inputs = Stage(arrays, chunk, tile.channels, groups=1, slots=SLOTS).bytes()
+    return inputs + AHEAD * 3 * chunk * tile.channels * 4 + BUFFERS * PART * row_bytes(tile, True)
 
 
-def ring_of(groups) -> int:
-    """Chunks whose dt, dt u and dy are in shared memory: three let the next one be prepared early."""
-    return 3 if groups == 1 else 2
+def decay(dt, A, reset):
+    """exp(dt A), 0 where a document begins."""
+    return jnp.exp2(dt * A if reset is None else dt * A + reset)
 
 
 def add(total, term):
     return term if total is None else total + term
+
+
+def total(terms):
+    """Their sum, one after another."""
+    return functools.reduce(lambda a, b: a + b, terms)
+
+
+def tuples(matrix):
+    return tuple(tuple(row) for row in matrix)
