@@ -18,6 +18,7 @@ import kernels.short_conv
 from seqmodels.dense import DenseFusion
 from seqmodels.dense_matrix import MatrixFusion
 from seqmodels.errors import UserError
+from seqmodels.layers.matmul import wide_matmul
 from seqmodels.layers.mlp import Mlp
 from seqmodels.layers.norm import RMSNorm
 from seqmodels.mixers import MIXERS
@@ -307,21 +308,6 @@ class LanguageModel(nn.Module):
         head = self.embedding.T if self.config.tie_embeddings else self.head
         dtype = jnp.dtype(self.config.dtype)
         return wide_matmul(hidden.astype(dtype), head.astype(dtype))
-
-
-@jax.custom_vjp
-def wide_matmul(x, w):
-    """x [B, T, D] times w [D, V] in float32; the gradient, as large as y, is rounded to the dtype of x on its way."""
-    return jnp.einsum("btd,dv->btv", x, w, preferred_element_type=jnp.float32)
-
-
-def _wide_matmul_backward(inputs, dy):
-    x, w = inputs
-    dy = dy.astype(x.dtype)
-    return jnp.einsum("btv,dv->btd", dy, w), jnp.einsum("btd,btv->dv", x, dy)
-
-
-wide_matmul.defvjp(lambda x, w: (wide_matmul(x, w), (x, w)), _wide_matmul_backward)
 
 
 def build(config: ConfigDict, vocab_size: int) -> LanguageModel:

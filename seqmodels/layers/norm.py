@@ -5,6 +5,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -20,6 +21,7 @@ def rms_norm(x, scale=None, eps=1e-5):
 def _forward(x, scale, eps):
     wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     reciprocal = jax.lax.rsqrt(jnp.mean(wide * wide, axis=-1, keepdims=True) + eps)
+    reciprocal = checkpoint_name(reciprocal, "statistics")
     y = wide * reciprocal
     if scale is not None:
         y = y * scale

@@ -10,6 +10,7 @@ from flax.core import FrozenDict
 from jax.ad_checkpoint import checkpoint_name
 
 from seqmodels.errors import UserError
+from seqmodels.layers.matmul import wide_matmul
 from seqmodels.layers.norm import rms_norm
 from seqmodels.mixers.mamba import init_dt_bias, uniform
 from seqmodels.mixers.matrix import Stream, finish, read
@@ -39,7 +40,7 @@ class Readout:
 
     def finish(self, y: jax.Array) -> jax.Array:
         """norm((y + D x) silu(z)), the norm over the channels of a group: y [B, T, H, P] to [B, T, E]."""
-        y = y + self.D[:, None] * self.x
+        y = checkpoint_name((y + self.D[:, None] * self.x).astype(self.x.dtype), "readout")
         return gated_norm(y.reshape(self.z.shape), self.z, self.scale, self.groups, self.eps).astype(self.x.dtype)
 
 
@@ -161,9 +162,10 @@ class Mamba2(nn.Module):
         in_proj = self.in_proj.astype(self.dtype)
         if x.shape[1] == 1:  # here copies of the weights' halves would cost the most
             z, inputs = jnp.moveaxis(jnp.einsum("btd,dce->btce", x, in_proj), 2, 0)
-        else:  # two products, as in Mamba
+        else:  # products of their own, as in Mamba: XLA would join them, and cut what they give apart by copies
             z, inputs = x @ in_proj[:, 0], jax.lax.optimization_barrier(x) @ in_proj[:, 1]
-        BC = x @ self.BC_proj.astype(self.dtype)
+        apart = jax.lax.optimization_barrier(jax.lax.optimization_barrier(x))
+        BC = apart @ self.BC_proj.astype(self.dtype)
         z, inputs, BC = (checkpoint_name(v, "projected") for v in (z, inputs, BC))
 
         def conv(inputs, weight, bias, past):
@@ -175,17 +177,13 @@ class Mamba2(nn.Module):
         BC, BC_past = conv(BC, self.BC_conv_weight, self.BC_conv_bias, state["BC_conv"])
         u, BC = (checkpoint_name(v, "stream") for v in (u, BC))
         batch, length = x.shape[:2]
-        B, C = jnp.moveaxis(BC.reshape(batch, length, 2, self.groups, self.state), 2, 0)
+        B, C = jnp.split(BC.reshape(batch, length, 2 * self.groups, self.state), 2, axis=2)
         u = u.reshape(batch, length, self.heads, self.head_dim)
         # The step and the decay are float32 whatever the rest is: their sums over time are what the state depends on.
-        step = jax.nn.softplus(self._wide(x, self.dt_proj) + self.dt_bias)
+        step = jax.nn.softplus(wide_matmul(x, self.dt_proj.astype(self.dtype)) + self.dt_bias)
         stream = Stream(k=B, v=u, log_decay=-jnp.exp(self.A_log) * step, state=state["ssm"], step=step)
         conv_state = dict(conv=past, BC_conv=BC_past)
         return stream, Readout(C, u, self.D, z, self.scale, conv_state, self.groups, self.norm_eps)
-
-    def _wide(self, x, weight):
-        """x times weight, summed and given in float32."""
-        return jnp.einsum("btd,dh->bth", x, weight.astype(self.dtype), preferred_element_type=jnp.float32)
 
     def scan(self, stream: Stream, readout: Readout, seq: Sequence) -> tuple[jax.Array, jax.Array]:
         """The recurrence with skip, gate and norm: y [B, T, E] and the final state [B, H, N, P]."""
