@@ -120,6 +120,25 @@ def test_no_races(interpreter, capsys):
     assert "RACE" not in capsys.readouterr().out
 
 
+def test_traced_once_a_shape(monkeypatch):
+    """Layers of one shape share their kernels: forward, states, gradient of values and states, of queries and keys."""
+    kernel, traced = plgpu.kernel, []
+    monkeypatch.setattr(plgpu, "kernel", lambda *args, **options: traced.append(1) or kernel(*args, **options))
+    args = halved(inputs(length=64, batch=1, groups=1, heads=1))
+    names = ("log_decay", "bonus", "initial_state", "segment_ids", "initial_segment", "mask")
+    arrays = args | {name: args.get(name) for name in names}
+    options = dict(scale=1.0, read="inclusive", chunk=None, dtype=jnp.bfloat16)
+
+    def layers(v):
+        for _ in range(3):
+            v, _ = mosaic_gpu.linear_attention(**arrays | dict(v=v), **options)
+        return jnp.sum(v, dtype=jnp.float32)
+
+    jax.clear_caches()
+    jax.eval_shape(jax.grad(layers), args["v"])
+    assert len(traced) == 4
+
+
 def test_reasons(monkeypatch):
     monkeypatch.setattr(lanes, "INTERPRET", None)
     facts = dict(shape=(1, 64, 1, 1, 64, 64), dtype=np.dtype("float16"), decay="head")
