@@ -35,7 +35,11 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_integer("seeds", 1, "Seeds of every trial: seed, seed + 1, ...", lower_bound=1, **values)
     flags.DEFINE_list("evals", [], "Evaluators of eval.py; config.evals or the usual if left out; none: no eval.py.",
                       **values)  # fmt: skip
-    flags.DEFINE_integer("parallel", 0, "Trials at once; one a GPU, or one, if left out.", lower_bound=0, **values)
+    flags.DEFINE_integer(
+        "parallel", 0, "Trials at once; as many as fit on the GPUs, or one, if left out.", lower_bound=0, **values
+    )
+    flags.DEFINE_integer("per_gpu", 1, "Trials that share a GPU; then their tokens/s are not reported.",
+                         lower_bound=1, upper_bound=devices.PARTS, **values)  # fmt: skip
     flags.DEFINE_enum("engine", "local", ENGINES, "Where trials run.", **values)
     flags.DEFINE_list("slurm", [], "Of submitit: timeout_min=240,slurm_partition=gpu,gpus_per_node=1.", **values)
     flags.DEFINE_bool("retry", False, "Run failed and diverged trials again.", **values)
@@ -86,8 +90,10 @@ def _run(trials: list[Trial], folder: Path, flag_values: flags.FlagValues, stop:
         with Live(trials, parallel or len(trials)) as show:
             slurm.run(trials, folder, options, parallel=parallel, again=again, show=show, stop=stop)
         return {}
-    slots = devices.slots(parallel, flag_values.config)
-    workers = Workers(trials, slots, again=again, stop=stop)
+    slots = devices.slots(parallel, flag_values.config, flag_values.per_gpu)
+    # All trials of one seed, then of the next: what a trial compiles is there for its other seeds, and a sweep that is
+    # stopped half way has something of every trial.
+    workers = Workers(sorted(trials, key=lambda trial: trial.overrides["seed"]), slots, again=again, stop=stop)
     with Live(trials, len(slots)) as show:
         workers.run(show)
     return workers.unkept

@@ -159,9 +159,9 @@ def large(config: ConfigDict, *, learning_rate: float, steps: int, remat: str) -
 
 
 def short(config: ConfigDict, *, learning_rate: float) -> None:
-    """Training of 25 M parameters in half a minute of one H100 or H200, set in place: for ablations with several seeds.
+    """Training of 25 M parameters in half a minute of one H200, set in place: for ablations with several seeds.
 
-    23 M tokens, so give it a text that is as large (benchmarks/rfc_prose.py makes one): set `data.name`, `data.path` and
+    23 M tokens: give it a text as large (benchmarks/rfc_prose.py makes one) with `data.name`, `data.path` and
     `data.tokenizer`. The vocabulary holds 8,192 ids, and the default's bytes too. One checkpoint, at the end.
     """
     config.steps = 700

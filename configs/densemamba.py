@@ -5,9 +5,10 @@ Hardware:  2 CPU cores. `:130m` and `:350m` one GPU of 80 GB, `:1.4b` eight of t
 Expected:  validation 2.069, test 2.095 bits per byte (small; 2026-11-22, docs/results/small.md; xz -9: 2.591, 2.543)
 Cost:      7 minutes of training on 2 CPU cores (small)
 
-Presets: small (no argument), 130m, 350m, 1.4b. The last three are Mamba's sizes (configs/mamba.py) with dense links of
-depth 2 on every layer, read out by the current layer's query through a gate of inner width D / 32, which adds about 1 %
-of parameters. Neither code nor weights of the paper's DenseMamba were published: `variant` names what is built.
+Presets: small (no argument), 25m (for ablations), 130m, 350m, 1.4b. The last are Mamba's sizes (configs/mamba.py).
+Dense links are of depth 2 on every layer, read out by the current layer's query through a gate of inner width D / 32,
+which adds about 1 % of parameters. Neither code nor weights of the paper's DenseMamba were published: `variant` names
+what is built.
 """
 
 import copy
@@ -72,6 +73,21 @@ def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
             add(trial)
 
 
+def budgets(add: Callable[[dict], None], arg: str | None = None) -> None:
+    """Validation loss against training time, as READ's steps take longer: each for once and twice a number of steps,
+    every run with the whole of its schedule."""
+    steps = get_config(arg).steps
+    for variant, times in (("none", (1, 2)), ("read", (0.5, 1))):
+        for trial in vary("steps", *(round(steps * n) for n in times)):
+            add({"model.dense.variant": variant, **trial})
+
+
+def pair(add: Callable[[dict], None], arg: str | None = None) -> None:
+    """Mamba and DenseMamba as they are, and no more: for large sizes."""
+    for trial in vary("model.dense.variant", "none", "read"):
+        add(trial)
+
+
 def miniature(add: Callable[[dict], None], arg: str | None = None) -> None:
     """Two trials in a minute or two on 2 CPU cores: it shows that a sweep works, and nothing of the models."""
     small = {
@@ -91,7 +107,7 @@ def miniature(add: Callable[[dict], None], arg: str | None = None) -> None:
         add(trial)
 
 
-SWEEPS = {"miniature": miniature}  # beside `sweep`, which is "ablation"
+SWEEPS = {"budgets": budgets, "pair": pair, "miniature": miniature}  # beside `sweep`, which is "ablation"
 
 
 def matching(model: ConfigDict, field: str) -> int:

@@ -5,10 +5,10 @@ Hardware:  2 CPU cores. `:350m` one GPU of 80 GB, `:1.3b` eight of them (lower t
 Expected:  not yet measured
 Cost:      minutes of training on 2 CPU cores (small)
 
-Presets: small (no argument); 350m and 1.3b, the released checkpoints "DenseMamba-350M" and "-1.3B" (which are RetNets):
-links of depth 2; 350m-code and 1.3b-code, the configs of the authors' repository: depth 1, other bottlenecks.
-seqmodels/interop/denseretnet.py reads their weights. Of their parameters (373,277,184 and 1,387,783,680; 367,968,768
-and 1,334,023,680) those of the links of layer 0, which have no effect, are left out here.
+Presets: small (no argument); 25m (for ablations); 350m and 1.3b, the released checkpoints "DenseMamba-350M" and
+"-1.3B" (which are RetNets): links of depth 2; 350m-code and 1.3b-code, the configs of the authors' repository: depth 1,
+other bottlenecks. seqmodels/interop/denseretnet.py reads their weights. Of their parameters (373,277,184 and
+1,387,783,680; 367,968,768 and 1,334,023,680) those of the links of layer 0, which have no effect, are left out here.
 
 The block is gated retention, SiLU on queries, keys and values, no MLP. `dense.variant=read` and `rank` are what
 DenseSSM is on the state itself instead; `none` is the same RetNet without links. Other than theirs: the matrix of the
@@ -19,7 +19,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from configs.base import base, finish, large, preset
+from configs.base import base, finish, large, preset, short
 from configs.retnet import add_retnet
 
 # name: (width, layers, heads, depth, bottleneck of keys' gates, of values')
@@ -33,7 +33,7 @@ PAPER = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The preset `arg`, locked. Raises ValueError on a preset that is not."""
-    chosen = preset(arg, ["small", *PAPER])
+    chosen = preset(arg, ["small", "25m", *PAPER])
     config = base()
     config.model.pattern = "retnet"
     config.model.norm_eps = 1e-6
@@ -45,6 +45,11 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.dense.gate_std = 0.02  # of the gates' matrices; 0: they start closed
     if chosen == "small":
         config.model.retnet.key_dim = 32  # width / heads / 2, as in all presets
+    elif chosen == "25m":
+        short(config, learning_rate=1.5e-3)
+        config.model.width, config.model.repeats = 512, 12
+        config.model.retnet.key_dim = 128
+        config.model.dense.update(dict(bottleneck=32, bottleneck_state=8))
     else:
         width, layers, heads, depth, keys, values = PAPER[chosen]
         large(config, learning_rate=6e-4, steps=28_600, remat="block")  # 15 B tokens
@@ -73,3 +78,20 @@ def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
         if depth != config.model.dense.depth:
             add({"model.dense.depth": depth})
     add({"model.retnet.schedule": "spread"})
+
+
+def forms(add: Callable[[dict], None], arg: str | None = None) -> None:
+    """RetNet, the published DenseRetNet, and READ and RANK on the states themselves. No other trial has their norm.
+
+    The second RetNet has keys a quarter wider: about as many parameters more as the published form's gates.
+    """
+    config = get_config(arg)
+    add({"model.dense.variant": "none"})
+    add({"model.dense.variant": "none", "model.retnet.key_dim": 5 * config.model.retnet.key_dim // 4})
+    add({"model.dense.variant": "input"})
+    for variant in ("read", "rank"):
+        add({"model.dense.variant": variant, "model.dense.gate": "both", "model.dense.norm": False})
+    add({"model.dense.variant": "read", "model.dense.gate": "channel", "model.dense.norm": False})
+
+
+SWEEPS = {"forms": forms}  # beside `sweep`, which is "ablation"

@@ -139,7 +139,7 @@ def test_controls_have_the_parameters_of_read(field, bound):
     "argv, words",
     [
         (["--sweep=miniatur"], ["--sweep=miniatur", "did you mean miniature"]),
-        (["--sweep=x"], ["there are ablation, miniature"]),
+        (["--sweep=x"], ["there are ablation, budgets, pair, miniature"]),
         (["--config.stepz=3"], ["config.stepz", "steps"]),
         (["--config.model.width=0"], ["config.model.width=0", "at least 1"]),
         (["--engine=slum"], ["--engine=slum", "local|slurm|print"]),
@@ -235,6 +235,25 @@ def test_slots_of_gpus(monkeypatch):
     assert devices.slots(0, config) == [devices.Slot()]
 
 
+def test_slots_that_share_a_gpu_have_its_memory_and_locks_between_them(monkeypatch):
+    config = densemamba.get_config()
+    monkeypatch.delenv("JAX_PLATFORMS", raising=False)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    alone, shared = devices.slots(0, config), devices.slots(0, config, per_gpu=3)
+    assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in shared] == ["0", "1"] * 3
+    assert all(float(slot.environment["XLA_PYTHON_CLIENT_MEM_FRACTION"]) <= 1 / 3 for slot in shared)
+    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in alone[0].environment
+    assert {slot.sharing for slot in shared} == {3} and {slot.sharing for slot in alone} == {1}
+    of_first = [lock for slot in shared[::2] for lock in slot.locks]  # apart, and together what one alone would take
+    assert len(set(of_first)) == len(of_first) and set(of_first) == set(alone[0].locks)
+    assert len(devices.slots(5, config, per_gpu=3)) == 5
+    with pytest.raises(UserError, match="--parallel=7: trials need 3 GPUs; this host has 2"):
+        devices.slots(7, config, per_gpu=3)
+    config.mesh.fsdp = 2
+    with pytest.raises(UserError, match=r"--per_gpu=2: must be 1 where config\.mesh asks for 2 GPUs"):
+        devices.slots(0, config, per_gpu=2)
+
+
 def test_slots_of_a_cpu_share_its_cores(monkeypatch):
     monkeypatch.setenv("JAX_PLATFORMS", "cpu")
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1, 2}, raising=False)
@@ -283,6 +302,27 @@ def test_loss_at_equal_time(tmp_path):
     lined = results.of_runs([fast, slow])
     assert math.isclose(results.at_equal_time(lined), 0.8)
     assert [result.figures[results.EQUAL_TIME] for result in lined] == [2.0, 3.0]
+
+
+def test_a_shared_device_gives_no_speed_and_its_trials_the_time_of_their_like(tmp_path):
+    shared, measured, alone, other = (
+        run_directory(tmp_path / "trials" / name, seed=seed, speed=speed, steps=4)
+        for name, seed, speed in (("a", 0, 7.0), ("b", 1, 7.0), ("c", 2, 80.0), ("d", 0, 7.0))
+    )
+    (measured / "eval.json").write_text(json.dumps({"training": {"tokens_per_second": 100.0}}))
+    for folder, label in ((shared, "x"), (measured, "x"), (alone, "x"), (other, "y")):
+        record = {"status": "done", "sharing": 1 if folder is alone else 2, "overrides": {"name": label}}
+        (folder / "trial.json").write_text(json.dumps(record))
+    (tmp_path / "sweep.json").write_text(json.dumps({"trials": ["a", "b", "c", "d"]}))
+    a, b, c, d = results.of_runs([tmp_path])
+    assert [r.figures.get("tokens_per_second") for r in (a, b, c, d)] == [None, 100.0, 80.0, None]
+    for result, speed in ((a, 90), (b, 90), (c, 80)):  # 20 tokens a step; 90 is the median of 100 and 80
+        np.testing.assert_allclose(result.seconds, [20 * step / speed for step in (1, 2, 3, 4)])
+        assert math.isclose(result.figures["train_seconds"], 80 / speed)
+    assert d.seconds == [] and "train_seconds" not in d.figures
+    groups = results.group([a, b, c, d])
+    assert results.at_equal_time([a, b, c, d]) and plots.losses(groups).startswith(b"\x89PNG")
+    assert results.EQUAL_TIME in a.figures and results.EQUAL_TIME not in d.figures
 
 
 def test_unfinished_runs_have_no_figures_to_be_mistaken_for_results(tmp_path):

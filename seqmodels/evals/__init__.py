@@ -22,6 +22,7 @@ from seqmodels.evals import (
     needle,
     perplexity,
     throughput,
+    training_speed,
 )
 
 EVALUATORS: dict[str, ModuleType] = {
@@ -32,9 +33,10 @@ EVALUATORS: dict[str, ModuleType] = {
     "needle": needle,
     "classification": classification,
     "throughput": throughput,
+    "training_speed": training_speed,
     "lm_eval": harness,
 }
-BY_NAME = ("classification", "throughput", "lm_eval")  # only when asked for
+BY_NAME = ("classification", "throughput", "training_speed", "lm_eval")  # only when asked for
 BY_NAME_ON_TEXT = ("needle", *BY_NAME)
 
 

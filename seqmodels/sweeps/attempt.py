@@ -47,16 +47,21 @@ def attempt(trial: Trial, slot: Slot, descriptors: Sequence[int], stop: Stop) ->
         "host": socket.gethostname(),
         "commit": commit(),
         "started": now(),
+        "sharing": max(slot.sharing, before.get("sharing", 1)),  # a part of the training is enough to count
     }
 
     def seconds() -> float:
         return round(before.get("seconds", 0.0) + time.monotonic() - start, 3)
 
-    begin = 0
+    begin = code = 0
+    stage = "train"
     try:
         with open(trial.log, "ab", buffering=0) as log:
             begin = log.tell()
             for stage, command in trial.commands.items():
+                if stage == "train" and trial.trained():  # only to be evaluated
+                    record |= {name: before[name] for name in ("started", "commit", "sharing") if name in before}
+                    continue
                 record |= {"stage": stage, "stage_started": now(), "seconds": seconds()}
                 trial.write(record)
                 heading = f"=== {record['stage_started']} on {record['host']}, attempt {record['attempts']}: {stage}\n"
@@ -75,7 +80,7 @@ def attempt(trial: Trial, slot: Slot, descriptors: Sequence[int], stop: Stop) ->
             "status": "failed",
             "reason": f"{error.strerror}: {error.filename}" if error.filename else str(error),
         }
-    record |= {"ended": now(), "seconds": seconds(), "device": _device(trial.log, begin)}
+    record |= {"ended": now(), "seconds": seconds(), "device": _device(trial.log, begin) or _device(trial.log, 0)}
     trial.write(record)
     return record
 
@@ -163,11 +168,14 @@ def now() -> str:
 
 
 def commit() -> str:
-    """Short hash of the checkout that the trials run from, with "+" if files differ from it; "" outside one."""
+    """Short hash of the checkout that the trials run from, with "+" if files differ from it.
+
+    Outside one, on a machine to which the files were copied, what SEQMODELS_COMMIT says, or "".
+    """
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
         clean = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode == 0
     except (OSError, subprocess.CalledProcessError):
-        return ""
+        return os.environ.get("SEQMODELS_COMMIT", "")
     return head.strip() + ("" if clean else "+")

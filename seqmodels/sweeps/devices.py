@@ -1,4 +1,4 @@
-"""What a trial runs on: one GPU (or as many as its mesh asks for), or a share of the CPU's cores."""
+"""What a trial runs on: one GPU (or as many as its mesh asks for, or a share of one), or a share of the CPU's cores."""
 
 import contextlib
 import dataclasses
@@ -16,6 +16,9 @@ from ml_collections import ConfigDict
 from seqmodels.errors import UserError
 from seqmodels.sweeps.claim import Claim
 
+PARTS = 8  # of a GPU that are claimed, each with a lock: a trial that has the GPU alone claims all
+MEMORY = 0.92  # of a GPU's, that trials may share
+
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
@@ -25,13 +28,15 @@ class Slot:
       environment: variables of the trial's processes.
       cores: of the CPU; None leaves all.
       prefix: a command that runs the trial's commands, which follow it.
-      locks: files, one a device, so that no two sweeps of a user on this host take the same.
+      locks: files, PARTS a device, so that no two sweeps of a user on this host take the same.
+      sharing: how many trials share its device.
     """
 
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     cores: frozenset[int] | None = None
     prefix: tuple[str, ...] = ()
     locks: tuple[Path, ...] = ()
+    sharing: int = 1
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[list[int] | None]:
@@ -49,21 +54,27 @@ class Slot:
                 claim.release()
 
 
-def slots(parallel: int, config: ConfigDict) -> list[Slot]:
-    """Room for `parallel` trials at once; 0 is one for each GPU, or one on a CPU.
+def slots(parallel: int, config: ConfigDict, per_gpu: int = 1) -> list[Slot]:
+    """Room for `parallel` trials at once; 0 is `per_gpu` for each GPU, or one on a CPU.
 
-    Raises: UserError where this host has not as many GPUs.
+    Trials that share a GPU have as large a part of its memory each. The slots of different GPUs come first.
+
+    Raises: UserError where this host has not as many GPUs, or a trial needs several and shall share them.
     """
     found = [] if config.platform == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu" else gpus()
     if found:
         size = math.prod(max(n, 1) for n in config.mesh.values())
         if size > len(found):
             raise UserError(f"config.mesh asks for {size} GPUs; this host has {len(found)}")
-        count = parallel or len(found) // size
-        if count * size > len(found):
+        if size > 1 and per_gpu > 1:
+            raise UserError(f"--per_gpu={per_gpu}: must be 1 where config.mesh asks for {size} GPUs a trial")
+        room = len(found) // size
+        count = parallel or room * per_gpu
+        if count > room * per_gpu:
             each = f" of {size} GPUs each" if size > 1 else ""
-            raise UserError(f"--parallel={parallel}: trials{each} need {count * size} GPUs; this host has {len(found)}")
-        return [_gpu_slot(found[i * size : (i + 1) * size]) for i in range(count)]
+            need = -(-count // per_gpu) * size
+            raise UserError(f"--parallel={parallel}: trials{each} need {need} GPUs; this host has {len(found)}")
+        return [_gpu_slot(found[i % room * size : (i % room + 1) * size], i // room, per_gpu) for i in range(count)]
     if not hasattr(os, "sched_getaffinity") or parallel <= 1:
         return [Slot() for _ in range(parallel or 1)]
     cores = sorted(os.sched_getaffinity(0))
@@ -82,8 +93,15 @@ def gpus() -> list[str]:
     return answer.split()
 
 
-def _gpu_slot(names: list[str]) -> Slot:
-    def lock(name):
-        return Path(tempfile.gettempdir()) / re.sub(r"[^\w.-]", "_", f"seqmodels-{getpass.getuser()}-gpu-{name}.lock")
+def _gpu_slot(names: list[str], share: int, sharing: int) -> Slot:
+    """The `share`-th of `sharing` equal parts of some GPUs."""
 
-    return Slot({"CUDA_VISIBLE_DEVICES": ",".join(names)}, locks=tuple(map(lock, names)))
+    def lock(name, part):
+        file = f"seqmodels-{getpass.getuser()}-gpu-{name}-{part}.lock"
+        return Path(tempfile.gettempdir()) / re.sub(r"[^\w.-]", "_", file)
+
+    parts = range(share * PARTS // sharing, (share + 1) * PARTS // sharing)
+    environment = {"CUDA_VISIBLE_DEVICES": ",".join(names)}
+    if sharing > 1:
+        environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{MEMORY / sharing:.3f}"
+    return Slot(environment, locks=tuple(lock(name, part) for name in names for part in parts), sharing=sharing)

@@ -27,7 +27,8 @@ def losses(groups: list[Group]) -> bytes | None:
         if spread is not None:
             by_step.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
         for result in curves:
-            by_time.plot(result.seconds, result.losses, color=colour, linewidth=0.9, alpha=0.8)
+            if result.seconds:  # else it shared its device
+                by_time.plot(result.seconds, result.losses, color=colour, linewidth=0.9, alpha=0.8)
             longest.append(result)
     _limit(by_step, longest)
     _limit(by_time, longest)

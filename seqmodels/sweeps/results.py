@@ -19,6 +19,7 @@ from seqmodels.training import metrics
 
 WINDOW = 50  # rows of training loss in a mean, or a twentieth of them if that is fewer
 EQUAL_TIME = "train_loss_at_equal_time"
+MEASURED = "eval.training.tokens_per_second"  # of a device alone, by eval.py --evals=training_speed
 
 
 @dataclasses.dataclass(eq=False)
@@ -29,7 +30,9 @@ class Result:
       label: shared by the seeds of a trial.
       columns: fields that the sweep sets, with the values that they have in this trial.
       figures: metrics by dotted name. Those of eval.json begin with "eval.".
-      steps, seconds, losses: the training losses, each the mean of a few rows, and the time in steps until then.
+      steps, seconds, losses: the training losses, each the mean of a few rows, and the time in steps until then; of a
+        trial that shared its device `seconds` is empty, or what it would have taken alone.
+      tokens: of a step.
     """
 
     id: str
@@ -42,6 +45,7 @@ class Result:
     steps: list[int] = dataclasses.field(default_factory=list)
     seconds: list[float] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
+    tokens: int = 0
 
     @property
     def status(self) -> str:
@@ -82,7 +86,7 @@ def of_trials(trials: list[Trial], unkept: dict[str, dict]) -> list[Result]:
         columns = {name: trial.fields[name] for name in names}
         record = unkept.get(trial.id) or trial.record()
         results.append(_read(Result(trial.id, trial.workdir, label, trial.overrides["seed"], record, columns)))
-    return results
+    return _timed(results)
 
 
 def of_runs(folders: list[Path]) -> list[Result]:
@@ -93,7 +97,7 @@ def of_runs(folders: list[Path]) -> list[Result]:
             runs = [folder / "trials" / identity for identity in sweep["trials"]]
             names = labels([read_json(run / "trial.json").get("overrides", {}) for run in runs])
             there = [(run, f"{folder.name}: {name}") for run, name in zip(runs, names, strict=True)]
-            results += [_run(run, label) for run, label in there if (run / "config.json").exists()]
+            results += _timed([_run(run, label) for run, label in there if (run / "config.json").exists()])
         elif (folder / "config.json").exists():
             results.append(_run(folder, folder.absolute().name))
         else:
@@ -121,24 +125,38 @@ def _read(result: Result) -> Result:
     rows = [row for row in metrics.read(path) if "loss" in row] if path.exists() else []
     finite = [row for row in rows if row["loss"] is not None]
     if finite:
-        tokens = config.get("batch_size", 0) * config.get("seq_len", 0)
-        times = list(itertools.accumulate(_seconds(rows, tokens)))
+        result.tokens = config.get("batch_size", 0) * config.get("seq_len", 0)
+        alone = result.record.get("sharing", 1) == 1
         window = _window(rows)
         result.steps = [row["step"] for row in finite]
-        result.seconds = [time for time, row in zip(times, rows, strict=True) if row["loss"] is not None]
         losses = [row["loss"] for row in finite]
         result.losses = [statistics.fmean(losses[max(0, i + 1 - window) : i + 1]) for i in range(len(losses))]
-        speeds = [row["tokens_per_second"] for row in finite if row.get("tokens_per_second")]
+        speeds = [row["tokens_per_second"] for row in finite if alone and row.get("tokens_per_second")]
         result.figures["steps_done"] = last_row(path)["step"]
         result.figures["train_loss"] = result.losses[-1]
         if speeds:
+            times = list(itertools.accumulate(_seconds(rows, result.tokens)))
+            result.seconds = [time for time, row in zip(times, rows, strict=True) if row["loss"] is not None]
             result.figures["tokens_per_second"] = statistics.median(speeds)
             result.figures["train_seconds"] = times[-1]
     result.figures |= dict(_leaves(summary, ""))
     result.figures |= dict(_leaves(evaluation, "eval."))
+    if not result.seconds and (speed := result.figures.get(MEASURED)):
+        result.figures["tokens_per_second"] = speed
     if result.status != "done":  # half a run's figures would look like another's
         result.figures = {"steps_done": result.figures["steps_done"]} if "steps_done" in result.figures else {}
     return result
+
+
+def _timed(results: list[Result]) -> list[Result]:
+    """Gives trials that shared their device the time that they would have taken alone, at the speed of their like."""
+    for each in group(results):
+        speeds = each.values("tokens_per_second")
+        for result in each.results:
+            if speeds and result.status == "done" and not result.seconds:
+                result.seconds = [step * result.tokens / statistics.median(speeds) for step in result.steps]
+                result.figures["train_seconds"] = result.seconds[-1]
+    return results
 
 
 def _window(rows: list[dict]) -> int:

@@ -68,11 +68,14 @@ class Trial:
         head["commands"] = [shlex.join(command) for command in self.commands.values()]
         replace_file(self.workdir / "trial.json", json.dumps(head | record, indent=2) + "\n")
 
+    def trained(self) -> bool:
+        """Whether train.py has nothing left to do."""
+        return read_json(self.workdir / "summary.json").get("steps", -1) >= self.fields["steps"]
+
     def _ran_by_hand(self) -> bool:
         """Whether the printed commands were run by somebody else, who left no record."""
         summary, evaluation = (read_json(self.workdir / name) for name in ("summary.json", "eval.json"))
-        trained = summary.get("steps", -1) >= self.fields["steps"]
-        return trained and (self.evals == "none" or evaluation.get("step") == summary["steps"])
+        return self.trained() and (self.evals == "none" or evaluation.get("step") == summary["steps"])
 
 
 def read_json(path: Path) -> dict:
