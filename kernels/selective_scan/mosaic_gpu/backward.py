@@ -34,6 +34,7 @@ SLOTS = 3  # chunks of inputs in shared memory
 AHEAD = 3  # chunks of dt, dt u and dy
 PART = 4  # tokens of a chunk whose states a thread holds in registers, and whose sums go to shared memory together
 BUFFERS = 2  # parts whose sums are there
+WALKER, AIDE = 176, 80  # registers of a thread that walks, and of another
 G_B, Q_A, READOUT = range(3)  # sums over states: for each share, the block's channels and a gap against bank conflicts
 DB, DC = range(2)  # sums over channels: for each share and row, 4 states
 
@@ -60,6 +61,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
     items = steps * groups  # a chunk of a group each, chunks from the last to the first
     parts = range(chunk // PART)  # of a chunk, from the last to the first
     readout = z is not None or weights is not None  # whose gradients need each group's readout
+    of_channel = tile.shares * tile.rows * STATES  # between the states of a thread's channels, where they are saved
     share_of_channels = block + tile.neighbours * CHANNELS
     share_of_states = tile.rows * STATES
     by_states = (2 + readout) * tile.shares * share_of_channels  # where the sums over channels are in a token's row
@@ -91,12 +93,15 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
         stage.bind(sources, buffers, b, e)
 
         def budget(registers):
-            """The walk needs more registers than a quarter of what there is."""
+            """The walk needs more registers than a of_channel of what there is."""
             if lanes.INTERPRET is None:
                 plgpu.set_max_registers(registers, action="increase" if registers > 128 else "decrease")
 
         def chunk_of(item):
             return steps - 1 - lax.div(item, groups)
+
+        def group_of(item):
+            return 0 if groups == 1 else lax.rem(item, groups)
 
         def slot_of(item):
             return lax.rem(item, SLOTS)
@@ -107,31 +112,39 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
         def buffer_of(item, part):
             return lax.rem(item * len(parts) + part, BUFFERS)
 
-        def first_of(part):
-            """The first token of a part."""
-            return chunk - (part + 1) * PART
+        def load(item):
+            stage.load(slot_of(item), chunk_of(item), group_of(item))
+
+        def tokens_of(part):
+            end = chunk - part * PART
+            return range(end - PART, end)
 
         def weighted(g, slot, token, offset, dy):
-            if g == 0 or "weights" not in stage:
+            """dy times the group's weight; the first group has none."""
+            if "weights" not in stage:
                 return dy
-            return tuple(d * w for d, w in zip(dy, stage.read("weights", slot, token, offset, COLUMN)))
+            weights = stage.read("weights", slot, token, offset, COLUMN)
+            return tuple(d * pick(g == 0, jnp.ones_like(w), w) for d, w in zip(dy, weights))
 
-        def of_bias(channel):
-            return [read(bias_g, g * padded + channel, COLUMN) for g in range(groups)]
+        def bias_at(channel):
+            """A function of the group: of several, registers cannot hold all."""
+            of_group = lambda g: read(bias_g, g * padded + channel, COLUMN)  # noqa: E731
+            only = of_group(0)
+            return (lambda g: only) if groups == 1 else of_group
 
         @pl.when(lax.axis_index("role") == 0)
         def _():
             budget(AIDE)
             offset, first_token = tile.items(chunk)
             tokens = [first_token + first for first in range(0, chunk, tile.tokens(chunk))]
-            bias = of_bias(e * block + offset)
+            bias = bias_at(e * block + offset)
 
-            def start(item, g):
+            def start(item):
                 """dt, dt u, and dy times gate and weight, float32."""
-                place, slot = place_of(item), slot_of(item)
+                g, place, slot = group_of(item), place_of(item), slot_of(item)
                 stage.wait(slot)
                 us = [stage.read("u", slot, token, offset, COLUMN) for token in tokens]
-                dts = prepare(stage, slot, chunk_of(item), tokens, offset, bias[g], softplus, length)
+                dts = prepare(stage, slot, chunk_of(item), tokens, offset, bias(g), softplus, length)
                 dys = [stage.read("dy", slot, token, offset, COLUMN) for token in tokens]
                 if "z" in stage:
                     gates = [stage.read("z", slot, token, offset, COLUMN) for token in tokens]
@@ -147,8 +160,9 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
             several = max(1, THREADS // vectors)  # neighbouring threads that share one
             rows = tile.rows // several
 
-            def by_state(item, g, part):
+            def by_state(item, part):
                 """dB, dC of the block's channels."""
+                g = group_of(item)
                 for first in range(0, vectors * several, THREADS):
                     thread = first + thread_index()
                     vector = lax.div(thread, several)
@@ -163,30 +177,28 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                         total = values if total is None else tuple(a + v for a, v in zip(total, values))
                     for bit in range(several.bit_length() - 1):
                         total = tuple(x + lanes.exchange(x, 1 << bit) for x in total)
-                    time = ((b * blocks + e) * steps + chunk_of(item)) * chunk + first_of(part) + token
+                    time = ((b * blocks + e) * steps + chunk_of(item)) * chunk + tokens_of(part)[0] + token
                     write(outputs["dBC"], ((time * groups + g) * 2 + which) * states + share * STATES, total)
 
             for item in range(min(SLOTS, items)):
-                stage.load(slot_of(jnp.int32(item)), chunk_of(jnp.int32(item)), item % groups)
+                load(jnp.int32(item))
             for item in range(min(AHEAD - 1, items)):
-                start(jnp.int32(item), item % groups)
+                start(jnp.int32(item))
 
-            def step(i, _):
-                for g in range(groups):
-                    item = i * groups + g
-                    ahead = item + AHEAD - 1
+            def step(item, _):
+                ahead = item + AHEAD - 1
 
-                    @pl.when(ahead < items)
-                    def _(item=item, ahead=ahead, g=g):
-                        pl.when(item > 0)(lambda: plgpu.barrier_wait(spent.at[place_of(ahead)]))
-                        start(ahead, (g + AHEAD - 1) % groups)
+                @pl.when(ahead < items)
+                def _():
+                    pl.when(item > 0)(lambda: plgpu.barrier_wait(spent.at[place_of(ahead)]))
+                    start(ahead)
 
-                    for part in parts:
-                        plgpu.barrier_wait(done.at[buffer_of(item, part)])
-                        by_state(item, g, part)
-                        plgpu.barrier_arrive(free.at[buffer_of(item, part)])
+                for part in parts:
+                    plgpu.barrier_wait(done.at[buffer_of(item, part)])
+                    by_state(item, part)
+                    plgpu.barrier_arrive(free.at[buffer_of(item, part)])
 
-            lax.fori_loop(0, steps, step, None)
+            lax.fori_loop(0, items, step, None)
             for item in range(max(0, items - AHEAD), items):  # no arrival is left unseen
                 plgpu.barrier_wait(spent.at[item % AHEAD])
 
@@ -195,6 +207,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
             budget(WALKER)
             row, share = tile.owner(lax.axis_index("role") - 1)
             matrix = (e * block + row * CHANNELS) * states + share * STATES
+            place = share * tile.rows + row
             channels = range(CHANNELS)
 
             def read_states(ref, number):
@@ -205,14 +218,10 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                 for c in channels:
                     write(ref, number * padded * states + matrix, values[c], at=c * states)
 
-            def saved(item, g):
+            def saved(item):
                 """States at the start of a chunk (of the first chunk, if there is no such item)."""
-                at = ((b * saved_steps + jnp.maximum(chunk_of(item), 0)) * blocks + e) * groups + g
-                own = share * tile.rows + row
-                return tuple(
-                    read(saved_g, ((at * CHANNELS + c) * (tile.shares * tile.rows) + own) * STATES, STATES)
-                    for c in channels
-                )
+                at = ((b * saved_steps + jnp.maximum(chunk_of(item), 0)) * blocks + e) * groups + group_of(item)
+                return tuple(read(saved_g, (at * CHANNELS + c) * of_channel + place * STATES, STATES) for c in channels)
 
             def of_channels(ref, item, t):
                 return read(ref.at[place_of(item)], row * CHANNELS, CHANNELS, at=t * block)
@@ -220,23 +229,25 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
             def of_states(name, item, t):
                 return stage.read(name, slot_of(item), 0, share * STATES, STATES, ahead=t)
 
-            def forwards(item, A, h, tokens):
+            def forwards(item, A, h, tokens, decays=None):
                 """Of each token the decays; the states before the first token, after it, and so on to the last."""
                 loaded = [
                     (of_channels(dt_s, item, t), of_channels(x_s, item, t), of_states("B", item, t)) for t in tokens
                 ]
-                decays, kept = [], [h]
-                for t, (dt, x, B) in zip(tokens, loaded):
-                    reset = stage.reset(slot_of(item), t) if "marks" in stage else None
-                    decays.append([[decay(dt[c], a, reset) for a in A[c]] for c in channels])
-                    kept.append(
-                        [[a * s + x[c] * b for a, s, b in zip(decays[-1][c], kept[-1][c], B)] for c in channels]
-                    )
+                if decays is None:
+                    resets = [stage.reset(slot_of(item), t) if "marks" in stage else None for t in tokens]
+                    decays = [
+                        [[decay(dt[c], a, reset) for a in A[c]] for c in channels]
+                        for (dt, _, _), reset in zip(loaded, resets)
+                    ]
+                kept = [h]
+                for left, (_, x, B) in zip(decays, loaded):
+                    kept.append([[a * s + x[c] * b for a, s, b in zip(left[c], kept[-1][c], B)] for c in channels])
                 return decays, kept
 
             def back(item, A, tokens, decays, kept, own, dstate, dA):
                 """The adjoint recurrence; sums over a thread's own states and channels go to `own`."""
-                dstate, dA = [list(x) for x in dstate], [list(x) for x in dA]
+                dstate, dA = list(dstate), list(dA)
 
                 def operands(t):
                     names = (dt_s, x_s, dy_s)
@@ -269,35 +280,40 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                 return dstate, dA
 
             def walk(item, A, h, dstate, dA):
-                starts = [h]
+                """The chunk from its first part to its last but one, then back from its last to its first."""
+                starts, known = [h], []
                 for part in reversed(parts[1:]):
-                    starts.append(forwards(item, A, starts[-1], range(first_of(part), first_of(part) + PART))[1][-1])
+                    decays, kept = forwards(item, A, starts[-1], tokens_of(part))
+                    starts.append(kept[-1])
+                    known.append(decays if groups == 1 else None)  # with several groups, registers are short
+                known.append(None)
                 for part in parts:
-                    tokens = range(first_of(part), first_of(part) + PART)
-                    decays, kept = forwards(item, A, starts.pop(), tokens)
+                    tokens = tokens_of(part)
+                    decays, kept = forwards(item, A, starts.pop(), tokens, known.pop())
                     number, buffer = item * len(parts) + part, buffer_of(item, part)
                     pl.when(number >= BUFFERS)(lambda buffer=buffer: plgpu.barrier_wait(free.at[buffer]))
                     dstate, dA = back(item, A, tokens, decays, kept, sums.at[buffer], dstate, dA)
                     plgpu.barrier_arrive(done.at[buffer])
-                return tuples(dstate), tuples(dA)
+                return tuple(tuple(row) for row in dstate), tuple(tuple(row) for row in dA)
 
-            def step(i, carry):
+            def step(item, carry):
                 adjoint, A, h = carry
-                adjoint = list(adjoint)
-                for g in range(groups):
-                    item, following = i * groups + g, (g + 1) % groups
-                    plgpu.barrier_wait(ready.at[place_of(item)])
-                    stage.wait(slot_of(item))
-                    next_A = A if groups == 1 else read_states(A_g, following)
-                    next_h = saved(item + 1, following)
-                    adjoint[g] = walk(item, A, h, *adjoint[g])
-                    A, h = next_A, next_h
-                return tuple(adjoint), A, h
+                g = group_of(item)
+                plgpu.barrier_wait(ready.at[place_of(item)])
+                stage.wait(slot_of(item))
+                next_A = A if groups == 1 else read_states(A_g, group_of(item + 1))
+                next_h = saved(item + 1)
+                of_group = adjoint[0]
+                for k in range(1, groups):
+                    of_group = select(g == k, adjoint[k], of_group)
+                new = walk(item, A, h, *of_group)
+                adjoint = tuple(select(g == k, new, adjoint[k]) for k in range(groups))
+                return adjoint, next_A, next_h
 
             nothing = (lanes.zeros(STATES),) * CHANNELS
             adjoint = tuple((read_states(dfinal_g, b * groups + g), nothing) for g in range(groups))
-            carry = adjoint, read_states(A_g, 0), saved(jnp.int32(0), 0)
-            adjoint, *_ = lax.fori_loop(0, steps, step, carry)
+            first = jnp.int32(0)
+            adjoint, *_ = lax.fori_loop(0, items, step, (adjoint, read_states(A_g, 0), saved(first)))
             for number in range(max(0, items * len(parts) - BUFFERS), items * len(parts)):
                 plgpu.barrier_wait(free.at[number % BUFFERS])  # no arrival is left unseen
             for g, (dinitial, dA) in enumerate(adjoint):
@@ -309,18 +325,19 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
             budget(AIDE)
             offset, first_token = tile.items(PART)
             channel = e * block + offset
-            D, bias = read(D_g, channel, COLUMN), of_bias(channel)
+            D, bias = read(D_g, channel, COLUMN), bias_at(channel)
 
             def over_shares(own, token, kind):
                 at = [(kind * tile.shares + share) * share_of_channels for share in range(tile.shares)]
                 shares = [read(own, token * row_of_token + offset, COLUMN, at=a) for a in at]
                 return tuple(sum(terms[1:], start=terms[0]) for terms in zip(*shares))
 
-            def by_channel(item, g, part, number, total, dD, dbias):
+            def by_channel(item, part, number, total, dD, dbias):
                 """du, ddt, dz, dweights; the running dD and dbias. total: the groups' readouts so far, for dz."""
-                slot, place, index = slot_of(item), place_of(item), chunk_of(item)
+                g, slot, place, index = group_of(item), slot_of(item), place_of(item), chunk_of(item)
+                skip = tuple(pick(g == 0, d, jnp.zeros_like(d)) for d in D)
                 in_part = first_token + number * tile.tokens(PART)
-                token, own = first_of(part) + in_part, sums.at[buffer_of(item, part)]
+                token, own = tokens_of(part)[0] + in_part, sums.at[buffer_of(item, part)]
                 g_B, q_A = over_shares(own, in_part, G_B), over_shares(own, in_part, Q_A)
                 y = over_shares(own, in_part, READOUT) if readout else None
                 step, dy = (read(ref.at[place], token * block + offset, COLUMN) for ref in (dt_s, dy_s))
@@ -328,14 +345,15 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                 s = {name: stage.read(name, slot, token, offset, COLUMN) for name in names}
                 ddt = tuple(q * LN2 + u * gb for q, u, gb in zip(q_A, s["u"], g_B))
                 if softplus:
-                    ddt = tuple(d * lanes.sigmoid(r + o) for d, r, o in zip(ddt, s["dt"], bias[g]))
+                    ddt = tuple(d * lanes.sigmoid(r + o) for d, r, o in zip(ddt, s["dt"], bias(g)))
                 real = stage.real(slot, token, index, length)
                 ddt = ddt if real is None else tuple(jnp.where(real, d, 0) for d in ddt)
-                du = tuple(d * gb for d, gb in zip(step, g_B))
-                if g == 0:
-                    du = tuple(a + d * y for a, d, y in zip(du, D, dy))
-                    dD = tuple(a + y * u for a, y, u in zip(dD, dy, s["u"]))
-                dbias = tuple(a + d for a, d in zip(dbias, ddt))
+                du = tuple(t * gb + d * x for t, gb, d, x in zip(step, g_B, skip, dy))
+                dD = select(g == 0, tuple(a + x * u for a, x, u in zip(dD, dy, s["u"])), dD)
+                dbias = tuple(
+                    select(g == k, tuple(a + d for a, d in zip(of_group, ddt)), of_group)
+                    for k, of_group in enumerate(dbias)
+                )
                 time = (b * steps + index) * chunk + token
                 write(outputs["du"], (time * groups + g) * padded + channel, du)
                 write(outputs["ddt"], (time * groups + g) * padded + channel, ddt)
@@ -343,42 +361,38 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                     return total, dD, dbias
                 gate, dy = s.get("z"), s["dy"]
                 open_ = None if gate is None else tuple(lanes.sigmoid(z) for z in gate)
-                if g > 0 and "dweights" in outputs:
+                if "dweights" in outputs:
                     dw = dy if gate is None else tuple(d * z * o for d, z, o in zip(dy, gate, open_))
-                    at = (time * (groups - 1) + g - 1) * padded + channel
-                    write(outputs["dweights"], at, tuple(d * y for d, y in zip(dw, y)))
-                before = tuple(d * u for d, u in zip(D, s["u"])) if g == 0 else total
+                    at = (time * (groups - 1) + jnp.maximum(g - 1, 0)) * padded + channel
+                    dw = tuple(d * y for d, y in zip(dw, y))
+                    pl.when(g > 0)(lambda: write(outputs["dweights"], at, dw))
+                before = select(g == 0, tuple(d * u for d, u in zip(D, s["u"])), total)
                 total = tuple(a + b for a, b in zip(before, weighted(g, slot, token, offset, y)))
-                if g == groups - 1 and gate is not None:
+                if gate is not None:
                     dz = tuple(d * y * o * (1 + z * (1 - o)) for d, y, o, z in zip(dy, total, open_, gate))
-                    write(outputs["dz"], time * padded + channel, dz)
+                    when(g == groups - 1, lambda: write(outputs["dz"], time * padded + channel, dz))
                 return total, dD, dbias
 
-            def step(i, carry):
-                dD, dbias = carry
-                dbias, total = list(dbias), {}
-                for g in range(groups):
-                    item = i * groups + g
-                    stage.wait(slot_of(item))
-                    for part in parts:
+            passes = [(part, number) for part in parts for number in range(PART // tile.tokens(PART))]
+
+            def step(item, carry):
+                total, dD, dbias = carry
+                total = list(total)
+                stage.wait(slot_of(item))
+                for i, (part, number) in enumerate(passes):
+                    if number == 0:
                         plgpu.barrier_wait(done.at[buffer_of(item, part)])
-                        for number in range(PART // tile.tokens(PART)):
-                            same = part, number
-                            total[same], dD, dbias[g] = by_channel(
-                                item, g, part, number, total.get(same), dD, dbias[g]
-                            )
+                    total[i], dD, dbias = by_channel(item, part, number, total[i], dD, dbias)
+                    if i + 1 == len(passes) or passes[i + 1][0] != part:
                         plgpu.barrier_arrive(free.at[buffer_of(item, part)])
-                    plgpu.barrier_arrive(spent.at[place_of(item)])
-                    plgpu.commit_smem()  # all threads are through with this slot
-
-                    @pl.when(item + SLOTS < items)
-                    def _(item=item, g=g):
-                        stage.load(slot_of(item), chunk_of(item + SLOTS), (g + SLOTS) % groups)
-
-                return dD, tuple(dbias)
+                plgpu.barrier_arrive(spent.at[place_of(item)])
+                plgpu.commit_smem()  # all threads are through with this slot
+                pl.when(item + SLOTS < items)(lambda: load(item + SLOTS))
+                return tuple(total), dD, dbias
 
             nothing = lanes.zeros(COLUMN)
-            dD, dbias = lax.fori_loop(0, steps, step, (nothing, (nothing,) * groups))
+            carry = (nothing,) * len(passes), nothing, (nothing,) * groups
+            _, dD, dbias = lax.fori_loop(0, items, step, carry)
             slot = b * tile.tokens(PART) + first_token
             write(outputs["dD"], slot * padded + channel, dD)
             for g in range(groups):
@@ -406,9 +420,6 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
     return dict(zip(out, kernel(*stage.arrays.values(), A * LOG2E, D, dt_bias, saved, dfinal)))
 
 
-WALKER, AIDE = 168, 88  # registers of a thread
-
-
 def row_bytes(tile, readout) -> int:
     """Shared memory of a token's sums."""
     by_channel = (2 + readout) * tile.shares * (tile.channels + tile.neighbours * CHANNELS)
@@ -429,6 +440,24 @@ def decay(dt, A, reset):
     return jnp.exp2(dt * A if reset is None else dt * A + reset)
 
 
+def pick(condition, yes, no):
+    """jnp.where, unless the condition is known beforehand."""
+    return (yes if condition else no) if isinstance(condition, bool) else jnp.where(condition, yes, no)
+
+
+def select(condition, yes, no):
+    """`pick` for trees of arrays."""
+    return jax.tree.map(functools.partial(pick, condition), yes, no)
+
+
+def when(condition, do):
+    """pl.when, unless the condition is known beforehand."""
+    if not isinstance(condition, bool):
+        pl.when(condition)(do)
+    elif condition:
+        do()
+
+
 def add(total, term):
     return term if total is None else total + term
 
@@ -436,7 +465,3 @@ def add(total, term):
 def total(terms):
     """Their sum, one after another."""
     return functools.reduce(lambda a, b: a + b, terms)
-
-
-def tuples(matrix):
-    return tuple(tuple(row) for row in matrix)

@@ -23,7 +23,8 @@ from kernels.selective_scan.mosaic_gpu.tile import STATES, Tile, thread_index
 f32 = jnp.float32
 SLOTS = 3  # chunks in shared memory
 HELD = 8  # states of a channel and group that one thread takes at most, if a second warpgroup can take the rest
-UNROLL = {1: 16, 2: 16}  # tokens whose operands are loaded before the first is worked on, by states a thread; else 8
+# By states a thread: tokens by which operands are loaded before they are worked on, and tokens written out
+AHEAD, STRETCH = {1: 8, 2: 8, 4: 4, 8: 4}, {1: 64, 2: 64, 4: 16, 8: 16}
 
 
 @functools.partial(
@@ -51,7 +52,8 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
     shares = workers * THREADS // block  # threads that share a channel
     own = states // shares  # states of each
     vector, tile = min(own, STATES), Tile(states)
-    unroll = min(UNROLL.get(own, 8) if groups == 1 else 4, save or chunk)
+    stretch = min(STRETCH.get(own, 8), chunk)
+    ahead = min(AHEAD.get(own, 2) if groups == 1 else 2, stretch)
     stage = Stage(dict(u=u, dt=dt, B=B, C=C, z=z, weights=weights, marks=marks), chunk, block, groups, SLOTS)
 
     def body(*refs):
@@ -106,22 +108,19 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
 
             A = [read_states(A_g, g) for g in range(groups)]
 
-            def operands(index, start):
-                """Of `unroll` tokens: of each group dt, dt u, B, C and weight; and the reset. All loaded."""
+            def operands(index, start, k):
+                """Of token start + k: of each group dt, dt u, B, C and weight; and the reset."""
                 slot = lax.rem(index, SLOTS)
-                out = []
-                for k in range(unroll):
-                    of_groups = []
-                    for g in range(groups):
-                        at = start * (groups * block) + thread
-                        (dt,), (x,) = (read(ref.at[slot], at, 1, at=(k * groups + g) * block) for ref in (dt_s, x_s))
-                        B, C = (of_states(name, slot, start, k, g) for name in ("B", "C"))
-                        w = None
-                        if g > 0 and "weights" in stage:
-                            (w,) = stage.read("weights", slot, start, thread, 1, g - 1, k)
-                        of_groups.append((dt, x, B, C, w))
-                    out.append((of_groups, stage.reset(slot, start + k) if "marks" in stage else None))
-                return out
+                of_groups = []
+                for g in range(groups):
+                    at = start * (groups * block) + thread
+                    (dt,), (x,) = (read(ref.at[slot], at, 1, at=(k * groups + g) * block) for ref in (dt_s, x_s))
+                    B, C = (of_states(name, slot, start, k, g) for name in ("B", "C"))
+                    w = None
+                    if g > 0 and "weights" in stage:
+                        (w,) = stage.read("weights", slot, start, thread, 1, g - 1, k)
+                    of_groups.append((dt, x, B, C, w))
+                return of_groups, stage.reset(slot, start + k) if "marks" in stage else None
 
             def of_states(name, slot, start, k, g):
                 """B or C of the thread's states and token start + k."""
@@ -142,23 +141,25 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
                 return tuple(new), y
 
             def recur(index, h):
-                def several(i, h):
-                    start = i * unroll
-                    ys = []
-                    for operand in operands(index, start):
-                        h, y = advance(h, operand)
-                        ys.append(y)
-                    for k, y in enumerate(ys):
+                """A chunk: each token's operands are loaded while those before it are worked on."""
+
+                def several(i, carry, last=False):
+                    h, queue = carry
+                    start = i * stretch
+                    queue = list(queue)
+                    for k in range(stretch):
+                        if save and k % save == 0:
+                            keep(h, (index * chunk + start + k) // save)
+                        if not last or k + ahead < stretch:
+                            queue.append(operands(index, start, k + ahead))
+                        h, y = advance(h, queue.pop(0))
                         at = (share * chunk + start) * block + thread
                         write(y_s.at[lax.rem(index, SLOTS)], at, (y,), at=k * block)
-                    return h
+                    return h, queue
 
-                stretch = save or chunk
-                for start in range(0, chunk, stretch):
-                    if save:
-                        keep(h, index * (chunk // save) + start // save)
-                    h = lax.fori_loop(start // unroll, (start + stretch) // unroll, several, h)
-                return h
+                queue = [operands(index, 0, k) for k in range(ahead)]
+                carry = lax.fori_loop(0, chunk // stretch - 1, several, (h, queue))
+                return several(chunk // stretch - 1, carry, last=True)[0]
 
             def keep(h, number):
                 """Write the states at the start of a stretch of `save` tokens, in the order of the backward pass."""

@@ -103,7 +103,7 @@ class Stage:
         if self.groups > 1:
             return pl.ds(0, self.arrays[name].shape[2])
         if name == "weights":
-            group = min(max(group - 1, 0), self.arrays[name].shape[2] - 1)
+            group = jnp.clip(group - 1, 0, self.arrays[name].shape[2] - 1)
         return pl.ds(group, 1)
 
     def _shape(self, name):

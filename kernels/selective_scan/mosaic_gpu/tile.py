@@ -12,7 +12,7 @@ WORKERS = 2  # warpgroups that walk through time, each with its own channels
 CHANNELS = 2  # held by one thread of these
 STATES = 4  # of each channel, held by one thread: 16 bytes
 COLUMN = 4  # channels that a thread takes where work is not shared over states
-SIZES = (8, 16, 32, 64)  # N that a tile can have; others are padded with states that stay zero
+SIZES = (16, 32, 64)  # N that a tile can have; others are padded with states that stay zero
 
 
 def thread_index():
