@@ -9,6 +9,7 @@ import dataclasses
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import kernels.attention
@@ -36,7 +37,9 @@ REMAT = {  # what of a block is kept for the backward pass; the rest is computed
     "block": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "mixer": jax.checkpoint_policies.save_only_these_names("projected", "stream"),  # again: norms, the scan
-    "rescan": jax.checkpoint_policies.save_anything_except_these_names("scan"),  # again: the scan over time
+    "rescan": jax.checkpoint_policies.save_only_these_names(  # again: the scan over time, casts, gates
+        "normed", "projected", "stream", "readout", "statistics"
+    ),
     "scan": jax.checkpoint_policies.save_only_these_names("scan"),  # again: all but the scan over time
     "streams": jax.checkpoint_policies.save_only_these_names("stream"),
 }
@@ -161,7 +164,7 @@ class Block(nn.Module):
     def __call__(self, x, seq: Sequence, state, window, deterministic: bool):
         """x [B, T, D], state and window to the new ones."""
         dtype = jnp.dtype(self.config.dtype)
-        normed = self.norm(x).astype(dtype)
+        normed = checkpoint_name(self.norm(x).astype(dtype), "normed")
         state = state or {}
         if self.config.dense.variant == "none" or not has_stream(self.spec.mixer):
             y, mixer_state = self.mixer(normed, seq, state.get("mixer"))

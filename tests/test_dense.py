@@ -277,6 +277,24 @@ def test_rematerialisation_changes_nothing(remat):
         np.testing.assert_allclose(x, y, atol=1e-4 * max(1, float(np.abs(y).max())))
 
 
+@pytest.mark.parametrize("pattern", ["mamba", "mamba2"])
+def test_rematerialisation_keeps_less(pattern):
+    """Each in turn keeps fewer bytes for the backward pass than the one before."""
+
+    def kept(remat):
+        fields = dict(pattern=pattern, remat=remat, mamba2=dict(state=4, head_dim=8), dense=dict(variant="none"))
+        config = get_config().model.copy_and_resolve_references()
+        config.unlock()
+        config.update(fields)
+        model = build(config, 11)
+        params = jax.eval_shape(model.init, jax.random.key(0), tokens())
+        backward = jax.eval_shape(lambda p: jax.vjp(lambda p: model.apply(p, tokens())[0], p)[1], params)
+        return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
+
+    sizes = [kept(remat) for remat in ("none", "rescan", "mixer", "block")]
+    assert sizes == sorted(set(sizes), reverse=True)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
