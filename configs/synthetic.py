@@ -239,10 +239,22 @@ def sweep_rates(add: Callable[[dict], None], arg: str | None = None) -> None:
         add(trial)
 
 
+def sweep_two_rates(add: Callable[[dict], None], arg: str | None = None) -> None:
+    """The mixers at two learning rates that one or the other of them prefers: the shortest fair comparison."""
+    for trial in product(trials_of(arg), vary("optimizer.learning_rate", 1e-3, 5e-3)):
+        add(trial)
+
+
 def sweep_miniature(add: Callable[[dict], None], arg: str | None = None) -> None:
     """Two mixers for a few steps: does the way from here to a table work?"""
     for trial in product(trials_of(arg)[:2], [{"steps": 20, "data.rows": 32, "data.lengths": ()}]):
         add(trial)
 
 
-SWEEPS = {"mixers": sweep, "widths": sweep_widths, "rates": sweep_rates, "miniature": sweep_miniature}
+SWEEPS = {
+    "mixers": sweep,
+    "widths": sweep_widths,
+    "rates": sweep_rates,
+    "two_rates": sweep_two_rates,
+    "miniature": sweep_miniature,
+}

@@ -7,6 +7,7 @@ import time
 
 import jax
 
+from seqmodels.errors import UserError
 from seqmodels.evals import memory
 from seqmodels.training import flops
 from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
@@ -68,7 +69,12 @@ def measure(config, model, dataset, mesh) -> dict:
 
 
 def evaluate_run(run, splits: list[str], limit: int | None) -> dict:
-    """Of the run's config on the mesh at hand."""
+    """Of the run's config on the mesh at hand. Raises UserError where its rows do not divide."""
+    shares = run.mesh.shape["data"] * run.mesh.shape["fsdp"] * run.config.training.accumulate
+    if run.config.batch_size % shares:
+        raise UserError(
+            f"config.batch_size={run.config.batch_size}: must be a multiple of {shares} on {run.mesh.size} devices"
+        )
     figures = measure(run.config, run.model, run.dataset, run.mesh)
     return {"training": figures, "training_device": f"{run.mesh.size} x {run.mesh.devices.flat[0].device_kind}"}
 

@@ -1,0 +1,104 @@
+"""Puts a sweep's results into docs/results, and its table into a page between two marks.
+
+    python benchmarks/publish.py sweeps/densemamba --out=docs/results/densemamba
+    python benchmarks/publish.py sweeps/densemamba --out=docs/results/densemamba --page=README.md
+
+copies results.csv, report.md and the pictures of a sweep as sweep.py wrote them. With --page it writes a short table of
+results.csv in place of what stands between <!-- NAME --> and <!-- /NAME --> there, NAME being that of --out.
+"""
+
+import argparse
+import csv
+import os
+import shutil
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from seqmodels.sweeps.labels import labels
+from seqmodels.sweeps.results import EQUAL_TIME, mean_and_spread
+from seqmodels.sweeps.trial import read_json
+
+FILES = ("results.csv", "report.md", "losses.png", "bars.png", "quality.png")
+FIGURES = {  # of the short table: column to its heading and format
+    "parameters": ("parameters", ",.0f"),
+    "validation.loss": ("validation loss, nats a token", ".4f"),
+    "validation.bits_per_byte": ("bits a byte", ".4f"),
+    "tokens_per_second": ("tokens/s", ",.0f"),
+    EQUAL_TIME: ("training loss at equal time", ".4f"),
+}
+
+
+def read(sweep: Path) -> dict[str, list[dict]]:
+    """Rows of a sweep's results.csv that are done, the seeds of a trial together by its label."""
+    with (sweep / "results.csv").open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row["status"] == "done"]
+    set_fields = [read_json(sweep / "trials" / row["id"] / "trial.json").get("overrides", {}) for row in rows]
+    groups: dict[str, list[dict]] = {}
+    for row, label in zip(rows, labels(set_fields), strict=True):
+        groups.setdefault(label, []).append(row)
+    return groups
+
+
+def table(groups: dict[str, list[dict]], metric: str = "validation.loss") -> str:
+    """Markdown, one row a trial; after the metric, what it has less than the first, seed by seed."""
+    there = {name for rows in groups.values() for row in rows for name, cell in row.items() if cell}
+    figures = {name: about for name, about in FIGURES.items() if name in there}
+    heading = [cell for name, (text, _) in figures.items() for cell in (text, *["less the first"] * (name == metric))]
+    lines = [f"| trial | seeds | {' | '.join(heading)} |", f"|---|---{'|---:' * len(heading)}|"]
+    first = next(iter(groups.values()), [])
+    for label, rows in groups.items():
+        cells = [label, str(len(rows))]
+        for name, (_, form) in figures.items():
+            cells.append(figure([float(row[name]) for row in rows if row[name]], form))
+            if name == metric:
+                base = {row["seed"]: row[name] for row in first if row[name]}
+                pairs = [(row[name], base[row["seed"]]) for row in rows if row[name] and row["seed"] in base]
+                cells.append("" if rows is first else figure([float(a) - float(b) for a, b in pairs], "+" + form))
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def figure(values: list[float], form: str) -> str:
+    """Mean and sample standard deviation."""
+    mean, spread = mean_and_spread(values)
+    if not values:
+        return "–"
+    return f"{mean:{form}}" + (f" ± {spread:{form.lstrip('+')}}" if spread else "")
+
+
+def insert(page: Path, name: str, text: str) -> None:
+    """Replaces what stands between the marks of `name`. Raises ValueError where they are not there once each."""
+    before = page.read_text()
+    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    if before.count(begin) != 1 or before.count(end) != 1 or before.index(begin) > before.index(end):
+        raise ValueError(f"{page}: must have {begin} and {end}, once each")
+    head, rest = before.split(begin)
+    page.write_text(f"{head}{begin}\n{text}\n{end}{rest.split(end)[1]}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("sweep", type=Path, help="directory of a sweep")
+    parser.add_argument("--out", type=Path, required=True, help="directory, such as docs/results/densemamba")
+    parser.add_argument("--page", type=Path, help="Markdown file with the marks")
+    options = parser.parse_args()
+    if not (options.sweep / "report.md").exists():
+        parser.error(f"{options.sweep}: no report.md in it; sweep.py writes one")
+    options.out.mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        if (options.sweep / name).exists():
+            shutil.copyfile(options.sweep / name, options.out / name)
+    text = table(read(options.sweep))
+    print(text)
+    if options.page:
+        link = os.path.relpath(options.out / "report.md", options.page.parent)
+        try:
+            insert(options.page, options.out.name, f"\n{text}\n\nAll of it: [{link}]({link}).\n")
+        except ValueError as error:
+            parser.error(str(error))
+
+
+if __name__ == "__main__":
+    main()
