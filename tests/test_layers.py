@@ -10,7 +10,7 @@ import pytest
 
 from seqmodels.errors import UserError
 from seqmodels.layers.mlp import Mlp
-from seqmodels.layers.norm import RMSNorm, rms_norm
+from seqmodels.layers.norm import RMSNorm, gated_norm, rms_norm
 from seqmodels.layers.rope import rope
 from seqmodels.mixers.attention import EMPTY, Attention
 from seqmodels.sequence import make_sequence
@@ -70,6 +70,25 @@ def test_rms_norm_of_bfloat16_squares_in_float32():
     want /= np.sqrt((want**2).mean(-1, keepdims=True) + 1e-5)
     assert y.dtype == jnp.bfloat16
     np.testing.assert_allclose(np.asarray(y, np.float64), want, rtol=2**-8)
+
+
+@pytest.mark.parametrize("groups", [1, 4])
+def test_gated_norm(groups):
+    """Values, and gradients against the derivatives that JAX makes of the formula itself."""
+    x, z, dy = (normal(2, 3, WIDTH, seed=seed) for seed in (0, 1, 2))
+    inputs = (x, z, normal(WIDTH, seed=3))
+
+    def formula(x, z, scale):
+        x = (x * z / (1 + jnp.exp(-z))).reshape(2, 3, groups, -1)
+        return (x / jnp.sqrt(jnp.mean(x**2, axis=-1, keepdims=True) + 0.1)).reshape(z.shape) * scale
+
+    y, pullback = jax.vjp(lambda *inputs: gated_norm(*inputs, groups, 0.1), *map(jnp.float32, inputs))
+    got = (y, *pullback(jnp.float32(dy)))
+    with jax.enable_x64(True):
+        want, pullback = jax.vjp(formula, *map(jnp.float64, inputs))
+        want = (want, *pullback(jnp.float64(dy)))
+    for ours, theirs in zip(got, want, strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
 def test_norm_declares_its_axis():

@@ -44,6 +44,46 @@ def _backward(eps, kept, dy):
 rms_norm.defvjp(_forward, _backward)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def gated_norm(x, z, scale, groups=1, eps=1e-5):
+    """x silu(z) over its root mean square of each group of channels, times scale (Dao and Gu 2024, section 7).
+
+    x, z are [..., E], scale [E]; all is float32 but the result, which has the dtype of x. The backward pass keeps x, z
+    and the result.
+    """
+    return _gated_forward(x, z, scale, groups, eps)[0]
+
+
+def _gated(x, z):
+    return x.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
+
+
+def _grouped(x, groups):
+    return x.astype(jnp.float32).reshape(*x.shape[:-1], groups, -1)
+
+
+def _gated_forward(x, z, scale, groups, eps):
+    gated = _grouped(_gated(x, z), groups)
+    reciprocal = jax.lax.rsqrt(jnp.mean(gated * gated, axis=-1, keepdims=True) + eps)
+    y = ((gated * reciprocal).reshape(x.shape) * scale).astype(x.dtype)
+    reciprocal, y = checkpoint_name(reciprocal, "statistics"), checkpoint_name(y, "readout")
+    return y, (x, z, scale, reciprocal, y)
+
+
+def _gated_backward(groups, eps, kept, dy):
+    """As `_backward`; the mean of g n is that of dy y, which are half as many bytes to read as x, z, dy in float32."""
+    x, z, scale, reciprocal, y = kept
+    gated, pullback = jax.vjp(_gated, x, z)
+    normed = _grouped(gated, groups) * reciprocal
+    mean = jnp.mean(_grouped(dy, groups) * _grouped(y, groups), axis=-1, keepdims=True)
+    dgated = reciprocal * (_grouped(dy * scale, groups) - normed * mean)
+    dscale = jnp.sum(dy * normed.reshape(x.shape), axis=range(x.ndim - 1))
+    return *pullback(dgated.reshape(x.shape)), dscale
+
+
+gated_norm.defvjp(_gated_forward, _gated_backward)
+
+
 class RMSNorm(nn.Module):
     """`rms_norm` over the last axis with a learned float32 scale [D], which starts at one.
 

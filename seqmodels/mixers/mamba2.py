@@ -11,7 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from seqmodels.errors import UserError
 from seqmodels.layers.matmul import wide_matmul
-from seqmodels.layers.norm import rms_norm
+from seqmodels.layers.norm import gated_norm
 from seqmodels.mixers.mamba import init_dt_bias, uniform
 from seqmodels.mixers.matrix import Stream, finish, read
 from seqmodels.parallel import short_conv
@@ -41,13 +41,7 @@ class Readout:
     def finish(self, y: jax.Array) -> jax.Array:
         """norm((y + D x) silu(z)), the norm over the channels of a group: y [B, T, H, P] to [B, T, E]."""
         y = checkpoint_name((y + self.D[:, None] * self.x).astype(self.x.dtype), "readout")
-        return gated_norm(y.reshape(self.z.shape), self.z, self.scale, self.groups, self.eps).astype(self.x.dtype)
-
-
-def gated_norm(y: jax.Array, z: jax.Array, scale: jax.Array, groups: int, eps: float) -> jax.Array:
-    """rms_norm(y silu(z)) of each group of channels, times scale: y, z [B, T, E], scale [E], to float32 [B, T, E]."""
-    y = y.astype(jnp.float32) * jax.nn.silu(z.astype(jnp.float32))
-    return rms_norm(y.reshape(*y.shape[:2], groups, -1), None, eps).reshape(y.shape) * scale
+        return gated_norm(y.reshape(self.z.shape), self.z, self.scale, self.groups, self.eps)
 
 
 def init_A_log(key, shape, dtype=jnp.float32):
