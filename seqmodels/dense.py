@@ -11,7 +11,8 @@ open where the lower states enter, and no code of DenseMamba was published; so e
     rank    s_t = a s_{t-1} + (dt u) B + sum_past (g_E dt^i u^i) (g_N P B^i): kept with this layer's decay
     carry   h_t = a h_{t-1} + (dt u) B + sum_past g_E g_N P s^i, y = h C: the lower states are added, and carried on
 
-g_E [E] and g_N [N] depend on the token. READ runs as one grouped selective scan, which computes the lower states again.
+g_E [E] and g_N [N] depend on the token. READ runs as one grouped selective scan, which computes the lower states again
+(those beyond the third in a scan each).
 """
 
 from collections.abc import Mapping
@@ -32,6 +33,7 @@ from seqmodels.sequence import Sequence
 VARIANTS = ("read", "input", "output", "rank", "carry")
 GATES = ("channel", "state", "both", "none")
 PROJECTIONS = ("identity", "linear")
+GROUPS = 4  # states of one grouped scan: the GPU kernels hold no more in registers
 ACTIVATIONS = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid, "identity": lambda x: x}
 
 
@@ -176,9 +178,17 @@ class DenseFusion(nn.Module):
             y = y + gated(channel, [self.norm_channel(v) for v in lower])
             return skip_and_gate(y, own.u, readout), new, None, own
         C = jnp.concatenate([readout.C[:, :, None], query], axis=2)
-        options = dict(D=readout.D, z=readout.z, weights=channel)
-        y, new = self._scan(seq, C, **stack([own, *sources]), **options)
-        return y, new[:, 0], None, own
+        if len(sources) < GROUPS:
+            options = dict(D=readout.D, z=readout.z, weights=channel)
+            y, new = self._scan(seq, C, **stack([own, *sources]), **options)
+            return y, new[:, 0], None, own
+        near, far = slice(GROUPS - 1), slice(GROUPS - 1, None)
+        shared = channel is None or channel.shape[2] == 1
+        streams = stack([own, *sources[near]])
+        y, new = self._scan(seq, C[:, :, :GROUPS], **streams, weights=channel if shared else channel[:, :, near])
+        lower = [self._plain(s, query[:, :, GROUPS - 1 + i], seq)[0] for i, s in enumerate(sources[far])]
+        y = y + gated(channel if shared else channel[:, :, far], lower)
+        return skip_and_gate(y, own.u, readout), new[:, 0], None, own
 
     def _input(self, own, readout, sources, seq, channel, state, P, carried):
         keys = [s.B if P is None else s.B @ P.T for s in sources]

@@ -10,6 +10,7 @@ import pytest
 
 from configs.densemamba import get_config
 from kernels.selective_scan import xla
+from seqmodels import dense
 from seqmodels.errors import UserError
 from seqmodels.model import build
 
@@ -163,6 +164,13 @@ def test_equals_stored_states(case):
     for (path, x), reference in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
         scale = max(np.linalg.norm(reference), 1e-6)
         assert np.linalg.norm(x - np.asarray(reference)) < 5e-5 * scale, jax.tree_util.keystr(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [dict(gate="both", per_source=True), dict(gate="none")], ids=["gates", "none"])
+def test_more_states_than_one_scan_holds(case, monkeypatch):
+    monkeypatch.setattr(dense, "GROUPS", 2)  # the layer's own and one below: the other has a scan to itself
+    test_equals_stored_states(dict(variant="read", **case))
 
 
 @pytest.mark.parametrize(
