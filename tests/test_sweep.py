@@ -18,7 +18,7 @@ import pytest
 from absl import flags
 
 import sweep
-from configs import densemamba
+from configs import densemamba, denseretnet
 from configs.trials import chain, product, vary, zipped
 from seqmodels import cli
 from seqmodels.errors import UserError
@@ -123,6 +123,19 @@ def test_parameters_are_counted_as_the_model_has_them(fields):
     model.update(width=48, repeats=5)
     model.dense.update(**fields)
     assert densemamba.parameters(model) == count(model)
+
+
+@pytest.mark.parametrize("module, name", [(densemamba, "budgets"), (densemamba, "pair"), (denseretnet, "forms")])
+def test_other_sweeps_of_25m_are_of_valid_and_different_models(module, name):
+    config, trials = module.get_config("25m"), []
+    module.SWEEPS[name](trials.append, "25m")
+    resolved = [definition.resolve(config, trial, name) for trial in trials]
+    assert len({trial.to_json() for trial in resolved}) == len(trials) >= 2
+    models = {trial.model.to_json(): trial.model for trial in resolved}
+    assert all(2e7 < (size := count(model)) < 3e7 for model in models.values()), size
+    if name == "forms":
+        none, control, published = (count(trial.model) for trial in resolved[:3])
+        assert none < control and abs(control / published - 1) < 0.005
 
 
 @pytest.mark.parametrize("field, bound", [("width", 0.0005), ("dt_rank", 0.0005)])

@@ -61,6 +61,13 @@ def test_other_evaluators_are_run_on_what_is_trained(tmp_path):
     assert len(fakes.calls()) == started == 2  # what is trained is not trained again
 
 
+def test_the_first_seed_of_every_trial_comes_before_the_second_of_any(tmp_path):
+    fakes = Fakes(tmp_path, ("fine", "better"))
+    fakes.run("--seeds=2", "--evals=none")
+    seeds = {row["id"]: row["seed"] for row in fakes.rows()}
+    assert [seeds[call["id"]] for call in fakes.calls()] == ["0", "0", "1", "1"]
+
+
 def test_killed_sweep_leaves_its_trial_alone_and_goes_on(tmp_path):
     """kill -9 of the sweep only: the trial under way runs on, nobody runs it beside, and its work is not lost."""
     fakes = Fakes(tmp_path, ("fine", "better"))
