@@ -25,6 +25,7 @@ FIGURES = {  # of the short table: column to its heading and format
     "parameters": ("parameters", ",.0f"),
     "validation.loss": ("validation loss, nats a token", ".4f"),
     "validation.bits_per_byte": ("bits a byte", ".4f"),
+    "test.accuracy": ("accuracy", ".4f"),
     "tokens_per_second": ("tokens/s", ",.0f"),
     EQUAL_TIME: ("training loss at equal time", ".4f"),
 }
