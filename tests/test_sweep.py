@@ -250,12 +250,16 @@ def test_slots_of_gpus(monkeypatch):
 
 def test_slots_that_share_a_gpu_have_its_memory_and_locks_between_them(monkeypatch):
     config = densemamba.get_config()
+    monkeypatch.delenv("XLA_PYTHON_CLIENT_MEM_FRACTION", raising=False)
     monkeypatch.delenv("JAX_PLATFORMS", raising=False)
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
     alone, shared = devices.slots(0, config), devices.slots(0, config, per_gpu=3)
     assert [slot.environment["CUDA_VISIBLE_DEVICES"] for slot in shared] == ["0", "1"] * 3
-    assert all(float(slot.environment["XLA_PYTHON_CLIENT_MEM_FRACTION"]) <= 1 / 3 for slot in shared)
-    assert "XLA_PYTHON_CLIENT_MEM_FRACTION" not in alone[0].environment
+    assert all(float(slot.environment["XLA_CLIENT_MEM_FRACTION"]) <= 1 / 3 for slot in shared)
+    assert "XLA_CLIENT_MEM_FRACTION" not in alone[0].environment
+    monkeypatch.setenv("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.9")
+    renamed = devices.slots(1, config, per_gpu=2)[0].environment
+    assert float(renamed["XLA_PYTHON_CLIENT_MEM_FRACTION"]) <= 1 / 2 and "XLA_CLIENT_MEM_FRACTION" not in renamed
     assert {slot.sharing for slot in shared} == {3} and {slot.sharing for slot in alone} == {1}
     of_first = [lock for slot in shared[::2] for lock in slot.locks]  # apart, and together what one alone would take
     assert len(set(of_first)) == len(of_first) and set(of_first) == set(alone[0].locks)

@@ -102,6 +102,7 @@ def _gpu_slot(names: list[str], share: int, sharing: int) -> Slot:
 
     parts = range(share * PARTS // sharing, (share + 1) * PARTS // sharing)
     environment = {"CUDA_VISIBLE_DEVICES": ",".join(names)}
-    if sharing > 1:
-        environment["XLA_PYTHON_CLIENT_MEM_FRACTION"] = f"{MEMORY / sharing:.3f}"
+    if sharing > 1:  # of JAX's two names for it only one may be set
+        old, new = "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"
+        environment[old if old in os.environ else new] = f"{MEMORY / sharing:.3f}"
     return Slot(environment, locks=tuple(lock(name, part) for name in names for part in parts), sharing=sharing)
