@@ -72,13 +72,14 @@ def main(flag_values: flags.FlagValues) -> int:
             if trial.record()["status"] != "done":
                 print(trial.line)
         return 0
-    definition.keep(folder, flag_values.spec, flag_values.sweep, trials)
+    commands = definition.keep(folder, flag_values.spec, flag_values.sweep, trials, command)
     stop = Stop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
     unkept = _run(trials, folder, flag_values, stop)
     lined = results.of_trials(trials, unkept)
-    _write(folder, f"{flag_values.sweep} of {flag_values.spec}", lined + compared, command, flag_values.metric)
+    title = f"{flag_values.sweep} of {flag_values.spec}"
+    _write(folder, title, lined + compared, "\n".join(commands), flag_values.metric)
     return _end(lined, stop)
 
 

@@ -215,6 +215,9 @@ def test_directory_of_another_sweep_is_refused(tmp_path):
     trials = define(tmp_path)
     definition.keep(tmp_path, "a.py", "ablation", trials)
     definition.keep(tmp_path, "a.py", "ablation", trials[:2])
+    assert definition.keep(tmp_path, "a.py", "ablation", trials, "one") == ["one"]
+    assert definition.keep(tmp_path, "a.py", "ablation", trials, "two") == ["one", "two"]
+    assert definition.keep(tmp_path, "a.py", "ablation", trials, "one") == ["one", "two"]
     with pytest.raises(UserError, match=r"holds sweep ablation of a.py, not miniature of a.py"):
         definition.keep(tmp_path, "a.py", "miniature", trials)
 

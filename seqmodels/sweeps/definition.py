@@ -47,20 +47,25 @@ def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path, e
     return list(trials.values())
 
 
-def keep(folder: Path, spec: str, name: str, trials: list[Trial]) -> None:
-    """Writes `sweep.json`, which says whose directory this is. Raises: UserError where it is another sweep's."""
+def keep(folder: Path, spec: str, name: str, trials: list[Trial], command: str = "") -> list[str]:
+    """Writes `sweep.json`, which says whose directory this is, and returns the commands that have worked in it so far.
+
+    Raises: UserError where it is another sweep's.
+    """
     before = read_json(folder / "sweep.json")
     if before and (before["config"], before["sweep"]) != (spec, name):
         raise UserError(
             f"--out={folder}: holds sweep {before['sweep']} of {before['config']}, not {name} of {spec}; take another"
         )
-    about = {"config": spec, "sweep": name, "trials": [trial.id for trial in trials]}
+    commands = list(dict.fromkeys([*before.get("commands", []), *([command] if command else [])]))
+    about = {"config": spec, "sweep": name, "trials": [trial.id for trial in trials], "commands": commands}
     try:
         (folder / "trials").mkdir(parents=True, exist_ok=True)
         with waited(folder / "sweep.lock"):
             replace_file(folder / "sweep.json", json.dumps(about, indent=2) + "\n")
     except OSError as error:
         raise UserError(f"--out={folder}: cannot be written ({error.strerror})") from error
+    return commands
 
 
 def options(texts: list[str]) -> dict[str, object]:
