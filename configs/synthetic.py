@@ -241,7 +241,7 @@ def sweep_rates(add: Callable[[dict], None], arg: str | None = None) -> None:
 
 def sweep_two_rates(add: Callable[[dict], None], arg: str | None = None) -> None:
     """The mixers at two learning rates that one or the other of them prefers: the shortest fair comparison."""
-    for trial in product(vary("optimizer.learning_rate", 5e-3, 1e-3), trials_of(arg)):
+    for trial in product(vary("optimizer.learning_rate", 1e-2, 2e-3), trials_of(arg)):
         add(trial)
 
 
