@@ -246,9 +246,9 @@ def program(case: Case, implementation: str, kind: str, together: int) -> Callab
     return run
 
 
-def check(case: Case, run: Callable) -> float:
+def check(case: Case, run: Callable, together: int) -> float:
     """Largest relative error of the outputs, and of the gradients if `run` makes them, against float64."""
-    got = case.picked(*run([case.checked])[0])
+    got = case.picked(*run([case.checked for _ in range(together)])[0])
     worst = 0.0
     for ours, truth in zip(got, case.truth, strict=True):
         for name in ours:
@@ -372,9 +372,7 @@ def figures(case: Case, implementation: str, kind: str, floor: float, repeat: in
     """Median milliseconds of one call, and its error, None if it is not to be checked."""
     together = TOGETHER if floor < SHORT and jax.default_backend() != "cpu" else 1
     run = program(case, implementation, kind, together)
-    error = None
-    if checked:
-        error = check(case, run if together == 1 else program(case, implementation, kind, 1))
+    error = check(case, run, together) if checked else None
     count = max(2, min(8, math.ceil(CACHE / case.bytes_of(case.arguments) / together)))
     sets = [[case.draw(2 + i * together + j) for j in range(together)] for i in range(count)]
     return 1e3 * measure(run, sets, repeat) / together, error

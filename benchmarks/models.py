@@ -6,10 +6,11 @@ r"""Times training steps of configs on random tokens, and keeps the figures.
     python benchmarks/models.py --config=configs/mamba.py --config.batch_size=2 --config.seq_len=512 \
         --config.model.vocab_size=256
 
-Whole steps: forward, backward, optimizer, with the state donated, as train.py runs them. Each figure is the median over
---repeats timings, each of as many steps as take --seconds, after compiling and a warm-up. Results go to
-benchmarks/results/models_<device>.json, one object for each config, batch and length; a new figure takes the place of
-an old one. With --profile, some steps more are traced, and the kernels that take longest on the device are listed.
+Whole steps: forward, backward, optimizer, with the state donated, as train.py runs them. Rows compile beside each other
+(so their compile_seconds are long), and run one after another. Each figure is the median over --repeats timings, each
+of as many steps as take --seconds, after compiling and a warm-up. They go to benchmarks/results/models_<device>.json,
+one object for each config, batch and length; a new figure takes the place of an old one. With --profile, some steps
+more are traced, and the kernels that take longest on the device are listed.
 """
 
 import datetime
@@ -20,6 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -53,6 +55,9 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_float("seconds", 1.0, "Time of one timing, at least; a step at least.", flag_values=flag_values)
     flags.DEFINE_integer("repeats", 5, "Timings, of which the median counts.", flag_values=flag_values)
     flags.DEFINE_string("label", "", "Name of the result; the config's if left out.", flag_values=flag_values)
+    flags.DEFINE_boolean(
+        "turn", False, "Wait for a line of input between compiling and running.", flag_values=flag_values
+    )
     flags.DEFINE_string("out", "", "File of results; by device if left out.", flag_values=flag_values)
     flags.DEFINE_string("profile", "", "Folder for a trace of some steps more.", flag_values=flag_values)
     flags.DEFINE_integer("kernels", 40, "Kernels that a profile lists.", flag_values=flag_values)
@@ -64,7 +69,8 @@ def main(flag_values: flags.FlagValues) -> int:
         return measure_rows(flag_values.rows.split(","), options)
     config = flag_values.config
     cli.use_platform(config.platform)
-    result = measure(config, **{name: options[name] for name in ("seconds", "repeats", "profile", "kernels")})
+    known = {name: options[name] for name in ("seconds", "repeats", "profile", "kernels")}
+    result = measure(config, **known, turn=sys.stdin.readline if flag_values.turn else None)
     result = dict(config=flag_values.label or config.name, **result)
     path = Path(options["out"] or RESULTS / f"models_{slug(result['device'])}.json")
     record(path, result, key=("config", "batch", "length", "device"))
@@ -73,8 +79,8 @@ def main(flag_values: flags.FlagValues) -> int:
 
 
 def measure_rows(rows: list[str], options: dict) -> int:
-    """Each of ROWS in a process of its own, so that its peak memory is its own."""
-    failed = 0
+    """Each of ROWS in a process of its own, for the sake of its peak memory: all compile at once, then run in turn."""
+    processes = []
     for row in rows:
         if row not in ROWS:
             raise UserError(f"--rows={row}: there are {', '.join(ROWS)}")
@@ -85,18 +91,24 @@ def measure_rows(rows: list[str], options: dict) -> int:
         command += [f"--config.{name}={value}" for name, value in fields.items()]
         command += [f"--{name}={value}" for name, value in options.items() if name != "profile"]
         command += [f"--profile={options['profile']}/{row}"] if options["profile"] else []
+        # Of the GPU's memory: the longest rows need it, and none may take it before its turn
+        memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+        processes.append(subprocess.Popen([*command, "--turn"], env={**memory, **os.environ}, stdin=subprocess.PIPE))
+    for row, process in zip(rows, processes, strict=True):
         print(f"{row}:", flush=True)
-        environment = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", **os.environ}  # of the GPU; the longest rows need it
-        failed += subprocess.run(command, env=environment).returncode != 0
-    return int(failed > 0)
+        process.communicate(b"\n")
+    return int(any(process.returncode for process in processes))
 
 
-def measure(config, seconds: float, repeats: int, profile: str = "", kernels: int = 40) -> dict:
+def measure(
+    config, seconds: float, repeats: int, profile: str = "", kernels: int = 40, turn: Callable[[], object] | None = None
+) -> dict:
     """Seconds a step, tokens/s, MFU and peak memory of `config` on the devices at hand.
 
     Args:
         seconds: of one of `repeats` timings, at least.
         profile: folder for a trace of some steps more, of which the `kernels` longest are printed; "": none.
+        turn: called when all is compiled; returns when this process may use the device.
     """
     import jax
     import numpy as np
@@ -106,7 +118,7 @@ def measure(config, seconds: float, repeats: int, profile: str = "", kernels: in
     from seqmodels.model import build
     from seqmodels.training import flops, sharding
     from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
-    from seqmodels.training.state import abstract_params, abstract_state, init_state
+    from seqmodels.training.state import abstract_params, abstract_state, lower_init
     from seqmodels.training.step import lower_train_step, make_train_step
 
     validate(config)
@@ -128,7 +140,10 @@ def measure(config, seconds: float, repeats: int, profile: str = "", kernels: in
         start = time.perf_counter()
         compiled = lower_train_step(train_step, abstract, config, mesh).compile()
         compile_seconds = time.perf_counter() - start
-        state = init_state(model, optimizer, config, abstract)
+        init = lower_init(model, optimizer, config, abstract).compile()
+        if turn:
+            turn()
+        state = init(jax.random.key(config.seed))
         batches = [batch() for _ in range(4)]
         state, metrics = compiled(state, batches[0])
         first_loss = float(metrics["loss"])

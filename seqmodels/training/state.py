@@ -77,6 +77,13 @@ def init_state(
     model: nn.Module, optimizer: optax.GradientTransformation, config: ConfigDict, abstract: TrainState
 ) -> TrainState:
     """A fresh state, each device making its own part: the same values on every mesh."""
+    return lower_init(model, optimizer, config, abstract).compile()(jax.random.key(config.seed))
+
+
+def lower_init(
+    model: nn.Module, optimizer: optax.GradientTransformation, config: ConfigDict, abstract: TrainState
+) -> jax.stages.Lowered:
+    """The function from a key to a fresh state, to be compiled."""
 
     def create(key):
         params = sharding.unbox(_init_params(model, config)(key))
@@ -91,7 +98,7 @@ def init_state(
         )
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
-    return jax.jit(create, out_shardings=shardings)(jax.random.key(config.seed))
+    return jax.jit(create, out_shardings=shardings).lower(jax.random.key(config.seed))
 
 
 def _init_params(model, config):

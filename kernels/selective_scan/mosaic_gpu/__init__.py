@@ -15,14 +15,13 @@ from kernels.segments import resets
 from kernels.selective_scan.mosaic_gpu import tuning
 from kernels.selective_scan.mosaic_gpu.backward import backward, backward_bytes
 from kernels.selective_scan.mosaic_gpu.forward import forward, forward_bytes
-from kernels.selective_scan.mosaic_gpu.stage import marks
+from kernels.selective_scan.mosaic_gpu.stage import SHARED, marks
 from kernels.selective_scan.mosaic_gpu.summary import end_of_gradient, end_of_state
 from kernels.selective_scan.mosaic_gpu.tile import SIZES, Tile
 from kernels.selective_scan.xla import FEW
 
 OVER_TIME = ("u", "dt", "B", "C", "z", "weights", "dy", "du", "ddt", "dz", "dweights")
 DTYPES = ("bfloat16", "float16", "float32")
-SHARED = 226 * 1024  # bytes of shared memory that a block may take, barriers aside
 
 
 def supports(platform, shape, dtype, named=False, **facts) -> str | None:

@@ -141,10 +141,10 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
 
             def start(item):
                 """dt, dt u, and dy times gate and weight, float32."""
-                g, place, slot = group_of(item), place_of(item), slot_of(item)
+                place, slot, of_group = place_of(item), slot_of(item), bias(group_of(item))
                 stage.wait(slot)
                 us = [stage.read("u", slot, token, offset, COLUMN) for token in tokens]
-                dts = prepare(stage, slot, chunk_of(item), tokens, offset, bias(g), softplus, length)
+                dts = prepare(stage, slot, chunk_of(item), tokens, offset, of_group, softplus, length)
                 dys = [stage.read("dy", slot, token, offset, COLUMN) for token in tokens]
                 if "z" in stage:
                     gates = [stage.read("z", slot, token, offset, COLUMN) for token in tokens]
@@ -153,7 +153,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                     at = token * block + offset
                     write(dt_s.at[place], at, dt)
                     write(x_s.at[place], at, tuple(d * u for d, u in zip(dt, u)))
-                    write(dy_s.at[place], at, weighted(g, slot, token, offset, dy))
+                    write(dy_s.at[place], at, weighted(group_of(item), slot, token, offset, dy))
                 plgpu.barrier_arrive(ready.at[place])
 
             vectors = PART * 2 * tile.shares  # sums of 4 states each
@@ -332,7 +332,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                 shares = [read(own, token * row_of_token + offset, COLUMN, at=a) for a in at]
                 return tuple(sum(terms[1:], start=terms[0]) for terms in zip(*shares))
 
-            def by_channel(item, part, number, total, dD, dbias):
+            def by_channel(item, part, number, bias, total, dD, dbias):
                 """du, ddt, dz, dweights; the running dD and dbias. total: the groups' readouts so far, for dz."""
                 g, slot, place, index = group_of(item), slot_of(item), place_of(item), chunk_of(item)
                 skip = tuple(pick(g == 0, d, jnp.zeros_like(d)) for d in D)
@@ -345,7 +345,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                 s = {name: stage.read(name, slot, token, offset, COLUMN) for name in names}
                 ddt = tuple(q * LN2 + u * gb for q, u, gb in zip(q_A, s["u"], g_B))
                 if softplus:
-                    ddt = tuple(d * lanes.sigmoid(r + o) for d, r, o in zip(ddt, s["dt"], bias(g)))
+                    ddt = tuple(d * lanes.sigmoid(r + o) for d, r, o in zip(ddt, s["dt"], bias))
                 real = stage.real(slot, token, index, length)
                 ddt = ddt if real is None else tuple(jnp.where(real, d, 0) for d in ddt)
                 du = tuple(t * gb + d * x for t, gb, d, x in zip(step, g_B, skip, dy))
@@ -377,12 +377,12 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
 
             def step(item, carry):
                 total, dD, dbias = carry
-                total = list(total)
+                total, of_group = list(total), bias(group_of(item))
                 stage.wait(slot_of(item))
                 for i, (part, number) in enumerate(passes):
                     if number == 0:
                         plgpu.barrier_wait(done.at[buffer_of(item, part)])
-                    total[i], dD, dbias = by_channel(item, part, number, total[i], dD, dbias)
+                    total[i], dD, dbias = by_channel(item, part, number, of_group, total[i], dD, dbias)
                     if i + 1 == len(passes) or passes[i + 1][0] != part:
                         plgpu.barrier_arrive(free.at[buffer_of(item, part)])
                 plgpu.barrier_arrive(spent.at[place_of(item)])

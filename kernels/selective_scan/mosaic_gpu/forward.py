@@ -24,7 +24,7 @@ f32 = jnp.float32
 SLOTS = 3  # chunks in shared memory
 HELD = 8  # states of a channel and group that one thread takes at most, if a second warpgroup can take the rest
 # By states a thread: tokens by which operands are loaded before they are worked on, and tokens written out
-AHEAD, STRETCH = {1: 8, 2: 8, 4: 4, 8: 4}, {1: 64, 2: 64, 4: 16, 8: 16}
+AHEAD, STRETCH = {1: 8, 2: 8, 4: 3, 8: 4}, {1: 64, 2: 64, 4: 16, 8: 16}
 
 
 @functools.partial(

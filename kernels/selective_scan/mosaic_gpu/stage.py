@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from kernels import lanes
 from kernels.lanes import read
 
+SHARED = 226 * 1024  # bytes of shared memory that a block may take, barriers aside
 MARKS = 8  # numbers a token in `marks`, for copies must be multiples of 128 bytes
 MARKED = jax.ShapeDtypeStruct((1, 1, MARKS), jnp.float32)
 

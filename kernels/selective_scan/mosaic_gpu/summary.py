@@ -18,14 +18,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import lanes
 from kernels.lanes import LOG2E, THREADS, read, write
-from kernels.selective_scan.mosaic_gpu.stage import Stage, prepare
+from kernels.selective_scan.mosaic_gpu.stage import SHARED, Stage, prepare
 from kernels.selective_scan.mosaic_gpu.tile import thread_index
 
 f32 = jnp.float32
 BLOCK = 128  # channels
-CHUNK = 16  # tokens
+CHUNKS = (16, 8, 4)  # tokens, as many as fit in shared memory
 SLOTS = 3  # chunks in shared memory
-UNROLL = 4  # tokens whose operands are loaded before the first is worked on
+AHEAD = 4  # tokens by which operands are loaded before they are worked on
 WORKERS = 2  # warpgroups that share the states of a channel
 
 
@@ -57,8 +57,11 @@ def end_of_gradient(dt, A, C, z, dt_bias, weights, marks, dy, *, softplus):
 def _summary(arrays, A, dt_bias, softplus, reverse):
     batch, length, groups, _ = arrays["dt"].shape
     _, padded, states = A.shape
-    chunk, steps, own = CHUNK, -(-length // CHUNK), states // WORKERS
-    stage = Stage(arrays, chunk, BLOCK, groups, SLOTS)
+    stages = [Stage(arrays, chunk, BLOCK, groups, SLOTS) for chunk in CHUNKS]
+    sizes = [stage.bytes() + 2 * SLOTS * stage.chunk * groups * BLOCK * 4 for stage in stages]
+    stage = next((stage for stage, size in zip(stages, sizes) if size <= SHARED), stages[-1])
+    chunk, own = stage.chunk, states // WORKERS
+    steps = -(-length // chunk)
     passes = THREADS * 4 // BLOCK  # tokens that the first warpgroup takes at once
 
     def body(*refs):
@@ -156,13 +159,12 @@ def _summary(arrays, A, dt_bias, softplus, reverse):
                 plgpu.barrier_wait(ready.at[slot])
                 stage.wait(slot)
 
-                def several(i, h):
-                    times = [i * UNROLL + k for k in range(UNROLL)]
-                    for operand in [operands(slot, chunk - 1 - t if reverse else t) for t in times]:
-                        h = advance(h, operand)
-                    return h
-
-                h = lax.fori_loop(0, chunk // UNROLL, several, h)
+                times = range(chunk)[::-1] if reverse else range(chunk)
+                queue = [operands(slot, t) for t in times[:AHEAD]]
+                for following in [*times[AHEAD:], *[None] * AHEAD]:
+                    if following is not None:
+                        queue.append(operands(slot, following))
+                    h = advance(h, queue.pop(0))
                 plgpu.barrier_arrive(done.at[slot])
                 return h
 

@@ -11,9 +11,9 @@ from kernels.selective_scan.mosaic_gpu.tile import Tile
 
 PROCESSORS = 132  # of an H100
 # One H100, bfloat16, N = 16, 2026-11-22 (benchmarks/notes/selective_scan_gpu.md): nanoseconds a token and block.
-FORWARD = {128: 106, 64: 70, 32: 34, 16: 21}  # by channels of a block
-BACKWARD = 330  # a block of 128 channels
-SUMMARY = {"forward": 106, "backward": 118}  # a block of 128 channels
+FORWARD = {128: 104, 64: 70, 32: 32, 16: 19}  # by channels of a block
+BACKWARD = 285  # a block of 128 channels
+SUMMARY = {"forward": 104, "backward": 111}  # a block of 128 channels
 SHORTEST = 256  # tokens of a piece
 WIDEST = max(FORWARD)
 
