@@ -68,9 +68,7 @@ def test_no_argument_is_the_small_preset(name):
     assert config_of(name) == config_of(name, "small") and config_of(name).name == name
 
 
-@pytest.mark.parametrize(
-    "arg, near", [("140m", "130m"), ("1.4B", "1.4b"), ("smal", "small"), ("zzzzzz", "small, 25m")]
-)
+@pytest.mark.parametrize("arg, near", [("140m", "130m"), ("1.4B", "1.4b"), ("smal", "small"), ("zzzzzz", "small, 25m")])
 def test_unknown_preset_names_the_nearest(arg, near):
     with pytest.raises(ValueError, match=near) as error:
         config_of("densemamba", arg)

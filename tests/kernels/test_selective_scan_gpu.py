@@ -23,6 +23,9 @@ from test_selective_scan import assert_close, documents, inputs
 from kernels import lanes
 from kernels.dispatch import UnsupportedError
 from kernels.selective_scan import mosaic_gpu, selective_scan
+from kernels.selective_scan.mosaic_gpu import summary
+from kernels.selective_scan.mosaic_gpu.stage import MARKED, SHARED
+from kernels.selective_scan.mosaic_gpu.tile import SIZES
 
 HERE = Path(__file__).resolve().parent
 SHAPE = dict(length=21, groups=2, width=130, state=9)
@@ -179,6 +182,31 @@ def test_no_races(interpreter):
         assert_equals_reference(args, {})
         assert not gpu_callbacks.get_races().races_found
     jax.clear_caches()
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("groups", [1, 2, 3, 4])
+@pytest.mark.parametrize("states", SIZES)
+def test_fits_in_shared_memory(states, groups, dtype):
+    """The chunks that are chosen, with everything that a call may have."""
+    shape = functools.partial(jax.ShapeDtypeStruct, dtype=dtype)
+    arrays = dict(
+        u=shape((1, 4096, groups, 256)),
+        dt=shape((1, 4096, groups, 256)),
+        A=jax.ShapeDtypeStruct((groups, 256, states), np.float32),
+        B=jax.ShapeDtypeStruct((1, 4096, groups, states), np.float32),
+        C=jax.ShapeDtypeStruct((1, 4096, groups, states), np.float32),
+        z=shape((1, 4096, 256)),
+        weights=shape((1, 4096, groups - 1, 256)) if groups > 1 else None,
+    )
+    assert mosaic_gpu.forward_chunks(arrays)
+    inputs = {name: arrays[name] for name in ("u", "dt", "B", "C", "z", "weights")}
+    chunk = mosaic_gpu.backward_chunk(arrays)
+    assert mosaic_gpu.backward_bytes(**inputs, states=states, chunk=chunk) <= SHARED
+    reverse = dict(dt=inputs["dt"], B=inputs["C"], dy=inputs["z"], z=inputs["z"], weights=inputs["weights"])
+    for read in (reverse, {name: inputs[name] for name in ("u", "dt", "B")}):
+        stage = summary.staged(read | dict(marks=MARKED))
+        assert summary.summary_bytes(stage) <= SHARED
 
 
 @pytest.mark.slow

@@ -57,11 +57,8 @@ def end_of_gradient(dt, A, C, z, dt_bias, weights, marks, dy, *, softplus):
 def _summary(arrays, A, dt_bias, softplus, reverse):
     batch, length, groups, _ = arrays["dt"].shape
     _, padded, states = A.shape
-    stages = [Stage(arrays, chunk, BLOCK, groups, SLOTS) for chunk in CHUNKS]
-    sizes = [stage.bytes() + 2 * SLOTS * stage.chunk * groups * BLOCK * 4 for stage in stages]
-    stage = next((stage for stage, size in zip(stages, sizes) if size <= SHARED), stages[-1])
-    chunk, own = stage.chunk, states // WORKERS
-    steps = -(-length // chunk)
+    stage, own = staged(arrays), states // WORKERS
+    chunk, steps = stage.chunk, -(-length // stage.chunk)
     passes = THREADS * 4 // BLOCK  # tokens that the first warpgroup takes at once
 
     def body(*refs):
@@ -195,3 +192,14 @@ def _summary(arrays, A, dt_bias, softplus, reverse):
     )
     end, total = kernel(*stage.arrays.values(), A * LOG2E, dt_bias)
     return end, jnp.sum(total, axis=1)
+
+
+def staged(arrays) -> Stage:
+    """The inputs in the longest chunks that fit in shared memory."""
+    stages = [Stage(arrays, chunk, BLOCK, arrays["dt"].shape[2], SLOTS) for chunk in CHUNKS]
+    return next((stage for stage in stages if summary_bytes(stage) <= SHARED), stages[-1])
+
+
+def summary_bytes(stage) -> int:
+    """Shared memory of a block."""
+    return stage.bytes() + 2 * SLOTS * stage.chunk * stage.groups * BLOCK * 4
