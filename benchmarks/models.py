@@ -39,9 +39,10 @@ ROWS = {
     "370m": ("configs/mamba.py:370m", 8, 2048, {}),
     "1.4b": ("configs/mamba.py:1.4b", 2, 2048, {}),
     "130m-16k": ("configs/mamba.py:130m", 1, 16384, {"training.loss_chunk": 8192}),
+    "densemamba-130m": ("configs/densemamba.py:130m", 8, 2048, {}),
     "mamba2-130m": ("configs/mamba2.py:130m", 8, 2048, {}),
     "mamba2-370m": ("configs/mamba2.py:370m", 8, 2048, {}),
-    "130m-262k": ("configs/mamba.py:130m", 1, 262144, {"training.loss_chunk": 16384, "model.remat": "block"}),
+    "130m-262k": ("configs/mamba.py:130m", 1, 262144, {"training.loss_chunk": 16384, "model.remat": "projected"}),
 }
 PROFILED = 3  # steps of a profile
 

@@ -34,7 +34,7 @@ def base() -> ConfigDict:
             dropout=0.0,  # on every residual branch
             dtype="float32",  # of activations and matmuls; parameters, states and losses are float32
             residual_dtype="float32",
-            remat="none",  # none | rescan | mixer | scan | block | dots | streams: what is kept (docs/training.md)
+            remat="none",  # none | rescan | mixer | projected | scan | block | dots | streams: what is kept
             scan_blocks=0,  # 0: layers unrolled; k: lax.scan over super-blocks of k repeats
         )
     )

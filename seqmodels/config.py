@@ -11,7 +11,7 @@ CHOICES = {
     "platform": ("", "cpu", "gpu", "tpu"),
     "model.dtype": ("float32", "bfloat16", "float16"),
     "model.residual_dtype": ("float32", "bfloat16", "float16"),
-    "model.remat": ("none", "rescan", "mixer", "scan", "block", "dots", "streams"),
+    "model.remat": ("none", "rescan", "mixer", "projected", "scan", "block", "dots", "streams"),
     "model.dense.variant": ("none", "read", "input", "output", "rank", "carry"),
     "model.dense.gate": ("channel", "state", "both", "none"),
     "model.dense.activation": ("silu", "sigmoid", "identity"),

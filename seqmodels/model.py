@@ -37,6 +37,7 @@ REMAT = {  # what of a block is kept for the backward pass; the rest is computed
     "block": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
     "mixer": jax.checkpoint_policies.save_only_these_names("projected", "stream"),  # again: norms, the scan
+    "projected": jax.checkpoint_policies.save_only_these_names("projected"),  # again: norms, convolutions, the scan
     "rescan": jax.checkpoint_policies.save_only_these_names(  # again: the scan over time, casts, gates
         "normed", "projected", "stream", "readout", "statistics"
     ),

@@ -276,7 +276,7 @@ def test_scan_over_blocks_equals_unrolled(variant, group):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("remat", ["rescan", "mixer", "scan", "block", "dots", "streams"])
+@pytest.mark.parametrize("remat", ["rescan", "mixer", "projected", "scan", "block", "dots", "streams"])
 def test_rematerialisation_changes_nothing(remat):
     model, params = make()
     saved, _ = make(model=dict(remat=remat))
@@ -299,7 +299,7 @@ def test_rematerialisation_keeps_less(pattern):
         backward = jax.eval_shape(lambda p: jax.vjp(lambda p: model.apply(p, tokens())[0], p)[1], params)
         return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(backward))
 
-    sizes = [kept(remat) for remat in ("none", "rescan", "mixer", "block")]
+    sizes = [kept(remat) for remat in ("none", "rescan", "mixer", "projected", "block")]
     assert sizes == sorted(set(sizes), reverse=True)
 
 

@@ -93,7 +93,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
         stage.bind(sources, buffers, b, e)
 
         def budget(registers):
-            """The walk needs more registers than a of_channel of what there is."""
+            """The walk needs more registers than a quarter of what there is."""
             if lanes.INTERPRET is None:
                 plgpu.set_max_registers(registers, action="increase" if registers > 128 else "decrease")
 
@@ -158,7 +158,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
 
             vectors = PART * 2 * tile.shares  # sums of 4 states each
             several = max(1, THREADS // vectors)  # neighbouring threads that share one
-            rows = tile.rows // several
+            rows = tile.rows // several  # a power of two
 
             def by_state(item, part):
                 """dB, dC of the block's channels."""
@@ -172,7 +172,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                     at += lax.rem(thread, several) * STATES
                     total = None
                     for i in range(rows):  # each vector starts elsewhere, else all would read the same bank
-                        row = lax.rem(vector + i, rows) * (several * STATES)
+                        row = ((vector + i) & (rows - 1)) * (several * STATES)
                         values = read(sums.at[buffer_of(item, part)], at + row, STATES, at=by_states)
                         total = values if total is None else tuple(a + v for a, v in zip(total, values))
                     for bit in range(several.bit_length() - 1):
@@ -265,12 +265,12 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                         grad = [d + dy[c] * k for d, k in zip(dstate[c], C)]
                         dstate[c] = [g * a for g, a in zip(grad, left[c])]
                         q = [d * s for d, s in zip(dstate[c], old[c])]
-                        dA[c] = [total + x * dt[c] for total, x in zip(dA[c], q)]
-                        dB = [add(total, g * x[c]) for total, g in zip(dB, grad)]
-                        dC = [add(total, dy[c] * s) for total, s in zip(dC, new[c])]
-                        g_B.append(total(g * b for g, b in zip(grad, B)))
-                        q_A.append(total(x * a for x, a in zip(q, A[c])))
-                        y.append(total(s * k for s, k in zip(new[c], C)))
+                        dA[c] = [before + x * dt[c] for before, x in zip(dA[c], q)]
+                        dB = [add(before, g * x[c]) for before, g in zip(dB, grad)]
+                        dC = [add(before, dy[c] * s) for before, s in zip(dC, new[c])]
+                        g_B.append(sum_of(g * b for g, b in zip(grad, B)))
+                        q_A.append(sum_of(x * a for x, a in zip(q, A[c])))
+                        y.append(sum_of(s * k for s, k in zip(new[c], C)))
                     for kind, values in enumerate((g_B, q_A, y)[: 2 + readout]):
                         at = number * row_of_token + kind * tile.shares * share_of_channels
                         write(own, share * share_of_channels + row * CHANNELS, tuple(values), at=at)
@@ -462,6 +462,6 @@ def add(total, term):
     return term if total is None else total + term
 
 
-def total(terms):
-    """Their sum, one after another."""
+def sum_of(terms):
+    """One after another, for products fuse with the addition that follows."""
     return functools.reduce(lambda a, b: a + b, terms)

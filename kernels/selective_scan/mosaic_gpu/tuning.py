@@ -15,6 +15,7 @@ FORWARD = {128: 104, 64: 70, 32: 32, 16: 19}  # by channels of a block
 BACKWARD = 285  # a block of 128 channels
 SUMMARY = {"forward": 104, "backward": 111}  # a block of 128 channels
 SHORTEST = 256  # tokens of a piece
+MOST = 32  # pieces, which fill the GPU well enough: their states are chained one by one, in code written out
 WIDEST = max(FORWARD)
 
 
@@ -47,9 +48,9 @@ def plan_backward(batch, length, width, states, count) -> int:
 
 
 def pieces_of(length):
-    """1, 2, 4 and so on, while pieces are not too short."""
+    """1, 2, 4 and so on, while pieces are not too short or too many."""
     pieces = [1]
-    while length >= 2 * SHORTEST * pieces[-1]:
+    while pieces[-1] < MOST and length >= 2 * SHORTEST * pieces[-1]:
         pieces.append(2 * pieces[-1])
     return pieces
 
