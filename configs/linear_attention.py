@@ -2,8 +2,8 @@
 
 Command:   python train.py --config=configs/linear_attention.py --workdir=runs/linear_attention
 Hardware:  2 CPU cores. `:130m` and `:350m` one GPU of 80 GB, `:1.4b` eight of them (lower training.accumulate to 4).
-Expected:  not yet measured
-Cost:      minutes of training on 2 CPU cores (small)
+Expected:  validation 3.539, test 3.562 bits per byte (small; 2026-11-22, docs/results/small.md; xz -9: 2.591, 2.543)
+Cost:      2 minutes of training on 2 CPU cores (small)
 
 Presets: small (no argument), 130m, 350m, 1.4b: the shapes and training of configs/transformer.py, with no rotary
 positions, as the paper has none in its attention.
