@@ -1,5 +1,6 @@
 """RetNet and DenseRetNet against float64 forms written from torchscale's and DenseRetNet's formulas."""
 
+import json
 import math
 
 import flax.linen as nn
@@ -11,9 +12,9 @@ import pytest
 from configs import denseretnet, retnet
 from configs.base import base
 from seqmodels.errors import UserError
-from seqmodels.interop.denseretnet import config_of, dense_weights
-from seqmodels.interop.denseretnet import weights as their_weights
+from seqmodels.interop.denseretnet import config_of
 from seqmodels.interop.huggingface import from_huggingface
+from seqmodels.interop.pretrained import load
 from seqmodels.layers.mlp import Mlp
 from seqmodels.mixers.retnet import RetNet, log_decay
 from seqmodels.model import build
@@ -153,19 +154,44 @@ def test_bad_fields_are_named(fields, message):
 
 # DenseRetNet: a file as its authors' code writes it, and what their equations make of it
 
-LAYERS, VOCABULARY, BOTTLENECKS = 3, 11, dict(bottleneck=6, bottleneck_state=3)
+LAYERS, VOCABULARY = 3, 11
+
+
+def tensors_of(width, layers, vocabulary, heads, keys, values, keys_rank, values_rank):
+    """Shape of each tensor in their files by its name; keys and values are those of all heads."""
+    shapes = {f"{name}.weight": (vocabulary, width) for name in ("model.embed_tokens", "lm_head")}
+    shapes["model.norm.weight"] = (width,)
+    for i in range(layers):
+        layer = {
+            "q_proj": (keys, width),
+            "k_proj": (keys, width),
+            "to_hidden.0": (2 * values, width),
+            "to_out.0": (width, values),
+            "group_norm": (values // heads,),
+            "k_select.fc1": (keys_rank, width),
+            "k_select.fc2": (keys, keys_rank),
+            "v_select.fc1": (values_rank, width),
+            "v_select.fc2": (values, values_rank),
+            "k_norm": (keys,),
+            "v_norm": (values,),
+        }
+        shapes |= {f"model.layers.{i}.self_attn.{name}.weight": shape for name, shape in layer.items()}
+        shapes[f"model.layers.{i}.input_layernorm.weight"] = (width,)
+    return shapes
 
 
 def random_file(depth):
-    """Their tensors by name, and config, of a tiny model."""
-    sizes = dict(width=D, repeats=LAYERS, vocab_size=VOCABULARY, dense=BOTTLENECKS)
-    model = dict(**sizes, retnet=dict(heads=H, key_dim=K, value_dim=V))
-    shapes = {w.theirs: w.their_shape for w in [*their_weights(model), *dense_weights(model, 0)]}
+    """Their tensors by name, and config, of a tiny model.
+
+    A draw in which no readout is less than a twentieth of what it is the sum of: the norm behind it makes what is left
+    after cancelling, and its rounding, large again.
+    """
+    shapes = tensors_of(D, LAYERS, VOCABULARY, H, H * K, H * V, 4, 2)
     tensors = {
-        name: draw(*shape, seed=i).astype(np.float32) * 0.4 + ("norm" in name)
+        name: draw(*shape, seed=1700 + i).astype(np.float32) * 0.4 + np.float32("norm" in name)
         for i, (name, shape) in enumerate(shapes.items())
     }
-    tensors["model.retnet_rel_pos.angle"] = tensors["model.retnet_rel_pos.decay"] = np.zeros(3, np.float32)
+    tensors["model.retnet_rel_pos.angle"], tensors["model.retnet_rel_pos.decay"] = np.zeros((2, 3), np.float32)
     return tensors, dict(model_type="llama", dense_block_layers=depth)
 
 
@@ -215,6 +241,21 @@ def test_denseretnet_equals_its_authors_equations(depth):
     assert np.abs(clamped - want).max() < 1e-3 * want.std()
 
 
+@pytest.mark.parametrize("weights", ["model.safetensors", "pytorch_model.bin"])
+def test_denseretnet_from_a_file(weights, tmp_path):
+    """As the checkpoints are (pytorch_model.bin), and in the other format."""
+    tensors, config = random_file(2)
+    if weights == "pytorch_model.bin":
+        torch = pytest.importorskip("torch")
+        torch.save({name: torch.from_numpy(tensor) for name, tensor in tensors.items()}, tmp_path / weights)
+    else:
+        pytest.importorskip("safetensors.numpy").save_file(tensors, tmp_path / weights)
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (got, params), (want, want_params) = load(tmp_path), from_huggingface(tensors, config)
+    assert got == want
+    jax.tree.map(np.testing.assert_array_equal, params, want_params)
+
+
 def test_denseretnet_files_that_do_not_fit():
     tensors, config = random_file(1)
     with pytest.raises(UserError, match="dense_block_layers"):
@@ -223,14 +264,15 @@ def test_denseretnet_files_that_do_not_fit():
         from_huggingface({k: v for k, v in tensors.items() if "2.self_attn.k_norm" not in k}, config)
     with pytest.raises(UserError, match=r"missing model\.norm\.weight$"):
         from_huggingface({k: v for k, v in tensors.items() if k != "model.norm.weight"}, config)
-    assert config_of(tensors, config)["dense"]["bottleneck"] == 6
 
 
-PUBLISHED = {  # of the released checkpoints, and of the configs in the authors' repository with their 32,001 tokens
-    "350m": 373_277_184,
-    "1.3b": 1_387_783_680,
-    "350m-code": 367_968_768,
-    "1.3b-code": 1_334_023_680,
+# parameters, depth of the links and `tensors_of` the released checkpoints, and of the configs in the authors'
+# repository with the same 32,001 tokens
+PUBLISHED = {
+    "350m": (373_277_184, 2, (1536, 16, 32_001, 2, 768, 3072, 192, 48)),
+    "1.3b": (1_387_783_680, 2, (2560, 25, 32_001, 4, 1280, 5120, 160, 320)),
+    "350m-code": (367_968_768, 1, (1536, 16, 32_001, 2, 768, 3072, 48, 48)),
+    "1.3b-code": (1_334_023_680, 1, (2560, 25, 32_001, 4, 1280, 5120, 80, 80)),
 }
 
 
@@ -240,13 +282,24 @@ def count(model):
 
 
 @pytest.mark.parametrize("preset", PUBLISHED)
-def test_denseretnet_has_the_published_parameters(preset):
-    """All but those of layer 0's links, which the files hold and nothing reads."""
+def test_denseretnet_presets_are_the_published_models(preset):
+    """Their fields, and parameters but for the links of layer 0, which the files hold and nothing reads."""
+    parameters, depth, sizes = PUBLISHED[preset]
+    shapes = tensors_of(*sizes)
+    assert sum(map(math.prod, shapes.values())) == parameters
     model = denseretnet.get_config(preset).model
-    fields = model.to_dict()
-    fields["retnet"]["value_dim"] = 2 * model.width // model.retnet.heads
-    unused = sum(math.prod(weight.their_shape) for weight in dense_weights(fields, 0))
-    assert count(build(model, 32_001)) + unused == PUBLISHED[preset]
+    links = ("k_select", "v_select", "k_norm", "v_norm")
+    unused = [
+        math.prod(shape)
+        for name, shape in shapes.items()
+        if name.startswith(tuple(f"model.layers.0.self_attn.{x}" for x in links))
+    ]
+    assert count(build(model, 32_001)) + sum(unused) == parameters
+    empty = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
+    read, ours = config_of(empty, dict(dense_block_layers=depth)), model.to_dict()
+    read["retnet"]["value_dim"] -= 2 * model.width // model.retnet.heads  # 0 there: twice the width over the heads
+    for name, fields in read.items():
+        assert fields == ours[name] if not isinstance(fields, dict) else fields.items() <= ours[name].items(), name
 
 
 @pytest.mark.parametrize("preset, millions", [("200m", 200), ("1.3b", 1300), ("2.7b", 2700), ("6.7b", 6700)])
