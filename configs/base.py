@@ -126,7 +126,12 @@ def base() -> ConfigDict:
         )
     )
     config.metrics = ConfigDict(
-        dict(every=1, tensorboard=True, wandb="")  # every: steps between rows; wandb: project's name, "" is off
+        dict(
+            every=1,  # steps between rows
+            norms=True,  # of parameters and updates too: 12 bytes of memory traffic a parameter and step
+            tensorboard=True,
+            wandb="",  # project's name; "" is off
+        )
     )
     config.sample = ConfigDict(
         dict(prompt="The ", tokens=200, temperature=0.8, top_k=0, top_p=0.95)  # text shown at the end of training
@@ -156,6 +161,7 @@ def large(config: ConfigDict, *, learning_rate: float, steps: int, remat: str) -
     config.evaluation.every = 500
     config.evaluation.batch_size = 8
     config.metrics.every = 10
+    config.metrics.norms = False
 
 
 def short(config: ConfigDict, *, learning_rate: float) -> None:

@@ -40,6 +40,24 @@ def assert_close(a, b, tolerance=2e-6):
         np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance, err_msg=jax.tree_util.keystr(path))
 
 
+def test_norms_are_metrics_that_can_be_left_out():
+    """Of parameters after the step and of what was added to them."""
+    config = small_config()
+    state, step = trainer(config)
+    before = jax.tree.map(np.asarray, state.params)
+    new, metrics = step(state, random_batch(0, config))
+
+    def norm(tree):
+        return np.sqrt(sum(np.sum(np.square(x, dtype=np.float64)) for x in jax.tree.leaves(tree)))
+
+    assert float(metrics["param_norm"]) == pytest.approx(norm(new.params), rel=1e-5)
+    added = jax.tree.map(lambda a, b: np.asarray(a) - b, new.params, before)
+    assert float(metrics["update_norm"]) == pytest.approx(norm(added), rel=1e-3)
+    config.metrics.norms = False
+    _, without = trainer(config)[1](trainer(config)[0], random_batch(0, config))
+    assert set(metrics) - set(without) == {"param_norm", "update_norm"}
+
+
 @pytest.mark.parametrize("chunk", [1, 4, 5, 12, 0])
 def test_chunked_loss_is_the_plain_loss(chunk):
     """Value and gradients against float64 log-softmax written out, with weights, at lengths that do not divide."""

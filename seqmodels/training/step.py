@@ -103,10 +103,10 @@ def make_train_step(
             "loss": loss,
             "learning_rate": rate,
             "grad_norm": grad_norm,
-            "param_norm": global_norm(params),
-            "update_norm": rate * global_norm(direction),
             "skipped": new.skipped.astype(jnp.float32),
         }
+        if config.metrics.norms:
+            metrics |= {"param_norm": global_norm(params), "update_norm": rate * global_norm(direction)}
         if z_weight:
             metrics["z_loss"] = z_weight * sums.z_squared / sums.count
         return new, metrics
