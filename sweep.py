@@ -24,7 +24,7 @@ from seqmodels.sweeps.live import Live
 from seqmodels.sweeps.local import Workers
 from seqmodels.sweeps.trial import Trial
 
-ENGINES = ("local", "slurm", "print")
+ENGINES = ("local", "slurm", "print", "none")
 
 
 def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
@@ -40,7 +40,7 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
     )
     flags.DEFINE_integer("per_gpu", 1, "Trials that share a GPU; then their tokens/s are not reported.",
                          lower_bound=1, upper_bound=devices.PARTS, **values)  # fmt: skip
-    flags.DEFINE_enum("engine", "local", ENGINES, "Where trials run.", **values)
+    flags.DEFINE_enum("engine", "local", ENGINES, "Where trials run; none: only the report.", **values)
     flags.DEFINE_list("slurm", [], "Of submitit: timeout_min=240,slurm_partition=gpu,gpus_per_node=1.", **values)
     flags.DEFINE_bool("retry", False, "Run failed and diverged trials again.", **values)
     flags.DEFINE_string("metric", "", "Figure to compare by; validation.loss if left out.", **values)
@@ -76,7 +76,7 @@ def main(flag_values: flags.FlagValues) -> int:
     stop = Stop()
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, stop)
-    unkept = _run(trials, folder, flag_values, stop)
+    unkept = _run(trials, folder, flag_values, stop) if flag_values.engine != "none" else {}
     lined = results.of_trials(trials, unkept)
     title = f"{flag_values.sweep} of {flag_values.spec}"
     _write(folder, title, lined + compared, "\n".join(commands), flag_values.metric)

@@ -232,6 +232,18 @@ def test_printed_commands_are_the_trials(tmp_path):
     fakes.check_done(("it's fine", "better"), seeds=2)
 
 
+def test_report_of_what_is_there(tmp_path):
+    """Of more seeds than were run: nothing is started, and what is not done is said."""
+    fakes = Fakes(tmp_path, ("fine", "better"))
+    fakes.run()
+    begun = len(fakes.calls())
+    fakes.run("--engine=none", "--seeds=2", status=1)
+    assert len(fakes.calls()) == begun == 2
+    assert [row["status"] for row in fakes.rows()] == ["done", "waiting", "done", "waiting"]
+    report = (fakes.out / "report.md").read_text()
+    assert "1 of 2" in report and "## Not done" in report and "--engine=none --seeds=2" in report
+
+
 def path_of_python() -> str:
     return os.path.dirname(sys.executable) + os.pathsep + os.environ["PATH"]
 
