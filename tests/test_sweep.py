@@ -426,7 +426,8 @@ def test_report_has_the_means_spreads_and_differences(tmp_path):
 def test_report_of_nothing_yet(tmp_path):
     (result,) = results.of_runs([run_directory(tmp_path / "run", done=False)])
     result.losses.clear()
-    report.write(tmp_path, "Nothing", [result], "python sweep.py")
+    assert result.figures  # but none to compare by
+    report.write(tmp_path, "Nothing", [result], "python sweep.py", "validation.loss")
     assert not (tmp_path / "losses.png").exists() and "| 1 | run | 0 of 1 |" in (tmp_path / "report.md").read_text()
 
 

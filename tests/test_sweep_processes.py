@@ -59,6 +59,10 @@ def test_other_evaluators_are_run_on_what_is_trained(tmp_path):
     started = len(fakes.calls())
     fakes.run("--evals=none")
     assert len(fakes.calls()) == started == 2  # what is trained is not trained again
+    path = next(fakes.out.glob("trials/*/trial.json"))
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"status": "interrupted"}))  # in its evaluation
+    fakes.run("--evals=none", "--engine=none")
+    fakes.check_done(("fine", "better"))
 
 
 def test_the_first_seed_of_every_trial_comes_before_the_second_of_any(tmp_path):

@@ -67,7 +67,7 @@ def compose(folder: Path, title: str, results: list[Result], command: str, metri
 
 
 def _metric(results: list[Result], metric: str) -> str:
-    names = list(dict.fromkeys(name for result in results for name in result.figures))
+    names = list(dict.fromkeys(name for result in results if result.status == "done" for name in result.figures))
     if metric and names and metric not in names:
         raise UserError(f"--metric={metric}: no such figure{nearest(metric, names)}")
     return metric or next((name for name in QUALITY if name in names), QUALITY[0])

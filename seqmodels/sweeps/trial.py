@@ -55,9 +55,11 @@ class Trial:
         """What is known of the trial, `status` among it: one of FINAL and OPEN."""
         record = read_json(self.workdir / "trial.json")
         if record.get("status") == "running" and not claimed(self.lock):
-            return record | {"status": "interrupted"}
+            record |= {"status": "interrupted"}
         if record.get("status") == "done" and self.evals not in ("none", record.get("evals")):
             return record | {"status": "interrupted"}  # trained, but evaluated otherwise
+        if record.get("stage") == "eval" and self.evals == "none" and record["status"] != "running":
+            return record | {"status": "done"}  # trained; an evaluation that did not end is not asked for here
         if not record and self._ran_by_hand():
             return {"status": "done"}
         return {"status": "waiting"} | record
