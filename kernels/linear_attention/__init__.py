@@ -149,6 +149,8 @@ def check(q, k, v, log_decay, read, bonus, normalise, initial_state, segment_ids
             f"linear_attention: q has shape {q.shape}, k {k.shape} and v {v.shape}; "
             "allowed: q, k [B, T, Hk, K] and v [B, T, H, V] with H a multiple of Hk"
         )
+    if not v.shape[1]:
+        raise ValueError("linear_attention: T is 0; allowed: 1 or more")
     if read not in ("inclusive", "exclusive"):
         raise ValueError(f"linear_attention: read is {read!r}; allowed: 'inclusive', 'exclusive'")
     if bonus is not None and read == "inclusive":

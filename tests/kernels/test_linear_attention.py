@@ -274,6 +274,7 @@ def test_unknown_implementation_is_named():
     "changed, message",
     [
         (dict(v=np.zeros((2, 11, 3, 5), np.float32)), "a multiple of Hk"),
+        (inputs(length=0), "T is 0"),
         (dict(log_decay=np.zeros((2, 11), np.float32)), r"log_decay has shape \(2, 11\)"),
         (dict(initial_state=np.zeros((2, 4, 3, 6), np.float32)), "initial_state has shape"),
         (dict(bonus=np.zeros((4, 3), np.float32)), "bonus was given with read='inclusive'"),
