@@ -18,6 +18,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.record import commit
+from seqmodels.sweeps.trial import read_json
+
+MADE = ("device", "commit")  # of a sweep's trials, that they say themselves
 
 
 def read(folder: Path, split: str) -> dict:
@@ -40,6 +43,7 @@ def read(folder: Path, split: str) -> dict:
         parameters=summary["parameters"],
         state_bytes=figures["state_bytes"],
         **accuracy,
+        record=read_json(folder / "trial.json"),  # empty for what train.py and eval.py ran alone
     )
 
 
@@ -95,14 +99,16 @@ def main() -> None:
     parser.add_argument("runs", nargs="+", type=Path, help="run directories with an eval.json")
     parser.add_argument("--out", type=Path, required=True, help="where to write, without ending")
     parser.add_argument("--split", default="test", help="of the accuracy")
-    parser.add_argument("--device", default="", help="what the runs ran on, for the heading")
+    parser.add_argument("--device", default="", help="what the runs ran on, unless they say it")
     options = parser.parse_args()
     try:
         runs = [read(run, options.split) for run in options.runs]
     except ValueError as error:
         parser.error(str(error))
     command = f"python benchmarks/accuracy_by_state.py {' '.join(map(str, options.runs))} --out={options.out}"
-    made = [datetime.date.today().isoformat(), options.device, f"commit {commit()}" if commit() else ""]
+    devices, commits = (", ".join(sorted({run["record"].get(name, "") for run in runs} - {""})) for name in MADE)
+    commits = commits or commit()
+    made = [datetime.date.today().isoformat(), options.device or devices, f"commit {commits}" if commits else ""]
     text = [
         f"# Accuracy against state: {', '.join(sorted({run['task'] for run in runs}))}",
         f"{', '.join(filter(None, made))}. Seeds: {', '.join(map(str, sorted({run['seed'] for run in runs})))}.",

@@ -9,7 +9,12 @@ import argparse
 import datetime
 import json
 import statistics
+import sys
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from benchmarks.record import commit
 
 
 def read(folder: Path) -> dict:
@@ -20,6 +25,7 @@ def read(folder: Path) -> dict:
     rows = [row for row in rows if "loss" in row]
     return dict(
         name=folder.name,
+        seed=config["seed"],
         steps=[row["step"] for row in rows],
         loss=[row["loss"] for row in rows],
         tokens_per_second=statistics.median(row["tokens_per_second"] for row in rows),
@@ -81,12 +87,14 @@ def main() -> None:
     commands = [f"python train.py --config=configs/{run['name']}.py --workdir=runs/{run['name']}" for run in runs] + [
         f"python benchmarks/compare_runs.py {names} --out={options.out}"
     ]
+    seeds = f"Seeds: {', '.join(map(str, sorted({run['seed'] for run in runs})))}. "
+    made = f"Commit {commit()}. " if commit() else ""
     where = f" on {options.device}" if options.device else ""
     text = [
         f"# {', '.join(run['name'] for run in runs)}{where}, {datetime.date.today().isoformat()}",
         table(runs),
         f"![losses]({options.out.name}.png)",
-        "One seed each. Made by\n\n```\n" + "\n".join(commands) + "\n```",
+        f"{seeds}{made}Made by\n\n```\n" + "\n".join(commands) + "\n```",
     ]
     options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.with_suffix(".md").write_text("\n\n".join(text) + "\n")

@@ -115,12 +115,14 @@ def test_accuracy_by_state(tmp_path, capsys, monkeypatch):
         (folder / "summary.json").write_text(json.dumps({"parameters": width * 1000}))
         figures = {"accuracy": {"test": right}, "sequence_accuracy": {"test": right**2}, "state_bytes": width * 100}
         (folder / "eval.json").write_text(json.dumps(figures))
+    (tmp_path / "run0" / "trial.json").write_text(json.dumps({"device": "1 x fake", "commit": "abcdef0"}))
     folders = [str(tmp_path / f"run{i}") for i in range(3)]
     monkeypatch.setattr("sys.argv", ["accuracy_by_state.py", *folders, f"--out={tmp_path}/out"])
     accuracy_by_state.main()
     text = (tmp_path / "out.md").read_text()
     assert "| mamba | 32 | 32,000 | 3,200 | 2 | 0.6000 (0.5000 to 0.7000) | 0.3700 (0.2500 to 0.4900) |" in text
-    assert "| mamba, dense read | 64 | 64,000 | 6,400 | 1 | 0.9000 | 0.8100 |" in text and "Seeds: 0, 1." in text
+    assert "| mamba, dense read | 64 | 64,000 | 6,400 | 1 | 0.9000 | 0.8100 |" in text
+    assert ", 1 x fake, commit abcdef0. Seeds: 0, 1." in text
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "run1" / "eval.json").unlink()
     with pytest.raises(SystemExit):
