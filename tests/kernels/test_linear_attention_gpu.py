@@ -4,7 +4,7 @@ The interpreter multiplies by jax.numpy what the tensor cores multiply, everythi
 bfloat16, as are the factors of every product; the reference has the same numbers in float64. On a machine with such a
 GPU the same tests run the kernels themselves:
 
-    JAX_PLATFORMS=cuda python -m pytest -n 0 tests/kernels/test_linear_attention_gpu.py -k "not compile"
+    JAX_PLATFORMS=cuda XLA_FLAGS= python -m pytest -n 0 tests/kernels/test_linear_attention_gpu.py -k "not compile"
 """
 
 import importlib.util
