@@ -139,6 +139,13 @@ def tiny(arg, **changes):
     return config
 
 
+def test_a_sample_needs_a_prompt(tmp_path):
+    """Said before training rather than after it."""
+    with pytest.raises(UserError, match=r"config\.sample\.prompt='': must hold a token"):
+        loop.train(tiny("induction", **{"sample.tokens": 4}), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
 @pytest.mark.slow
 def test_mamba_learns_induction_and_keeps_it_at_other_lengths(tmp_path, capsys):
     changes = {"steps": 120, "batch_size": 32, "data.rows": 128, "data.lengths": (16, 40)}

@@ -66,6 +66,7 @@ class _Training:
         )
         self.is_task = isinstance(self.dataset, data.SyntheticDataset)
         self._check_best()
+        self._check_sample()
         self.evaluators = evals.find(evals.named(config), "config.evals")
         evals.check(self.evaluators, self, "config.evals")
         self.model = build(config.model, self.dataset.tokenizer.vocab_size)
@@ -94,6 +95,14 @@ class _Training:
             raise UserError(f"config.checkpoint.best={best!r}: must be {' or '.join(allowed)}")
         if best and not self.config.evaluation.every:
             raise UserError(f"config.checkpoint.best={best!r}: needs validations, set --config.evaluation.every")
+
+    def _check_sample(self) -> None:
+        sample, tokenizer = self.config.sample, self.dataset.tokenizer
+        if sample.tokens and tokenizer.separator < 0 and not tokenizer.encode(sample.prompt):
+            raise UserError(
+                f"config.sample.prompt={sample.prompt!r}: must hold a token, as no separator stands before it here; or "
+                "set config.sample.tokens=0"
+            )
 
     def run(self) -> dict:
         config = self.config
