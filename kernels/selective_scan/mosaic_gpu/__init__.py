@@ -14,7 +14,7 @@ from kernels import lanes
 from kernels.segments import resets
 from kernels.selective_scan.mosaic_gpu import tuning
 from kernels.selective_scan.mosaic_gpu.backward import backward, backward_bytes
-from kernels.selective_scan.mosaic_gpu.forward import forward, forward_bytes
+from kernels.selective_scan.mosaic_gpu.forward import WORKERS, affordable, forward, forward_bytes
 from kernels.selective_scan.mosaic_gpu.stage import SHARED, marks
 from kernels.selective_scan.mosaic_gpu.summary import end_of_gradient, end_of_state
 from kernels.selective_scan.mosaic_gpu.tile import SIZES, Tile
@@ -37,8 +37,8 @@ def supports(platform, shape, dtype, named=False, **facts) -> str | None:
         return f"u is {jnp.dtype(dtype).name}; it takes {', '.join(DTYPES)}"
     if states > SIZES[-1]:
         return f"N is {states}; it holds at most {SIZES[-1]} states a channel in registers"
-    if groups > 4:
-        return f"there are {groups} groups; it holds at most 4 in registers"
+    if groups > WORKERS:
+        return f"there are {groups} groups; it gives each a warpgroup, at most {WORKERS}"
     if min(batch, length) < 1 or batch * length * groups * width >= 2**31:
         return f"u has {batch * length * groups * width} elements; it addresses 1 to 2^31 - 1"
     return None
@@ -86,7 +86,7 @@ def selective_scan(
     count = tuning.processors()
     chunk = forward_chunks(arrays)
     block, ahead = tuning.plan_forward(u.shape[0], length, padded, count, tuple(chunk))
-    back = tuning.plan_backward(u.shape[0], length, padded, size, count)
+    back = tuning.plan_backward(u.shape[0] * groups, length, padded, size, count)
     chunk, pieces = chunk[block], max(ahead, back)
     tokens = -(-length // (chunk * pieces)) * chunk * pieces
     if length < tokens and (length < chunk or pieces > 1):  # copies need whole chunks, pieces equal lengths
@@ -112,14 +112,16 @@ def pad(x, axis, size):
 def forward_chunks(arrays) -> dict[int, int]:
     """By channels of a block of the forward pass, tokens of a chunk: as many as fit in shared memory."""
     inputs = {name: arrays[name] for name in ("u", "dt", "B", "C", "z", "weights")}
+    _, length, groups, states = inputs["B"].shape
     fit = {}
     for block in tuning.FORWARD:
         shortest = 512 // block  # the first warpgroup takes as many tokens at once
-        sizes = [size for size in (64, 32, 16, 8, 4) if shortest <= size <= min(2048 // block, arrays["u"].shape[1])]
+        sizes = [size for size in (64, 32, 16, 8, 4) if shortest <= size <= min(2048 // block, length)]
         sizes = (size for size in sizes or [shortest] if forward_bytes(block=block, chunk=size, **inputs) <= SHARED)
         if (chunk := next(sizes, None)) is not None:
             fit[block] = chunk
-    return fit
+    good = {block: chunk for block, chunk in fit.items() if affordable(block, states, groups)}
+    return good or fit
 
 
 def backward_chunk(arrays) -> int:
@@ -195,8 +197,8 @@ def _scan_bwd(softplus, block, chunk, pieces, residuals, cotangents):
         A=jnp.sum(g["dA"], axis=0),
         B=dB,
         C=dC,
-        D=jnp.sum(g["dD"], axis=(0, 1)),
-        z=None if arrays["z"] is None else g["dz"][:, :length, :width],
+        D=jnp.sum(g["dD"][:, :, 0], axis=(0, 1)),
+        z=None if arrays["z"] is None else jnp.sum(g["dz"][:, :length, :, :width], axis=2, dtype=jnp.float32),
         dt_bias=jnp.sum(g["dbias"], axis=(0, 1)),
         weights=dweights,
         initial_state=g["dinitial"],

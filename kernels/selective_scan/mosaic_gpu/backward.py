@@ -6,7 +6,7 @@ With g_t the gradient of the state after token t, and per channel and state
     dC_t = sum_e dy_t s_t,    dB_t = sum_e g_t dt_t u_t                     (over channels)
     du_t = dt_t sum_n g_t B_t,    ddt_t = sum_n q_t A + u_t sum_n g_t B_t   (over states),    dA = sum_t q_t dt_t
 
-four warpgroups hand chunks (of one group each) to one another:
+a block of channels of one group has four warpgroups, which hand chunks to one another:
   start       dt, dt u and the gated dy in float32;
   walk        two warpgroups, each with half of the channels: forwards from the state that the forward pass saved, then
               back with the states and decays of four tokens in registers; each thread stores its part of the sums;
@@ -50,15 +50,14 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
 
     Returns:
         dict of du, ddt [b, T', G, E'], dA [b, G, E', N], dBC [b, blocks, T', G, 2, N] to be added over blocks,
-        dD [b, parts, E'], dbias [b, parts, G, E'], dz [b, T', E'], dweights [b, T', G - 1, E'] of every group,
-        dinitial [b, G, E', N]; du, ddt, dz, dweights in their inputs' dtypes, the rest float32. Without z or weights
-        there are no dz or dweights.
+        dD (by the first group alone), dbias [b, parts, G, E'], dz [b, T', G, E'] to be added over groups, dweights
+        [b, T', G - 1, E'] of every group, dinitial [b, G, E', N]; du, ddt, dz, dweights in their inputs' dtypes, the
+        rest float32. Without z or weights there are no dz or dweights.
     """
     batch, length, groups, _ = u.shape
     padded, tile = A.shape[1], Tile(A.shape[-1])
     states, block, workers = tile.states, tile.channels, tiles.WORKERS
     blocks, steps = padded // block, -(-length // chunk)
-    items = steps * groups  # a chunk of a group each, chunks from the last to the first
     parts = range(chunk // PART)  # of a chunk, from the last to the first
     readout = z is not None or weights is not None  # whose gradients need each group's readout
     of_channel = tile.shares * tile.rows * STATES  # between the states of a thread's channels, where they are saved
@@ -75,16 +74,16 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
         ddt=sds((batch, steps * chunk, groups, padded), dt.dtype),
         dA=sds((batch, groups, padded, states), f32),
         dBC=sds((batch, blocks, steps * chunk, groups, 2, states), f32),
-        dD=sds((batch, tile.tokens(PART), padded), f32),
+        dD=sds((batch, tile.tokens(PART), groups, padded), f32),
         dbias=sds((batch, tile.tokens(PART), groups, padded), f32),
-        dz=sds((batch, steps * chunk, padded), z.dtype) if z is not None else None,
+        dz=sds((batch, steps * chunk, groups, padded), z.dtype) if z is not None else None,
         dweights=sds((batch, steps * chunk, groups - 1, padded), weights.dtype) if weights is not None else None,
         dinitial=sds((batch, groups, padded, states), f32),
     )
     out = {name: x for name, x in out.items() if x is not None}
 
     def body(*refs):
-        b, e = lax.axis_index("b"), lax.axis_index("e")
+        b, g, e = (lax.axis_index(name) for name in "bge")
         count = len(stage.arrays)
         sources, refs = refs[:count], refs[count:]
         (A_g, D_g, bias_g, saved_g, dfinal_g), refs = refs[:5], refs[5:]
@@ -98,10 +97,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                 plgpu.set_max_registers(registers, action="increase" if registers > 128 else "decrease")
 
         def chunk_of(item):
-            return steps - 1 - lax.div(item, groups)
-
-        def group_of(item):
-            return 0 if groups == 1 else lax.rem(item, groups)
+            return steps - 1 - item
 
         def slot_of(item):
             return lax.rem(item, SLOTS)
@@ -113,38 +109,32 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
             return lax.rem(item * len(parts) + part, BUFFERS)
 
         def load(item):
-            stage.load(slot_of(item), chunk_of(item), group_of(item))
+            stage.load(slot_of(item), chunk_of(item), g)
 
         def tokens_of(part):
             end = chunk - part * PART
             return range(end - PART, end)
 
-        def weighted(g, slot, token, offset, dy):
+        def weighted(slot, token, offset, dy):
             """dy times the group's weight; the first group has none."""
             if "weights" not in stage:
                 return dy
             weights = stage.read("weights", slot, token, offset, COLUMN)
-            return tuple(d * pick(g == 0, jnp.ones_like(w), w) for d, w in zip(dy, weights))
-
-        def bias_at(channel):
-            """A function of the group: of several, registers cannot hold all."""
-            of_group = lambda g: read(bias_g, g * padded + channel, COLUMN)  # noqa: E731
-            only = of_group(0)
-            return (lambda g: only) if groups == 1 else of_group
+            return tuple(d * jnp.where(g == 0, jnp.ones_like(w), w) for d, w in zip(dy, weights))
 
         @pl.when(lax.axis_index("role") == 0)
         def _():
             budget(AIDE)
             offset, first_token = tile.items(chunk)
             tokens = [first_token + first for first in range(0, chunk, tile.tokens(chunk))]
-            bias = bias_at(e * block + offset)
+            bias = read(bias_g, g * padded + e * block + offset, COLUMN)
 
             def start(item):
                 """dt, dt u, and dy times gate and weight, float32."""
-                place, slot, of_group = place_of(item), slot_of(item), bias(group_of(item))
+                place, slot = place_of(item), slot_of(item)
                 stage.wait(slot)
                 us = [stage.read("u", slot, token, offset, COLUMN) for token in tokens]
-                dts = prepare(stage, slot, chunk_of(item), tokens, offset, of_group, softplus, length)
+                dts = prepare(stage, slot, chunk_of(item), tokens, offset, bias, softplus, length)
                 dys = [stage.read("dy", slot, token, offset, COLUMN) for token in tokens]
                 if "z" in stage:
                     gates = [stage.read("z", slot, token, offset, COLUMN) for token in tokens]
@@ -153,7 +143,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                     at = token * block + offset
                     write(dt_s.at[place], at, dt)
                     write(x_s.at[place], at, tuple(d * u for d, u in zip(dt, u)))
-                    write(dy_s.at[place], at, weighted(group_of(item), slot, token, offset, dy))
+                    write(dy_s.at[place], at, weighted(slot, token, offset, dy))
                 plgpu.barrier_arrive(ready.at[place])
 
             vectors = PART * 2 * tile.shares  # sums of 4 states each
@@ -162,7 +152,6 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
 
             def by_state(item, part):
                 """dB, dC of the block's channels."""
-                g = group_of(item)
                 for first in range(0, vectors * several, THREADS):
                     thread = first + thread_index()
                     vector = lax.div(thread, several)
@@ -180,15 +169,15 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                     time = ((b * blocks + e) * steps + chunk_of(item)) * chunk + tokens_of(part)[0] + token
                     write(outputs["dBC"], ((time * groups + g) * 2 + which) * states + share * STATES, total)
 
-            for item in range(min(SLOTS, items)):
+            for item in range(min(SLOTS, steps)):
                 load(jnp.int32(item))
-            for item in range(min(AHEAD - 1, items)):
+            for item in range(min(AHEAD - 1, steps)):
                 start(jnp.int32(item))
 
             def step(item, _):
                 ahead = item + AHEAD - 1
 
-                @pl.when(ahead < items)
+                @pl.when(ahead < steps)
                 def _():
                     pl.when(item > 0)(lambda: plgpu.barrier_wait(spent.at[place_of(ahead)]))
                     start(ahead)
@@ -198,8 +187,8 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                     by_state(item, part)
                     plgpu.barrier_arrive(free.at[buffer_of(item, part)])
 
-            lax.fori_loop(0, items, step, None)
-            for item in range(max(0, items - AHEAD), items):  # no arrival is left unseen
+            lax.fori_loop(0, steps, step, None)
+            for item in range(max(0, steps - AHEAD), steps):  # no arrival is left unseen
                 plgpu.barrier_wait(spent.at[item % AHEAD])
 
         @pl.when((lax.axis_index("role") > 0) & (lax.axis_index("role") <= workers))
@@ -207,7 +196,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
             budget(WALKER)
             row, share = tile.owner(lax.axis_index("role") - 1)
             matrix = (e * block + row * CHANNELS) * states + share * STATES
-            place = share * tile.rows + row
+            place = share * tile.rows + tile.place(row)
             channels = range(CHANNELS)
 
             def read_states(ref, number):
@@ -220,7 +209,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
 
             def saved(item):
                 """States at the start of a chunk (of the first chunk, if there is no such item)."""
-                at = ((b * saved_steps + jnp.maximum(chunk_of(item), 0)) * blocks + e) * groups + group_of(item)
+                at = ((b * saved_steps + jnp.maximum(chunk_of(item), 0)) * blocks + e) * groups + g
                 return tuple(read(saved_g, (at * CHANNELS + c) * of_channel + place * STATES, STATES) for c in channels)
 
             def of_channels(ref, item, t):
@@ -285,7 +274,7 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                 for part in reversed(parts[1:]):
                     decays, kept = forwards(item, A, starts[-1], tokens_of(part))
                     starts.append(kept[-1])
-                    known.append(decays if groups == 1 else None)  # with several groups, registers are short
+                    known.append(decays)
                 known.append(None)
                 for part in parts:
                     tokens = tokens_of(part)
@@ -297,45 +286,36 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                 return tuple(tuple(row) for row in dstate), tuple(tuple(row) for row in dA)
 
             def step(item, carry):
-                adjoint, A, h = carry
-                g = group_of(item)
+                adjoint, h = carry
                 plgpu.barrier_wait(ready.at[place_of(item)])
                 stage.wait(slot_of(item))
-                next_A = A if groups == 1 else read_states(A_g, group_of(item + 1))
                 next_h = saved(item + 1)
-                of_group = adjoint[0]
-                for k in range(1, groups):
-                    of_group = select(g == k, adjoint[k], of_group)
-                new = walk(item, A, h, *of_group)
-                adjoint = tuple(select(g == k, new, adjoint[k]) for k in range(groups))
-                return adjoint, next_A, next_h
+                return walk(item, A, h, *adjoint), next_h
 
-            nothing = (lanes.zeros(STATES),) * CHANNELS
-            adjoint = tuple((read_states(dfinal_g, b * groups + g), nothing) for g in range(groups))
-            first = jnp.int32(0)
-            adjoint, *_ = lax.fori_loop(0, items, step, (adjoint, read_states(A_g, 0), saved(first)))
-            for number in range(max(0, items * len(parts) - BUFFERS), items * len(parts)):
+            A = read_states(A_g, g)
+            adjoint = read_states(dfinal_g, b * groups + g), (lanes.zeros(STATES),) * CHANNELS
+            (dinitial, dA), _ = lax.fori_loop(0, steps, step, (adjoint, saved(jnp.int32(0))))
+            for number in range(max(0, steps * len(parts) - BUFFERS), steps * len(parts)):
                 plgpu.barrier_wait(free.at[number % BUFFERS])  # no arrival is left unseen
-            for g, (dinitial, dA) in enumerate(adjoint):
-                write_states(outputs["dinitial"], b * groups + g, dinitial)
-                write_states(outputs["dA"], b * groups + g, dA)
+            write_states(outputs["dinitial"], b * groups + g, dinitial)
+            write_states(outputs["dA"], b * groups + g, dA)
 
         @pl.when(lax.axis_index("role") == workers + 1)
         def _():
             budget(AIDE)
             offset, first_token = tile.items(PART)
             channel = e * block + offset
-            D, bias = read(D_g, channel, COLUMN), bias_at(channel)
+            bias = read(bias_g, g * padded + channel, COLUMN)
+            D = tuple(jnp.where(g == 0, d, 0) for d in read(D_g, channel, COLUMN))  # of the first group's u
 
             def over_shares(own, token, kind):
                 at = [(kind * tile.shares + share) * share_of_channels for share in range(tile.shares)]
                 shares = [read(own, token * row_of_token + offset, COLUMN, at=a) for a in at]
                 return tuple(sum(terms[1:], start=terms[0]) for terms in zip(*shares))
 
-            def by_channel(item, part, number, bias, total, dD, dbias):
-                """du, ddt, dz, dweights; the running dD and dbias. total: the groups' readouts so far, for dz."""
-                g, slot, place, index = group_of(item), slot_of(item), place_of(item), chunk_of(item)
-                skip = tuple(pick(g == 0, d, jnp.zeros_like(d)) for d in D)
+            def by_channel(item, part, number, dD, dbias):
+                """du, ddt, dz, dweights; the running dD and dbias."""
+                slot, place, index = slot_of(item), place_of(item), chunk_of(item)
                 in_part = first_token + number * tile.tokens(PART)
                 token, own = tokens_of(part)[0] + in_part, sums.at[buffer_of(item, part)]
                 g_B, q_A = over_shares(own, in_part, G_B), over_shares(own, in_part, Q_A)
@@ -348,55 +328,48 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                     ddt = tuple(d * lanes.sigmoid(r + o) for d, r, o in zip(ddt, s["dt"], bias))
                 real = stage.real(slot, token, index, length)
                 ddt = ddt if real is None else tuple(jnp.where(real, d, 0) for d in ddt)
-                du = tuple(t * gb + d * x for t, gb, d, x in zip(step, g_B, skip, dy))
-                dD = select(g == 0, tuple(a + x * u for a, x, u in zip(dD, dy, s["u"])), dD)
-                dbias = tuple(
-                    select(g == k, tuple(a + d for a, d in zip(of_group, ddt)), of_group)
-                    for k, of_group in enumerate(dbias)
-                )
+                du = tuple(t * gb + d * x for t, gb, d, x in zip(step, g_B, D, dy))
                 time = (b * steps + index) * chunk + token
                 write(outputs["du"], (time * groups + g) * padded + channel, du)
                 write(outputs["ddt"], (time * groups + g) * padded + channel, ddt)
-                if not readout:
-                    return total, dD, dbias
-                gate, dy = s.get("z"), s["dy"]
-                open_ = None if gate is None else tuple(lanes.sigmoid(z) for z in gate)
+                if readout:
+                    of_readout(slot, token, time, s, y)
+                dD = tuple(a + x * u for a, x, u in zip(dD, dy, s["u"]))
+                return dD, tuple(a + d for a, d in zip(dbias, ddt))
+
+            def of_readout(slot, token, time, s, y):
+                """dweights, and the group's part of dz."""
+                z, dy = s.get("z"), s["dy"]
+                gate = None if z is None else tuple(lanes.sigmoid(z) for z in z)
                 if "dweights" in outputs:
-                    dw = dy if gate is None else tuple(d * z * o for d, z, o in zip(dy, gate, open_))
+                    dw = dy if z is None else tuple(d * z * k for d, z, k in zip(dy, z, gate))
                     at = (time * (groups - 1) + jnp.maximum(g - 1, 0)) * padded + channel
                     dw = tuple(d * y for d, y in zip(dw, y))
                     pl.when(g > 0)(lambda: write(outputs["dweights"], at, dw))
-                before = select(g == 0, tuple(d * u for d, u in zip(D, s["u"])), total)
-                total = tuple(a + b for a, b in zip(before, weighted(g, slot, token, offset, y)))
-                if gate is not None:
-                    dz = tuple(d * y * o * (1 + z * (1 - o)) for d, y, o, z in zip(dy, total, open_, gate))
-                    when(g == groups - 1, lambda: write(outputs["dz"], time * padded + channel, dz))
-                return total, dD, dbias
+                if z is not None:
+                    part = (d * u + y for d, u, y in zip(D, s["u"], weighted(slot, token, offset, y)))
+                    dz = tuple(d * y * k * (1 + z * (1 - k)) for d, y, k, z in zip(dy, part, gate, z))
+                    write(outputs["dz"], (time * groups + g) * padded + channel, dz)
 
             passes = [(part, number) for part in parts for number in range(PART // tile.tokens(PART))]
 
-            def step(item, carry):
-                total, dD, dbias = carry
-                total, of_group = list(total), bias(group_of(item))
+            def step(item, totals):
                 stage.wait(slot_of(item))
                 for i, (part, number) in enumerate(passes):
                     if number == 0:
                         plgpu.barrier_wait(done.at[buffer_of(item, part)])
-                    total[i], dD, dbias = by_channel(item, part, number, of_group, total[i], dD, dbias)
+                    totals = by_channel(item, part, number, *totals)
                     if i + 1 == len(passes) or passes[i + 1][0] != part:
                         plgpu.barrier_arrive(free.at[buffer_of(item, part)])
                 plgpu.barrier_arrive(spent.at[place_of(item)])
                 plgpu.commit_smem()  # all threads are through with this slot
-                pl.when(item + SLOTS < items)(lambda: load(item + SLOTS))
-                return tuple(total), dD, dbias
+                pl.when(item + SLOTS < steps)(lambda: load(item + SLOTS))
+                return totals
 
-            nothing = lanes.zeros(COLUMN)
-            carry = (nothing,) * len(passes), nothing, (nothing,) * groups
-            _, dD, dbias = lax.fori_loop(0, items, step, carry)
-            slot = b * tile.tokens(PART) + first_token
-            write(outputs["dD"], slot * padded + channel, dD)
-            for g in range(groups):
-                write(outputs["dbias"], (slot * groups + g) * padded + channel, dbias[g])
+            totals = lax.fori_loop(0, steps, step, (lanes.zeros(COLUMN),) * 2)
+            at = ((b * tile.tokens(PART) + first_token) * groups + g) * padded + channel
+            for name, total in zip(("dD", "dbias"), totals):
+                write(outputs[name], at, total)
 
     kernel = plgpu.kernel(
         body,
@@ -410,8 +383,8 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
             plgpu.Barrier(num_barriers=BUFFERS, num_arrivals=2),  # both readers of the sums
             plgpu.Barrier(num_barriers=AHEAD),
         ],
-        grid=(batch, blocks),
-        grid_names=("b", "e"),
+        grid=(batch, groups, blocks),
+        grid_names=("b", "g", "e"),
         num_threads=2 + workers,
         thread_name="role",
         compiler_params=lanes.compiler_params(),
@@ -438,24 +411,6 @@ def backward_bytes(u, dt, B, C, z, weights, states, chunk) -> int:
 def decay(dt, A, reset):
     """exp(dt A), 0 where a document begins."""
     return jnp.exp2(dt * A if reset is None else dt * A + reset)
-
-
-def pick(condition, yes, no):
-    """jnp.where, unless the condition is known beforehand."""
-    return (yes if condition else no) if isinstance(condition, bool) else jnp.where(condition, yes, no)
-
-
-def select(condition, yes, no):
-    """`pick` for trees of arrays."""
-    return jax.tree.map(functools.partial(pick, condition), yes, no)
-
-
-def when(condition, do):
-    """pl.when, unless the condition is known beforehand."""
-    if not isinstance(condition, bool):
-        pl.when(condition)(do)
-    elif condition:
-        do()
 
 
 def add(total, term):

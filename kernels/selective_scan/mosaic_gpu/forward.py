@@ -1,9 +1,11 @@
-"""Forward pass of the selective scan on Hopper: three or four warpgroups walk a block of channels through time.
+"""Forward pass of the selective scan on Hopper: three to six warpgroups walk a block of channels through time.
 
 Chunks of tokens go from one to the next through shared memory:
   prepare  dt and dt u in float32;
-  recur    token by token, by one or two warpgroups: a thread has some states (of all groups) of a channel in registers;
-  finish   skip and gate, y stored, the next chunk sent for.
+  recur    token by token: a thread has some states of a channel in registers. Of several groups each has a warpgroup,
+           a single one has two where blocks are wide, each with half of the states;
+  finish   sum over groups, skip and gate, y stored, the next chunk sent for.
+In shared memory 4 tokens of a channel are side by side, so that who recurs loads and stores 16 bytes at a time.
 Where there are few sequences and channels, blocks are narrow: more threads then share the states of a channel.
 """
 
@@ -22,9 +24,14 @@ from kernels.selective_scan.mosaic_gpu.tile import STATES, Tile, thread_index
 
 f32 = jnp.float32
 SLOTS = 3  # chunks in shared memory
-HELD = 8  # states of a channel and group that one thread takes at most, if a second warpgroup can take the rest
+WORKERS = 5  # warpgroups that recur, at most
+TOKENS = 4  # of a channel, side by side in shared memory
+HELD = {128: 8, 64: 8, 32: 4, 16: 2}  # states of a channel that each thread takes, by channels of a block; see WORKERS
 # By states a thread: tokens by which operands are loaded before they are worked on, and tokens written out
-AHEAD, STRETCH = {1: 8, 2: 8, 4: 3, 8: 4}, {1: 64, 2: 64, 4: 16, 8: 16}
+AHEAD, STRETCH = {1: 8, 2: 8, 4: 4, 8: 4, 16: 1}, {1: 64, 2: 64, 4: 16, 8: 16, 16: 8}
+EARLY = {1: 1, 2: 1, 4: 2, 8: 1, 16: 1}  # tokens by which decays are made before they are needed
+# Registers of a thread that recurs and of another, by workers: in all what 5 warpgroups of 96, 6 of 80 begin with
+WORKER, AIDE = {3: 112, 4: 88}, {3: 72, 4: 64}
 
 
 @functools.partial(
@@ -40,7 +47,7 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
         initial_state: [b, G, E', N] float32. marks: [b, T', 8] of `stage.marks`, T' is T padded to whole chunks.
         softplus: dt + dt_bias goes through softplus.
         block: channels of a block: 128, 64, 32 or 16, with at least 128 states in all.
-        chunk: tokens a step, a multiple of save and of 512 / block; save: 0 saves no states.
+        chunk: tokens a step, a multiple of save; times block it is 512, 1024 or 2048. save: 0 saves no states.
 
     Returns:
         y [b, T', E'] in u's dtype, final state [b, G, E', N] float32, states [b, T' / save, G E' N] float32
@@ -48,13 +55,18 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
     """
     batch, length, groups, _ = u.shape
     _, padded, states = A.shape
-    steps, workers = -(-length // chunk), workers_of(block, states)
-    shares = workers * THREADS // block  # threads that share a channel
+    steps, workers = -(-length // chunk), workers_of(block, states, groups)
+    of_worker = -(-groups // workers)  # groups of each
+    shares = shares_of(block, states, groups)  # threads that share a channel and group
     own = states // shares  # states of each
     vector, tile = min(own, STATES), Tile(states)
     stretch = min(STRETCH.get(own, 8), chunk)
-    ahead = min(AHEAD.get(own, 2) if groups == 1 else 2, stretch)
-    stage = Stage(dict(u=u, dt=dt, B=B, C=C, z=z, weights=weights, marks=marks), chunk, block, groups, SLOTS)
+    ahead = min(AHEAD.get(own, 1), stretch)
+    early = min(EARLY.get(own, 0), ahead)
+    columns = THREADS * TOKENS // chunk  # threads side by side where work is not shared over states
+    wide = block // columns  # channels of each of them
+    BC = jnp.stack([B, C], axis=-1).reshape(*B.shape[:3], 2 * states)
+    stage = Stage(dict(u=u, dt=dt, BC=BC, z=z, weights=weights, marks=marks), chunk, block, groups, SLOTS)
 
     def body(*refs):
         b, e = lax.axis_index("b"), lax.axis_index("e")
@@ -64,14 +76,23 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
         *buffers, dt_s, x_s, y_s, ready, done = refs
         stage.bind(sources, buffers, b, e)
 
-        offset = lax.rem(thread_index(), block // 4) * 4
-        tokens = [lax.div(thread_index(), block // 4) + first for first in range(0, chunk, THREADS * 4 // block)]
-        channel = e * block + offset
-        D = read(D_g, channel, 4)
-        bias = [read(bias_g, g * padded + channel, 4) for g in range(groups)]
+        column, first_token = lax.rem(thread_index(), columns), lax.div(thread_index(), columns) * TOKENS
+        offset, tokens = column * wide, [first_token + i for i in range(TOKENS)]
+
+        def place(row, first, position):
+            """Of 4 tokens of a channel in row `row` of [rows, chunk / 4, block, 4]."""
+            return (row * chunk + first) * block + position * TOKENS
+
+        def budget(registers):
+            if lanes.INTERPRET is None and workers in registers:
+                most = 65536 // (THREADS * (2 + workers)) // 8 * 8  # of each thread at the start
+                action = "increase" if registers[workers] > most else "decrease"
+                plgpu.set_max_registers(registers[workers], action=action)
 
         @pl.when(lax.axis_index("role") == 0)
         def _():
+            budget(AIDE)
+            bias = [read(bias_g, g * padded + e * block + offset, wide) for g in range(groups)]
             for index in range(min(SLOTS, steps)):
                 stage.load(index, jnp.int32(index))
 
@@ -79,10 +100,10 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
                 slot = lax.rem(index, SLOTS)
                 stage.wait(slot)
                 for g in range(groups):
-                    us = [stage.read("u", slot, token, offset, 4, g) for token in tokens]
+                    us = zip(*(stage.read("u", slot, token, offset, wide, g) for token in tokens))
                     dts = prepare(stage, slot, index, tokens, offset, bias[g], softplus, length, g)
-                    for u, (token, dt) in zip(us, dts):
-                        at = (token * groups + g) * block + offset
+                    for c, (u, dt) in enumerate(zip(us, zip(*(dt for _, dt in dts)))):  # of a channel, 4 tokens
+                        at = place(g, first_token, c * columns + column)
                         write(dt_s.at[slot], at, dt)
                         write(x_s.at[slot], at, tuple(d * u for d, u in zip(dt, u)))
                 plgpu.barrier_arrive(ready.at[slot])
@@ -91,84 +112,105 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
 
         @pl.when((lax.axis_index("role") > 0) & (lax.axis_index("role") <= workers))
         def _():
-            thread = lax.rem(thread_index(), block)
-            channel = e * block + thread
-            share = lax.div(thread_index(), block) + (lax.axis_index("role") - 1) * (shares // workers)
+            budget(WORKER)
+            worker = lax.axis_index("role") - 1
+            position, share = lax.rem(thread_index(), block), lax.div(thread_index(), block)
+            channel = e * block + lax.rem(position, columns) * wide + lax.div(position, columns)
+            if groups == 1:
+                first_group, share = 0, share + worker * (shares // workers)
+            else:
+                first_group = worker * of_worker
             first = share * own  # of the states
-            vectors = range(0, own, vector)
 
             def read_states(ref, number):
                 """The thread's states of its channel in matrix `number` of [..., E', N]."""
                 start = (number * padded + channel) * states + first
-                return sum((read(ref, start, vector, at=n) for n in vectors), start=())
+                return sum((read(ref, start, vector, at=n) for n in range(0, own, vector)), start=())
 
             def write_states(ref, number, h):
-                for n in vectors:
+                for n in range(0, own, vector):
                     write(ref, (number * padded + channel) * states + first, h[n : n + vector], at=n)
 
-            A = [read_states(A_g, g) for g in range(groups)]
+            A = [read_states(A_g, first_group + g) for g in range(of_worker)]
 
-            def operands(index, start, k):
-                """Of token start + k: of each group dt, dt u, B, C and weight; and the reset."""
+            def load(coming, rest, index, start, k):
+                """Append to `coming`, of token start + k: of each group dt, dt u and pairs B, C; and the reset.
+
+                rest: dt and dt u of tokens that follow, for these are loaded 4 at a time.
+                """
                 slot = lax.rem(index, SLOTS)
-                of_groups = []
-                for g in range(groups):
-                    at = start * (groups * block) + thread
-                    (dt,), (x,) = (read(ref.at[slot], at, 1, at=(k * groups + g) * block) for ref in (dt_s, x_s))
-                    B, C = (of_states(name, slot, start, k, g) for name in ("B", "C"))
-                    w = None
-                    if g > 0 and "weights" in stage:
-                        (w,) = stage.read("weights", slot, start, thread, 1, g - 1, k)
-                    of_groups.append((dt, x, B, C, w))
-                return of_groups, stage.reset(slot, start + k) if "marks" in stage else None
+                if k % TOKENS == 0:
+                    at, groups_of_worker = place(first_group, start, position), range(of_worker)
+                    quads = [
+                        [read(ref.at[slot], at, TOKENS, at=(g * chunk + k) * block) for ref in (dt_s, x_s)]
+                        for g in groups_of_worker
+                    ]
+                    rest.extend([[(dt[i], x[i]) for dt, x in quads] for i in range(TOKENS)])
+                pairs = [of_states(slot, start, k, g) for g in range(of_worker)]
+                coming.append((rest.pop(0), pairs, stage.reset(slot, start + k) if "marks" in stage else None))
 
-            def of_states(name, slot, start, k, g):
-                """B or C of the thread's states and token start + k."""
-                return sum((stage.read(name, slot, start, first + n, vector, g, k) for n in vectors), start=())
+            def of_states(slot, start, k, g):
+                """(B, C) of each of the thread's states and token start + k."""
+                at, step = (first_group * states + first) * 2, min(2 * own, 4)
+                flat = (stage.read("BC", slot, start, at + n, step, g, k) for n in range(0, 2 * own, step))
+                flat = sum(flat, start=())
+                return list(zip(flat[::2], flat[1::2]))
 
-            def advance(h, loaded):
-                """s = exp(dt A) s + dt u B and s C."""
-                new, y = [], None
-                operands, reset = loaded
-                for s, A_group, (dt, x, B, C, w) in zip(h, A, operands):
+            def make(operands):
+                """Of each of the groups exp(dt A), dt u B and C."""
+                made, (steps, pairs, reset) = [], operands
+                for A_group, (dt, x), BC in zip(A, steps, pairs):
                     exponents = [dt * a for a in A_group]
-                    exponents = exponents if reset is None else [x + reset for x in exponents]
-                    s = tuple(jnp.exp2(k) * s + x * b for k, s, b in zip(exponents, s, B))
-                    new.append(s)
-                    readout = dot(s, C)
-                    readout = readout if w is None else readout * w
-                    y = readout if y is None else y + readout
-                return tuple(new), y
+                    exponents = exponents if reset is None else [k + reset for k in exponents]
+                    made.append(([jnp.exp2(k) for k in exponents], [x * b for b, _ in BC], [c for _, c in BC]))
+                return made
+
+            def advance(h, made):
+                """s = exp(dt A) s + dt u B and s C, of each of the groups."""
+                new = tuple(
+                    tuple(a * s + b for a, s, b in zip(decays, s, added)) for s, (decays, added, _) in zip(h, made)
+                )
+                return new, [dot(s, C) for s, (_, _, C) in zip(new, made)]
 
             def recur(index, h):
-                """A chunk: each token's operands are loaded while those before it are worked on."""
+                """A chunk: operands are loaded, and then decays made, while tokens before are worked on."""
 
                 def several(i, carry, last=False):
-                    h, queue = carry
-                    start = i * stretch
-                    queue = list(queue)
+                    h, coming, near, rest = carry
+                    start, coming, near, rest, four = i * stretch, list(coming), list(near), list(rest), []
                     for k in range(stretch):
                         if save and k % save == 0:
                             keep(h, (index * chunk + start + k) // save)
                         if not last or k + ahead < stretch:
-                            queue.append(operands(index, start, k + ahead))
-                        h, y = advance(h, queue.pop(0))
-                        at = (share * chunk + start) * block + thread
-                        write(y_s.at[lax.rem(index, SLOTS)], at, (y,), at=k * block)
-                    return h, queue
+                            load(coming, rest, index, start, k + ahead)
+                        if coming:
+                            near.append(make(coming.pop(0)))
+                        h, ys = advance(h, near.pop(0))
+                        four.append(ys)
+                        if len(four) == TOKENS:
+                            for g, y in enumerate(zip(*four)):
+                                at = place(first_group * shares + share, start, position)
+                                ahead_of = (g * shares * chunk + k + 1 - TOKENS) * block
+                                write(y_s.at[lax.rem(index, SLOTS)], at, y, at=ahead_of)
+                            four = []
+                    return h, coming, near, rest
 
-                queue = [operands(index, 0, k) for k in range(ahead)]
-                carry = lax.fori_loop(0, chunk // stretch - 1, several, (h, queue))
+                coming, near, rest = [], [], []
+                for k in range(ahead):
+                    load(coming, rest, index, 0, k)
+                for _ in range(early):
+                    near.append(make(coming.pop(0)))
+                carry = lax.fori_loop(0, chunk // stretch - 1, several, (h, coming, near, rest))
                 return several(chunk // stretch - 1, carry, last=True)[0]
 
             def keep(h, number):
                 """Write the states at the start of a stretch of `save` tokens, in the order of the backward pass."""
                 start = (b * (steps * chunk // save) + number) * (padded * groups * states)
-                state = lax.div(first, STATES) * STATES * tile.rows + lax.rem(first, STATES)
-                for g in range(groups):
-                    place = start + tile.saved(channel, g, groups) + state
-                    for n in vectors:
-                        write(saved_g[0], place, h[g][n : n + vector], at=n * tile.rows)
+                for g in range(of_worker):
+                    at = start + tile.saved(channel, first_group + g, groups)
+                    for n in range(0, own, vector):
+                        state = lax.div(first + n, STATES) * STATES * tile.rows + lax.rem(first + n, STATES)
+                        write(saved_g[0], at + state, h[g][n : n + vector])
 
             def step(index, h):
                 plgpu.barrier_wait(ready.at[lax.rem(index, SLOTS)])
@@ -177,27 +219,42 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
                 plgpu.barrier_arrive(done.at[lax.rem(index, SLOTS)])
                 return h
 
-            h = tuple(read_states(initial_g, b * groups + g) for g in range(groups))
-            h = lax.fori_loop(0, steps, step, h)
-            for g in range(groups):
-                write_states(final_g, b * groups + g, h[g])
+            numbers = [b * groups + first_group + g for g in range(of_worker)]
+            h = lax.fori_loop(0, steps, step, tuple(read_states(initial_g, number) for number in numbers))
+            for number, of_group in zip(numbers, h):
+                write_states(final_g, number, of_group)
 
         @pl.when(lax.axis_index("role") == workers + 1)
         def _():
+            budget(AIDE)
+            channel = e * block + offset
+            D = read(D_g, channel, wide)
+
+            def of_tokens(name, slot, group=0):
+                """Of each of the thread's channels 4 tokens."""
+                return list(zip(*(stage.read(name, slot, token, offset, wide, group) for token in tokens)))
+
+            def readout(slot):
+                """s C of the groups, each times its weight: of each of the thread's channels 4 tokens."""
+                total = [None] * wide
+                for g in range(groups):
+                    weights = of_tokens("weights", slot, g - 1) if g > 0 and "weights" in stage else None
+                    for c in range(wide):
+                        at = [place(g * shares + s, first_token, c * columns + column) for s in range(shares)]
+                        y = tuple(sum(parts) for parts in zip(*(read(y_s.at[slot], x, TOKENS) for x in at)))
+                        y = y if weights is None else tuple(y * w for y, w in zip(y, weights[c]))
+                        total[c] = y if total[c] is None else tuple(a + b for a, b in zip(total[c], y))
+                return total
+
             def finish(index):
                 """y = (s C + D u) silu(z)."""
                 slot = lax.rem(index, SLOTS)
-                loaded = [
-                    (
-                        [read(y_s.at[slot], (share * chunk + token) * block + offset, 4) for share in range(shares)],
-                        stage.read("u", slot, token, offset, 4),
-                        stage.read("z", slot, token, offset, 4) if "z" in stage else None,
-                    )
-                    for token in tokens
-                ]
-                for token, (ys, u, z) in zip(tokens, loaded):
-                    y = tuple(sum(parts) + d * u for *parts, d, u in zip(*ys, D, u))
-                    y = y if z is None else tuple(y * z * lanes.sigmoid(z) for y, z in zip(y, z))
+                us = of_tokens("u", slot)
+                ys = [tuple(y + d * u for y, u in zip(y, u)) for y, d, u in zip(readout(slot), D, us)]
+                if "z" in stage:
+                    zs = of_tokens("z", slot)
+                    ys = [tuple(y * z * lanes.sigmoid(z) for y, z in zip(y, z)) for y, z in zip(ys, zs)]
+                for token, y in zip(tokens, zip(*ys)):
                     write(y_g, ((b * steps + index) * chunk + token) * padded + channel, y)
 
             def step(index, _):
@@ -218,8 +275,8 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
         out_type=tuple(out),
         scratch_types=[
             *stage.scratch(),
-            *[plgpu.SMEM((SLOTS, chunk, groups, block), f32)] * 2,
-            plgpu.SMEM((SLOTS, shares, chunk, block), f32),
+            *[plgpu.SMEM((SLOTS, groups, chunk * block), f32)] * 2,
+            plgpu.SMEM((SLOTS, groups * shares, chunk * block), f32),
             plgpu.Barrier(num_barriers=SLOTS),
             plgpu.Barrier(num_barriers=SLOTS, num_arrivals=workers),
         ],
@@ -234,16 +291,29 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
     return y, final, saved[0] if save else None
 
 
-def workers_of(block, states) -> int:
-    """Warpgroups that recur."""
-    return 2 if block * states > THREADS * HELD else 1
+def workers_of(block, states, groups) -> int:
+    """Warpgroups that recur: one for each of several groups; of a single one, as many as its states want."""
+    if groups > 1:
+        return groups if groups <= WORKERS else 1
+    return min(WORKERS, 4, max(1, block * states // (THREADS * HELD[block])))
+
+
+def shares_of(block, states, groups) -> int:
+    """Threads that share the states of a channel and group."""
+    return THREADS // block * (1 if groups > 1 else workers_of(block, states, groups))
+
+
+def affordable(block, states, groups) -> bool:
+    """Whether the registers of so many warpgroups hold a thread's states and operands."""
+    return groups == 1 or states // shares_of(block, states, groups) <= (16 if groups <= 4 else 8)
 
 
 def forward_bytes(u, dt, B, C, z, weights, block, chunk) -> int:
     """Shared memory of a block."""
     groups, states = u.shape[2], B.shape[3]
-    stage = Stage(dict(u=u, dt=dt, B=B, C=C, z=z, weights=weights, marks=MARKED), chunk, block, groups, SLOTS)
-    return stage.bytes() + SLOTS * chunk * (2 * groups * block + workers_of(block, states) * THREADS) * 4
+    BC = jax.ShapeDtypeStruct((*B.shape[:3], 2 * states), f32)
+    stage = Stage(dict(u=u, dt=dt, BC=BC, z=z, weights=weights, marks=MARKED), chunk, block, groups, SLOTS)
+    return stage.bytes() + SLOTS * chunk * groups * block * (2 + shares_of(block, states, groups)) * 4
 
 
 def dot(a, b):

@@ -34,8 +34,8 @@ class Stage:
     """Chunks of the inputs in shared memory.
 
     Args:
-        arrays: by name: u, dt, weights [b, T, G, E]; z, dy [b, T, E]; B, C [b, T, G, N]; marks [b, T', 8]. None is
-            left out.
+        arrays: by name: u, dt, weights [b, T, G, E]; z, dy [b, T, E]; B, C [b, T, G, N]; BC [b, T, G, 2 N];
+            marks [b, T', 8]. None is left out.
         chunk: tokens. block: channels.
         groups: groups in a slot: all, or 1 for one after another.
         slots: chunks in shared memory at a time.
@@ -70,7 +70,7 @@ class Stage:
             source = self.sources[name]
             if name in ("u", "dt", "weights"):
                 source = source.at[self.b, time, self._groups(name, group), channels]
-            elif name in ("B", "C"):
+            elif name in ("B", "C", "BC"):
                 source = source.at[self.b, time, self._groups(name, group)]
             elif name in ("z", "dy"):
                 source = source.at[self.b, time, channels]
@@ -109,7 +109,7 @@ class Stage:
 
     def _shape(self, name):
         x = self.arrays[name]
-        if name in ("u", "dt", "weights", "B", "C"):
+        if name in ("u", "dt", "weights", "B", "C", "BC"):
             groups = x.shape[2] if self.groups > 1 else 1
             return self.chunk, groups, self.block if name in ("u", "dt", "weights") else x.shape[3]
         return self.chunk, MARKS if name == "marks" else self.block

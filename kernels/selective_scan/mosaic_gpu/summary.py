@@ -62,7 +62,7 @@ def _summary(arrays, A, dt_bias, softplus, reverse):
     passes = THREADS * 4 // BLOCK  # tokens that the first warpgroup takes at once
 
     def body(*refs):
-        b, e = lax.axis_index("b"), lax.axis_index("e")
+        b, g, e = (lax.axis_index(name) for name in "bge")
         sources, refs = refs[: len(stage.arrays)], refs[len(stage.arrays) :]
         A_g, bias_g, end_g, steps_g, *buffers, dt_s, x_s, ready, done = refs
         stage.bind(sources, buffers, b, e)
@@ -76,21 +76,22 @@ def _summary(arrays, A, dt_bias, softplus, reverse):
             first_token = lax.div(thread_index(), BLOCK // 4)
             tokens = [first_token + first for first in range(0, chunk, passes)]
             channel = e * BLOCK + offset
-            bias = [read(bias_g, g * padded + channel, 4) for g in range(groups)]
+            bias = read(bias_g, g * padded + channel, 4)
 
-            def written(slot, token, dt, g):
-                """dt u, or dy times gate and weight."""
+            def written(slot, token, dt):
+                """dt u, or dy times gate and weight; the first group has no weight."""
                 if not reverse:
-                    return tuple(d * u for d, u in zip(dt, stage.read("u", slot, token, offset, 4, g)))
+                    return tuple(d * u for d, u in zip(dt, stage.read("u", slot, token, offset, 4)))
                 x = stage.read("dy", slot, token, offset, 4)
                 if "z" in stage:
                     x = tuple(x * z * lanes.sigmoid(z) for x, z in zip(x, stage.read("z", slot, token, offset, 4)))
-                if g > 0 and "weights" in stage:
-                    x = tuple(x * w for x, w in zip(x, stage.read("weights", slot, token, offset, 4, g - 1)))
+                if "weights" in stage:
+                    weights = stage.read("weights", slot, token, offset, 4)
+                    x = tuple(x * jnp.where(g == 0, jnp.ones_like(w), w) for x, w in zip(x, weights))
                 return x
 
             for index in range(min(SLOTS, steps)):
-                stage.load(index, chunk_of(jnp.int32(index)))
+                stage.load(index, chunk_of(jnp.int32(index)), g)
 
             def start(index, totals):
                 slot = lax.rem(index, SLOTS)
@@ -99,26 +100,21 @@ def _summary(arrays, A, dt_bias, softplus, reverse):
                 @pl.when((index > 0) & (index + SLOTS - 1 < steps))
                 def _():
                     plgpu.barrier_wait(done.at[before])
-                    stage.load(before, chunk_of(index + SLOTS - 1))
+                    stage.load(before, chunk_of(index + SLOTS - 1), g)
 
                 stage.wait(slot)
-                totals = list(totals)
-                for g in range(groups):
-                    for token, dt in prepare(
-                        stage, slot, chunk_of(index), tokens, offset, bias[g], softplus, length, g
-                    ):
-                        at = (token * groups + g) * BLOCK + offset
-                        write(dt_s.at[slot], at, dt)
-                        write(x_s.at[slot], at, written(slot, token, dt, g))
-                        totals[g] = tuple(total + d for total, d in zip(totals[g], dt))
+                for token, dt in prepare(stage, slot, chunk_of(index), tokens, offset, bias, softplus, length):
+                    at = token * BLOCK + offset
+                    write(dt_s.at[slot], at, dt)
+                    write(x_s.at[slot], at, written(slot, token, dt))
+                    totals = tuple(total + d for total, d in zip(totals, dt))
                 plgpu.barrier_arrive(ready.at[slot])
-                return tuple(totals)
+                return totals
 
-            totals = lax.fori_loop(0, steps, start, (lanes.zeros(4),) * groups)
+            totals = lax.fori_loop(0, steps, start, lanes.zeros(4))
             for index in range(max(0, steps - SLOTS), steps):  # no barrier is left with an arrival that none has seen
                 plgpu.barrier_wait(done.at[index % SLOTS])
-            for g in range(groups):
-                write(steps_g, ((b * passes + first_token) * groups + g) * padded + channel, totals[g])
+            write(steps_g, ((b * passes + first_token) * groups + g) * padded + channel, totals)
 
         @pl.when(lax.axis_index("role") > 0)
         def _():
@@ -127,29 +123,19 @@ def _summary(arrays, A, dt_bias, softplus, reverse):
             first = (lax.axis_index("role") - 1) * own  # of the states
             quads = range(0, own, 4)
 
-            def place(number):
-                return (number * padded + channel) * states + first
-
-            A = [sum((read(A_g, place(g), 4, at=n) for n in quads), start=()) for g in range(groups)]
+            place = (g * padded + channel) * states + first
+            A = sum((read(A_g, place, 4, at=n) for n in quads), start=())
 
             def operands(slot, t):
-                out = []
-                for g in range(groups):
-                    (dt,), (x,) = (read(ref.at[slot], (t * groups + g) * BLOCK + thread, 1) for ref in (dt_s, x_s))
-                    B = sum((stage.read("B", slot, t, thread * 0 + first + n, 4, g) for n in quads), start=())
-                    out.append((dt, x, B))
-                return out, stage.reset(slot, t) if "marks" in stage else None
+                (dt,), (x,) = (read(ref.at[slot], t * BLOCK + thread, 1) for ref in (dt_s, x_s))
+                B = sum((stage.read("B", slot, t, thread * 0 + first + n, 4) for n in quads), start=())
+                return dt, x, B, stage.reset(slot, t) if "marks" in stage else None
 
-            def advance(h, operands):
-                inputs, reset = operands
-                new = []
-                for s, A_group, (dt, x, B) in zip(h, A, inputs):
-                    exponents = [dt * a if reset is None else dt * a + reset for a in A_group]
-                    if reverse:
-                        new.append(tuple(jnp.exp2(k) * (s + x * b) for k, s, b in zip(exponents, s, B)))
-                    else:
-                        new.append(tuple(jnp.exp2(k) * s + x * b for k, s, b in zip(exponents, s, B)))
-                return tuple(new)
+            def advance(h, dt, x, B, reset):
+                exponents = [dt * a if reset is None else dt * a + reset for a in A]
+                if reverse:
+                    return tuple(jnp.exp2(k) * (s + x * b) for k, s, b in zip(exponents, h, B))
+                return tuple(jnp.exp2(k) * s + x * b for k, s, b in zip(exponents, h, B))
 
             def step(index, h):
                 slot = lax.rem(index, SLOTS)
@@ -161,14 +147,13 @@ def _summary(arrays, A, dt_bias, softplus, reverse):
                 for following in [*times[AHEAD:], *[None] * AHEAD]:
                     if following is not None:
                         queue.append(operands(slot, following))
-                    h = advance(h, queue.pop(0))
+                    h = advance(h, *queue.pop(0))
                 plgpu.barrier_arrive(done.at[slot])
                 return h
 
-            h = lax.fori_loop(0, steps, step, (lanes.zeros(own),) * groups)
-            for g in range(groups):
-                for n in quads:
-                    write(end_g, place(b * groups + g), h[g][n : n + 4], at=n)
+            h = lax.fori_loop(0, steps, step, lanes.zeros(own))
+            for n in quads:
+                write(end_g, b * groups * padded * states + place, h[n : n + 4], at=n)
 
     kernel = plgpu.kernel(
         body,
@@ -178,13 +163,13 @@ def _summary(arrays, A, dt_bias, softplus, reverse):
         ),
         scratch_types=[
             *stage.scratch(),
-            plgpu.SMEM((SLOTS, chunk, groups, BLOCK), f32),
-            plgpu.SMEM((SLOTS, chunk, groups, BLOCK), f32),
+            plgpu.SMEM((SLOTS, chunk, BLOCK), f32),
+            plgpu.SMEM((SLOTS, chunk, BLOCK), f32),
             plgpu.Barrier(num_barriers=SLOTS),
             plgpu.Barrier(num_barriers=SLOTS, num_arrivals=WORKERS),
         ],
-        grid=(batch, padded // BLOCK),
-        grid_names=("b", "e"),
+        grid=(batch, groups, padded // BLOCK),
+        grid_names=("b", "g", "e"),
         num_threads=1 + WORKERS,
         thread_name="role",
         compiler_params=lanes.compiler_params(),
@@ -196,10 +181,10 @@ def _summary(arrays, A, dt_bias, softplus, reverse):
 
 def staged(arrays) -> Stage:
     """The inputs in the longest chunks that fit in shared memory."""
-    stages = [Stage(arrays, chunk, BLOCK, arrays["dt"].shape[2], SLOTS) for chunk in CHUNKS]
+    stages = [Stage(arrays, chunk, BLOCK, groups=1, slots=SLOTS) for chunk in CHUNKS]
     return next((stage for stage in stages if summary_bytes(stage) <= SHARED), stages[-1])
 
 
 def summary_bytes(stage) -> int:
     """Shared memory of a block."""
-    return stage.bytes() + 2 * SLOTS * stage.chunk * stage.groups * BLOCK * 4
+    return stage.bytes() + 2 * SLOTS * stage.chunk * BLOCK * 4

@@ -60,6 +60,10 @@ class Tile:
         lane, warp = lax.rem(thread, 32), lax.div(thread, 32) + worker * (THREADS // 32)
         return warp * self.neighbours + lax.rem(lane, self.neighbours), lax.div(lane, self.neighbours)
 
+    def place(self, row):
+        """Where a row is among those that the forward pass saves: even ones first, for it writes every other one."""
+        return lax.rem(row, 2) * (self.rows // 2) + lax.div(row, 2)
+
     def tokens(self, chunk) -> int:
         """Tokens of a chunk that one pass of `items` covers."""
         return min(THREADS * COLUMN // self.channels, chunk)
@@ -80,4 +84,4 @@ class Tile:
         """
         block, channel = lax.div(channel, self.channels), lax.rem(channel, self.channels)
         part = (block * groups + group) * CHANNELS + lax.rem(channel, CHANNELS)
-        return (part * (self.shares * self.rows) + lax.div(channel, CHANNELS)) * STATES
+        return (part * (self.shares * self.rows) + self.place(lax.div(channel, CHANNELS))) * STATES
