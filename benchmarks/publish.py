@@ -4,7 +4,8 @@
     python benchmarks/publish.py sweeps/densemamba --out=docs/results/densemamba --page=README.md
 
 copies results.csv, report.md and the pictures of a sweep as sweep.py wrote them. With --page it writes a short table of
-results.csv in place of what stands between <!-- NAME --> and <!-- /NAME --> there, NAME being that of --out.
+results.csv in place of what stands between <!-- NAME --> and <!-- /NAME --> there, NAME being that of --out. --figures
+are further columns of results.csv for that table, such as eval.context_lengths.test.65536.loss.
 """
 
 import argparse
@@ -12,6 +13,7 @@ import csv
 import os
 import shutil
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -42,10 +44,16 @@ def read(sweep: Path) -> dict[str, list[dict]]:
     return groups
 
 
-def table(groups: dict[str, list[dict]], metric: str = "validation.loss") -> str:
-    """Markdown, one row a trial; after the metric, what it has less than the first, seed by seed."""
+def table(groups: dict[str, list[dict]], metric: str = "validation.loss", further: Sequence[str] = ()) -> str:
+    """Markdown, one row a trial; after the metric, what it has less than the first, seed by seed.
+
+    Raises: ValueError for further figures that no trial has.
+    """
     there = {name for rows in groups.values() for row in rows for name, cell in row.items() if cell}
+    if missing := [name for name in further if name not in there]:
+        raise ValueError(f"--figures={','.join(missing)}: in no row of results.csv that is done")
     figures = {name: about for name, about in FIGURES.items() if name in there}
+    figures |= {name: (name.removeprefix("eval."), ",.4f") for name in further}
     heading = [cell for name, (text, _) in figures.items() for cell in (text, *["less the first"] * (name == metric))]
     lines = [f"| trial | seeds | {' | '.join(heading)} |", f"|---|---{'|---:' * len(heading)}|"]
     first = next(iter(groups.values()), [])
@@ -84,21 +92,22 @@ def main() -> None:
     parser.add_argument("sweep", type=Path, help="directory of a sweep")
     parser.add_argument("--out", type=Path, required=True, help="directory, such as docs/results/densemamba")
     parser.add_argument("--page", type=Path, help="Markdown file with the marks")
+    parser.add_argument("--figures", default="", help="further columns of the table, apart by commas")
     options = parser.parse_args()
     if not (options.sweep / "report.md").exists():
         parser.error(f"{options.sweep}: no report.md in it; sweep.py writes one")
-    options.out.mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        if (options.sweep / name).exists():
-            shutil.copyfile(options.sweep / name, options.out / name)
-    text = table(read(options.sweep))
-    print(text)
-    if options.page:
-        link = os.path.relpath(options.out / "report.md", options.page.parent)
-        try:
+    try:
+        text = table(read(options.sweep), further=list(filter(None, options.figures.split(","))))
+        options.out.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            if (options.sweep / name).exists():
+                shutil.copyfile(options.sweep / name, options.out / name)
+        print(text)
+        if options.page:
+            link = os.path.relpath(options.out / "report.md", options.page.parent)
             insert(options.page, options.out.name, f"\n{text}\n\nAll of it: [{link}]({link}).\n")
-        except ValueError as error:
-            parser.error(str(error))
+    except ValueError as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

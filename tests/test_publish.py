@@ -75,11 +75,11 @@ def test_corpus_and_tokenizer(tmp_path, monkeypatch, capsys):
 
 def sweep(folder, losses):
     """A sweep's directory: trial to the losses of its seeds."""
-    lines = ["id,status,seed,model.dense.variant,parameters,validation.loss,tokens_per_second"]
+    lines = ["id,status,seed,model.dense.variant,parameters,validation.loss,tokens_per_second,eval.lengths.64.loss"]
     for name, values in losses.items():
         for seed, loss in enumerate(values):
             identity, speed = f"{name}{seed}", 1000.0 if seed == 0 else ""
-            lines.append(f"{identity},{'done' if loss else 'failed'},{seed},{name},24807936,{loss or ''},{speed}")
+            lines.append(f"{identity},{'done' if loss else 'failed'},{seed},{name},24807936,{loss or ''},{speed},3.5")
             (folder / "trials" / identity).mkdir(parents=True)
             record = {"overrides": {"model.dense.variant": name, "seed": seed}}
             (folder / "trials" / identity / "trial.json").write_text(json.dumps(record))
@@ -104,6 +104,9 @@ def test_table_between_the_marks(tmp_path, monkeypatch, capsys):
     assert f"| variant=none | 3 | 24,807,936 | 2.2000 ± {spread:.4f} |  | 1,000 |" in text
     difference = statistics.stdev([-0.1, -0.2])  # of the seeds that both have
     assert f"| variant=read | 2 | 24,807,936 | 1.9500 ± 0.0707 | -0.1500 ± {difference:.4f} | 1,000 |" in text
+    monkeypatch.setattr(sys, "argv", [*argv, "--figures=eval.lengths.64.loss"])
+    publish.main()
+    assert "| tokens/s | lengths.64.loss |" in page.read_text() and "|  | 1,000 | 3.5000 |" in page.read_text()
     assert (tmp_path / "docs/one/results.csv").read_text() == (folder / "results.csv").read_text()
     assert math.isclose(statistics.fmean(losses["none"]), 2.2) and "variant=read" in capsys.readouterr().out
 
@@ -114,6 +117,7 @@ def test_what_cannot_be_published_is_said(tmp_path, monkeypatch, capsys):
     folder = sweep(tmp_path / "sweep", {"none": (2.0,)})
     for argv, reason in (
         ([str(tmp_path), "--out=x"], "no report.md"),
+        ([str(folder), f"--out={tmp_path / 'one'}", "--figures=eval.x"], "--figures=eval.x: in no row"),
         ([str(folder), f"--out={tmp_path / 'one'}", f"--page={page}"], "must have <!-- one --> and <!-- /one -->"),
     ):
         monkeypatch.setattr(sys, "argv", ["publish.py", *argv])
