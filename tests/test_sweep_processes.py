@@ -39,12 +39,14 @@ def test_runs_each_trial_once_and_again_nothing(tmp_path):
     fakes.run("--seeds=2")
     once_each(fakes, 4)
     assert (fakes.out / "results.csv").read_bytes() == before
-    fakes.run("--seeds=3")  # more seeds are more trials
+    fakes.run("--seeds=3", SEQMODELS_COMMIT="abcdef0")  # more seeds are more trials
     once_each(fakes, 6)
     fakes.check_done(("fine", "better"), seeds=3)
     assert {call["cache"] for call in fakes.calls()} == {f"out/compiled/{socket.gethostname()}"}
     record = json.loads((fakes.out / "trials" / fakes.rows()[0]["id"] / "trial.json").read_text())
     assert record["device"] == "1 x fake (cpu)" and record["attempts"] == 1 and record["exit"] == 0
+    record = json.loads((fakes.out / "trials" / fakes.rows()[2]["id"] / "trial.json").read_text())
+    assert record["overrides"]["seed"] == 2 and record["commit"] == "abcdef0"
 
 
 def test_other_evaluators_are_run_on_what_is_trained(tmp_path):

@@ -170,12 +170,14 @@ def now() -> str:
 def commit() -> str:
     """Short hash of the checkout that the trials run from, with "+" if files differ from it.
 
-    Outside one, on a machine to which the files were copied, what SEQMODELS_COMMIT says, or "".
+    What SEQMODELS_COMMIT says goes before it, for a machine to which the files were copied; "" where neither is there.
     """
+    if said := os.environ.get("SEQMODELS_COMMIT"):
+        return said
     git = ["git", "-C", str(Path(__file__).parent)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
         clean = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode == 0
     except (OSError, subprocess.CalledProcessError):
-        return os.environ.get("SEQMODELS_COMMIT", "")
+        return ""
     return head.strip() + ("" if clean else "+")
