@@ -104,6 +104,8 @@ def _check(u, dt, A, B, C, weights, initial_state):
             f"selective_scan: u has shape {u.shape} and A {A.shape}; allowed: [B, T, (G,) E] and [(G,) E, N]"
         )
     batch, length, groups, width = u.shape
+    if not length:
+        raise ValueError("selective_scan: T is 0; allowed: 1 or more")
     state = A.shape[-1]
     want = dict(
         dt=(dt, [u.shape]),

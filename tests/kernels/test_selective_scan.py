@@ -200,6 +200,8 @@ def test_wrong_shape_is_named():
     args["B"] = args["B"][..., :-1]
     with pytest.raises(ValueError, match="B has shape"):
         selective_scan(**args)
+    with pytest.raises(ValueError, match="T is 0"):
+        selective_scan(**inputs(length=0))
 
 
 def test_a_donated_state_is_updated_in_place():
