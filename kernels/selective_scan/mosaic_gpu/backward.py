@@ -329,13 +329,14 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
                 real = stage.real(slot, token, index, length)
                 ddt = ddt if real is None else tuple(jnp.where(real, d, 0) for d in ddt)
                 du = tuple(t * gb + d * x for t, gb, d, x in zip(step, g_B, D, dy))
+                dD = tuple(a + x * u for a, x, u in zip(dD, dy, s["u"]))
+                dbias = tuple(a + d for a, d in zip(dbias, ddt))
                 time = (b * steps + index) * chunk + token
                 write(outputs["du"], (time * groups + g) * padded + channel, du)
                 write(outputs["ddt"], (time * groups + g) * padded + channel, ddt)
                 if readout:
                     of_readout(slot, token, time, s, y)
-                dD = tuple(a + x * u for a, x, u in zip(dD, dy, s["u"]))
-                return dD, tuple(a + d for a, d in zip(dbias, ddt))
+                return dD, dbias
 
             def of_readout(slot, token, time, s, y):
                 """dweights, and the group's part of dz."""
