@@ -21,6 +21,7 @@ from ml_collections import ConfigDict
 
 from configs.base import base, finish, large, preset, short
 from configs.retnet import add_retnet
+from configs.trials import vary
 
 # name: (width, layers, heads, depth, bottleneck of keys' gates, of values')
 PAPER = {
@@ -94,4 +95,10 @@ def forms(add: Callable[[dict], None], arg: str | None = None) -> None:
     add({"model.dense.variant": "read", "model.dense.gate": "channel", "model.dense.norm": False})
 
 
-SWEEPS = {"forms": forms}  # beside `sweep`, which is "ablation"
+def rates(add: Callable[[dict], None], arg: str | None = None) -> None:
+    """RetNet without links at several learning rates, from which to choose the preset's."""
+    for trial in vary("optimizer.learning_rate", 7.5e-4, 1.5e-3, 3e-3, 6e-3):
+        add({"model.dense.variant": "none", **trial})
+
+
+SWEEPS = {"forms": forms, "rates": rates}  # beside `sweep`, which is "ablation"

@@ -125,7 +125,10 @@ def test_parameters_are_counted_as_the_model_has_them(fields):
     assert densemamba.parameters(model) == count(model)
 
 
-@pytest.mark.parametrize("module, name", [(densemamba, "budgets"), (densemamba, "pair"), (denseretnet, "forms")])
+@pytest.mark.parametrize(
+    "module, name",
+    [(densemamba, "budgets"), (densemamba, "pair"), (denseretnet, "forms"), (denseretnet, "rates")],
+)
 def test_other_sweeps_of_25m_are_of_valid_and_different_models(module, name):
     config, trials = module.get_config("25m"), []
     module.SWEEPS[name](trials.append, "25m")
