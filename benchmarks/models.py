@@ -37,7 +37,7 @@ from seqmodels.errors import UserError
 ROWS = {
     "130m": ("configs/mamba.py:130m", 8, 2048, {}),
     "370m": ("configs/mamba.py:370m", 8, 2048, {}),
-    "1.4b": ("configs/mamba.py:1.4b", 2, 2048, {}),
+    "1.4b": ("configs/mamba.py:1.4b", 2, 2048, {"model.remat_blocks": 32}),  # the states of 16 layers fit
     "130m-16k": ("configs/mamba.py:130m", 1, 16384, {"training.loss_chunk": 8192}),
     "densemamba-130m": ("configs/densemamba.py:130m", 8, 2048, {}),
     "mamba2-130m": ("configs/mamba2.py:130m", 8, 2048, {}),

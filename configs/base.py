@@ -35,6 +35,7 @@ def base() -> ConfigDict:
             dtype="float32",  # of activations and matmuls; parameters, states and losses are float32
             residual_dtype="float32",
             remat="none",  # none | rescan | mixer | projected | scan | block | dots | streams: what is kept
+            remat_blocks=0,  # remat only the first so many blocks, if unrolled; 0: all
             scan_blocks=0,  # 0: layers unrolled; k: lax.scan over super-blocks of k repeats
         )
     )

@@ -36,6 +36,7 @@ RANGES = {
     "model.repeats": (1, math.inf),
     "model.vocab_size": (0, math.inf),
     "model.vocab_multiple": (1, math.inf),
+    "model.remat_blocks": (0, math.inf),
     "model.scan_blocks": (0, math.inf),
     "model.dense.depth": (1, math.inf),
     "model.dense.every": (1, math.inf),

@@ -102,6 +102,10 @@ def scanned(config) -> tuple[int, int]:
     blocks = plan(config)
     if not config.scan_blocks:
         return len(blocks), 0
+    if config.get("remat_blocks", 0):
+        raise UserError(
+            f"model.remat_blocks is {config.remat_blocks}; it must be 0 with model.scan_blocks={config.scan_blocks}"
+        )
     if config.repeats % config.scan_blocks:
         raise UserError(
             f"model.scan_blocks is {config.scan_blocks}; it must divide model.repeats, which is {config.repeats}"
@@ -201,8 +205,7 @@ class SuperBlock(nn.Module):
     deterministic: bool
 
     def setup(self):
-        block = Block if self.config.remat == "none" else rematerialised(self.config.remat)
-        self.block = [block(self.config, spec) for spec in self.specs]
+        self.block = [rematerialised(self.config)(self.config, spec) for spec in self.specs]
 
     def __call__(self, carry, state, seq):
         """carry (x, window), with the states of this super-block, to the new ones."""
@@ -215,11 +218,13 @@ class SuperBlock(nn.Module):
         return (x, window), new_state
 
 
-def rematerialised(remat: str):
-    """Block that keeps for the backward pass only what `remat` says."""
-    if remat not in REMAT:
-        raise UserError(f"model.remat is {remat!r}; allowed: none, {', '.join(REMAT)}")
-    return nn.remat(Block, policy=REMAT[remat], static_argnums=(5,), prevent_cse=True)
+def rematerialised(config, index: int = 0):
+    """Block that keeps for the backward pass only what `remat` says, if it is among the first `remat_blocks`."""
+    if config.remat == "none" or 0 < config.get("remat_blocks", 0) <= index:
+        return Block
+    if config.remat not in REMAT:
+        raise UserError(f"model.remat is {config.remat!r}; allowed: none, {', '.join(REMAT)}")
+    return nn.remat(Block, policy=REMAT[config.remat], static_argnums=(5,), prevent_cse=True)
 
 
 class LanguageModel(nn.Module):
@@ -241,8 +246,7 @@ class LanguageModel(nn.Module):
         self.final_norm = RMSNorm(config.norm_eps)
         specs = plan(config)
         unrolled, self.repeats = scanned(config)
-        block = Block if config.remat == "none" else rematerialised(config.remat)
-        self.block = [block(config, spec) for spec in specs[:unrolled]]
+        self.block = [rematerialised(config, i)(config, spec) for i, spec in enumerate(specs[:unrolled])]
         self.super_specs = tuple(specs[unrolled : unrolled + (len(specs) - unrolled) // max(self.repeats, 1)])
 
     def blocks(self, deterministic: bool):
@@ -331,8 +335,7 @@ def build(config: ConfigDict, vocab_size: int) -> LanguageModel:
         if name and name not in OPERATIONS[operation].IMPLEMENTATIONS:
             allowed = ", ".join(map(repr, OPERATIONS[operation].IMPLEMENTATIONS))
             raise UserError(f"config.model.implementation.{operation}={name!r}: must be '' or one of {allowed}")
-    if config.remat != "none":
-        rematerialised(config.remat)
+    rematerialised(config)
     model = LanguageModel(FrozenConfigDict(config))
     jax.eval_shape(lambda: model.init_state(1, 1))  # declares every module, which checks its fields
     return model

@@ -303,6 +303,30 @@ def test_rematerialisation_keeps_less(pattern):
     assert sizes == sorted(set(sizes), reverse=True)
 
 
+def test_the_first_blocks_are_rematerialised_alone():
+    """Each block less that is computed again keeps as many bytes more; the gradients are the same."""
+    x = tokens()
+
+    def backward(fields):
+        config = get_config().model.copy_and_resolve_references()
+        config.unlock()
+        config.update(dict(dense=dict(variant="none"), **fields))
+        model = build(config, 11)
+        params = model.init(jax.random.key(0), x)
+        pull = jax.eval_shape(lambda p: jax.vjp(lambda p: model.apply(p, x)[0], p)[1], params)
+        kept = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(pull))
+        return kept, jax.jit(jax.grad(lambda p: jnp.sum(jnp.sin(model.apply(p, x)[0]))))(params)
+
+    (none, want), *some = (
+        backward(fields) for fields in (dict(remat="none"), *(dict(remat="block", remat_blocks=n) for n in (1, 2, 3, 0)))
+    )
+    sizes = [none, *(kept for kept, _ in some)]
+    assert sizes == sorted(set(sizes), reverse=True)
+    for _, gradient in some:
+        for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(want), strict=True):
+            np.testing.assert_allclose(x, y, atol=2e-6 * max(1, float(np.abs(y).max())))
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
@@ -313,6 +337,7 @@ def test_rematerialisation_keeps_less(pattern):
         (dict(model=dict(pattern="attention"), variant="read"), "no mixer of 'attention' has hidden states"),
         (dict(model=dict(scan_blocks=3)), "scan_blocks is 3; it must divide"),
         (dict(model=dict(scan_blocks=1), every=2), "every is 2"),
+        (dict(model=dict(scan_blocks=1, remat_blocks=2)), "remat_blocks is 2; it must be 0 with model.scan_blocks=1"),
         (dict(model=dict(pattern="mamba+mpl")), "'mpl' is none of mlp"),
     ],
 )

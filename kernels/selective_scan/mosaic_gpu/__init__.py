@@ -116,7 +116,7 @@ def forward_chunks(arrays) -> dict[int, int]:
     fit = {}
     for block in tuning.FORWARD:
         shortest = 512 // block  # the first warpgroup takes as many tokens at once
-        sizes = [size for size in (64, 32, 16, 8, 4) if shortest <= size <= min(2048 // block, length)]
+        sizes = [size for size in (64, 32, 16, 8, 4) if shortest <= size <= min(tuning.CHUNK[block], length)]
         sizes = (size for size in sizes or [shortest] if forward_bytes(block=block, chunk=size, **inputs) <= SHARED)
         if (chunk := next(sizes, None)) is not None:
             fit[block] = chunk

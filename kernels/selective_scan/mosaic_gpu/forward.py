@@ -19,17 +19,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import lanes
 from kernels.lanes import LOG2E, THREADS, read, write
-from kernels.selective_scan.mosaic_gpu.stage import MARKED, Stage, prepare
+from kernels.selective_scan.mosaic_gpu.stage import MARKED, SHARED, Stage, prepare
 from kernels.selective_scan.mosaic_gpu.tile import STATES, Tile, thread_index
 
 f32 = jnp.float32
-SLOTS = 3  # chunks in shared memory
+MOST, FEWEST = 4, 3  # chunks in shared memory: the more if they fit
 WORKERS = 5  # warpgroups that recur, at most
 TOKENS = 4  # of a channel, side by side in shared memory
 HELD = {128: 8, 64: 8, 32: 4, 16: 2}  # states of a channel that each thread takes, by channels of a block; see WORKERS
 # By states a thread: tokens by which operands are loaded before they are worked on, and tokens written out
 AHEAD, STRETCH = {1: 8, 2: 8, 4: 4, 8: 4, 16: 1}, {1: 64, 2: 64, 4: 16, 8: 16, 16: 8}
-EARLY = {1: 1, 2: 1, 4: 2, 8: 1, 16: 1}  # tokens by which decays are made before they are needed
+EARLY = {1: 1, 2: 2, 4: 2, 8: 1, 16: 1}  # tokens by which decays are made before they are needed
+BRIDGED = 8  # up to so many states a thread, the first operands of a chunk are loaded during the one before it
 # Registers of a thread that recurs and of another, by workers: in all what 5 warpgroups of 96, 6 of 80 begin with
 WORKER, AIDE = {3: 112, 4: 88}, {3: 72, 4: 64}
 
@@ -63,10 +64,12 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
     stretch = min(STRETCH.get(own, 8), chunk)
     ahead = min(AHEAD.get(own, 1), stretch)
     early = min(EARLY.get(own, 0), ahead)
+    bridged = own <= BRIDGED
     columns = THREADS * TOKENS // chunk  # threads side by side where work is not shared over states
     wide = block // columns  # channels of each of them
     BC = jnp.stack([B, C], axis=-1).reshape(*B.shape[:3], 2 * states)
-    stage = Stage(dict(u=u, dt=dt, BC=BC, z=z, weights=weights, marks=marks), chunk, block, groups, SLOTS)
+    slots = MOST if forward_bytes(u, dt, B, C, z, weights, block, chunk, MOST) <= SHARED else FEWEST
+    stage = Stage(dict(u=u, dt=dt, BC=BC, z=z, weights=weights, marks=marks), chunk, block, groups, slots)
 
     def body(*refs):
         b, e = lax.axis_index("b"), lax.axis_index("e")
@@ -93,11 +96,11 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
         def _():
             budget(AIDE)
             bias = [read(bias_g, g * padded + e * block + offset, wide) for g in range(groups)]
-            for index in range(min(SLOTS, steps)):
+            for index in range(min(slots, steps)):
                 stage.load(index, jnp.int32(index))
 
             def start(index):
-                slot = lax.rem(index, SLOTS)
+                slot = lax.rem(index, slots)
                 stage.wait(slot)
                 for g in range(groups):
                     us = zip(*(stage.read("u", slot, token, offset, wide, g) for token in tokens))
@@ -138,7 +141,7 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
 
                 rest: dt and dt u of tokens that follow, for these are loaded 4 at a time.
                 """
-                slot = lax.rem(index, SLOTS)
+                slot = lax.rem(index, slots)
                 if k % TOKENS == 0:
                     at, groups_of_worker = place(first_group, start, position), range(of_worker)
                     quads = [
@@ -172,8 +175,12 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
                 )
                 return new, [dot(s, C) for s, (_, _, C) in zip(new, made)]
 
-            def recur(index, h):
-                """A chunk: operands are loaded, and then decays made, while tokens before are worked on."""
+            def recur(index, carry):
+                """A chunk: operands are loaded, and then decays made, while tokens before are worked on.
+
+                carry: states, and what is loaded and made of the tokens that come next; the last of these are in the
+                next chunk (which is there long before).
+                """
 
                 def several(i, carry, last=False):
                     h, coming, near, rest = carry
@@ -183,6 +190,10 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
                             keep(h, (index * chunk + start + k) // save)
                         if not last or k + ahead < stretch:
                             load(coming, rest, index, start, k + ahead)
+                        elif bridged:
+                            if k + ahead == stretch:
+                                pl.when(index + 1 < steps)(lambda: wait(index + 1))
+                            load(coming, rest, index + 1, 0, k + ahead - stretch)
                         if coming:
                             near.append(make(coming.pop(0)))
                         h, ys = advance(h, near.pop(0))
@@ -191,17 +202,22 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
                             for g, y in enumerate(zip(*four)):
                                 at = place(first_group * shares + share, start, position)
                                 ahead_of = (g * shares * chunk + k + 1 - TOKENS) * block
-                                write(y_s.at[lax.rem(index, SLOTS)], at, y, at=ahead_of)
+                                write(y_s.at[lax.rem(index, slots)], at, y, at=ahead_of)
                             four = []
                     return h, coming, near, rest
 
+                carry = lax.fori_loop(0, chunk // stretch - 1, several, carry)
+                return several(chunk // stretch - 1, carry, last=True)
+
+            def first_of(index):
+                """What a chunk begins with: operands and decays of its first tokens."""
                 coming, near, rest = [], [], []
+                wait(index)
                 for k in range(ahead):
                     load(coming, rest, index, 0, k)
                 for _ in range(early):
                     near.append(make(coming.pop(0)))
-                carry = lax.fori_loop(0, chunk // stretch - 1, several, (h, coming, near, rest))
-                return several(chunk // stretch - 1, carry, last=True)[0]
+                return coming, near, rest
 
             def keep(h, number):
                 """Write the states at the start of a stretch of `save` tokens, in the order of the backward pass."""
@@ -212,15 +228,18 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
                         state = lax.div(first + n, STATES) * STATES * tile.rows + lax.rem(first + n, STATES)
                         write(saved_g[0], at + state, h[g][n : n + vector])
 
-            def step(index, h):
-                plgpu.barrier_wait(ready.at[lax.rem(index, SLOTS)])
-                stage.wait(lax.rem(index, SLOTS))
-                h = recur(index, h)
-                plgpu.barrier_arrive(done.at[lax.rem(index, SLOTS)])
-                return h
+            def wait(index):
+                plgpu.barrier_wait(ready.at[lax.rem(index, slots)])
+                stage.wait(lax.rem(index, slots))
+
+            def step(index, carry):
+                carry = recur(index, carry if bridged else (*carry, *first_of(index)))
+                plgpu.barrier_arrive(done.at[lax.rem(index, slots)])
+                return carry if bridged else carry[:1]
 
             numbers = [b * groups + first_group + g for g in range(of_worker)]
-            h = lax.fori_loop(0, steps, step, tuple(read_states(initial_g, number) for number in numbers))
+            h = tuple(read_states(initial_g, number) for number in numbers)
+            h, *_ = lax.fori_loop(0, steps, step, (h, *first_of(jnp.int32(0))) if bridged else (h,))
             for number, of_group in zip(numbers, h):
                 write_states(final_g, number, of_group)
 
@@ -248,7 +267,7 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
 
             def finish(index):
                 """y = (s C + D u) silu(z)."""
-                slot = lax.rem(index, SLOTS)
+                slot = lax.rem(index, slots)
                 us = of_tokens("u", slot)
                 ys = [tuple(y + d * u for y, u in zip(y, u)) for y, d, u in zip(readout(slot), D, us)]
                 if "z" in stage:
@@ -258,11 +277,11 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
                     write(y_g, ((b * steps + index) * chunk + token) * padded + channel, y)
 
             def step(index, _):
-                slot = lax.rem(index, SLOTS)
+                slot = lax.rem(index, slots)
                 plgpu.barrier_wait(done.at[slot])
                 finish(index)
                 plgpu.commit_smem()  # all threads are through with this slot
-                pl.when(index + SLOTS < steps)(lambda: stage.load(slot, index + SLOTS))
+                pl.when(index + slots < steps)(lambda: stage.load(slot, index + slots))
 
             lax.fori_loop(0, steps, step, None)
 
@@ -275,10 +294,10 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
         out_type=tuple(out),
         scratch_types=[
             *stage.scratch(),
-            *[plgpu.SMEM((SLOTS, groups, chunk * block), f32)] * 2,
-            plgpu.SMEM((SLOTS, groups * shares, chunk * block), f32),
-            plgpu.Barrier(num_barriers=SLOTS),
-            plgpu.Barrier(num_barriers=SLOTS, num_arrivals=workers),
+            *[plgpu.SMEM((slots, groups, chunk * block), f32)] * 2,
+            plgpu.SMEM((slots, groups * shares, chunk * block), f32),
+            plgpu.Barrier(num_barriers=slots),
+            plgpu.Barrier(num_barriers=slots, num_arrivals=workers),
         ],
         grid=(batch, padded // block),
         grid_names=("b", "e"),
@@ -308,12 +327,12 @@ def affordable(block, states, groups) -> bool:
     return groups == 1 or states // shares_of(block, states, groups) <= (16 if groups <= 4 else 8)
 
 
-def forward_bytes(u, dt, B, C, z, weights, block, chunk) -> int:
+def forward_bytes(u, dt, B, C, z, weights, block, chunk, slots=FEWEST) -> int:
     """Shared memory of a block."""
     groups, states = u.shape[2], B.shape[3]
     BC = jax.ShapeDtypeStruct((*B.shape[:3], 2 * states), f32)
-    stage = Stage(dict(u=u, dt=dt, BC=BC, z=z, weights=weights, marks=MARKED), chunk, block, groups, SLOTS)
-    return stage.bytes() + SLOTS * chunk * groups * block * (2 + shares_of(block, states, groups)) * 4
+    stage = Stage(dict(u=u, dt=dt, BC=BC, z=z, weights=weights, marks=MARKED), chunk, block, groups, slots)
+    return stage.bytes() + slots * chunk * groups * block * (2 + shares_of(block, states, groups)) * 4
 
 
 def dot(a, b):

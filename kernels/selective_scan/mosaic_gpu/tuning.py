@@ -11,7 +11,8 @@ from kernels.selective_scan.mosaic_gpu.tile import Tile
 
 PROCESSORS = 132  # of an H100
 # One H100, bfloat16, N = 16, 2026-11-22 (benchmarks/notes/selective_scan_gpu.md): nanoseconds a token and block.
-FORWARD = {128: 104, 64: 70, 32: 32, 16: 19}  # by channels of a block
+FORWARD = {128: 102, 64: 59, 32: 29.5, 16: 17.5}  # by channels of a block
+CHUNK = {128: 16, 64: 16, 32: 64, 16: 64}  # tokens of a step of these, at most
 BACKWARD = 285  # a block of 128 channels
 SUMMARY = {"forward": 104, "backward": 111}  # a block of 128 channels
 SHORTEST = 256  # tokens of a piece
