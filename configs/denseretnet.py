@@ -97,7 +97,7 @@ def forms(add: Callable[[dict], None], arg: str | None = None) -> None:
 
 def rates(add: Callable[[dict], None], arg: str | None = None) -> None:
     """RetNet without links at several learning rates, from which to choose the preset's."""
-    for trial in vary("optimizer.learning_rate", 7.5e-4, 1.5e-3, 3e-3, 6e-3):
+    for trial in vary("optimizer.learning_rate", 1.5e-3, 3e-3, 6e-3):
         add({"model.dense.variant": "none", **trial})
 
 
