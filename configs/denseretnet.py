@@ -47,7 +47,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     if chosen == "small":
         config.model.retnet.key_dim = 32  # width / heads / 2, as in all presets
     elif chosen == "25m":
-        short(config, learning_rate=1.5e-3)
+        short(config, learning_rate=3e-3)
         config.model.width, config.model.repeats = 512, 12
         config.model.retnet.key_dim = 128
         config.model.dense.update(dict(bottleneck=32, bottleneck_state=8))
