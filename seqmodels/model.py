@@ -117,6 +117,9 @@ def scanned(config) -> tuple[int, int]:
         first += 1
     if any(group != groups[-1] for group in groups[first:]):
         raise UserError(f"model.dense.every is {config.dense.every}; with scan_blocks it must divide the super-block")
+    needed = 0 if config.dense.variant == "none" else config.dense.depth
+    while first < len(groups) and sum(has_stream(spec.mixer) for spec in blocks[: first * size]) < needed:
+        first += 1
     return first * size, len(groups) - first
 
 

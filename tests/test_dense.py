@@ -303,6 +303,15 @@ def test_rematerialisation_keeps_less(pattern):
     assert sizes == sorted(set(sizes), reverse=True)
 
 
+@pytest.mark.parametrize(("repeats", "depth", "scanned_over"), [(2, 2, 0), (3, 2, 1), (4, 2, 2), (3, 4, 0)])
+def test_scan_over_blocks_begins_where_m_streams_are_below(repeats, depth, scanned_over):
+    model, params = make(depth=depth, layers=repeats, model=dict(scan_blocks=1))
+    assert model.bind(params).repeats == scanned_over
+    y, state = model.apply(params, tokens())
+    assert y.shape[:2] == tokens().shape
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, model.init_state(B))
+
+
 def test_the_first_blocks_are_rematerialised_alone():
     """Each block less that is computed again keeps as many bytes more; the gradients are the same."""
     x = tokens()

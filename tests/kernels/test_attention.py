@@ -92,7 +92,8 @@ def value_and_gradients(args, options, implementation):
         o = output(args)
         return jnp.sum(o * jnp.asarray(np.random.default_rng(7).normal(size=o.shape), o.dtype))
 
-    return jax.jit(output)(args), jax.jit(jax.grad(functional))(args)
+    with jax.default_matmul_precision("highest"):  # a GPU rounds float32 to 11 bits else
+        return jax.jit(output)(args), jax.jit(jax.grad(functional))(args)
 
 
 def assert_close(ours, reference, tolerance):
