@@ -17,7 +17,9 @@ reference in float64 makes all that there is to compare. The error is the larges
 Frobenius norm; one above the dtype's tolerance fails the run, and is recorded all the same.
 
 A time is the median over --repeat timings, each of as many calls in a row as fill 30 ms, rotating over input sets
-larger than the caches. On accelerators, calls too short to be dispatched one by one run 16 to a program. A floor is the
+larger than the caches. On accelerators, calls too short to be dispatched one by one run 16 to a program. A few tokens
+forward are a step of decoding: it updates the state in place, 64 times in a loop on the device (so input sets are 16,
+which one sequence alone does not make larger than the caches; in a model the weights are). A floor is the
 time of a pass that does nothing but move its bytes at the copy bandwidth measured here, nothing but take its
 exponentials at 16 a clock and multiprocessor, or nothing but its matrix products (of 16-bit factors) at the rate that
 large ones reach on the tensor cores, whichever is longest; GB/s, Gexp/s and Tflop/s count the same. The floor of
@@ -59,6 +61,8 @@ TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}  # the last two
 KEY = ("op", "implementation", "shape", "variant", "dtype", "pass", "device")
 SHORT = 0.6  # ms of floor under which dispatching a call shows beside running it
 TOGETHER = 16  # calls a program for those
+FEW = 8  # tokens, up to which a forward pass is a step of decoding
+ROUNDS = 64  # such steps on each input set
 CACHE = 2**28  # bytes that the input sets exceed together
 CHECKED = 2**22  # numbers of the float64 reference: tokens times channels times states
 ROW = "{:26} {:9} {:12} {:17} {:>10} {:>9} {:>7} {:>7} {:>7} {:>8} {:>9} {:>4}"
@@ -206,13 +210,21 @@ def parse_shapes(operation: Operation, text: str, dtypes: list[str]) -> list[Cas
     return cases
 
 
-def program(case: Case, implementation: str, kind: str, together: int) -> Callable:
+def decodes(case: Case, kind: str) -> bool:
+    """Whether a pass is a step of decoding."""
+    return case.sizes["T"] <= FEW and kind == "forward"
+
+
+def program(case: Case, implementation: str, kind: str, together: int, rounds: int = 1) -> Callable:
     """A compiled function of a list of `together` pairs (arguments, gradients of the outputs), one after another.
 
     It returns for each the outputs and, with kind "forward+backward", the gradients of the arguments, else None. A step
-    of decoding, which is one token forward, updates the state in place: the arguments get the new one.
+    of decoding updates the state in place: the arguments get the new one.
+
+    Args:
+        rounds: times that steps of decoding go through the list, each from the state of the last.
     """
-    carried = case.operation.carried if case.sizes["T"] == 1 and kind == "forward" else {}
+    carried = case.operation.carried if decodes(case, kind) else {}
 
     def one(arguments, cotangents):
         if kind == "forward":
@@ -220,7 +232,7 @@ def program(case: Case, implementation: str, kind: str, together: int) -> Callab
         outputs, pullback = case.vjp(arguments, implementation)
         return outputs, pullback(cotangents)[0]
 
-    def all_of(states, sets):
+    def once(states, sets):
         results = []
         for state, (arguments, cotangents) in zip(states, sets, strict=True):
             inputs = (arguments | state, cotangents)
@@ -228,6 +240,23 @@ def program(case: Case, implementation: str, kind: str, together: int) -> Callab
                 inputs, results[-1] = jax.lax.optimization_barrier((inputs, results[-1]))
             results.append(one(*inputs))
         return results
+
+    def all_of(states, sets):
+        if rounds == 1:
+            return once(states, sets)
+
+        def states_of(results):
+            return [{argument: outputs[output] for argument, output in carried.items()} for outputs, _ in results]
+
+        def again(_, results):
+            given, results = jax.lax.optimization_barrier((sets, results))  # nothing of a step is taken out of the loop
+            return once(states_of(results), given)
+
+        shapes = jax.eval_shape(once, states, sets)
+        first = [({n: jnp.zeros(x.shape, x.dtype) for n, x in outputs.items()}, None) for outputs, _ in shapes]
+        for state, (outputs, _) in zip(states, first, strict=True):
+            outputs.update({carried[argument]: x for argument, x in state.items()})
+        return jax.lax.fori_loop(0, rounds, again, first)
 
     def split(sets):
         states = [{name: arguments[name] for name in carried} for arguments, _ in sets]
@@ -371,11 +400,14 @@ def main(flag_values: flags.FlagValues) -> int:
 def figures(case: Case, implementation: str, kind: str, floor: float, repeat: int, checked: bool):
     """Median milliseconds of one call, and its error, None if it is not to be checked."""
     together = TOGETHER if floor < SHORT and jax.default_backend() != "cpu" else 1
-    run = program(case, implementation, kind, together)
-    error = check(case, run, together) if checked else None
+    rounds = ROUNDS if together > 1 and decodes(case, kind) else 1
+    run = program(case, implementation, kind, together if rounds == 1 else 1)
+    error = check(case, run, together if rounds == 1 else 1) if checked else None
+    if rounds > 1:
+        run = program(case, implementation, kind, together, rounds)
     count = max(2, min(8, math.ceil(CACHE / case.bytes_of(case.arguments) / together)))
-    sets = [[case.draw(2 + i * together + j) for j in range(together)] for i in range(count)]
-    return 1e3 * measure(run, sets, repeat) / together, error
+    sets = [[case.draw(2 + i * together + j) for j in range(together)] for i in range(count if rounds == 1 else 1)]
+    return 1e3 * measure(run, sets, repeat) / (together * rounds), error
 
 
 if __name__ == "__main__":

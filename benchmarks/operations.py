@@ -226,6 +226,7 @@ OPERATIONS = {
                 "8x2048x4096x16:full",
             ),
             decode=tuple(f"{b}x1x{e}x16:full" for b in (1, 64, 128) for e in (1536, 2048, 4096)),
+            few=("1x4x1536x16:full", *(f"64x{t}x2048x16:full" for t in (2, 4, 8)), "64x1x2048x16:read3"),
             small=("2x256x64x16:full", "1x500x24x8:bare", "2x128x32x16:read3", "4x1x128x16:full"),
         ),
         work="BTEGN",

@@ -238,7 +238,7 @@ def test_tpu_floors_of_linear_attention_by_hand():
     "arguments, message",
     [
         (["--op=scan"], "--op=scan: allowed are selective_scan"),
-        (["--shapes=8x2048"], "--shapes=8x2048: allowed are table, decode, small, and B x T x E x N"),
+        (["--shapes=8x2048"], "--shapes=8x2048: allowed are table, decode, few, small, and B x T x E x N"),
         (["--shapes=2x6x4x2"], "variant '' of selective_scan is none of full"),
         (["--implementations=cuda"], "--implementations=cuda: allowed are reference, xla"),
         (["--passes=backward"], "--passes=backward: allowed are forward, forward+backward"),

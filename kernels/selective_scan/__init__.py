@@ -63,7 +63,7 @@ def selective_scan(
         initial_segment: [B] int32, segment that initial_state belongs to; None: that of the first real token.
         mask: [B, T] bool; a token with False leaves the state as it is, and what stands there (NaN even) is not read;
             its output is unspecified but finite.
-        implementation: "reference", "xla", "mosaic_tpu"; None: the fastest that serves.
+        implementation: "reference", "xla", "mosaic_gpu", "mosaic_tpu"; None: the fastest that serves.
 
     Returns:
         y [B, T, E] in u's dtype, and the final state [B, (G,) E, N] in float32 (float64 for float64 input).

@@ -1,7 +1,8 @@
 """The selective scan as Pallas Mosaic GPU kernels, for Hopper and later: forward, backward, states in and out.
 
 The kernels want whole blocks of channels and a padded number of states; that is seen to here. Between forward and
-backward pass only the inputs and the states at the start of every chunk are kept.
+backward pass only the inputs and the states at the start of every chunk are kept. A few tokens, as in decoding, have a
+kernel of their own.
 """
 
 import functools
@@ -12,13 +13,13 @@ from jax.ad_checkpoint import checkpoint_name
 
 from kernels import lanes
 from kernels.segments import resets
-from kernels.selective_scan.mosaic_gpu import tuning
+from kernels.selective_scan import xla
+from kernels.selective_scan.mosaic_gpu import few, tuning
 from kernels.selective_scan.mosaic_gpu.backward import backward, backward_bytes
 from kernels.selective_scan.mosaic_gpu.forward import WORKERS, affordable, forward, forward_bytes
 from kernels.selective_scan.mosaic_gpu.stage import SHARED, marks
 from kernels.selective_scan.mosaic_gpu.summary import end_of_gradient, end_of_state
 from kernels.selective_scan.mosaic_gpu.tile import SIZES, Tile
-from kernels.selective_scan.xla import FEW
 
 OVER_TIME = ("u", "dt", "B", "C", "z", "weights", "dy", "du", "ddt", "dz", "dweights")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -29,8 +30,8 @@ def supports(platform, shape, dtype, named=False, **facts) -> str | None:
     batch, length, groups, width, states = shape
     if platform != "cuda" and lanes.INTERPRET is None:
         return "it needs an NVIDIA GPU"
-    if length <= FEW and not named:
-        return f"T is {length}: up to {FEW} tokens are faster in XLA's own fusions"
+    if length <= xla.FEW and not named and (reason := few.supports(shape)):
+        return f"{reason}, and so few tokens are faster in XLA's own fusions than in chunks"
     if lanes.INTERPRET is None and (capability := _compute_capability()) and capability < 9:
         return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or later, this one has {capability}"
     if jnp.dtype(dtype).name not in DTYPES:
@@ -57,6 +58,10 @@ def selective_scan(
     """As `kernels.selective_scan.selective_scan`, groups given, padding zeroed."""
     _, length, groups, width = u.shape
     states = A.shape[-1]
+    if few.supports((*u.shape, states)) is None:
+        arrays = dict(u=u, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, weights=weights)
+        documents = dict(segment_ids=segment_ids, initial_segment=initial_segment, mask=mask)
+        return few_tokens(arrays | dict(initial_state=initial_state), documents, dt_softplus)
     size = next(size for size in SIZES if size >= states)
     block = max(tuning.WIDEST, Tile(size).channels)
     padded = -(-width // block) * block
@@ -98,6 +103,29 @@ def selective_scan(
     save = min(chunk, backward_chunk(arrays))
     y, state = _scan(arrays, marks(reset, mask, tokens), dt_softplus, block, (chunk, save), (ahead, back))
     return y[:, :length, :width], state[:, :, :width, :states]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def few_tokens(arrays, documents, softplus):
+    """y and the final state; what is differentiated is XLA's scan, since nobody trains on so few tokens."""
+    batch, length, _, width = arrays["u"].shape
+    reset = resets(**documents)
+    rows = few.rows_of(batch, width, arrays["A"].shape[-1], tuning.processors())
+    given = arrays | dict(marks=marks(reset, documents["mask"], length))
+    return mapped(few.few, softplus=softplus, rows=rows)(given)
+
+
+def _few_tokens_fwd(arrays, documents, softplus):
+    return few_tokens(arrays, documents, softplus), (arrays, documents)
+
+
+def _few_tokens_bwd(softplus, residuals, cotangents):
+    arrays, documents = residuals
+    _, pull = jax.vjp(lambda arrays: xla.selective_scan(**arrays, **documents, dt_softplus=softplus), arrays)
+    return *pull(cotangents), None
+
+
+few_tokens.defvjp(_few_tokens_fwd, _few_tokens_bwd)
 
 
 def pad(x, axis, size):
