@@ -2,7 +2,7 @@
 
     MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py BxTxExN groups dtype documents(0|1)
 
-What the assembler says of registers and shared memory goes to the standard output. It needs jax's CUDA plug-in.
+The gradient, or of a few tokens a step that is given its state's memory and must need less than that besides. What the assembler says of registers and shared memory goes to the standard output. It needs jax's CUDA plug-in.
 """
 
 import os
@@ -19,6 +19,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from kernels.selective_scan import selective_scan
+from kernels.selective_scan.xla import FEW
 
 TARGET = Path(__file__).resolve().parent / "h100.pbtxt"
 
@@ -50,14 +51,22 @@ def arguments(batch, length, width, states, groups, dtype, documents, sharding):
 def main(sizes, groups, dtype, documents):
     target = TARGET.read_text()
     devices = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1").devices
-    sizes = map(int, sizes.split("x"))
+    sizes = tuple(map(int, sizes.split("x")))
     args, layout = arguments(*sizes, int(groups), jnp.dtype(dtype), documents == "1", SingleDeviceSharding(devices[0]))
 
     def gradients(args, layout):
         return jax.grad(lambda args: sum(jnp.sum(x, dtype=jnp.float32) for x in selective_scan(**args, **layout)))(args)
 
+    def step(state, args, layout):
+        return selective_scan(**args, initial_state=state, **layout)
+
     with jax.sharding.use_abstract_mesh(Mesh(np.array(devices), ("d",)).abstract_mesh):
-        jax.jit(gradients).lower(args, layout).compile()
+        if sizes[1] > FEW:
+            jax.jit(gradients).lower(args, layout).compile()
+            return
+        state = args.pop("initial_state")
+        memory = jax.jit(step, donate_argnums=0).lower(state, args, layout).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == 4 * state.size > memory.temp_size_in_bytes, memory
 
 
 if __name__ == "__main__":

@@ -212,9 +212,13 @@ def test_a_donated_state_is_updated_in_place():
     assert memory.alias_size_in_bytes == state.nbytes > memory.temp_size_in_bytes
 
 
-def test_few_tokens_are_left_to_xla_unless_asked_for_by_name():
+def test_few_tokens_have_a_kernel_of_their_own_or_xla():
+    """Chunks serve those that are asked for by name."""
     gpu = dict(platform="cuda", dtype=np.dtype("float32"))
-    for length, name in ((1, "xla"), (xla.FEW, "xla"), (xla.FEW + 1, "mosaic_gpu")):
-        shape = (2, length, 1, 64, 16)
+    few, odd = (2, xla.FEW, 1, 64, 16), (2, 1, 1, 64, 9)
+    for shape, name in ((few, "mosaic_gpu"), (odd, "xla"), ((2, xla.FEW + 1, *odd[2:]), "mosaic_gpu")):
         assert op.choose("cuda", shape, dtype=gpu["dtype"])[0] == name
         assert op.mosaic_gpu.supports(**gpu, shape=shape, named=True) is None
+    assert "N is 9" in op.choose("cuda", odd, dtype=gpu["dtype"])[1]
+    assert "not a multiple of 512" in op.mosaic_gpu.few.supports((1, 1, 1, 30, 16))
+    assert "2^31" in op.mosaic_gpu.few.supports((2**15, 1, 1, 4096, 16))

@@ -108,11 +108,8 @@ def selective_scan(
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def few_tokens(arrays, documents, softplus):
     """y and the final state; what is differentiated is XLA's scan, since nobody trains on so few tokens."""
-    batch, length, _, width = arrays["u"].shape
-    reset = resets(**documents)
-    rows = few.rows_of(batch, width, arrays["A"].shape[-1], tuning.processors())
-    given = arrays | dict(marks=marks(reset, documents["mask"], length))
-    return mapped(few.few, softplus=softplus, rows=rows)(given)
+    given = arrays | dict(marks=marks(resets(**documents), documents["mask"], arrays["u"].shape[1]))
+    return mapped(few.few, softplus=softplus)(given)
 
 
 def _few_tokens_fwd(arrays, documents, softplus):
