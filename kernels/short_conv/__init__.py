@@ -47,6 +47,7 @@ def short_conv(
         kernels.dispatch.UnsupportedError: the named implementation cannot serve.
     """
     facts = check(x, weight, bias, activation, initial_state)
+    facts["documents"] = segment_ids is not None or mask is not None
 
     def call(backend, x, weight, bias, initial_state, segment_ids, initial_segment, mask):
         return backend.short_conv(

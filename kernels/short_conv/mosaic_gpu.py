@@ -3,7 +3,8 @@
 A thread has `CHANNELS` neighbouring channels of a piece of time, and walks its tokens with the last W - 1 inputs in
 registers. Nothing is shared among threads. The backward pass is one such walk, too: token s computes the gradient g_s
 of its sum again, and adds it to the gradients of the inputs s, s - 1, .., s - W + 1, of which the last is then whole
-and the others wait in registers. So do the sums over tokens that are the gradients of weight and bias.
+and the others wait in registers. So do the sums over tokens that are the gradients of weight and bias. A few tokens, as
+in decoding, have a kernel of their own.
 """
 
 import dataclasses
@@ -16,22 +17,21 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from kernels import lanes
 from kernels.lanes import LANES, THREADS, read, write
-from kernels.short_conv import tuning, xla
+from kernels.short_conv import few, tuning, xla
 from kernels.short_conv.tuning import CHANNELS
 
 f32 = jnp.float32
-FEW = 8  # tokens up to which XLA's fusions serve
 DTYPES = ("bfloat16", "float16", "float32")
 
 
 def supports(
-    platform, batch=8, length=2048, channels=1536, taps=4, dtype="bfloat16", named=False, **facts
+    platform, batch=8, length=2048, channels=1536, dtype="bfloat16", documents=False, named=False, **facts
 ) -> str | None:
     """Why this backend cannot serve the call, or should not where it is not asked for by name; None: it can."""
     if platform != "cuda" and lanes.INTERPRET is None:
         return "it needs an NVIDIA GPU"
-    if length <= FEW and not named:
-        return f"T is {length}: up to {FEW} tokens are faster in XLA's own fusions"
+    if length <= few.FEW and not named and (reason := few.supports(batch, length, channels, documents)):
+        return f"{reason}, and so few tokens are faster in XLA's own fusions"
     capability = float(jax.devices()[0].compute_capability) if jax.default_backend() == "gpu" else 9.0
     if capability < 9:
         return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or later, this one has {capability}"
@@ -45,6 +45,10 @@ def supports(
 def short_conv(x, weight, bias, *, activation, initial_state, segment_ids, initial_segment, mask):
     """See `kernels.short_conv.short_conv`. Sums in float32."""
     channels = x.shape[-1]
+    documents = segment_ids is not None or mask is not None
+    if few.supports(*x.shape, documents) is None:
+        state = jnp.zeros((x.shape[0], weight.shape[0] - 1, channels)) if initial_state is None else initial_state
+        return few_tokens(activation, x, weight, bias, state.astype(f32))
     more = -channels % CHANNELS
 
     def widen(v):
@@ -55,6 +59,28 @@ def short_conv(x, weight, bias, *, activation, initial_state, segment_ids, initi
         convolve, x, weight, bias, activation, initial_state, segment_ids, initial_segment, mask
     )
     return y[..., :channels], state[..., :channels]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def few_tokens(activation, x, weight, bias, state):
+    """y and the final state; what is differentiated is XLA's convolution, since nobody trains on so few tokens."""
+    given = dict(x=x, weight=weight.astype(f32), bias=None if bias is None else bias.astype(f32), state=state)
+    return mapped(few.few, activation=activation)(given)
+
+
+def _few_tokens_fwd(activation, *inputs):
+    return few_tokens(activation, *inputs), inputs
+
+
+def _few_tokens_bwd(activation, inputs, cotangents):
+    def call(x, weight, bias, state):
+        whole = dict(segment_ids=None, initial_segment=None, mask=None)
+        return xla.short_conv(x, weight, bias, activation=activation, initial_state=state, **whole)
+
+    return jax.vjp(call, *inputs)[1](cotangents)
+
+
+few_tokens.defvjp(_few_tokens_fwd, _few_tokens_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

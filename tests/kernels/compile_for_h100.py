@@ -2,7 +2,8 @@
 
     MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py BxTxExN groups dtype documents(0|1)
 
-The gradient, or of a few tokens a step that is given its state's memory and must need less than that besides. What the assembler says of registers and shared memory goes to the standard output. It needs jax's CUDA plug-in.
+The gradient, or of a few tokens a step that is given its state's memory and must need less than that besides. What the
+assembler says of registers and shared memory goes to the standard output. It needs jax's CUDA plug-in.
 """
 
 import os

@@ -2,7 +2,8 @@
 
     MOSAIC_GPU_DUMP_PTXAS=1 python compile_short_conv_for_h100.py BxTxExW dtype documents(0|1)
 
-What the assembler says of registers goes to the standard output. It needs jax's CUDA plug-in.
+Both passes, or of a few tokens a step that is given its state's memory and must need less than that besides. What the
+assembler says of registers goes to the standard output. It needs jax's CUDA plug-in.
 """
 
 import os
@@ -19,6 +20,7 @@ from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
 from kernels.short_conv import short_conv
+from kernels.short_conv.few import FEW
 
 TARGET = Path(__file__).resolve().parent / "h100.pbtxt"
 
@@ -42,8 +44,16 @@ def main(sizes, dtype, documents):
         y, pull = jax.vjp(lambda args: short_conv(**args, **layout, activation="silu")[0], args)
         return y, pull(dy)
 
+    def step(state, args):
+        return short_conv(**args, initial_state=state, activation="silu")
+
     with jax.sharding.use_abstract_mesh(Mesh(np.array(devices), ("d",)).abstract_mesh):
-        jax.jit(both).lower(args, layout, x).compile()
+        if length > FEW:
+            jax.jit(both).lower(args, layout, x).compile()
+            return
+        state = args.pop("initial_state")
+        memory = jax.jit(step, donate_argnums=0).lower(state, args).compile().memory_analysis()
+    assert memory.alias_size_in_bytes == 4 * state.size > memory.temp_size_in_bytes, memory
 
 
 if __name__ == "__main__":

@@ -16,13 +16,13 @@ BACKENDS = [name for name in SERVING if name != "reference"]
 BATCH, LENGTH, WIDTH = 3, 9, 5
 
 
-def inputs(taps=4, length=LENGTH, seed=0, dtype=np.float32):
+def inputs(taps=4, length=LENGTH, seed=0, dtype=np.float32, batch=BATCH, width=WIDTH):
     draw = np.random.default_rng(seed)
     args = dict(
-        x=draw.normal(size=(BATCH, length, WIDTH)),
-        weight=draw.normal(size=(taps, WIDTH)),
-        bias=draw.normal(size=WIDTH),
-        initial_state=draw.normal(size=(BATCH, taps - 1, WIDTH)),
+        x=draw.normal(size=(batch, length, width)),
+        weight=draw.normal(size=(taps, width)),
+        bias=draw.normal(size=width),
+        initial_state=draw.normal(size=(batch, taps - 1, width)),
     )
     return {name: np.asarray(value, dtype) for name, value in args.items()}
 

@@ -22,7 +22,7 @@ from test_short_conv import LAYOUTS, LENGTH, assert_close, inputs, value_and_gra
 from kernels import lanes
 from kernels import short_conv as op
 from kernels.dispatch import UnsupportedError
-from kernels.short_conv import mosaic_gpu, short_conv, tuning
+from kernels.short_conv import few, mosaic_gpu, short_conv, tuning
 
 HERE = Path(__file__).resolve().parent
 LAYOUT = "packed and padded"
@@ -95,6 +95,28 @@ def test_low_precision(interpreter, dtype):
     assert_close(gradients, want_gradients, 2 * rounding)  # the functional's weights are rounded like y
 
 
+@pytest.mark.parametrize("taps, length", [(4, 1), (4, 5), (2, 2), (8, 3)])
+def test_few_tokens(interpreter, taps, length):
+    """As in decoding, by the kernel that updates the state in place; fewer tokens than taps and more."""
+    args = inputs(taps, length=length, batch=2, width=256)
+    assert few.supports(2, length, 256, documents=False) is None
+    assert_close(value_and_gradients(args, {}, "mosaic_gpu"), expected(args, {}), 1e-6)
+    bare = {name: args[name] for name in ("x", "weight")}
+    assert_close(value_and_gradients(bare, {}, "mosaic_gpu"), expected(bare, {}), 1e-6)
+
+
+def test_few_tokens_in_place(monkeypatch):
+    """As lowered for a GPU: the state's operand is an output, and XLA may donate it to that."""
+    monkeypatch.setattr(lanes, "INTERPRET", None)
+    args = {k: jnp.asarray(v) for k, v in inputs(length=1, batch=2, width=256).items()}
+    state = args.pop("initial_state")
+    kernel = few.few.__wrapped__  # its jitted form may know the interpreter
+    step = jax.jit(lambda state, args: kernel(**args, state=state, activation="silu"), donate_argnums=0)
+    lowered = step.trace(state, args).lower(lowering_platforms=("cuda",)).as_text()
+    (alias,) = re.findall(r"output_operand_alias<(.*)>", lowered)
+    assert f"operand_index = {len(args)}" in alias
+
+
 @pytest.mark.slow
 def test_vmap(interpreter):
     args = [inputs(seed=seed) for seed in (0, 1)]
@@ -110,8 +132,11 @@ def test_reasons(monkeypatch):
     assert "needs an NVIDIA GPU" in mosaic_gpu.supports(platform="cpu", **facts)
     assert "float64" in mosaic_gpu.supports(platform="cuda", **facts | dict(dtype=np.dtype("float64")))
     assert "2^31" in mosaic_gpu.supports(platform="cuda", **facts | dict(length=2**30))
-    for length, name in ((1, "xla"), (mosaic_gpu.FEW, "xla"), (mosaic_gpu.FEW + 1, "mosaic_gpu")):
+    for length, name in ((1, "xla"), (few.FEW, "xla"), (few.FEW + 1, "mosaic_gpu")):
         assert op.choose("cuda", **facts | dict(length=length))[0] == name
+    step = facts | dict(length=1, channels=512)
+    assert op.choose("cuda", **step)[0] == "mosaic_gpu"
+    assert "documents or padding" in op.choose("cuda", **step, documents=True)[1]
     assert mosaic_gpu.supports(platform="cuda", named=True, **facts | dict(length=1)) is None
     if jax.default_backend() != "gpu":
         with pytest.raises(UnsupportedError, match="needs an NVIDIA GPU"):
@@ -153,3 +178,13 @@ def test_compiles_into_registers(shape, dtype, documents, most_spilled):
     pattern = r"entry function 'body_mosaic[^']*'.*\n.*\n.*?(\d+) bytes spill stores"
     spilled = [int(n) for n in re.findall(pattern, said)]
     assert len(spilled) == 2 and max(spilled) <= most_spilled, said
+
+
+@needs_plugin
+@pytest.mark.parametrize("shape, dtype", [("1x1x1536x4", "bfloat16"), ("64x8x2048x8", "float32")])
+def test_a_few_tokens_compile_in_place(shape, dtype):
+    """The donated state is read and written by one kernel, and never copied."""
+    command = [sys.executable, str(HERE / "compile_short_conv_for_h100.py"), shape, dtype, "0"]
+    run = subprocess.run(command, env=os.environ | dict(MOSAIC_GPU_DUMP_PTXAS="1"), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert re.findall(r"(\d+) bytes spill stores", run.stdout + run.stderr) == ["0"]

@@ -1,0 +1,74 @@
+"""A few tokens of the short convolution on Hopper, as in decoding: one kernel, the state updated in place.
+
+A thread has 4 neighbouring channels of a row. It loads the state and the tokens, and then stores the outputs and, where
+the state was, the last W - 1 inputs. XLA takes three kernels: outputs, new state, and a copy to where the old one was.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from kernels import lanes
+from kernels.lanes import LANES, THREADS, read, write
+from kernels.short_conv.tuning import CHANNELS
+
+FEW = 8  # tokens
+
+
+def supports(batch: int, length: int, channels: int, documents: bool) -> str | None:
+    """Why the kernel cannot serve; None: it can. documents: whether there are segments or padding."""
+    if length > FEW:
+        return f"T is {length}; it writes out at most {FEW} tokens"
+    if documents:
+        return "there are documents or padding"
+    if channels % CHANNELS or batch * channels % (THREADS * CHANNELS):
+        return f"{batch} x {channels} channels are not a multiple of {THREADS * CHANNELS}"
+    return None
+
+
+@functools.partial(jax.jit, static_argnames="activation")  # traced once a shape, not once a layer
+def few(x, weight, bias, state, *, activation):
+    """y [B, T, E] and the final state, which takes the place of `state` where that is donated.
+
+    Args:
+        x: [B, T, E]. weight: [W, E]; bias: [E] or None; state: [B, W - 1, E]; float32. activation: "silu" or None.
+    """
+    batch, length, channels = x.shape
+    taps = weight.shape[0]
+    arrays = dict(x=x, weight=weight) | ({} if bias is None else dict(bias=bias))
+    quads = channels // CHANNELS
+
+    def body(*refs):
+        *sources, state_g, y_g = refs
+        sources = dict(zip(arrays, sources, strict=True))
+        lane = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (THREADS,), 0), LANES)
+        number = lax.axis_index("block") * THREADS + lane
+        channel, row = lax.rem(number, quads) * CHANNELS, lax.div(number, quads)
+        old, tokens = row * ((taps - 1) * channels) + channel, row * (length * channels) + channel
+        inputs = [read(state_g, old, CHANNELS, at=k * channels) for k in range(taps - 1)]
+        inputs += [read(sources["x"], tokens, CHANNELS, at=t * channels) for t in range(length)]
+        weights = [read(sources["weight"], channel, CHANNELS, at=k * channels) for k in range(taps)]
+        start = read(sources["bias"], channel, CHANNELS) if "bias" in sources else lanes.zeros(CHANNELS)
+        for t in range(length):
+            y = start
+            for x, w in zip(inputs[t : t + taps], weights, strict=True):
+                y = tuple(total + a * b for total, a, b in zip(y, x, w, strict=True))
+            y = tuple(v * lanes.sigmoid(v) for v in y) if activation == "silu" else y
+            write(y_g, tokens, y, at=t * channels)
+        for k, x in enumerate(inputs[length:]):
+            write(state_g, old, x, at=k * channels)
+
+    kernel = plgpu.kernel(
+        body,
+        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        grid=(batch * quads // THREADS,),
+        grid_names=("block",),
+        compiler_params=lanes.compiler_params(),
+        interpret=lanes.INTERPRET,
+    )
+    ref = jax.new_ref(state)  # written by the kernel; XLA copies it first if it is still needed
+    y = kernel.fun(*arrays.values(), ref)  # without its rule for jax.vmap, under which jax 0.10 loses the reference
+    return y, ref[...]
