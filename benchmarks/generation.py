@@ -35,6 +35,7 @@ ROWS = {
     "370m-1": ("configs/mamba.py:370m", 1),
     "370m-128": ("configs/mamba.py:370m", 128),
     "1.4b-128": ("configs/mamba.py:1.4b", 128),
+    "mamba2-370m-128": ("configs/mamba2.py:370m", 128),
 }
 SIZES = ("batch", "prompt", "tokens", "repeats")
 

@@ -7,6 +7,7 @@ time, and the hardware's reciprocal. In interpret mode the same functions are in
 
 import functools
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.pallas import mosaic_gpu as plgpu
@@ -22,6 +23,13 @@ LOG1P = tuple(_nearest.convert(kind=Polynomial).coef.tolist())
 
 # Set by tests to run the kernels on a CPU: jax's parameters of interpret mode, for `plgpu.kernel(interpret=...)`.
 INTERPRET = None
+
+
+def compute_capability() -> float | None:
+    """Of the GPU at hand; None where there is none: compiling ahead of time, or interpreting."""
+    if INTERPRET is not None or jax.default_backend() != "gpu":
+        return None
+    return float(jax.devices()[0].compute_capability)
 
 
 def compiler_params():

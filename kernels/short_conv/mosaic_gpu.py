@@ -32,8 +32,7 @@ def supports(
         return "it needs an NVIDIA GPU"
     if length <= few.FEW and not named and (reason := few.supports(batch, length, channels, documents)):
         return f"{reason}, and so few tokens are faster in XLA's own fusions"
-    capability = float(jax.devices()[0].compute_capability) if jax.default_backend() == "gpu" else 9.0
-    if capability < 9:
+    if (capability := lanes.compute_capability() or 9) < 9:
         return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or later, this one has {capability}"
     if jnp.dtype(dtype).name not in DTYPES:
         return f"x is {jnp.dtype(dtype).name}; it takes {', '.join(DTYPES)}"

@@ -36,10 +36,8 @@ def supports(platform, shape, dtype, decay, chunk=None, named=False, **facts) ->
         return "it needs an NVIDIA GPU"
     if length <= FEW and not named:
         return f"T is {length}: up to {FEW} tokens are not worth a chunk of {SIDE}"
-    if lanes.INTERPRET is None and jax.default_backend() == "gpu":
-        capability = jax.devices()[0].compute_capability
-        if capability != "9.0":
-            return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper), this one has {capability}"
+    if (capability := lanes.compute_capability() or 9) != 9:
+        return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper), this one has {capability}"
     if jnp.dtype(dtype).name not in DTYPES:
         return f"arrays are {jnp.dtype(dtype).name}; it multiplies bfloat16 numbers, and takes {', '.join(DTYPES)}"
     if decay == "channel":

@@ -32,7 +32,7 @@ def supports(platform, shape, dtype, named=False, **facts) -> str | None:
         return "it needs an NVIDIA GPU"
     if length <= xla.FEW and not named and (reason := few.supports(shape)):
         return f"{reason}, and so few tokens are faster in XLA's own fusions than in chunks"
-    if lanes.INTERPRET is None and (capability := _compute_capability()) and capability < 9:
+    if (capability := lanes.compute_capability() or 9) < 9:
         return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or later, this one has {capability}"
     if jnp.dtype(dtype).name not in DTYPES:
         return f"u is {jnp.dtype(dtype).name}; it takes {', '.join(DTYPES)}"
@@ -43,13 +43,6 @@ def supports(platform, shape, dtype, named=False, **facts) -> str | None:
     if min(batch, length) < 1 or batch * length * groups * width >= 2**31:
         return f"u has {batch * length * groups * width} elements; it addresses 1 to 2^31 - 1"
     return None
-
-
-def _compute_capability() -> float | None:
-    """Of the GPU at hand; None where there is none (compiling ahead of time)."""
-    if jax.default_backend() != "gpu":
-        return None
-    return float(jax.devices()[0].compute_capability)
 
 
 def selective_scan(
