@@ -215,8 +215,8 @@ def test_a_donated_state_is_updated_in_place():
 def test_few_tokens_have_a_kernel_of_their_own_or_xla():
     """Chunks serve those that are asked for by name."""
     gpu = dict(platform="cuda", dtype=np.dtype("float32"))
-    few, odd = (2, xla.FEW, 1, 64, 16), (2, 1, 1, 64, 9)
-    for shape, name in ((few, "mosaic_gpu"), (odd, "xla"), ((2, xla.FEW + 1, *odd[2:]), "mosaic_gpu")):
+    one, few, odd, more = ((2, length, 1, 64, n) for length, n in ((1, 16), (xla.FEW, 16), (2, 9), (xla.FEW + 1, 9)))
+    for shape, name in ((one, "xla"), (few, "mosaic_gpu"), (odd, "xla"), (more, "mosaic_gpu")):
         assert op.choose("cuda", shape, dtype=gpu["dtype"])[0] == name
         assert op.mosaic_gpu.supports(**gpu, shape=shape, named=True) is None
     assert "N is 9" in op.choose("cuda", odd, dtype=gpu["dtype"])[1]

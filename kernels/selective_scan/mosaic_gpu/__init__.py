@@ -30,6 +30,8 @@ def supports(platform, shape, dtype, named=False, **facts) -> str | None:
     batch, length, groups, width, states = shape
     if platform != "cuda" and lanes.INTERPRET is None:
         return "it needs an NVIDIA GPU"
+    if length == 1 and not named:
+        return "T is 1: XLA fuses the scan with what comes before and after it, and a model's step is faster so"
     if length <= xla.FEW and not named and (reason := few.supports(shape)):
         return f"{reason}, and so few tokens are faster in XLA's own fusions than in chunks"
     if (capability := lanes.compute_capability() or 9) < 9:
