@@ -100,6 +100,19 @@ def test_decoding_updates_the_state_in_place():
     assert script.check(token, run, 2) < 1e-5
 
 
+def test_rounds_of_decoding_go_on_from_the_last_state():
+    token = case(shape="3x1x4x2:full")
+    given, other = token.draw(3), token.draw(4)
+    step = dict(given[0])
+    for _ in range(3):
+        want = token.operation.call(step, variant="full", implementation="reference")
+        step["initial_state"] = want["state"]
+    run = script.program(token, "xla", "forward", 2, rounds=3)
+    (outputs, _), _ = run([given, other])
+    np.testing.assert_allclose(outputs["y"], want["y"], rtol=1e-4)
+    np.testing.assert_allclose(given[0]["initial_state"], want["state"], rtol=1e-5)
+
+
 @pytest.mark.parametrize("wrong", ["value", "gradient", "nan"])
 def test_a_wrong_kernel_fails(tmp_path, monkeypatch, wrong):
     class Wrong:
