@@ -10,6 +10,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from numpy.polynomial import Chebyshev, Polynomial
 
@@ -39,6 +40,23 @@ def compiler_params():
     return plgpu.CompilerParams(
         approx_math=True, unsafe_no_auto_barriers=True, lowering_semantics=LoweringSemantics.Lane
     )
+
+
+def in_place(kernel, arrays, state, out):
+    """A kernel's output and the new state, which takes the place of `state` in memory if that is donated.
+
+    Args:
+        kernel: of `plgpu.kernel`; its body gets references of arrays, of the state, which it updates, and of `out`.
+        arrays: what it only reads. out: shape and dtype of its output.
+    """
+
+    def run(refs):
+        state, output = refs
+        # Without its rule for jax.vmap, for which jax 0.10 takes no references
+        output[...] = kernel.fun(*arrays, state)
+
+    state, output = pl.run_state(run)((state, jnp.zeros(out.shape, out.dtype)))
+    return output, state
 
 
 def read(ref, offset, width, *, at=0):

@@ -61,14 +61,13 @@ def few(x, weight, bias, state, *, activation):
         for k, x in enumerate(inputs[length:]):
             write(state_g, old, x, at=k * channels)
 
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct(x.shape, x.dtype),
+        out_type=out,
         grid=(batch * quads // THREADS,),
         grid_names=("block",),
         compiler_params=lanes.compiler_params(),
         interpret=lanes.INTERPRET,
     )
-    ref = jax.new_ref(state)  # written by the kernel; XLA copies it first if it is still needed
-    y = kernel.fun(*arrays.values(), ref)  # without its rule for jax.vmap, under which jax 0.10 loses the reference
-    return y, ref[...]
+    return lanes.in_place(kernel, arrays.values(), state, out)

@@ -177,15 +177,20 @@ def test_few_tokens_without_options(interpreter):
 def test_few_tokens_in_place(monkeypatch):
     """As lowered for a GPU: the state's operand is an output, and XLA may donate it to that."""
     monkeypatch.setattr(lanes, "INTERPRET", None)
+    jax.clear_caches()  # the kernel is jitted, and may know the interpreter
     args = {k: jnp.asarray(v) for k, v in inputs(2, 1, 2, 64, 16).items()}
-    state, kernel = args.pop("initial_state"), few.few.__wrapped__  # its jitted form may know the interpreter
+    layout = dict(segment_ids=None, initial_segment=None, mask=None)
+    state = args.pop("initial_state")
 
     def step(state, args):
-        return kernel(**args, marks=None, initial_state=state, softplus=True)
+        return mosaic_gpu.few_tokens(args | dict(initial_state=state), layout, True)
 
     lowered = jax.jit(step, donate_argnums=0).trace(state, args).lower(lowering_platforms=("cuda",)).as_text()
     (alias,) = re.findall(r"output_operand_alias<(.*)>", lowered)
     assert f"operand_index = {len(args)}" in alias
+    several = jax.tree.map(lambda x: jnp.stack([x, x]), (state, args))
+    jax.jit(jax.vmap(step)).trace(*several).lower(lowering_platforms=("cuda",))
+    jax.clear_caches()
 
 
 @pytest.mark.slow

@@ -111,9 +111,10 @@ def few(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, softplu
         for g, of_group in enumerate(state):
             write(state_g, start, of_group, at=g * matrix)
 
+    out = jax.ShapeDtypeStruct((batch, length, width), u.dtype)
     kernel = plgpu.kernel(
         body,
-        out_type=jax.ShapeDtypeStruct((batch, length, width), u.dtype),
+        out_type=out,
         grid=(batch * width * shares // THREADS,),
         grid_names=("block",),
         num_threads=1,
@@ -121,6 +122,4 @@ def few(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, softplu
         compiler_params=lanes.compiler_params(),
         interpret=lanes.INTERPRET,
     )
-    state = jax.new_ref(initial_state)  # written by the kernel; XLA copies it first if it is still needed
-    y = kernel.fun(*arrays.values(), state)  # without its rule for jax.vmap, under which jax 0.10 loses the reference
-    return y, state[...]
+    return lanes.in_place(kernel, arrays.values(), initial_state, out)
