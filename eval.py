@@ -15,8 +15,8 @@ from pathlib import Path
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from configs.base import base
 from seqmodels import cli
+from seqmodels.configs.base import base
 from seqmodels.errors import UserError
 
 

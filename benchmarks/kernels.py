@@ -52,9 +52,9 @@ from absl import flags
 from benchmarks.operations import OPERATIONS, Argument, Operation, normal
 from benchmarks.rates import EXPS_PER_SECOND, FLOPS_PER_SECOND, bandwidth, measure
 from benchmarks.record import RESULTS, commit, device_name, record, slug
-from kernels.dispatch import UnsupportedError
 from seqmodels import cli
 from seqmodels.errors import UserError
+from seqmodels.kernels.dispatch import UnsupportedError
 
 PASSES = ("forward", "forward+backward")
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}  # the last two round their outputs
@@ -349,7 +349,7 @@ def main(flag_values: flags.FlagValues) -> int:
     (name,) = choices("op", flag_values.op, OPERATIONS, ())
     dtypes = choices("dtypes", flag_values.dtypes, TOLERANCE, ["float32" if cpu else "bfloat16"])
     cases = parse_shapes(OPERATIONS[name], flag_values.shapes or ("small" if cpu else "table,decode"), dtypes)
-    there = importlib.import_module(f"kernels.{name}").IMPLEMENTATIONS
+    there = importlib.import_module(f"seqmodels.kernels.{name}").IMPLEMENTATIONS
     others = [implementation for implementation in there if implementation != "reference"]
     implementations = choices("implementations", flag_values.implementations, there, others)
     passes = choices("passes", flag_values.passes, PASSES, PASSES)

@@ -12,9 +12,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from kernels.linear_attention import linear_attention
-from kernels.selective_scan import selective_scan
-from kernels.short_conv import short_conv
+from seqmodels.kernels.linear_attention import linear_attention
+from seqmodels.kernels.selective_scan import selective_scan
+from seqmodels.kernels.short_conv import short_conv
 
 
 @dataclasses.dataclass(frozen=True)

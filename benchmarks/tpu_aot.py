@@ -57,9 +57,9 @@ from jax.experimental import topologies
 
 from benchmarks.operations import OPERATIONS
 from benchmarks.record import RESULTS, commit, record
-from kernels.linear_attention import mosaic_tpu as attention
-from kernels.selective_scan import mosaic_tpu as scan
-from kernels.selective_scan.mosaic_tpu.tiles import LANES, TILE
+from seqmodels.kernels.linear_attention import mosaic_tpu as attention
+from seqmodels.kernels.selective_scan import mosaic_tpu as scan
+from seqmodels.kernels.selective_scan.mosaic_tpu.tiles import LANES, TILE
 
 
 class Chip(NamedTuple):

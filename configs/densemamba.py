@@ -16,9 +16,9 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from configs.base import base, finish, large, preset, short
-from configs.mamba import add_mamba
-from configs.trials import product, vary
+from seqmodels.configs.base import base, finish, large, preset, short
+from seqmodels.configs.mamba import add_mamba
+from seqmodels.configs.trials import product, vary
 
 # name: (width, layers, peak learning rate, steps, remat); as in the Mamba paper
 PAPER = {

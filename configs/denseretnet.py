@@ -19,9 +19,9 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from configs.base import base, finish, large, preset, short
-from configs.retnet import add_retnet
-from configs.trials import vary
+from seqmodels.configs.base import base, finish, large, preset, short
+from seqmodels.configs.retnet import add_retnet
+from seqmodels.configs.trials import vary
 
 # name: (width, layers, heads, depth, bottleneck of keys' gates, of values')
 PAPER = {

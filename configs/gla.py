@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from configs.base import base, finish, large, preset
+from seqmodels.configs.base import base, finish, large, preset
 
 # name: (width, layers, heads, steps, rows a step, remat); section 5
 PAPER = {

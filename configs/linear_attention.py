@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from configs.base import base, finish, large, preset
-from configs.transformer import PAPER
+from seqmodels.configs.base import base, finish, large, preset
+from seqmodels.configs.transformer import PAPER
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

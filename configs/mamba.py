@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from configs.base import base, finish, large, preset
+from seqmodels.configs.base import base, finish, large, preset
 
 # name: (width, layers, peak learning rate, steps, remat, scan_blocks). Steps are those of the paper's scaling runs, of
 # 2.5 to 26 B tokens; 2.8b, not among them, gets the 300 B tokens of the released models and five times the rate of

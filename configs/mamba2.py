@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from configs.base import base, finish, large, preset
+from seqmodels.configs.base import base, finish, large, preset
 
 # name: (width, layers, peak learning rate, steps, remat, scan_blocks), trained like configs/mamba.py's
 PAPER = {

@@ -13,8 +13,8 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from configs.base import base, finish, large, preset
-from configs.mamba2 import PAPER
+from seqmodels.configs.base import base, finish, large, preset
+from seqmodels.configs.mamba2 import PAPER
 
 SIZES = ("130m", "370m", "780m", "1.3b")
 

@@ -14,8 +14,8 @@ from difflib import get_close_matches
 
 from ml_collections import ConfigDict
 
-from configs.base import base, finish, preset
-from configs.trials import Trial, product, vary
+from seqmodels.configs.base import base, finish, preset
+from seqmodels.configs.trials import Trial, product, vary
 
 MIXERS = (  # those that a sweep compares
     "mamba", "densemamba", "mamba2", "mamba3", "gla", "retnet", "linear_attention", "performer", "transformer",
@@ -195,7 +195,7 @@ def model(mixer: str, width: int, layers: int) -> ConfigDict:
 
 
 def _small(mixer: str) -> ConfigDict:
-    return importlib.import_module(f"configs.{mixer}").get_config().model
+    return importlib.import_module(f"seqmodels.configs.{mixer}").get_config().model
 
 
 def _nearest(word: str, choices) -> str:

@@ -13,7 +13,7 @@ from collections.abc import Callable
 
 from ml_collections import ConfigDict
 
-from configs.base import base, finish, large, preset
+from seqmodels.configs.base import base, finish, large, preset
 
 # name: (width, layers, heads, peak learning rate, steps, remat); GPT-3's shapes, trained as in the Mamba paper
 PAPER = {

@@ -22,8 +22,8 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from kernels.selective_scan.coupled import carry_scan, rank_scan
 from seqmodels.errors import UserError
+from seqmodels.kernels.selective_scan.coupled import carry_scan, rank_scan
 from seqmodels.layers.norm import RMSNorm
 from seqmodels.layers.parameter import matrix
 from seqmodels.mixers.mamba import Readout, Stream, skip_and_gate, stack

@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from ml_collections import ConfigDict, FrozenConfigDict
 
-import kernels.attention
-import kernels.linear_attention
-import kernels.selective_scan
-import kernels.short_conv
+import seqmodels.kernels.attention
+import seqmodels.kernels.linear_attention
+import seqmodels.kernels.selective_scan
+import seqmodels.kernels.short_conv
 from seqmodels.dense import DenseFusion
 from seqmodels.dense_matrix import MatrixFusion
 from seqmodels.errors import UserError
@@ -27,10 +27,10 @@ from seqmodels.sequence import Sequence, make_sequence
 
 CHANNEL_MIXERS = {"mlp": Mlp}
 OPERATIONS = {
-    "selective_scan": kernels.selective_scan,
-    "short_conv": kernels.short_conv,
-    "attention": kernels.attention,
-    "linear_attention": kernels.linear_attention,
+    "selective_scan": seqmodels.kernels.selective_scan,
+    "short_conv": seqmodels.kernels.short_conv,
+    "attention": seqmodels.kernels.attention,
+    "linear_attention": seqmodels.kernels.linear_attention,
 }
 
 REMAT = {  # what of a block is kept for the backward pass; the rest is computed again

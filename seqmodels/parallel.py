@@ -12,12 +12,12 @@ import jax
 from flax import linen as nn
 from jax.sharding import AxisType, PartitionSpec
 
-from kernels.linear_attention import linear_attention as attend
-from kernels.linear_attention import sharded as attend_in_pieces
-from kernels.selective_scan import selective_scan as scan
-from kernels.selective_scan import sharded as scan_in_pieces
-from kernels.short_conv import sharded as conv_in_pieces
-from kernels.short_conv import short_conv as conv
+from seqmodels.kernels.linear_attention import linear_attention as attend
+from seqmodels.kernels.linear_attention import sharded as attend_in_pieces
+from seqmodels.kernels.selective_scan import selective_scan as scan
+from seqmodels.kernels.selective_scan import sharded as scan_in_pieces
+from seqmodels.kernels.short_conv import sharded as conv_in_pieces
+from seqmodels.kernels.short_conv import short_conv as conv
 
 TOKENS = ("batch", "length")
 CHANNELS = (*TOKENS, "inner")

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from kernels.segments import previous_segment, resets
+from seqmodels.kernels.segments import previous_segment, resets
 
 
 @struct.dataclass

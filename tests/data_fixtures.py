@@ -1,6 +1,6 @@
 """Small texts and configs for the tests of the data pipeline."""
 
-from configs.base import base
+from seqmodels.configs.base import base
 
 POEM = "".join(f"line {i}: the quick brown fox jumps over the lazy dog\n" for i in range(400))
 

@@ -13,9 +13,9 @@ ROOT = Path(__file__).parent.parent
 
 # What a trial does is its sample.prompt; its loss depends on that and the seed.
 CONFIG = """
-from configs.base import base, finish
-from configs.mamba import add_mamba
-from configs.trials import product, vary
+from seqmodels.configs.base import base, finish
+from seqmodels.configs.mamba import add_mamba
+from seqmodels.configs.trials import product, vary
 
 def get_config(arg=None):
     config = base()

@@ -14,11 +14,11 @@ import pytest
 from benchmarks import generation, models, trace
 from benchmarks import kernels as script
 from benchmarks.record import record, slug
-from kernels import selective_scan as scan
-from kernels.linear_attention import mosaic_tpu as tpu
-from kernels.selective_scan import xla
 from seqmodels import cli
 from seqmodels.config import validate
+from seqmodels.kernels import selective_scan as scan
+from seqmodels.kernels.linear_attention import mosaic_tpu as tpu
+from seqmodels.kernels.selective_scan import xla
 from seqmodels.model import build
 
 SHAPE = "2x6x4x2:full"

@@ -9,8 +9,8 @@ import pytest
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from configs import base
 from seqmodels.config import CHOICES, POSITIVE, RANGES, SHARES, blocks, validate
+from seqmodels.configs import base
 from seqmodels.errors import UserError
 from seqmodels.mixers import MIXERS
 from seqmodels.model import OPERATIONS, build, describe_kernels
@@ -26,7 +26,7 @@ LARGE = {"denseretnet": "350m", "gla": "340m", "retnet": "200m"}  # a preset of 
 
 
 def config_of(name, arg=None):
-    return importlib.import_module(f"configs.{name}").get_config(arg)
+    return importlib.import_module(f"seqmodels.configs.{name}").get_config(arg)
 
 
 def set_field(config, field, value):
@@ -80,7 +80,7 @@ def test_unknown_preset_names_the_nearest(arg, near):
 def test_every_trial_of_the_sweep_is_a_valid_config_of_its_own(name):
     for arg in (None, LARGE.get(name, "130m")):
         trials = []
-        importlib.import_module(f"configs.{name}").sweep(trials.append, arg)
+        importlib.import_module(f"seqmodels.configs.{name}").sweep(trials.append, arg)
         resolved = set()
         for trial in trials:
             config = config_of(name, arg)

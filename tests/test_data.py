@@ -251,7 +251,7 @@ def test_finished_cache_needs_no_text_no_tfds_and_no_tensorflow(tmp_path):
     shutil.rmtree(tmp_path / "cache" / "tensorflow_datasets")
     result = in_process(f"""
         import sys
-        from configs.base import base
+        from seqmodels.configs.base import base
         from seqmodels.data import load
         config = base().data
         config.update(dict(name="text", path={config.path!r}, cache={config.cache!r}))
@@ -268,7 +268,7 @@ def test_building_imports_no_tensorflow(tmp_path):
     config = text_config(tmp_path, {"one.txt": POEM})
     result = in_process(f"""
         import sys
-        from configs.base import base
+        from seqmodels.configs.base import base
         from seqmodels.data import load
         config = base().data
         config.update(dict(name="text", path={config.path!r}, cache={config.cache!r}))
@@ -292,7 +292,7 @@ def test_killed_build_leaves_no_half_cache_and_the_next_one_succeeds(tmp_path):
     config = text_config(tmp_path, {f"{i}.txt": POEM for i in range(4)})
     result = in_process(f"""
         import os, signal
-        from configs.base import base
+        from seqmodels.configs.base import base
         from seqmodels.data import cache, load
         from seqmodels.data.tokenizer import ByteTokenizer
         config = base().data
@@ -318,7 +318,7 @@ def test_killed_build_leaves_no_half_cache_and_the_next_one_succeeds(tmp_path):
 def test_processes_at_once_build_one_cache(tmp_path):
     config = text_config(tmp_path, {"one.txt": POEM})
     code = f"""
-        from configs.base import base
+        from seqmodels.configs.base import base
         from seqmodels.data import load
         config = base().data
         config.update(dict(name="text", path={config.path!r}, cache={config.cache!r}))

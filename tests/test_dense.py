@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.densemamba import get_config
-from kernels.selective_scan import xla
 from seqmodels import dense
+from seqmodels.configs.densemamba import get_config
 from seqmodels.errors import UserError
+from seqmodels.kernels.selective_scan import xla
 from seqmodels.model import build
 
 B, T, D, E, N, LAYERS = 2, 7, 8, 16, 3, 4

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from configs import mamba2, retnet
+from seqmodels.configs import mamba2, retnet
 from seqmodels.errors import UserError
 from seqmodels.interop.stacking import stack
 from seqmodels.model import build

@@ -12,8 +12,8 @@ import pytest
 from ml_collections import ConfigDict
 
 import eval as eval_script
-from configs import densemamba, transformer
 from seqmodels import cli, data
+from seqmodels.configs import densemamba, transformer
 from seqmodels.evals import run as run_module
 from seqmodels.model import build
 from seqmodels.training.checkpoint import Checkpoints

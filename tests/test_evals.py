@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from configs import densemamba, transformer
-from kernels.dispatch import UnsupportedError
 from seqmodels import evals
+from seqmodels.configs import densemamba, transformer
 from seqmodels.data import TokenSplit, load_tokenizer
 from seqmodels.errors import UserError
 from seqmodels.evals import by_position, extrapolation, memory, perplexity, report, scoring
+from seqmodels.kernels.dispatch import UnsupportedError
 from seqmodels.model import build
 from seqmodels.training.sharding import AXES, RULES, unbox
 

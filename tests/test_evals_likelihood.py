@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from configs import densemamba, transformer
+from seqmodels.configs import densemamba, transformer
 from seqmodels.data import load_tokenizer
 from seqmodels.errors import UserError
 from seqmodels.evals import classification, likelihood

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import densemamba, transformer
+from seqmodels.configs import densemamba, transformer
 from seqmodels.errors import UserError
 from seqmodels.evals import memory, report, throughput
 from seqmodels.model import build

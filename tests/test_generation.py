@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import densemamba, transformer
 from seqmodels import generation
 from seqmodels.config import context
+from seqmodels.configs import densemamba, transformer
 from seqmodels.data import load_tokenizer
 from seqmodels.errors import UserError
 from seqmodels.generation import Sampling, chunks, decode, draw, filtered, generate, prefill
@@ -280,6 +280,6 @@ def test_a_lone_row_on_a_gpu_is_run_twice(monkeypatch):
     alone = run()
     jax.clear_caches()
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr("kernels.dispatch.platforms", lambda: ("cpu",))
+    monkeypatch.setattr("seqmodels.kernels.dispatch.platforms", lambda: ("cpu",))
     assert run().tolist() == alone.tolist()
     jax.clear_caches()

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import performer
 from seqmodels.config import validate
+from seqmodels.configs import performer
 from seqmodels.errors import UserError
 from seqmodels.mixers.gla import Gla
 from seqmodels.mixers.linear_attention import FEATURE_MAPS, LinearAttention, bidirectional_attention

@@ -17,8 +17,8 @@ from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
 import eval as eval_script
-from configs import densemamba
 from seqmodels import cli
+from seqmodels.configs import densemamba
 from seqmodels.errors import UserError
 from seqmodels.evals import classification, harness, likelihood
 from seqmodels.evals.harness_model import HarnessModel, sampling_of, stops_of

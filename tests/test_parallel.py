@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding
 
-from configs import densemamba, mamba
 from seqmodels import parallel
+from seqmodels.configs import densemamba, mamba
 from seqmodels.model import build
 from seqmodels.training.sharding import AXES, RULES, param_shardings, tokens_sharding, unbox
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import mamba, mamba2
+from seqmodels.configs import mamba, mamba2
 from seqmodels.model import build
 
 PUBLISHED = {  # of state-spaces/mamba-*, and of the same sizes in transformers (checked below)

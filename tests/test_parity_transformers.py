@@ -14,10 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import configs.mamba
-import configs.mamba2
-import configs.transformer
-from configs.base import base
+from seqmodels.configs import mamba, mamba2, transformer
+from seqmodels.configs.base import base
 from seqmodels.errors import UserError
 from seqmodels.interop.huggingface import from_huggingface, to_huggingface
 from seqmodels.interop.pretrained import load, save
@@ -215,7 +213,7 @@ def test_mamba2_files_of_mambas_authors():
         from_huggingface(arrays(model), {**model.config.to_dict(), "time_step_limit": (0.0, 0.1)})
 
 
-PRESETS = [(configs.mamba, "Mamba"), (configs.mamba2, "Mamba2"), (configs.transformer, "Llama")]
+PRESETS = [(mamba, "Mamba"), (mamba2, "Mamba2"), (transformer, "Llama")]
 
 
 @pytest.mark.slow

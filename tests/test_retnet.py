@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import denseretnet, retnet
-from configs.base import base
+from seqmodels.configs import denseretnet, retnet
+from seqmodels.configs.base import base
 from seqmodels.errors import UserError
 from seqmodels.interop.denseretnet import config_of
 from seqmodels.interop.huggingface import from_huggingface

@@ -18,9 +18,9 @@ import pytest
 from absl import flags
 
 import sweep
-from configs import densemamba, denseretnet
-from configs.trials import chain, product, vary, zipped
 from seqmodels import cli
+from seqmodels.configs import densemamba, denseretnet
+from seqmodels.configs.trials import chain, product, vary, zipped
 from seqmodels.errors import UserError
 from seqmodels.model import build
 from seqmodels.sweeps import definition, devices, markup, plots, report, results
@@ -469,4 +469,4 @@ def test_sweep_imports_no_jax_and_no_plots():
 def test_sweeps_of_all_configs_are_defined(tmp_path, name):
     spec = str(ROOT / "configs" / f"{name}.py")
     assert len(define(tmp_path, spec=spec)) > 3
-    assert hasattr(importlib.import_module(f"configs.{name}"), "sweep")
+    assert hasattr(importlib.import_module(f"seqmodels.configs.{name}"), "sweep")

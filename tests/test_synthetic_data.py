@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import synthetic
 from seqmodels import cli, data
 from seqmodels.config import validate
+from seqmodels.configs import synthetic
 from seqmodels.data.synthetic import GOES_ON, TASKS, make_task
 from seqmodels.data.synthetic.dataset import FOLDS, fold
 from seqmodels.errors import UserError

@@ -10,8 +10,8 @@ from ml_collections import ConfigDict
 
 import eval as evaluation
 from benchmarks import accuracy_by_state
-from configs import synthetic
 from seqmodels import cli, data
+from seqmodels.configs import synthetic
 from seqmodels.data.synthetic import make_task
 from seqmodels.data.synthetic.dataset import SyntheticSplit
 from seqmodels.errors import UserError

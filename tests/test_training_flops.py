@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from configs import densemamba, mamba, mamba2, performer, transformer
-from kernels.linear_attention import linear_attention
-from kernels.selective_scan import selective_scan
+from seqmodels.configs import densemamba, mamba, mamba2, performer, transformer
+from seqmodels.kernels.linear_attention import linear_attention
+from seqmodels.kernels.selective_scan import selective_scan
 from seqmodels.model import build
 from seqmodels.training import flops, sharding
 from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from configs import mamba
+from seqmodels.configs import mamba
 from seqmodels.errors import UserError
 from seqmodels.training import checkpoint, loop, metrics
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from configs import densemamba
+from seqmodels.configs import densemamba
 from seqmodels.errors import UserError
 from seqmodels.evals import training_speed
 from seqmodels.model import build

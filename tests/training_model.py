@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from configs.base import base
+from seqmodels.configs.base import base
 
 
 class LeakyModel(nn.Module):

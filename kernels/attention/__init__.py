@@ -5,8 +5,8 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels import dispatch
-from kernels.attention import cudnn, reference, xla
+from seqmodels.kernels import dispatch
+from seqmodels.kernels.attention import cudnn, reference, xla
 
 BACKENDS = {"reference": reference, "xla": xla, "cudnn": cudnn}
 WINNERS = {"cuda": ("cudnn", "xla"), "default": ("xla",)}  # measured on an H100, jax 0.11.2
@@ -46,7 +46,7 @@ def attention(
 
     Raises:
         ValueError: shapes that do not fit.
-        kernels.dispatch.UnsupportedError: the named implementation cannot serve.
+        seqmodels.kernels.dispatch.UnsupportedError: the named implementation cannot serve.
     """
     if segment_ids is not None and key_segment_ids is None:
         key_segment_ids = segment_ids

@@ -10,7 +10,7 @@ the same bit for bit from run to run (XLA's are).
 import jax
 import jax.numpy as jnp
 
-from kernels.attention.visible import visible
+from seqmodels.kernels.attention.visible import visible
 
 
 def supports(

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels.attention.visible import visible
+from seqmodels.kernels.attention.visible import visible
 
 
 def supports(platform: str, **facts) -> str | None:

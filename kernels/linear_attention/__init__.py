@@ -11,8 +11,8 @@ vector over K (GLA, Yang et al. 2024; RWKV-6, which reads exclusively with the b
 import jax
 import jax.numpy as jnp
 
-from kernels import dispatch
-from kernels.linear_attention import mosaic_gpu, mosaic_tpu, reference, xla
+from seqmodels.kernels import dispatch
+from seqmodels.kernels.linear_attention import mosaic_gpu, mosaic_tpu, reference, xla
 
 BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 # By platform, fastest first as measured; the last one serves everything. No TPU has timed mosaic_tpu yet.

@@ -25,9 +25,9 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels import linear_attention as op
-from kernels.linear_attention import xla
-from kernels.segments import resets, segment_before
+from seqmodels.kernels import linear_attention as op
+from seqmodels.kernels.linear_attention import xla
+from seqmodels.kernels.segments import resets, segment_before
 
 
 class Options(NamedTuple):

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels.segments import resets
+from seqmodels.kernels.segments import resets
 
 CHUNK = 64  # tokens between the states that are kept
 BLOCK = 16  # tokens of a block where every channel has a decay of its own

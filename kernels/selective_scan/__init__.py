@@ -10,8 +10,8 @@ layers below, which are recomputed here from what was written into them, so that
 import jax
 import jax.numpy as jnp
 
-from kernels import dispatch
-from kernels.selective_scan import mosaic_gpu, mosaic_tpu, reference, xla
+from seqmodels.kernels import dispatch
+from seqmodels.kernels.selective_scan import mosaic_gpu, mosaic_tpu, reference, xla
 
 BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 # By platform, fastest first as measured; the last one serves everything. No TPU has timed mosaic_tpu yet.

@@ -7,8 +7,8 @@ that states are kept at chunk boundaries only.
 import jax
 import jax.numpy as jnp
 
-from kernels.segments import resets
-from kernels.selective_scan import xla
+from seqmodels.kernels.segments import resets
+from seqmodels.kernels.selective_scan import xla
 
 
 def _chunked(body, state, tokens, reset, length):

@@ -25,8 +25,8 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels import selective_scan as op
-from kernels.segments import resets, segment_before
+from seqmodels.kernels import selective_scan as op
+from seqmodels.kernels.segments import resets, segment_before
 
 
 class Options(NamedTuple):

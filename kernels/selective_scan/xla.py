@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels.segments import resets
+from seqmodels.kernels.segments import resets
 
 CHUNK = 64  # tokens; the states of one chunk are held while it is differentiated
 FEW = 8  # tokens that are written out

@@ -4,8 +4,8 @@ import functools
 
 import jax
 
-from kernels import dispatch
-from kernels.short_conv import mosaic_gpu, mosaic_tpu, reference, xla
+from seqmodels.kernels import dispatch
+from seqmodels.kernels.short_conv import mosaic_gpu, mosaic_tpu, reference, xla
 
 BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 WINNERS = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}  # by platform, fastest first as measured
@@ -44,7 +44,7 @@ def short_conv(
 
     Raises:
         ValueError: shapes that do not fit, an unknown activation.
-        kernels.dispatch.UnsupportedError: the named implementation cannot serve.
+        seqmodels.kernels.dispatch.UnsupportedError: the named implementation cannot serve.
     """
     facts = check(x, weight, bias, activation, initial_state)
     facts["documents"] = segment_ids is not None or mask is not None

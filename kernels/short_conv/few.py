@@ -11,9 +11,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels import lanes
-from kernels.lanes import LANES, THREADS, read, write
-from kernels.short_conv.tuning import CHANNELS
+from seqmodels.kernels import lanes
+from seqmodels.kernels.lanes import LANES, THREADS, read, write
+from seqmodels.kernels.short_conv.tuning import CHANNELS
 
 FEW = 8  # tokens
 

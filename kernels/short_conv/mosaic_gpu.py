@@ -15,10 +15,10 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels import lanes
-from kernels.lanes import LANES, THREADS, read, write
-from kernels.short_conv import few, tuning, xla
-from kernels.short_conv.tuning import CHANNELS
+from seqmodels.kernels import lanes
+from seqmodels.kernels.lanes import LANES, THREADS, read, write
+from seqmodels.kernels.short_conv import few, tuning, xla
+from seqmodels.kernels.short_conv.tuning import CHANNELS
 
 f32 = jnp.float32
 DTYPES = ("bfloat16", "float16", "float32")

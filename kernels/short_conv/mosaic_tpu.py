@@ -17,7 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.short_conv import xla
+from seqmodels.kernels.short_conv import xla
 
 INTERPRET = False  # pltpu.InterpretParams() runs the kernels without a TPU, for tests
 

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from kernels.segments import previous_segment
+from seqmodels.kernels.segments import previous_segment
 
 
 def supports(platform: str, **facts) -> str | None:

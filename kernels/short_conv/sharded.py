@@ -9,8 +9,8 @@ thousands.
 import jax
 import jax.numpy as jnp
 
-from kernels import short_conv as op
-from kernels.segments import resets, segment_before
+from seqmodels.kernels import short_conv as op
+from seqmodels.kernels.segments import resets, segment_before
 
 
 def short_conv(

@@ -9,7 +9,7 @@ import functools
 import jax
 import jax.numpy as jnp
 
-from kernels.segments import resets
+from seqmodels.kernels.segments import resets
 
 CHUNK = 16  # tokens of the first sums of the weights' gradients; from 32 on XLA would reduce in another way
 

@@ -7,12 +7,12 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from kernels.dispatch import UnsupportedError
 from seqmodels.config import context
 from seqmodels.data import SyntheticDataset
 from seqmodels.errors import UserError
 from seqmodels.evals import memory
 from seqmodels.evals.scoring import rows_of, score_long
+from seqmodels.kernels.dispatch import UnsupportedError
 from seqmodels.training.report import state_bytes
 
 PIECE = 2048  # tokens of a row that are read at once

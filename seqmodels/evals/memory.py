@@ -5,8 +5,8 @@ from pathlib import Path
 
 import jax
 
-from kernels.dispatch import UnsupportedError
 from seqmodels.errors import UserError
+from seqmodels.kernels.dispatch import UnsupportedError
 
 
 def planned_bytes(compiled: jax.stages.Compiled) -> int | None:

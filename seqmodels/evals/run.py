@@ -11,8 +11,8 @@ import jax
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
-from configs.base import base
 from seqmodels import data
+from seqmodels.configs.base import base
 from seqmodels.errors import UserError
 from seqmodels.evals.scoring import PositionSums, position_sums
 from seqmodels.model import build

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 from flax.core import FrozenDict
 
-from kernels.attention import attention
-from kernels.segments import resets
 from seqmodels.errors import UserError
+from seqmodels.kernels.attention import attention
+from seqmodels.kernels.segments import resets
 from seqmodels.layers.parameter import matrix, residual_std
 from seqmodels.layers.rope import rope
 from seqmodels.sequence import Sequence

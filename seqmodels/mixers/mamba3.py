@@ -17,8 +17,8 @@ import jax.numpy as jnp
 from flax.core import FrozenDict
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels.segments import resets
 from seqmodels.errors import UserError
+from seqmodels.kernels.segments import resets
 from seqmodels.layers.norm import rms_norm
 from seqmodels.layers.rope import rotate_pairs
 from seqmodels.mixers.mamba import init_dt_bias, uniform

@@ -10,7 +10,6 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from kernels.dispatch import UnsupportedError
 from seqmodels import data, evals
 from seqmodels.config import context, validate
 from seqmodels.errors import UserError
@@ -18,6 +17,7 @@ from seqmodels.evals import accuracy, perplexity
 from seqmodels.evals import report as evaluation
 from seqmodels.evals.run import Run, rows_at_once
 from seqmodels.generation import generate
+from seqmodels.kernels.dispatch import UnsupportedError
 from seqmodels.model import build, describe_kernels
 from seqmodels.training import checkpoint, flops, report, run, sharding
 from seqmodels.training.metrics import Metrics

@@ -18,7 +18,7 @@ def every_config() -> dict[str, str]:
     sys.path.insert(0, str(ROOT))
     golden = {}
     for path in sorted((ROOT / "configs").glob("[a-z]*.py")):
-        module = importlib.import_module(f"configs.{path.stem}")
+        module = importlib.import_module(f"seqmodels.configs.{path.stem}")
         if not hasattr(module, "get_config"):  # base.py
             continue
         try:

@@ -19,8 +19,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from kernels.selective_scan import selective_scan
-from kernels.selective_scan.xla import FEW
+from seqmodels.kernels.selective_scan import selective_scan
+from seqmodels.kernels.selective_scan.xla import FEW
 
 TARGET = Path(__file__).resolve().parent / "h100.pbtxt"
 

@@ -18,7 +18,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from kernels.linear_attention import linear_attention
+from seqmodels.kernels.linear_attention import linear_attention
 
 TARGET = Path(__file__).resolve().parent / "h100.pbtxt"
 

@@ -19,8 +19,8 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
-from kernels.short_conv import short_conv
-from kernels.short_conv.few import FEW
+from seqmodels.kernels.short_conv import short_conv
+from seqmodels.kernels.short_conv.few import FEW
 
 TARGET = Path(__file__).resolve().parent / "h100.pbtxt"
 

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels.attention import attention, cudnn
-from kernels.dispatch import UnsupportedError
+from seqmodels.kernels.attention import attention, cudnn
+from seqmodels.kernels.dispatch import UnsupportedError
 
 BACKENDS = ["xla"]  # those that take everything; cuDNN takes a part of it, on a GPU only
 BATCH, QUERIES, KEYS, HEADS, KV_HEADS, WIDTH = 2, 5, 8, 4, 2, 6

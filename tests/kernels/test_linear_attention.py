@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from test_selective_scan import assert_close, documents
 
-from kernels import linear_attention as op
-from kernels.dispatch import UnsupportedError, lowered_name
-from kernels.linear_attention import linear_attention, xla
+from seqmodels.kernels import linear_attention as op
+from seqmodels.kernels.dispatch import UnsupportedError, lowered_name
+from seqmodels.kernels.linear_attention import linear_attention, xla
 
 FACTS = dict(platform=lowered_name(jax.default_backend()), shape=(1, 1, 1, 1, 1, 1), dtype=np.dtype("float32"))
 FACTS |= dict(decay="head", read="inclusive", bonus=False, chunk=None, named=True)

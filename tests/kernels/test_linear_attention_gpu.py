@@ -24,9 +24,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_linear_attention import inputs, value_and_gradients
 from test_selective_scan import documents
 
-from kernels import lanes
-from kernels.dispatch import UnsupportedError
-from kernels.linear_attention import linear_attention, mosaic_gpu
+from seqmodels.kernels import lanes
+from seqmodels.kernels.dispatch import UnsupportedError
+from seqmodels.kernels.linear_attention import linear_attention, mosaic_gpu
 
 HERE = Path(__file__).resolve().parent
 ROUNDINGS = 4 * 2**-9  # of a decayed value, a score or state made of such, its gradient's likewise, and the result

@@ -7,8 +7,8 @@ import pytest
 from test_linear_attention import BACKENDS
 from test_selective_scan import assert_close
 
-from kernels.linear_attention import linear_attention
-from kernels.selective_scan import selective_scan
+from seqmodels.kernels.linear_attention import linear_attention
+from seqmodels.kernels.selective_scan import selective_scan
 
 B, T, H, K, V = 2, 11, 3, 4, 5
 

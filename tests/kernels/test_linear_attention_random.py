@@ -15,7 +15,7 @@ from test_linear_attention import inputs
 from test_selective_scan import assert_close
 from test_selective_scan_random import ROWS, draw_documents, layouts
 
-from kernels.linear_attention import linear_attention
+from seqmodels.kernels.linear_attention import linear_attention
 
 # with T, K and V that are and are not multiples of anything, and chunks that are cut and that are not
 SHAPES = [

@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 from test_linear_attention import inputs, value_and_gradients
 from test_selective_scan import assert_close
 
-from kernels.linear_attention import linear_attention, sharded, xla
 from seqmodels import parallel
+from seqmodels.kernels.linear_attention import linear_attention, sharded, xla
 from seqmodels.training.sharding import AXES, RULES
 from tests.kernels.split_time import LENGTH, PIECES, SPLITS, moved, tpu_mesh
 

@@ -13,8 +13,8 @@ from jax.experimental.pallas import tpu as pltpu
 from test_linear_attention import EXCLUSIVE, NORMALISED, inputs
 from test_selective_scan import assert_close, documents
 
-from kernels.dispatch import UnsupportedError
-from kernels.linear_attention import linear_attention, mosaic_tpu
+from seqmodels.kernels.dispatch import UnsupportedError
+from seqmodels.kernels.linear_attention import linear_attention, mosaic_tpu
 
 SHAPE = dict(batch=1, length=21)  # two chunks, two groups of two heads, padding on every axis
 

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import selective_scan as op
-from kernels.dispatch import UnsupportedError, lowered_name
-from kernels.selective_scan import selective_scan, xla
+from seqmodels.kernels import selective_scan as op
+from seqmodels.kernels.dispatch import UnsupportedError, lowered_name
+from seqmodels.kernels.selective_scan import selective_scan, xla
 
 FACTS = dict(platform=lowered_name(jax.default_backend()), shape=(1, 1, 1, 1, 1), dtype=np.dtype("float32"), named=True)
 SERVING = [name for name, backend in op.BACKENDS.items() if backend.supports(**FACTS) is None]

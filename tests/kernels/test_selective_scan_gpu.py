@@ -20,12 +20,12 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_selective_scan import assert_close, documents, inputs
 
-from kernels import lanes
-from kernels.dispatch import UnsupportedError
-from kernels.selective_scan import mosaic_gpu, selective_scan
-from kernels.selective_scan.mosaic_gpu import few, summary
-from kernels.selective_scan.mosaic_gpu.stage import MARKED, SHARED
-from kernels.selective_scan.mosaic_gpu.tile import SIZES
+from seqmodels.kernels import lanes
+from seqmodels.kernels.dispatch import UnsupportedError
+from seqmodels.kernels.selective_scan import mosaic_gpu, selective_scan
+from seqmodels.kernels.selective_scan.mosaic_gpu import few, summary
+from seqmodels.kernels.selective_scan.mosaic_gpu.stage import MARKED, SHARED
+from seqmodels.kernels.selective_scan.mosaic_gpu.tile import SIZES
 
 HERE = Path(__file__).resolve().parent
 SHAPE = dict(length=21, groups=2, width=130, state=9)

@@ -16,7 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_selective_scan import assert_close, inputs
 
-from kernels.selective_scan import selective_scan
+from seqmodels.kernels.selective_scan import selective_scan
 
 ROWS = 16  # layouts a batch
 IMPLEMENTATIONS = ["xla", "mosaic_gpu"] if jax.default_backend() == "gpu" else ["xla"]

@@ -9,8 +9,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels import selective_scan as op
-from kernels.selective_scan import sharded
+from seqmodels.kernels import selective_scan as op
+from seqmodels.kernels.selective_scan import sharded
 from tests.kernels.split_time import LENGTH, PIECES, SPLITS, moved, tpu_mesh
 
 BATCH, WIDTH, STATE = 2, 4, 3

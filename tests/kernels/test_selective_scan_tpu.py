@@ -20,8 +20,8 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import tpu as pltpu
 from test_selective_scan import assert_close, documents, inputs
 
-from kernels.dispatch import UnsupportedError
-from kernels.selective_scan import mosaic_tpu, selective_scan
+from seqmodels.kernels.dispatch import UnsupportedError
+from seqmodels.kernels.selective_scan import mosaic_tpu, selective_scan
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = dict(length=21, groups=2, width=130, state=9)

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from kernels import short_conv as op
-from kernels.dispatch import UnsupportedError
-from kernels.short_conv import short_conv, xla
+from seqmodels.kernels import short_conv as op
+from seqmodels.kernels.dispatch import UnsupportedError
+from seqmodels.kernels.short_conv import short_conv, xla
 
 SERVING = [name for name, backend in op.BACKENDS.items() if backend.supports(platform=jax.default_backend()) is None]
 BACKENDS = [name for name in SERVING if name != "reference"]

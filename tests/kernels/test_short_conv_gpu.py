@@ -19,10 +19,10 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from test_short_conv import LAYOUTS, LENGTH, assert_close, inputs, value_and_gradients
 
-from kernels import lanes
-from kernels import short_conv as op
-from kernels.dispatch import UnsupportedError
-from kernels.short_conv import few, mosaic_gpu, short_conv, tuning
+from seqmodels.kernels import lanes
+from seqmodels.kernels import short_conv as op
+from seqmodels.kernels.dispatch import UnsupportedError
+from seqmodels.kernels.short_conv import few, mosaic_gpu, short_conv, tuning
 
 HERE = Path(__file__).resolve().parent
 LAYOUT = "packed and padded"

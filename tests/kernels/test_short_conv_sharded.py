@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from kernels.short_conv import sharded, short_conv
+from seqmodels.kernels.short_conv import sharded, short_conv
 from tests.kernels.split_time import LENGTH, PIECES, SPLITS, moved, tpu_mesh
 
 BATCH, WIDTH = 2, 3

@@ -11,8 +11,8 @@ from jax.experimental.pallas import tpu as pltpu
 from test_selective_scan import documents
 from test_short_conv import assert_close
 
-from kernels.dispatch import UnsupportedError
-from kernels.short_conv import mosaic_tpu, short_conv
+from seqmodels.kernels.dispatch import UnsupportedError
+from seqmodels.kernels.short_conv import mosaic_tpu, short_conv
 
 BATCH, LENGTH, CHANNELS = 2, 60, 130  # two chunks of two tiles, two blocks of channels, padding on both axes
 

@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels import lanes
-from kernels.lanes import LN2
-from kernels.linear_attention.mosaic_gpu.decay import exponents, gradient, starts, vectors
-from kernels.linear_attention.mosaic_gpu.keys import keys_gradient
-from kernels.linear_attention.mosaic_gpu.readout import readout
-from kernels.linear_attention.mosaic_gpu.tile import SIDE
-from kernels.linear_attention.mosaic_gpu.walk import walk
-from kernels.segments import resets
+from seqmodels.kernels import lanes
+from seqmodels.kernels.lanes import LN2
+from seqmodels.kernels.linear_attention.mosaic_gpu.decay import exponents, gradient, starts, vectors
+from seqmodels.kernels.linear_attention.mosaic_gpu.keys import keys_gradient
+from seqmodels.kernels.linear_attention.mosaic_gpu.readout import readout
+from seqmodels.kernels.linear_attention.mosaic_gpu.tile import SIDE
+from seqmodels.kernels.linear_attention.mosaic_gpu.walk import walk
+from seqmodels.kernels.segments import resets
 
 PROCESSORS = 132  # of an H100
 WIDEST = 256  # K whose states one warpgroup holds while it reads them

@@ -9,8 +9,8 @@ import math
 import jax.numpy as jnp
 from jax import lax
 
-from kernels.lanes import LOG2E
-from kernels.linear_attention.mosaic_gpu.tile import SIDE
+from seqmodels.kernels.lanes import LOG2E
+from seqmodels.kernels.linear_attention.mosaic_gpu.tile import SIDE
 
 FORGET = -200.0  # log2 of a decay that is 0 in float32
 LEAST = -150.0  # of any other: 0 in float32 too, and sums over a chunk are still good to a thousandth

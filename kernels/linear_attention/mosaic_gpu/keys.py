@@ -16,9 +16,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels import lanes
-from kernels.linear_attention.mosaic_gpu.tile import ROW, SIDE, SLOTS, along, decays, load, products, shared, zeros
-from kernels.linear_attention.mosaic_gpu.walk import VECTORS
+from seqmodels.kernels import lanes
+from seqmodels.kernels.linear_attention.mosaic_gpu.tile import (
+    ROW,
+    SIDE,
+    SLOTS,
+    along,
+    decays,
+    load,
+    products,
+    shared,
+    zeros,
+)
+from seqmodels.kernels.linear_attention.mosaic_gpu.walk import VECTORS
 
 SUMS = 4
 

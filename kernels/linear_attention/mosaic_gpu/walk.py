@@ -16,8 +16,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels import lanes
-from kernels.linear_attention.mosaic_gpu.tile import (
+from seqmodels.kernels import lanes
+from seqmodels.kernels.linear_attention.mosaic_gpu.tile import (
     ROW,
     SIDE,
     SLOTS,

@@ -20,10 +20,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.linear_attention.mosaic_tpu import backward, forward
-from kernels.linear_attention.mosaic_tpu.decays import ROWS, chunk_rows
-from kernels.linear_attention.xla import factors_dtype
-from kernels.segments import resets
+from seqmodels.kernels.linear_attention.mosaic_tpu import backward, forward
+from seqmodels.kernels.linear_attention.mosaic_tpu.decays import ROWS, chunk_rows
+from seqmodels.kernels.linear_attention.xla import factors_dtype
+from seqmodels.kernels.segments import resets
 
 INTERPRET = False  # pltpu.InterpretParams() runs the kernels without a TPU, for tests
 

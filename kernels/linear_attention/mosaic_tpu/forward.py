@@ -3,7 +3,7 @@
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels.linear_attention.mosaic_tpu.decays import decays, of_heads, product
+from seqmodels.kernels.linear_attention.mosaic_tpu.decays import decays, of_heads, product
 
 
 def kernel(x, out, scratch, *, options):

@@ -11,15 +11,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from kernels import lanes
-from kernels.segments import resets
-from kernels.selective_scan import xla
-from kernels.selective_scan.mosaic_gpu import few, tuning
-from kernels.selective_scan.mosaic_gpu.backward import backward, backward_bytes
-from kernels.selective_scan.mosaic_gpu.forward import WORKERS, affordable, forward, forward_bytes
-from kernels.selective_scan.mosaic_gpu.stage import SHARED, marks
-from kernels.selective_scan.mosaic_gpu.summary import end_of_gradient, end_of_state
-from kernels.selective_scan.mosaic_gpu.tile import SIZES, Tile
+from seqmodels.kernels import lanes
+from seqmodels.kernels.segments import resets
+from seqmodels.kernels.selective_scan import xla
+from seqmodels.kernels.selective_scan.mosaic_gpu import few, tuning
+from seqmodels.kernels.selective_scan.mosaic_gpu.backward import backward, backward_bytes
+from seqmodels.kernels.selective_scan.mosaic_gpu.forward import WORKERS, affordable, forward, forward_bytes
+from seqmodels.kernels.selective_scan.mosaic_gpu.stage import SHARED, marks
+from seqmodels.kernels.selective_scan.mosaic_gpu.summary import end_of_gradient, end_of_state
+from seqmodels.kernels.selective_scan.mosaic_gpu.tile import SIZES, Tile
 
 OVER_TIME = ("u", "dt", "B", "C", "z", "weights", "dy", "du", "ddt", "dz", "dweights")
 DTYPES = ("bfloat16", "float16", "float32")

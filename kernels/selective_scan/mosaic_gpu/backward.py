@@ -23,11 +23,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels import lanes
-from kernels.lanes import LN2, LOG2E, THREADS, read, write
-from kernels.selective_scan.mosaic_gpu import tile as tiles
-from kernels.selective_scan.mosaic_gpu.stage import MARKED, Stage, prepare
-from kernels.selective_scan.mosaic_gpu.tile import CHANNELS, COLUMN, STATES, Tile, thread_index
+from seqmodels.kernels import lanes
+from seqmodels.kernels.lanes import LN2, LOG2E, THREADS, read, write
+from seqmodels.kernels.selective_scan.mosaic_gpu import tile as tiles
+from seqmodels.kernels.selective_scan.mosaic_gpu.stage import MARKED, Stage, prepare
+from seqmodels.kernels.selective_scan.mosaic_gpu.tile import CHANNELS, COLUMN, STATES, Tile, thread_index
 
 f32 = jnp.float32
 SLOTS = 3  # chunks of inputs in shared memory

@@ -12,11 +12,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels import lanes
-from kernels.lanes import LOG2E, THREADS, read, write
-from kernels.selective_scan.mosaic_gpu.stage import MARKS
-from kernels.selective_scan.mosaic_gpu.tile import STATES, thread_index
-from kernels.selective_scan.xla import FEW
+from seqmodels.kernels import lanes
+from seqmodels.kernels.lanes import LOG2E, THREADS, read, write
+from seqmodels.kernels.selective_scan.mosaic_gpu.stage import MARKS
+from seqmodels.kernels.selective_scan.mosaic_gpu.tile import STATES, thread_index
+from seqmodels.kernels.selective_scan.xla import FEW
 
 
 def supports(shape) -> str | None:

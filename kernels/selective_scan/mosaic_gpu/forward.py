@@ -17,10 +17,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels import lanes
-from kernels.lanes import LOG2E, THREADS, read, write
-from kernels.selective_scan.mosaic_gpu.stage import MARKED, SHARED, Stage, prepare
-from kernels.selective_scan.mosaic_gpu.tile import STATES, Tile, thread_index
+from seqmodels.kernels import lanes
+from seqmodels.kernels.lanes import LOG2E, THREADS, read, write
+from seqmodels.kernels.selective_scan.mosaic_gpu.stage import MARKED, SHARED, Stage, prepare
+from seqmodels.kernels.selective_scan.mosaic_gpu.tile import STATES, Tile, thread_index
 
 f32 = jnp.float32
 MOST, FEWEST = 4, 3  # chunks in shared memory: the more if they fit

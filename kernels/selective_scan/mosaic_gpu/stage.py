@@ -7,8 +7,8 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels import lanes
-from kernels.lanes import read
+from seqmodels.kernels import lanes
+from seqmodels.kernels.lanes import read
 
 SHARED = 226 * 1024  # bytes of shared memory that a block may take, barriers aside
 MARKS = 8  # numbers a token in `marks`, for copies must be multiples of 128 bytes

@@ -16,10 +16,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels import lanes
-from kernels.lanes import LOG2E, THREADS, read, write
-from kernels.selective_scan.mosaic_gpu.stage import SHARED, Stage, prepare
-from kernels.selective_scan.mosaic_gpu.tile import thread_index
+from seqmodels.kernels import lanes
+from seqmodels.kernels.lanes import LOG2E, THREADS, read, write
+from seqmodels.kernels.selective_scan.mosaic_gpu.stage import SHARED, Stage, prepare
+from seqmodels.kernels.selective_scan.mosaic_gpu.tile import thread_index
 
 f32 = jnp.float32
 BLOCK = 128  # channels

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from kernels.lanes import LANES, THREADS
+from seqmodels.kernels.lanes import LANES, THREADS
 
 WORKERS = 2  # warpgroups that walk through time, each with its own channels
 CHANNELS = 2  # held by one thread of these

@@ -7,7 +7,7 @@ short of blocks: then narrow blocks, or time in pieces that run at once, at the 
 
 import jax
 
-from kernels.selective_scan.mosaic_gpu.tile import Tile
+from seqmodels.kernels.selective_scan.mosaic_gpu.tile import Tile
 
 PROCESSORS = 132  # of an H100
 # One H100, bfloat16, N = 16, 2026-11-22 (benchmarks/notes/selective_scan_gpu.md): nanoseconds a token and block.

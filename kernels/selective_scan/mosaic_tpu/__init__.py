@@ -17,9 +17,9 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
-from kernels.segments import resets
-from kernels.selective_scan.mosaic_tpu import backward, forward
-from kernels.selective_scan.mosaic_tpu.tiles import LANES, LOG2_E, STRIDE, SUBLANES, TILE, parts_shape
+from seqmodels.kernels.segments import resets
+from seqmodels.kernels.selective_scan.mosaic_tpu import backward, forward
+from seqmodels.kernels.selective_scan.mosaic_tpu.tiles import LANES, LOG2_E, STRIDE, SUBLANES, TILE, parts_shape
 
 INTERPRET = False  # pltpu.InterpretParams() runs the kernels without a TPU, for tests
 

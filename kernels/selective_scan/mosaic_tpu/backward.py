@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from kernels.selective_scan.mosaic_tpu.tiles import (
+from seqmodels.kernels.selective_scan.mosaic_tpu.tiles import (
     LOG2_E,
     TILE,
     fold_lanes,
