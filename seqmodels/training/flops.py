@@ -10,7 +10,7 @@ import math
 import jax
 from ml_collections import ConfigDict
 
-from seqmodels.model import mixer_of, plan
+from seqmodels.backbone import mixer_of, plan
 from seqmodels.training.sharding import is_box
 
 # Dense peak in 1e12 operations a second, by the start of jax.Device.device_kind; vendors' data sheets.
