@@ -12,10 +12,10 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from ml_collections import FrozenConfigDict
 
+from seqmodels.channels.mlp import Mlp
 from seqmodels.dense import DenseFusion
 from seqmodels.dense_matrix import MatrixFusion
 from seqmodels.errors import UserError
-from seqmodels.layers.mlp import Mlp
 from seqmodels.layers.norm import RMSNorm
 from seqmodels.mixers import MIXERS
 from seqmodels.sequence import Sequence

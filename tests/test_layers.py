@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqmodels.channels.mlp import Mlp
 from seqmodels.errors import UserError
-from seqmodels.layers.mlp import Mlp
 from seqmodels.layers.norm import RMSNorm, gated_norm, rms_norm
 from seqmodels.layers.rope import rope
 from seqmodels.mixers.attention import EMPTY, Attention

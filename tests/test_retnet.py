@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqmodels.channels.mlp import Mlp
 from seqmodels.configs import denseretnet, retnet
 from seqmodels.configs.base import base
 from seqmodels.errors import UserError
 from seqmodels.interop.denseretnet import config_of
 from seqmodels.interop.huggingface import from_huggingface
 from seqmodels.interop.pretrained import load
-from seqmodels.layers.mlp import Mlp
 from seqmodels.mixers.retnet import RetNet, log_decay
 from seqmodels.model import build
 from seqmodels.sequence import make_sequence

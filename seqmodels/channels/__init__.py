@@ -1,0 +1,1 @@
+"""Branches that mix channels: what stands behind a mixer in a block."""
