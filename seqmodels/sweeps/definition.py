@@ -13,6 +13,7 @@ from seqmodels import cli
 from seqmodels.atomic import replace_file
 from seqmodels.config import validate
 from seqmodels.errors import UserError
+from seqmodels.nearest import nearest
 from seqmodels.sweeps.claim import waited
 from seqmodels.sweeps.trial import Trial, read_json
 
@@ -83,7 +84,7 @@ def _find(spec: str, config: ConfigDict, name: str) -> Callable:
     if not sweeps:
         raise UserError(f"--config={spec}: defines no sweep(add, arg)")
     if name not in sweeps:
-        raise UserError(f"--sweep={name}: no such sweep in {spec}{cli.nearest(name, list(sweeps))}")
+        raise UserError(f"--sweep={name}: no such sweep in {spec}{nearest(name, list(sweeps))}")
     # A sweep asks get_config for what it starts from, such as a width to match: that is with the command's overrides.
     module.get_config = lambda arg=None: copy.deepcopy(config)
     return sweeps[name]
@@ -110,7 +111,7 @@ def resolve(config: ConfigDict, overrides: dict[str, object], name: str) -> Conf
     resolved = copy.deepcopy(config)
     for field, value in overrides.items():
         if field not in names:
-            raise UserError(f"--sweep={name}: {field}={value!r}: no such field{cli.nearest(field, names)}")
+            raise UserError(f"--sweep={name}: {field}={value!r}: no such field{nearest(field, names)}")
         try:
             resolved.update_from_flattened_dict({field: value})
         except TypeError:

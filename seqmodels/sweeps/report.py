@@ -5,8 +5,8 @@ from collections import Counter
 from pathlib import Path
 
 from seqmodels.atomic import replace_file
-from seqmodels.cli import nearest
 from seqmodels.errors import UserError
+from seqmodels.nearest import nearest
 from seqmodels.sweeps import plots
 from seqmodels.sweeps.claim import waited
 from seqmodels.sweeps.markup import Block, Code, Heading, Picture, Table, markdown, page

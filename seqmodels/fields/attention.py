@@ -1,0 +1,31 @@
+"""Options of softmax attention (seqmodels/mixers/attention.py)."""
+
+from typing import Any
+
+from seqmodels.fields import Field, Group, above, at_least, refuse
+
+
+def check(options: Any, width: int) -> None:
+    """Whether the options fit each other and the model's width."""
+    heads, kv_heads = options.heads, options.kv_heads
+    if not options.head_dim and width % heads:
+        refuse("model.attention.heads", heads, f"a divisor of model.width={width}, or head_dim must be set")
+    if heads % (kv_heads or heads):
+        refuse("model.attention.kv_heads", kv_heads, f"a divisor of heads={heads}, or 0 for all")
+    if (head_dim := options.head_dim or width // heads) % 2:
+        refuse("model.attention.head_dim", head_dim, "even, as rotary positions turn pairs")
+
+
+ATTENTION = Group(
+    "attention",
+    {
+        "heads": Field(4, "heads of queries", at_least(1)),
+        "kv_heads": Field(
+            0, "heads of keys and values, each shared by heads / kv_heads queries; 0: heads", at_least(0)
+        ),
+        "head_dim": Field(0, "channels of a head; 0: width / heads", at_least(0)),
+        "rope_theta": Field(1e4, "base of the rotary positions' wavelengths", above(0)),
+        "window": Field(0, "newest tokens that a token sees, itself included; 0: all", at_least(0), since=2),
+    },
+    check,
+)

@@ -1,0 +1,77 @@
+"""A group of fields: the options of one branch, or one part of a config such as `optimizer`."""
+
+import dataclasses
+import functools
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
+from typing import Any
+
+from ml_collections import ConfigDict
+
+from seqmodels.errors import UserError
+from seqmodels.fields.field import Field
+from seqmodels.nearest import nearest
+
+
+@dataclasses.dataclass(frozen=True)
+class Group:
+    """Fields that stand together.
+
+    Attributes:
+        name: of the branch, or of the part of the config.
+        fields: name of each field, and its declaration.
+        check: `check(options, width)` raises UserError (by `refuse`) where the fields do not fit each other or the
+            model's width. It may rely on every field: `options` has them all, each with an allowed value.
+        path: dotted place in a config. None: `model.<name>`, where the options of branches are.
+    """
+
+    name: str
+    fields: Mapping[str, Field]
+    check: Callable[[Any, int], None] | None = None
+    path: str | None = None
+
+    def place(self, field: str) -> str:
+        """Dotted name of a field of this group in a config: "model.mamba.state"."""
+        path = f"model.{self.name}" if self.path is None else self.path
+        return f"{path}.{field}" if path else field
+
+    def defaults(self, **values: Any) -> ConfigDict:
+        """A ConfigDict with every field in the declared order: the values given, and the defaults of all others.
+
+        Raises: UserError for a name that is not declared.
+        """
+        for name, value in values.items():
+            if name not in self.fields:
+                near = nearest(name, list(self.fields))
+                raise UserError(f"config.{self.place(name)}={value!r}: no such field{near}")
+        return ConfigDict({name: values.get(name, field.default) for name, field in self.fields.items()})
+
+    def check_fields(self, options: Any) -> None:
+        """Checks each field alone. `options` has fields as attributes, a ConfigDict or a module; it may lack some.
+
+        Raises: UserError for the first value that is not allowed.
+        """
+        for name, field in self.fields.items():
+            field.check(self.place(name), getattr(options, name, field.default))
+
+    def validate(self, options: Any, width: int) -> None:
+        """Checks each field alone, and then whether they fit each other and the model's width.
+
+        Raises: UserError for the first mistake.
+        """
+        self.check_fields(options)
+        if self.check is not None:
+            complete = {name: getattr(options, name, field.default) for name, field in self.fields.items()}
+            self.check(SimpleNamespace(**complete), width)
+
+
+@functools.cache
+def group(name: str) -> Group | None:
+    """The options of the branch `name`, which `seqmodels/fields/<name>.py` declares as `<NAME>`; None: it has none."""
+    module = f"seqmodels.fields.{name}"
+    if not name.isidentifier() or importlib.util.find_spec(module) is None:
+        return None
+    found = getattr(importlib.import_module(module), name.upper(), None)
+    return found if isinstance(found, Group) else None

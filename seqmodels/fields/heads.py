@@ -1,0 +1,15 @@
+"""Rules that Mamba-2 and Mamba-3 have in common: the inner channels are split into heads, and the heads into groups."""
+
+from typing import Any
+
+from seqmodels.fields.field import refuse
+
+
+def check_heads(name: str, options: Any, width: int) -> None:
+    """Raises UserError where heads of `head_dim` channels, or groups of heads, do not come out even."""
+    inner = options.expand * width
+    if inner % options.head_dim:
+        refuse(f"model.{name}.head_dim", options.head_dim, f"a divisor of expand * model.width = {inner}")
+    heads = inner // options.head_dim
+    if heads % options.groups:
+        refuse(f"model.{name}.groups", options.groups, f"a divisor of the number of heads, {heads}")
