@@ -1,10 +1,12 @@
 """The stack of blocks after a layer pattern, between a model's input and its head.
 
-A pattern such as "mamba" or "mamba mamba attention+mlp" names the blocks of one group: a mixer, and after "+" a channel
-mixer. The group is repeated. With DenseSSM the stack carries a window of the last m hidden streams from block to block.
+seqmodels/pattern.py has the language of patterns. A connection across depth (seqmodels/depth) is handed from block to
+block beside the residual stream.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,15 +14,16 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from ml_collections import FrozenConfigDict
 
-from seqmodels.channels.mlp import Mlp
-from seqmodels.dense import DenseFusion
-from seqmodels.dense_matrix import MatrixFusion
-from seqmodels.errors import UserError
-from seqmodels.layers.norm import RMSNorm
-from seqmodels.mixers import MIXERS
+from seqmodels import depth
+from seqmodels.branch import Branch, State, grows
+from seqmodels.branches import BRANCHES
+from seqmodels.fields import refuse
+from seqmodels.layers.norm import norm_of
+from seqmodels.mixers.bidirectional import Bidirectional
+from seqmodels.nearest import nearest
+from seqmodels.pattern import BOTH_WAYS, Step, name_of, parse
 from seqmodels.sequence import Sequence
 
-CHANNEL_MIXERS = {"mlp": Mlp}
 REMAT = {  # what of a block is kept for the backward pass; the rest is computed again
     "block": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
@@ -39,50 +42,72 @@ class BlockSpec:
     """One block of the stack.
 
     Attributes:
-        mixer, channel: names; channel is "" where there is no channel mixer.
+        steps: one after the other; each is the words of the branches side by side, such as (("mamba",), ("mlp",)).
         sources: DenseSSM: how many hidden streams below it reads.
     """
 
-    mixer: str
-    channel: str
+    steps: tuple[Step, ...]
     sources: int = 0
 
+    def names(self) -> dict[str, str]:
+        """Place of each branch in the tree of parameters, and its word: {"mixer": "mamba", "mlp": "mlp"}.
 
-def parse_pattern(pattern: str) -> list[tuple[str, str]]:
-    """[(mixer, channel mixer or ""), ...] of one group. Raises UserError for a name that is not registered."""
-    blocks = [tuple((block + "+").split("+")[:2]) for block in pattern.split()]
-    for mixer, channel in blocks:
-        for name, table in ((mixer, MIXERS), (channel or "mlp", CHANNEL_MIXERS)):
-            if name not in table:
-                raise UserError(f"model.pattern is {pattern!r}; {name!r} is none of {', '.join(table)}")
-    if not blocks:
-        raise UserError("model.pattern is empty; it must name a mixer such as 'mamba' or 'attention+mlp'")
-    return blocks
-
-
-def has_stream(mixer: str) -> bool:
-    """Whether DenseSSM can read the mixer's hidden state."""
-    return hasattr(MIXERS[mixer], "write")
+        The first two steps have their names from the time when a block was a mixer and an MLP.
+        """
+        return {
+            step_name(i) + (f"_{j}" if j else ""): word
+            for i, step in enumerate(self.steps)
+            for j, word in enumerate(step)
+        }
 
 
-def plan(config) -> list[BlockSpec]:
-    """Every block from bottom to top. DenseSSM counts only the blocks with a hidden stream."""
+def step_name(step: int) -> str:
+    """Name of the first branch of a step."""
+    return ("mixer", "mlp")[step] if step < 2 else f"branch_{step}"
+
+
+def norm_name(step: int) -> str:
+    """Name of the norm before a step."""
+    return ("norm", "mlp_norm")[step] if step < 2 else f"norm_{step}"
+
+
+def linked(spec: BlockSpec) -> list[str]:
+    """Words of the block's branches whose hidden state DenseSSM can read."""
+    words = spec.names().values()
+    return [word for word in words if not word.startswith(BOTH_WAYS) and BRANCHES[word].link]
+
+
+def plan(config: Any) -> list[BlockSpec]:
+    """Every block from bottom to top; `config` is config.model. DenseSSM counts only blocks with a hidden stream.
+
+    Raises UserError for a pattern that is wrong, or that does not fit the dense links.
+    """
+    blocks = [BlockSpec(block) for block in parse(config.pattern)] * config.repeats
     dense = config.dense
+    if dense.variant == "none":
+        return blocks
+    words = [linked(block) for block in blocks]
+    kinds = sorted({word for found in words for word in found})
+    if not kinds:
+        able = ", ".join(name for name in BRANCHES if BRANCHES[name].link)
+        refuse("model.dense.variant", dense.variant, f"'none' without one of {able} in model.pattern")
+    if len(kinds) > 1 or any(len(found) > 1 for found in words):
+        allowed = f"'none', or model.pattern have one branch a block, of one kind, with a hidden state; not {kinds}"
+        refuse("model.dense.variant", dense.variant, allowed)
+    if BRANCHES[kinds[0]].link == "matrix":
+        if dense.variant == "carry":
+            refuse("model.dense.variant", "carry", "one of 'read', 'input', 'output', 'rank' with a matrix state")
+        if dense.projection != "identity":
+            refuse("model.dense.projection", dense.projection, "'identity' with a matrix state")
     specs, streams = [], 0
-    for mixer, channel in parse_pattern(config.pattern) * config.repeats:
-        sources = 0
-        if dense.variant != "none" and has_stream(mixer):
-            sources = min(dense.depth, streams) if streams % dense.every == 0 else 0
-            streams += 1
-        specs.append(BlockSpec(mixer, channel, sources))
-    if dense.variant != "none" and not streams:
-        raise UserError(
-            f"model.dense.variant is {dense.variant!r}, but no mixer of {config.pattern!r} has hidden states"
-        )
+    for block, found in zip(blocks, words, strict=True):
+        sources = min(dense.depth, streams) if found and streams % dense.every == 0 else 0
+        streams += bool(found)
+        specs.append(BlockSpec(block.steps, sources))
     return specs
 
 
-def scanned(config) -> tuple[int, int]:
+def scanned(config: Any) -> tuple[int, int]:
     """Blocks at the bottom that are unrolled, and the number of super-blocks above them that are scanned over.
 
     Unrolled are the first super-blocks that do not yet have m streams below them.
@@ -91,101 +116,103 @@ def scanned(config) -> tuple[int, int]:
     if not config.scan_blocks:
         return len(blocks), 0
     if config.get("remat_blocks", 0):
-        raise UserError(
-            f"model.remat_blocks is {config.remat_blocks}; it must be 0 with model.scan_blocks={config.scan_blocks}"
-        )
+        refuse("model.remat_blocks", config.get("remat_blocks", 0), f"0 with model.scan_blocks={config.scan_blocks}")
     if config.repeats % config.scan_blocks:
-        raise UserError(
-            f"model.scan_blocks is {config.scan_blocks}; it must divide model.repeats, which is {config.repeats}"
-        )
-    size = len(parse_pattern(config.pattern)) * config.scan_blocks
+        refuse("model.scan_blocks", config.scan_blocks, f"0, or a divisor of model.repeats={config.repeats}")
+    size = len(parse(config.pattern)) * config.scan_blocks
     groups = [blocks[i : i + size] for i in range(0, len(blocks), size)]
     first = 0
     while first < len(groups) and groups[first] != groups[-1]:
         first += 1
     if any(group != groups[-1] for group in groups[first:]):
-        raise UserError(f"model.dense.every is {config.dense.every}; with scan_blocks it must divide the super-block")
+        refuse(
+            "model.dense.every", config.dense.every, f"a divisor of the {size} blocks that model.scan_blocks makes one"
+        )
     needed = 0 if config.dense.variant == "none" else config.dense.depth
-    while first < len(groups) and sum(has_stream(spec.mixer) for spec in blocks[: first * size]) < needed:
+    while first < len(groups) and sum(bool(linked(spec)) for spec in blocks[: first * size]) < needed:
         first += 1
     return first * size, len(groups) - first
 
 
-def mixer_of(config, spec: BlockSpec, **parent) -> nn.Module:
-    """The block's mixer: its fields are those of config.model.<name>."""
-    layers = config.repeats * len(config.pattern.split())
-    options = {"implementation": dict(config.implementation), **config.get(spec.mixer, {})}
-    return MIXERS[spec.mixer](width=config.width, layers=layers, dtype=jnp.dtype(config.dtype), **options, **parent)
+def branch_of(config: Any, word: str, **parent: Any) -> Branch:
+    """The branch of a word of the pattern: its own fields are those of config.model.<name>."""
+    name, dtype = name_of(word), jnp.dtype(config.dtype)
+    kind, options = BRANCHES[name], dict(config.get(name, {}))
+    for option in options:
+        if option not in kind.__dataclass_fields__:
+            known = [field for field in kind.__dataclass_fields__ if field not in Branch.__dataclass_fields__]
+            refuse(
+                f"model.{name}.{option}", options[option], f"left out: {name} has no such field{nearest(option, known)}"
+            )
+    common = dict(
+        width=config.width,
+        layers=config.repeats * len(parse(config.pattern)),
+        dtype=dtype,
+        implementation=dict(config.implementation),
+        bias=config.get("bias", False) and kind.biased,
+    )
+    if not word.startswith(BOTH_WAYS):
+        return kind(**common, **options, **parent)
+    ahead, back = (kind(**common, **options, parent=None) for _ in range(2))
+    return Bidirectional(config.width, dtype, ahead=ahead, back=back, **parent)
 
 
-def dense_of(config, spec: BlockSpec, mixer, **parent) -> DenseFusion | None:
-    """The block's DenseSSM fusion, if it has one."""
-    if not spec.sources and (config.dense.variant != "output" or not has_stream(spec.mixer)):
-        return None
-    fields = {k: v for k, v in config.dense.items() if k not in ("depth", "every")}
-    inner, state = mixer.stream_sizes
-    sizes = dict(width=config.width, inner=inner, state=state, sources=spec.sources)
-    fusion = MatrixFusion if hasattr(type(mixer), "state_shape") else DenseFusion
-    return fusion(**sizes, **fields, dtype=mixer.dtype, implementation=mixer.implementation, **parent)
+def connection_of(config: Any, spec: BlockSpec, **parent: Any) -> depth.Connection:
+    """The block's connection across depth."""
+    branches = [branch_of(config, word, parent=None) for word in spec.names().values()]
+    return depth.connection_of(config, branches, spec.sources, **parent)
 
 
-def block_state(config, spec: BlockSpec, batch: int, max_length: int):
-    """A block's state before the first token: the mixer's, and CARRY's extra one. Needs no parameters."""
-    mixer = mixer_of(config, spec, parent=None)
-    dense = dense_of(config, spec, mixer, parent=None)
-    state = {"mixer": mixer.init_state(batch, max_length)}
-    if dense is not None and (carried := dense.init_state(batch)) is not None:
-        state["dense"] = carried
-    return state
+def block_state(config: Any, spec: BlockSpec, batch: int, max_length: int) -> dict[str, State]:
+    """A block's state before the first token, by branch; what has no state is left out. Needs no parameters."""
+    states = {
+        name: branch_of(config, word, parent=None).init_state(batch, max_length) for name, word in spec.names().items()
+    }
+    states[depth.kind(config)] = connection_of(config, spec, parent=None).init_state(batch)
+    return with_leaves(states)
+
+
+def with_leaves(states: dict[str, State]) -> dict[str, State]:
+    """Those that hold arrays."""
+    return {name: state for name, state in states.items() if jax.tree.leaves(state)}
 
 
 class Block(nn.Module):
-    """x + mixer(norm(x)), then + channel(norm(x)); `window` holds the hidden streams below, the nearest first."""
+    """For each step x + branches(norm(x)), with the connection across depth around and between them."""
 
     config: FrozenConfigDict
     spec: BlockSpec
 
     def setup(self):
         config, spec = self.config, self.spec
-        self.norm = RMSNorm(config.norm_eps)
-        self.mixer = mixer_of(config, spec)
-        self.dense = dense_of(config, spec, self.mixer)
+        setattr(self, depth.kind(config), connection_of(config, spec))
         self.dropout = nn.Dropout(config.dropout)
-        if spec.channel:
-            layers = config.repeats * len(config.pattern.split())
-            options = dict(width=config.width, layers=layers, dtype=jnp.dtype(config.dtype))
-            self.mlp_norm = RMSNorm(config.norm_eps)
-            self.mlp = CHANNEL_MIXERS[spec.channel](**options, **config.get(spec.channel, {}))
+        for step in range(len(spec.steps)):
+            setattr(self, norm_name(step), norm_of(config))
+        for name, word in spec.names().items():
+            setattr(self, name, branch_of(config, word))
 
-    def __call__(self, x, seq: Sequence, state, window, deterministic: bool):
-        """x [B, T, D], state and window to the new ones."""
-        dtype = jnp.dtype(self.config.dtype)
-        normed = checkpoint_name(self.norm(x).astype(dtype), "normed")
-        state = state or {}
-        if self.config.dense.variant == "none" or not has_stream(self.spec.mixer):
-            y, mixer_state = self.mixer(normed, seq, state.get("mixer"))
-            new_state = {"mixer": mixer_state}
-        else:
-            y, new_state, stream = self._dense(normed, seq, state, window)
-            window = (stream, *window)[: self.config.dense.depth]
-        x = x + self.dropout(y, deterministic=deterministic).astype(x.dtype)
-        if self.spec.channel:
-            y = self.mlp(self.mlp_norm(x).astype(dtype))
-            x = x + self.dropout(y, deterministic=deterministic).astype(x.dtype)
-        return nn.with_logical_constraint(x, ("batch", "length", None)), new_state, window
-
-    def _dense(self, x, seq, state, window):
-        stream, readout = self.mixer.write(x, seq, state.get("mixer"))
-        carried = None
-        if self.dense is None:
-            y, ssm = self.mixer.scan(stream, readout, seq)
-        else:
-            sources = window[: self.spec.sources]
-            y, ssm, carried, stream = self.dense(x, stream, readout, sources, seq, state.get("dense"))
-        new_state = {"mixer": self.mixer.new_state(readout, ssm)}
-        if carried is not None:
-            new_state["dense"] = carried
-        return self.mixer.project(y), new_state, stream
+    def __call__(
+        self, x: jax.Array, seq: Sequence, state: dict[str, State] | None, carry: depth.Carry, deterministic: bool
+    ) -> tuple[jax.Array, dict[str, State], depth.Carry]:
+        """x [B, T, D], state and carry to the new ones."""
+        dtype, kind = jnp.dtype(self.config.dtype), depth.kind(self.config)
+        connection: depth.Connection = getattr(self, kind)
+        old = state or {}
+        own, new = old.get(kind, {}), {}
+        names = iter(self.spec.names())
+        for i, step in enumerate(self.spec.steps):
+            normed = getattr(self, norm_name(i))(connection.enter(x, carry, i)).astype(dtype)
+            if i == 0:  # model.remat knows it by this name
+                normed = checkpoint_name(normed, "normed")
+            ys = []
+            for name in (next(names) for _ in step):
+                branch = getattr(self, name)
+                y, new[name], carry, own = connection.run(branch, normed, seq, old.get(name), carry, own)
+                ys.append(self.dropout(y, deterministic=deterministic))
+            x, carry = connection.leave(x, sum(ys[1:], start=ys[0]), carry, i)
+        new[kind] = own
+        return nn.with_logical_constraint(x, ("batch", "length", None)), with_leaves(new), carry
 
 
 class SuperBlock(nn.Module):
@@ -199,23 +226,37 @@ class SuperBlock(nn.Module):
         self.block = [rematerialised(self.config)(self.config, spec) for spec in self.specs]
 
     def __call__(self, carry, state, seq):
-        """carry (x, window), with the states of this super-block, to the new ones."""
-        x, window = carry
+        """carry (x, what the connection across depth carries), with this super-block's states, to the new ones."""
+        x, below = carry
         new_state = {}
         for i, block in enumerate(self.block):
             name = f"block_{i}"
-            old = None if state is None else state[name]
-            x, new_state[name], window = block(x, seq, old, window, self.deterministic)
-        return (x, window), new_state
+            old = None if state is None else state.get(name)
+            x, new_state[name], below = block(x, seq, old, below, self.deterministic)
+        return (x, below), new_state
 
 
-def rematerialised(config, index: int = 0):
+def rematerialised(config: Any, index: int = 0) -> Callable[..., Block]:
     """Block that keeps for the backward pass only what `remat` says, if it is among the first `remat_blocks`."""
     if config.remat == "none" or 0 < config.get("remat_blocks", 0) <= index:
         return Block
-    if config.remat not in REMAT:
-        raise UserError(f"model.remat is {config.remat!r}; allowed: none, {', '.join(REMAT)}")
     return nn.remat(Block, policy=REMAT[config.remat], static_argnums=(5,), prevent_cse=True)
+
+
+def causal(config: Any) -> bool:
+    """Whether no hidden state depends on a later token; `config` is config.model."""
+    words = (word for block in parse(config.pattern) for step in block for word in step)
+    return all(not word.startswith(BOTH_WAYS) and BRANCHES[word].causal for word in words)
+
+
+def context(config: Any) -> int | None:
+    """Tokens that the model can see: `seq_len` where a state is a cache of what came before, None (any) where none is.
+
+    `config` is that of the whole run.
+    """
+    words = {word for block in parse(config.model.pattern) for step in block for word in step}
+    growing = any(grows(branch_of(config.model, word, parent=None), config.seq_len) for word in words)
+    return config.seq_len if growing else None
 
 
 class Backbone(nn.Module):
@@ -225,7 +266,7 @@ class Backbone(nn.Module):
 
     def setup(self):
         config = self.config
-        self.final_norm = RMSNorm(config.norm_eps)
+        self.final_norm = norm_of(config)
         specs = plan(config)
         unrolled, self.repeats = scanned(config)
         self.block = [rematerialised(config, i)(config, spec) for i, spec in enumerate(specs[:unrolled])]
@@ -235,7 +276,7 @@ class Backbone(nn.Module):
         """The scan over super-blocks, whose parameters are stacked in front; states are stacked behind the batch."""
         scan = nn.scan(
             SuperBlock,
-            variable_axes={"params": 0},
+            variable_axes={"params": 0, "losses": 0, "figures": 0},
             split_rngs={"params": True, "dropout": True, "features": True},
             in_axes=(1, nn.broadcast),
             out_axes=1,
@@ -259,11 +300,11 @@ class Backbone(nn.Module):
     def __call__(self, x, seq: Sequence, state=None, deterministic: bool = True):
         """x [B, T, D], in the residual dtype, to the hidden states after the last norm [B, T, D] and the new state."""
         old = {} if state is None else state
-        layers, window = {}, ()
+        layers = {}
+        carry = depth.connection_of(self.config, [], 0, parent=None).start(x)
         for i, block in enumerate(self.block):
             name = f"block_{i}"
-            x, layers[name], window = block(x, seq, old.get(name), window, deterministic)
+            x, layers[name], carry = block(x, seq, old.get(name), carry, deterministic)
         if self.repeats:
-            carry = (x, window)
-            (x, _), layers["blocks"] = self.blocks(deterministic)(carry, old.get("blocks"), seq)
+            (x, _), layers["blocks"] = self.blocks(deterministic)((x, carry), old.get("blocks"), seq)
         return self.final_norm(x).astype(self.config.dtype), layers

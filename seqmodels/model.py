@@ -9,10 +9,13 @@ import seqmodels.kernels.attention
 import seqmodels.kernels.linear_attention
 import seqmodels.kernels.selective_scan
 import seqmodels.kernels.short_conv
-from seqmodels.backbone import Backbone, parse_pattern, rematerialised, scanned
+from seqmodels.backbone import Backbone, causal, scanned
+from seqmodels.branches import BRANCHES
 from seqmodels.errors import UserError
+from seqmodels.fields import refuse
 from seqmodels.layers.matmul import wide_matmul
-from seqmodels.mixers import MIXERS
+from seqmodels.layers.parameter import normal, parameter
+from seqmodels.pattern import names
 from seqmodels.sequence import make_sequence
 
 OPERATIONS = {
@@ -30,14 +33,11 @@ class LanguageModel(nn.Module):
 
     def setup(self):
         config = self.config
-        init = nn.initializers.normal(config.embedding_std)
-        shape = (config.vocab_size, config.width)
-        self.embedding = self.param(
-            "embedding", nn.with_logical_partitioning(init, ("vocab", "embed")), shape, jnp.float32
-        )
+        shape, std = (config.vocab_size, config.width), config.embedding_std
+        self.embedding = parameter(self, "embedding", shape, ("vocab", "embed"), normal(std), group="embedding")
         if not config.tie_embeddings:
-            init = nn.with_logical_partitioning(nn.initializers.normal(config.width**-0.5), ("embed", "vocab"))
-            self.head = self.param("head", init, shape[::-1], jnp.float32)
+            init, axes = normal(config.width**-0.5), ("embed", "vocab")
+            self.head = parameter(self, "head", shape[::-1], axes, init, dtype=config.dtype, group="head")
         self.dropout = nn.Dropout(config.dropout)
         self.backbone = Backbone(config)
         nn.share_scope(self, self.backbone)  # no level of its own in the tree of parameters
@@ -102,17 +102,18 @@ def build(config: ConfigDict, vocab_size: int) -> LanguageModel:
         if name and name not in OPERATIONS[operation].IMPLEMENTATIONS:
             allowed = ", ".join(map(repr, OPERATIONS[operation].IMPLEMENTATIONS))
             raise UserError(f"config.model.implementation.{operation}={name!r}: must be '' or one of {allowed}")
-    rematerialised(config)
     model = LanguageModel(FrozenConfigDict(config))
+    if not causal(config):
+        refuse("model.pattern", config.pattern, "without a branch in both directions where the next token is predicted")
     jax.eval_shape(lambda: model.init_state(1, 1))  # declares every module, which checks its fields
     return model
 
 
 def describe_kernels(config: ConfigDict, platform: str) -> list[str]:
     """One line an operation of the model: the implementation it runs on `platform` ("cpu", "gpu", "tpu"), and why."""
-    mixers = [MIXERS[mixer] for mixer, _ in parse_pattern(config.pattern)]
+    branches = [BRANCHES[name] for name in names(config.pattern)]
     lines = []
-    for operation in dict.fromkeys(operation for mixer in mixers for operation in mixer.operations):
+    for operation in dict.fromkeys(operation for branch in branches for operation in branch.operations):
         name, why = config.implementation[operation], f"model.implementation.{operation}"
         if not name:
             name, why = OPERATIONS[operation].choose(platform, dtype=config.dtype)

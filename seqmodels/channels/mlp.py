@@ -2,46 +2,53 @@
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
-from seqmodels.errors import UserError
-from seqmodels.layers.parameter import matrix, residual_std
+from seqmodels.branch import Branch, State, real
+from seqmodels.fields.mlp import MLP
+from seqmodels.layers.parameter import normal, parameter, residual_std, zeros
+from seqmodels.sequence import Sequence
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=False), "relu": jax.nn.relu}
 
 
+def affine(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
+    """x weight + bias, or without it."""
+    y = x @ weight
+    return y if bias is None else y + bias
+
+
 def gated_mlp(x, gate, up, down, activation=jax.nn.silu):
-    """(activation(x gate) * (x up)) down, with x [..., D], gate and up [D, F] (up None: without), down [F, D]."""
-    hidden = activation(x @ gate)
-    return (hidden if up is None else hidden * (x @ up)) @ down
+    """(activation(x gate) * (x up)) down, with x [..., D]. Each weight comes with a bias, or None.
 
-
-class Mlp(nn.Module):
-    """SwiGLU without biases, [B, T, D] to [B, T, D].
-
-    `hidden` is F; 0 takes 8/3 of the width, rounded up to a multiple of 64. `activation` is silu, gelu (exact) or relu.
-    `gated` False leaves the factor x up out. `layers` is the depth of the model.
+    gate and up are [D, F], up None: without that factor; down is [F, D].
     """
+    hidden = activation(affine(x, *gate))
+    return affine(hidden if up is None else hidden * affine(x, *up), *down)
 
-    width: int
-    hidden: int = 0
-    activation: str = "silu"
-    gated: bool = True
-    layers: int = 1
-    dtype: jnp.dtype = jnp.float32
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.hidden < 0:
-            raise UserError(f"mlp.hidden is {self.hidden}; it must be 0 (8/3 of the width) or positive")
-        if self.activation not in ACTIVATIONS:
-            raise UserError(f"mlp.activation is {self.activation!r}; allowed: {', '.join(ACTIVATIONS)}")
+class Mlp(Branch):
+    """SwiGLU and its kin. Its options are declared in seqmodels/fields/mlp.py."""
+
+    hidden: int = MLP["hidden"]
+    activation: str = MLP["activation"]
+    gated: bool = MLP["gated"]
+
+    options = MLP
+    biased = True
 
     @nn.compact
-    def __call__(self, x):
+    def __call__(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[jax.Array, State]:
+        """x [B, T, D] to y [B, T, D]; no state."""
         hidden = self.hidden or -(-8 * self.width // (3 * 64)) * 64
         inward, outward = ("embed", "mlp"), ("mlp", "embed")
-        gate = matrix(self, "gate", (self.width, hidden), inward, dtype=self.dtype)
-        up = matrix(self, "up", (self.width, hidden), inward, dtype=self.dtype) if self.gated else None
-        down = matrix(self, "down", (hidden, self.width), outward, residual_std(self.layers), self.dtype)
-        return gated_mlp(x.astype(self.dtype), gate, up, down, ACTIVATIONS[self.activation])
+        out = normal(residual_std(self.layers))
+
+        def biases(name, size, axis):
+            return parameter(self, name, (size,), (axis,), zeros, dtype=self.dtype) if self.bias else None
+
+        gate = self.matrix("gate", (self.width, hidden), inward, normal(0.02)), biases("gate_bias", hidden, "mlp")
+        up = None
+        if self.gated:
+            up = self.matrix("up", (self.width, hidden), inward, normal(0.02)), biases("up_bias", hidden, "mlp")
+        down = self.matrix("down", (hidden, self.width), outward, out), biases("down_bias", self.width, "embed")
+        return gated_mlp(real(x, seq, self.dtype), gate, up, down, ACTIVATIONS[self.activation]), {}

@@ -32,6 +32,10 @@ class Group:
     check: Callable[[Any, int], None] | None = None
     path: str | None = None
 
+    def __getitem__(self, field: str) -> Any:
+        """The default of a field: `state: int = MAMBA["state"]` in the branch's class."""
+        return self.fields[field].default
+
     def place(self, field: str) -> str:
         """Dotted name of a field of this group in a config: "model.mamba.state"."""
         path = f"model.{self.name}" if self.path is None else self.path

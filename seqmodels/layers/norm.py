@@ -1,11 +1,14 @@
-"""Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4)."""
+"""Root mean square norm (Zhang and Sennrich 2019, arXiv 1910.07467, eq. 4) and layer norm (Ba et al. 2016)."""
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+
+from seqmodels.layers.parameter import ones, parameter, zeros
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -94,8 +97,38 @@ class RMSNorm(nn.Module):
     axis: str = "embed"
 
     @nn.compact
-    def __call__(self, x):
-        scale = self.param(
-            "scale", nn.with_logical_partitioning(nn.initializers.ones, (self.axis,)), (x.shape[-1],), jnp.float32
-        )
-        return rms_norm(x, scale, self.eps)
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return rms_norm(x, parameter(self, "scale", (x.shape[-1],), (self.axis,), ones), self.eps)
+
+
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None = None, eps: float = 1e-5) -> jax.Array:
+    """(x - mean) / sqrt(variance + eps) scale + bias, over the last axis of x [..., D] (Ba et al. 2016, 1607.06450).
+
+    The statistics are float32 (float64 for float64); the result has the dtype of x. scale and bias are [D].
+    """
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    centred = wide - jnp.mean(wide, axis=-1, keepdims=True)
+    y = centred * jax.lax.rsqrt(jnp.mean(centred * centred, axis=-1, keepdims=True) + eps) * scale
+    return (y if bias is None else y + bias).astype(x.dtype)
+
+
+class LayerNorm(nn.Module):
+    """`layer_norm` over the last axis with a learned scale, which starts at one, and with a bias, at zero."""
+
+    eps: float = 1e-5
+    bias: bool = True
+    axis: str = "embed"
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        size = (x.shape[-1],)
+        scale = parameter(self, "scale", size, (self.axis,), ones)
+        bias = parameter(self, "bias", size, (self.axis,), zeros) if self.bias else None
+        return layer_norm(x, scale, bias, self.eps)
+
+
+def norm_of(config: Any) -> nn.Module:
+    """The norm of the residual stream that `config.norm` names; `config` is config.model."""
+    if config.get("norm", "rms") == "layer":
+        return LayerNorm(config.norm_eps, bias=config.bias)
+    return RMSNorm(config.norm_eps)

@@ -1,16 +1,14 @@
 """Causal softmax attention with rotary positions and grouped heads (Llama 2: Touvron et al. 2023, section 2.2)."""
 
-from collections.abc import Mapping
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict
 
-from seqmodels.errors import UserError
+from seqmodels.branch import Branch, real
+from seqmodels.fields.attention import ATTENTION
 from seqmodels.kernels.attention import attention
 from seqmodels.kernels.segments import resets
-from seqmodels.layers.parameter import matrix, residual_std
+from seqmodels.layers.parameter import normal, parameter, residual_std, zeros
 from seqmodels.layers.rope import rope
 from seqmodels.sequence import Sequence
 
@@ -64,36 +62,21 @@ def write(cache: dict[str, jax.Array], k, v, document, mask) -> tuple[dict[str, 
     return new, slot
 
 
-class Attention(nn.Module):
-    """Attention mixer. Its state is a cache of `max_length` tokens a row; the caller sees to it that they suffice.
+class Attention(Branch):
+    """Attention mixer. Its options are declared in seqmodels/fields/attention.py.
 
-    kv_heads: 0 takes `heads`. head_dim: 0 takes width / heads. window: keys a token sees, itself included; 0: all.
+    Its state is a cache of `max_length` tokens a row; the caller sees to it that they suffice.
     """
 
-    width: int
-    heads: int = 4
-    kv_heads: int = 0
-    head_dim: int = 0
-    rope_theta: float = 10_000.0
-    window: int = 0
-    dtype: jnp.dtype = jnp.float32
-    implementation: Mapping[str, str] = FrozenDict()
-    layers: int = 1
+    heads: int = ATTENTION["heads"]
+    kv_heads: int = ATTENTION["kv_heads"]
+    head_dim: int = ATTENTION["head_dim"]
+    rope_theta: float = ATTENTION["rope_theta"]
+    window: int = ATTENTION["window"]
 
+    options = ATTENTION
     operations = ("attention",)
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.heads < 1 or (not self.head_dim and self.width % self.heads):
-            raise UserError(f"attention.heads is {self.heads}; it must divide the width, which is {self.width}")
-        if self.kv_heads < 0 or self.heads % (self.kv_heads or 1):
-            raise UserError(
-                f"attention.kv_heads is {self.kv_heads}; it must divide attention.heads, {self.heads}, or be 0"
-            )
-        if self.head_dim < 0 or self.sizes[2] % 2:
-            raise UserError(f"attention.head_dim is {self.sizes[2]}; it must be even and positive")
-        if self.window < 0:
-            raise UserError(f"attention.window is {self.window}; it must be 0 (all keys) or positive")
+    biased = True
 
     @property
     def sizes(self) -> tuple[int, int, int]:
@@ -106,20 +89,26 @@ class Attention(nn.Module):
         _, kv_heads, head_dim = self.sizes
         return empty_cache(batch, max_length, kv_heads, head_dim, self.dtype)
 
+    @nn.nowrap
+    def flops(self, length: int) -> float:
+        """Scores and sums over `length` keys, in full, as they are computed, though half of them are masked."""
+        heads, _, head_dim = self.sizes
+        return 4 * length * heads * head_dim
+
     @nn.compact
     def __call__(self, x, seq: Sequence, state=None):
         """x [B, T, D] to y [B, T, D] and the cache with these tokens. Without a state the cache holds just them."""
         batch, length, _ = x.shape
         heads, kv_heads, head_dim = self.sizes
-        x = x.astype(self.dtype)
-        if seq.mask is not None:
-            x = jnp.where(seq.mask[..., None], x, 0)
+        x = real(x, seq, self.dtype)
 
         def project(name, heads, axis):
-            axes = ("embed", axis, "head_dim")
-            return jnp.einsum(
-                "btd,dhk->bthk", x, matrix(self, name, (self.width, heads, head_dim), axes, dtype=self.dtype)
-            )
+            weight = self.matrix(name, (self.width, heads, head_dim), ("embed", axis, "head_dim"), normal(0.02))
+            y = jnp.einsum("btd,dhk->bthk", x, weight)
+            if not self.bias:
+                return y
+            bias = parameter(self, f"{name}_bias", (heads * head_dim,), (axis,), zeros, dtype=self.dtype)
+            return y + bias.reshape(heads, head_dim)
 
         q = rope(project("query", heads, "heads"), seq.positions, self.rope_theta)
         k = rope(project("key", kv_heads, "kv_heads"), seq.positions, self.rope_theta)
@@ -146,5 +135,8 @@ class Attention(nn.Module):
             )
 
         out_axes = ("heads", "head_dim", "embed")
-        out = matrix(self, "out", (heads, head_dim, self.width), out_axes, residual_std(self.layers), self.dtype)
-        return jnp.einsum("bthk,hkd->btd", o, out), state
+        out = self.matrix("out", (heads, head_dim, self.width), out_axes, normal(residual_std(self.layers)))
+        y = jnp.einsum("bthk,hkd->btd", o, out)
+        if self.bias:
+            y = y + parameter(self, "out_bias", (self.width,), ("embed",), zeros, dtype=self.dtype)
+        return y, state

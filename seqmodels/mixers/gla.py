@@ -4,52 +4,32 @@ S_t = diag(exp g_t) S_{t-1} + k_t v_t^T,  o_t = q_t S_t,  g_t = log sigmoid(x_t 
 y = (norm_head(o) * silu(x W_g)) W_o
 """
 
-from collections.abc import Mapping
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict
 from jax.ad_checkpoint import checkpoint_name
 
-from seqmodels.errors import UserError
+from seqmodels.branch import Branch, real
+from seqmodels.fields.gla import GLA
 from seqmodels.layers.norm import rms_norm
-from seqmodels.layers.parameter import matrix, residual_std
+from seqmodels.layers.parameter import normal, ones, parameter, residual_std, zeros
+from seqmodels.mixers.matrix import state_flops
 from seqmodels.parallel import linear_attention
 from seqmodels.sequence import Sequence
 
 
-class Gla(nn.Module):
-    """Gated linear attention mixer.
+class Gla(Branch):
+    """Gated linear attention mixer. Its options are declared in seqmodels/fields/gla.py."""
 
-    Attributes:
-        width: D. heads: H. key_dim: K; 0 takes D / (2 H). value_dim: V; 0 takes D / H.
-        gate_rank: inner width of the decays' projection. gate_divisor: 16, which keeps fresh decays near one.
-        norm_eps: epsilon of the heads' norm, whose weights [V] all heads share.
-        layers: depth of the model, for the first output projection.
-    """
+    heads: int = GLA["heads"]
+    key_dim: int = GLA["key_dim"]
+    value_dim: int = GLA["value_dim"]
+    gate_rank: int = GLA["gate_rank"]
+    gate_divisor: float = GLA["gate_divisor"]
+    norm_eps: float = GLA["norm_eps"]
 
-    width: int
-    heads: int = 2
-    key_dim: int = 0
-    value_dim: int = 0
-    gate_rank: int = 16
-    gate_divisor: float = 16.0
-    norm_eps: float = 1e-5
-    dtype: jnp.dtype = jnp.float32
-    implementation: Mapping[str, str] = FrozenDict()
-    layers: int = 1
-
+    options = GLA
     operations = ("linear_attention",)
-    decays = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.heads < 1 or (self.width % (2 * self.heads) and not (self.key_dim and self.value_dim)):
-            raise UserError(f"gla.heads is {self.heads}; twice that must divide the width, which is {self.width}")
-        for field, smallest in dict(key_dim=0, value_dim=0, gate_rank=1, gate_divisor=1).items():
-            if getattr(self, field) < smallest:
-                raise UserError(f"gla.{field} is {getattr(self, field)}; it must be at least {smallest}")
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -61,26 +41,28 @@ class Gla(nn.Module):
         """[B, H, K, V] float32."""
         return jnp.zeros((batch, *self.state_shape), jnp.float32)
 
+    @nn.nowrap
+    def flops(self, length: int) -> float:
+        """Of the matrix state."""
+        return state_flops(self.state_shape, decays=True)
+
     @nn.compact
     def __call__(self, x: jax.Array, seq: Sequence, state=None):
         """x [B, T, D] to y [B, T, D] and the new state."""
         heads, keys, values = self.state_shape
-        x = x.astype(self.dtype)
-        if seq.mask is not None:  # padding may hold anything
-            x = jnp.where(seq.mask[..., None], x, 0)
+        x = real(x, seq, self.dtype)
 
         def project(name, size):
             shape, axes = (self.width, heads, size), ("embed", "heads", "head_dim")
-            weight = matrix(self, name, shape, axes, self.width**-0.5, self.dtype)
+            weight = self.matrix(name, shape, axes, normal(self.width**-0.5))
             return checkpoint_name(jnp.einsum("btd,dhk->bthk", x, weight), "projected")
 
         q, k = project("q_proj", keys), project("k_proj", keys)
         v, gate = project("v_proj", values), project("gate_proj", values)
-        inward = matrix(self, "decay_in", (self.width, self.gate_rank), ("embed", "rank"), self.width**-0.5, self.dtype)
+        inward = self.matrix("decay_in", (self.width, self.gate_rank), ("embed", "rank"), normal(self.width**-0.5))
         shape, axes = (self.gate_rank, heads, keys), ("rank", "heads", "head_dim")
-        outward = matrix(self, "decay_out", shape, axes, self.gate_rank**-0.5, self.dtype)
-        zeros = nn.with_logical_partitioning(nn.initializers.zeros, ("heads",))
-        bias = self.param("decay_bias", zeros, (heads * keys,), jnp.float32)  # a vector: no weight decay
+        outward = self.matrix("decay_out", shape, axes, normal(self.gate_rank**-0.5))
+        bias = parameter(self, "decay_bias", (heads * keys,), ("heads",), zeros)
         number = jnp.einsum("btr,rhk->bthk", x @ inward, outward, preferred_element_type=jnp.float32)
         number = number + bias.reshape(heads, keys)
         y, state = linear_attention(
@@ -93,8 +75,8 @@ class Gla(nn.Module):
             implementation=self.implementation.get("linear_attention"),
             **seq.documents(),
         )
-        ones = nn.with_logical_partitioning(nn.initializers.ones, ("head_dim",))
-        y = rms_norm(y, self.param("scale", ones, (values,), jnp.float32), self.norm_eps) * jax.nn.silu(gate)
+        scale = parameter(self, "scale", (values,), ("head_dim",), ones)
+        y = rms_norm(y, scale, self.norm_eps) * jax.nn.silu(gate)
         shape, axes = (heads, values, self.width), ("heads", "head_dim", "embed")
-        out = matrix(self, "out_proj", shape, axes, residual_std(self.layers), self.dtype)
+        out = self.matrix("out_proj", shape, axes, normal(residual_std(self.layers)))
         return jnp.einsum("bthv,hvd->btd", y.astype(self.dtype), out), state

@@ -3,16 +3,15 @@
 S_t = S_{t-1} + phi(k_t) v_t^T,  z_t = z_{t-1} + phi(k_t),  y_t = phi(q_t) S_t / (phi(q_t) . z_t)
 """
 
-from collections.abc import Mapping
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict
 from jax.ad_checkpoint import checkpoint_name
 
-from seqmodels.errors import UserError
-from seqmodels.layers.parameter import matrix, residual_std
+from seqmodels.branch import Branch, real
+from seqmodels.fields.linear_attention import LINEAR_ATTENTION
+from seqmodels.layers.parameter import normal, residual_std
+from seqmodels.mixers.matrix import state_flops
 from seqmodels.parallel import linear_attention
 from seqmodels.sequence import Sequence
 
@@ -37,50 +36,14 @@ FEATURE_MAPS = {  # [..., K] to [..., K'], none negative in its products
 }
 
 
-def bidirectional_attention(q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-    """softmax(q) softmax(k)^T v, q over its channels and k over all positions (Shen et al. 2021, arXiv 1812.01243).
+class LinearAttention(Branch):
+    """Linear attention mixer, causal. Its options are declared in seqmodels/fields/linear_attention.py."""
 
-    Not causal: every token weighs the keys of all others. For encoders; no language model here uses it.
+    heads: int = LINEAR_ATTENTION["heads"]
+    feature_map: str = LINEAR_ATTENTION["feature_map"]
 
-    Args:
-        q, k: [B, T, H, K]. v: [B, T, H, V]. mask: [B, T] bool, False on padding, which no token sees.
-
-    Returns:
-        [B, T, H, V] in v's dtype; both softmaxes and their sums are float32.
-    """
-    q, k = (x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in (q, k))
-    where = None if mask is None else mask[:, :, None, None]
-    k = jax.nn.softmax(k, axis=1, where=where)
-    v32 = v.astype(k.dtype) if where is None else jnp.where(where, v.astype(k.dtype), 0)
-    context = jnp.einsum("bthk,bthv->bhkv", k, v32)
-    return jnp.einsum("bthk,bhkv->bthv", jax.nn.softmax(q, axis=-1), context).astype(v.dtype)
-
-
-class LinearAttention(nn.Module):
-    """Linear attention mixer, causal.
-
-    Attributes:
-        width: D. heads: H, of D / H channels in queries, keys and values. feature_map: one of FEATURE_MAPS.
-    """
-
-    width: int
-    heads: int = 2
-    feature_map: str = "elu"
-    dtype: jnp.dtype = jnp.float32
-    implementation: Mapping[str, str] = FrozenDict()
-    layers: int = 1
-
+    options = LINEAR_ATTENTION
     operations = ("linear_attention",)
-    decays = False
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.heads < 1 or self.width % self.heads:
-            name = type(self).__name__.lower().replace("linear", "linear_")
-            raise UserError(f"{name}.heads is {self.heads}; it must divide the width, which is {self.width}")
-        if self.feature_map not in FEATURE_MAPS:
-            allowed = ", ".join(FEATURE_MAPS)
-            raise UserError(f"linear_attention.feature_map is {self.feature_map!r}; allowed: {allowed}")
 
     @property
     def head_dim(self) -> int:
@@ -107,16 +70,19 @@ class LinearAttention(nn.Module):
         phi = FEATURE_MAPS[self.feature_map]
         return phi(q), phi(k)
 
+    @nn.nowrap
+    def flops(self, length: int) -> float:
+        """Of the matrix state."""
+        return state_flops(self.state_shape, decays=False)
+
     @nn.compact
     def __call__(self, x: jax.Array, seq: Sequence, state=None):
         """x [B, T, D] to y [B, T, D] and the new state."""
-        x = x.astype(self.dtype)
-        if seq.mask is not None:  # padding may hold anything
-            x = jnp.where(seq.mask[..., None], x, 0)
+        x = real(x, seq, self.dtype)
 
         def project(name):
             shape, axes = (self.width, self.heads, self.head_dim), ("embed", "heads", "head_dim")
-            weight = matrix(self, name, shape, axes, self.width**-0.5, self.dtype)
+            weight = self.matrix(name, shape, axes, normal(self.width**-0.5))
             return checkpoint_name(jnp.einsum("btd,dhk->bthk", x, weight), "projected")
 
         q, k, v = project("q_proj"), project("k_proj"), project("v_proj")
@@ -131,5 +97,5 @@ class LinearAttention(nn.Module):
             **seq.documents(),
         )
         shape, axes = (self.heads, self.head_dim, self.width), ("heads", "head_dim", "embed")
-        out = matrix(self, "out_proj", shape, axes, residual_std(self.layers), self.dtype)
+        out = self.matrix("out_proj", shape, axes, normal(residual_std(self.layers)))
         return jnp.einsum("bthv,hvd->btd", y.astype(self.dtype), out), state

@@ -1,21 +1,23 @@
 """Mamba (Gu & Dao 2023, arXiv 2312.00752): a state space model whose step, input and output depend on the token."""
 
 import math
-from collections.abc import Mapping
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from flax.core import FrozenDict
 from jax.ad_checkpoint import checkpoint_name
 
-from seqmodels.errors import UserError
+from seqmodels.branch import Branch, real
+from seqmodels.fields.mamba import MAMBA
+from seqmodels.layers.matmul import separate_matmuls
 from seqmodels.layers.norm import rms_norm
+from seqmodels.layers.parameter import ones, parameter, uniform
 from seqmodels.parallel import selective_scan, short_conv
 from seqmodels.sequence import Sequence
 
-NORMS = ("none", "rms", "learned")
+# Operations of one token, channel and state of the scan: dt A, (dt x) B, a h + b, and h C summed over the state.
+SCAN_FLOPS = 1 + 1 + 2 + 2
 
 
 @struct.dataclass
@@ -62,11 +64,6 @@ class Readout:
     conv: jax.Array
 
 
-def uniform(bound: float):
-    """Uniform on [-bound, bound], as torch.nn.Linear and Conv1d are with bound = fan_in^-1/2."""
-    return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
-
-
 def init_A_log(key, shape, dtype=jnp.float32):
     """log(1..N) in every channel (S4D-real): [E, N]."""
     return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[1] + 1, dtype=dtype)), shape)
@@ -83,41 +80,22 @@ def init_dt_bias(smallest: float, largest: float, floor: float):
     return init
 
 
-class Mamba(nn.Module):
-    """Mamba mixer.
+class Mamba(Branch):
+    """Mamba mixer. Its options are declared in seqmodels/fields/mamba.py."""
 
-    Attributes:
-        width: D. expand: E / D. state: N. conv: W. dt_rank: R; 0 takes ceil(D / 16).
-        norms: RMSNorm of delta, B and C: "none", "rms" (without weights, FalconMamba) or "learned" (Jamba).
-        dt_min, dt_max, dt_floor: range of the first steps.
-        layers: depth of the model; the output projection starts smaller by its square root.
-    """
+    state: int = MAMBA["state"]
+    expand: int = MAMBA["expand"]
+    conv: int = MAMBA["conv"]
+    dt_rank: int = MAMBA["dt_rank"]
+    norms: str = MAMBA["norms"]
+    norm_eps: float = MAMBA["norm_eps"]
+    dt_min: float = MAMBA["dt_min"]
+    dt_max: float = MAMBA["dt_max"]
+    dt_floor: float = MAMBA["dt_floor"]
 
-    width: int
-    state: int = 16
-    expand: int = 2
-    conv: int = 4
-    dt_rank: int = 0
-    norms: str = "none"
-    norm_eps: float = 1e-5
-    dt_min: float = 1e-3
-    dt_max: float = 1e-1
-    dt_floor: float = 1e-4
-    dtype: jnp.dtype = jnp.float32
-    implementation: Mapping[str, str] = FrozenDict()
-    layers: int = 1
-
+    options = MAMBA
     operations = ("selective_scan", "short_conv")
-
-    def __post_init__(self):
-        super().__post_init__()
-        if self.norms not in NORMS:
-            raise UserError(f"mamba.norms is {self.norms!r}; allowed: {', '.join(NORMS)}")
-        if not 2 <= self.conv <= 8:
-            raise UserError(f"mamba.conv is {self.conv}; it must be from 2 to 8")
-        for field in ("state", "expand"):
-            if getattr(self, field) < 1:
-                raise UserError(f"mamba.{field} is {getattr(self, field)}; it must be positive")
+    link = "vector"
 
     @property
     def inner(self) -> int:
@@ -137,25 +115,22 @@ class Mamba(nn.Module):
     def setup(self):
         width, inner, rank, state = self.width, self.inner, self.rank, self.state
 
-        def parameter(name, init, shape, *axes):
-            return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
-
-        self.in_proj = parameter("in_proj", uniform(width**-0.5), (width, 2, inner), "embed", None, "inner")
-        self.conv_weight = parameter("conv_weight", uniform(self.conv**-0.5), (self.conv, inner), "conv", "inner")
-        self.conv_bias = parameter("conv_bias", uniform(self.conv**-0.5), (inner,), "inner")
-        self.x_proj = parameter("x_proj", uniform(inner**-0.5), (inner, rank + 2 * state), "inner", None)
-        self.dt_proj = parameter("dt_proj", uniform(rank**-0.5), (rank, inner), "rank", "inner")
-        self.dt_bias = parameter("dt_bias", init_dt_bias(self.dt_min, self.dt_max, self.dt_floor), (inner,), "inner")
-        self.A_log = parameter("A_log", init_A_log, (inner, state), "inner", "state")
-        self.D = parameter("D", nn.initializers.ones, (inner,), "inner")
+        tap, dt_bias = uniform(self.conv**-0.5), init_dt_bias(self.dt_min, self.dt_max, self.dt_floor)
         out = uniform((inner * self.layers) ** -0.5)
-        self.out_proj = parameter("out_proj", out, (inner, width), "inner", "embed")
+        self.in_proj = self.matrix("in_proj", (width, 2, inner), ("embed", None, "inner"), uniform(width**-0.5))
+        self.conv_weight = parameter(self, "conv_weight", (self.conv, inner), ("conv", "inner"), tap)
+        self.conv_bias = parameter(self, "conv_bias", (inner,), ("inner",), tap)
+        self.x_proj = self.matrix("x_proj", (inner, rank + 2 * state), ("inner", None), uniform(inner**-0.5))
+        self.dt_proj = self.matrix("dt_proj", (rank, inner), ("rank", "inner"), uniform(rank**-0.5))
+        self.dt_bias = parameter(self, "dt_bias", (inner,), ("inner",), dt_bias, group="ssm")
+        # Weight decay would pull every A towards -1, which is a value like any other and not a small one.
+        self.A_log = parameter(self, "A_log", (inner, state), ("inner", "state"), init_A_log, decay=False, group="ssm")
+        self.D = parameter(self, "D", (inner,), ("inner",), ones, group="ssm")
+        self.out_proj = self.matrix("out_proj", (inner, width), ("inner", "embed"), out)
         if self.norms == "learned":
-            ones = nn.initializers.ones
-            self.norm_scales = (
-                parameter("delta_norm", ones, (rank,), "rank"),
-                parameter("B_norm", ones, (state,), "state"),
-                parameter("C_norm", ones, (state,), "state"),
+            self.norm_scales = tuple(
+                parameter(self, f"{name}_norm", (size,), (axis,), ones)
+                for name, size, axis in (("delta", rank, "rank"), ("B", state, "state"), ("C", state, "state"))
             )
 
     @nn.nowrap
@@ -176,14 +151,11 @@ class Mamba(nn.Module):
         """Everything before the scan: projection, convolution, and the token's step, input and output matrices."""
         if state is None:
             state = self.init_state(x.shape[0])
-        x = x.astype(self.dtype)
-        if seq.mask is not None:  # padding may hold anything
-            x = jnp.where(seq.mask[..., None], x, 0)
-        in_proj = self.in_proj.astype(self.dtype)
+        x = real(x, seq, self.dtype)
         if x.shape[1] == 1:  # here copies of the weights' halves would cost the most
-            a, z = jnp.moveaxis(jnp.einsum("btd,dce->btce", x, in_proj), 2, 0)
-        else:  # Two products: one for both would be cut in two by a copy. The barrier keeps XLA from making them one.
-            a, z = x @ in_proj[:, 0], jax.lax.optimization_barrier(x) @ in_proj[:, 1]
+            a, z = jnp.moveaxis(jnp.einsum("btd,dce->btce", x, self.in_proj), 2, 0)
+        else:
+            a, z = separate_matmuls(x, self.in_proj[:, 0], self.in_proj[:, 1])
         a, z = (checkpoint_name(v, "projected") for v in (a, z))
         u, conv = short_conv(
             a,
@@ -194,14 +166,14 @@ class Mamba(nn.Module):
             implementation=self.implementation.get("short_conv"),
             **seq.documents(),
         )
-        delta, B, C = jnp.split(u @ self.x_proj.astype(self.dtype), [self.rank, self.rank + self.state], axis=-1)
+        delta, B, C = jnp.split(u @ self.x_proj, [self.rank, self.rank + self.state], axis=-1)
         if self.norms != "none":
             scales = self.norm_scales if self.norms == "learned" else (None, None, None)
             delta, B, C = (rms_norm(v, s, self.norm_eps) for v, s in zip((delta, B, C), scales, strict=True))
         u, delta, B = (checkpoint_name(v, "stream") for v in (u, delta, B))  # for model.remat
         C = checkpoint_name(C, "projected")
         A = -jnp.exp(self.A_log)
-        stream = Stream(u, delta, self.dt_proj.astype(self.dtype), self.dt_bias, A, B, state["ssm"])
+        stream = Stream(u, delta, self.dt_proj, self.dt_bias, A, B, state["ssm"])
         return stream, Readout(C, self.D, z, conv)
 
     def scan(self, stream: Stream, readout: Readout, seq: Sequence):
@@ -226,9 +198,14 @@ class Mamba(nn.Module):
         keep = jax.checkpoint_policies.save_only_these_names("scan")
         return jax.checkpoint(scan, policy=keep)(stream, readout, seq.documents())
 
+    @nn.nowrap
+    def flops(self, length: int) -> float:
+        """The scan's operations, in place of the two for each element of A."""
+        return (SCAN_FLOPS - 2) * self.inner * self.state
+
     def project(self, y: jax.Array) -> jax.Array:
         """[B, T, E] to [B, T, D]."""
-        return y.astype(self.dtype) @ self.out_proj.astype(self.dtype)
+        return y.astype(self.dtype) @ self.out_proj
 
     @nn.nowrap
     def new_state(self, readout: Readout, ssm: jax.Array) -> dict[str, jax.Array]:

@@ -1,19 +1,18 @@
 """Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): a matrix state for each head, whose decay is a number for each token."""
 
-from collections.abc import Mapping
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
-from flax.core import FrozenDict
 from jax.ad_checkpoint import checkpoint_name
 
-from seqmodels.errors import UserError
-from seqmodels.layers.matmul import wide_matmul
+from seqmodels.branch import Branch, real
+from seqmodels.fields.mamba2 import MAMBA2
+from seqmodels.layers.matmul import separate_matmuls, wide_matmul
 from seqmodels.layers.norm import gated_norm
-from seqmodels.mixers.mamba import init_dt_bias, uniform
-from seqmodels.mixers.matrix import Stream, finish, read
+from seqmodels.layers.parameter import ones, parameter, uniform
+from seqmodels.mixers.mamba import init_dt_bias
+from seqmodels.mixers.matrix import Stream, finish, read, state_flops
 from seqmodels.parallel import short_conv
 from seqmodels.sequence import Sequence
 
@@ -49,45 +48,22 @@ def init_A_log(key, shape, dtype=jnp.float32):
     return jnp.log(jax.random.uniform(key, shape, dtype, 1, 16))
 
 
-class Mamba2(nn.Module):
-    """Mamba-2 mixer.
+class Mamba2(Branch):
+    """Mamba-2 mixer. Its options are declared in seqmodels/fields/mamba2.py."""
 
-    Attributes:
-        width: D. expand: E / D. head_dim: P = E / H. state: N. groups: G, sets of B and C that the heads share.
-        conv: W. dt_min, dt_max, dt_floor: range of the first steps.
-        layers: depth of the model; the output projection starts smaller by its square root.
-    """
+    state: int = MAMBA2["state"]
+    expand: int = MAMBA2["expand"]
+    head_dim: int = MAMBA2["head_dim"]
+    groups: int = MAMBA2["groups"]
+    conv: int = MAMBA2["conv"]
+    norm_eps: float = MAMBA2["norm_eps"]
+    dt_min: float = MAMBA2["dt_min"]
+    dt_max: float = MAMBA2["dt_max"]
+    dt_floor: float = MAMBA2["dt_floor"]
 
-    width: int
-    state: int = 16
-    expand: int = 2
-    head_dim: int = 8
-    groups: int = 1
-    conv: int = 4
-    norm_eps: float = 1e-5
-    dt_min: float = 1e-3
-    dt_max: float = 1e-1
-    dt_floor: float = 1e-4
-    dtype: jnp.dtype = jnp.float32
-    implementation: Mapping[str, str] = FrozenDict()
-    layers: int = 1
-
+    options = MAMBA2
     operations = ("linear_attention", "short_conv")
-    decays = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        for field in ("state", "expand", "head_dim", "groups"):
-            if getattr(self, field) < 1:
-                raise UserError(f"mamba2.{field} is {getattr(self, field)}; it must be positive")
-        if not 2 <= self.conv <= 8:
-            raise UserError(f"mamba2.conv is {self.conv}; it must be from 2 to 8")
-        if self.inner % self.head_dim:
-            raise UserError(f"mamba2.head_dim is {self.head_dim}; it must divide expand times width, {self.inner}")
-        if self.heads % self.groups:
-            raise UserError(
-                f"mamba2.groups is {self.groups}; it must divide the heads, of which there are {self.heads}"
-            )
+    link = "matrix"
 
     @property
     def inner(self) -> int:
@@ -112,23 +88,21 @@ class Mamba2(nn.Module):
     def setup(self):
         width, inner, heads, keys = self.width, self.inner, self.heads, self.groups * self.state
 
-        def parameter(name, init, shape, *axes):
-            return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
-
         project, tap = uniform(width**-0.5), uniform(self.conv**-0.5)
-        self.in_proj = parameter("in_proj", project, (width, 2, inner), "embed", None, "inner")
-        self.BC_proj = parameter("BC_proj", project, (width, 2 * keys), "embed", "state")
-        self.dt_proj = parameter("dt_proj", project, (width, heads), "embed", "heads")
-        self.conv_weight = parameter("conv_weight", tap, (self.conv, inner), "conv", "inner")
-        self.conv_bias = parameter("conv_bias", tap, (inner,), "inner")
-        self.BC_conv_weight = parameter("BC_conv_weight", tap, (self.conv, 2 * keys), "conv", "state")
-        self.BC_conv_bias = parameter("BC_conv_bias", tap, (2 * keys,), "state")
-        self.dt_bias = parameter("dt_bias", init_dt_bias(self.dt_min, self.dt_max, self.dt_floor), (heads,), "heads")
-        self.A_log = parameter("A_log", init_A_log, (heads,), "heads")
-        self.D = parameter("D", nn.initializers.ones, (heads,), "heads")
-        self.scale = parameter("scale", nn.initializers.ones, (inner,), "inner")
+        dt_bias = init_dt_bias(self.dt_min, self.dt_max, self.dt_floor)
         out = uniform((inner * self.layers) ** -0.5)
-        self.out_proj = parameter("out_proj", out, (inner, width), "inner", "embed")
+        self.in_proj = self.matrix("in_proj", (width, 2, inner), ("embed", None, "inner"), project)
+        self.BC_proj = self.matrix("BC_proj", (width, 2 * keys), ("embed", "state"), project)
+        self.dt_proj = self.matrix("dt_proj", (width, heads), ("embed", "heads"), project)
+        self.conv_weight = parameter(self, "conv_weight", (self.conv, inner), ("conv", "inner"), tap)
+        self.conv_bias = parameter(self, "conv_bias", (inner,), ("inner",), tap)
+        self.BC_conv_weight = parameter(self, "BC_conv_weight", (self.conv, 2 * keys), ("conv", "state"), tap)
+        self.BC_conv_bias = parameter(self, "BC_conv_bias", (2 * keys,), ("state",), tap)
+        self.dt_bias = parameter(self, "dt_bias", (heads,), ("heads",), dt_bias, group="ssm")
+        self.A_log = parameter(self, "A_log", (heads,), ("heads",), init_A_log, group="ssm")
+        self.D = parameter(self, "D", (heads,), ("heads",), ones, group="ssm")
+        self.scale = parameter(self, "scale", (inner,), ("inner",), ones)
+        self.out_proj = self.matrix("out_proj", (inner, width), ("inner", "embed"), out)
 
     @nn.nowrap
     def init_state(self, batch: int, max_length: int = 0) -> dict[str, jax.Array]:
@@ -150,16 +124,13 @@ class Mamba2(nn.Module):
         """Everything before the recurrence: projections, convolutions, the token's step, keys and queries."""
         if state is None:
             state = self.init_state(x.shape[0])
-        x = x.astype(self.dtype)
-        if seq.mask is not None:  # padding may hold anything
-            x = jnp.where(seq.mask[..., None], x, 0)
-        in_proj = self.in_proj.astype(self.dtype)
+        x = real(x, seq, self.dtype)
         if x.shape[1] == 1:  # here copies of the weights' halves would cost the most
-            z, inputs = jnp.moveaxis(jnp.einsum("btd,dce->btce", x, in_proj), 2, 0)
-        else:  # products of their own, as in Mamba: XLA would join them, and cut what they give apart by copies
-            z, inputs = x @ in_proj[:, 0], jax.lax.optimization_barrier(x) @ in_proj[:, 1]
-        apart = jax.lax.optimization_barrier(jax.lax.optimization_barrier(x))
-        BC = apart @ self.BC_proj.astype(self.dtype)
+            z, inputs = jnp.moveaxis(jnp.einsum("btd,dce->btce", x, self.in_proj), 2, 0)
+            apart = jax.lax.optimization_barrier(jax.lax.optimization_barrier(x))
+            BC = apart @ self.BC_proj
+        else:
+            z, inputs, BC = separate_matmuls(x, self.in_proj[:, 0], self.in_proj[:, 1], self.BC_proj)
         z, inputs, BC = (checkpoint_name(v, "projected") for v in (z, inputs, BC))
 
         def conv(inputs, weight, bias, past):
@@ -174,7 +145,7 @@ class Mamba2(nn.Module):
         B, C = jnp.split(BC.reshape(batch, length, 2 * self.groups, self.state), 2, axis=2)
         u = u.reshape(batch, length, self.heads, self.head_dim)
         # The step and the decay are float32 whatever the rest is: their sums over time are what the state depends on.
-        step = jax.nn.softplus(wide_matmul(x, self.dt_proj.astype(self.dtype)) + self.dt_bias)
+        step = jax.nn.softplus(wide_matmul(x, self.dt_proj) + self.dt_bias)
         stream = Stream(k=B, v=u, log_decay=-jnp.exp(self.A_log) * step, state=state["ssm"], step=step)
         conv_state = dict(conv=past, BC_conv=BC_past)
         return stream, Readout(C, u, self.D, z, self.scale, conv_state, self.groups, self.norm_eps)
@@ -184,9 +155,14 @@ class Mamba2(nn.Module):
         y, ssm = read([stream], [readout.q], seq, self.implementation.get("linear_attention"))
         return finish(readout, y[:, :, 0]), ssm[:, 0]
 
+    @nn.nowrap
+    def flops(self, length: int) -> float:
+        """Of the matrix state."""
+        return state_flops(self.state_shape, decays=True)
+
     def project(self, y: jax.Array) -> jax.Array:
         """[B, T, E] to [B, T, D]."""
-        return y.astype(self.dtype) @ self.out_proj.astype(self.dtype)
+        return y.astype(self.dtype) @ self.out_proj
 
     @nn.nowrap
     def new_state(self, readout: Readout, ssm: jax.Array) -> dict[str, jax.Array]:

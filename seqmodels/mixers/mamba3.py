@@ -9,19 +9,19 @@ s_t = lambda_t dt_t + (1 - lambda_{t+1}) dt_{t+1}, without the second part for a
 before, decayed once more, and its own token beside it.
 """
 
-from collections.abc import Mapping
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict
 from jax.ad_checkpoint import checkpoint_name
 
-from seqmodels.errors import UserError
+from seqmodels.branch import Branch, real
+from seqmodels.fields.mamba3 import MAMBA3
 from seqmodels.kernels.segments import resets
 from seqmodels.layers.norm import rms_norm
+from seqmodels.layers.parameter import ones, parameter, uniform
 from seqmodels.layers.rope import rotate_pairs
-from seqmodels.mixers.mamba import init_dt_bias, uniform
+from seqmodels.mixers.mamba import init_dt_bias
+from seqmodels.mixers.matrix import state_flops
 from seqmodels.parallel import linear_attention
 from seqmodels.sequence import Sequence
 
@@ -79,49 +79,22 @@ def at_last(x: jax.Array, before: jax.Array, mask: jax.Array | None) -> jax.Arra
     return jnp.take_along_axis(every, last.reshape(-1, *[1] * (x.ndim - 1)), axis=1)[:, 0]
 
 
-class Mamba3(nn.Module):
-    """Mamba-3 mixer, SISO.
+class Mamba3(Branch):
+    """Mamba-3 mixer, SISO. Its options are declared in seqmodels/fields/mamba3.py."""
 
-    Attributes:
-        width: D. expand: E / D. head_dim: P = E / H. state: N. groups: G, sets of B and C that the heads share.
-        rotated: share of the N channels that are turned, in neighbouring pairs, 0.5 or 1.
-        A_activation: from the token's number to -A: "heavy_tail" (the authors' since June 2026) or "softplus".
-        dt_min, dt_max, dt_floor: range of the first steps. norm_eps: of the norms of B and C.
-        layers: depth of the model; the output projection starts smaller by its square root.
-    """
+    state: int = MAMBA3["state"]
+    expand: int = MAMBA3["expand"]
+    head_dim: int = MAMBA3["head_dim"]
+    groups: int = MAMBA3["groups"]
+    rotated: float = MAMBA3["rotated"]
+    A_activation: str = MAMBA3["A_activation"]
+    norm_eps: float = MAMBA3["norm_eps"]
+    dt_min: float = MAMBA3["dt_min"]
+    dt_max: float = MAMBA3["dt_max"]
+    dt_floor: float = MAMBA3["dt_floor"]
 
-    width: int
-    state: int = 16
-    expand: int = 2
-    head_dim: int = 8
-    groups: int = 1
-    rotated: float = 0.5
-    A_activation: str = "heavy_tail"
-    norm_eps: float = 1e-5
-    dt_min: float = 1e-3
-    dt_max: float = 1e-1
-    dt_floor: float = 1e-4
-    dtype: jnp.dtype = jnp.float32
-    implementation: Mapping[str, str] = FrozenDict()
-    layers: int = 1
-
+    options = MAMBA3
     operations = ("linear_attention",)
-    decays = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        for field in ("state", "expand", "head_dim", "groups"):
-            if getattr(self, field) < 1:
-                raise UserError(f"mamba3.{field} is {getattr(self, field)}; it must be positive")
-        if self.expand * self.width % self.head_dim:
-            inner = self.expand * self.width
-            raise UserError(f"mamba3.head_dim is {self.head_dim}; it must divide expand times width, {inner}")
-        if self.heads % self.groups:
-            raise UserError(f"mamba3.groups is {self.groups}; it must divide the {self.heads} heads")
-        if self.rotated not in (0.5, 1.0) or self.state * self.rotated % 2:
-            raise UserError(f"mamba3.rotated is {self.rotated}; it must be 0.5 or 1, an even number of channels")
-        if self.A_activation not in A_ACTIVATIONS:
-            raise UserError(f"mamba3.A_activation is {self.A_activation!r}; allowed: {', '.join(A_ACTIVATIONS)}")
 
     @property
     def heads(self) -> int:
@@ -141,20 +114,18 @@ class Mamba3(nn.Module):
     def setup(self):
         width, inner, heads, state = self.width, self.expand * self.width, self.heads, self.state
 
-        def parameter(name, init, shape, *axes):
-            return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
-
-        project, ones = uniform(width**-0.5), nn.initializers.ones
-        self.in_proj = parameter("in_proj", project, (width, 2, inner), "embed", None, "inner")
-        self.BC_proj = parameter("BC_proj", project, (width, 2 * self.groups * state), "embed", "state")
-        self.head_proj = parameter("head_proj", project, (width, 3, heads), "embed", None, "heads")
-        self.angle_proj = parameter("angle_proj", project, (width, self.turned // 2), "embed", "state")
-        self.dt_bias = parameter("dt_bias", init_dt_bias(self.dt_min, self.dt_max, self.dt_floor), (heads,), "heads")
-        self.B_bias = parameter("B_bias", ones, (heads * state,), "heads")  # vectors: no weight decay
-        self.C_bias = parameter("C_bias", ones, (heads * state,), "heads")
-        self.B_norm, self.C_norm = (parameter(name, ones, (state,), "state") for name in ("B_norm", "C_norm"))
-        self.D = parameter("D", ones, (heads,), "heads")
-        self.out_proj = parameter("out_proj", uniform((inner * self.layers) ** -0.5), (inner, width), "inner", "embed")
+        project, out = uniform(width**-0.5), uniform((inner * self.layers) ** -0.5)
+        dt_bias = init_dt_bias(self.dt_min, self.dt_max, self.dt_floor)
+        self.in_proj = self.matrix("in_proj", (width, 2, inner), ("embed", None, "inner"), project)
+        self.BC_proj = self.matrix("BC_proj", (width, 2 * self.groups * state), ("embed", "state"), project)
+        self.head_proj = self.matrix("head_proj", (width, 3, heads), ("embed", None, "heads"), project)
+        self.angle_proj = self.matrix("angle_proj", (width, self.turned // 2), ("embed", "state"), project)
+        self.dt_bias = parameter(self, "dt_bias", (heads,), ("heads",), dt_bias, group="ssm")
+        self.B_bias = parameter(self, "B_bias", (heads * state,), ("heads",), ones)
+        self.C_bias = parameter(self, "C_bias", (heads * state,), ("heads",), ones)
+        self.B_norm, self.C_norm = (parameter(self, name, (state,), ("state",), ones) for name in ("B_norm", "C_norm"))
+        self.D = parameter(self, "D", (heads,), ("heads",), ones, group="ssm")
+        self.out_proj = self.matrix("out_proj", (inner, width), ("inner", "embed"), out)
 
     @nn.nowrap
     def init_state(self, batch: int, max_length: int = 0) -> dict[str, jax.Array]:
@@ -169,18 +140,16 @@ class Mamba3(nn.Module):
         batch, length, _ = x.shape
         state = self.init_state(batch) if state is None else state
         mask = seq.mask
-        x = x.astype(self.dtype)
-        if mask is not None:  # padding may hold anything
-            x = jnp.where(mask[..., None], x, 0)
-        z, u = jnp.moveaxis(jnp.einsum("btd,dce->btce", x, self.in_proj.astype(self.dtype)), 2, 0)
+        x = real(x, seq, self.dtype)
+        z, u = jnp.moveaxis(jnp.einsum("btd,dce->btce", x, self.in_proj), 2, 0)
         z, u = (checkpoint_name(v, "projected") for v in (z, u))
         u = u.reshape(batch, length, self.heads, self.head_dim)
-        B, C = jnp.moveaxis((x @ self.BC_proj.astype(self.dtype)).reshape(batch, length, 2, self.groups, -1), 2, 0)
+        B, C = jnp.moveaxis((x @ self.BC_proj).reshape(batch, length, 2, self.groups, -1), 2, 0)
 
         # Steps, decays and angles are float32 whatever the rest is: their sums over time are what the state depends on.
         wide = dict(preferred_element_type=jnp.float32)
-        numbers = jnp.einsum("btd,dch->btch", x, self.head_proj.astype(self.dtype), **wide)
-        theta = jnp.pi * jnp.tanh(jnp.einsum("btd,dr->btr", x, self.angle_proj.astype(self.dtype), **wide))
+        numbers = jnp.einsum("btd,dch->btch", x, self.head_proj, **wide)
+        theta = jnp.pi * jnp.tanh(jnp.einsum("btd,dr->btr", x, self.angle_proj, **wide))
         dt = jax.nn.softplus(numbers[:, :, 0] + self.dt_bias)
         log_decay = -dt * jnp.maximum(A_ACTIVATIONS[self.A_activation](numbers[:, :, 1]), SLOWEST_DECAY)
         share = jax.nn.sigmoid(numbers[:, :, 2])  # lambda: of a token's step that its own input takes
@@ -207,7 +176,12 @@ class Mamba3(nn.Module):
         y = (y.reshape(z.shape) * jax.nn.silu(z.astype(jnp.float32))).astype(self.dtype)
         values = dict(ssm=ssm, angle=at_last(angle, state["angle"], mask), key=at_last(k, state["key"], mask))
         values["value"] = at_last(u, state["value"], mask)
-        return y @ self.out_proj.astype(self.dtype), values
+        return y @ self.out_proj, values
+
+    @nn.nowrap
+    def flops(self, length: int) -> float:
+        """Of the matrix state."""
+        return state_flops(self.state_shape, decays=True)
 
     def _turned(self, x, scale, bias, angle):
         """B or C [B, T, G, N], normed, with the heads' biases and turned: [B, T, H, N] float32."""

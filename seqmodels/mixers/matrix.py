@@ -1,5 +1,7 @@
 """What mixers with a matrix state have in common: the stream that they write, and how queries read several at once."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -44,6 +46,15 @@ class Stream:
         if self.step is None:
             return self.v
         return (self.v * self.step[..., None]).astype(self.v.dtype)
+
+
+def state_flops(shape: tuple[int, ...], decays: bool) -> float:
+    """Operations a token of a matrix state [H, K, V], as the recurrence needs them.
+
+    k v and the sum, and q S summed over the keys, are two each for an element; a decay is one more. Chunks of matrix
+    products, which is how it runs, do more of them, at the speed of a matrix product.
+    """
+    return (2 + 2 + decays) * math.prod(shape)
 
 
 def read(streams: list[Stream], queries: list[jax.Array], seq: Sequence, implementation: str | None = None):

@@ -5,10 +5,11 @@
 The expectation of phi(q) . phi(k) is exp(q . k / sqrt(K)), and the rest is linear attention.
 """
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from seqmodels.errors import UserError
+from seqmodels.fields.performer import PERFORMER
 from seqmodels.layers.norm import rms_norm
 from seqmodels.mixers.linear_attention import LinearAttention
 
@@ -49,35 +50,28 @@ def positive_features(x: jax.Array, w: jax.Array, query: bool) -> jax.Array:
 class Performer(LinearAttention):
     """Performer mixer, causal: LinearAttention with random features.
 
-    Attributes:
-        random_features: m of each head. orthogonal: see `draw_features`.
-        seed: of the directions. They are constants, the same in all layers and runs, and no parameters.
-        redraw: training steps after which new directions are drawn, 0: never. They come from the random stream
-            "features", where there is one; evaluation and generation always use those of `seed`.
-        qk_norm: RMSNorm of queries and keys: the variance of the estimate grows like exp(|q + k|^2).
+    Its options are declared in seqmodels/fields/performer.py. New directions come from the random stream "features",
+    where there is one, which changes every `redraw` steps of training; evaluation and generation always use those of
+    `seed`, which are constants, the same in all layers and runs, and no parameters.
     """
 
-    random_features: int = 16
-    orthogonal: bool = True
-    seed: int = 0
-    redraw: int = 0
-    qk_norm: bool = False
+    random_features: int = PERFORMER["random_features"]
+    orthogonal: bool = PERFORMER["orthogonal"]
+    seed: int = PERFORMER["seed"]
+    redraw: int = PERFORMER["redraw"]
+    qk_norm: bool = PERFORMER["qk_norm"]
 
-    def __post_init__(self):
-        super().__post_init__()
-        for field, smallest in dict(random_features=1, redraw=0).items():
-            if getattr(self, field) < smallest:
-                raise UserError(f"performer.{field} is {getattr(self, field)}; it must be at least {smallest}")
+    options = PERFORMER
 
     @property
     def feature_count(self) -> int:
         """m, features of a query or key."""
         return self.random_features
 
-    @property
-    def feature_flops(self) -> int:
-        """Operations a token in the directions' products with queries and keys."""
-        return 2 * 2 * self.heads * self.random_features * self.head_dim
+    @nn.nowrap
+    def flops(self, length: int) -> float:
+        """Of the matrix state, and of the directions' products with queries and keys."""
+        return super().flops(length) + 2 * 2 * self.heads * self.random_features * self.head_dim
 
     def directions(self) -> jax.Array:
         """w [H, m, K]."""

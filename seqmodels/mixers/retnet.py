@@ -6,20 +6,18 @@ Parallel, recurrent and chunkwise forms are one function, `kernels.linear_attent
 in the norm and no MLP behind it this is the block of DenseRetNet (He et al. 2024, arXiv 2403.00818, the authors' code).
 """
 
-from collections.abc import Mapping
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
-from flax.core import FrozenDict
 from jax.ad_checkpoint import checkpoint_name
 
-from seqmodels.errors import UserError
+from seqmodels.branch import Branch, real
+from seqmodels.fields.retnet import RETNET
 from seqmodels.layers.norm import rms_norm
-from seqmodels.mixers.mamba import uniform
-from seqmodels.mixers.matrix import Stream, finish, read
+from seqmodels.layers.parameter import normal, ones, parameter, uniform
+from seqmodels.mixers.matrix import Stream, finish, read, state_flops
 from seqmodels.sequence import Sequence
 
 ACTIVATIONS = {"identity": lambda x: x, "silu": jax.nn.silu}
@@ -86,48 +84,22 @@ def xavier(rows: int, columns: int, gain: float):
     return uniform(gain * (6 / (rows + columns)) ** 0.5)
 
 
-class RetNet(nn.Module):
-    """Retention mixer.
+class RetNet(Branch):
+    """Retention mixer. Its options are declared in seqmodels/fields/retnet.py."""
 
-    Attributes:
-        width: D. heads: H. key_dim: K; 0 takes D / H. value_dim: V; 0 takes 2 D / H.
-        schedule: of the heads' decays, "octaves" or "spread".
-        activation: of queries, keys and values, "identity" or "silu"; the gate is always silu.
-        row_scale: divide the readout by the root of its decays' sum, as torchscale and DenseRetNet do. The norm
-            behind it undoes that, but for its epsilon, which is large for the small readouts of a fresh model.
-        norm_eps: epsilon of the heads' norm. norm_weight: whether that norm has weights, [V] for all heads together.
-        init_std: standard deviation of all matrices at the start; 0 takes the paper's uniform ones.
-    """
+    heads: int = RETNET["heads"]
+    key_dim: int = RETNET["key_dim"]
+    value_dim: int = RETNET["value_dim"]
+    schedule: str = RETNET["schedule"]
+    activation: str = RETNET["activation"]
+    row_scale: bool = RETNET["row_scale"]
+    norm_eps: float = RETNET["norm_eps"]
+    norm_weight: bool = RETNET["norm_weight"]
+    init_std: float = RETNET["init_std"]
 
-    width: int
-    heads: int = 2
-    key_dim: int = 0
-    value_dim: int = 0
-    schedule: str = "octaves"
-    activation: str = "identity"
-    row_scale: bool = False
-    norm_eps: float = 1e-6
-    norm_weight: bool = False
-    init_std: float = 0.0
-    dtype: jnp.dtype = jnp.float32
-    implementation: Mapping[str, str] = FrozenDict()
-    layers: int = 1
-
+    options = RETNET
     operations = ("linear_attention",)
-    decays = True
-
-    def __post_init__(self):
-        super().__post_init__()
-        for field, allowed in dict(schedule=SCHEDULES, activation=ACTIVATIONS).items():
-            if getattr(self, field) not in allowed:
-                raise UserError(f"retnet.{field} is {getattr(self, field)!r}; allowed: {', '.join(allowed)}")
-        if self.heads < 1 or (self.width % self.heads and not (self.key_dim and self.value_dim)):
-            raise UserError(f"retnet.heads is {self.heads}; it must divide the width, which is {self.width}")
-        _, keys, values = self.state_shape
-        if keys < 2 or keys % 2:
-            raise UserError(f"retnet.key_dim is {keys}; it must be even and positive, as rotations turn pairs")
-        if values < 1:
-            raise UserError(f"retnet.value_dim is {values}; it must be positive")
+    link = "matrix"
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -144,21 +116,19 @@ class RetNet(nn.Module):
     def setup(self):
         heads, keys, values = self.state_shape
 
-        def parameter(name, shape, axes, rows, columns, gain):
-            init = nn.initializers.normal(self.init_std) if self.init_std else xavier(rows, columns, gain)
-            return self.param(name, nn.with_logical_partitioning(init, axes), shape, jnp.float32)
+        def xavier_or_normal(rows, columns, gain):
+            return normal(self.init_std) if self.init_std else xavier(rows, columns, gain)
 
         def inward(name, size):
             shape, axes = (self.width, heads, size), ("embed", "heads", "head_dim")
-            return parameter(name, shape, axes, self.width, heads * size, 2**-2.5)
+            return self.matrix(name, shape, axes, xavier_or_normal(self.width, heads * size, 2**-2.5))
 
         self.q_proj, self.k_proj = inward("q_proj", keys), inward("k_proj", keys)
         self.v_proj, self.gate_proj = inward("v_proj", values), inward("gate_proj", values)
         shape, axes = (heads, values, self.width), ("heads", "head_dim", "embed")
-        self.out_proj = parameter("out_proj", shape, axes, heads * values, self.width, 2**-1)
+        self.out_proj = self.matrix("out_proj", shape, axes, xavier_or_normal(heads * values, self.width, 2**-1))
         if self.norm_weight:
-            ones = nn.with_logical_partitioning(nn.initializers.ones, ("head_dim",))
-            self.scale = self.param("scale", ones, (values,), jnp.float32)
+            self.scale = parameter(self, "scale", (values,), ("head_dim",), ones)
 
     @nn.nowrap
     def init_state(self, batch: int, max_length: int = 0) -> jax.Array:
@@ -175,14 +145,12 @@ class RetNet(nn.Module):
         """Keys, values, queries and gates."""
         if state is None:
             state = self.init_state(x.shape[0])
-        x = x.astype(self.dtype)
-        if seq.mask is not None:  # padding may hold anything
-            x = jnp.where(seq.mask[..., None], x, 0)
+        x = real(x, seq, self.dtype)
         heads, keys, _ = self.state_shape
         activate = ACTIVATIONS[self.activation]
 
         def project(weight, activation, name):
-            return activation(checkpoint_name(jnp.einsum("btd,dhk->bthk", x, weight.astype(self.dtype)), name))
+            return activation(checkpoint_name(jnp.einsum("btd,dhk->bthk", x, weight), name))
 
         q = project(self.q_proj, activate, "projected")
         k = project(self.k_proj, activate, "stream") * keys**-0.5
@@ -198,9 +166,14 @@ class RetNet(nn.Module):
         y, state = read([stream], [readout.q], seq, self.implementation.get("linear_attention"))
         return finish(readout, y[:, :, 0]), state[:, 0]
 
+    @nn.nowrap
+    def flops(self, length: int) -> float:
+        """Of the matrix state."""
+        return state_flops(self.state_shape, decays=True)
+
     def project(self, y: jax.Array) -> jax.Array:
         """[B, T, H, V] to [B, T, D]."""
-        return jnp.einsum("bthv,hvd->btd", y.astype(self.dtype), self.out_proj.astype(self.dtype))
+        return jnp.einsum("bthv,hvd->btd", y.astype(self.dtype), self.out_proj)
 
     @nn.nowrap
     def new_state(self, readout: Readout, state: jax.Array) -> jax.Array:

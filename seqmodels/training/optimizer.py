@@ -1,16 +1,18 @@
 """AdamW with parameter groups, and learning-rate schedules."""
 
+import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
 from ml_collections import ConfigDict
 
-from seqmodels.training.sharding import is_box
-
-# The state-space parameters and the gains of norms: decay pulls them to values that mean something else than "small".
-UNDECAYED = ("A_log", "D", "dt_bias", "scale")
+from seqmodels.fields import refuse
+from seqmodels.layers.parameter import declarations
+from seqmodels.nearest import nearest
+from seqmodels.training.sharding import unbox
 
 
 def make_optimizer(config: ConfigDict, mask=None) -> optax.GradientTransformation:
@@ -48,18 +50,45 @@ def clip_by_global_norm(largest: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
-def decay_mask(boxed):
-    """True for each parameter that takes weight decay: matrices and larger, except the UNDECAYED.
+def decay_mask(boxed: Any) -> Any:
+    """True for each parameter that takes weight decay, as it was declared (`seqmodels.layers.parameter`).
 
-    `boxed` is the parameters, abstract or concrete, in the boxes with their logical axis names: under a scan over
-    layers a vector has a leading axis called "layers", and is a vector all the same.
+    `boxed` is the parameters, abstract or concrete, with their declarations.
     """
+    return jax.tree.unflatten(jax.tree.structure(unbox(boxed)), [leaf.decayed for leaf in declarations(boxed)])
 
-    def one(path, leaf):
-        axes = sum(name != "layers" for name in leaf.names) if is_box(leaf) else leaf.ndim
-        return axes >= 2 and path[-1].key not in UNDECAYED
 
-    return jax.tree_util.tree_map_with_path(one, boxed, is_leaf=is_box)
+def rate_factors(groups: str, boxed: Any) -> Any:
+    """The factor of the learning rate of each parameter, from "ssm=0.1,embedding=0.5".
+
+    A group that is not named has 1; a group with 0 is frozen. The factor also scales the weight decay, which is a part
+    of the update.
+
+    Args:
+        groups: `config.optimizer.groups`.
+        boxed: the parameters with their declarations.
+
+    Raises:
+        UserError: text that is not NAME=FACTOR, or a group that no parameter of this model is in.
+    """
+    declared = declarations(boxed)
+    there = sorted({leaf.group for leaf in declared} - {""})
+    factors = {}
+    for text in filter(None, map(str.strip, groups.split(","))):
+        name, equals, number = text.partition("=")
+        try:
+            factor = float(number)
+        except ValueError:
+            factor = -1.0
+        if not (equals and 0 <= factor < math.inf):
+            refuse(
+                "optimizer.groups", groups, f"GROUP=FACTOR, apart by commas, each factor at least 0; {text!r} is not"
+            )
+        if name not in there:
+            known = f"groups of this model, which are {', '.join(there)}{nearest(name, there)}" if there else "empty"
+            refuse("optimizer.groups", groups, known)
+        factors[name] = factor
+    return jax.tree.unflatten(jax.tree.structure(unbox(boxed)), [factors.get(leaf.group, 1.0) for leaf in declared])
 
 
 def make_schedule(config: ConfigDict, steps: int) -> Callable[[jax.Array | int], jax.Array]:

@@ -1,4 +1,4 @@
-"""DenseSSM for mixers with a matrix state (RetNet, Mamba-2), as seqmodels/dense.py has it for Mamba.
+"""DenseSSM for mixers with a matrix state (RetNet, Mamba-2), as seqmodels/depth/vector.py has it for Mamba.
 
 Layer l writes keys k and values v into S_t = a_t S_{t-1} + k_t v_t^T and reads y = q S. "past" are the m layers below:
 
@@ -12,12 +12,17 @@ linear attention, with the heads of all layers side by side. "input" with both g
 DenseRetNet does.
 """
 
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
-from seqmodels.dense import DenseFusion, gated
-from seqmodels.errors import UserError
-from seqmodels.mixers.matrix import Stream, finish, read
+from seqmodels.depth.gates import Gates, gated
+from seqmodels.mixers.matrix import Stream, finish, read, state_flops
 from seqmodels.sequence import Sequence
 
 
@@ -26,22 +31,46 @@ def flat(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1)
 
 
-class MatrixFusion(DenseFusion):
-    """Fuses a layer with the streams of the layers below it; `inner` is H V and `state` is Hk K. No "carry", no P."""
+class MatrixFusion(nn.Module):
+    """Fuses a layer with the streams of the layers below it. No "carry", no projection P.
 
-    def __post_init__(self):
-        super().__post_init__()
-        if self.variant == "carry":
-            raise UserError("model.dense.variant is 'carry'; allowed with a matrix state: read, input, output, rank")
-        if self.projection != "identity":
-            raise UserError(f"model.dense.projection is {self.projection!r}; allowed with a matrix state: identity")
+    Attributes:
+        options: config.model.dense.
+        width: D. inner: H V, channels of all values; state: Hk K, of all keys. shape: [H, K, V] of the state.
+        sources: as in `seqmodels.depth.vector.VectorFusion`.
+    """
+
+    options: Any
+    width: int
+    inner: int
+    state: int
+    shape: tuple[int, int, int]
+    sources: int
+    dtype: DTypeLike
+    implementation: Mapping[str, str]
+
+    def setup(self):
+        if self.sources:
+            self.gates = Gates(self.options, self.width, self.inner, self.state, self.sources, self.dtype)
+            nn.share_scope(self, self.gates)
+
+    @nn.nowrap
+    def init_state(self, batch: int) -> None:
+        """No variant keeps more than the layer's own state."""
+        return None
+
+    @nn.nowrap
+    def flops(self) -> float:
+        """Operations a token of the forward pass in the lower states: READ computes them again, RANK writes to them."""
+        each = {"read": state_flops(self.shape, decays=True), "rank": 2 * math.prod(self.shape)}
+        return self.sources * each.get(self.options.variant, 0)
 
     def __call__(self, x, own: Stream, readout, sources: tuple[Stream, ...], seq: Sequence, carried=None):
-        """As DenseFusion: y as the mixer's `project` takes it, the layer's own new state, None, the layer's stream."""
+        """As VectorFusion: y as the mixer's `project` takes it, the layer's own new state, None, the layer's stream."""
         if seq.mask is not None:
             x = jnp.where(seq.mask[..., None], x, 0)
         values, keys = self.gates(x) if sources else (None, None)
-        y, state, stream = getattr(self, f"_{self.variant}")(own, readout.q, sources, seq, values, keys)
+        y, state, stream = getattr(self, f"_{self.options.variant}")(own, readout.q, sources, seq, values, keys)
         return finish(readout, y), state, None, stream
 
     def _states(self, streams, queries, seq):
@@ -50,7 +79,7 @@ class MatrixFusion(DenseFusion):
     def _add(self, y, lower: list[jax.Array], gate):
         """y + g_V sum lower, each [B, T, H, V], normed first where the config says so."""
         lower = [flat(v) for v in lower]
-        lower = [self.norm_channel(v) for v in lower] if self.norm else lower
+        lower = [self.gates.norm_channel(v) for v in lower] if self.options.norm else lower
         return y + gated(gate, lower).reshape(y.shape).astype(y.dtype)
 
     def _read(self, own, q, sources, seq, values, keys):
@@ -63,12 +92,12 @@ class MatrixFusion(DenseFusion):
 
     def _input(self, own, q, sources, seq, values, keys):
         k, v = flat(own.k), flat(own.v)
-        if self.gate != "channel":
+        if self.options.gate != "channel":
             k = k + gated(keys, [flat(s.k) for s in sources])
-            k = self.norm_state(k) if self.norm else k
-        if self.gate != "state":
+            k = self.gates.norm_state(k) if self.options.norm else k
+        if self.options.gate != "state":
             v = v + gated(values, [flat(s.v) for s in sources])
-            v = self.norm_channel(v) if self.norm else v
+            v = self.gates.norm_channel(v) if self.options.norm else v
         fused = own.replace(k=k.reshape(own.k.shape), v=v.reshape(own.v.shape))
         y, state = self._states([fused], [q], seq)
         return y[:, :, 0], state[:, 0], own

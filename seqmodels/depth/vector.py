@@ -1,6 +1,6 @@
 """DenseSSM: layers that use the hidden states of the layers below (He et al. 2024, arXiv 2403.00818), for Mamba.
 
-seqmodels/dense_matrix.py has the same for mixers whose state is a matrix.
+seqmodels/depth/matrix.py has the same for mixers whose state is a matrix.
 
 Let s^l be layer l's own state, and "past" the m layers below that have a state. The published text and figures leave
 open where the lower states enter, and no code of DenseMamba was published; so each reading has a name:
@@ -16,31 +16,24 @@ g_E [E] and g_N [N] depend on the token. READ runs as one grouped selective scan
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax.core import FrozenDict
+from jax.typing import DTypeLike
 
-from seqmodels.errors import UserError
+from seqmodels.depth.gates import Gates, gated
 from seqmodels.kernels.selective_scan.coupled import carry_scan, rank_scan
-from seqmodels.layers.norm import RMSNorm
-from seqmodels.layers.parameter import matrix
-from seqmodels.mixers.mamba import Readout, Stream, skip_and_gate, stack
+from seqmodels.mixers.mamba import SCAN_FLOPS, Readout, Stream, skip_and_gate, stack
 from seqmodels.parallel import selective_scan
 from seqmodels.sequence import Sequence
 
-VARIANTS = ("read", "input", "output", "rank", "carry")
-GATES = ("channel", "state", "both", "none")
-PROJECTIONS = ("identity", "linear")
 GROUPS = 4  # states of one grouped scan: the GPU kernels hold no more in registers
-ACTIVATIONS = {"silu": jax.nn.silu, "sigmoid": jax.nn.sigmoid, "identity": lambda x: x}
 
-
-def gated(gate: jax.Array | None, values: list[jax.Array]) -> jax.Array:
-    """sum_i g_i values_i, [B, T, X]: gate [B, T, 1 or m, X], or None for ones."""
-    values = jnp.stack(values, axis=2)
-    return jnp.sum(values if gate is None else gate * values, axis=2)
+# Operations of one token and element of state for each lower state: READ scans it again and reads it; CARRY scans it,
+# gates it twice and adds it; RANK writes it, as a product and a sum. INPUT and OUTPUT mix tokens, not states.
+FLOPS = {"read": SCAN_FLOPS, "carry": 4 + 2 + 1, "rank": 2, "input": 0, "output": 0}
 
 
 def queries(C: jax.Array, gate_state: jax.Array | None, projection: jax.Array | None, sources: int) -> jax.Array:
@@ -51,94 +44,39 @@ def queries(C: jax.Array, gate_state: jax.Array | None, projection: jax.Array | 
     return jnp.broadcast_to(query, (*C.shape[:2], sources, C.shape[-1]))
 
 
-class DenseFusion(nn.Module):
-    """Fuses a layer with the streams of the layers below it. Parameters: the gates, the projection P, the norms.
+class VectorFusion(nn.Module):
+    """Fuses a layer with the streams of the layers below it.
 
     Attributes:
+        options: config.model.dense.
         width, inner, state: D, E, N. sources: how many layers below are read, m or fewer near the bottom; OUTPUT also
             has none, to hand its readout up.
-        bottleneck_state: as `bottleneck`, of the state's gate; 0 takes the same.
-        gate_std: standard deviation of the gates' matrices at the start; 0: the first is width^-1/2, the last zero.
-        The rest is `config.model.dense`; see configs/base.py.
     """
 
+    options: Any
     width: int
     inner: int
     state: int
     sources: int
-    variant: str = "read"
-    gate: str = "channel"
-    activation: str = "silu"
-    bottleneck: int = 32
-    bottleneck_state: int = 0
-    per_source: bool = False
-    projection: str = "identity"
-    norm: bool = False
-    norm_eps: float = 1e-5
-    gate_std: float = 0.0
-    dtype: jnp.dtype = jnp.float32
-    implementation: Mapping[str, str] = FrozenDict()
-
-    def __post_init__(self):
-        super().__post_init__()
-        tables = dict(variant=VARIANTS, gate=GATES, activation=ACTIVATIONS, projection=PROJECTIONS)
-        for field, allowed in tables.items():
-            if getattr(self, field) not in allowed:
-                raise UserError(f"model.dense.{field} is {getattr(self, field)!r}; allowed: {', '.join(allowed)}")
-        if self.variant == "output" and (self.gate in ("state", "both") or self.projection != "identity"):
-            raise UserError(
-                "model.dense.variant 'output' mixes readouts [E]: model.dense.gate may be channel or none, and "
-                "model.dense.projection identity"
-            )
-        if self.norm and self.variant in ("rank", "carry"):
-            raise UserError(f"model.dense.norm is True; allowed with read, input and output, not {self.variant!r}")
+    dtype: DTypeLike
+    implementation: Mapping[str, str]
 
     def setup(self):
-        if not self.sources:
-            return
-        count = self.sources if self.per_source else 1
+        if self.sources:
+            self.gates = Gates(self.options, self.width, self.inner, self.state, self.sources, self.dtype)
+            nn.share_scope(self, self.gates)
 
-        def gate(name, size, axis, bottleneck):
-            """W1 [D, r] and W2 [r, S, size]; W2 starts at zero, so the gate does (sigmoid: at a half)."""
-            hidden, std = max(1, self.width // bottleneck), self.gate_std or self.width**-0.5
-            inward = matrix(self, f"{name}_in", (self.width, hidden), ("embed", "rank"), std)
-            return inward, matrix(self, f"{name}_out", (hidden, count, size), ("rank", None, axis), self.gate_std)
-
-        if self.gate in ("channel", "both"):
-            self.channel = gate("gate_channel", self.inner, "inner", self.bottleneck)
-        if self.gate == "state" or (self.gate == "both" and self.variant == "input"):
-            self.state_gate = gate("gate_state", self.state, "state", self.bottleneck_state or self.bottleneck)
-        elif self.gate == "both":  # 1 + x W: the channel gate, a factor beside it, must not be starved
-            self.state_gain = matrix(self, "gain_state", (self.width, count, self.state), ("embed", None, "state"), 0.0)
-        if self.projection == "linear":
-            eye = nn.with_logical_partitioning(
-                lambda key, shape, dtype: jnp.eye(shape[0], dtype=dtype), ("state", None)
-            )
-            self.P = self.param("projection", eye, (self.state, self.state), jnp.float32)
-        if self.norm:
-            self.norm_channel = RMSNorm(self.norm_eps, "inner")
-            if self.variant == "input":
-                self.norm_state = RMSNorm(self.norm_eps, "state")
-
-    def gates(self, x: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
-        """g_E [B, T, S, E] and g_N [B, T, S, N], of the layer's normalised input x [B, T, D]; None stands for ones."""
-        x = x.astype(self.dtype)
-
-        def mlp(weights):
-            inward, outward = (w.astype(self.dtype) for w in weights)
-            return ACTIVATIONS[self.activation](jnp.einsum("btr,rse->btse", jax.nn.silu(x @ inward), outward))
-
-        channel = mlp(self.channel) if self.gate in ("channel", "both") else None
-        if self.gate == "state" or (self.gate == "both" and self.variant == "input"):
-            return channel, mlp(self.state_gate)
-        if self.gate == "both":
-            return channel, 1 + jnp.einsum("btd,dsn->btsn", x, self.state_gain.astype(self.dtype))
-        return channel, None
+    @nn.nowrap
+    def flops(self) -> float:
+        """Operations a token of the forward pass in the lower states."""
+        return self.sources * FLOPS[self.options.variant] * self.inner * self.state
 
     @nn.nowrap
     def init_state(self, batch: int) -> jax.Array | None:
         """CARRY's extra state [B, E, N] float32, what the layers below have added to this layer's; else None."""
-        return jnp.zeros((batch, self.inner, self.state), jnp.float32) if self.variant == "carry" else None
+        if self.options.variant != "carry":
+            return None
+        return jnp.zeros((batch, self.inner, self.state), jnp.float32)
 
     def __call__(
         self, x: jax.Array, own: Stream, readout: Readout, sources: tuple[Stream, ...], seq: Sequence, carried=None
@@ -157,8 +95,8 @@ class DenseFusion(nn.Module):
         if seq.mask is not None:
             x = jnp.where(seq.mask[..., None], x, 0)
         channel, state = self.gates(x) if sources else (None, None)
-        P = self.P.astype(self.dtype) if sources and self.projection == "linear" else None
-        fuse = getattr(self, f"_{self.variant}")
+        P = self.gates.P if sources and self.options.projection == "linear" else None
+        fuse = getattr(self, f"_{self.options.variant}")
         return fuse(own, readout, sources, seq, channel, state, P, carried)
 
     def _scan(self, seq, C, **arrays):
@@ -172,10 +110,10 @@ class DenseFusion(nn.Module):
 
     def _read(self, own, readout, sources, seq, channel, state, P, carried):
         query = queries(readout.C, state, P, len(sources))
-        if self.norm:
+        if self.options.norm:
             y, new = self._plain(own, readout.C, seq)
             lower = [self._plain(s, query[:, :, i], seq)[0] for i, s in enumerate(sources)]
-            y = y + gated(channel, [self.norm_channel(v) for v in lower])
+            y = y + gated(channel, [self.gates.norm_channel(v) for v in lower])
             return skip_and_gate(y, own.u, readout), new, None, own
         C = jnp.concatenate([readout.C[:, :, None], query], axis=2)
         if len(sources) < GROUPS:
@@ -192,17 +130,17 @@ class DenseFusion(nn.Module):
 
     def _input(self, own, readout, sources, seq, channel, state, P, carried):
         keys = [s.B if P is None else s.B @ P.T for s in sources]
-        u = own.u + gated(channel, [s.u for s in sources]) if self.gate != "state" else own.u
-        B = own.B + gated(state, keys) if self.gate != "channel" else own.B
-        if self.norm:
-            u = self.norm_channel(u) if self.gate != "state" else u
-            B = self.norm_state(B) if self.gate != "channel" else B
+        u = own.u + gated(channel, [s.u for s in sources]) if self.options.gate != "state" else own.u
+        B = own.B + gated(state, keys) if self.options.gate != "channel" else own.B
+        if self.options.norm:
+            u = self.gates.norm_channel(u) if self.options.gate != "state" else u
+            B = self.gates.norm_state(B) if self.options.gate != "channel" else B
         y, new = self._plain(own.replace(u=u, B=B), readout.C, seq)
         return skip_and_gate(y, own.u, readout), new, None, own
 
     def _output(self, own, readout, sources, seq, channel, state, P, carried):
         y, new = self._plain(own, readout.C, seq)
-        lower = [self.norm_channel(s.y) if self.norm else s.y for s in sources]
+        lower = [self.gates.norm_channel(s.y) if self.options.norm else s.y for s in sources]
         fused = y + gated(channel, lower) if lower else y  # the bottom layer only hands its readout up
         return skip_and_gate(fused, own.u, readout), new, None, own.replace(y=y)
 

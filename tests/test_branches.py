@@ -1,4 +1,4 @@
-"""The mixer contract, for every mixer in the registry: a new one gets these tests for free."""
+"""The contract of branches, for every branch in the table: a new one gets these tests for free."""
 
 import functools
 
@@ -10,7 +10,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from seqmodels.mixers import MIXERS
+from seqmodels.branches import BRANCHES
+from seqmodels.errors import UserError
+from seqmodels.mixers.bidirectional import Bidirectional
+from seqmodels.pattern import BOTH_WAYS, name_of
 from seqmodels.sequence import make_sequence
 from seqmodels.training.sharding import AXES, RULES
 
@@ -18,9 +21,13 @@ B, T, D = 2, 10, 16
 
 
 @functools.cache
-def mixer(name, dtype="float32"):
-    """A small mixer with perturbed parameters: fresh ones hide bugs."""
-    module = MIXERS[name](width=D, dtype=jnp.dtype(dtype), layers=2)
+def branch(name, dtype="float32"):
+    """A small branch with perturbed parameters: fresh ones hide bugs. `name` is a word of the pattern language."""
+    small = functools.partial(BRANCHES[name_of(name)], width=D, dtype=jnp.dtype(dtype), layers=2)
+    if name.startswith(BOTH_WAYS):
+        module = Bidirectional(D, jnp.dtype(dtype), ahead=small(parent=None), back=small(parent=None))
+    else:
+        module = small()
     seq, _, _ = make_sequence(B, T)
     params = nn.unbox(jax.jit(module.init)(jax.random.key(0), jnp.zeros((B, T, D)), seq))  # once: kept by the cache
     leaves, tree = jax.tree.flatten(params)
@@ -37,7 +44,7 @@ def draw(shape, seed=0):
 @functools.partial(jax.jit, static_argnames=("name", "dtype"))
 def apply(name, params, x, state=None, segment_ids=None, mask=None, segment=None, position=None, dtype="float32"):
     """y, the new state, and the segment and position that the next call needs."""
-    module, _ = mixer(name, dtype)
+    module, _ = branch(name, dtype)
     seq, segment, position = make_sequence(*x.shape[:2], segment_ids, mask, segment, position)
     y, state = module.apply(params, x, seq, state)
     return y, state, segment, position
@@ -59,7 +66,7 @@ def in_pieces(name, params, x, sizes, state, segment_ids=None, mask=None, segmen
 
 def start_state(name, seed=3):
     """A state that is not zero: that after a few tokens."""
-    module, params = mixer(name)
+    module, params = branch(name)
     _, state, segment, position = apply(name, params, draw((B, 3, D), seed), module.init_state(B, 3 + T))
     return state, segment, position
 
@@ -70,24 +77,27 @@ def close(ours, reference, tolerance=2e-5):
         assert error < tolerance, f"{jax.tree_util.keystr(path)}: relative error {error:.1e}"
 
 
-every_mixer = pytest.mark.parametrize("name", MIXERS)
+every_branch = pytest.mark.parametrize("name", BRANCHES)
+both_ways = pytest.mark.parametrize("name", [*BRANCHES, *(BOTH_WAYS + name for name in BRANCHES if name != "mlp")])
 
 
-@every_mixer
+@every_branch
 def test_causal(name):
-    _, params = mixer(name)
+    _, params = branch(name)
     x = draw((B, T, D))
     y, *_ = apply(name, params, x)
     changed, *_ = apply(name, params, x.at[:, 6].add(1.0))
     np.testing.assert_array_equal(y[:, :6], changed[:, :6])
-    assert np.all(np.abs(y[:, 6:] - changed[:, 6:]).max(-1) > 1e-6), "a later output does not depend on token 6"
+    differ = np.abs(y[:, 6:] - changed[:, 6:]).max(-1) > 1e-6
+    remembers = jax.tree.leaves(branch(name)[0].init_state(B, T))
+    assert np.all(differ if remembers else differ[:, :1]), "an output does not depend on token 6"
 
 
-@every_mixer
+@every_branch
 @pytest.mark.parametrize("started", [False, True])
 @pytest.mark.parametrize("sizes", [(4, 1, 5), (1,) * T])
 def test_whole_equals_pieces_from_any_state(name, sizes, started):
-    module, params = mixer(name)
+    module, params = branch(name)
     x = draw((B, T, D))
     state, segment, position = start_state(name) if started else (module.init_state(B, 3 + T), None, None)
     y, last, *_ = apply(name, params, x, state, segment=segment, position=position)
@@ -97,9 +107,9 @@ def test_whole_equals_pieces_from_any_state(name, sizes, started):
         close(apply(name, params, x)[0], y)  # no state is the empty state
 
 
-@every_mixer
+@every_branch
 def test_state_has_batch_first_and_constant_structure(name):
-    module, params = mixer(name)
+    module, params = branch(name)
     state = module.init_state(B, T)
     _, new, *_ = apply(name, params, draw((B, 1, D)), state)
     assert all(x.shape[0] == B for x in jax.tree.leaves(state))
@@ -109,10 +119,10 @@ def test_state_has_batch_first_and_constant_structure(name):
 SEGMENTS = np.array([[0] * 4 + [1] * 1 + [2] * 5, [5] * 7 + [3] * 3], np.int32)
 
 
-@every_mixer
+@both_ways
 def test_packed_documents_equal_separate_ones(name):
     """In value and in gradient, of the input and of every parameter."""
-    _, params = mixer(name)
+    _, params = branch(name)
     x, weights = draw((B, T, D)), draw((B, T, D), 1)
 
     def packed(params, x):
@@ -136,9 +146,9 @@ def test_packed_documents_equal_separate_ones(name):
     close(gradients, want_gradients, 1e-4)
 
 
-@every_mixer
+@every_branch
 def test_packed_pieces_equal_whole(name):
-    module, params = mixer(name)
+    module, params = branch(name)
     x, segments = draw((B, T, D)), jnp.asarray(SEGMENTS)
     y, *_ = apply(name, params, x, module.init_state(B, T), segments)
     pieces, _ = in_pieces(name, params, x, (3, 1, 4, 2), module.init_state(B, T), segments)
@@ -152,11 +162,11 @@ PADDING = {
 }
 
 
-@every_mixer
+@every_branch
 @pytest.mark.parametrize("side", PADDING)
 def test_padding_is_nothing(name, side):
     """Tokens, states and gradients are those of the row without its padding, whatever the padding holds."""
-    module, params = mixer(name)
+    module, params = branch(name)
     mask = np.asarray(PADDING[side], bool)
     x, weights = draw((B, T, D)), draw((B, T, D), 1)
     poisoned = jnp.where(mask[..., None], x, jnp.nan)
@@ -182,10 +192,10 @@ def test_padding_is_nothing(name, side):
     close(gradient, want_gradient, 1e-4)
 
 
-@every_mixer
+@every_branch
 def test_state_is_differentiable_in_and_out(name):
     """Gradients through a cut equal those of the whole, in the input, the parameters and the first state."""
-    _, params = mixer(name)
+    _, params = branch(name)
     x, weights = draw((B, T, D)), draw((B, T, D), 1)
     state, segment, position = start_state(name)
     floats = lambda s: [v for v in jax.tree.leaves(s) if jnp.issubdtype(v.dtype, jnp.floating)]  # noqa: E731
@@ -206,9 +216,9 @@ def test_state_is_differentiable_in_and_out(name):
     assert all(np.abs(g).max() > 0 for g in whole[2]), "some of the state does not matter"
 
 
-@every_mixer
+@every_branch
 def test_bfloat16(name):
-    _, params = mixer(name)
+    _, params = branch(name)
     x = draw((B, T, D))
     y, *_ = apply(name, params, x)
     half, *_ = apply(name, params, x.astype(jnp.bfloat16), dtype="bfloat16")
@@ -217,13 +227,13 @@ def test_bfloat16(name):
     assert y.dtype == jnp.float32
 
 
-@every_mixer
+@every_branch
 @pytest.mark.parametrize("other", ["tensor", "sequence"])
 def test_sharded_equals_unsharded(name, other):
     """Values and gradients on 8 devices, rows over one axis, channels or time over the other."""
     if len(jax.devices()) < 8:
         pytest.skip("needs 8 devices")
-    module, params = mixer(name)
+    module, params = branch(name)
     sizes = {"data": 2, other: 4}
     mesh = jax.make_mesh([sizes.get(axis, 1) for axis in AXES], AXES, axis_types=(AxisType.Auto,) * len(AXES))
     boxed = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((B, T, D)), make_sequence(B, T)[0])
@@ -245,3 +255,34 @@ def test_sharded_equals_unsharded(name, other):
         sharded = jax.tree.map(lambda v, s: put(v, divides(v, s)), params, specs)
         got = step(sharded, put(x, P("data", "sequence", None)))
     close(got, want, 1e-4)
+
+
+def test_a_branch_in_both_directions_is_its_two_copies():
+    """One on the tokens as they are, the other on the reversed ones."""
+    module, params = branch("bi:mamba")
+    x = draw((B, T, D))
+    y, state, *_ = apply("bi:mamba", params, x)
+    one = lambda way, x: apply("mamba", {"params": params["params"][way]}, x)[0]  # noqa: E731
+    close(y, one("ahead", x) + one("back", x[:, ::-1])[:, ::-1])
+    assert not jax.tree.leaves(state)
+    with pytest.raises(UserError, match="'bi:' reads both directions of time and has no state"):
+        module.init_state(B, T)
+
+
+@pytest.mark.parametrize("side", PADDING)
+def test_padding_is_nothing_in_both_directions(side):
+    """Values and gradients, whatever the padding holds."""
+    _, params = branch("bi:mamba")
+    mask = np.asarray(PADDING[side], bool)
+    x, weights = draw((B, T, D)), draw((B, T, D), 1)
+
+    def padded(params, x):
+        y = apply("bi:mamba", params, jnp.where(mask[..., None], x, jnp.nan), mask=jnp.asarray(mask))[0]
+        return jnp.sum(jnp.where(mask[..., None], weights * y, 0))
+
+    def bare(params, x):
+        rows = [weights[r, m] * apply("bi:mamba", params, x[r : r + 1, m])[0][0] for r, m in enumerate(mask)]
+        return sum(jnp.sum(row) for row in rows)
+
+    grads = [jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(params, x) for f in (padded, bare)]
+    close(*grads, 1e-4)

@@ -1,0 +1,103 @@
+"""The contract of a branch: what a block adds to the residual stream, a mixer of time or of channels."""
+
+from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.core import FrozenDict
+from jax.typing import DTypeLike
+
+from seqmodels.fields import Group
+from seqmodels.layers.parameter import Init, parameter
+from seqmodels.sequence import Sequence
+
+State = Any  # a pytree of arrays whose first axis is the batch; {} where there is no state
+
+
+class Branch(nn.Module):
+    """Base of all branches. docs/architecture.md says what the contract asks for; tests/test_branches.py tests it.
+
+    Attributes:
+        width: D, of the input and the output.
+        dtype: of matrix products and activations; parameters and states are float32.
+        implementation: operation to the name of its implementation in `seqmodels.kernels`; one that is left out is
+            chosen by the device.
+        layers: depth of the whole model, for the scale of fresh output projections.
+        bias: biases in the projections (`config.model.bias`), in branches that have them.
+
+    Class attributes:
+        options: the branch's own fields, from `config.model.<name>`, with their rules; None where it has none, or
+            declares them in the class alone.
+        operations: the operations of `seqmodels.kernels` that it calls.
+        causal: whether an output depends on no later token.
+        biased: whether `bias` may be True.
+        link: how DenseSSM reads its hidden state: "vector" (as Mamba's), "matrix" (as RetNet's), "" not at all.
+    """
+
+    width: int
+    dtype: DTypeLike = jnp.float32
+    implementation: Mapping[str, str] = FrozenDict()
+    layers: int = 1
+    bias: bool = False
+
+    options: ClassVar[Group | None] = None
+    operations: ClassVar[tuple[str, ...]] = ()
+    causal: ClassVar[bool] = True
+    biased: ClassVar[bool] = False
+    link: ClassVar[str] = ""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.options is not None:
+            self.options.validate(self, self.width)
+
+    @nn.nowrap
+    def init_state(self, batch: int, max_length: int = 0) -> State:
+        """The state before the first token; it needs no parameters. Every leaf has the batch first.
+
+        Args:
+            max_length: tokens that a cache has room for; states of constant size do not depend on it.
+
+        Raises:
+            UserError: the branch has no state, because it is not causal.
+        """
+        return {}
+
+    def __call__(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[jax.Array, State]:
+        """x [B, T, D] to y [B, T, D] and the new state; `state=None` is the state before the first token.
+
+        T is a whole sequence, a chunk of one, or a token.
+        """
+        raise NotImplementedError
+
+    @nn.nowrap
+    def matrix(self, name: str, shape: Seq[int], axes: Seq[str | None], init: Init, group: str = "") -> jax.Array:
+        """Declares a parameter that the branch reads in its `dtype`; see `seqmodels.layers.parameter.parameter`."""
+        return parameter(self, name, shape, axes, init, dtype=self.dtype, group=group)
+
+    @nn.nowrap
+    def flops(self, length: int) -> float:
+        """Operations a token of the forward pass, at rows of `length` tokens, beyond two for each parameter.
+
+        Counted as two for each parameter are all that are no vectors. So scores and states count here; and what a
+        parameter is used for less often, as an expert's, is taken off.
+        """
+        return 0.0
+
+
+def real(x: jax.Array, seq: Sequence, dtype: DTypeLike) -> jax.Array:
+    """x [B, T, D] as `dtype`, zero on padding, which may hold anything."""
+    x = x.astype(dtype)
+    return x if seq.mask is None else jnp.where(seq.mask[..., None], x, 0)
+
+
+def grows(branch: nn.Module, length: int) -> bool:
+    """Whether the state after `length` tokens is larger than after one: whether it is a cache of what came before."""
+
+    def shapes(length: int) -> list[tuple[int, ...]]:
+        return [x.shape for x in jax.tree.leaves(jax.eval_shape(lambda: branch.init_state(1, length)))]
+
+    return shapes(length) != shapes(1)

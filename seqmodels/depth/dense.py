@@ -1,0 +1,77 @@
+"""DenseSSM as a connection across depth: a layer's recurrence is fused with the hidden streams of the layers below."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.typing import DTypeLike
+
+from seqmodels.branch import Branch, State
+from seqmodels.depth.connection import Carry, Connection
+from seqmodels.depth.matrix import MatrixFusion
+from seqmodels.depth.vector import VectorFusion
+from seqmodels.sequence import Sequence
+
+
+class Dense(Connection):
+    """The carry is the streams of the last `options.depth` blocks that have one, the nearest first.
+
+    Attributes:
+        options: config.model.dense.
+        width: D.
+        sources: how many of the streams below this block reads.
+        link: "vector" or "matrix", of the block's branch; "" where it has no stream.
+        sizes: fields of VectorFusion or MatrixFusion that say how large the branch's state is.
+    """
+
+    options: Any
+    width: int
+    sources: int
+    link: str
+    sizes: Mapping[str, Any]
+    dtype: DTypeLike
+    implementation: Mapping[str, str]
+
+    @property
+    def fuses(self) -> bool:
+        """Whether there is something to fuse; OUTPUT hands up what the branch read, also at the bottom."""
+        return bool(self.link) and (self.sources > 0 or self.options.variant == "output")
+
+    @nn.nowrap
+    def fusion_module(self, **parent: Any) -> VectorFusion | MatrixFusion:
+        """The fusion of the branch's kind of state."""
+        kind = VectorFusion if self.link == "vector" else MatrixFusion
+        common = dict(options=self.options, width=self.width, sources=self.sources, dtype=self.dtype)
+        return kind(**common, implementation=self.implementation, **self.sizes, **parent)
+
+    def setup(self):
+        if self.fuses:
+            self.fusion = self.fusion_module()
+            nn.share_scope(self, self.fusion)
+
+    def run(
+        self, branch: Branch, x: jax.Array, seq: Sequence, state: State, carry: Carry, own: State
+    ) -> tuple[jax.Array, State, Carry, State]:
+        """A branch that writes a stream, fused with the streams below; other branches as they are."""
+        if not branch.link:
+            return super().run(branch, x, seq, state, carry, own)
+        stream, readout = branch.write(x, seq, state)
+        if self.fuses:
+            sources = carry[: self.sources]
+            y, ssm, own, stream = self.fusion(x, stream, readout, sources, seq, own or None)
+        else:
+            y, ssm = branch.scan(stream, readout, seq)
+        carry = (stream, *carry)[: self.options.depth]
+        return branch.project(y), branch.new_state(readout, ssm), carry, {} if own is None else own
+
+    @nn.nowrap
+    def init_state(self, batch: int) -> State:
+        """CARRY's extra state, see `VectorFusion.init_state`; else {}."""
+        carried = self.fusion_module(parent=None).init_state(batch) if self.fuses else None
+        return {} if carried is None else carried
+
+    @nn.nowrap
+    def flops(self) -> float:
+        """Operations a token of the forward pass in the states of the layers below."""
+        return self.fusion_module(parent=None).flops() if self.fuses else 0.0

@@ -1,0 +1,50 @@
+"""A branch in both directions of time: one copy reads ahead, one backwards, and their outputs are added.
+
+y = f(x) + reverse(g(reverse(x))), where f and g have parameters of their own. Documents and padding are reversed with
+the tokens, so packed documents equal separate ones in both directions.
+"""
+
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+
+from seqmodels.branch import Branch, State
+from seqmodels.errors import UserError
+from seqmodels.sequence import Sequence, make_sequence
+
+
+class Bidirectional(Branch):
+    """`bi:` of the pattern language. `ahead` and `back` are two branches of the same kind."""
+
+    ahead: Branch | None = None
+    back: Branch | None = None
+
+    causal: ClassVar[bool] = False
+
+    @nn.nowrap
+    def init_state(self, batch: int, max_length: int = 0) -> State:
+        """Raises UserError: an output depends on all later tokens, so nothing can be carried from token to token."""
+        raise UserError(
+            "config.model.pattern: 'bi:' reads both directions of time and has no state; such a model can neither "
+            "continue a prompt nor read a sequence in pieces"
+        )
+
+    def __call__(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[jax.Array, State]:
+        """x [B, T, D], whole sequences, to y [B, T, D]; no state."""
+        if state:
+            self.init_state(x.shape[0])
+        y, _ = self.ahead(x, seq)
+        z, _ = self.back(x[:, ::-1], reversed_in_time(seq))
+        return y + z[:, ::-1], {}
+
+    @nn.nowrap
+    def flops(self, length: int) -> float:
+        """Of both copies."""
+        return self.ahead.flops(length) + self.back.flops(length)
+
+
+def reversed_in_time(seq: Sequence) -> Sequence:
+    """The same tokens from the last to the first."""
+    turned = (None if x is None else x[:, ::-1] for x in (seq.segment_ids, seq.mask))
+    return make_sequence(*seq.positions.shape, *turned)[0]
