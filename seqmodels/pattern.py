@@ -117,9 +117,7 @@ class _Parser:
         offset, period, at = int(match[3]), int(match[4]), len(match[1])
         step = self.step(token, match[2])
         if not offset < period <= len(blocks):
-            self.refuse(
-                token, f"at a first block below the period, which is at most the {len(blocks)} blocks before it"
-            )
+            self.refuse(token, f"at a block below the period, and the period at most {len(blocks)}, the blocks so far")
         for i in range(offset, len(blocks), period):
             if len(blocks[i]) <= at:
                 self.refuse(token, f"where there is something to replace; block {i} has nothing behind a '+'")

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmodels import dense
 from seqmodels.configs.densemamba import get_config
+from seqmodels.depth import vector
 from seqmodels.errors import UserError
 from seqmodels.kernels.selective_scan import xla
 from seqmodels.model import build
@@ -59,7 +59,7 @@ def recur(decay, write):
 
 def naive(params, tokens, variant, depth=2, every=1, gate="channel", activation="silu", per_source=False,
           projection="identity", norm=False, layers=LAYERS):  # fmt: skip
-    """Final hidden states, by the equations of seqmodels/dense.py, with all states kept."""
+    """Final hidden states, by the equations of seqmodels/depth/vector.py, with all states kept."""
     params = params["params"]
     silu, softplus = jax.nn.silu, jax.nn.softplus
     act = dict(silu=silu, sigmoid=jax.nn.sigmoid, identity=lambda v: v)[activation]
@@ -169,7 +169,7 @@ def test_equals_stored_states(case):
 @pytest.mark.slow
 @pytest.mark.parametrize("case", [dict(gate="both", per_source=True), dict(gate="none")], ids=["gates", "none"])
 def test_more_states_than_one_scan_holds(case, monkeypatch):
-    monkeypatch.setattr(dense, "GROUPS", 2)  # the layer's own and one below: the other has a scan to itself
+    monkeypatch.setattr(vector, "GROUPS", 2)  # the layer's own and one below: the other has a scan to itself
     test_equals_stored_states(dict(variant="read", **case))
 
 

@@ -5,12 +5,13 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import jax.test_util
 import numpy as np
 import pytest
 
 from seqmodels.channels.mlp import Mlp
 from seqmodels.errors import UserError
-from seqmodels.layers.norm import RMSNorm, gated_norm, rms_norm
+from seqmodels.layers.norm import LayerNorm, RMSNorm, gated_norm, layer_norm, rms_norm
 from seqmodels.layers.rope import rope
 from seqmodels.mixers.attention import EMPTY, Attention
 from seqmodels.sequence import make_sequence
@@ -27,6 +28,31 @@ def perturbed(module, *args, seed=1):
     params = nn.meta.unbox(module.init(jax.random.key(0), *args))
     draw = np.random.default_rng(seed)
     return jax.tree.map(lambda p: jnp.asarray(p + 0.3 * draw.normal(size=p.shape), jnp.float32), params)
+
+
+def test_layer_norm():
+    """Values and gradients against float64, from an input with a mean far from zero."""
+    x, scale, bias, weights = (
+        normal(3, 5, WIDTH) * 3 + 5,
+        normal(WIDTH, seed=1),
+        normal(WIDTH, seed=2),
+        normal(3, 5, WIDTH),
+    )
+    centred = x - x.mean(-1, keepdims=True)
+    want = centred / np.sqrt((centred**2).mean(-1, keepdims=True) + 1e-2) * scale + bias
+    variables = {"params": {"scale": jnp.float32(scale), "bias": jnp.float32(bias)}}
+    np.testing.assert_allclose(LayerNorm(eps=1e-2).apply(variables, jnp.float32(x)), want, rtol=2e-5, atol=1e-5)
+    assert layer_norm(jnp.bfloat16(x), jnp.float32(scale)).dtype == jnp.bfloat16
+
+    def loss(x, scale, bias):
+        return jnp.sum(weights * layer_norm(x, scale, bias, 1e-2))
+
+    got = jax.grad(loss, argnums=(0, 1, 2))(jnp.float32(x), jnp.float32(scale), jnp.float32(bias))
+    with jax.enable_x64(True):
+        exact = jax.grad(loss, argnums=(0, 1, 2))(x, scale, bias)
+        jax.test_util.check_grads(lambda x: layer_norm(x, scale, bias, 1e-2), (x,), order=1, modes=["rev"])
+    for ours, reference in zip(got, exact, strict=True):
+        np.testing.assert_allclose(ours, reference, rtol=2e-4, atol=2e-4)
 
 
 def test_rms_norm():
@@ -123,24 +149,40 @@ def test_rope_sees_distances_only():
 
 def test_mlp():
     mlp, x = Mlp(width=WIDTH, hidden=24), normal(2, 3, WIDTH)
-    variables = perturbed(mlp, jnp.float32(x))
+    seq, *_ = make_sequence(2, 3)
+    variables = perturbed(mlp, jnp.float32(x), seq)
     gate, up, down = (np.asarray(variables["params"][name], np.float64) for name in ("gate", "up", "down"))
     gated = x @ gate
     want = (gated / (1 + np.exp(-gated)) * (x @ up)) @ down
-    np.testing.assert_allclose(mlp.apply(variables, jnp.float32(x)), want, rtol=1e-5, atol=1e-5)
+    y, state = mlp.apply(variables, jnp.float32(x), seq)
+    np.testing.assert_allclose(y, want, rtol=1e-5, atol=1e-5)
+    assert state == {}
+
+
+def test_mlp_with_biases():
+    mlp, x = Mlp(width=WIDTH, hidden=24, bias=True), normal(2, 3, WIDTH)
+    seq, *_ = make_sequence(2, 3)
+    variables = perturbed(mlp, jnp.float32(x), seq)
+    p = {name: np.asarray(value, np.float64) for name, value in variables["params"].items()}
+    gated = x @ p["gate"] + p["gate_bias"]
+    want = (gated / (1 + np.exp(-gated)) * (x @ p["up"] + p["up_bias"])) @ p["down"] + p["down_bias"]
+    np.testing.assert_allclose(mlp.apply(variables, jnp.float32(x), seq)[0], want, rtol=1e-5, atol=1e-5)
 
 
 def test_mlp_hidden_width():
-    x = jnp.ones((1, 1, 768))
-    assert jax.eval_shape(Mlp(width=768).init, jax.random.key(0), x)["params"]["gate"].value.shape == (768, 2048)
-    assert jax.eval_shape(Mlp(width=768, hidden=8).init, jax.random.key(0), x)["params"]["down"].value.shape == (8, 768)
-    with pytest.raises(UserError, match=r"mlp\.hidden is -1"):
+    x, (seq, *_) = jnp.ones((1, 1, 768)), make_sequence(1, 1)
+    assert jax.eval_shape(Mlp(width=768).init, jax.random.key(0), x, seq)["params"]["gate"].value.shape == (768, 2048)
+    assert jax.eval_shape(Mlp(width=768, hidden=8).init, jax.random.key(0), x, seq)["params"]["down"].value.shape == (
+        8,
+        768,
+    )
+    with pytest.raises(UserError, match=r"config.model.mlp.hidden=-1: must be "):
         Mlp(width=768, hidden=-1)
 
 
 def test_branches_start_smaller_in_deeper_models():
     def spread(layers):
-        variables = Mlp(width=64, layers=layers).init(jax.random.key(0), jnp.ones((1, 1, 64)))
+        variables = Mlp(width=64, layers=layers).init(jax.random.key(0), jnp.ones((1, 1, 64)), make_sequence(1, 1)[0])
         return {name: float(np.std(p.value)) for name, p in variables["params"].items()}
 
     shallow, deep = spread(1), spread(8)

@@ -12,7 +12,7 @@ from seqmodels.config import validate
 from seqmodels.configs import performer
 from seqmodels.errors import UserError
 from seqmodels.mixers.gla import Gla
-from seqmodels.mixers.linear_attention import FEATURE_MAPS, LinearAttention, bidirectional_attention
+from seqmodels.mixers.linear_attention import FEATURE_MAPS, LinearAttention
 from seqmodels.mixers.mamba3 import Mamba3
 from seqmodels.mixers.performer import Performer, draw_features, positive_features
 from seqmodels.sequence import make_sequence
@@ -75,19 +75,6 @@ def test_linear_attention_is_attention_with_another_kernel(name):
     y = attend(KERNELS[name](q, k), v)
     close(output(module, params, x), np.einsum("bthv,hvd->btd", y, params["out_proj"]))
     assert set(KERNELS) == set(FEATURE_MAPS)
-
-
-def test_bidirectional_attention_is_softmax_of_queries_and_of_keys_over_positions():
-    q, k, v = (draw(B, T, 2, n, seed=n) for n in (3, 3, 5))
-    k = draw(B, T, 2, 3, seed=9) + 50  # far from zero: the softmax must not overflow
-    mask = np.asarray([[1] * 6 + [0] * 3, [0, 1] * 4 + [1]], bool)
-    got = bidirectional_attention(*(jnp.asarray(a, jnp.float32) for a in (q, k, v)), jnp.asarray(mask))
-    for row in range(B):
-        real = mask[row]
-        context = np.einsum("shk,shv->hkv", softmax(k[row, real], 0), v[row, real])
-        np.testing.assert_allclose(got[row], np.einsum("thk,hkv->thv", softmax(q[row], -1), context), atol=1e-5)
-    poisoned = jnp.where(mask[..., None, None], v, jnp.nan)
-    assert np.isfinite(bidirectional_attention(jnp.asarray(q), jnp.asarray(k), poisoned, jnp.asarray(mask))).all()
 
 
 # Performer

@@ -1,5 +1,7 @@
 """Schedules against their closed forms, AdamW against a plain float64 one, and the parameter groups."""
 
+import functools
+import importlib
 import math
 
 import jax
@@ -8,7 +10,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
+from seqmodels.configs import mamba
+from seqmodels.errors import UserError
+from seqmodels.layers.parameter import Parameter
+from seqmodels.model import build
+from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule, rate_factors
 from seqmodels.training.state import abstract_params
 from tests.training_model import LeakyModel, small_config
 
@@ -65,9 +71,14 @@ def test_adamw_equals_a_float64_one(clip):
     config = small_config(optimizer__clip=clip).optimizer
     rng = np.random.default_rng(0)
     params = {"kernel": rng.normal(size=(3, 4)), "scale": rng.normal(size=4), "A_log": rng.normal(size=(4, 2))}
+    declared = {
+        "kernel": Parameter(params["kernel"], ("embed", "inner")),
+        "scale": Parameter(params["scale"], ("inner",)),
+        "A_log": Parameter(params["A_log"], ("inner", "state"), decay=False),
+    }
     grads = {name: rng.normal(size=p.shape) for name, p in params.items()}
     now = {name: jnp.asarray(p, jnp.float32) for name, p in params.items()}
-    optimizer = make_optimizer(config, decay_mask(now))
+    optimizer = make_optimizer(config, decay_mask(declared))
     state = optimizer.init(now)
     for _ in range(5):
         direction, state = optimizer.update({k: jnp.asarray(g, jnp.float32) for k, g in grads.items()}, state, now)
@@ -77,22 +88,62 @@ def test_adamw_equals_a_float64_one(clip):
         np.testing.assert_allclose(now[name], wanted[name], rtol=2e-5, atol=2e-6)
 
 
-def test_groups_by_name_and_rank():
-    boxed = lambda *axes: nn.LogicallyPartitioned(jnp.zeros((2,) * len(axes)), axes)  # noqa: E731
+def test_weight_decay_is_for_matrices_unless_declared_otherwise():
+    """Also under a scan over blocks, which stacks the layers' parameters, and in modules that know Flax alone."""
+    boxed = lambda *axes, **options: Parameter(jnp.zeros((2,) * len(axes)), axes, **options)  # noqa: E731
     mask = decay_mask(
         {
-            "in": {"kernel": boxed("embed", "inner")},
-            "norm": {"scale": boxed("embed")},
+            "in": {"kernel": boxed("embed", "inner"), "plain": nn.LogicallyPartitioned(jnp.zeros((2, 2)), ("a", "b"))},
+            "norm": {"scale": boxed("embed"), "gain": boxed("embed", decay=True)},
             "stacked": {"bias": boxed("layers", "inner"), "kernel": boxed("layers", "embed", "inner")},
-            "mixer": {"A_log": boxed("inner", "state"), "D": boxed("layers", "inner"), "dt_bias": boxed("inner")},
+            "mixer": {"A_log": boxed("inner", "state", decay=False), "D": boxed("layers", "inner")},
         }
     )
     assert mask == {
-        "in": {"kernel": True},
-        "norm": {"scale": False},
+        "in": {"kernel": True, "plain": True},
+        "norm": {"scale": False, "gain": True},
         "stacked": {"bias": False, "kernel": True},
-        "mixer": {"A_log": False, "D": False, "dt_bias": False},
+        "mixer": {"A_log": False, "D": False},
     }
+
+
+UNDECAYED = ("A_log", "D", "dt_bias", "scale")  # what the first wave left out by name, beside all vectors
+
+
+@pytest.mark.parametrize("name", ["densemamba", "denseretnet", "mamba3", "gla", "performer", "transformer"])
+def test_weight_decay_is_that_of_the_first_wave(name):
+    config = importlib.import_module(f"seqmodels.configs.{name}").get_config()
+    boxed = abstract_params(build(config.model, 257), config)
+    for path, decayed in jax.tree.leaves_with_path(decay_mask(boxed)):
+        leaf = functools.reduce(lambda tree, key: tree[key.key], path, boxed)
+        axes = sum(axis != "layers" for axis in leaf.names)
+        assert decayed == (axes >= 2 and path[-1].key not in UNDECAYED), path
+
+
+def test_learning_rate_groups():
+    config = mamba.get_config()
+    boxed = abstract_params(build(config.model, 257), config)
+    factors = rate_factors("ssm=0.1, embedding=0", boxed)
+    assert factors["embedding"] == 0 and factors["final_norm"]["scale"] == 1
+    mixer = factors["block_0"]["mixer"]
+    assert {name for name, factor in mixer.items() if factor == 0.1} == {"A_log", "D", "dt_bias"}
+    assert set(jax.tree.leaves(rate_factors("", boxed))) == {1.0}
+
+
+@pytest.mark.parametrize(
+    "groups, words",
+    [
+        ("ssm", "GROUP=FACTOR"),
+        ("ssm=-1", "each factor at least 0"),
+        ("ssm=nan", "each factor at least 0"),
+        ("smm=0.1", "embedding, ssm; did you mean ssm?"),
+    ],
+)
+def test_wrong_learning_rate_groups(groups, words):
+    config = mamba.get_config()
+    with pytest.raises(UserError) as error:
+        rate_factors(groups, abstract_params(build(config.model, 257), config))
+    assert str(error.value).startswith(f"config.optimizer.groups={groups!r}: must be ") and words in str(error.value)
 
 
 def test_groups_of_a_model():

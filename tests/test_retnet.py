@@ -133,8 +133,9 @@ def test_mlp_with_gelu_is_the_papers_or_torchscales(gated):
     hidden = x @ params["gate"]
     hidden = hidden * (1 + np.vectorize(math.erf)(hidden / 2**0.5)) / 2
     want = (hidden * (x @ params["up"] if gated else 1)) @ params["down"]
-    np.testing.assert_allclose(module.apply({"params": params}, x), want, rtol=1e-5, atol=1e-5)
-    with pytest.raises(UserError, match="activation is 'tanh'; allowed: silu, gelu, relu"):
+    y, _ = module.apply({"params": params}, x[None], make_sequence(1, 3)[0])
+    np.testing.assert_allclose(y[0], want, rtol=1e-5, atol=1e-5)
+    with pytest.raises(UserError, match=r"config.model.mlp.activation='tanh': must be one of 'silu', 'gelu', 'relu'"):
         Mlp(width=4, activation="tanh")
 
 

@@ -5,8 +5,12 @@ import jax.numpy as jnp
 import pytest
 
 from seqmodels.configs import densemamba, mamba, mamba2, performer, transformer
+from seqmodels.depth import vector
 from seqmodels.kernels.linear_attention import linear_attention
 from seqmodels.kernels.selective_scan import selective_scan
+from seqmodels.layers.parameter import declarations
+from seqmodels.mixers.mamba import SCAN_FLOPS
+from seqmodels.mixers.matrix import state_flops
 from seqmodels.model import build
 from seqmodels.training import flops, sharding
 from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
@@ -29,9 +33,8 @@ def counts(config):
     abstract = abstract_state(model, optimizer, config, mesh)
     train_step = make_train_step(model, optimizer, make_schedule(config.optimizer, config.steps), config)
     compiled = lower_train_step(train_step, abstract, config, mesh).compile()
-    leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=sharding.is_box)
-    transitions = sum(leaf.value.size for path, leaf in leaves if path[-1].key == "A_log" and leaf.value.ndim > 1)
-    scans = 3 * config.batch_size * config.seq_len * flops.SCAN * transitions
+    transitions = sum(leaf.value.size for leaf in declarations(boxed) if leaf.names[-2:] == ("inner", "state"))
+    scans = 3 * config.batch_size * config.seq_len * SCAN_FLOPS * transitions
     return flops.train_step_flops(boxed, config), scans, compiled.cost_analysis()["flops"]
 
 
@@ -54,7 +57,9 @@ def test_matrix_state_step_without_its_recurrence_is_within_eight_percent_of_xla
     config.model.implementation.linear_attention = "reference"
     config.model.width = 256  # in narrower models XLA's elementwise operations are a larger share
     ours, _, xla = counts(config)
-    recurrence = 3 * config.batch_size * config.seq_len * flops.matrix_flops_per_token(config.model)
+    recurrence = (
+        3 * config.batch_size * config.seq_len * flops.beyond_products(config.model, config.seq_len)["branches"]
+    )
     assert 0 < recurrence < 0.2 * ours and 0.92 * xla < ours - recurrence < xla
 
 
@@ -74,7 +79,7 @@ def test_linear_attention_of_one_token_is_what_xla_counts(decay):
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
     cost = jax.jit(attend).lower(*arguments).compile().cost_analysis()["flops"]
     elements = batch * heads * keys * values
-    assert cost / elements == pytest.approx(flops.MATRIX + flops.DECAY * decay, rel=0.05)
+    assert cost / elements == pytest.approx(state_flops((1,), decay), rel=0.05)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -90,16 +95,16 @@ def test_selective_scan_of_one_token_is_what_xla_counts(groups):
     states = (groups, inner, state)
     arguments = (token, token, array(*states), input_matrix, input_matrix, array(batch, *states))
     cost = jax.jit(scan).lower(*arguments).compile().cost_analysis()["flops"]
-    ours = flops.SCAN + (groups - 1) * flops.DENSE["read"]
+    ours = SCAN_FLOPS + (groups - 1) * vector.FLOPS["read"]
     assert cost / (batch * inner * state) == pytest.approx(ours, rel=0.02)
 
 
 def test_dense_links_cost_a_scan_a_source():
     """Four layers of depth two have 0 + 1 + 2 + 2 sources."""
     config = densemamba.get_config()
-    assert flops.dense_flops_per_token(config.model) == 5 * flops.SCAN * 256 * 16
+    assert flops.beyond_products(config.model, 1)["depth"] == 5 * SCAN_FLOPS * 256 * 16
     config.model.dense.variant = "input"
-    assert flops.dense_flops_per_token(config.model) == 0
+    assert flops.beyond_products(config.model, 1)["depth"] == 0
 
 
 def test_scan_over_layers_and_tied_tables_count_the_same():
@@ -117,7 +122,7 @@ def test_six_times_parameters_a_token():
     config = mamba.get_config("130m")
     boxed = abstract_params(build(config.model, 50277), config)
     total = sum(leaf.size for leaf in jax.tree.leaves(sharding.unbox(boxed)))
-    assert 3 * flops.forward_flops_per_token(boxed, 2048) == pytest.approx(6 * total, rel=0.05)
+    assert 3 * flops.forward_flops_per_token(boxed, config.model, 2048) == pytest.approx(6 * total, rel=0.05)
 
 
 def test_peaks_by_device_kind():

@@ -56,10 +56,18 @@ def forward_flops_per_token(boxed: Any, config: Any, length: int) -> float:
             tables.append(products)
         elif leaf.axes >= 2:
             total += products
+    # one table makes logits, tied to the look-up or not
+    return total + max(tables) + sum(beyond_products(config, length).values())
+
+
+def beyond_products(config: Any, length: int) -> dict[str, float]:
+    """Operations a token of the forward pass beyond two for each parameter, in "branches" and across "depth"."""
+    total = {"branches": 0.0, "depth": 0.0}
     for spec in plan(config):
-        total += sum(branch_of(config, word, parent=None).flops(length) for word in spec.names().values())
-        total += connection_of(config, spec, parent=None).flops()
-    return total + max(tables)  # one table makes logits, tied to the look-up or not
+        branches = (branch_of(config, word, parent=None) for word in spec.names().values())
+        total["branches"] += sum(branch.flops(length) for branch in branches)
+        total["depth"] += connection_of(config, spec, parent=None).flops()
+    return total
 
 
 def train_step_flops(boxed: Any, config: ConfigDict) -> float:
