@@ -1,33 +1,60 @@
-"""The mixer that docs/mixers.md adds obeys the contract."""
+"""The mixer that docs/mixers.md adds: followed word by word in a copy of the project, it works like any other."""
 
+import os
 import re
+import shutil
+import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
-import test_mixers as contract
 
-from seqmodels.mixers import MIXERS
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs" / "mixers.md").read_text()
+SMALL = ["--config.seq_len=32", "--config.batch_size=4", "--config.model.width=16", "--config.model.repeats=2",
+         "--config.evaluation.batch_size=128", "--config.sample.tokens=4"]  # fmt: skip
 
-TEXT = (Path(__file__).parents[1] / "docs" / "mixers.md").read_text()
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """The project with the page's two files, and its line in the table."""
+    folder = tmp_path_factory.mktemp("copy")
+    for name in ("configs", "kernels", "seqmodels", "tests"):
+        ignored = shutil.ignore_patterns("__pycache__", "fixtures")
+        shutil.copytree(ROOT / name, folder / name, symlinks=True, ignore=ignored)
+    for name in ("train.py", "eval.py", "sweep.py", "pyproject.toml"):
+        shutil.copy(ROOT / name, folder / name)
+    mixer, config = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    (folder / "seqmodels" / "mixers" / "ema.py").write_text(mixer)
+    (folder / "configs" / "ema.py").write_text(config)
+    line = re.search(r'^ +"ema": .*\n', TEXT, re.MULTILINE)[0]
+    table = folder / "seqmodels" / "branches.py"
+    before, brace, after = table.read_text().partition("BRANCHES = Table(\n    {\n")
+    table.write_text(before + brace + line + after)
+    return folder
 
 
-@pytest.fixture
-def ema(monkeypatch):
-    """The mixer of the page, registered."""
-    module = types.ModuleType("ema")
-    monkeypatch.setitem(sys.modules, "ema", module)
-    exec(re.search(r"```python\n(.*?)```", TEXT, re.DOTALL)[1], module.__dict__)
-    monkeypatch.setitem(MIXERS, "ema", module.Ema)
-    return "ema"
+def run(folder, *command):
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    done = subprocess.run([sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    return done.stdout
 
 
 @pytest.mark.slow
-def test_example_obeys_the_contract(ema):
-    contract.test_causal(ema)
-    contract.test_whole_equals_pieces_from_any_state(ema, (4, 1, 5), True)
-    contract.test_packed_documents_equal_separate_ones(ema)
-    contract.test_padding_is_nothing(ema, "interior")
-    contract.test_state_is_differentiable_in_and_out(ema)
-    contract.test_sharded_equals_unsharded(ema, ("data", "sequence"))
+def test_the_mixer_trains_evaluates_continues_a_prompt_and_sweeps(copy):
+    out = run(copy, "train.py", "--config=configs/ema.py", "--config.steps=10", *SMALL)
+    assert "trained 10 steps" in out
+    out = run(copy, "train.py", "--config=configs/ema.py", "--config.steps=12", *SMALL)
+    assert "resuming runs/ema after step 10" in out
+    assert run(copy, "eval.py", "--workdir=runs/ema", "--prompt=To be", "--tokens=5").startswith("To be")
+    out = run(copy, "sweep.py", "--config=configs/ema.py", "--evals=none", "--config.steps=2", *SMALL)
+    assert "2 of 2 trials done" in out
+
+
+@pytest.mark.slow
+def test_the_mixer_is_tested_by_the_contract(copy):
+    tests = ["causal", "pieces", "packed", "padding and interior", "state", "bfloat16", "sharded and sequence"]
+    chosen = "ema and not bi and (" + " or ".join(f"({test})" for test in tests) + ")"
+    out = run(copy, "-m", "pytest", "-q", "-p", "no:cacheprovider", "tests/test_branches.py", "-k", chosen)
+    assert int(re.search(r"(\d+) passed", out)[1]) >= 9
