@@ -5,6 +5,7 @@ from typing import Any
 from seqmodels.branch import Branch
 from seqmodels.depth.connection import Carry, Connection
 from seqmodels.depth.dense import Dense
+from seqmodels.mixers.linked import Linked
 
 __all__ = ["Carry", "Connection", "Dense", "connection_of", "kind"]
 
@@ -26,7 +27,7 @@ def connection_of(config: Any, branches: list[Branch], sources: int, **parent: A
     """
     if kind(config) == PLAIN:
         return Connection(**parent)
-    linked = next((branch for branch in branches if branch.link), None)
+    linked = next((branch for branch in branches if isinstance(branch, Linked)), None)
     if linked is None:
         fields: dict[str, Any] = dict(link="", sizes={}, dtype=config.dtype, implementation={})
     else:

@@ -11,6 +11,7 @@ from seqmodels.branch import Branch, State
 from seqmodels.depth.connection import Carry, Connection
 from seqmodels.depth.matrix import MatrixFusion
 from seqmodels.depth.vector import VectorFusion
+from seqmodels.mixers.linked import Linked
 from seqmodels.sequence import Sequence
 
 
@@ -54,9 +55,9 @@ class Dense(Connection):
         self, branch: Branch, x: jax.Array, seq: Sequence, state: State, carry: Carry, own: State
     ) -> tuple[jax.Array, State, Carry, State]:
         """A branch that writes a stream, fused with the streams below; other branches as they are."""
-        if not branch.link:
+        if not isinstance(branch, Linked):
             return super().run(branch, x, seq, state, carry, own)
-        stream, readout = branch.write(x, seq, state)
+        stream, readout = branch.stream_and_readout(x, seq, state)
         if self.fuses:
             sources = carry[: self.sources]
             y, ssm, own, stream = self.fusion(x, stream, readout, sources, seq, own or None)

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from seqmodels.depth.gates import Gates, gated
-from seqmodels.mixers.matrix import Stream, finish, read, state_flops
+from seqmodels.mixers.matrix import Stream, gate_and_norm, read_states, state_flops
 from seqmodels.sequence import Sequence
 
 
@@ -71,10 +71,10 @@ class MatrixFusion(nn.Module):
             x = jnp.where(seq.mask[..., None], x, 0)
         values, keys = self.gates(x) if sources else (None, None)
         y, state, stream = getattr(self, f"_{self.options.variant}")(own, readout.q, sources, seq, values, keys)
-        return finish(readout, y), state, None, stream
+        return gate_and_norm(readout, y), state, None, stream
 
     def _states(self, streams, queries, seq):
-        return read(streams, queries, seq, self.implementation.get("linear_attention"))
+        return read_states(streams, queries, seq, self.implementation.get("linear_attention"))
 
     def _add(self, y, lower: list[jax.Array], gate):
         """y + g_V sum lower, each [B, T, H, V], normed first where the config says so."""

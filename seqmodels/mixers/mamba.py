@@ -8,11 +8,12 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from seqmodels.branch import Branch, real
+from seqmodels.branch import real
 from seqmodels.fields.mamba import MAMBA
 from seqmodels.layers.matmul import separate_matmuls
 from seqmodels.layers.norm import rms_norm
 from seqmodels.layers.parameter import ones, parameter, uniform
+from seqmodels.mixers.linked import Linked
 from seqmodels.parallel import selective_scan, short_conv
 from seqmodels.sequence import Sequence
 
@@ -80,7 +81,7 @@ def init_dt_bias(smallest: float, largest: float, floor: float):
     return init
 
 
-class Mamba(Branch):
+class Mamba(Linked):
     """Mamba mixer. Its options are declared in seqmodels/fields/mamba.py."""
 
     state: int = MAMBA["state"]
@@ -141,13 +142,7 @@ class Mamba(Branch):
             ssm=jnp.zeros((batch, self.inner, self.state), jnp.float32),
         )
 
-    def __call__(self, x: jax.Array, seq: Sequence, state=None):
-        """x [B, T, D] to y [B, T, D] and the new state."""
-        stream, readout = self.write(x, seq, state)
-        y, ssm = self.scan(stream, readout, seq)
-        return self.project(y), self.new_state(readout, ssm)
-
-    def write(self, x: jax.Array, seq: Sequence, state=None) -> tuple[Stream, Readout]:
+    def stream_and_readout(self, x: jax.Array, seq: Sequence, state=None) -> tuple[Stream, Readout]:
         """Everything before the scan: projection, convolution, and the token's step, input and output matrices."""
         if state is None:
             state = self.init_state(x.shape[0])

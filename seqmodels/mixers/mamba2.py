@@ -6,13 +6,14 @@ import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from seqmodels.branch import Branch, real
+from seqmodels.branch import real
 from seqmodels.fields.mamba2 import MAMBA2
 from seqmodels.layers.matmul import separate_matmuls, wide_matmul
 from seqmodels.layers.norm import gated_norm
 from seqmodels.layers.parameter import ones, parameter, uniform
+from seqmodels.mixers.linked import Linked
 from seqmodels.mixers.mamba import init_dt_bias
-from seqmodels.mixers.matrix import Stream, finish, read, state_flops
+from seqmodels.mixers.matrix import Stream, gate_and_norm, read_states, state_flops
 from seqmodels.parallel import short_conv
 from seqmodels.sequence import Sequence
 
@@ -37,7 +38,7 @@ class Readout:
     groups: int = struct.field(pytree_node=False)
     eps: float = struct.field(pytree_node=False)
 
-    def finish(self, y: jax.Array) -> jax.Array:
+    def gate_and_norm(self, y: jax.Array) -> jax.Array:
         """norm((y + D x) silu(z)), the norm over the channels of a group: y [B, T, H, P] to [B, T, E]."""
         y = checkpoint_name((y + self.D[:, None] * self.x).astype(self.x.dtype), "readout")
         return gated_norm(y.reshape(self.z.shape), self.z, self.scale, self.groups, self.eps)
@@ -48,7 +49,7 @@ def init_A_log(key, shape, dtype=jnp.float32):
     return jnp.log(jax.random.uniform(key, shape, dtype, 1, 16))
 
 
-class Mamba2(Branch):
+class Mamba2(Linked):
     """Mamba-2 mixer. Its options are declared in seqmodels/fields/mamba2.py."""
 
     state: int = MAMBA2["state"]
@@ -114,13 +115,7 @@ class Mamba2(Branch):
             ssm=jnp.zeros((batch, *self.state_shape), jnp.float32),
         )
 
-    def __call__(self, x: jax.Array, seq: Sequence, state=None):
-        """x [B, T, D] to y [B, T, D] and the new state."""
-        stream, readout = self.write(x, seq, state)
-        y, ssm = self.scan(stream, readout, seq)
-        return self.project(y), self.new_state(readout, ssm)
-
-    def write(self, x: jax.Array, seq: Sequence, state=None) -> tuple[Stream, Readout]:
+    def stream_and_readout(self, x: jax.Array, seq: Sequence, state=None) -> tuple[Stream, Readout]:
         """Everything before the recurrence: projections, convolutions, the token's step, keys and queries."""
         if state is None:
             state = self.init_state(x.shape[0])
@@ -152,8 +147,8 @@ class Mamba2(Branch):
 
     def scan(self, stream: Stream, readout: Readout, seq: Sequence) -> tuple[jax.Array, jax.Array]:
         """The recurrence with skip, gate and norm: y [B, T, E] and the final state [B, H, N, P]."""
-        y, ssm = read([stream], [readout.q], seq, self.implementation.get("linear_attention"))
-        return finish(readout, y[:, :, 0]), ssm[:, 0]
+        y, ssm = read_states([stream], [readout.q], seq, self.implementation.get("linear_attention"))
+        return gate_and_norm(readout, y[:, :, 0]), ssm[:, 0]
 
     @nn.nowrap
     def flops(self, length: int) -> float:

@@ -1,6 +1,7 @@
 """What mixers with a matrix state have in common: the stream that they write, and how queries read several at once."""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -57,7 +58,7 @@ def state_flops(shape: tuple[int, ...], decays: bool) -> float:
     return (2 + 2 + decays) * math.prod(shape)
 
 
-def read(streams: list[Stream], queries: list[jax.Array], seq: Sequence, implementation: str | None = None):
+def read_states(streams: list[Stream], queries: list[jax.Array], seq: Sequence, implementation: str | None = None):
     """Each stream's state, read by its query [B, T, Hk, K]: one linear attention, the streams' heads side by side.
 
     Returns:
@@ -78,7 +79,7 @@ def read(streams: list[Stream], queries: list[jax.Array], seq: Sequence, impleme
     return y.reshape(*y.shape[:2], *apart, -1), state.reshape(state.shape[0], *apart, *state.shape[2:])
 
 
-def finish(readout, y: jax.Array) -> jax.Array:
-    """readout.finish(y): skip, norm and gate, made again in the backward pass rather than kept for it in float32."""
+def gate_and_norm(readout: Any, y: jax.Array) -> jax.Array:
+    """readout.gate_and_norm(y), made again in the backward pass rather than kept for it in float32."""
     kept = jax.checkpoint_policies.save_only_these_names("readout", "statistics")
-    return jax.checkpoint(type(readout).finish, policy=kept)(readout, y)
+    return jax.checkpoint(type(readout).gate_and_norm, policy=kept)(readout, y)

@@ -13,11 +13,12 @@ import numpy as np
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from seqmodels.branch import Branch, real
+from seqmodels.branch import real
 from seqmodels.fields.retnet import RETNET
 from seqmodels.layers.norm import rms_norm
 from seqmodels.layers.parameter import normal, ones, parameter, uniform
-from seqmodels.mixers.matrix import Stream, finish, read, state_flops
+from seqmodels.mixers.linked import Linked
+from seqmodels.mixers.matrix import Stream, gate_and_norm, read_states, state_flops
 from seqmodels.sequence import Sequence
 
 ACTIVATIONS = {"identity": lambda x: x, "silu": jax.nn.silu}
@@ -71,7 +72,7 @@ class Readout:
     scale: jax.Array | None
     eps: float = struct.field(pytree_node=False)
 
-    def finish(self, y: jax.Array) -> jax.Array:
+    def gate_and_norm(self, y: jax.Array) -> jax.Array:
         """norm(y / divisor) * gate, the norm over a head's channels: [B, T, H, V] to [B, T, H, V]."""
         y = y.astype(jnp.float32)
         if self.divisor is not None:
@@ -84,7 +85,7 @@ def xavier(rows: int, columns: int, gain: float):
     return uniform(gain * (6 / (rows + columns)) ** 0.5)
 
 
-class RetNet(Branch):
+class RetNet(Linked):
     """Retention mixer. Its options are declared in seqmodels/fields/retnet.py."""
 
     heads: int = RETNET["heads"]
@@ -135,13 +136,7 @@ class RetNet(Branch):
         """[B, H, K, V] float32."""
         return jnp.zeros((batch, *self.state_shape), jnp.float32)
 
-    def __call__(self, x: jax.Array, seq: Sequence, state=None):
-        """x [B, T, D] to y [B, T, D] and the new state."""
-        stream, readout = self.write(x, seq, state)
-        y, state = self.scan(stream, readout, seq)
-        return self.project(y), self.new_state(readout, state)
-
-    def write(self, x: jax.Array, seq: Sequence, state=None) -> tuple[Stream, Readout]:
+    def stream_and_readout(self, x: jax.Array, seq: Sequence, state=None) -> tuple[Stream, Readout]:
         """Keys, values, queries and gates."""
         if state is None:
             state = self.init_state(x.shape[0])
@@ -163,8 +158,8 @@ class RetNet(Branch):
 
     def scan(self, stream: Stream, readout: Readout, seq: Sequence) -> tuple[jax.Array, jax.Array]:
         """The recurrence with norm and gate: y [B, T, H, V] and the final state [B, H, K, V]."""
-        y, state = read([stream], [readout.q], seq, self.implementation.get("linear_attention"))
-        return finish(readout, y[:, :, 0]), state[:, 0]
+        y, state = read_states([stream], [readout.q], seq, self.implementation.get("linear_attention"))
+        return gate_and_norm(readout, y[:, :, 0]), state[:, 0]
 
     @nn.nowrap
     def flops(self, length: int) -> float:
