@@ -16,8 +16,8 @@ from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from seqmodels import cli
-from seqmodels.configs.base import base
 from seqmodels.errors import UserError
+from seqmodels.fields.run import defaults
 
 
 def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
@@ -39,7 +39,7 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens that have this probability.", **values)
     flags.DEFINE_integer("seed", 0, "Of sampling.", **values)
     flags.DEFINE_string("stop", None, "Text at which the continuation ends.", **values)
-    options = ConfigDict({"evaluation": base().evaluation})
+    options = ConfigDict({"evaluation": defaults().evaluation})
     cli.check_overrides(options, argv)
     config_flags.DEFINE_config_dict("config", options, "Evaluation fields, in place of the run's.",
                                     flag_values=flag_values, sys_argv=argv)  # fmt: skip

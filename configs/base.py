@@ -1,7 +1,7 @@
-"""Fields that every config has, with their defaults, in one place.
+"""What the configs have in common: the fields of a run, two ways to train, and names of presets.
 
-A config file calls `base()`, adds the fields of its mixers, applies its preset, and returns the result of `finish`.
-Nothing here touches a device, and nothing of the library is imported.
+A config file calls `base()`, adds the options of its branches, applies its preset, and returns the result of `finish`.
+Nothing here touches a device or imports JAX; of the library only `seqmodels.fields` is imported.
 """
 
 from collections.abc import Iterable
@@ -9,135 +9,15 @@ from difflib import get_close_matches
 
 from ml_collections import ConfigDict
 
+from seqmodels.fields.run import defaults
+
 
 def base() -> ConfigDict:
-    """Every field a config may have. Sizes are in tokens, rows and steps."""
-    config = ConfigDict()
-    config.name = ""
-    config.seed = 0
-    config.steps = 1000  # optimizer steps in all
-    config.batch_size = 8  # rows a step, over all devices and accumulation steps
-    config.seq_len = 256  # tokens a row
-    config.platform = ""  # "" takes JAX's default; "cpu", "gpu" or "tpu" insists
-    config.evals = ""  # evaluators at the end of training, names apart by commas (docs/evaluation.md); "": none
+    """Every field of a run, at its default: `seqmodels/fields/run.py` and `model.py` declare them. Unlocked.
 
-    config.model = ConfigDict(
-        dict(
-            width=128,  # D, the residual width
-            pattern="mamba",  # one group of layers: blocks apart by spaces, channel mixer after "+"
-            repeats=4,  # how often the pattern is repeated
-            vocab_size=0,  # 0: the tokenizer's, rounded up to vocab_multiple
-            vocab_multiple=8,
-            tie_embeddings=True,
-            embedding_std=0.02,
-            norm_eps=1e-5,
-            dropout=0.0,  # on every residual branch
-            dtype="float32",  # of activations and matmuls; parameters, states and losses are float32
-            residual_dtype="float32",
-            remat="none",  # none | rescan | mixer | projected | scan | block | dots | streams: what is kept
-            remat_blocks=0,  # remat only the first so many blocks, if unrolled; 0: all
-            scan_blocks=0,  # 0: layers unrolled; k: lax.scan over super-blocks of k repeats
-        )
-    )
-    config.model.implementation = ConfigDict(  # of each operation: "" picks by device, a file of kernels/<op> insists
-        dict(
-            selective_scan="",  # reference | xla | mosaic_gpu | mosaic_tpu
-            short_conv="",  # reference | xla | mosaic_gpu | mosaic_tpu
-            attention="",  # reference | xla | cudnn
-            linear_attention="",  # reference | xla | mosaic_gpu | mosaic_tpu
-        )
-    )
-    config.model.dense = ConfigDict(
-        dict(
-            variant="none",  # none | read | input | output | rank | carry
-            depth=2,  # m, how many shallower layers are collected
-            every=1,  # every how many layers a dense one
-            gate="channel",  # channel | state | both | none
-            activation="silu",  # of the gate: silu | sigmoid | identity
-            bottleneck=32,  # the gate's inner width is width / bottleneck
-            per_source=False,  # one gate a source, or one for all
-            projection="identity",  # identity | linear (N by N)
-            norm=False,  # RMSNorm: of the fused key and value (input), of the dense term (else)
-        )
-    )
-
-    config.data = ConfigDict(
-        dict(
-            name="shakespeare_austen",  # of seqmodels.data: a local text, or any TFDS name such as wiki40b/en
-            path="",  # local text file(s) for name="text": glob of .txt, .txt.xz, .txt.gz, .jsonl
-            text_key="text",  # feature that holds the text in a TFDS dataset or JSON line
-            tokenizer="bytes",  # bytes | path to a sentencepiece .model or a Hugging Face tokenizer.json
-            cache="data",  # where datasets and token caches are kept
-            reset=True,  # documents in a row are kept apart (segment ids), or run together
-        )
-    )
-
-    config.optimizer = ConfigDict(
-        dict(
-            learning_rate=3e-3,
-            schedule="cosine",  # cosine | wsd | constant
-            warmup=0.02,  # share of the steps, or a number of steps if > 1
-            decay=0.2,  # wsd: share of the steps that decays at the end
-            floor=0.1,  # last learning rate as a share of the peak
-            b1=0.9,
-            b2=0.95,
-            eps=1e-8,
-            weight_decay=0.1,
-            clip=1.0,  # global gradient norm; 0 turns it off
-            ema=0.0,  # decay of the averaged weights; 0 turns them off
-        )
-    )
-    config.training = ConfigDict(
-        dict(
-            accumulate=1,  # gradient accumulation: micro-batches a step
-            bptt=False,  # truncated BPTT: the state of step n goes into step n + 1
-            z_loss=0.0,
-            loss_chunk=1024,  # tokens of a row whose logits exist at once; 0: all
-            nan="stop",  # stop | skip
-            profile_start=0,  # step at which a profile starts; 0: none
-            profile_steps=3,
-        )
-    )
-    config.mesh = ConfigDict(dict(data=-1, fsdp=1, tensor=1, sequence=1, expert=1))  # -1: what is left
-    config.checkpoint = ConfigDict(
-        dict(
-            every=100,  # steps
-            keep=2,  # newest ones kept
-            keep_every=0,  # and each k-th step for good; 0: none
-            best="",  # metric whose best checkpoint is kept too, such as validation_loss
-        )
-    )
-    config.evaluation = ConfigDict(
-        dict(
-            every=0,  # steps between validations during training; 0: at the end only
-            rows=64,  # rows a validation during training reads
-            batch_size=0,  # 0: batch_size
-            lengths=(1, 4, 16, 64),  # context lengths of eval.py, as multiples of seq_len
-            classification="",  # JSON lines of prompt, choices and answer: a file or a glob; "": those of the project
-            tasks="local",  # of lm-eval: names apart by commas, or a list of seqmodels/evals/lists.py such as mamba
-            task_folder="",  # your own task files for lm-eval
-        )
-    )
-    config.evaluation.throughput = ConfigDict(
-        dict(
-            contexts=(1, 4, 16),  # tokens of a prompt, as multiples of seq_len
-            batches=(1, 8),  # prompts at once
-            tokens=32,  # new tokens for each
-            repeats=3,  # timings, of which the median counts
-        )
-    )
-    config.metrics = ConfigDict(
-        dict(
-            every=1,  # steps between rows
-            norms=True,  # of parameters and updates too: 12 bytes of memory traffic a parameter and step
-            tensorboard=True,
-            wandb="",  # project's name; "" is off
-        )
-    )
-    config.sample = ConfigDict(
-        dict(prompt="The ", tokens=200, temperature=0.8, top_k=0, top_p=0.95)  # text shown at the end of training
-    )
-    return config
+    A config adds the options of its branches, such as `config.model.mamba = MAMBA.defaults()`.
+    """
+    return defaults()
 
 
 def large(config: ConfigDict, *, learning_rate: float, steps: int, remat: str) -> None:

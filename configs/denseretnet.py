@@ -40,10 +40,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.norm_eps = 1e-6
     add_retnet(config)
     config.model.retnet.update(dict(activation="silu", row_scale=True, norm_weight=True, init_std=0.02))
-    config.model.dense.update(dict(variant="input", gate="both", norm=True))
-    config.model.dense.bottleneck_state = 8  # as bottleneck, of the keys' gate; 0: the same
-    config.model.dense.norm_eps = 1e-6
-    config.model.dense.gate_std = 0.02  # of the gates' matrices; 0: they start closed
+    config.model.dense.update(dict(variant="input", gate="both", norm=True, norm_eps=1e-6))
+    config.model.dense.update(dict(bottleneck_state=8, gate_std=0.02))
     if chosen == "small":
         config.model.retnet.key_dim = 32  # width / heads / 2, as in all presets
     elif chosen == "25m":

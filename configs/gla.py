@@ -13,6 +13,8 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from seqmodels.configs.base import base, finish, large, preset
+from seqmodels.fields.gla import GLA
+from seqmodels.fields.mlp import MLP
 
 # name: (width, layers, heads, steps, rows a step, remat); section 5
 PAPER = {
@@ -26,17 +28,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     chosen = preset(arg, ["small", *PAPER])
     config = base()
     config.model.pattern = "gla+mlp"
-    config.model.gla = ConfigDict(
-        dict(
-            heads=4,
-            key_dim=0,  # of a head; 0: width / heads / 2
-            value_dim=0,  # of a head; 0: width / heads
-            gate_rank=16,  # inner width of the decays' projection
-            gate_divisor=16.0,  # of the logarithm of a decay
-            norm_eps=1e-5,  # of the heads' norm
-        )
-    )
-    config.model.mlp = ConfigDict(dict(hidden=128))  # 0: 8/3 of the width, rounded up to a multiple of 64
+    config.model.gla = GLA.defaults(heads=4)
+    config.model.mlp = MLP.defaults(hidden=128)
     if chosen != "small":
         width, layers, heads, steps, rows, remat = PAPER[chosen]
         large(config, learning_rate=3e-4, steps=steps, remat=remat)

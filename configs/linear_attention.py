@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 
 from seqmodels.configs.base import base, finish, large, preset
 from seqmodels.configs.transformer import PAPER
+from seqmodels.fields.linear_attention import LINEAR_ATTENTION
+from seqmodels.fields.mlp import MLP
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -22,13 +24,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     chosen = preset(arg, ["small", *PAPER])
     config = base()
     config.model.pattern = "linear_attention+mlp"
-    config.model.linear_attention = ConfigDict(
-        dict(
-            heads=4,
-            feature_map="elu",  # elu (plus one) | relu | softmax (over channels) | taylor
-        )
-    )
-    config.model.mlp = ConfigDict(dict(hidden=136))  # 0: 8/3 of the width, rounded up to a multiple of 64
+    config.model.linear_attention = LINEAR_ATTENTION.defaults(heads=4)
+    config.model.mlp = MLP.defaults(hidden=136)
     if chosen != "small":
         width, layers, heads, learning_rate, steps, remat = PAPER[chosen]
         large(config, learning_rate=learning_rate, steps=steps, remat=remat)

@@ -14,6 +14,7 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from seqmodels.configs.base import base, finish, large, preset
+from seqmodels.fields.mamba import MAMBA
 
 # name: (width, layers, peak learning rate, steps, remat, scan_blocks). Steps are those of the paper's scaling runs, of
 # 2.5 to 26 B tokens; 2.8b, not among them, gets the 300 B tokens of the released models and five times the rate of
@@ -29,18 +30,7 @@ PAPER = {
 
 def add_mamba(config: ConfigDict) -> None:
     """Fields of the Mamba mixer (seqmodels/mixers/mamba.py), with the paper's values."""
-    config.model.mamba = ConfigDict(
-        dict(
-            state=16,  # N
-            expand=2,  # E = expand * D
-            conv=4,  # W
-            dt_rank=0,  # 0: ceil(D / 16)
-            norms="none",  # on dt, B and C: none | rms (no weights: FalconMamba) | learned (Jamba)
-            dt_min=1e-3,  # of the step size at initialization
-            dt_max=1e-1,
-            dt_floor=1e-4,
-        )
-    )
+    config.model.mamba = MAMBA.defaults()
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

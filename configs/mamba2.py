@@ -14,6 +14,7 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from seqmodels.configs.base import base, finish, large, preset
+from seqmodels.fields.mamba2 import MAMBA2
 
 # name: (width, layers, peak learning rate, steps, remat, scan_blocks), trained like configs/mamba.py's
 PAPER = {
@@ -27,19 +28,7 @@ PAPER = {
 
 def add_mamba2(config: ConfigDict) -> None:
     """Fields of the Mamba-2 mixer (seqmodels/mixers/mamba2.py), with the paper's values."""
-    config.model.mamba2 = ConfigDict(
-        dict(
-            state=128,  # N
-            expand=2,  # E = expand * D
-            head_dim=64,  # P = E / heads
-            groups=1,  # sets of B and C that the heads share
-            conv=4,  # W
-            norm_eps=1e-5,  # of the norm behind the gate
-            dt_min=1e-3,  # of the step size at initialization
-            dt_max=1e-1,
-            dt_floor=1e-4,
-        )
-    )
+    config.model.mamba2 = MAMBA2.defaults(state=128, head_dim=64)
 
 
 def get_config(arg: str | None = None) -> ConfigDict:

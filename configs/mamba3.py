@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 
 from seqmodels.configs.base import base, finish, large, preset
 from seqmodels.configs.mamba2 import PAPER
+from seqmodels.fields.mamba3 import MAMBA3
+from seqmodels.fields.mlp import MLP
 
 SIZES = ("130m", "370m", "780m", "1.3b")
 
@@ -24,21 +26,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     chosen = preset(arg, ["small", *SIZES])
     config = base()
     config.model.pattern = "mamba3+mlp"
-    config.model.mamba3 = ConfigDict(
-        dict(
-            state=128,  # N
-            expand=2,  # E = expand * D
-            head_dim=64,  # P = E / heads
-            groups=1,  # sets of B and C that the heads share
-            rotated=0.5,  # share of the state's channels that rotate: 0.5 | 1
-            A_activation="heavy_tail",  # heavy_tail | softplus (the authors' before June 2026)
-            norm_eps=1e-5,  # of the norms of B and C
-            dt_min=1e-3,  # of the step size at initialization
-            dt_max=1e-1,
-            dt_floor=1e-4,
-        )
-    )
-    config.model.mlp = ConfigDict(dict(hidden=120))  # 0: 8/3 of the width, rounded up to a multiple of 64
+    config.model.mamba3 = MAMBA3.defaults(state=128, head_dim=64)
+    config.model.mlp = MLP.defaults(hidden=120)
     if chosen == "small":
         config.model.repeats = 3
         config.model.mamba3.update(dict(state=32, head_dim=32))

@@ -15,6 +15,8 @@ from ml_collections import ConfigDict
 
 from seqmodels.configs.base import base, finish, large, preset
 from seqmodels.configs.transformer import PAPER
+from seqmodels.fields.mlp import MLP
+from seqmodels.fields.performer import PERFORMER
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -22,17 +24,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     chosen = preset(arg, ["small", *PAPER])
     config = base()
     config.model.pattern = "performer+mlp"
-    config.model.performer = ConfigDict(
-        dict(
-            heads=4,
-            random_features=64,  # m, of each head
-            orthogonal=True,
-            seed=0,  # of the features
-            redraw=0,  # training steps after which they are drawn again; 0: never
-            qk_norm=False,  # RMSNorm of queries and keys, which bounds the estimate's variance
-        )
-    )
-    config.model.mlp = ConfigDict(dict(hidden=136))  # 0: 8/3 of the width, rounded up to a multiple of 64
+    config.model.performer = PERFORMER.defaults(heads=4, random_features=64)
+    config.model.mlp = MLP.defaults(hidden=136)
     if chosen != "small":
         width, layers, heads, learning_rate, steps, remat = PAPER[chosen]
         large(config, learning_rate=learning_rate, steps=steps, remat=remat)

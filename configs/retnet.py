@@ -14,6 +14,8 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from seqmodels.configs.base import base, finish, large, preset
+from seqmodels.fields.mlp import MLP
+from seqmodels.fields.retnet import RETNET
 
 # name: (width, layers, heads, peak learning rate, steps, rows a step, remat); tables 2 and 7, section 3.5
 PAPER = {
@@ -26,19 +28,7 @@ PAPER = {
 
 def add_retnet(config: ConfigDict) -> None:
     """Fields of the retention mixer (seqmodels/mixers/retnet.py), with the paper's values."""
-    config.model.retnet = ConfigDict(
-        dict(
-            heads=2,
-            key_dim=0,  # of a head; 0: width / heads
-            value_dim=0,  # of a head; 0: 2 width / heads
-            schedule="octaves",  # of the decays: octaves | spread
-            activation="identity",  # of queries, keys and values: identity | silu
-            row_scale=False,  # divide the readout by the root of its decays' sum, as torchscale does
-            norm_eps=1e-6,  # of the heads' norm
-            norm_weight=False,  # weights in that norm
-            init_std=0.0,  # of all matrices; 0: the paper's uniform ones
-        )
-    )
+    config.model.retnet = RETNET.defaults()
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
@@ -47,13 +37,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = base()
     config.model.pattern = "retnet+mlp"
     add_retnet(config)
-    config.model.mlp = ConfigDict(
-        dict(
-            hidden=96,  # 0: 8/3 of the width, rounded up to a multiple of 64
-            activation="gelu",  # silu | gelu | relu
-            gated=False,  # a factor x W beside the activation (torchscale has it)
-        )
-    )
+    config.model.mlp = MLP.defaults(hidden=96, activation="gelu", gated=False)
     if chosen == "small":
         config.model.repeats = 3  # and a narrow MLP: as many parameters as configs/densemamba.py
     else:

@@ -16,6 +16,8 @@ from ml_collections import ConfigDict
 
 from seqmodels.configs.base import base, finish, preset
 from seqmodels.configs.trials import Trial, product, vary
+from seqmodels.fields.mlp import MLP
+from seqmodels.fields.run import TASK_DATA
 
 MIXERS = (  # those that a sweep compares
     "mamba", "densemamba", "mamba2", "mamba3", "gla", "retnet", "linear_attention", "performer", "transformer",
@@ -128,16 +130,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.seq_len, config.batch_size, config.steps = sizes["length"], sizes["batch_size"], sizes["steps"]
     config.model = model(keys["mixer"], sizes["width"], sizes["layers"])
     config.model.embedding_std = sizes["embedding_std"]
-    config.data = ConfigDict(
-        dict(
-            name=task,
-            task=fields,
-            loss="answers",  # answers | all: also next tokens, where the task has them (induction, recall, passkey)
-            rows=512,  # of validation and of test
-            lengths=sizes["lengths"],  # of rows, in tokens, that a trained model is measured on as well
-            reset=False,  # a row is one document
-        )
-    )
+    config.data = TASK_DATA.defaults(name=task, lengths=sizes["lengths"])
+    config.data.task = fields
     config.optimizer.learning_rate, config.optimizer.schedule = sizes["learning_rate"], sizes["schedule"]
     config.evals = "accuracy,needle" if task == "passkey" else "accuracy"
     config.checkpoint.every = config.evaluation.every = max(config.steps // 10, 1)
@@ -190,7 +184,7 @@ def model(mixer: str, width: int, layers: int) -> ConfigDict:
                 chosen[name] = ConfigDict(value.to_dict())
     chosen.width = width
     chosen.repeats = max(layers // len(chosen.pattern.split()), 1)
-    chosen.mlp = ConfigDict(dict(hidden=0))  # the same for all: SwiGLU, 8/3 of the width
+    chosen.mlp = MLP.defaults()  # the same for all: SwiGLU, 8/3 of the width
     return chosen
 
 

@@ -14,6 +14,8 @@ from collections.abc import Callable
 from ml_collections import ConfigDict
 
 from seqmodels.configs.base import base, finish, large, preset
+from seqmodels.fields.attention import ATTENTION
+from seqmodels.fields.mlp import MLP
 
 # name: (width, layers, heads, peak learning rate, steps, remat); GPT-3's shapes, trained as in the Mamba paper
 PAPER = {
@@ -28,15 +30,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     chosen = preset(arg, ["small", *PAPER])
     config = base()
     config.model.pattern = "attention+mlp"
-    config.model.attention = ConfigDict(
-        dict(
-            heads=4,
-            kv_heads=2,  # 0: heads
-            head_dim=0,  # 0: width / heads
-            rope_theta=1e4,
-        )
-    )
-    config.model.mlp = ConfigDict(dict(hidden=176))  # 0: 8/3 of the width, rounded up to a multiple of 64
+    config.model.attention = ATTENTION.defaults(heads=4, kv_heads=2)
+    config.model.mlp = MLP.defaults(hidden=176)
     if chosen != "small":
         width, layers, heads, learning_rate, steps, remat = PAPER[chosen]
         large(config, learning_rate=learning_rate, steps=steps, remat=remat)

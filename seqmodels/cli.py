@@ -7,6 +7,7 @@ before the config is read, so that `config.platform` is in time.
 import importlib.util
 import os
 import re
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,7 +16,10 @@ from types import ModuleType
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from seqmodels.config import check_names, upgrade, with_pattern
+from seqmodels.config_help import describe
 from seqmodels.errors import UserError
+from seqmodels.fields.run import ROOT
 from seqmodels.nearest import nearest
 
 _HELP = {"--help", "-help", "-h"}
@@ -49,17 +53,33 @@ def load_module(spec: str) -> ModuleType:
     return module
 
 
-def load_config(spec: str) -> ConfigDict:
-    """Config of `path/to/config.py` or `path/to/config.py:preset`, locked.
+def written_config(spec: str) -> ConfigDict:
+    """What get_config of `path/to/config.py` or `path/to/config.py:preset` returns.
 
     Raises: UserError where the file is missing or does not define get_config, or the preset is unknown.
     """
     module, preset = load_module(spec), spec.partition(":")[2]
     try:
         config = module.get_config(preset) if preset else module.get_config()
-    except (ValueError, KeyError, TypeError) as error:
+    except (AttributeError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--config={spec}: {_one_line(error)}") from error
-    return config.lock()
+    if not isinstance(config, ConfigDict):
+        raise UserError(f"--config={spec}: get_config returns a {type(config).__name__}; it must return a ConfigDict")
+    return config
+
+
+def load_config(spec: str) -> ConfigDict:
+    """Config of `path/to/config.py` or `path/to/config.py:preset`, locked; fields that it lacks have their defaults.
+
+    Raises: UserError where the file is missing or does not define get_config, the preset is unknown, or the config has
+    a field that is not declared.
+    """
+    config = written_config(spec)
+    try:
+        check_names(config)
+        return upgrade(config).lock()
+    except UserError as error:
+        raise UserError(f"--config={spec}: {error}") from None
 
 
 def take_config(argv: list[str]) -> str | None:
@@ -91,8 +111,20 @@ def define_config(flag_values: flags.FlagValues, argv: list[str]) -> None:
         )
         return
     config = load_config(spec)
+    if (pattern := _override(argv, "model.pattern")) is not None:
+        config = with_pattern(config, pattern).lock()  # so that the options of its branches can be set too
     check_overrides(config, argv)
     config_flags.DEFINE_config_dict("config", config, f"Read from {spec}.", flag_values=flag_values, sys_argv=argv)
+
+
+def _override(argv: list[str], field: str) -> str | None:
+    """The value that the arguments give to a field: the last one, or None."""
+    value = None
+    for argument, following in zip(argv, [*argv[1:], None], strict=True):
+        match = re.fullmatch(rf"--?config\.{re.escape(field)}(?:=(.*))?", argument, re.DOTALL)
+        if match:
+            value = following if match[1] is None else match[1]
+    return value
 
 
 def check_overrides(config: ConfigDict, argv: list[str]) -> None:
@@ -115,8 +147,7 @@ def use_platform(platform: str) -> None:
     """
     import jax
 
-    if platform not in ("", "cpu", "gpu", "tpu"):
-        raise UserError(f"--config.platform={platform}: it is one of cpu, gpu, tpu, or empty for what is there")
+    ROOT.fields["platform"].check("platform", platform)
     if platform:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))
     try:
@@ -158,10 +189,10 @@ def help_text(doc: str, flag_values: flags.FlagValues) -> str:
             lines.append(f"  --{name}: {flag.help}{default}")
     config = flag_values["config"].default if "config" in flag_values else None
     if isinstance(config, ConfigDict):
-        lines += ["", "Fields of the config (configs/base.py says what they mean):"]
-        lines += [f"  --config.{name}={value}" for name, value in fields(config)]
+        lines += ["", "Fields of the config, with their values here, what they mean, and what else is allowed:"]
+        lines += describe(config, shutil.get_terminal_size().columns)
     elif "config" in flag_values:
-        lines += ["", "Add --config=FILE to see the fields of that config; configs/base.py says what they mean."]
+        lines += ["", "Add --config=FILE to see the fields of that config and what they mean."]
     return "\n".join(lines)
 
 

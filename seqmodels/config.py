@@ -1,208 +1,177 @@
-"""What a config may hold, checked before anything is compiled or a device is touched."""
+"""What a config may hold, checked before anything is compiled or a device is touched.
 
-import math
-from typing import Any
+The fields themselves are declared in `seqmodels/fields`; here are the rules between fields of different groups.
+"""
 
-from ml_collections import ConfigDict
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
+from ml_collections import ConfigDict, FrozenConfigDict
+
+from seqmodels import pattern
+from seqmodels.branches import BRANCHES
 from seqmodels.errors import UserError
+from seqmodels.fields import Field, Group, group, refuse
+from seqmodels.fields.model import DENSE
+from seqmodels.fields.run import groups_of
+from seqmodels.nearest import nearest
 
-CHOICES = {
-    "platform": ("", "cpu", "gpu", "tpu"),
-    "model.dtype": ("float32", "bfloat16", "float16"),
-    "model.residual_dtype": ("float32", "bfloat16", "float16"),
-    "model.remat": ("none", "rescan", "mixer", "projected", "scan", "block", "dots", "streams"),
-    "model.dense.variant": ("none", "read", "input", "output", "rank", "carry"),
-    "model.dense.gate": ("channel", "state", "both", "none"),
-    "model.dense.activation": ("silu", "sigmoid", "identity"),
-    "model.dense.projection": ("identity", "linear"),
-    "model.mamba.norms": ("none", "rms", "learned"),
-    "model.retnet.schedule": ("octaves", "spread"),
-    "model.retnet.activation": ("identity", "silu"),
-    "model.linear_attention.feature_map": ("elu", "relu", "softmax", "taylor"),
-    "model.mamba3.rotated": (0.5, 1.0),
-    "model.mamba3.A_activation": ("heavy_tail", "softplus"),
-    "model.mlp.activation": ("silu", "gelu", "relu"),
-    "optimizer.schedule": ("cosine", "wsd", "constant"),
-    "training.nan": ("stop", "skip"),
-}
-
-# smallest and largest value, both allowed
-RANGES = {
-    "steps": (1, math.inf),
-    "batch_size": (1, math.inf),
-    "seq_len": (1, math.inf),
-    "model.width": (1, math.inf),
-    "model.repeats": (1, math.inf),
-    "model.vocab_size": (0, math.inf),
-    "model.vocab_multiple": (1, math.inf),
-    "model.remat_blocks": (0, math.inf),
-    "model.scan_blocks": (0, math.inf),
-    "model.dense.depth": (1, math.inf),
-    "model.dense.every": (1, math.inf),
-    "model.dense.bottleneck": (1, math.inf),
-    "model.dense.bottleneck_state": (0, math.inf),
-    "model.dense.gate_std": (0, math.inf),
-    "model.mamba.state": (1, math.inf),
-    "model.mamba.expand": (1, math.inf),
-    "model.mamba.conv": (1, math.inf),
-    "model.mamba.dt_rank": (0, math.inf),
-    "model.mamba2.state": (1, math.inf),
-    "model.mamba2.expand": (1, math.inf),
-    "model.mamba2.head_dim": (1, math.inf),
-    "model.mamba2.groups": (1, math.inf),
-    "model.mamba2.conv": (2, 8),
-    "model.mamba3.state": (1, math.inf),
-    "model.mamba3.expand": (1, math.inf),
-    "model.mamba3.head_dim": (1, math.inf),
-    "model.mamba3.groups": (1, math.inf),
-    "model.linear_attention.heads": (1, math.inf),
-    "model.performer.heads": (1, math.inf),
-    "model.performer.random_features": (1, math.inf),
-    "model.performer.redraw": (0, math.inf),
-    "model.gla.heads": (1, math.inf),
-    "model.gla.key_dim": (0, math.inf),
-    "model.gla.value_dim": (0, math.inf),
-    "model.gla.gate_rank": (1, math.inf),
-    "model.gla.gate_divisor": (1, math.inf),
-    "model.retnet.heads": (1, math.inf),
-    "model.retnet.key_dim": (0, math.inf),
-    "model.retnet.value_dim": (0, math.inf),
-    "model.retnet.init_std": (0, math.inf),
-    "model.attention.heads": (1, math.inf),
-    "model.attention.kv_heads": (0, math.inf),
-    "model.attention.head_dim": (0, math.inf),
-    "model.mlp.hidden": (0, math.inf),
-    "optimizer.warmup": (0, math.inf),
-    "optimizer.decay": (0, 1),
-    "optimizer.floor": (0, 1),
-    "optimizer.weight_decay": (0, math.inf),
-    "optimizer.clip": (0, math.inf),
-    "training.accumulate": (1, math.inf),
-    "training.z_loss": (0, math.inf),
-    "training.loss_chunk": (0, math.inf),
-    "training.profile_start": (0, math.inf),
-    "training.profile_steps": (1, math.inf),
-    "mesh.fsdp": (1, math.inf),
-    "mesh.tensor": (1, math.inf),
-    "mesh.sequence": (1, math.inf),
-    "mesh.expert": (1, math.inf),
-    "checkpoint.every": (1, math.inf),
-    "checkpoint.keep": (1, math.inf),
-    "checkpoint.keep_every": (0, math.inf),
-    "evaluation.every": (0, math.inf),
-    "evaluation.rows": (1, math.inf),
-    "evaluation.batch_size": (0, math.inf),
-    "metrics.every": (1, math.inf),
-    "sample.tokens": (0, math.inf),
-    "sample.temperature": (0, math.inf),
-    "sample.top_k": (0, math.inf),
-}
-
-STREAMS = ("mamba", "mamba2", "retnet")  # mixers with a hidden stream, which DenseSSM reads
-
-POSITIVE = ("model.embedding_std", "model.norm_eps", "optimizer.learning_rate", "optimizer.eps", "sample.top_p")
-SHARES = ("model.dropout", "optimizer.b1", "optimizer.b2", "optimizer.ema")  # at least 0, under 1
+OPEN = "data.task"  # whose fields are those of the task's class, which checks them (seqmodels/data/synthetic)
 
 
 def validate(config: ConfigDict) -> None:
-    """Check every field that can be checked without a device, a tokenizer or data.
+    """Check every field that can be checked without a device, a tokenizer or data. Fields may be missing.
 
     Raises UserError: one line with the field, its value and what is allowed.
     """
-    for field, allowed in CHOICES.items():
-        if (value := _get(config, field)) is not None and value not in allowed:
-            _refuse(field, value, "one of " + ", ".join(repr(name) for name in allowed))
-    for field, (low, high) in RANGES.items():
-        if (value := _get(config, field)) is not None and not low <= value <= high:
-            _refuse(field, value, f"at least {low}" if high == math.inf else f"between {low} and {high}")
-    for field in POSITIVE:
-        if not 0 < _get(config, field) < math.inf:
-            _refuse(field, _get(config, field), "greater than 0")
-    for field in SHARES:
-        if not 0 <= _get(config, field) < 1:
-            _refuse(field, _get(config, field), "at least 0 and less than 1")
-    if config.sample.top_p > 1:
-        _refuse("sample.top_p", config.sample.top_p, "at most 1")
-    if config.mesh.data != -1 and config.mesh.data < 1:
-        _refuse("mesh.data", config.mesh.data, "at least 1, or -1 for the devices that the other axes leave")
-    if not config.evaluation.lengths or min(config.evaluation.lengths) < 1:
-        _refuse("evaluation.lengths", tuple(config.evaluation.lengths), "multiples of seq_len, each at least 1")
-    if config.batch_size % config.training.accumulate:
-        _refuse("batch_size", config.batch_size, f"a multiple of training.accumulate={config.training.accumulate}")
-    _validate_model(config.model, bptt=config.training.bptt)
+    check_names(config)
+    config = upgrade(config)
+    for declared in groups(config):
+        declared.check_fields(part(config, declared.home))
+    for name in pattern.names(config.model.pattern):
+        if declared := group(name):
+            declared.validate(config.model[name], config.model.width)
+    accumulate, repeats, scan = config.training.accumulate, config.model.repeats, config.model.scan_blocks
+    if config.batch_size % accumulate:
+        refuse("batch_size", config.batch_size, f"a multiple of training.accumulate={accumulate}")
+    if scan and repeats % scan:
+        refuse("model.scan_blocks", scan, f"0, or a divisor of model.repeats={repeats}")
+    _check_branches(config)
+    DENSE.validate(config.model.dense, config.model.width)
 
 
-def blocks(pattern: str) -> list[tuple[str, ...]]:
-    """Layers of a pattern: "mamba attention+mlp" is [("mamba",), ("attention", "mlp")]."""
-    return [tuple(block.split("+")) for block in pattern.split()]
+def upgrade(stored: ConfigDict | Mapping[str, Any]) -> ConfigDict:
+    """A copy of a config, unlocked, in which every declared field is there: those that were missing have the default.
+
+    A field that came later has a default that means "as before". So the config.json of an old run, or a config file
+    that somebody wrote for an earlier version, means what it meant. The options of a branch are filled in where the
+    pattern names it, or some of them are there.
+
+    Raises UserError where model.pattern is wrong.
+    """
+    config = copy.deepcopy(stored) if type(stored) is ConfigDict else ConfigDict(_plain_dict(stored))
+    config.unlock()
+    model = part(config, "model")
+    if isinstance(backend := model.get("implementation"), str):  # older runs have one for all operations
+        model.implementation = ConfigDict(dict.fromkeys(("selective_scan", "short_conv", "attention"), backend))
+    for declared in groups(config):
+        options = part(config, declared.home, create=True)
+        for name, field in declared.fields.items():
+            if name not in options:
+                options[name] = field.default
+    return config
+
+
+def with_pattern(config: ConfigDict, text: str) -> ConfigDict:
+    """A copy with another `model.pattern` and, at their defaults, the options of branches that it brings in."""
+    config = copy.deepcopy(config).unlock()
+    config.model.pattern = text
+    return upgrade(config)
+
+
+def groups(config: ConfigDict) -> tuple[Group, ...]:
+    """All declared groups of a config in order, those of its branches behind the other groups of `config.model`.
+
+    A branch is there where `config.model` has its options or the pattern names it. Raises UserError where that is wrong.
+    """
+    model = part(config, "model")
+    named = pattern.names(model.pattern) if "pattern" in model else []
+    there = [name for name, value in model.items() if isinstance(value, ConfigDict) and name in BRANCHES]
+    found = (group(name) for name in dict.fromkeys([*there, *named]))
+    run = groups_of(config)
+    behind = run.index(DENSE) + 1
+    return (*run[:behind], *(declared for declared in found if declared), *run[behind:])
+
+
+def declared_fields(config: ConfigDict) -> dict[str, Field]:
+    """The declaration of every field of a config by its dotted name, such as "model.mamba.state"."""
+    return {declared.place(name): field for declared in groups(config) for name, field in declared.fields.items()}
+
+
+def part(config: ConfigDict, home: str, create: bool = False) -> ConfigDict:
+    """The group at a dotted place of a config. Where it is not there: an empty one, put there with `create`."""
+    for name in home.split(".") if home else ():
+        if name not in config and create:
+            config[name] = ConfigDict()
+        inside = config.get(name)
+        config = inside if isinstance(inside, ConfigDict) else ConfigDict()
+    return config
+
+
+def check_names(config: ConfigDict) -> None:
+    """Raises UserError for the first field or group of a config that is not declared, with the nearest name that is."""
+    allowed, homes = declared_fields(config), {declared.home for declared in groups(config)}
+    for name, value in _entries(config, open_groups=(OPEN, *(f"model.{branch}" for branch in BRANCHES))):
+        is_group = isinstance(value, ConfigDict)
+        if name in (homes if is_group else allowed):
+            continue
+        if is_group and name in allowed:
+            refuse(name, value.to_dict(), allowed[name].words())
+        if name in homes:
+            refuse(name, value, "a group of fields")
+        if is_group:
+            branches = [f"model.{branch}" for branch in BRANCHES]
+            raise UserError(
+                f"config.{name}: no such group of fields{nearest(name, [*sorted(homes - {''}), *branches])}"
+            )
+        raise UserError(f"config.{name}={value!r}: no such field{nearest(name, list(allowed))}")
+
+
+def _entries(config: ConfigDict, open_groups: tuple[str, ...], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Dotted name and value of every field and group, but for those of branches whose options nobody declares."""
+    for name, value in config.items():
+        dotted = prefix + name
+        if isinstance(value, ConfigDict):
+            if dotted in open_groups and group(name) is None:
+                continue
+            yield dotted, value
+            yield from _entries(value, open_groups, f"{dotted}.")
+        else:
+            yield dotted, value
+
+
+def _plain_dict(stored: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
+    return stored.to_dict() if isinstance(stored, ConfigDict | FrozenConfigDict) else dict(stored)
+
+
+# What follows asks for branches by name.
+
+
+class Kinds(NamedTuple):
+    """Names of the branches of a pattern that have a cache of keys, a stream for dense links, a matrix state."""
+
+    cached: set[str]
+    streams: set[str]
+    matrix: set[str]
+
+
+STREAMS = ("mamba", "mamba2", "retnet")
+
+
+def _kinds(text: str) -> Kinds:
+    names = set(pattern.names(text))
+    return Kinds(names & {"attention"}, names & set(STREAMS), names & {"mamba2", "retnet"})
 
 
 def context(config: ConfigDict) -> int | None:
     """Tokens that the model can see: `seq_len` where its state is a cache of keys, None (any number) where constant."""
-    return config.seq_len if any("attention" in block for block in blocks(config.model.pattern)) else None
+    return config.seq_len if _kinds(config.model.pattern).cached else None
 
 
-def _validate_model(model: ConfigDict, *, bptt: bool) -> None:
-    names = {name for block in blocks(model.pattern) for name in block}
-    if not names:
-        _refuse("model.pattern", model.pattern, "at least one block, such as 'mamba' or 'attention+mlp'")
-    groups = [name for name, value in model.items() if isinstance(value, ConfigDict)]
-    fields = [name for name in groups if name not in ("dense", "implementation")]
-    if not names <= set(fields):
-        _refuse("model.pattern", model.pattern, f"of blocks that this config has fields for: {', '.join(fields)}")
-    if model.scan_blocks and model.repeats % model.scan_blocks:
-        _refuse("model.scan_blocks", model.scan_blocks, f"0, or a divisor of model.repeats={model.repeats}")
-    if bptt and "attention" in names:
-        _refuse("training.bptt", bptt, "False with attention in model.pattern: a cache of keys is no constant state")
-    if bptt and "performer" in names and model.performer.redraw:
-        _refuse("model.performer.redraw", model.performer.redraw, "0 with training.bptt: states are made of features")
-    if model.dense.variant != "none":
-        if not names & set(STREAMS):
-            allowed = f"'none' without one of {', '.join(STREAMS)} in model.pattern"
-            _refuse("model.dense.variant", model.dense.variant, allowed)
-        if names & {"mamba2", "retnet"}:
-            if model.dense.variant == "carry":
-                _refuse("model.dense.variant", "carry", "one of 'read', 'input', 'output', 'rank' with a matrix state")
-            if model.dense.projection != "identity":
-                _refuse("model.dense.projection", model.dense.projection, "'identity' with a matrix state")
-        if model.dense.gate != "none" and model.width < model.dense.bottleneck:
-            _refuse("model.dense.bottleneck", model.dense.bottleneck, f"at most model.width={model.width}")
-    for name in ("linear_attention", "performer"):
-        if name in names and model.width % model[name].heads:
-            _refuse(f"model.{name}.heads", model[name].heads, f"a divisor of model.width={model.width}")
-    if "retnet" in names:
-        _validate_retnet(model.retnet, model.width)
-    if "attention" in names:
-        _validate_attention(model.attention, model.width)
-
-
-def _validate_retnet(retnet: ConfigDict, width: int) -> None:
-    if width % retnet.heads and not (retnet.key_dim and retnet.value_dim):
-        allowed = f"a divisor of model.width={width}, or key_dim and value_dim must be set"
-        _refuse("model.retnet.heads", retnet.heads, allowed)
-    if (key_dim := retnet.key_dim or width // retnet.heads) % 2 or not key_dim:
-        _refuse("model.retnet.key_dim", key_dim, "even, as rotations turn pairs")
-
-
-def _validate_attention(attention: ConfigDict, width: int) -> None:
-    if not attention.head_dim and width % attention.heads:
-        _refuse("model.attention.heads", attention.heads, f"a divisor of model.width={width}, or head_dim must be set")
-    if attention.heads % (attention.kv_heads or attention.heads):
-        _refuse("model.attention.kv_heads", attention.kv_heads, f"a divisor of heads={attention.heads}, or 0 for all")
-    if (head_dim := attention.head_dim or width // attention.heads) % 2:
-        _refuse("model.attention.head_dim", head_dim, "even, as rotary positions turn pairs")
-
-
-def _get(config: ConfigDict, field: str) -> Any:
-    """Value of a dotted field, or None where this config has no such part."""
-    value = config
-    for name in field.split("."):
-        if name not in value:
-            return None
-        value = value[name]
-    return value
-
-
-def _refuse(field: str, value: Any, allowed: str) -> None:
-    raise UserError(f"config.{field}={value!r}: must be {allowed}")
+def _check_branches(config: ConfigDict) -> None:
+    """Rules between the branches of the pattern and fields of other groups."""
+    model, dense, bptt = config.model, config.model.dense, config.training.bptt
+    kinds = _kinds(model.pattern)
+    if bptt and kinds.cached:
+        refuse("training.bptt", bptt, "False with attention in model.pattern: a cache of keys is no constant state")
+    if bptt and "performer" in pattern.names(model.pattern) and model.performer.redraw:
+        refuse("model.performer.redraw", model.performer.redraw, "0 with training.bptt: states are made of features")
+    if dense.variant == "none":
+        return
+    if not kinds.streams:
+        refuse("model.dense.variant", dense.variant, f"'none' without one of {', '.join(STREAMS)} in model.pattern")
+    if kinds.matrix and dense.variant == "carry":
+        refuse("model.dense.variant", "carry", "one of 'read', 'input', 'output', 'rank' with a matrix state")
+    if kinds.matrix and dense.projection != "identity":
+        refuse("model.dense.projection", dense.projection, "'identity' with a matrix state")

@@ -12,7 +12,6 @@ from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from seqmodels import data
-from seqmodels.configs.base import base
 from seqmodels.errors import UserError
 from seqmodels.evals.scoring import PositionSums, position_sums
 from seqmodels.model import build
@@ -93,12 +92,8 @@ def rows_at_once(config: ConfigDict) -> int:
 
 
 def _with_options(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """The config of a run with some fields replaced, and those that older runs lack."""
-    complete = base()
+    """The config of a run with some fields replaced."""
     with config.unlocked():
-        config.evals = config.get("evals", complete.evals)
-        complete.evaluation.update(config.evaluation)
-        config.evaluation = complete.evaluation
         config.update_from_flattened_dict(dict(overrides))
     return config
 

@@ -36,10 +36,14 @@ class Group:
         """The default of a field: `state: int = MAMBA["state"]` in the branch's class."""
         return self.fields[field].default
 
+    @property
+    def home(self) -> str:
+        """Dotted place of the group in a config: "model.mamba"; "" for the fields that are in no group."""
+        return f"model.{self.name}" if self.path is None else self.path
+
     def place(self, field: str) -> str:
         """Dotted name of a field of this group in a config: "model.mamba.state"."""
-        path = f"model.{self.name}" if self.path is None else self.path
-        return f"{path}.{field}" if path else field
+        return f"{self.home}.{field}" if self.home else field
 
     def defaults(self, **values: Any) -> ConfigDict:
         """A ConfigDict with every field in the declared order: the values given, and the defaults of all others.

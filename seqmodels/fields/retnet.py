@@ -26,7 +26,7 @@ RETNET = Group(
             "decays of the heads: octaves (1 - 2^-5, 1 - 2^-6, ...) or spread (from 1 - 1/32 to 1 - 1/512)",
             one_of("octaves", "spread"),
         ),
-        "activation": Field("identity", "of queries, keys and values", one_of("identity", "silu")),
+        "activation": Field("identity", "activation of queries, keys and values", one_of("identity", "silu")),
         "row_scale": Field(False, "divide the readout by the root of the decays' sum, as torchscale does"),
         "norm_eps": Field(1e-6, "epsilon of the heads' norm", above(0)),
         "norm_weight": Field(False, "weights in the heads' norm"),

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from seqmodels import cli
 from seqmodels.atomic import replace_file
-from seqmodels.config import validate
+from seqmodels.config import declared_fields, validate, with_pattern
 from seqmodels.errors import UserError
 from seqmodels.nearest import nearest
 from seqmodels.sweeps.claim import waited
@@ -38,12 +38,12 @@ def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path, e
     _find(spec, config, name)(listed.append, spec.partition(":")[2] or None)
     if not listed:
         raise UserError(f"--sweep={name}: adds no trial")
-    default = dict(cli.fields(cli.load_config(spec)))
+    written = cli.written_config(spec)
     trials = {}
     for overrides in listed:
         first = overrides.get("seed", config.seed)
         for seed in range(first, first + seeds):
-            trial = _trial(spec, config, name, overrides | {"seed": seed}, default, folder, evals)
+            trial = _trial(spec, config, name, overrides | {"seed": seed}, written, folder, evals)
             trials.setdefault(trial.id, trial)
     return list(trials.values())
 
@@ -90,10 +90,11 @@ def _find(spec: str, config: ConfigDict, name: str) -> Callable:
     return sweeps[name]
 
 
-def _trial(spec, config, name, overrides, default, folder, evals) -> Trial:
+def _trial(spec, config, name, overrides, written, folder, evals) -> Trial:
     resolved = resolve(config, overrides, name)
     fields = dict(cli.fields(resolved))
-    identity = hashlib.sha256(json.dumps(_plain(fields), sort_keys=True).encode()).hexdigest()[:10]
+    identity = identify(resolved, written)
+    default = dict(cli.fields(with_pattern(written, resolved.model.pattern)))  # what the command has without flags
     workdir, evals = folder / "trials" / identity, evals or fields["evals"]
     given = fields | {"evals": ""}  # eval.py's work, not train.py's as well
     flags = [f"--config.{field}={value}" for field, value in given.items() if value != default[field]]
@@ -105,17 +106,41 @@ def _trial(spec, config, name, overrides, default, folder, evals) -> Trial:
     return Trial(identity, workdir, overrides, _plain(fields), commands, evals)
 
 
+def identify(resolved: ConfigDict, written: ConfigDict) -> str:
+    """The name of a trial: a hash of its fields, which stays the same when fields are added to all configs.
+
+    Left out is a field at its default that came with a later version, or that the config file does not set.
+
+    Args:
+      resolved: the trial's config.
+      written: what the config file says, before missing fields are filled in.
+    """
+    declared, own = declared_fields(resolved), {name for name, _ in cli.fields(written)}
+
+    def counts(name: str, value: object) -> bool:
+        field = declared.get(name)
+        return field is None or value != field.default or (field.since == 1 and name in own)
+
+    fields = {name: value for name, value in cli.fields(resolved) if counts(name, value)}
+    return hashlib.sha256(json.dumps(_plain(fields), sort_keys=True).encode()).hexdigest()[:10]
+
+
 def resolve(config: ConfigDict, overrides: dict[str, object], name: str) -> ConfigDict:
     """`config` with a trial's fields set. Raises: UserError for one that is not there, or a value that does not fit."""
-    names = [field for field, _ in cli.fields(config)]
     resolved = copy.deepcopy(config)
+    if isinstance(pattern := overrides.get("model.pattern"), str):
+        try:
+            resolved = with_pattern(resolved, pattern).lock()
+        except UserError as error:
+            raise UserError(f"--sweep={name}: {error}") from None
+    names = [field for field, _ in cli.fields(resolved)]
     for field, value in overrides.items():
         if field not in names:
             raise UserError(f"--sweep={name}: {field}={value!r}: no such field{nearest(field, names)}")
         try:
             resolved.update_from_flattened_dict({field: value})
         except TypeError:
-            raise UserError(f"--sweep={name}: {field}={value!r}: must be {_kind(config, field)}") from None
+            raise UserError(f"--sweep={name}: {field}={value!r}: must be {_kind(resolved, field)}") from None
     try:
         validate(resolved)
     except UserError as error:

@@ -8,13 +8,21 @@ from ml_collections import ConfigDict
 
 from seqmodels.atomic import replace_file
 from seqmodels.cli import fields
+from seqmodels.config import upgrade
 from seqmodels.errors import UserError
 
 # Fields that change neither the mathematics of a run nor its data: they may differ when a run goes on.
+# Names of fields, and of groups with a point behind.
 FREE = (
     "name", "steps", "platform", "evals", "checkpoint.", "metrics.", "evaluation.", "sample.", "mesh.", "data.cache",
-    "training.profile_start", "training.profile_steps", "training.nan", "model.implementation", "model.remat",
+    "training.debug", "training.profile_start", "training.profile_steps", "training.nan", "model.implementation.",
+    "model.remat", "model.remat_blocks",
 )  # fmt: skip
+
+
+def is_free(field: str) -> bool:
+    """Whether a field (its dotted name) may differ when a run goes on."""
+    return any(field.startswith(name) if name.endswith(".") else field == name for name in FREE)
 
 
 def check_run(workdir: Path, config: ConfigDict) -> None:
@@ -29,12 +37,12 @@ def check_run(workdir: Path, config: ConfigDict) -> None:
     begun = (workdir / "checkpoints").exists() or (workdir / "metrics.jsonl").exists()
     if not begun:
         return
-    stored, asked = dict(fields(read_config(workdir))), dict(fields(ConfigDict(_plain(config))))
+    stored, asked = (dict(fields(ConfigDict(_plain(c)))) for c in (read_config(workdir), upgrade(config)))
     missing = "(not there)"
     differ = [
         f"{name}={asked.get(name, missing)} (was {stored.get(name, missing)})"
         for name in sorted(stored.keys() | asked.keys())
-        if not name.startswith(FREE) and stored.get(name, missing) != asked.get(name, missing)
+        if not is_free(name) and stored.get(name, missing) != asked.get(name, missing)
     ]
     if differ:
         more = f" and {len(differ) - 5} more" if len(differ) > 5 else ""
@@ -52,7 +60,7 @@ def write_config(workdir: Path, config: ConfigDict) -> None:
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config of a run, locked. Raises: UserError where there is none."""
+    """The config of a run, locked; what an older run lacks has its default. Raises: UserError where there is none."""
     path = Path(workdir) / "config.json"
     try:
         config = json.loads(path.read_text())
@@ -60,10 +68,7 @@ def read_config(workdir: Path) -> ConfigDict:
         raise UserError(f"--workdir={workdir}: no config.json there; it is not a run directory") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error})") from error
-    model = config.get("model", {})
-    if isinstance(name := model.get("implementation"), str):  # older runs have one for all operations
-        model["implementation"] = dict.fromkeys(("selective_scan", "short_conv", "attention"), name)
-    return ConfigDict(config).lock()
+    return upgrade(config).lock()
 
 
 def _plain(config: ConfigDict) -> dict:

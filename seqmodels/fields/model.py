@@ -1,0 +1,124 @@
+"""Fields of every model: `config.model` but for the options of its branches."""
+
+from typing import Any
+
+from seqmodels.fields import Field, Group, above, at_least, one_of, refuse, share
+
+DTYPES = one_of("float32", "bfloat16", "float16")
+
+MODEL = Group(
+    "model",
+    {
+        "width": Field(128, "D, channels of the residual stream", at_least(1)),
+        "pattern": Field(
+            "mamba",
+            "one group of blocks, from bottom to top, apart by spaces: a+b is two branches one after the other, a|b "
+            "two side by side, bi:a a branch in both directions of time (docs/configs.md)",
+        ),
+        "repeats": Field(4, "how often the pattern is repeated", at_least(1)),
+        "vocab_size": Field(0, "size of the vocabulary; 0: the tokenizer's, rounded up to vocab_multiple", at_least(0)),
+        "vocab_multiple": Field(8, "what a vocabulary size of 0 is rounded up to a multiple of", at_least(1)),
+        "tie_embeddings": Field(True, "the matrix of the logits is that of the embeddings"),
+        "embedding_std": Field(0.02, "standard deviation of fresh embeddings", above(0)),
+        "norm": Field(
+            "rms", "kind of the norms before every branch and after the last block", one_of("rms", "layer"), since=2
+        ),
+        "norm_eps": Field(1e-5, "epsilon of those norms", above(0)),
+        "bias": Field(False, "biases in layer norms, and in the projections of branches that can have them", since=2),
+        "dropout": Field(0.0, "share of the numbers dropped at the output of every branch and of the input", share),
+        "dtype": Field(
+            "float32", "dtype of activations and matrix products; parameters, states and losses are float32", DTYPES
+        ),
+        "residual_dtype": Field("float32", "dtype of the residual stream", DTYPES),
+        "input": Field(
+            "tokens",
+            "what the model reads: tokens (numbers of a vocabulary), frames (vectors of numbers, such as audio or "
+            "pixels) or one_hot (a small alphabet, such as DNA)",
+            one_of("tokens", "frames", "one_hot"),
+            since=2,
+        ),
+        "head": Field(
+            "next_token",
+            "what the model predicts: next_token, classify (a class for each row), regress (numbers for each row) or "
+            "forecast (numbers for each of the next steps)",
+            one_of("next_token", "classify", "regress", "forecast"),
+            since=2,
+        ),
+        "pool": Field(
+            "mean", "how classify and regress make one vector of a row", one_of("mean", "last", "attention"), since=2
+        ),
+        "horizon": Field(1, "steps ahead that forecast predicts", at_least(1), since=2),
+        "remat": Field(
+            "none",
+            "what of a block is kept for the backward pass, while the rest is computed again, to save memory; none: "
+            "all is kept (docs/training.md says what each keeps)",
+            one_of("none", "rescan", "mixer", "projected", "scan", "block", "dots", "streams"),
+        ),
+        "remat_blocks": Field(0, "number of blocks, from the bottom, in which remat is used; 0: all", at_least(0)),
+        "scan_blocks": Field(
+            0,
+            "repeats of the pattern in one step of a scan over layers, which compiles faster; 0: no scan",
+            at_least(0),
+        ),
+    },
+    path="model",
+)
+
+IMPLEMENTATION = Group(
+    "implementation",
+    {
+        name: Field("", f"backend of this operation, a file of kernels/{name} such as xla; empty: the fastest one here")
+        for name in ("selective_scan", "short_conv", "attention", "linear_attention")
+    },
+)
+
+
+def check_dense(options: Any, width: int) -> None:
+    """Whether the options of dense hidden connections fit each other and the model's width."""
+    variant, place = options.variant, DENSE.place
+    if variant == "none":
+        return
+    if variant == "output" and options.gate in ("state", "both"):
+        refuse(place("gate"), options.gate, "'channel' or 'none' with variant='output', which mixes readouts")
+    if variant == "output" and options.projection != "identity":
+        refuse(place("projection"), options.projection, "'identity' with variant='output', which mixes readouts")
+    if variant in ("rank", "carry") and options.norm:
+        refuse(place("norm"), options.norm, f"False with variant={variant!r}")
+    if options.gate != "none" and width < options.bottleneck:
+        refuse(place("bottleneck"), options.bottleneck, f"at most model.width={width}")
+
+
+DENSE = Group(
+    "dense",
+    {
+        "variant": Field(
+            "none",
+            "how layers use the hidden states of the layers below (DenseSSM, docs/densessm.md); none: not at all",
+            one_of("none", "read", "input", "output", "rank", "carry"),
+        ),
+        "depth": Field(2, "m, number of layers below that a layer reads", at_least(1)),
+        "every": Field(1, "every how many layers one reads from below", at_least(1)),
+        "gate": Field(
+            "channel",
+            "which numbers of the lower states have a gate: each inner channel, each number of state, both or none",
+            one_of("channel", "state", "both", "none"),
+        ),
+        "activation": Field("silu", "activation of the gates", one_of("silu", "sigmoid", "identity")),
+        "bottleneck": Field(32, "the inner width of a gate is width / bottleneck", at_least(1)),
+        "bottleneck_state": Field(
+            0, "as bottleneck, for the gate of the state (or keys) alone; 0: the same", at_least(0), since=2
+        ),
+        "per_source": Field(False, "one gate for each layer below, in place of one for all"),
+        "projection": Field(
+            "identity", "projection of the lower states; linear: an N by N matrix", one_of("identity", "linear")
+        ),
+        "norm": Field(
+            False, "RMSNorm of the fused key and value (input), or of what is added to the readout (read, output)"
+        ),
+        "norm_eps": Field(1e-5, "epsilon of that norm", above(0), since=2),
+        "gate_std": Field(
+            0.0, "standard deviation of the gates' fresh matrices; 0: the gates begin closed", at_least(0), since=2
+        ),
+    },
+    check_dense,
+)

@@ -1,0 +1,227 @@
+"""Fields of a run: everything in a config but the options of the branches."""
+
+import re
+
+from ml_collections import ConfigDict
+
+from seqmodels.fields import Field, Group, Rule, above, at_least, between, each_at_least, one_of, share
+from seqmodels.fields.model import DENSE, IMPLEMENTATION, MODEL
+
+FACTORS = re.compile(r"\w+=(\d+\.?\d*|\.\d+)(e[+-]?\d+)?")
+
+
+def _is_factors(text: str) -> bool:
+    return not text or all(FACTORS.fullmatch(part.strip()) for part in text.split(","))
+
+
+ROOT = Group(
+    "",
+    {
+        "name": Field("", "name of the config; without --workdir the run directory is runs/<name>"),
+        "seed": Field(0, "seed of parameters, batches and dropout"),
+        "steps": Field(1000, "number of optimizer steps", at_least(1)),
+        "batch_size": Field(8, "rows in a step, over all devices and micro-batches", at_least(1)),
+        "seq_len": Field(256, "tokens in a row", at_least(1)),
+        "platform": Field("", "kind of device; empty: the one that JAX finds", one_of("", "cpu", "gpu", "tpu")),
+        "evals": Field("", "evaluators at the end of training, apart by commas (docs/evaluation.md); empty: none"),
+    },
+    path="",
+)
+
+DATA = Group(
+    "data",
+    {
+        "name": Field(
+            "shakespeare_austen",
+            "shakespeare_austen (comes with the project), text (local files) or a TFDS name such as wiki40b/en",
+        ),
+        "path": Field("", "files of name=text, as a glob: .txt, .txt.xz, .txt.gz or .jsonl"),
+        "text_key": Field("text", "feature of a TFDS dataset or of JSON lines that holds the text"),
+        "tokenizer": Field("bytes", "bytes, or path of a sentencepiece .model or a Hugging Face tokenizer.json"),
+        "cache": Field("data", "folder of datasets and of tokenised text"),
+        "reset": Field(True, "keep the documents of a row apart: states are reset, and attention sees one document"),
+    },
+    path="data",
+)
+
+# of configs whose rows are generated (docs/synthetic.md); the fields of `data.task` are those of the task's class
+TASK_DATA = Group(
+    "data",
+    {
+        "name": Field("mqar", "task of seqmodels/data/synthetic that makes the rows"),
+        "loss": Field(
+            "answers",
+            "targets: the answers, or all next tokens too (of tasks that have them: induction, recall, passkey)",
+            one_of("answers", "all"),
+        ),
+        "rows": Field(512, "rows of the validation and of the test split", at_least(1)),
+        "lengths": Field(
+            (),
+            "tokens of rows that a trained model is measured on too",
+            Rule(lambda lengths: all(length >= 1 for length in lengths), "of lengths in tokens, each at least 1"),
+        ),
+        "reset": Field(False, "without effect here: a row is one document"),
+    },
+    path="data",
+)
+
+OPTIMIZER = Group(
+    "optimizer",
+    {
+        "learning_rate": Field(3e-3, "largest learning rate", above(0)),
+        "schedule": Field(
+            "cosine",
+            "course of the learning rate after the warm-up: cosine, wsd (constant, then a straight line down) or constant",
+            one_of("cosine", "wsd", "constant"),
+        ),
+        "warmup": Field(0.02, "steps in which the learning rate rises; up to 1: a share of all steps", at_least(0)),
+        "decay": Field(0.2, "share of the steps, at the end, in which the learning rate of wsd falls", between(0, 1)),
+        "floor": Field(0.1, "last learning rate as a share of the largest", between(0, 1)),
+        "b1": Field(0.9, "decay of Adam's mean of gradients", share),
+        "b2": Field(0.95, "decay of Adam's mean of squared gradients", share),
+        "eps": Field(1e-8, "epsilon of Adam's denominator", above(0)),
+        "weight_decay": Field(0.1, "decay of matrices, times the learning rate", at_least(0)),
+        "clip": Field(1.0, "largest global norm of the gradients; larger ones are scaled down; 0: any", at_least(0)),
+        "ema": Field(0.0, "decay of the averaged parameters, which are evaluated then; 0: none are kept", share),
+        "groups": Field(
+            "",
+            "factors of the learning rate for groups of parameters, such as ssm=0.1,embedding=0.5",
+            Rule(_is_factors, "GROUP=FACTOR apart by commas, such as 'ssm=0.1,embedding=0.5', or ''"),
+            since=2,
+        ),
+    },
+    path="optimizer",
+)
+
+TRAINING = Group(
+    "training",
+    {
+        "accumulate": Field(1, "micro-batches of a step, whose gradients add up (to save memory)", at_least(1)),
+        "bptt": Field(False, "truncated back-propagation through time: a row begins with the last step's final state"),
+        "z_loss": Field(0.0, "weight of the squared logarithm of the softmax's denominator in the loss", at_least(0)),
+        "loss_chunk": Field(1024, "tokens of a row whose logits are in memory at once; 0: all", at_least(0)),
+        "nan": Field(
+            "stop", "what to do where loss or gradient is not finite: stop, or skip the step", one_of("stop", "skip")
+        ),
+        "debug": Field(
+            "",
+            "help in finding mistakes: nans (stop where the first NaN appears), shapes (print those of all activations) or nojit (run without "
+            "compilation); docs/debugging.md",
+            one_of("", "nans", "shapes", "nojit"),
+            since=2,
+        ),
+        "profile_start": Field(0, "step at which a profile is started; 0: none", at_least(0)),
+        "profile_steps": Field(3, "steps of that profile", at_least(1)),
+    },
+    path="training",
+)
+
+MESH = Group(
+    "mesh",
+    {
+        "data": Field(
+            -1,
+            "devices that split the rows of a batch; -1: all that the other axes leave",
+            Rule(lambda n: n == -1 or n >= 1, "at least 1, or -1 for the devices that the other axes leave"),
+        ),
+        "fsdp": Field(1, "devices that split the rows and the parameters", at_least(1)),
+        "tensor": Field(1, "devices that split heads and inner channels", at_least(1)),
+        "sequence": Field(1, "devices that split the tokens of a row", at_least(1)),
+        "expert": Field(1, "devices that split experts", at_least(1)),
+    },
+    path="mesh",
+)
+
+CHECKPOINT = Group(
+    "checkpoint",
+    {
+        "every": Field(100, "steps between checkpoints", at_least(1)),
+        "keep": Field(2, "newest checkpoints that are kept", at_least(1)),
+        "keep_every": Field(0, "checkpoints of every so many steps are kept for good; 0: none", at_least(0)),
+        "best": Field("", "metric whose best checkpoint is kept too, such as validation_loss; empty: none"),
+    },
+    path="checkpoint",
+)
+
+EVALUATION = Group(
+    "evaluation",
+    {
+        "every": Field(0, "steps between validations during training; 0: at the end only", at_least(0)),
+        "rows": Field(64, "rows that a validation during training reads", at_least(1)),
+        "batch_size": Field(0, "rows at once; 0: as many as in training", at_least(0)),
+        "lengths": Field(
+            (1, 4, 16, 64),
+            "lengths of context that eval.py measures, as multiples of seq_len",
+            each_at_least(1, "multiples of seq_len"),
+        ),
+        "classification": Field("", "JSON lines of prompt, choices and answer, as a glob; empty: those of the project"),
+        "tasks": Field(
+            "local", "tasks of lm-eval apart by commas, or a list of seqmodels/evals/lists.py such as local or mamba"
+        ),
+        "task_folder": Field("", "folder of your own task files for lm-eval"),
+    },
+    path="evaluation",
+)
+
+THROUGHPUT = Group(
+    "throughput",
+    {
+        "contexts": Field(
+            (1, 4, 16), "lengths of the prompts, as multiples of seq_len", each_at_least(1, "multiples of seq_len")
+        ),
+        "batches": Field((1, 8), "numbers of prompts at once", each_at_least(1, "numbers of prompts")),
+        "tokens": Field(32, "new tokens for each prompt", at_least(1)),
+        "repeats": Field(3, "times that each is measured; the median counts", at_least(1)),
+    },
+    path="evaluation.throughput",
+)
+
+METRICS = Group(
+    "metrics",
+    {
+        "every": Field(1, "steps between rows of metrics.jsonl", at_least(1)),
+        "norms": Field(
+            True, "report norms of parameters and updates too, for 12 bytes of memory traffic a parameter and step"
+        ),
+        "tensorboard": Field(True, "write TensorBoard events too"),
+        "wandb": Field("", "project of Weights & Biases that gets the metrics too; empty: none"),
+    },
+    path="metrics",
+)
+
+SAMPLE = Group(
+    "sample",
+    {
+        "prompt": Field("The ", "beginning of the text that is shown at the end of training"),
+        "tokens": Field(200, "tokens of that text; 0: no text", at_least(0)),
+        "temperature": Field(0.8, "temperature of sampling; 0: always take the likeliest token", at_least(0)),
+        "top_k": Field(0, "sample from the k likeliest tokens; 0: from all", at_least(0)),
+        "top_p": Field(
+            0.95,
+            "sample from the likeliest tokens that have this probability together",
+            Rule(lambda p: 0 < p <= 1, "greater than 0 and at most 1"),
+        ),
+    },
+    path="sample",
+)
+
+GROUPS: tuple[Group, ...] = (
+    *(ROOT, MODEL, IMPLEMENTATION, DENSE, DATA, OPTIMIZER, TRAINING, MESH, CHECKPOINT),
+    *(EVALUATION, THROUGHPUT, METRICS, SAMPLE),
+)
+
+
+def defaults() -> ConfigDict:
+    """A config with every field of a run at its default. A config file adds the options of its branches."""
+    config = ROOT.defaults()
+    for group in GROUPS[1:]:
+        parent, _, name = group.home.rpartition(".")
+        (config[parent] if parent else config)[name] = group.defaults()
+    return config
+
+
+def groups_of(config: ConfigDict) -> tuple[Group, ...]:
+    """GROUPS as they are for this config: its data are a text, or a task where `data.task` is there."""
+    data = config.get("data")
+    task = isinstance(data, ConfigDict) and "task" in data
+    return tuple(TASK_DATA if group is DATA and task else group for group in GROUPS)
