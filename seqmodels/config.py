@@ -54,26 +54,34 @@ def upgrade(stored: ConfigDict | Mapping[str, Any]) -> ConfigDict:
     config.unlock()
     model = part(config, "model")
     if isinstance(backend := model.get("implementation"), str):  # older runs have one for all operations
+        del model["implementation"]
         model.implementation = ConfigDict(dict.fromkeys(("selective_scan", "short_conv", "attention"), backend))
+    _fill(config)
+    return config
+
+
+def with_pattern(config: ConfigDict, text: str) -> ConfigDict:
+    """An unlocked copy with another `model.pattern`, and all fields that are missing at their defaults, those of the
+    pattern's branches among them. Raises UserError where the pattern is wrong."""
+    config = copy.deepcopy(config).unlock()
+    part(config, "model", create=True).pattern = text
+    _fill(config)
+    return config
+
+
+def _fill(config: ConfigDict) -> None:
+    """Sets the declared fields that are missing to their defaults, in place."""
     for declared in groups(config):
         options = part(config, declared.home, create=True)
         for name, field in declared.fields.items():
             if name not in options:
                 options[name] = field.default
-    return config
-
-
-def with_pattern(config: ConfigDict, text: str) -> ConfigDict:
-    """A copy with another `model.pattern` and, at their defaults, the options of branches that it brings in."""
-    config = copy.deepcopy(config).unlock()
-    config.model.pattern = text
-    return upgrade(config)
 
 
 def groups(config: ConfigDict) -> tuple[Group, ...]:
     """All declared groups of a config in order, those of its branches behind the other groups of `config.model`.
 
-    A branch is there where `config.model` has its options or the pattern names it. Raises UserError where that is wrong.
+    A branch is there where `config.model` has its options or the pattern names it. Raises UserError where it is wrong.
     """
     model = part(config, "model")
     named = pattern.names(model.pattern) if "pattern" in model else []

@@ -9,9 +9,11 @@ import pytest
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
-from seqmodels.config import CHOICES, POSITIVE, RANGES, SHARES, blocks, validate
+from seqmodels.branches import BRANCHES
+from seqmodels.config import declared_fields, validate
 from seqmodels.configs import base
 from seqmodels.errors import UserError
+from seqmodels.fields import group
 from seqmodels.mixers import MIXERS
 from seqmodels.model import OPERATIONS, build, describe_kernels
 from tests.golden.regenerate import HERE, every_config
@@ -35,13 +37,6 @@ def set_field(config, field, value):
         for parent in parents:
             config = config[parent]
         config[last] = value
-
-
-def has_field(config, field):
-    *parents, last = field.split(".")
-    for parent in parents:
-        config = config.get(parent, {})
-    return last in config
 
 
 def test_every_preset_has_its_golden_file():
@@ -153,22 +148,199 @@ def test_an_unknown_implementation_is_refused():
 
 # Validation
 
+# What may be given, said once more: seqmodels/fields must agree.
+CHOICES = {
+    "platform": ("", "cpu", "gpu", "tpu"),
+    "model.norm": ("rms", "layer"),
+    "model.input": ("tokens", "frames", "one_hot"),
+    "model.head": ("next_token", "classify", "regress", "forecast"),
+    "model.pool": ("mean", "last", "attention"),
+    "model.dtype": ("float32", "bfloat16", "float16"),
+    "model.residual_dtype": ("float32", "bfloat16", "float16"),
+    "model.remat": ("none", "rescan", "mixer", "projected", "scan", "block", "dots", "streams"),
+    "model.dense.variant": ("none", "read", "input", "output", "rank", "carry"),
+    "model.dense.gate": ("channel", "state", "both", "none"),
+    "model.dense.activation": ("silu", "sigmoid", "identity"),
+    "model.dense.projection": ("identity", "linear"),
+    "model.mamba.norms": ("none", "rms", "learned"),
+    "model.retnet.schedule": ("octaves", "spread"),
+    "model.retnet.activation": ("identity", "silu"),
+    "model.linear_attention.feature_map": ("elu", "relu", "softmax", "taylor"),
+    "model.mamba3.rotated": (0.5, 1.0),
+    "model.mamba3.A_activation": ("heavy_tail", "softplus"),
+    "model.mlp.activation": ("silu", "gelu", "relu"),
+    "optimizer.schedule": ("cosine", "wsd", "constant"),
+    "training.nan": ("stop", "skip"),
+    "training.debug": ("", "nans", "shapes", "nojit"),
+}
+SMALLEST = {
+    0: (
+        *("model.vocab_size", "model.remat_blocks", "model.scan_blocks"),
+        *("model.dense.bottleneck_state", "model.dense.gate_std"),
+        *("model.mamba.dt_rank", "model.mamba.dt_floor", "model.mamba2.dt_floor", "model.mamba3.dt_floor"),
+        *("model.attention.kv_heads", "model.attention.head_dim", "model.attention.window", "model.mlp.hidden"),
+        *("model.performer.redraw", "model.gla.key_dim", "model.gla.value_dim"),
+        *("model.retnet.key_dim", "model.retnet.value_dim", "model.retnet.init_std"),
+        *("optimizer.warmup", "optimizer.decay", "optimizer.floor", "optimizer.weight_decay", "optimizer.clip"),
+        *("training.z_loss", "training.loss_chunk", "training.profile_start", "checkpoint.keep_every"),
+        *("evaluation.every", "evaluation.batch_size", "sample.tokens", "sample.temperature", "sample.top_k"),
+    ),
+    1: (
+        *("steps", "batch_size", "seq_len", "model.width", "model.repeats", "model.vocab_multiple", "model.horizon"),
+        *("model.dense.depth", "model.dense.every", "model.dense.bottleneck"),
+        *("model.mamba.state", "model.mamba.expand"),
+        *("model.mamba2.state", "model.mamba2.expand", "model.mamba2.head_dim", "model.mamba2.groups"),
+        *("model.mamba3.state", "model.mamba3.expand", "model.mamba3.head_dim", "model.mamba3.groups"),
+        *("model.linear_attention.heads", "model.performer.heads", "model.performer.random_features"),
+        *("model.gla.heads", "model.gla.gate_rank", "model.gla.gate_divisor"),
+        *("model.retnet.heads", "model.attention.heads"),
+        *("training.accumulate", "training.profile_steps"),
+        *("mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.expert"),
+        *("checkpoint.every", "checkpoint.keep", "evaluation.rows", "metrics.every"),
+        *("evaluation.throughput.tokens", "evaluation.throughput.repeats"),
+    ),
+    2: ("model.mamba.conv", "model.mamba2.conv"),
+}
+LARGEST = {8: ("model.mamba.conv", "model.mamba2.conv"), 1: ("optimizer.decay", "optimizer.floor", "sample.top_p")}
+POSITIVE = (
+    *("model.embedding_std", "model.norm_eps", "model.dense.norm_eps", "optimizer.learning_rate", "optimizer.eps"),
+    *("model.mamba.norm_eps", "model.mamba2.norm_eps", "model.mamba3.norm_eps", "model.gla.norm_eps"),
+    *("model.retnet.norm_eps", "model.mamba.dt_min", "model.mamba.dt_max", "model.attention.rope_theta"),
+    *("model.mamba2.dt_min", "model.mamba2.dt_max", "model.mamba3.dt_min", "model.mamba3.dt_max"),
+)
+SHARES = ("model.dropout", "optimizer.b1", "optimizer.b2", "optimizer.ema")  # at least 0, less than 1
 
-def test_every_rule_is_about_a_field_that_some_config_has():
-    configs = [config_of(name) for name in NAMES]
-    for field in (*CHOICES, *RANGES, *POSITIVE, *SHARES):
-        assert any(has_field(config, field) for config in configs), field
+
+def with_field(field):
+    """A config that has the field."""
+    parents, _, last = field.rpartition(".")
+    return next(config for config in map(config_of, NAMES) if last in config_part(config, parents))
+
+
+def config_part(config, dotted):
+    for name in dotted.split(".") if dotted else ():
+        config = config.get(name, {})
+    return config
+
+
+def refusal(config):
+    with pytest.raises(UserError) as error:
+        validate(config)
+    message = str(error.value)
+    assert "\n" not in message
+    return message
+
+
+def test_every_declared_option_of_a_branch_is_in_some_config():
+    """So the command line can set it, and --help tells of it."""
+    everywhere = [dict(flat(config_of(name))) for name in NAMES]
+    for branch in BRANCHES:
+        for field in group(branch).fields:
+            assert any(f"model.{branch}.{field}" in config for config in everywhere), (branch, field)
+
+
+def flat(config, prefix=""):
+    for name, value in config.items():
+        if isinstance(value, ConfigDict):
+            yield from flat(value, f"{prefix}{name}.")
+        else:
+            yield prefix + name, value
+
+
+def test_every_field_of_every_config_is_declared():
+    for name in (*NAMES, "synthetic"):
+        config = config_of(name)
+        fields = {field for field, _ in flat(config) if not field.startswith("data.task.")}
+        assert fields == set(declared_fields(config)), name
 
 
 @pytest.mark.parametrize("field", sorted(CHOICES))
 def test_choices_are_refused_by_name(field):
-    config = next(config for config in map(config_of, NAMES) if has_field(config, field))
+    config = with_field(field)
     set_field(config, field, "nonesuch")
-    with pytest.raises(UserError) as error:
+    message = refusal(config)
+    assert f"config.{field}='nonesuch': must be one of " in message
+    assert all(repr(choice) in message for choice in CHOICES[field])
+    for choice in CHOICES[field]:
+        declared_fields(config)[field].check(field, choice)
+
+
+@pytest.mark.parametrize("smallest, field", [(n, field) for n, fields in SMALLEST.items() for field in fields])
+def test_numbers_below_the_smallest_are_refused(smallest, field):
+    config = with_field(field)
+    set_field(config, field, smallest - 1)
+    message = refusal(config)
+    assert f"config.{field}={dict(flat(config))[field]}: must be " in message  # 0.0 of a field that is a float
+    assert f"at least {smallest}" in message or f"between {smallest} and" in message
+    declared_fields(config)[field].check(field, smallest)
+
+
+@pytest.mark.parametrize("largest, field", [(n, field) for n, fields in LARGEST.items() for field in fields])
+def test_numbers_above_the_largest_are_refused(largest, field):
+    config = with_field(field)
+    set_field(config, field, largest + 1)
+    message = refusal(config)
+    assert (
+        f"config.{field}={dict(flat(config))[field]}: must be " in message
+        and str(largest) in message.split("must be")[1]
+    )
+    declared_fields(config)[field].check(field, largest)
+
+
+def test_every_number_that_a_config_holds_has_a_case_here():
+    """But for those that may be anything: seeds, and a mesh whose -1 has a test of its own."""
+    cases = {
+        *POSITIVE,
+        *SHARES,
+        *(field for table in (SMALLEST, LARGEST) for fields in table.values() for field in fields),
+    }
+    for name in NAMES:
+        config = config_of(name)
+        numbers = {
+            field for field, value in flat(config) if isinstance(value, (int, float)) and value is not bool(value)
+        }
+        assert numbers - cases - {*CHOICES, "seed", "model.performer.seed", "mesh.data"} == set(), name
+
+
+@pytest.mark.parametrize("field", sorted((*POSITIVE, *SHARES)))
+@pytest.mark.parametrize("value", [float("nan"), -0.5, float("inf")])
+def test_numbers_that_are_no_finite_share_or_size_are_refused(field, value):
+    config = with_field(field)
+    set_field(config, field, value)
+    allowed = "greater than 0" if field in POSITIVE else "at least 0 and less than 1"
+    assert f"config.{field}={value}: must be " in (message := refusal(config)) and allowed in message
+    for good in (1e-6, 0.5):
+        declared_fields(config)[field].check(field, good)
+
+
+@pytest.mark.parametrize(
+    "field, value, allowed",
+    [
+        ("steps", "many", "an integer, at least 1"),
+        ("steps", 2.5, "an integer, at least 1"),
+        ("steps", True, "an integer, at least 1"),
+        ("model.tie_embeddings", 1, "True or False"),
+        ("data.path", 3, "a text"),
+        ("optimizer.clip", "high", "a number, at least 0"),
+        ("optimizer.clip", float("nan"), "a number, at least 0"),
+        ("evaluation.lengths", 4, "a list, multiples of seq_len"),
+        ("evaluation.lengths", (1, "4"), "multiples of seq_len"),
+        ("model.mamba.state", 16.5, "an integer, at least 1"),
+        ("optimizer.groups", "ssm=", "GROUP=FACTOR"),
+        ("optimizer.groups", "ssm=a half", "GROUP=FACTOR"),
+    ],
+)
+def test_values_of_another_type_are_refused(field, value, allowed):
+    config = with_field(field)
+    set_field(config, field, value)
+    assert refusal(config).startswith(f"config.{field}={value!r}: must be {allowed}")
+
+
+def test_factors_of_learning_rates():
+    config = config_of("mamba")
+    for text in ("", "ssm=0.1", "ssm=.1,embedding=5e-1, norm=2"):
+        config.optimizer.groups = text
         validate(config)
-    message = str(error.value)
-    assert field in message and "'nonesuch'" in message and repr(CHOICES[field][-1]) in message
-    assert "\n" not in message
 
 
 @pytest.mark.parametrize(
@@ -216,10 +388,6 @@ def test_bad_values_are_refused_with_field_value_and_what_is_allowed(name, field
     named = "batch_size" if field == "training.accumulate" else field
     assert f"config.{named}=" in message and allowed in message and "\n" not in message
     assert repr(value) in message
-
-
-def test_blocks_of_a_pattern():
-    assert blocks("mamba attention+mlp") == [("mamba",), ("attention", "mlp")]
 
 
 # ml_collections 1.1.0 loads config files with a method that Python 3.12 drops, and has another way there

@@ -75,7 +75,7 @@ def test_mistakes(argv, words, capsys):
 
 def test_help_lists_flags_and_fields(capsys):
     assert call("--help") == 0
-    assert "What it does." in (text := capsys.readouterr().out) and "--workdir" in text and "configs/base.py" in text
+    assert "What it does." in (text := capsys.readouterr().out) and "--workdir" in text and "Add --config=FILE" in text
     assert call("--help", MAMBA) == 0
     assert "--config.optimizer.learning_rate=" in capsys.readouterr().out
 

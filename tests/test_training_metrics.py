@@ -6,6 +6,7 @@ import jax
 import numpy as np
 import pytest
 
+from seqmodels.config import upgrade
 from seqmodels.errors import UserError
 from seqmodels.training import metrics, report, run, sharding
 from seqmodels.training.progress import Progress, clock
@@ -71,14 +72,25 @@ def begun(tmp_path, config):
 def test_config_round_trip(tmp_path):
     config = small_config(seed=3)
     run.write_config(tmp_path, config)
-    assert run.read_config(tmp_path).to_dict() == json.loads(config.to_json())
+    assert run.read_config(tmp_path).to_dict() == json.loads(upgrade(config).to_json())
 
 
 def test_config_of_an_older_run(tmp_path):
-    """It named one implementation for all operations."""
+    """It named one implementation for all operations of its time."""
     (tmp_path / "config.json").write_text(json.dumps({"model": {"width": 8, "implementation": "xla"}}))
     model = run.read_config(tmp_path).model
-    assert model.width == 8 and set(model.implementation.values()) == {"xla"} and "short_conv" in model.implementation
+    assert model.width == 8 and model.repeats == 4
+    assert model.implementation.to_dict() == dict(
+        selective_scan="xla", short_conv="xla", attention="xla", linear_attention=""
+    )
+
+
+def test_what_may_differ_is_named_exactly():
+    """A later field whose name begins like one of FREE is not free."""
+    free = ("name", "steps", "checkpoint.every", "model.implementation.short_conv", "model.remat", "model.remat_blocks")
+    assert all(map(run.is_free, free))
+    kept = ("names", "steps_total", "platforms", "model.rematerial", "training.nan_limit", "data.cache_size", "metrics")
+    assert not any(map(run.is_free, kept))
 
 
 def test_run_of_another_config_names_the_fields(tmp_path):

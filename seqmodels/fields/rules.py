@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import numbers
 from collections.abc import Callable
 from typing import Any
 
@@ -43,9 +44,9 @@ def above(bound: float) -> Rule:
     return Rule(lambda value: bound < value < math.inf, f"greater than {bound}")
 
 
-def each_at_least(smallest: float, what: str) -> Rule:
-    """A list with one number or more, each `smallest` or larger. `what`: what the numbers are, in words."""
+def each_at_least(smallest: int, what: str) -> Rule:
+    """A list with one integer or more, each `smallest` or larger. `what`: what the numbers are, in words."""
     return Rule(
-        lambda values: len(values) > 0 and all(value >= smallest for value in values),
+        lambda values: len(values) > 0 and all(isinstance(n, numbers.Integral) and n >= smallest for n in values),
         f"{what}, each at least {smallest}",
     )

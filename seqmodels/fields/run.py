@@ -71,7 +71,7 @@ OPTIMIZER = Group(
         "learning_rate": Field(3e-3, "largest learning rate", above(0)),
         "schedule": Field(
             "cosine",
-            "course of the learning rate after the warm-up: cosine, wsd (constant, then a straight line down) or constant",
+            "learning rate after the warm-up: cosine, wsd (constant, then a straight line down) or constant",
             one_of("cosine", "wsd", "constant"),
         ),
         "warmup": Field(0.02, "steps in which the learning rate rises; up to 1: a share of all steps", at_least(0)),
@@ -105,8 +105,8 @@ TRAINING = Group(
         ),
         "debug": Field(
             "",
-            "help in finding mistakes: nans (stop where the first NaN appears), shapes (print those of all activations) or nojit (run without "
-            "compilation); docs/debugging.md",
+            "help in finding mistakes (docs/debugging.md): nans (stop where the first NaN appears), shapes (print "
+            "those of all activations) or nojit (run without compilation)",
             one_of("", "nans", "shapes", "nojit"),
             since=2,
         ),

@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 
 from seqmodels import cli
 from seqmodels.atomic import replace_file
-from seqmodels.config import declared_fields, validate, with_pattern
+from seqmodels.config import declared_fields, upgrade, validate, with_pattern
 from seqmodels.errors import UserError
 from seqmodels.nearest import nearest
 from seqmodels.sweeps.claim import waited
@@ -94,7 +94,9 @@ def _trial(spec, config, name, overrides, written, folder, evals) -> Trial:
     resolved = resolve(config, overrides, name)
     fields = dict(cli.fields(resolved))
     identity = identify(resolved, written)
-    default = dict(cli.fields(with_pattern(written, resolved.model.pattern)))  # what the command has without flags
+    # what the command would have without flags but for the pattern, which may bring in branches
+    default = dict(cli.fields(with_pattern(written, resolved.model.pattern)))
+    default["model.pattern"] = upgrade(written).model.pattern
     workdir, evals = folder / "trials" / identity, evals or fields["evals"]
     given = fields | {"evals": ""}  # eval.py's work, not train.py's as well
     flags = [f"--config.{field}={value}" for field, value in given.items() if value != default[field]]
