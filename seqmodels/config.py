@@ -70,12 +70,15 @@ def with_pattern(config: ConfigDict, text: str) -> ConfigDict:
 
 
 def _fill(config: ConfigDict) -> None:
-    """Sets the declared fields that are missing to their defaults, in place."""
+    """Sets the declared fields that are missing to their defaults, in place, and makes tuples of lists (of JSON)."""
     for declared in groups(config):
         options = part(config, declared.home, create=True)
         for name, field in declared.fields.items():
             if name not in options:
                 options[name] = field.default
+            elif isinstance(field.default, tuple) and isinstance(value := options[name], list):
+                del options[name]  # or the type of the old value would stay
+                options[name] = tuple(value)
 
 
 def groups(config: ConfigDict) -> tuple[Group, ...]:

@@ -2,6 +2,7 @@ import importlib
 import json
 import math
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from seqmodels.errors import UserError
 from seqmodels.fields import group
 from seqmodels.mixers import MIXERS
 from seqmodels.model import OPERATIONS, build, describe_kernels
-from tests.golden.regenerate import HERE, every_config
+from tests.golden.regenerate import HERE, ROOT, every_config
 
 REGENERATE = "if the change is meant: python tests/golden/regenerate.py, and look through the diff"
 CONFIGS = every_config()
@@ -41,6 +42,12 @@ def set_field(config, field, value):
 
 def test_every_preset_has_its_golden_file():
     assert {path.name for path in HERE.glob("*.json")} == set(CONFIGS), REGENERATE
+
+
+def test_docs_list_every_preset():
+    table = dict(re.findall(r"^\| `(\w+)\.py` \| (.*?) \|", (ROOT / "docs" / "configs.md").read_text(), re.MULTILINE))
+    listed = {f"{name}-{preset}.json" for name, presets in table.items() for preset in re.findall("`(.*?)`", presets)}
+    assert listed == set(CONFIGS)
 
 
 @pytest.mark.parametrize("name", sorted(CONFIGS))

@@ -1,17 +1,23 @@
 """metrics.jsonl: every digit, every step once, after any crash; the run directory; the reports."""
 
 import json
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+from ml_collections import ConfigDict
 
+from seqmodels.cli import fields
 from seqmodels.config import upgrade
+from seqmodels.configs import densemamba
 from seqmodels.errors import UserError
 from seqmodels.training import metrics, report, run, sharding
 from seqmodels.training.progress import Progress, clock
 from seqmodels.training.state import abstract_params
 from tests.training_model import LeakyModel, small_config
+
+FIRST_WAVE = Path(__file__).parent / "fixtures" / "first_wave" / "densemamba"
 
 
 def rows_of(tmp_path):
@@ -72,7 +78,7 @@ def begun(tmp_path, config):
 def test_config_round_trip(tmp_path):
     config = small_config(seed=3)
     run.write_config(tmp_path, config)
-    assert run.read_config(tmp_path).to_dict() == json.loads(upgrade(config).to_json())
+    assert run.read_config(tmp_path).to_dict() == upgrade(config).to_dict()
 
 
 def test_config_of_an_older_run(tmp_path):
@@ -100,6 +106,18 @@ def test_run_of_another_config_names_the_fields(tmp_path):
     run.check_run(
         tmp_path, small_config(steps=9, mesh__data=2, checkpoint__every=3, metrics__every=2, sample__tokens=1)
     )
+
+
+def test_a_run_that_older_code_wrote_goes_on_with_todays_config():
+    """A field that it lacks had the meaning of the default, so another value is another run."""
+    old = json.loads((FIRST_WAVE / "config.json").read_text())
+    config = densemamba.get_config()
+    config.update_from_flattened_dict(dict(fields(ConfigDict(old))))
+    assert "norm" not in old["model"] and config.model.norm == "rms"
+    run.check_run(FIRST_WAVE, config)
+    config.model.norm = "layer"
+    with pytest.raises(UserError, match=r"another config: model.norm=layer \(was rms\);"):
+        run.check_run(FIRST_WAVE, config)
 
 
 def test_what_never_began_may_be_another(tmp_path):

@@ -176,7 +176,7 @@ def load(
     """The dataset that a config names, tokenised on first use; with a `config.task`, that task's, which is generated.
 
     Args:
-      config: `config.data`, see configs/base.py.
+      config: `config.data`, see seqmodels/fields/run.py.
       seq_len: tokens a row.
       batch_size: rows a step, over all hosts.
       seed: of the order of rows.

@@ -56,6 +56,10 @@ class Group:
                 raise UserError(f"config.{self.place(name)}={value!r}: no such field{near}")
         return ConfigDict({name: values.get(name, field.default) for name, field in self.fields.items()})
 
+    def complete(self, options: Mapping[str, Any]) -> dict[str, Any]:
+        """These options, and the defaults of those that are missing."""
+        return {**{name: field.default for name, field in self.fields.items()}, **options}
+
     def check_fields(self, options: Any) -> None:
         """Checks each field alone. `options` has fields as attributes, a ConfigDict or a module; it may lack some.
 

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 import numpy as np
 
 from seqmodels.errors import UserError
+from seqmodels.fields.attention import ATTENTION
+from seqmodels.fields.mamba import MAMBA
 from seqmodels.interop import denseretnet, mamba2
 from seqmodels.interop.weights import Weight, convert, demand, export, find, same, turned
 
@@ -241,8 +243,7 @@ def to_huggingface(params: Mapping, model: Mapping) -> tuple[dict[str, np.ndarra
 
 def mamba_options(model: Mapping) -> dict:
     """config.model.mamba with every default filled in."""
-    options = dict(state=16, expand=2, conv=4, dt_rank=0, norms="none", norm_eps=1e-5)
-    return {**options, **model.get("mamba", {})}
+    return MAMBA.complete(model.get("mamba", {}))
 
 
 def mamba_fields(model: Mapping) -> dict:
@@ -271,7 +272,7 @@ def llama_options(model: Mapping, params: Mapping) -> dict:
     """config.model.attention and .mlp with every default filled in; the sizes are the parameters'."""
     _, heads, head_dim = np.shape(find(params, ("block_0", "mixer", "query")))
     _, kv_heads, _ = np.shape(find(params, ("block_0", "mixer", "key")))
-    options = {"rope_theta": DEFAULT_ROPE_THETA, "window": 0, **model.get("attention", {})}
+    options = ATTENTION.complete(model.get("attention", {}))
     hidden = np.shape(find(params, ("block_0", "mlp", "gate")))[1]
     return dict(
         attention={**options, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim}, mlp=dict(hidden=hidden)

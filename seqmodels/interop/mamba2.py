@@ -3,10 +3,10 @@
 from collections.abc import Mapping
 
 from seqmodels.errors import UserError
+from seqmodels.fields.mamba2 import MAMBA2
 from seqmodels.interop.weights import Weight, demand, parts, same, turned
 
 UNLIMITED = ((0.0, float("inf")), [0.0, float("inf")], [0.0, {"__float__": "Infinity"}])  # steps; the last is in files
-DEFAULTS = dict(state=16, expand=2, head_dim=8, groups=1, conv=4, norm_eps=1e-5)  # of seqmodels.mixers.mamba2.Mamba2
 
 
 def weights(model: Mapping, tied: bool, embedding: str = "embeddings") -> list[Weight]:
@@ -90,7 +90,7 @@ def original_options(ssm: Mapping) -> dict:
 
 def options(model: Mapping) -> dict:
     """config.model.mamba2 with every default filled in."""
-    return {**DEFAULTS, **model.get("mamba2", {})}
+    return MAMBA2.complete(model.get("mamba2", {}))
 
 
 def fields(model: Mapping) -> dict:

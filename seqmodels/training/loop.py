@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from seqmodels import data, evals
-from seqmodels.config import context, validate
+from seqmodels.config import context, upgrade, validate
 from seqmodels.errors import UserError
 from seqmodels.evals import accuracy, perplexity
 from seqmodels.evals import report as evaluation
@@ -38,6 +38,7 @@ def train(config: ConfigDict, workdir: str | Path) -> dict:
     """
     workdir = Path(workdir)
     validate(config)
+    config = upgrade(config).lock()
     run.check_run(workdir, config)
     with StopSignal() as stop:
         summary = report.read_summary(workdir)
