@@ -13,7 +13,7 @@ from seqmodels import pattern
 from seqmodels.branches import BRANCHES
 from seqmodels.errors import UserError
 from seqmodels.fields import Field, Group, group, refuse
-from seqmodels.fields.model import DENSE
+from seqmodels.fields.model import DENSE, MODEL
 from seqmodels.fields.run import groups_of
 from seqmodels.nearest import nearest
 
@@ -58,6 +58,19 @@ def upgrade(stored: ConfigDict | Mapping[str, Any]) -> ConfigDict:
         model.implementation = ConfigDict(dict.fromkeys(("selective_scan", "short_conv", "attention"), backend))
     _fill(config)
     return config
+
+
+def complete_model(model: ConfigDict | Mapping[str, Any]) -> ConfigDict:
+    """A copy of `config.model`, unlocked, with every declared field; options of branches are checked by their modules.
+
+    Raises UserError for a field of the model itself, or of its dense links, that is not declared or not allowed.
+    """
+    config = ConfigDict({"model": _plain_dict(model)})
+    check_names(config)
+    complete = upgrade(config).model
+    MODEL.check_fields(complete)
+    DENSE.validate(complete.dense, complete.width)
+    return complete
 
 
 def with_pattern(config: ConfigDict, text: str) -> ConfigDict:

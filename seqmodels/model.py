@@ -11,6 +11,7 @@ import seqmodels.kernels.selective_scan
 import seqmodels.kernels.short_conv
 from seqmodels.backbone import Backbone, causal, scanned
 from seqmodels.branches import BRANCHES
+from seqmodels.config import complete_model
 from seqmodels.errors import UserError
 from seqmodels.fields import refuse
 from seqmodels.layers.matmul import wide_matmul
@@ -91,7 +92,7 @@ def build(config: ConfigDict, vocab_size: int) -> LanguageModel:
     Raises:
         UserError: fields that do not fit together, before anything is compiled.
     """
-    config = ConfigDict(config.to_dict()) if not isinstance(config, dict) else ConfigDict(config)
+    config = complete_model(config)
     if config.vocab_size and config.vocab_size < vocab_size:
         raise UserError(
             f"model.vocab_size is {config.vocab_size}; the tokenizer has {vocab_size} tokens (0 follows it)"

@@ -338,15 +338,18 @@ def test_the_first_blocks_are_rematerialised_alone():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(variant="reed"), "variant is 'reed'; allowed: read, input"),
-        (dict(gate="chanel"), "gate is 'chanel'; allowed: channel"),
-        (dict(variant="carry", norm=True), "norm is True"),
-        (dict(variant="output", projection="linear"), "projection identity"),
-        (dict(model=dict(pattern="attention"), variant="read"), "no mixer of 'attention' has hidden states"),
-        (dict(model=dict(scan_blocks=3)), "scan_blocks is 3; it must divide"),
-        (dict(model=dict(scan_blocks=1), every=2), "every is 2"),
-        (dict(model=dict(scan_blocks=1, remat_blocks=2)), "remat_blocks is 2; it must be 0 with model.scan_blocks=1"),
-        (dict(model=dict(pattern="mamba+mpl")), "'mpl' is none of mlp"),
+        (dict(variant="reed"), "variant='reed': must be one of 'none', 'read', 'input'"),
+        (dict(gate="chanel"), "gate='chanel': must be one of 'channel'"),
+        (dict(variant="carry", norm=True), "norm=True: must be False with variant='carry'"),
+        (dict(variant="output", projection="linear"), "projection='linear': must be 'identity' with variant='output'"),
+        (
+            dict(model=dict(pattern="attention"), variant="read"),
+            "variant='read': must be 'none' without one of mamba, mamba2, retnet",
+        ),
+        (dict(model=dict(scan_blocks=3)), "scan_blocks=3: must be 0, or a divisor of model.repeats="),
+        (dict(model=dict(scan_blocks=1), every=2), "every=2: must be a divisor of"),
+        (dict(model=dict(scan_blocks=1, remat_blocks=2)), "remat_blocks=2: must be 0 with model.scan_blocks=1"),
+        (dict(model=dict(pattern="mamba+mpl")), "'mpl' of word 1, 'mamba\\+mpl', must be one of .*mlp"),
     ],
 )
 def test_bad_fields_are_named(fields, message):

@@ -262,12 +262,12 @@ def test_cache_has_the_activations_dtype():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(heads=3), r"attention\.heads is 3; it must divide the width, which is 16"),
-        (dict(heads=0), r"attention\.heads is 0"),
-        (dict(kv_heads=3), r"attention\.kv_heads is 3; it must divide attention\.heads, 4"),
-        (dict(head_dim=5), r"attention\.head_dim is 5; it must be even"),
-        (dict(heads=16), r"attention\.head_dim is 1; it must be even"),
-        (dict(window=-1), r"attention\.window is -1"),
+        (dict(heads=3), r"config.model.attention.heads=3: must be a divisor of model.width=16"),
+        (dict(heads=0), r"config.model.attention.heads=0: must be at least 1"),
+        (dict(kv_heads=3), r"config.model.attention.kv_heads=3: must be a divisor of heads=4"),
+        (dict(head_dim=5), r"config.model.attention.head_dim=5: must be even"),
+        (dict(heads=16), r"config.model.attention.head_dim=1: must be even"),
+        (dict(window=-1), r"config.model.attention.window=-1: must be at least 0"),
     ],
 )
 def test_bad_fields_are_named(fields, message):

@@ -226,14 +226,26 @@ def test_mamba3_is_its_recurrence(activation, rotated):
 @pytest.mark.parametrize(
     "build, message",
     [
-        (lambda: Mamba3(width=D, rotated=0.3), "rotated is 0.3; it must be 0.5 or 1"),
-        (lambda: Mamba3(width=D, A_activation="exp"), "A_activation is 'exp'; allowed: heavy_tail, softplus"),
-        (lambda: Mamba3(width=D, head_dim=5), "head_dim is 5; it must divide expand times width, 16"),
-        (lambda: Gla(width=D, heads=8), "heads is 8; twice that must divide the width, which is 8"),
-        (lambda: LinearAttention(width=D, feature_map="cos"), "feature_map is 'cos'; allowed: elu, relu"),
-        (lambda: LinearAttention(width=D, heads=3), "linear_attention.heads is 3; it must divide the width"),
-        (lambda: Performer(width=D, heads=3), "performer.heads is 3; it must divide the width"),
-        (lambda: Performer(width=D, random_features=0), "random_features is 0; it must be at least 1"),
+        (lambda: Mamba3(width=D, rotated=0.3), "config.model.mamba3.rotated=0.3: must be one of 0.5, 1.0"),
+        (
+            lambda: Mamba3(width=D, A_activation="exp"),
+            "config.model.mamba3.A_activation='exp': must be one of 'heavy_tail', 'softplus'",
+        ),
+        (
+            lambda: Mamba3(width=D, head_dim=5),
+            r"config.model.mamba3.head_dim=5: must be a divisor of expand \* model.width = 16",
+        ),
+        (lambda: Gla(width=D, heads=8), "config.model.gla.heads=8: must be half a divisor of model.width=8"),
+        (
+            lambda: LinearAttention(width=D, feature_map="cos"),
+            "config.model.linear_attention.feature_map='cos': must be one of 'elu', 'relu'",
+        ),
+        (
+            lambda: LinearAttention(width=D, heads=3),
+            "config.model.linear_attention.heads=3: must be a divisor of model.width=8",
+        ),
+        (lambda: Performer(width=D, heads=3), "config.model.performer.heads=3: must be a divisor of model.width=8"),
+        (lambda: Performer(width=D, random_features=0), "config.model.performer.random_features=0: must be at least 1"),
     ],
 )
 def test_bad_fields_are_named(build, message):

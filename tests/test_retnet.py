@@ -142,10 +142,10 @@ def test_mlp_with_gelu_is_the_papers_or_torchscales(gated):
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(schedule="linear"), "schedule is 'linear'; allowed: octaves, spread"),
-        (dict(activation="tanh"), "activation is 'tanh'; allowed: identity, silu"),
-        (dict(key_dim=3), "key_dim is 3; it must be even"),
-        (dict(heads=5, key_dim=0), "heads is 5; it must divide the width, which is 12"),
+        (dict(schedule="linear"), "config.model.retnet.schedule='linear': must be one of 'octaves', 'spread'"),
+        (dict(activation="tanh"), "config.model.retnet.activation='tanh': must be one of 'identity', 'silu'"),
+        (dict(key_dim=3), "config.model.retnet.key_dim=3: must be even"),
+        (dict(heads=5, key_dim=0), "config.model.retnet.heads=5: must be a divisor of model.width=12"),
     ],
 )
 def test_bad_fields_are_named(fields, message):
