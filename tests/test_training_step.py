@@ -7,7 +7,7 @@ import pytest
 
 from seqmodels.errors import UserError
 from seqmodels.training import sharding
-from seqmodels.training.loss import log_sum_exp, next_token_loss
+from seqmodels.heads.next_token import log_sum_exp, next_token_loss
 from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
 from seqmodels.training.state import abstract_params, abstract_state, init_state
 from seqmodels.training.step import join_rows, lower_train_step, make_train_step, split_rows

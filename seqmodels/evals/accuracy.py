@@ -58,7 +58,7 @@ def evaluate(
     Args:
       split: a `seqmodels.data.synthetic.dataset.SyntheticSplit`.
       length: T of a row, in tokens.
-      batch_size: rows at once, at most; rounded up to a multiple of the mesh's data and fsdp axes.
+      batch_size: rows at once, at most; rounded up to a multiple of what the mesh splits rows into.
       limit: rows to stop after; None is the whole split.
       mesh: devices to spread the rows over.
       piece: tokens of a row read at once; None is the length, at most PIECE.
