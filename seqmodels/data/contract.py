@@ -8,6 +8,8 @@ from typing import Any, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 
+from seqmodels.errors import UserError
+
 Batch = dict[str, np.ndarray]
 
 
@@ -49,15 +51,12 @@ class BatchSource:
       objective: what the batches are for, a name in `seqmodels.heads.HEADS`.
       measured_by: how a split is measured: "head", by the figures of the model's head; "perplexity", as text with its
         bytes; "accuracy", by the answers of a synthetic task.
-      tokenizer: of text and tasks, else None.
-      task: the synthetic task, else None.
+      tokenizer: of those that have one; a run then ends with a sample of text.
       held_out: names of the splits other than train, each of which `dataset[name]` gives as a `BatchSplit`.
     """
 
     objective: str = "next_token"
     measured_by: ClassVar[str] = "head"
-    tokenizer: Any = None
-    task: Any = None
     held_out: Any = ()
 
     @property
@@ -87,6 +86,20 @@ class BatchSource:
     def describe(self) -> str:
         """What a run says of its data."""
         return ", ".join(f"{name} {list(array.shape)}" for name, array in self.spec.items())
+
+
+def check_spec(spec: Spec, batch_size: int, seq_len: int) -> None:
+    """Whether the arrays of a spec have the rows and positions that a config asks for.
+
+    Raises: UserError naming the first array that has not.
+    """
+    for name, array in spec.items():
+        over_time = name in ("tokens", "values", "mask", "segment_ids") or len(array.shape) == 3
+        allowed, fields = (batch_size,), "(config.batch_size,)"
+        if over_time:
+            allowed, fields = (batch_size, seq_len), "(config.batch_size, config.seq_len)"
+        if array.shape[: len(allowed)] != allowed:
+            raise UserError(f"dataset.spec[{name!r}].shape={array.shape}: must begin with {allowed}, which is {fields}")
 
 
 def text_spec(batch_size: int, seq_len: int, vocab_size: int) -> dict[str, ArraySpec]:

@@ -8,7 +8,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from seqmodels.config import context
-from seqmodels.data import SyntheticDataset
 from seqmodels.errors import UserError
 from seqmodels.evals import memory
 from seqmodels.evals.scoring import rows_of, score_long
@@ -23,7 +22,7 @@ CACHE = 2**14  # tokens up to which attention, whose cache and time grow with th
 
 def serves(run) -> bool:
     """Whether a run has what this evaluator measures."""
-    return isinstance(run.dataset, SyntheticDataset)
+    return run.dataset.measured_by == "accuracy"
 
 
 def read_rows(model, params: Any, batch: dict[str, np.ndarray], *, piece: int, mesh: Mesh | None = None):
