@@ -1,6 +1,7 @@
 """What training asks of a dataset: batches, what is in them, and what they are for.
 
-A dataset of your own is a subclass of `BatchSource`, handed to `seqmodels.training.loop.train(config, workdir, dataset)`.
+A dataset of your own is a subclass of `BatchSource`, handed to `seqmodels.training.loop.train(config, workdir,
+dataset)`.
 """
 
 from collections.abc import Iterator, Mapping
