@@ -74,7 +74,9 @@ class Forecast(nn.Module):
         self.bias = parameter(self, "bias", shape[1:], axes[1:], zeros, group="head")
 
     def __call__(self, hidden: jax.Array, mask: jax.Array | None = None, table: None = None) -> jax.Array:
-        """[B, T, D] to [B, T, horizon, C] float32. The mask is not read."""
+        """[B, T, D] to [B, T, horizon, C] float32. Hidden states where the mask is False may be anything."""
+        if mask is not None:
+            hidden = jnp.where(mask[..., None], hidden, 0)
         y = wide_matmul(hidden.astype(self.dtype), self.kernel) + self.bias
         return y.reshape(*hidden.shape[:2], self.horizon, self.size)
 

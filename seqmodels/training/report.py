@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from seqmodels.atomic import replace_file
+from seqmodels.backbone import causal
 from seqmodels.training import metrics
 
 
@@ -56,7 +57,12 @@ def _placement(placed) -> str:
 
 
 def state_bytes(model, length: int) -> int:
-    """Bytes of recurrent state (or cache for `length` tokens) that one sequence needs in decoding."""
+    """Bytes of recurrent state (or cache for `length` tokens) that one sequence needs in decoding.
+
+    A model in which positions know of later ones has none.
+    """
+    if not causal(model.config):
+        return 0
     leaves = jax.tree.leaves(jax.eval_shape(lambda: model.init_state(1, length)))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
