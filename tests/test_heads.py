@@ -265,7 +265,9 @@ def test_a_head_that_must_not_see_the_future():
         build(settings(pattern="bi:mamba"), 11)
     data = dataset("classify", tokens=TOKENS, **ROW)
     model = build_for(settings(pattern="bi:mamba", head="classify"), data)
-    assert "ahead" in jax.eval_shape(model.init, jax.random.key(0), model.example_input(T))["params"]["block_0"]["mixer"]
+    assert (
+        "ahead" in jax.eval_shape(model.init, jax.random.key(0), model.example_input(T))["params"]["block_0"]["mixer"]
+    )
     with pytest.raises(UserError, match=r"config.model.mamba.state=0: must be "):
         config = settings(pattern="bi:mamba", head="classify")
         config.mamba.state = 0
