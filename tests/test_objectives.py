@@ -1,7 +1,9 @@
 """Rows are classified, regressed and forecast, from tokens and frames: trained, measured and resumed in miniature."""
 
 import json
+import re
 import shutil
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -10,11 +12,12 @@ import pytest
 from seqmodels import evals
 from seqmodels.configs import mamba
 from seqmodels.errors import UserError
+from seqmodels.evals.figures import batch_sums
 from seqmodels.evals.run import load_run
 from seqmodels.model import build, build_for
 from seqmodels.training import loop, metrics, sharding
 from seqmodels.training.state import abstract_params
-from tests.array_data import ArrayDataset, channel_means, waves, which_channel, which_token
+from tests.array_data import ArrayDataset, channel_means, lengths, waves, which_channel, which_token
 
 
 def tiny(**overrides):
@@ -83,6 +86,40 @@ def test_frames(tmp_path, objective, make, fields, falls):
     figures = json.loads((tmp_path / "run" / "eval.json").read_text())
     for name in ("loss", *extra):
         assert figures[name]["test"] == pytest.approx(summary["splits"]["test"][name], rel=1e-6)
+
+
+def letters(rng, count, length=12):
+    """Two letters in turn, and sometimes one that is not known (id 2); padding in front of the row."""
+    mask = lengths(rng, count, length)[:, ::-1]
+    tokens = (np.arange(length + 1) + rng.integers(2, size=(count, 1))) % 2
+    unknown = rng.random((count, length)) < 0.1
+    padding = rng.integers(2, size=(count, length))
+    inputs = np.where(mask, np.where(unknown, 2, tokens[:, :-1]), padding)
+    arrays = {"tokens": inputs, "targets": np.where(mask, tokens[:, 1:], -1), "segment_ids": 0 * inputs}
+    return {name: array.astype(np.int32) for name, array in arrays.items()} | {"mask": mask}
+
+
+def test_next_tokens_with_padding(tmp_path):
+    """One-hot letters. What stands in the padding before a row changes nothing in it."""
+    data = ArrayDataset("next_token", letters, 16, {"tokens": 2, "targets": 2})
+    config = tiny(model__input="one_hot", model__tie_embeddings=False, steps=12)
+    summary = loop.train(config, tmp_path / "run", data)
+    values = losses(tmp_path / "run")
+    assert np.mean(values[-3:]) < 0.5 * values[0] and list(summary["splits"]["test"]) == ["loss"]
+    run = load_run(tmp_path / "run", dataset=data)
+    batch = data.batch(99)
+    other = batch | {"tokens": np.where(batch["mask"], batch["tokens"], 1 - batch["tokens"])}
+    sums = [batch_sums(run.model, run.params, rows) for rows in (batch, other)]
+    assert float(sums[0].nats) == float(sums[1].nats) and float(sums[0].count) == batch["mask"].sum()
+
+
+def test_example_of_the_page(tmp_path, monkeypatch):
+    """docs/training.md's dataset of one's own."""
+    page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    exec(example.replace("= 50, 16, 32", "= 2, 16, 32"), {})
+    assert len(losses(tmp_path / "runs" / "sums")) == 2
 
 
 @pytest.mark.parametrize(

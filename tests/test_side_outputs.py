@@ -85,7 +85,8 @@ def one_step(config, batch):
 def plain_parameters():
     """Of the unrolled model, with a seed of their own."""
     model = build(settings().model, VOCABULARY)
-    return sharding.unbox(jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 6), jnp.int32))["params"])
+    boxed = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, 6), jnp.int32))["params"]
+    return jax.tree.map(np.array, sharding.unbox(boxed))  # copies, as steps consume what they are given
 
 
 def expected(batch):
