@@ -156,8 +156,8 @@ def test_micro_batches_are_averaged_by_their_tokens(overrides):
 
 def test_a_run_writes_them(tmp_path):
     """To metrics.jsonl and to TensorBoard."""
-    config = settings(model__head="classify", model__pattern="toy mamba", steps=2, seq_len=12)
-    config.model.mamba = ConfigDict()
+    config = settings(model__head="classify", model__pattern="toy mlp toy", model__repeats=1, steps=2, seq_len=12)
+    config.model.mlp = ConfigDict()
     data = ArrayDataset("classify", which_token, 8, {"tokens": 3, "labels": 2}, rows=8)
     loop.train(config, tmp_path / "run", data)
     rows = [row for row in metrics.read(tmp_path / "run" / "metrics.jsonl") if "loss" in row]
