@@ -1,21 +1,25 @@
-"""The language model: embedding, backbone, and the head that predicts the next token."""
+"""A model: an input, the backbone, and a head. With tokens and the next token it is a language model."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
 import seqmodels.kernels.attention
 import seqmodels.kernels.linear_attention
 import seqmodels.kernels.selective_scan
 import seqmodels.kernels.short_conv
-from seqmodels.backbone import Backbone, causal, scanned
+from seqmodels.backbone import Backbone, branch_of, causal, plan, scanned
 from seqmodels.branches import BRANCHES
 from seqmodels.config import complete_model
+from seqmodels.data.contract import ArraySpec, BatchSource, Spec, text_spec
 from seqmodels.errors import UserError
 from seqmodels.fields import refuse
-from seqmodels.layers.matmul import wide_matmul
-from seqmodels.layers.parameter import normal, parameter
+from seqmodels.heads import HEADS
+from seqmodels.heads.pooled import POOLS, Pooled
+from seqmodels.inputs import INPUTS
+from seqmodels.nearest import nearest
 from seqmodels.pattern import names
 from seqmodels.sequence import make_sequence
 
@@ -27,21 +31,48 @@ OPERATIONS = {
 }
 
 
-class LanguageModel(nn.Module):
-    """Next-token model over a padded vocabulary. `config` is config.model, with vocab_size filled in; see `build`."""
+class SequenceModel(nn.Module):
+    """Input, backbone and head; see `build_for`.
+
+    Attributes:
+        config: config.model, with vocab_size filled in.
+        input_size: rows of the input's table, letters of its alphabet, or its channels.
+        output_size: padded vocabulary, classes, targets or channels that the head predicts.
+    """
 
     config: FrozenConfigDict
+    input_size: int
+    output_size: int
 
     def setup(self):
         config = self.config
-        shape, std = (config.vocab_size, config.width), config.embedding_std
-        self.embedding = parameter(self, "embedding", shape, ("vocab", "embed"), normal(std), group="embedding")
-        if not config.tie_embeddings:
-            init, axes = normal(config.width**-0.5), ("embed", "vocab")
-            self.head = parameter(self, "head", shape[::-1], axes, init, dtype=config.dtype, group="head")
+        reader = _attach(self, _name(config, "input"), self.new_input())
+        predictor = _attach(self, _name(config, "head"), self.new_head())
+        self.reader, self.predictor = reader, predictor
+        # Asking for them declares their parameters, in this order whatever is called first.
+        self.table, _ = reader.table, predictor.kernel
         self.dropout = nn.Dropout(config.dropout)
         self.backbone = Backbone(config)
         nn.share_scope(self, self.backbone)  # no level of its own in the tree of parameters
+
+    @nn.nowrap
+    def new_input(self) -> nn.Module:
+        """The input, not yet part of a model."""
+        config = self.config
+        dtypes = dict(dtype=jnp.dtype(config.dtype), residual_dtype=jnp.dtype(config.residual_dtype))
+        return input_of(config)(config.width, self.input_size, std=config.embedding_std, **dtypes)
+
+    @nn.nowrap
+    def new_head(self) -> nn.Module:
+        """The head, not yet part of a model."""
+        config, head = self.config, head_of(self.config)
+        options = {
+            "tied": config.tie_embeddings,
+            "pool": config.get("pool", "mean"),
+            "horizon": config.get("horizon", 1),
+        }
+        fields = {name: value for name, value in options.items() if name in head.__dataclass_fields__}
+        return head(config.width, self.output_size, dtype=jnp.dtype(config.dtype), **fields)
 
     @nn.nowrap
     def init_state(self, batch: int, max_length: int = 0):
@@ -58,11 +89,18 @@ class LanguageModel(nn.Module):
         zeros = jnp.zeros((batch,), jnp.int32)
         return dict(segment=zeros, position=zeros, layers=layers)
 
-    def __call__(self, tokens, segment_ids=None, mask=None, state=None, deterministic: bool = True):
-        """Hidden states, of which `logits` predicts the token after each.
+    @nn.nowrap
+    def example_input(self, length: int) -> jax.Array:
+        """One row of `length` positions of what the model reads, of zeros."""
+        if input_of(self.config).ids:
+            return jnp.zeros((1, length), jnp.int32)
+        return jnp.zeros((1, length, self.input_size), jnp.float32)
+
+    def __call__(self, inputs, segment_ids=None, mask=None, state=None, deterministic: bool = True):
+        """Hidden states, of which the head predicts.
 
         Args:
-            tokens: [B, T] int32.
+            inputs: tokens [B, T] int32, or values [B, T, C] float32.
             segment_ids: [B, T] int32, document of each token; None: one document.
             mask: [B, T] bool, False on padding.
             state: of `init_state` or an earlier call; None: nothing came before.
@@ -70,44 +108,145 @@ class LanguageModel(nn.Module):
         Returns:
             hidden [B, T, D] after the last norm, and the new state.
         """
-        config = self.config
         old = state or dict(segment=None, position=None, layers=None)
-        seq, segment, position = make_sequence(*tokens.shape, segment_ids, mask, old["segment"], old["position"])
-        x = jnp.take(self.embedding, tokens, axis=0).astype(config.residual_dtype)
-        x = nn.with_logical_constraint(x, ("batch", "length", None))
+        seq, segment, position = make_sequence(*inputs.shape[:2], segment_ids, mask, old["segment"], old["position"])
+        x = nn.with_logical_constraint(self.reader(inputs, mask), ("batch", "length", None))
         x = self.dropout(x, deterministic=deterministic)
         hidden, layers = self.backbone(x, seq, old["layers"], deterministic)
         return hidden, dict(segment=segment, position=position, layers=layers)
 
+    def outputs(self, hidden, mask=None):
+        """What the head makes of hidden states [B, T, D] and a mask [B, T]; float32, its shape is the head's."""
+        return self.predictor(hidden, mask, self.table)
+
     def logits(self, hidden):
-        """[B, T, D] to [B, T, V] float32, V the padded vocabulary."""
-        head = self.embedding.T if self.config.tie_embeddings else self.head
-        dtype = jnp.dtype(self.config.dtype)
-        return wide_matmul(hidden.astype(dtype), head.astype(dtype))
+        """Of a head that predicts the next token: [B, T, D] to [B, T, V] float32, V the padded vocabulary."""
+        return self.predictor(hidden, None, self.table)
 
 
-def build(config: ConfigDict, vocab_size: int) -> LanguageModel:
+class LanguageModel(SequenceModel):
+    """Next-token model over a padded vocabulary: `Tokens`, the backbone and `NextToken`; see `build`."""
+
+
+def input_of(config) -> type[nn.Module]:
+    """Class of the input that config.model names. Raises UserError for a name that is not registered."""
+    return _find(INPUTS, "input", config)
+
+
+def head_of(config) -> type[nn.Module]:
+    """Class of the head that config.model names. Raises UserError for a name that is not registered."""
+    return _find(HEADS, "head", config)
+
+
+def build(config: ConfigDict, vocab_size: int) -> SequenceModel:
     """The model of `config.model` for a tokenizer of `vocab_size` tokens.
 
     Raises:
         UserError: fields that do not fit together, before anything is compiled.
     """
+    return _build(config, text_spec(1, 1, vocab_size), "next_token")
+
+
+def build_for(config: ConfigDict, dataset: BatchSource) -> SequenceModel:
+    """The model of `config.model` for a dataset, whose spec gives the sizes of input and head.
+
+    Raises:
+        UserError: fields that do not fit together, or not to the dataset, before anything is compiled.
+    """
+    return _build(config, dataset.spec, dataset.objective)
+
+
+def _build(config, spec: Spec, objective: str) -> SequenceModel:
     config = complete_model(config)
-    if config.vocab_size and config.vocab_size < vocab_size:
-        raise UserError(
-            f"model.vocab_size is {config.vocab_size}; the tokenizer has {vocab_size} tokens (0 follows it)"
-        )
-    config.vocab_size = config.vocab_size or -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
+    check_parts(config, spec, objective)
+    reader, head = input_of(config), head_of(config)
+    sizes = [_size(name, spec[name]) for name in (reader.key, head.target)]
+    vocabularies = [i for i, part in enumerate((reader, head)) if part.at_root]
+    if vocabularies:
+        vocab_size = max(sizes[i] for i in vocabularies)
+        if config.vocab_size and config.vocab_size < vocab_size:
+            raise UserError(
+                f"model.vocab_size is {config.vocab_size}; the tokenizer has {vocab_size} tokens (0 follows it)"
+            )
+        config.vocab_size = config.vocab_size or -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
+        for i in vocabularies:
+            sizes[i] = config.vocab_size
     scanned(config)
     for operation, name in config.implementation.items():
         if name and name not in OPERATIONS[operation].IMPLEMENTATIONS:
             allowed = ", ".join(map(repr, OPERATIONS[operation].IMPLEMENTATIONS))
             raise UserError(f"config.model.implementation.{operation}={name!r}: must be '' or one of {allowed}")
-    model = LanguageModel(FrozenConfigDict(config))
-    if not causal(config):
-        refuse("model.pattern", config.pattern, "without a branch in both directions where the next token is predicted")
-    jax.eval_shape(lambda: model.init_state(1, 1))  # declares every module, which checks its fields
+    kind = LanguageModel if len(vocabularies) == 2 else SequenceModel
+    model = kind(FrozenConfigDict(config), *sizes)
+    # Either declares every branch, which checks its fields.
+    if causal(config):
+        jax.eval_shape(lambda: model.init_state(1, 1))
+    else:
+        _check_both_ways(config, head)
     return model
+
+
+def _check_both_ways(config, head: type[nn.Module]) -> None:
+    """Checks a stack in which positions know of later ones, and which therefore has no state."""
+    if head.causal:
+        allowed = " or ".join(repr(name) for name, other in HEADS.items() if not other.causal)
+        refuse(
+            "model.head", _name(config, "head"), f"{allowed} with model.pattern={config.pattern!r}, which reads ahead"
+        )
+    for spec in plan(config):
+        for word in spec.names().values():
+            branch_of(config, word, parent=None)
+
+
+def check_parts(config, spec: Spec, objective: str) -> None:
+    """Whether the input and head of config.model fit the batches of a dataset.
+
+    Raises: UserError in one line with the field, its value and what is allowed.
+    """
+    reader, head, name = input_of(config), head_of(config), _name(config, "head")
+    if name != objective:
+        refuse("model.head", name, f"{objective!r}, which is what the dataset is for")
+    has = f"in the dataset's batches, which have {', '.join(spec)}"
+    if reader.key not in spec:
+        fit = " or ".join(repr(name) for name, other in INPUTS.items() if other.key in spec)
+        refuse("model.input", _name(config, "input"), f"{fit}; it needs {reader.key!r} {has}")
+    for array in (head.target, *head.needs):
+        if array not in spec:
+            raise UserError(f"config.model.head={name!r}: needs {array!r} {has}")
+    if config.tie_embeddings and name == "next_token" and not reader.at_root:
+        without = f"config.model.input={_name(config, 'input')!r}, which has no table of tokens"
+        refuse("model.tie_embeddings", True, f"False with {without}")
+    pool = config.get("pool", "mean")
+    if issubclass(head, Pooled) and pool not in POOLS:
+        refuse("model.pool", pool, f"one of {', '.join(map(repr, POOLS))}")
+    if "horizon" in head.__dataclass_fields__ and config.get("horizon", 1) < 1:
+        refuse("model.horizon", config.horizon, "at least 1")
+
+
+def _attach(model: nn.Module, name: str, part: nn.Module) -> nn.Module:
+    """Makes `part` a submodule: its parameters lie under `name`, or at the root of the tree."""
+    setattr(model, name, part)
+    if part.at_root:
+        nn.share_scope(model, part)
+    return part
+
+
+def _name(config, field: str) -> str:
+    return config.get(field, {"input": "tokens", "head": "next_token"}[field])
+
+
+def _find(table: dict[str, type[nn.Module]], field: str, config) -> type[nn.Module]:
+    name = _name(config, field)
+    if name not in table:
+        refuse(f"model.{field}", name, f"one of {', '.join(map(repr, table))}{nearest(name, list(table))}")
+    return table[name]
+
+
+def _size(name: str, array: ArraySpec) -> int:
+    """Ids of an array of a batch, or the size of its last axis where it holds numbers."""
+    if np.issubdtype(array.dtype, np.integer) and array.count < 1:
+        raise UserError(f"dataset.spec[{name!r}].count={array.count}: must be the number of different ids, at least 1")
+    return array.count or array.shape[-1]
 
 
 def describe_kernels(config: ConfigDict, platform: str) -> list[str]:

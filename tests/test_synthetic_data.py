@@ -13,8 +13,8 @@ from seqmodels.configs import synthetic
 from seqmodels.data.synthetic import GOES_ON, TASKS, make_task
 from seqmodels.data.synthetic.dataset import FOLDS, fold
 from seqmodels.errors import UserError
+from seqmodels.heads.next_token import next_token_loss
 from seqmodels.model import build
-from seqmodels.training.loss import next_token_loss
 
 
 def load(name="induction", length=16, batch_size=8, seed=0, bptt=False, **changes):

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from seqmodels.errors import UserError
+from seqmodels.heads.next_token import log_sum_exp, next_token_loss
 from seqmodels.training import sharding
-from seqmodels.training.loss import log_sum_exp, next_token_loss
 from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
 from seqmodels.training.state import abstract_params, abstract_state, init_state
 from seqmodels.training.step import join_rows, lower_train_step, make_train_step, split_rows
@@ -154,7 +154,7 @@ def test_without_bptt_no_carry_is_kept():
 
 @pytest.mark.parametrize(
     "mesh", [dict(data=8), dict(fsdp=8, data=1), dict(data=2, tensor=4), dict(data=2, fsdp=2, tensor=2),
-             dict(data=2, sequence=4)]
+             dict(data=2, sequence=4), dict(data=2, expert=4)]
 )  # fmt: skip
 def test_eight_devices_train_as_one(mesh):
     alone, losses = run(small_config(training__loss_chunk=4))
@@ -168,6 +168,15 @@ def test_eight_devices_train_as_one(mesh):
     if mesh.get("fsdp", 1) * mesh.get("tensor", 1) > 1:
         shard = many.params["kernel"].addressable_shards[0].data
         assert shard.size * mesh.get("fsdp", 1) * mesh.get("tensor", 1) == many.params["kernel"].size
+
+
+def test_every_device_has_rows_of_its_own():
+    """Along data, fsdp and expert: no two devices repeat each other's work."""
+    mesh = sharding.make_mesh(small_config(mesh__data=2, mesh__fsdp=2, mesh__expert=2))
+    batch = {"tokens": np.zeros((8, 12), np.int32), "labels": np.arange(8), "values": np.zeros((8, 12, 3))}
+    for name, array in sharding.put_batch(batch, mesh).items():
+        places = sorted((shard.index[0].start, shard.index[0].stop) for shard in array.addressable_shards)
+        assert places == [(n, n + 1) for n in range(8)], name
 
 
 def test_fresh_state_is_the_same_on_every_mesh():
@@ -263,6 +272,7 @@ def test_step_compiles_once():
         (dict(mesh__data=16), "mesh asks for 16 devices .* there are 8"),
         (dict(mesh__data=2, mesh__tensor=8), "16 devices .*data=2, tensor=8"),
         (dict(mesh__data=-1, batch_size=12), "batch_size=12: must be a multiple of 8"),
+        (dict(mesh__data=2, mesh__expert=3), "batch_size=8: must be a multiple of 6"),
         (dict(mesh__data=4, training__accumulate=4), "batch_size=8: must be a multiple of 16"),
         (dict(mesh__sequence=5), "seq_len=12: must be a multiple of mesh.sequence=5"),
     ],
@@ -283,4 +293,4 @@ def test_axes_that_do_not_divide_stay_whole():
     assert spec("embed", "inner", shape=(8, 6)) == ("fsdp", "tensor")
     assert spec("embed", "inner", shape=(6, 7)) == (None, None)
     assert spec("layers", "inner", "inner", shape=(4, 4, 4)) == (None, "tensor", None)
-    assert spec("batch", None, shape=(8, 3)) == (("data", "fsdp"), None)
+    assert spec("batch", None, shape=(8, 3)) == (("data", "fsdp", "expert"), None)

@@ -27,6 +27,9 @@ class LeakyModel(nn.Module):
     def init_state(self, batch, max_length):
         return {"segment": jnp.full((batch,), -1, jnp.int32), "layers": jnp.zeros((batch, self.width))}
 
+    def example_input(self, length):
+        return jnp.zeros((1, length), jnp.int32)
+
     def __call__(self, tokens, segment_ids=None, mask=None, state=None, deterministic=True):
         state = self.init_state(tokens.shape[0], 0) if state is None else state
         ids = jnp.zeros_like(tokens) if segment_ids is None else segment_ids

@@ -1,8 +1,12 @@
 """Text or tasks to batches. Text: sources, tokenizers, the token cache and the batches drawn from it (docs/data.md).
 Tasks are generated (docs/synthetic.md)."""
 
+from seqmodels.data.contract import ArraySpec, BatchSource
 from seqmodels.data.dataset import Dataset, TokenSplit, load, prefetch
 from seqmodels.data.synthetic import SyntheticDataset
 from seqmodels.data.tokenizer import Tokenizer, load_tokenizer
 
-__all__ = ["Dataset", "SyntheticDataset", "TokenSplit", "Tokenizer", "load", "load_tokenizer", "prefetch"]
+__all__ = [
+    "ArraySpec", "BatchSource", "Dataset", "SyntheticDataset", "TokenSplit", "Tokenizer", "load", "load_tokenizer",
+    "prefetch",
+]  # fmt: skip

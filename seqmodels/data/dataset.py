@@ -6,16 +6,16 @@ import threading
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 
 from seqmodels.data import cache, synthetic
+from seqmodels.data.contract import Batch, BatchSource, Spec, text_spec
 from seqmodels.data.permutation import permute
 from seqmodels.data.sources import find_source
 from seqmodels.data.tokenizer import Tokenizer, load_tokenizer
 from seqmodels.errors import UserError
-
-Batch = dict[str, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,7 +81,7 @@ class TokenSplit:
 
 
 @dataclasses.dataclass(frozen=True)
-class Dataset:
+class Dataset(BatchSource):
     """A tokenised dataset, and the training batches drawn from it. Made by `load`.
 
     Attributes:
@@ -100,6 +100,13 @@ class Dataset:
     seed: int
     bptt: bool
     separate: bool
+
+    measured_by: ClassVar[str] = "perplexity"
+
+    @property
+    def spec(self) -> Spec:
+        """Arrays of a batch: `tokens`, `targets`, `segment_ids` [B, T] int32."""
+        return text_spec(self.batch_size, self.seq_len, self.tokenizer.vocab_size)
 
     @cached_property
     def meta(self) -> dict:
@@ -218,7 +225,7 @@ class prefetch:
       depth: how many batches are kept ready.
     """
 
-    def __init__(self, dataset: Dataset, start: int, rows: slice | None = None, depth: int = 2):
+    def __init__(self, dataset: BatchSource, start: int, rows: slice | None = None, depth: int = 2):
         self._queue = queue.Queue(depth)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read, args=(dataset, start, rows), name="prefetch", daemon=True)

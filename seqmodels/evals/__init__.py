@@ -11,13 +11,13 @@ A new evaluator is one file and one line here.
 
 from types import ModuleType
 
-from seqmodels.data import SyntheticDataset
 from seqmodels.errors import UserError
 from seqmodels.evals import (
     accuracy,
     by_position,
     classification,
     extrapolation,
+    figures,
     harness,
     needle,
     perplexity,
@@ -30,6 +30,7 @@ EVALUATORS: dict[str, ModuleType] = {
     "loss_by_position": by_position,
     "context_lengths": extrapolation,
     "accuracy": accuracy,
+    "figures": figures,
     "needle": needle,
     "classification": classification,
     "throughput": throughput,
@@ -50,8 +51,12 @@ def find(names: list[str], field: str = "--evals") -> dict[str, ModuleType]:
 
 def serves(evaluator: ModuleType, run) -> bool:
     """Whether a run has what an evaluator measures."""
-    is_text = not isinstance(run.dataset, SyntheticDataset)
-    return evaluator.serves(run) if hasattr(evaluator, "serves") else is_text
+    return evaluator.serves(run) if hasattr(evaluator, "serves") else is_text(run)
+
+
+def is_text(run) -> bool:
+    """Whether the data of a run is text, with a tokenizer and the bytes of its splits."""
+    return run.dataset.measured_by == "perplexity"
 
 
 def check(evaluators: dict[str, ModuleType], run, field: str = "--evals") -> None:
@@ -65,8 +70,7 @@ def check(evaluators: dict[str, ModuleType], run, field: str = "--evals") -> Non
 
 def default(run) -> list[str]:
     """The evaluators that a run gets when none is named."""
-    is_text = not isinstance(run.dataset, SyntheticDataset)
-    left_out = BY_NAME_ON_TEXT if is_text else BY_NAME
+    left_out = BY_NAME_ON_TEXT if is_text(run) else BY_NAME
     return [name for name in EVALUATORS if serves(EVALUATORS[name], run) and name not in left_out]
 
 

@@ -8,7 +8,6 @@ import numpy as np
 from jax.sharding import Mesh
 
 from seqmodels.config import context
-from seqmodels.data import SyntheticDataset
 from seqmodels.errors import UserError
 from seqmodels.evals import memory
 from seqmodels.evals.scoring import rows_of, score_long
@@ -23,7 +22,7 @@ CACHE = 2**14  # tokens up to which attention, whose cache and time grow with th
 
 def serves(run) -> bool:
     """Whether a run has what this evaluator measures."""
-    return isinstance(run.dataset, SyntheticDataset)
+    return run.dataset.measured_by == "accuracy"
 
 
 def read_rows(model, params: Any, batch: dict[str, np.ndarray], *, piece: int, mesh: Mesh | None = None):
@@ -58,7 +57,7 @@ def evaluate(
     Args:
       split: a `seqmodels.data.synthetic.dataset.SyntheticSplit`.
       length: T of a row, in tokens.
-      batch_size: rows at once, at most; rounded up to a multiple of the mesh's data and fsdp axes.
+      batch_size: rows at once, at most; rounded up to a multiple of what the mesh splits rows into.
       limit: rows to stop after; None is the whole split.
       mesh: devices to spread the rows over.
       piece: tokens of a row read at once; None is the length, at most PIECE.

@@ -11,8 +11,6 @@ from typing import Any
 import numpy as np
 
 from seqmodels.config import context
-from seqmodels.data import SyntheticDataset
-from seqmodels.data.synthetic.passkey import Passkey
 from seqmodels.errors import UserError
 from seqmodels.evals.accuracy import PIECE, read_rows
 from seqmodels.evals.scoring import rows_of
@@ -31,7 +29,8 @@ QUESTION = "\nWhat is the pass key? The pass key is"
 
 def serves(run) -> bool:
     """Whether a run has what this evaluator measures."""
-    return not isinstance(run.dataset, SyntheticDataset) or isinstance(run.dataset.task, Passkey)
+    by = run.dataset.measured_by
+    return by == "perplexity" or (by == "accuracy" and run.dataset.task.has_depth)
 
 
 def text_row(tokenizer, key: int, depth: float, length: int) -> tuple[np.ndarray, int]:
@@ -116,7 +115,7 @@ def evaluate(
 def evaluate_run(run, splits: list[str], limit: int | None) -> dict:
     """The heat map of a run: at the task's lengths, or at `config.evaluation.lengths` times that of training."""
     config, dataset = run.config, run.dataset
-    if isinstance(dataset, SyntheticDataset):
+    if dataset.measured_by == "accuracy":
         lengths = sorted({config.seq_len, *dataset.lengths})
 
         def rows(depth, length, count):

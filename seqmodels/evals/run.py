@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from seqmodels import data
 from seqmodels.errors import UserError
 from seqmodels.evals.scoring import PositionSums, position_sums
-from seqmodels.model import build
+from seqmodels.model import build_for
 from seqmodels.training import metrics, sharding
 from seqmodels.training.checkpoint import restore_params, steps
 from seqmodels.training.run import read_config
@@ -28,7 +28,7 @@ class Run:
     Attributes:
       config: of the run.
       step: of the checkpoint.
-      dataset: a `seqmodels.data.Dataset`, with its tokenizer.
+      dataset: a `seqmodels.data.BatchSource`; of text and tasks with its tokenizer.
       model, params: as in docs/architecture.md; the averaged parameters where the run keeps them.
       mesh: of all devices; parameters are spread over them.
       batch_size: rows at once.
@@ -36,7 +36,7 @@ class Run:
 
     config: ConfigDict
     step: int
-    dataset: data.Dataset
+    dataset: Any
     model: Any
     params: Any
     mesh: Mesh
@@ -58,7 +58,11 @@ class Run:
 
 
 def load_run(
-    workdir: str | Path, step: str = "latest", batch_size: int = 0, overrides: Mapping[str, Any] = MappingProxyType({})
+    workdir: str | Path,
+    step: str = "latest",
+    batch_size: int = 0,
+    overrides: Mapping[str, Any] = MappingProxyType({}),
+    dataset: data.BatchSource | None = None,
 ) -> Run:
     """The model of a run directory.
 
@@ -66,14 +70,16 @@ def load_run(
       step: "latest", "best" (by `config.checkpoint.best`) or a number.
       batch_size: rows at once; 0 takes the config's.
       overrides: dotted fields of the config's `evaluation` and their values, in place of the run's.
+      dataset: your own, if the run was trained on one; None: what `config.data` names.
 
     Raises: UserError where there is no run, no such checkpoint, or the data is gone.
     """
     workdir = Path(workdir)
     config = _with_options(read_config(workdir), overrides)
     number = _checkpoint_step(workdir, config, step)
-    dataset = data.load(config.data, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
-    model = build(config.model, dataset.tokenizer.vocab_size)
+    if dataset is None:
+        dataset = data.load(config.data, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
+    model = build_for(config.model, dataset)
     mesh = jax.make_mesh((1, jax.device_count(), 1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 5)
     boxed = abstract_params(model, config)
     abstract = jax.tree.map(

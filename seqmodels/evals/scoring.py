@@ -9,8 +9,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from seqmodels.evals import memory
-from seqmodels.training.loss import token_nats
-from seqmodels.training.sharding import put_batch, rows_sharding
+from seqmodels.heads.next_token import token_nats
+from seqmodels.training.sharding import put_batch, row_shards, rows_sharding
 
 LOGIT_TOKENS = 1024  # tokens of a row whose logits exist at once
 
@@ -133,7 +133,7 @@ def score_long(model, params: Any, batch: dict[str, np.ndarray], piece: int, mes
 
 def rows_of(batch_size: int, mesh: Mesh | None) -> int:
     """The batch size, rounded up to what the devices of a mesh can share."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"] if mesh is not None else 1
+    shards = row_shards(mesh.shape) if mesh is not None else 1
     return -(-batch_size // shards) * shards
 
 
@@ -153,7 +153,7 @@ def position_sums(
     Args:
       split: a `seqmodels.data.TokenSplit`.
       length: context length T.
-      batch_size: rows at once; rounded up to a multiple of the mesh's data and fsdp axes.
+      batch_size: rows at once; rounded up to a multiple of what the mesh splits rows into.
       limit: rows to stop after; None is the whole split.
       mesh: devices to spread the rows over.
       tokenizer: counts the bytes of what a limit leaves exactly; without it they are the split's average.

@@ -97,8 +97,8 @@ def check(config: ConfigDict) -> None:
 
 
 def serves(run) -> bool:
-    """Every model can be timed, whatever it was trained on."""
-    return True
+    """Every model that continues tokens can be timed, whatever it was trained on."""
+    return run.dataset.measured_by != "head"
 
 
 def evaluate_run(run, splits: list[str], limit: int | None) -> dict:

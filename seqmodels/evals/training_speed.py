@@ -11,7 +11,7 @@ from seqmodels.errors import UserError
 from seqmodels.evals import memory
 from seqmodels.training import flops
 from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
-from seqmodels.training.sharding import put_batch
+from seqmodels.training.sharding import put_batch, row_shards
 from seqmodels.training.state import abstract_params, abstract_state, init_state
 from seqmodels.training.step import lower_train_step, make_train_step
 
@@ -37,7 +37,7 @@ def measure(config, model, dataset, mesh) -> dict:
     optimizer = make_optimizer(config.optimizer, decay_mask(boxed))
     abstract = abstract_state(model, optimizer, config, mesh)
     train_step = make_train_step(model, optimizer, make_schedule(config.optimizer, config.steps), config)
-    lowered = lower_train_step(train_step, abstract, config, mesh)
+    lowered = lower_train_step(train_step, abstract, config, mesh, dataset.spec)
     begun = time.perf_counter()
     compiled = lowered.compile()
     compile_seconds = time.perf_counter() - begun
@@ -70,7 +70,7 @@ def measure(config, model, dataset, mesh) -> dict:
 
 def evaluate_run(run, splits: list[str], limit: int | None) -> dict:
     """Of the run's config on the mesh at hand. Raises UserError where its rows do not divide."""
-    shares = run.mesh.shape["data"] * run.mesh.shape["fsdp"] * run.config.training.accumulate
+    shares = row_shards(run.mesh.shape) * run.config.training.accumulate
     if run.config.batch_size % shares:
         raise UserError(
             f"config.batch_size={run.config.batch_size}: must be a multiple of {shares} on {run.mesh.size} devices"

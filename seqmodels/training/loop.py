@@ -1,4 +1,4 @@
-"""The whole of a run: data, model, mesh, state, the steps, and what is shown at the end."""
+"""The whole of a run: data, model, mesh, state and the steps; `finish.py` measures what comes of it."""
 
 import contextlib
 import time
@@ -10,16 +10,13 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from seqmodels import data, evals
-from seqmodels.config import context, upgrade, validate
+from seqmodels import data
+from seqmodels.config import upgrade, validate
+from seqmodels.data.contract import check_spec
 from seqmodels.errors import UserError
-from seqmodels.evals import accuracy, perplexity
-from seqmodels.evals import report as evaluation
-from seqmodels.evals.run import Run, rows_at_once
-from seqmodels.generation import generate
 from seqmodels.kernels.dispatch import UnsupportedError
-from seqmodels.model import build, describe_kernels
-from seqmodels.training import checkpoint, flops, report, run, sharding
+from seqmodels.model import build_for, describe_kernels
+from seqmodels.training import checkpoint, finish, flops, report, run, sharding
 from seqmodels.training.metrics import Metrics
 from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
 from seqmodels.training.preemption import Preempted, StopSignal
@@ -28,8 +25,11 @@ from seqmodels.training.state import TrainState, abstract_params, abstract_state
 from seqmodels.training.step import lower_train_step, make_train_step
 
 
-def train(config: ConfigDict, workdir: str | Path) -> dict:
+def train(config: ConfigDict, workdir: str | Path, dataset: data.BatchSource | None = None) -> dict:
     """Trains `config` in the run directory `workdir`, going on from its newest checkpoint, and returns its summary.
+
+    Args:
+      dataset: your own, see `seqmodels.data.contract`; None: what `config.data` names.
 
     Raises:
       UserError: bad input, before anything is compiled; or a loss that is not finite under training.nan="stop", after a
@@ -44,66 +44,41 @@ def train(config: ConfigDict, workdir: str | Path) -> dict:
         summary = report.read_summary(workdir)
         if summary is None or summary["steps"] < config.steps:
             try:
-                training = _Training(config, workdir, stop)
+                trainer = Trainer(config, workdir, stop, dataset)
             except UnsupportedError as error:  # a named kernel that cannot serve these shapes
                 raise UserError(f"config.model.implementation.{error}") from error
-            summary = training.run()
+            summary = trainer.run()
         _say(report.result(summary))
     return summary
 
 
-class _Training:
-    """One process's part in a run: what the phases of `train` share."""
+class Trainer:
+    """One process's part in the steps of a run."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, stop: StopSignal):
+    def __init__(self, config: ConfigDict, workdir: Path, stop: StopSignal, dataset: data.BatchSource | None):
         self.config, self.workdir, self.stop = config, workdir, stop
         self.mesh: Mesh = sharding.make_mesh(config)
-        self.dataset = data.load(
-            config.data,
-            seq_len=config.seq_len,
-            batch_size=config.batch_size,
-            seed=config.seed,
-            bptt=config.training.bptt,
-        )
-        self.is_task = isinstance(self.dataset, data.SyntheticDataset)
-        self._check_best()
-        self._check_sample()
-        self.evaluators = evals.find(evals.named(config), "config.evals")
-        evals.check(self.evaluators, self, "config.evals")
-        self.model = build(config.model, self.dataset.tokenizer.vocab_size)
-        self.boxed = abstract_params(self.model, config)
-        self.optimizer = make_optimizer(config.optimizer, decay_mask(self.boxed))
+        self.source = config.data.name if dataset is None else type(dataset).__name__
+        self.dataset = _load(config) if dataset is None else dataset
+        _check_objective(config, self.dataset)
+        finish.check(config, self.dataset)
+        self.model = build_for(config.model, self.dataset)
+        self.finish = finish.Finish(config, workdir, self.dataset, self.model, self.mesh, _say)
+        boxed = abstract_params(self.model, config)
+        self.optimizer = make_optimizer(config.optimizer, decay_mask(boxed))
         self.abstract = abstract_state(self.model, self.optimizer, config, self.mesh)
         self.checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint)
         self.peak = flops.peak_flops(self.mesh.devices.flat[0].device_kind, config.model.dtype)
-        self.flops_per_step = flops.train_step_flops(self.boxed, config)
+        self.flops_per_step = flops.train_step_flops(boxed, config)
         train_step = make_train_step(self.model, self.optimizer, make_schedule(config.optimizer, config.steps), config)
         with self.on_mesh():
-            self.lowered = lower_train_step(train_step, self.abstract, config, self.mesh)
+            self.lowered = lower_train_step(train_step, self.abstract, config, self.mesh, self.dataset.spec)
 
     @contextlib.contextmanager
     def on_mesh(self):
         """Under this, the logical axis names of activations mean the mesh's."""
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
             yield
-
-    def _check_best(self) -> None:
-        best = self.config.checkpoint.best
-        allowed = ["validation_loss"]  # lower is better
-        if not self.is_task:
-            allowed += ["validation_bits_per_byte", "validation_perplexity"]
-        if best and best not in allowed:
-            raise UserError(f"config.checkpoint.best={best!r}: must be {' or '.join(allowed)}")
-        if best and not self.config.evaluation.every:
-            raise UserError(f"config.checkpoint.best={best!r}: needs validations, set --config.evaluation.every")
-
-    def _check_sample(self) -> None:
-        sample, tokenizer = self.config.sample, self.dataset.tokenizer
-        if sample.tokens and tokenizer.separator < 0 and not tokenizer.encode(sample.prompt):
-            raise UserError(
-                f"config.sample.prompt={sample.prompt!r}: must hold a token, as no separator stands before it here; or "
-                "set config.sample.tokens=0"
-            )
 
     def run(self) -> dict:
         config = self.config
@@ -118,7 +93,7 @@ class _Training:
             with self.on_mesh():
                 if first < config.steps:
                     state = self._steps(state, first)
-                return self._finish(state)
+                return self._end(state)
         finally:
             self.metrics.close()
             self.checkpoints.close()
@@ -128,7 +103,7 @@ class _Training:
         for line in describe_kernels(self.config.model, self.mesh.devices.flat[0].platform):
             _say(f"kernel   {line}")
         length = self.config.seq_len
-        _say(f"data     {self.config.data.name}, {self.dataset.describe()}")
+        _say(f"data     {self.source}, {self.dataset.describe()}")
         _say(f"\n{report.parameter_table(self.abstract.params)}\n")
         _say(f"state    {report.state_bytes(self.model, length):,} bytes a sequence of {length} tokens")
         _say(f"compute  {self.flops_per_step:.3g} floating-point operations a step")
@@ -196,88 +171,18 @@ class _Training:
         if bad:
             self.progress.write(f"step {step}: {bad[0]} is {values[bad[0]]}, update skipped")
 
-    def _evaluate(self, state: TrainState, split: str, rows: int | None) -> dict[str, float]:
-        """What the model makes of a split: the figures that a run reports."""
-        params = state.params if state.ema is None else state.ema
-        options = dict(
-            length=self.config.seq_len,
-            batch_size=self.config.evaluation.batch_size or self.config.batch_size,
-            limit=rows,
-            mesh=self.mesh,
-        )
-        if self.is_task:
-            figures = accuracy.evaluate(self.model, params, self.dataset[split], **options)
-            return {name: float(figures[name]) for name in ("loss", "accuracy", "sequence_accuracy")}
-        figures = perplexity.evaluate(
-            self.model, params, self.dataset[split], tokenizer=self.dataset.tokenizer, **options
-        )
-        return {name: float(figures[name]) for name in ("loss", "perplexity", "bits_per_byte")}
-
     def _validate(self, state: TrainState, step: int) -> dict[str, float]:
-        figures = self._evaluate(state, "validation", self.config.evaluation.rows)
+        params = state.params if state.ema is None else state.ema
+        figures = self.finish.figures(params, "validation", self.config.evaluation.rows)
         row = {f"validation_{name}": value for name, value in figures.items()}
         self.metrics.write(step, row)
         self.progress.write(f"step {step}: validation {report.headline(figures)}")
         return row
 
-    def _finish(self, state: TrainState) -> dict:
-        """The figures of a trained model: how it does on what it was not trained on, a sample, a picture."""
-        config, step = self.config, int(state.step)
+    def _end(self, state: TrainState) -> dict:
+        """What is measured and drawn when the last step is done."""
         self.checkpoints.close()
-        splits = {}
-        for split in self.dataset.held_out:
-            splits[split] = self._evaluate(state, split, None)
-            if not self.is_task:
-                splits[split]["xz_bits_per_byte"] = self.dataset.xz_bits_per_byte(split)
-            self._exit_if_noted(step)
-        if self.evaluators:
-            self._run_evaluators(state, step)
-            self._exit_if_noted(step)
-        sample = self._sample(state)
-        summary = {"name": config.name, "steps": step, "splits": splits, "sample": sample}
-        summary["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(self.abstract.params))
-        summary["state_bytes_per_sequence"] = report.state_bytes(self.model, config.seq_len)
-        summary["plot"] = str(self.workdir / "loss.png")
-        if jax.process_index() == 0:
-            report.plot_loss(self.workdir, Path(summary["plot"]))
-            self._exit_if_noted(step)
-            report.write_summary(self.workdir, summary)
-        return summary
-
-    def _run_evaluators(self, state: TrainState, step: int) -> None:
-        """What `eval.py` would say of this run: eval.json and eval.png, and the numbers in the metrics."""
-        config, params = self.config, state.params if state.ema is None else state.ema
-        trained = Run(config, step, self.dataset, self.model, params, self.mesh, rows_at_once(config))
-        options = dict(splits=self.dataset.held_out, limit=None, out=self.workdir / "eval.json")
-        figures, failed = evaluation.evaluate(
-            trained, self.evaluators, **options, say=_say, write=jax.process_index() == 0
-        )
-        for reason in failed:  # the run is as good without
-            _say(f"not evaluated: {reason}")
-        self.metrics.write(step, dict(evaluation.scalars(figures)))
-
-    def _sample(self, state: TrainState) -> str:
-        """The prompt and what the model makes of it, as far as its context goes."""
-        sample, tokenizer = self.config.sample, self.dataset.tokenizer
-        limit = context(self.config)
-        if not sample.tokens:
-            return ""
-        room = sample.tokens if limit is None else limit - 1 - len(tokenizer.encode(sample.prompt))
-        tokens = min(sample.tokens, room)
-        if tokens < 1:
-            return ""
-        return sample.prompt + generate(
-            self.model,
-            state.params if state.ema is None else state.ema,
-            tokenizer,
-            sample.prompt,
-            tokens=tokens,
-            temperature=sample.temperature,
-            top_k=sample.top_k,
-            top_p=sample.top_p,
-            seed=self.config.seed,
-            context=limit,
-        )
+        return self.finish.run(state, self.metrics, between=lambda: self._exit_if_noted(int(state.step)))
 
     def _profile(self, step: int, state: TrainState) -> None:
         start = self.config.training.profile_start
@@ -296,6 +201,22 @@ class _Training:
         self.checkpoints.close()
         _say(f"stopped after step {step}; the same command goes on from there")
         raise Preempted(step)
+
+
+def _load(config: ConfigDict) -> data.BatchSource:
+    """The dataset that a config names."""
+    sizes = dict(seq_len=config.seq_len, batch_size=config.batch_size)
+    return data.load(config.data, **sizes, seed=config.seed, bptt=config.training.bptt)
+
+
+def _check_objective(config: ConfigDict, dataset: data.BatchSource) -> None:
+    """Raises UserError where the dataset's batches are not those of the config."""
+    check_spec(dataset.spec, config.batch_size, config.seq_len)
+    if config.training.bptt and dataset.objective != "next_token":
+        raise UserError(
+            f"config.training.bptt=True: must be False with config.model.head={dataset.objective!r}, whose rows do not "
+            "go on"
+        )
 
 
 def _say(text: str) -> None:

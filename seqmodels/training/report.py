@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 
 from seqmodels.atomic import replace_file
+from seqmodels.backbone import causal
 from seqmodels.training import metrics
 
 
@@ -56,12 +57,17 @@ def _placement(placed) -> str:
 
 
 def state_bytes(model, length: int) -> int:
-    """Bytes of recurrent state (or cache for `length` tokens) that one sequence needs in decoding."""
+    """Bytes of recurrent state (or cache for `length` tokens) that one sequence needs in decoding.
+
+    A model in which positions know of later ones has none.
+    """
+    if not causal(model.config):
+        return 0
     leaves = jax.tree.leaves(jax.eval_shape(lambda: model.init_state(1, length)))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
 
 
-def plot_loss(workdir: Path, path: Path) -> None:
+def plot_loss(workdir: Path, path: Path, unit: str = "nats a token") -> None:
     """Draws training (and validation) loss over steps into the picture `path`."""
     import matplotlib
 
@@ -74,7 +80,7 @@ def plot_loss(workdir: Path, path: Path) -> None:
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
-    axes.set(xlabel="step", ylabel="loss (nats a token)", title=Path(workdir).absolute().name)
+    axes.set(xlabel="step", ylabel=f"loss ({unit})", title=Path(workdir).absolute().name)
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
@@ -92,7 +98,9 @@ def read_summary(workdir: Path) -> dict | None:
 
 
 def headline(figures: dict[str, float]) -> str:
-    """The figures of a split in a line: of a text, or of a synthetic task."""
+    """The figures of a split in a line: of a text, of a synthetic task, or of the model's head."""
+    if "bits_per_byte" not in figures and "sequence_accuracy" not in figures:
+        return "   ".join(f"{name} {value:.4f}" for name, value in figures.items())
     if "accuracy" in figures:
         return (
             f"{figures['accuracy']:.4f} of the answers right   (of the rows, all answers: "

@@ -5,6 +5,7 @@ each of them is split over. An axis whose size does not divide stays whole, so e
 """
 
 import math
+from collections.abc import Mapping
 
 import jax
 import numpy as np
@@ -16,8 +17,10 @@ from seqmodels.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")
 
+BATCH_AXES = ("data", "fsdp", "expert")  # rows are split over all of these: experts too take tokens of different rows
+
 RULES = (
-    ("batch", ("data", "fsdp")),
+    ("batch", BATCH_AXES),
     ("length", "sequence"),
     ("embed", "fsdp"),
     ("inner", "tensor"),
@@ -31,6 +34,8 @@ RULES = (
     ("rank", None),
     ("conv", None),
     ("layers", None),
+    ("channels", None),
+    ("outputs", None),
 )
 
 
@@ -56,13 +61,18 @@ def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Me
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count])
 
 
+def row_shards(sizes: Mapping[str, int]) -> int:
+    """Into how many parts rows are split on a mesh whose axes have these `sizes`."""
+    return math.prod(sizes[axis] for axis in BATCH_AXES)
+
+
 def _check_divides(config: ConfigDict, sizes: dict[str, int]) -> None:
-    shards, pieces = sizes["data"] * sizes["fsdp"], config.training.accumulate
+    shards, pieces = row_shards(sizes), config.training.accumulate
     if config.batch_size % (shards * pieces):
         micro = f" times training.accumulate={pieces}" if pieces > 1 else ""
         raise UserError(
             f"config.batch_size={config.batch_size}: must be a multiple of {shards * pieces}, the {shards} devices of "
-            f"mesh.data and mesh.fsdp{micro}; or set --config.mesh.data"
+            f"mesh.data, mesh.fsdp and mesh.expert{micro}; or set --config.mesh.data"
         )
     if config.seq_len % sizes["sequence"]:
         raise UserError(f"config.seq_len={config.seq_len}: must be a multiple of mesh.sequence={sizes['sequence']}")
@@ -111,14 +121,25 @@ def rows_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def tokens_sharding(mesh: Mesh) -> NamedSharding:
-    """Sharding of [B, T] tokens: rows over data and fsdp, time over sequence."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp"), "sequence"))
+    """Sharding of [B, T] tokens: rows over BATCH_AXES, time over sequence."""
+    return NamedSharding(mesh, PartitionSpec(BATCH_AXES, "sequence"))
+
+
+def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+    """Sharding of an array of a batch: [B], [B, T] or [B, T, C]. An axis that does not divide stays whole."""
+    names = ("batch", "length", None)[: len(shape)]
+    return NamedSharding(mesh, spec_of(names, shape, mesh))
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch of [B, T] arrays, the same on every process, as global arrays of which each process keeps its part."""
-    sharding = tokens_sharding(mesh)
+    """A batch, the same on every process, as global arrays of which each process keeps its part.
+
+    Args:
+        batch: arrays [B], [B, T] or [B, T, C].
+    """
     return {
-        name: jax.make_array_from_callback(rows.shape, sharding, lambda index, rows=rows: rows[index])
+        name: jax.make_array_from_callback(
+            rows.shape, batch_sharding(mesh, rows.shape), lambda index, rows=rows: rows[index]
+        )
         for name, rows in batch.items()
     }

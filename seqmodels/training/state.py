@@ -102,9 +102,9 @@ def lower_init(
 
 
 def _init_params(model, config):
-    # Parameters do not depend on the tokens, but a kernel that was asked for by name may not serve other lengths.
-    tokens = jnp.zeros((1, config.seq_len), jnp.int32)
-    return lambda key: model.init(key, tokens)["params"]
+    # Parameters do not depend on the row, but a kernel that was asked for by name may not serve other lengths.
+    row = model.example_input(config.seq_len)
+    return lambda key: model.init(key, row)["params"]
 
 
 def _with_sharding(leaf, placed):

@@ -9,8 +9,9 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from seqmodels.training import sharding
-from seqmodels.training.loss import LossSums, next_token_loss
+from seqmodels.data.contract import Spec, text_spec
+from seqmodels.model import head_of, input_of
+from seqmodels.training import sharding, side
 from seqmodels.training.optimizer import global_norm
 from seqmodels.training.state import TrainState
 
@@ -27,32 +28,35 @@ def make_train_step(
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """The pure function (state, batch) -> (state, metrics) of one step.
 
-    batch: {"tokens", "targets", "segment_ids"}, [B, T] int32; targets of -1 do not count. metrics: float32 scalars.
+    batch: arrays as `dataset.spec` says (see `seqmodels.data.contract`). metrics: float32 scalars, "loss" among them,
+    and what branches report (see `seqmodels.training.side`).
 
     A step whose loss or gradient is not finite changes neither parameters, optimizer, average nor carry. Under
     `training.nan="skip"` it counts as a step, and the next one goes on. Under "stop" the state stays at the last good
     step from then on, whatever else was dispatched before the host saw the metric.
     """
-    z_weight, accumulate = config.training.z_loss, config.training.accumulate
+    accumulate, head, key = config.training.accumulate, head_of(config.model), input_of(config.model).key
+    options = head.options(config.training)
 
     def loss_sums(params, rows, carry, rngs):
-        hidden, new_carry = model.apply(
+        (hidden, new_carry), reported = model.apply(
             {"params": params},
-            rows["tokens"],
-            segment_ids=rows["segment_ids"] if config.data.reset else None,
+            rows[key],
+            segment_ids=rows.get("segment_ids") if config.data.reset else None,
+            mask=rows.get("mask"),
             state=carry,
             deterministic=config.model.dropout == 0,
             rngs=rngs,
+            mutable=side.COLLECTIONS,
         )
         # The sum is differentiated and divided by the count at the end: the mean over the batch, however it is cut.
-        loss, sums = next_token_loss(
-            lambda h: model.apply({"params": params}, h, method="logits"),
-            hidden,
-            rows["targets"],
-            chunk=config.training.loss_chunk,
-            z_weight=z_weight,
+        total, sums = head.loss(
+            lambda *arguments: model.apply({"params": params}, *arguments, method=head.method), hidden, rows, **options
         )
-        return loss, (sums, new_carry)
+        reports = side.weighted(side.collect(reported, config.model), sums.count)
+        for loss in reports.losses.values():
+            total += loss
+        return total, ((sums, reports), new_carry)
 
     gradients = jax.grad(loss_sums, has_aux=True)
 
@@ -69,16 +73,23 @@ def make_train_step(
             )
             return jax.tree.map(jnp.add, total, (grads, sums)), new_carry
 
-        zero = (jax.tree.map(jnp.zeros_like, params), LossSums(*(jnp.zeros((), jnp.float32),) * 3))
+        def sums_of_first(batch, carry):
+            rows, rows_carry = jax.tree.map(lambda x: x[0], split_rows((batch, carry), accumulate))
+            return loss_sums(params, rows, rows_carry, rngs)[1][0]
+
+        # What branches report is known only from a trace.
+        shapes = jax.eval_shape(sums_of_first, batch, carry)
+        zero = jax.tree.map(jnp.zeros_like, params), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
         pieces = (jnp.arange(accumulate), split_rows(batch, accumulate), split_rows(carry, accumulate))
         (grads, sums), new_carry = jax.lax.scan(body, zero, pieces)
         return grads, sums, join_rows(new_carry)
 
     def train_step(state, batch):
         rngs = random_streams(config, state.step)
-        grads, sums, carry = batch_gradients(state.params, batch, state.carry, rngs)
+        grads, (sums, reports), carry = batch_gradients(state.params, batch, state.carry, rngs)
         grads = jax.tree.map(lambda g: g / sums.count, grads)
-        loss, grad_norm = sums.nats / sums.count, global_norm(grads)
+        figures = head.figures(sums, **options)
+        loss, grad_norm = figures["loss"], global_norm(grads)
 
         rate = schedule(state.step)
         direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -99,17 +110,14 @@ def make_train_step(
             kept = state.replace(step=state.step + 1, skipped=state.skipped + 1)
         new = jax.tree.map(lambda a, b: jnp.where(good, a, b), new, kept)
 
-        metrics = {
-            "loss": loss,
+        metrics = figures | {
             "learning_rate": rate,
             "grad_norm": grad_norm,
             "skipped": new.skipped.astype(jnp.float32),
         }
         if config.metrics.norms:
             metrics |= {"param_norm": global_norm(params), "update_norm": rate * global_norm(direction)}
-        if z_weight:
-            metrics["z_loss"] = z_weight * sums.z_squared / sums.count
-        return new, metrics
+        return new, side.join(metrics, side.metrics(reports, sums.count))
 
     return train_step
 
@@ -122,17 +130,24 @@ def random_streams(config: ConfigDict, step: jax.Array | int) -> dict[str, jax.A
     return {"dropout": jax.random.fold_in(key, step), **features}
 
 
-def lower_train_step(train_step, abstract: TrainState, config: ConfigDict, mesh: Mesh) -> jax.stages.Lowered:
-    """`train_step` traced for the mesh. The state is donated, and keeps its shardings, so it compiles only once."""
-    tokens = jax.ShapeDtypeStruct(
-        (config.batch_size, config.seq_len), jnp.int32, sharding=sharding.tokens_sharding(mesh)
-    )
-    batch = {name: tokens for name in ("tokens", "targets", "segment_ids")}
+def lower_train_step(
+    train_step, abstract: TrainState, config: ConfigDict, mesh: Mesh, spec: Spec | None = None
+) -> jax.stages.Lowered:
+    """`train_step` traced for the mesh. The state is donated, and keeps its shardings, so it compiles only once.
+
+    Args:
+        spec: the dataset's; None: of text.
+    """
+    spec = text_spec(config.batch_size, config.seq_len, 0) if spec is None else spec
+    batch = {
+        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=sharding.batch_sharding(mesh, array.shape))
+        for name, array in spec.items()
+    }
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
     step = jax.jit(
         train_step,
-        in_shardings=(shardings, {name: tokens.sharding for name in batch}),
+        in_shardings=(shardings, jax.tree.map(lambda array: array.sharding, batch)),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
         compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),

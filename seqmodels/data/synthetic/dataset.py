@@ -4,9 +4,11 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 from functools import cached_property
+from typing import ClassVar
 
 import numpy as np
 
+from seqmodels.data.contract import BatchSource, Spec, text_spec
 from seqmodels.data.synthetic.symbols import SymbolTokenizer
 from seqmodels.data.synthetic.task import NOTHING, Rows, Task
 from seqmodels.errors import UserError
@@ -102,7 +104,7 @@ class SyntheticSplit:
 
 
 @dataclasses.dataclass(frozen=True)
-class SyntheticDataset:
+class SyntheticDataset(BatchSource):
     """A task, in the place of a `seqmodels.data.Dataset`. Made by `seqmodels.data.load`.
 
     Attributes:
@@ -121,6 +123,13 @@ class SyntheticDataset:
     loss: str
     count: int
     lengths: tuple[int, ...]
+
+    measured_by: ClassVar[str] = "accuracy"
+
+    @property
+    def spec(self) -> Spec:
+        """Arrays of a batch: `tokens`, `targets`, `segment_ids` [B, T] int32."""
+        return text_spec(self.batch_size, self.seq_len, self.tokenizer.vocab_size)
 
     @cached_property
     def tokenizer(self) -> SymbolTokenizer:

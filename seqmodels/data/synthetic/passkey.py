@@ -1,6 +1,7 @@
 """Passkey retrieval (Mohtashami and Jaggi 2023), with the sentences of the LongMamba repository, a token a word."""
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
@@ -33,6 +34,8 @@ class Passkey(Task):
     """
 
     depth: float = -1.0
+
+    has_depth: ClassVar[bool] = True
 
     def __post_init__(self):
         if self.depth != -1 and not 0 <= self.depth <= 1:

@@ -1,7 +1,7 @@
 """What a synthetic task is: settings, and rows that are a pure function of a random generator."""
 
 import dataclasses
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 
@@ -26,7 +26,13 @@ class Rows(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Settings of a task; subclasses add fields, which come from `config.data.task`."""
+    """Settings of a task; subclasses add fields, which come from `config.data.task`.
+
+    Attributes:
+      has_depth: whether its rows hide something at a share `depth` of their length, a field of the task.
+    """
+
+    has_depth: ClassVar[bool] = False
 
     def __post_init__(self):
         """Refuses settings that do not fit. Raises UserError."""

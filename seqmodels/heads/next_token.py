@@ -1,10 +1,14 @@
-"""Next-token cross-entropy, without ever holding the logits of a whole row."""
+"""The token after each position: next-token cross-entropy, without ever holding the logits of a whole row."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
+
+from seqmodels.layers.matmul import wide_matmul
+from seqmodels.layers.parameter import normal, parameter
 
 
 class LossSums(NamedTuple):
@@ -125,3 +129,60 @@ def next_token_loss(
 
     loss.defvjp(forward, backward)
     return loss(hidden, list(tables))
+
+
+class NextToken(nn.Module):
+    """Logits [B, T, V] of the token after each position, V = `size` the padded vocabulary.
+
+    Attributes:
+        width: D.
+        size: V.
+        dtype: of the matrix product.
+        tied: the table of the input makes the logits, too; else the head has a matrix `head` [D, V] of its own.
+    """
+
+    width: int
+    size: int
+    dtype: Any = jnp.float32
+    tied: bool = True
+
+    at_root: ClassVar[bool] = True
+    method: ClassVar[str] = "logits"
+    target: ClassVar[str] = "targets"
+    causal: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ()
+
+    def setup(self):
+        self.kernel = None
+        if not self.tied:
+            shape, axes, init = (self.width, self.size), ("embed", "vocab"), normal(self.width**-0.5)
+            self.kernel = parameter(self, "head", shape, axes, init, dtype=self.dtype, group="head")
+
+    def __call__(self, hidden: jax.Array, mask: jax.Array | None = None, table: jax.Array | None = None) -> jax.Array:
+        """[B, T, D], and the input's table [V, D] if tied, to [B, T, V] float32. The mask is not read."""
+        kernel = table.T if self.tied else self.kernel
+        return wide_matmul(hidden.astype(self.dtype), kernel.astype(self.dtype))
+
+    @staticmethod
+    def options(training) -> dict:
+        """Keyword arguments of `loss` that `config.training` holds."""
+        return {"chunk": training.loss_chunk, "z_weight": training.z_loss}
+
+    @staticmethod
+    def loss(
+        outputs_of: Callable,
+        hidden: jax.Array,
+        batch: dict[str, jax.Array],
+        chunk: int = 0,
+        z_weight: float = 0.0,
+    ) -> tuple[jax.Array, LossSums]:
+        """`next_token_loss` of a batch's `targets` [B, T] int32, of which those of -1 do not count."""
+        return next_token_loss(outputs_of, hidden, batch["targets"], chunk=chunk, z_weight=z_weight)
+
+    @staticmethod
+    def figures(sums: LossSums, chunk: int = 0, z_weight: float = 0.0) -> dict[str, jax.Array]:
+        """loss: nats a token. z_loss, where it has a weight: what it adds to them."""
+        figures = {"loss": sums.nats / sums.count}
+        if z_weight:
+            figures["z_loss"] = z_weight * sums.z_squared / sums.count
+        return figures

@@ -1,0 +1,109 @@
+"""What training asks of a dataset: batches, what is in them, and what they are for.
+
+A dataset of your own is a subclass of `BatchSource`, handed to `seqmodels.training.loop.train(config, workdir,
+dataset)`.
+"""
+
+from collections.abc import Iterator, Mapping
+from typing import Any, ClassVar, NamedTuple, Protocol
+
+import numpy as np
+
+from seqmodels.errors import UserError
+
+Batch = dict[str, np.ndarray]
+
+
+class ArraySpec(NamedTuple):
+    """One array of a batch.
+
+    Attributes:
+      shape: of the whole batch over all hosts, B first: [B] labels, [B, T] tokens or a mask, [B, T, C] values.
+      dtype: of its elements.
+      count: how many different ids it may hold, from 0 up (tokens: the vocabulary; labels: the classes); 0 for numbers.
+    """
+
+    shape: tuple[int, ...]
+    dtype: Any
+    count: int = 0
+
+
+Spec = Mapping[str, ArraySpec]
+
+
+class BatchSplit(Protocol):
+    """Rows that are not trained on."""
+
+    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
+        """The rows in order, as batches of the dataset's spec with `batch_size` rows.
+
+        The last batch is filled up with rows that do not count: labels of -1, targets of -1 or NaN, masks of False.
+
+        Args:
+          limit: rows to stop after; None reads all.
+        """
+        ...
+
+
+class BatchSource:
+    """Base class of all datasets.
+
+    Attributes:
+      objective: what the batches are for, a name in `seqmodels.heads.HEADS`.
+      measured_by: how a split is measured: "head", by the figures of the model's head; "perplexity", as text with its
+        bytes; "accuracy", by the answers of a synthetic task.
+      tokenizer: of those that have one; a run then ends with a sample of text.
+      held_out: names of the splits other than train, each of which `dataset[name]` gives as a `BatchSplit`.
+    """
+
+    objective: str = "next_token"
+    measured_by: ClassVar[str] = "head"
+    held_out: Any = ()
+
+    @property
+    def spec(self) -> Spec:
+        """Every array of a batch by name.
+
+        next_token: an input, `targets` [B, T] and `segment_ids` [B, T], both int32; a `mask` if there is padding.
+        classify: an input, `mask` [B, T] bool and `labels` [B] int32.
+        regress: an input, `mask` and `targets` [B, R] float32.
+        forecast: `values` [B, T, C] float32 and `mask`.
+        The input is `tokens` [B, T] int32 or `values` [B, T, C] float32. Padding is False in the mask.
+        """
+        raise NotImplementedError
+
+    def batch(self, n: int, rows: slice | None = None) -> Batch:
+        """Training batch of step n from 0, arrays as `spec` says, a pure function of n: a run resumes bit for bit.
+
+        Args:
+          rows: part of the batch that this host needs; None is all of it.
+        """
+        raise NotImplementedError
+
+    def __getitem__(self, split: str) -> Any:
+        """A split by name."""
+        raise NotImplementedError
+
+    def describe(self) -> str:
+        """What a run says of its data."""
+        return ", ".join(f"{name} {list(array.shape)}" for name, array in self.spec.items())
+
+
+def check_spec(spec: Spec, batch_size: int, seq_len: int) -> None:
+    """Whether the arrays of a spec have the rows and positions that a config asks for.
+
+    Raises: UserError naming the first array that has not.
+    """
+    for name, array in spec.items():
+        over_time = name in ("tokens", "values", "mask", "segment_ids") or len(array.shape) == 3
+        allowed, fields = (batch_size,), "(config.batch_size,)"
+        if over_time:
+            allowed, fields = (batch_size, seq_len), "(config.batch_size, config.seq_len)"
+        if array.shape[: len(allowed)] != allowed:
+            raise UserError(f"dataset.spec[{name!r}].shape={array.shape}: must begin with {allowed}, which is {fields}")
+
+
+def text_spec(batch_size: int, seq_len: int, vocab_size: int) -> dict[str, ArraySpec]:
+    """The spec of next-token batches of text: `tokens`, `targets`, `segment_ids` [B, T] int32."""
+    ids = ArraySpec((batch_size, seq_len), np.dtype(np.int32), vocab_size)
+    return {"tokens": ids, "targets": ids, "segment_ids": ids._replace(count=0)}

@@ -1,0 +1,79 @@
+"""Figures of the model's own head on a split: loss and accuracy of classes, errors of regressions and forecasts."""
+
+import functools
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from seqmodels.evals.scoring import LOGIT_TOKENS, rows_of
+from seqmodels.model import head_of, input_of
+from seqmodels.training.sharding import put_batch
+
+
+def serves(run) -> bool:
+    """Whether a run has what this evaluator measures."""
+    return run.dataset.measured_by == "head"
+
+
+@functools.partial(jax.jit, static_argnames=("model", "reset", "mesh"))
+def batch_sums(model, params: Any, batch: dict[str, jax.Array], reset: bool = True, mesh: Mesh | None = None):
+    """The head's sums over a batch, each row from a zero state.
+
+    Args:
+      model, params: as in docs/architecture.md; params unboxed.
+      batch: arrays as the dataset's spec says, with any number of rows.
+      reset: `segment_ids`, where there are any, keep documents apart (`config.data.reset`).
+      mesh: replicate the result over its devices, so that every process can read it.
+    """
+    head, variables = head_of(model.config), {"params": params}
+    ids = batch.get("segment_ids") if reset else None
+    hidden, _ = model.apply(variables, batch[input_of(model.config).key], segment_ids=ids, mask=batch.get("mask"))
+    options = {"chunk": LOGIT_TOKENS} if head.method == "logits" else {}
+    _, sums = head.loss(lambda *x: model.apply(variables, *x, method=head.method), hidden, batch, **options)
+    if mesh is None:
+        return sums
+    return jax.lax.with_sharding_constraint(sums, NamedSharding(mesh, PartitionSpec()))
+
+
+def evaluate(
+    model,
+    params: Any,
+    split,
+    *,
+    batch_size: int,
+    reset: bool = True,
+    limit: int | None = None,
+    mesh: Mesh | None = None,
+) -> dict[str, float]:
+    """Figures of the head over a split, "loss" first.
+
+    Args:
+      split: a `seqmodels.data.contract.BatchSplit`.
+      batch_size: rows at once; rounded up to a multiple of what the mesh splits rows into.
+      reset: see `batch_sums`.
+      limit: rows to stop after; None is the whole split.
+      mesh: devices to spread the rows over.
+    """
+    total = None
+    for batch in split.batches(rows_of(batch_size, mesh), limit):
+        rows = batch if mesh is None else put_batch(batch, mesh)
+        sums = jax.tree.map(float, batch_sums(model, params, rows, reset, mesh))  # added up in double precision
+        total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
+    return {name: float(value) for name, value in head_of(model.config).figures(total).items()}
+
+
+def evaluate_run(run, splits: list[str], limit: int | None) -> dict:
+    """Each figure by split."""
+    options = dict(batch_size=run.batch_size, reset=run.config.data.reset, limit=limit, mesh=run.mesh)
+    by_split = {split: evaluate(run.model, run.params, run.dataset[split], **options) for split in splits}
+    names = next(iter(by_split.values()), {})
+    return {name: {split: values[name] for split, values in by_split.items()} for name in names}
+
+
+def table(result: dict) -> str:
+    shown = [name for name in ("loss", "accuracy", "mae") if name in result]
+    lines = [f"{'split':<12}" + "".join(f"{name:>12}" for name in shown)]
+    for split in result.get("loss", {}):
+        lines.append(f"{split:<12}" + "".join(f"{result[name][split]:>12.4f}" for name in shown))
+    return "\n".join(lines)

@@ -1,0 +1,50 @@
+"""A class for each row."""
+
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from seqmodels.heads.pooled import Pooled
+
+
+class ClassifySums(NamedTuple):
+    """Sums over rows with a label. Scalars, float32."""
+
+    nats: jax.Array  # sum of -log p(label)
+    right: jax.Array  # number of rows whose likeliest class is the label
+    count: jax.Array  # number of rows
+
+
+class Classify(Pooled):
+    """Logits [B, K] of `size` K classes, trained by cross-entropy on `labels` [B]; a label of -1 does not count."""
+
+    target: ClassVar[str] = "labels"
+
+    @staticmethod
+    def options(training) -> dict:
+        """Keyword arguments of `loss` that `config.training` holds: none."""
+        return {}
+
+    @staticmethod
+    def loss(outputs_of: Callable, hidden: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, ClassifySums]:
+        """Sum of -log p(label) in nats, and the sums.
+
+        Args:
+            outputs_of: (hidden, mask) -> logits [B, K] float32.
+            hidden: [B, T, D].
+            batch: labels [B] int32 and mask [B, T] bool.
+        """
+        logits, labels = outputs_of(hidden, batch["mask"]), batch["labels"]
+        known = labels >= 0
+        log_p = jax.nn.log_softmax(logits, axis=-1)
+        chosen = jnp.take_along_axis(log_p, jnp.where(known, labels, 0)[:, None], axis=-1)[:, 0]
+        nats = jnp.where(known, -chosen, 0.0).sum()
+        right = jnp.sum(known & (jnp.argmax(logits, axis=-1) == labels), dtype=jnp.float32)
+        return nats, jax.lax.stop_gradient(ClassifySums(nats, right, jnp.sum(known, dtype=jnp.float32)))
+
+    @staticmethod
+    def figures(sums: ClassifySums) -> dict[str, jax.Array]:
+        """loss: nats a row. accuracy: share of the rows whose likeliest class is the label."""
+        return {"loss": sums.nats / sums.count, "accuracy": sums.right / sums.count}

@@ -1,0 +1,107 @@
+"""The next values of a series, from each of its positions."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, NamedTuple
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from seqmodels.layers.matmul import wide_matmul
+from seqmodels.layers.parameter import normal, parameter, zeros
+
+
+class ForecastSums(NamedTuple):
+    """Sums over predicted values that are there. Scalars, float32."""
+
+    squared: jax.Array  # sum of squared errors
+    absolute: jax.Array  # sum of absolute errors
+    count: jax.Array  # number of values
+
+
+def future(
+    values: jax.Array, mask: jax.Array, horizon: int, segment_ids: jax.Array | None = None
+) -> tuple[jax.Array, jax.Array]:
+    """The `horizon` values after each position, and which of them count.
+
+    Args:
+        values: [B, T, C]; may hold anything where the mask is False.
+        mask: [B, T] bool, True on real positions.
+        segment_ids: [B, T] int32; a value of another segment does not count. None: each row is one.
+
+    Returns:
+        targets [B, T, horizon, C], 0 where they do not count, and counts [B, T, horizon] bool: both the position and
+        the predicted one are in the row, real, and of one segment.
+    """
+    length = values.shape[1]
+    values = jnp.where(mask[..., None], values, 0)
+
+    def later(x, steps):  # position t holds what was at t + steps, and zeros at the end
+        return jnp.pad(x[:, steps:], ((0, 0), (0, min(steps, length))) + ((0, 0),) * (x.ndim - 2))
+
+    steps = range(1, horizon + 1)
+    counts = jnp.stack([mask & later(mask, k) for k in steps], axis=2)
+    if segment_ids is not None:
+        counts &= jnp.stack([segment_ids == later(segment_ids, k) for k in steps], axis=2)
+    targets = jnp.stack([later(values, k) for k in steps], axis=2)
+    return jnp.where(counts[..., None], targets, 0), counts
+
+
+class Forecast(nn.Module):
+    """Predictions [B, T, horizon, C] of the next values at every position, trained by the mean squared error.
+
+    Attributes:
+        width: D.
+        size: C, the channels of the series.
+        dtype: of the matrix product.
+        horizon: how many values ahead.
+    """
+
+    width: int
+    size: int
+    dtype: Any = jnp.float32
+    horizon: int = 1
+
+    at_root: ClassVar[bool] = False
+    method: ClassVar[str] = "outputs"
+    target: ClassVar[str] = "values"
+    causal: ClassVar[bool] = True
+    needs: ClassVar[tuple[str, ...]] = ("mask",)
+
+    def setup(self):
+        shape, axes, init = (self.width, self.horizon * self.size), ("embed", "outputs"), normal(self.width**-0.5)
+        self.kernel = parameter(self, "kernel", shape, axes, init, dtype=self.dtype, group="head")
+        self.bias = parameter(self, "bias", shape[1:], axes[1:], zeros, group="head")
+
+    def __call__(self, hidden: jax.Array, mask: jax.Array | None = None, table: None = None) -> jax.Array:
+        """[B, T, D] to [B, T, horizon, C] float32. Hidden states where the mask is False may be anything."""
+        if mask is not None:
+            hidden = jnp.where(mask[..., None], hidden, 0)
+        y = wide_matmul(hidden.astype(self.dtype), self.kernel) + self.bias
+        return y.reshape(*hidden.shape[:2], self.horizon, self.size)
+
+    @staticmethod
+    def options(training) -> dict:
+        """Keyword arguments of `loss` that `config.training` holds: none."""
+        return {}
+
+    @staticmethod
+    def loss(outputs_of: Callable, hidden: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, ForecastSums]:
+        """Sum of squared errors, and the sums.
+
+        Args:
+            outputs_of: (hidden, mask) -> predictions [B, T, horizon, C] float32.
+            hidden: [B, T, D].
+            batch: values [B, T, C] float, mask [B, T] bool and perhaps segment_ids [B, T] int32.
+        """
+        predicted, mask = outputs_of(hidden, batch["mask"]), batch["mask"]
+        targets, counts = future(batch["values"], mask, predicted.shape[2], batch.get("segment_ids"))
+        error = jnp.where(counts[..., None], predicted - targets, 0.0)
+        squared = jnp.square(error).sum()
+        count = jnp.sum(counts, dtype=jnp.float32) * predicted.shape[3]
+        return squared, jax.lax.stop_gradient(ForecastSums(squared, jnp.abs(error).sum(), count))
+
+    @staticmethod
+    def figures(sums: ForecastSums) -> dict[str, jax.Array]:
+        """loss: the mean squared error. mae: the mean absolute error."""
+        return {"loss": sums.squared / sums.count, "mae": sums.absolute / sums.count}

@@ -1,0 +1,48 @@
+"""Numbers for each row."""
+
+from collections.abc import Callable
+from typing import ClassVar, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from seqmodels.heads.pooled import Pooled
+
+
+class RegressSums(NamedTuple):
+    """Sums over targets that are numbers. Scalars, float32."""
+
+    squared: jax.Array  # sum of squared errors
+    count: jax.Array  # number of targets
+
+
+class Regress(Pooled):
+    """Predictions [B, R] of `size` R targets, trained by the mean squared error; a target of NaN does not count."""
+
+    target: ClassVar[str] = "targets"
+
+    @staticmethod
+    def options(training) -> dict:
+        """Keyword arguments of `loss` that `config.training` holds: none."""
+        return {}
+
+    @staticmethod
+    def loss(outputs_of: Callable, hidden: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, RegressSums]:
+        """Sum of squared errors, and the sums.
+
+        Args:
+            outputs_of: (hidden, mask) -> predictions [B, R] float32.
+            hidden: [B, T, D].
+            batch: targets [B, R] float32 and mask [B, T] bool.
+        """
+        predicted, targets = outputs_of(hidden, batch["mask"]), batch["targets"]
+        known = ~jnp.isnan(targets)
+        # The target is replaced before the difference is taken: a NaN would get into the gradient otherwise.
+        error = jnp.where(known, predicted - jnp.where(known, targets, 0.0), 0.0)
+        squared = jnp.square(error).sum()
+        return squared, jax.lax.stop_gradient(RegressSums(squared, jnp.sum(known, dtype=jnp.float32)))
+
+    @staticmethod
+    def figures(sums: RegressSums) -> dict[str, jax.Array]:
+        """loss: the mean squared error."""
+        return {"loss": sums.squared / sums.count}

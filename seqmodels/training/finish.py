@@ -1,0 +1,154 @@
+"""How good a model is: figures of held-out splits, and at the end of a run evaluators, a sample and a picture."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
+
+from seqmodels import evals
+from seqmodels.config import context
+from seqmodels.errors import UserError
+from seqmodels.evals import accuracy, perplexity
+from seqmodels.evals import figures as head_figures
+from seqmodels.evals import report as evaluation
+from seqmodels.evals.run import Run, rows_at_once
+from seqmodels.generation import generate
+from seqmodels.training import report
+from seqmodels.training.metrics import Metrics
+from seqmodels.training.state import TrainState
+
+REPORTED = {  # of the figures of a split, those that a run reports; of a head all of them
+    "perplexity": ("loss", "perplexity", "bits_per_byte"),
+    "accuracy": ("loss", "accuracy", "sequence_accuracy"),
+}
+
+
+def check(config: ConfigDict, dataset: Any) -> None:
+    """Whether a run of `config` on `dataset` can be measured as it asks. Raises UserError before anything is made."""
+    _check_best(config, dataset)
+    _check_sample(config, dataset)
+    # Evaluators look at the config and the dataset of a run that is yet to come.
+    run = Run(config, 0, dataset, model=None, params=None, mesh=None, batch_size=rows_at_once(config))
+    evals.check(evals.find(evals.named(config), "config.evals"), run, "config.evals")
+
+
+def _check_best(config: ConfigDict, dataset: Any) -> None:
+    best = config.checkpoint.best
+    allowed = ["validation_loss"]  # lower is better
+    if dataset.measured_by == "perplexity":
+        allowed += ["validation_bits_per_byte", "validation_perplexity"]
+    if best and best not in allowed:
+        raise UserError(f"config.checkpoint.best={best!r}: must be {' or '.join(allowed)}")
+    if best and not config.evaluation.every:
+        raise UserError(f"config.checkpoint.best={best!r}: needs validations, set --config.evaluation.every")
+    if config.evaluation.every and "validation" not in dataset.held_out:
+        raise UserError(f"config.evaluation.every={config.evaluation.every}: must be 0, the dataset has no validation")
+
+
+def _check_sample(config: ConfigDict, dataset: Any) -> None:
+    sample, tokenizer = config.sample, _tokenizer(dataset)
+    if sample.tokens and tokenizer and tokenizer.separator < 0 and not tokenizer.encode(sample.prompt):
+        raise UserError(
+            f"config.sample.prompt={sample.prompt!r}: must hold a token, as no separator stands before it here; or "
+            "set config.sample.tokens=0"
+        )
+
+
+def _tokenizer(dataset: Any) -> Any:
+    """The tokenizer of data that a model can continue, else None."""
+    return getattr(dataset, "tokenizer", None) if dataset.objective == "next_token" else None
+
+
+class Finish:
+    """Measures a model on the splits of its dataset.
+
+    Args:
+      params of the methods: unboxed; the averaged ones where the run keeps them.
+      say: is given each line for the terminal.
+    """
+
+    def __init__(
+        self, config: ConfigDict, workdir: Path, dataset: Any, model: Any, mesh: Mesh, say: Callable[[str], None]
+    ):
+        self.config, self.workdir, self.dataset = config, workdir, dataset
+        self.model, self.mesh, self.say = model, mesh, say
+
+    def figures(self, params: Any, split: str, rows: int | None) -> dict[str, float]:
+        """What the model makes of a split, "loss" first; `rows` to stop after, None reads all."""
+        config, by = self.config, self.dataset.measured_by
+        options = dict(batch_size=config.evaluation.batch_size or config.batch_size, limit=rows, mesh=self.mesh)
+        part = self.dataset[split]
+        if by == "head":
+            return head_figures.evaluate(self.model, params, part, reset=config.data.reset, **options)
+        options["length"] = config.seq_len
+        if by == "accuracy":
+            found = accuracy.evaluate(self.model, params, part, **options)
+        else:
+            found = perplexity.evaluate(self.model, params, part, tokenizer=self.dataset.tokenizer, **options)
+        return {name: float(found[name]) for name in REPORTED[by]}
+
+    def run(self, state: TrainState, metrics: Metrics, between: Callable[[], None]) -> dict:
+        """Figures of all held-out splits, evaluators, a sample and a picture, and the summary, which is written.
+
+        Args:
+          between: is called after each part; it may end the process.
+        """
+        config, step = self.config, int(state.step)
+        params = state.params if state.ema is None else state.ema
+        splits = {}
+        for split in self.dataset.held_out:
+            splits[split] = self.figures(params, split, None)
+            if self.dataset.measured_by == "perplexity":
+                splits[split]["xz_bits_per_byte"] = self.dataset.xz_bits_per_byte(split)
+            between()
+        if evaluators := evals.find(evals.named(config), "config.evals"):
+            self._run_evaluators(evaluators, params, step, metrics)
+            between()
+        summary = {"name": config.name, "steps": step, "splits": splits, "sample": self._sample(params)}
+        summary["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(params))
+        summary["state_bytes_per_sequence"] = report.state_bytes(self.model, config.seq_len)
+        summary["plot"] = str(self.workdir / "loss.png")
+        if jax.process_index() == 0:
+            unit = {"next_token": "nats a token", "classify": "nats a row"}.get(self.dataset.objective, "squared error")
+            report.plot_loss(self.workdir, Path(summary["plot"]), unit)
+            between()
+            report.write_summary(self.workdir, summary)
+        return summary
+
+    def _run_evaluators(self, evaluators: dict, params: Any, step: int, metrics: Metrics) -> None:
+        """What `eval.py` would say of this run: eval.json and eval.png, and the numbers in the metrics."""
+        config = self.config
+        trained = Run(config, step, self.dataset, self.model, params, self.mesh, rows_at_once(config))
+        options = dict(splits=list(self.dataset.held_out), limit=None, out=self.workdir / "eval.json")
+        found, failed = evaluation.evaluate(
+            trained, evaluators, **options, say=self.say, write=jax.process_index() == 0
+        )
+        for reason in failed:  # the run is as good without
+            self.say(f"not evaluated: {reason}")
+        metrics.write(step, dict(evaluation.scalars(found)))
+
+    def _sample(self, params: Any) -> str:
+        """The prompt and what the model makes of it, as far as its context goes; "" where it continues no text."""
+        sample, tokenizer = self.config.sample, _tokenizer(self.dataset)
+        limit = context(self.config)
+        if not sample.tokens or tokenizer is None:
+            return ""
+        room = sample.tokens if limit is None else limit - 1 - len(tokenizer.encode(sample.prompt))
+        tokens = min(sample.tokens, room)
+        if tokens < 1:
+            return ""
+        return sample.prompt + generate(
+            self.model,
+            params,
+            tokenizer,
+            sample.prompt,
+            tokens=tokens,
+            temperature=sample.temperature,
+            top_k=sample.top_k,
+            top_p=sample.top_p,
+            seed=self.config.seed,
+            context=limit,
+        )

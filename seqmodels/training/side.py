@@ -1,0 +1,94 @@
+"""What branches report beside their output: losses, which are added to the objective, and figures, which are watched.
+
+A branch says `self.sow("losses", name, value)` or `self.sow("figures", name, value)`, with a float scalar. A loss is a
+mean over tokens and already weighted by its coefficient. Only the training step listens.
+"""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from seqmodels.backbone import plan, scanned
+
+COLLECTIONS = ("losses", "figures")
+
+Values = dict[str, jax.Array]
+
+
+class SideOutputs(NamedTuple):
+    """Values by "name/layer", the number of the block in the whole stack; by "name" where no block reported them."""
+
+    losses: Values
+    figures: Values
+
+
+def collect(reported: dict[str, Any], model_config) -> SideOutputs:
+    """Scalars out of the collections that a call of the model filled.
+
+    Args:
+        reported: collections of the model's variables, those of COLLECTIONS that there are.
+        model_config: config.model, which says how many blocks a scan goes over.
+
+    Losses of one name and layer are added up, figures averaged. Raises: ValueError for a value that is not a scalar.
+    """
+    losses = _by_layer(reported.get("losses", {}), model_config)
+    figures = _by_layer(reported.get("figures", {}), model_config)
+    return SideOutputs(
+        {name: sum(values[1:], values[0]) for name, values in losses.items()},
+        {name: jax.lax.stop_gradient(sum(values[1:], values[0]) / len(values)) for name, values in figures.items()},
+    )
+
+
+def weighted(side: SideOutputs, count: jax.Array) -> SideOutputs:
+    """All values times a count, so that those of micro-batches add up; divided by the whole count they are means."""
+    return jax.tree.map(lambda value: value.astype(jnp.float32) * count, side)
+
+
+def metrics(sums: SideOutputs, count: jax.Array) -> Values:
+    """Means by name and layer; of losses also the sum over the layers, by name.
+
+    Args:
+        sums: of `weighted`, added up.
+        count: the whole count.
+
+    Raises: ValueError for a name that is reported as a loss and as a figure.
+    """
+    means = jax.tree.map(lambda value: value / count, sums)
+    totals: Values = {}
+    for name, value in means.losses.items():
+        if "/" in name:
+            base = name.rsplit("/", 1)[0]
+            totals[base] = totals.get(base, 0.0) + value
+    return join(join(totals, means.losses), means.figures)
+
+
+def join(first: Values, second: Values) -> Values:
+    """Both. Raises: ValueError where they share a name."""
+    if shared := sorted(first.keys() & second.keys()):
+        raise ValueError(f"a branch reports {shared[0]!r}, which is the name of another metric")
+    return first | second
+
+
+def _by_layer(collection: dict[str, Any], model_config) -> dict[str, list[jax.Array]]:
+    """Every value of a collection, by "name/layer"."""
+    found: dict[str, list[jax.Array]] = {}
+    if not collection:
+        return found
+    unrolled, repeats = scanned(model_config)
+    size = (len(plan(model_config)) - unrolled) // max(repeats, 1)
+    for path, value in jax.tree_util.tree_leaves_with_path(collection):
+        keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]  # the last key is a tuple's index
+        name, stacked = keys[-1], keys[0] == "blocks"
+        if value.ndim != stacked:
+            raise ValueError(f"a branch reports {name!r} of shape {value.shape[stacked:]}; it must be a scalar")
+        if stacked:
+            within = int(keys[1].removeprefix("block_"))
+            layers = [(f"{name}/{unrolled + i * size + within}", value[i]) for i in range(repeats)]
+        elif keys[0].startswith("block_"):
+            layers = [(f"{name}/{keys[0].removeprefix('block_')}", value)]
+        else:
+            layers = [(name, value)]
+        for layer, one in layers:
+            found.setdefault(layer, []).append(one)
+    return found

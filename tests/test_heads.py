@@ -1,0 +1,274 @@
+"""Inputs and heads against NumPy in float64, values and gradients; what does not count; what does not fit."""
+
+import types
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqmodels.configs import mamba
+from seqmodels.data import ArraySpec
+from seqmodels.errors import UserError
+from seqmodels.heads.classify import Classify
+from seqmodels.heads.forecast import Forecast, future
+from seqmodels.heads.regress import Regress
+from seqmodels.inputs import INPUTS
+from seqmodels.model import LanguageModel, SequenceModel, build, build_for
+
+B, T, D = 4, 6, 5
+RNG = np.random.default_rng(0)
+MASK = np.arange(T) < np.array([[6], [4], [1], [5]])
+HIDDEN = RNG.normal(size=(B, T, D))
+
+
+def soft(scores):
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    return weights / weights.sum(-1, keepdims=True)
+
+
+def pooled(p, pool):
+    """Oracle: one row after the other, real positions only."""
+    rows = [hidden[real] for hidden, real in zip(p["hidden"], MASK, strict=True)]
+    if pool == "mean":
+        vectors = [row.mean(axis=0) for row in rows]
+    elif pool == "last":
+        vectors = [row[-1] for row in rows]
+    else:
+        vectors = [soft(row @ p["pool_query"] / np.sqrt(D)) @ row for row in rows]
+    return np.stack(vectors) @ p["kernel"] + p["bias"]
+
+
+def classify_total(p, batch, pool):
+    log_p = np.log(soft(pooled(p, pool)))
+    return sum(-log_p[b, label] for b, label in enumerate(batch["labels"]) if label >= 0)
+
+
+def regress_total(p, batch, pool):
+    return np.nansum((pooled(p, pool) - batch["targets"]) ** 2)
+
+
+def forecast_total(p, batch, horizon):
+    predicted = (p["hidden"] @ p["kernel"] + p["bias"]).reshape(B, T, horizon, -1)
+    total = 0.0
+    for b in range(B):
+        for t in range(T):
+            for k in range(1, horizon + 1):
+                if t + k < T and MASK[b, t] and MASK[b, t + k]:
+                    total += ((predicted[b, t, k - 1] - batch["values"][b, t + k]) ** 2).sum()
+    return total
+
+
+def slopes(total, p):
+    """Central differences of a function of a dict of arrays."""
+    result = {}
+    for name, array in p.items():
+        result[name] = np.zeros_like(array)
+        for place in np.ndindex(array.shape):
+            moved = [{**p, name: array.copy()} for _ in range(2)]
+            moved[0][name][place] += 1e-5
+            moved[1][name][place] -= 1e-5
+            result[name][place] = (total(moved[0]) - total(moved[1])) / 2e-5
+    return result
+
+
+def compare(head, batch, total, p):
+    """Value and gradients of a head's loss, where hidden states of padding are NaN, against an oracle."""
+
+    def loss(p):
+        hidden = jnp.where(MASK[..., None], p["hidden"], jnp.nan)
+        variables = {"params": {name: x for name, x in p.items() if name != "hidden"}}
+        outputs_of = lambda *arguments: head.apply(variables, *arguments)  # noqa: E731
+        return head.loss(outputs_of, hidden, {"mask": MASK, **batch})
+
+    small = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), p)
+    (value, sums), gradients = jax.jit(jax.value_and_grad(loss, has_aux=True))(small)
+    assert float(value) == pytest.approx(total(p), rel=1e-5)
+    expected = slopes(total, p)
+    expected["hidden"] = np.where(MASK[..., None], expected["hidden"], 0)
+    for name, slope in expected.items():
+        np.testing.assert_allclose(gradients[name], slope, rtol=1e-4, atol=2e-5, err_msg=name)
+    return sums
+
+
+def parameters(outputs):
+    p = dict(hidden=HIDDEN, kernel=RNG.normal(size=(D, outputs)), bias=RNG.normal(size=outputs))
+    return p | {"pool_query": RNG.normal(size=D)}
+
+
+@pytest.mark.parametrize("pool", ["mean", "last", "attention"])
+def test_classify(pool):
+    """One row has no label."""
+    p, batch = parameters(3), {"labels": np.array([2, -1, 0, 1])}
+    if pool != "attention":
+        del p["pool_query"]
+    sums = compare(Classify(D, 3, pool=pool), batch, lambda p: classify_total(p, batch, pool), p)
+    right = (pooled(p, pool).argmax(-1) == batch["labels"]).sum()
+    figures = Classify.figures(sums)
+    assert list(figures) == ["loss", "accuracy"] and float(sums.count) == 3
+    assert float(figures["loss"]) == pytest.approx(classify_total(p, batch, pool) / 3, rel=1e-5)
+    assert float(figures["accuracy"]) == pytest.approx(right / 3)
+
+
+@pytest.mark.parametrize("pool", ["mean", "attention"])
+def test_regress(pool):
+    """Targets that are not known are NaN."""
+    p, targets = parameters(2), RNG.normal(size=(B, 2))
+    if pool != "attention":
+        del p["pool_query"]
+    targets[0, 1] = targets[3] = np.nan
+    batch = {"targets": targets}
+    sums = compare(Regress(D, 2, pool=pool), batch, lambda p: regress_total(p, batch, pool), p)
+    assert float(sums.count) == 5
+    assert float(Regress.figures(sums)["loss"]) == pytest.approx(regress_total(p, batch, pool) / 5, rel=1e-5)
+
+
+@pytest.mark.parametrize("horizon", [1, 3, 8])
+def test_forecast(horizon):
+    """Up to beyond the end of the row; values of padding are NaN."""
+    p, values = parameters(2 * horizon), RNG.normal(size=(B, T, 2))
+    del p["pool_query"]
+    values[~MASK] = np.nan
+    batch, total = {"values": values}, lambda p: forecast_total(p, {"values": values}, horizon)
+    sums = compare(Forecast(D, 2, horizon=horizon), batch, total, p)
+    count = sum(max(n - k, 0) for n in (6, 4, 1, 5) for k in range(1, horizon + 1)) * 2
+    figures = Forecast.figures(sums)
+    assert list(figures) == ["loss", "mae"] and float(sums.count) == count
+    assert float(figures["loss"]) == pytest.approx(total(p) / count, rel=1e-5)
+    predicted = (HIDDEN @ p["kernel"] + p["bias"]).reshape(B, T, horizon, 2)
+    targets, counts = future(values, MASK, horizon)
+    absolute = np.abs(predicted - targets)[np.asarray(counts)].sum()
+    assert float(figures["mae"]) == pytest.approx(absolute / count, rel=1e-5)
+
+
+def test_the_next_document_is_no_future():
+    ids = np.array([[0, 0, 0, 1, 1, 1]])
+    _, counts = future(np.zeros((1, 6, 1)), np.ones((1, 6), bool), 2, ids)
+    np.testing.assert_array_equal(counts[0], [[1, 1], [1, 0], [0, 0], [1, 1], [1, 0], [0, 0]])
+
+
+@pytest.mark.parametrize(
+    "head", [Classify(D, 3, pool="mean"), Classify(D, 3, pool="last"), Regress(D, 3, pool="attention")]
+)
+def test_a_row_of_padding_alone_is_finite(head):
+    mask, hidden = np.zeros((2, T), bool), np.full((2, T, D), np.nan)
+    variables = head.init(jax.random.key(0), hidden, mask)
+    plain = jax.tree.map(lambda x: x.value, variables, is_leaf=lambda x: hasattr(x, "names"))
+    outputs, pullback = jax.vjp(lambda h, v: head.apply(v, h, mask), jnp.asarray(hidden, jnp.float32), plain)
+    assert np.isfinite(outputs).all()
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(pullback(jnp.ones_like(outputs))))
+
+
+def test_inputs():
+    """Looked up, multiplied, and nothing for an id outside the alphabet or a frame of padding."""
+    key, ids = jax.random.key(0), np.array([[0, 3, 2], [1, -1, 4]])
+    values = RNG.normal(size=(2, 3, 2)).astype(np.float32)
+    mask = np.array([[True, True, False], [True, True, True]])
+    values[0, 2] = np.nan
+
+    def call(name, size, x, mask=None):
+        layer = INPUTS[name](width=D, size=size)
+        variables = layer.init(key, x, mask)
+        params = jax.tree.map(lambda p: p.value, variables, is_leaf=lambda p: hasattr(p, "names"))["params"]
+        return layer.apply({"params": params}, x, mask), {name: np.asarray(p, np.float64) for name, p in params.items()}
+
+    x, params = call("tokens", 5, np.maximum(ids, 0))
+    np.testing.assert_array_equal(x, params["embedding"][np.maximum(ids, 0)].astype(np.float32))
+    x, params = call("one_hot", 4, ids)
+    expected = np.where(((ids >= 0) & (ids < 4))[..., None], params["kernel"][ids % 4], 0)
+    np.testing.assert_allclose(x, expected, rtol=1e-6)
+    x, params = call("frames", 2, values, mask)
+    expected = np.where(mask[..., None], values, 0) @ params["kernel"] + params["bias"]
+    np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6)
+
+
+def settings(**fields):
+    config = mamba.get_config().model.unlock()
+    config.width, config.repeats = 8, 1
+    config.update(fields)
+    return config
+
+
+def dataset(objective, **arrays):
+    spec = {name: ArraySpec((B, *shape), np.dtype(dtype), count) for name, (shape, dtype, count) in arrays.items()}
+    return types.SimpleNamespace(objective=objective, spec=spec)
+
+
+TOKENS = ((T,), "int32", 11)
+ROW = dict(mask=((T,), bool, 0), labels=((), "int32", 3))
+SERIES = dict(values=((T, 2), "float32", 0), mask=((T,), bool, 0))
+
+
+def names(model):
+    shapes = jax.eval_shape(model.init, jax.random.key(0), model.example_input(T))["params"]
+    return {jax.tree_util.keystr(path[:2], simple=True, separator="/"): leaf.shape
+            for path, leaf in jax.tree_util.tree_leaves_with_path(shapes) if "block" not in str(path[0])
+            and "norm" not in str(path[0])}  # fmt: skip
+
+
+def test_parameters_of_inputs_and_heads():
+    """Those of a language model stay at the root of the tree, the others have their part's name."""
+    language = build(settings(tie_embeddings=False), 11)
+    assert type(language) is LanguageModel
+    assert {name.split("/")[0]: shape for name, shape in names(language).items()} == {
+        "embedding": (16, 8), "head": (8, 16),
+    }  # fmt: skip
+    model = build_for(settings(head="classify", pool="attention"), dataset("classify", tokens=TOKENS, **ROW))
+    assert type(model) is SequenceModel
+    assert {name.removesuffix("/value"): shape for name, shape in names(model).items()} == {
+        "embedding": (16, 8), "classify/kernel": (8, 3), "classify/bias": (3,), "classify/pool_query": (8,),
+    }  # fmt: skip
+    model = build_for(settings(input="frames", head="forecast", horizon=4), dataset("forecast", **SERIES))
+    assert names(model) == {
+        "frames/kernel": (2, 8), "frames/bias": (8,), "forecast/kernel": (8, 8), "forecast/bias": (8,),
+    }  # fmt: skip
+    text = dict(tokens=TOKENS, targets=TOKENS)
+    model = build_for(settings(input="one_hot", tie_embeddings=False), dataset("next_token", **text))
+    assert {name.removesuffix("/value"): shape for name, shape in names(model).items()} == {
+        "one_hot/kernel": (11, 8), "head": (8, 16),
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "fields, data, words",
+    [
+        (dict(head="clasify"), dataset("classify", tokens=TOKENS, **ROW),
+         "config.model.head='clasify': must be one of 'next_token', 'classify', .*; did you mean classify"),
+        (dict(input="token"), dataset("next_token", tokens=TOKENS),
+         "config.model.input='token': must be one of .*; did you mean tokens"),
+        (dict(), dataset("classify", tokens=TOKENS, **ROW),
+         "config.model.head='next_token': must be 'classify', which is what the dataset is for"),
+        (dict(head="classify"), dataset("classify", **SERIES),
+         "config.model.input='tokens': must be 'frames'; it needs 'tokens' in .* which have values, mask"),
+        (dict(head="classify"), dataset("classify", tokens=TOKENS, labels=ROW["labels"]),
+         "config.model.head='classify': needs 'mask' in .* which have tokens, labels"),
+        (dict(head="classify"), dataset("classify", tokens=TOKENS, mask=ROW["mask"], labels=((), "int32", 0)),
+         "dataset.spec\\['labels'\\].count=0: must be the number of different ids"),
+        (dict(head="classify", pool="max"), dataset("classify", tokens=TOKENS, **ROW),
+         "config.model.pool='max': must be one of 'mean', 'last', 'attention'"),
+        (dict(input="frames", head="forecast", horizon=0), dataset("forecast", **SERIES),
+         "config.model.horizon=0: must be at least 1"),
+        (dict(input="one_hot"), dataset("next_token", tokens=TOKENS, targets=TOKENS),
+         "config.model.tie_embeddings=True: must be False with config.model.input='one_hot'"),
+    ],
+)  # fmt: skip
+def test_what_does_not_fit_is_one_line(fields, data, words):
+    with pytest.raises(UserError, match=words) as raised:
+        build_for(settings(**fields), data)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_head_that_must_not_see_the_future():
+    """A stack that reads later positions cannot predict them, but may classify."""
+    words = r"config.model.head='next_token': must be 'classify' or 'regress' with model.pattern='bi:mamba'"
+    with pytest.raises(UserError, match=words):
+        build(settings(pattern="bi:mamba"), 11)
+    data = dataset("classify", tokens=TOKENS, **ROW)
+    model = build_for(settings(pattern="bi:mamba", head="classify"), data)
+    assert (
+        "ahead" in jax.eval_shape(model.init, jax.random.key(0), model.example_input(T))["params"]["block_0"]["mixer"]
+    )
+    with pytest.raises(UserError, match=r"config.model.mamba.state=0: must be "):
+        config = settings(pattern="bi:mamba", head="classify")
+        config.mamba.state = 0
+        build_for(config, data)
