@@ -69,7 +69,7 @@ def main(flag_values: flags.FlagValues) -> None:
 
 def continuation(run, flag_values: flags.FlagValues) -> str:
     """What follows --prompt."""
-    from seqmodels.config import context
+    from seqmodels.backbone import context
     from seqmodels.generation import generate
 
     names = ("tokens", "temperature", "top_k", "top_p", "seed", "stop")

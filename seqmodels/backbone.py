@@ -21,7 +21,7 @@ from seqmodels.fields import refuse
 from seqmodels.layers.norm import norm_of
 from seqmodels.mixers.bidirectional import Bidirectional
 from seqmodels.nearest import nearest
-from seqmodels.pattern import BOTH_WAYS, Step, name_of, parse
+from seqmodels.pattern import BOTH_WAYS, Step, name_of, names, parse
 from seqmodels.sequence import Sequence
 
 REMAT = {  # what of a block is kept for the backward pass; the rest is computed again
@@ -115,8 +115,8 @@ def scanned(config: Any) -> tuple[int, int]:
     blocks = plan(config)
     if not config.scan_blocks:
         return len(blocks), 0
-    if config.get("remat_blocks", 0):
-        refuse("model.remat_blocks", config.get("remat_blocks", 0), f"0 with model.scan_blocks={config.scan_blocks}")
+    if config.remat_blocks:
+        refuse("model.remat_blocks", config.remat_blocks, f"0 with model.scan_blocks={config.scan_blocks}")
     if config.repeats % config.scan_blocks:
         refuse("model.scan_blocks", config.scan_blocks, f"0, or a divisor of model.repeats={config.repeats}")
     size = len(parse(config.pattern)) * config.scan_blocks
@@ -149,7 +149,7 @@ def branch_of(config: Any, word: str, **parent: Any) -> Branch:
         layers=config.repeats * len(parse(config.pattern)),
         dtype=dtype,
         implementation=dict(config.implementation),
-        bias=config.get("bias", False) and kind.biased,
+        bias=config.bias and kind.biased,
     )
     if not word.startswith(BOTH_WAYS):
         return kind(**common, **options, **parent)
@@ -238,7 +238,7 @@ class SuperBlock(nn.Module):
 
 def rematerialised(config: Any, index: int = 0) -> Callable[..., Block]:
     """Block that keeps for the backward pass only what `remat` says, if it is among the first `remat_blocks`."""
-    if config.remat == "none" or 0 < config.get("remat_blocks", 0) <= index:
+    if config.remat == "none" or 0 < config.remat_blocks <= index:
         return Block
     return nn.remat(Block, policy=REMAT[config.remat], static_argnums=(5,), prevent_cse=True)
 
@@ -249,13 +249,19 @@ def causal(config: Any) -> bool:
     return all(not word.startswith(BOTH_WAYS) and BRANCHES[word].causal for word in words)
 
 
+def redraw_every(config: Any) -> int:
+    """Training steps after which the random stream "features" changes, 0: there is none; `config` is config.model."""
+    branches = (branch_of(config, name, parent=None) for name in names(config.pattern))
+    return max(branch.redraw_every for branch in branches)
+
+
 def context(config: Any) -> int | None:
     """Tokens that the model can see: `seq_len` where a state is a cache of what came before, None (any) where none is.
 
     `config` is that of the whole run.
     """
-    words = {word for block in parse(config.model.pattern) for step in block for word in step}
-    growing = any(grows(branch_of(config.model, word, parent=None), config.seq_len) for word in words)
+    branches = (branch_of(config.model, name, parent=None) for name in names(config.model.pattern))
+    growing = any(grows(branch, config.seq_len) for branch in branches)
     return config.seq_len if growing else None
 
 

@@ -54,6 +54,11 @@ class Branch(nn.Module):
         if self.options is not None:
             self.options.validate(self, self.width)
 
+    @property
+    def redraw_every(self) -> int:
+        """Training steps after which the random stream "features" changes, which the branch draws from; 0: never."""
+        return 0
+
     @nn.nowrap
     def init_state(self, batch: int, max_length: int = 0) -> State:
         """The state before the first token; it needs no parameters. Every leaf has the batch first.

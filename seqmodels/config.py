@@ -5,7 +5,7 @@ The fields themselves are declared in `seqmodels/fields`; here are the rules bet
 
 import copy
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
@@ -159,43 +159,21 @@ def _plain_dict(stored: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:
     return stored.to_dict() if isinstance(stored, ConfigDict | FrozenConfigDict) else dict(stored)
 
 
-# What follows asks for branches by name.
-
-
-class Kinds(NamedTuple):
-    """Names of the branches of a pattern that have a cache of keys, a stream for dense links, a matrix state."""
-
-    cached: set[str]
-    streams: set[str]
-    matrix: set[str]
-
-
-STREAMS = ("mamba", "mamba2", "retnet")
-
-
-def _kinds(text: str) -> Kinds:
-    names = set(pattern.names(text))
-    return Kinds(names & {"attention"}, names & set(STREAMS), names & {"mamba2", "retnet"})
-
-
-def context(config: ConfigDict) -> int | None:
-    """Tokens that the model can see: `seq_len` where its state is a cache of keys, None (any number) where constant."""
-    return config.seq_len if _kinds(config.model.pattern).cached else None
-
-
 def _check_branches(config: ConfigDict) -> None:
-    """Rules between the branches of the pattern and fields of other groups."""
-    model, dense, bptt = config.model, config.model.dense, config.training.bptt
-    kinds = _kinds(model.pattern)
-    if bptt and kinds.cached:
-        refuse("training.bptt", bptt, "False with attention in model.pattern: a cache of keys is no constant state")
-    if bptt and "performer" in pattern.names(model.pattern) and model.performer.redraw:
-        refuse("model.performer.redraw", model.performer.redraw, "0 with training.bptt: states are made of features")
-    if dense.variant == "none":
+    """Rules between the pattern's branches and fields of other groups; only these ask for the branches' classes."""
+    bptt = config.training.bptt
+    if not bptt and config.model.dense.variant == "none":
         return
-    if not kinds.streams:
-        refuse("model.dense.variant", dense.variant, f"'none' without one of {', '.join(STREAMS)} in model.pattern")
-    if kinds.matrix and dense.variant == "carry":
-        refuse("model.dense.variant", "carry", "one of 'read', 'input', 'output', 'rank' with a matrix state")
-    if kinds.matrix and dense.projection != "identity":
-        refuse("model.dense.projection", dense.projection, "'identity' with a matrix state")
+    from seqmodels import backbone  # imports JAX
+    from seqmodels.branch import grows
+
+    backbone.plan(config.model)
+    if not bptt:
+        return
+    for name in pattern.names(config.model.pattern):
+        branch = backbone.branch_of(config.model, name, parent=None)
+        if grows(branch, config.seq_len):
+            refuse("training.bptt", bptt, f"False with {name} in model.pattern, whose state grows with the context")
+        if branch.redraw_every:
+            place = f"model.{name}.redraw"
+            refuse(place, branch.redraw_every, "0 with training.bptt, as the state is made of the features")

@@ -17,7 +17,6 @@ from seqmodels.data.contract import ArraySpec, BatchSource, Spec, text_spec
 from seqmodels.errors import UserError
 from seqmodels.fields import refuse
 from seqmodels.heads import HEADS
-from seqmodels.heads.pooled import POOLS, Pooled
 from seqmodels.inputs import INPUTS
 from seqmodels.nearest import nearest
 from seqmodels.pattern import names
@@ -46,8 +45,8 @@ class SequenceModel(nn.Module):
 
     def setup(self):
         config = self.config
-        reader = _attach(self, _name(config, "input"), self.new_input())
-        predictor = _attach(self, _name(config, "head"), self.new_head())
+        reader = _attach(self, config.input, self.new_input())
+        predictor = _attach(self, config.head, self.new_head())
         self.reader, self.predictor = reader, predictor
         # Asking for them declares their parameters, in this order whatever is called first.
         self.table, _ = reader.table, predictor.kernel
@@ -68,8 +67,8 @@ class SequenceModel(nn.Module):
         config, head = self.config, head_of(self.config)
         options = {
             "tied": config.tie_embeddings,
-            "pool": config.get("pool", "mean"),
-            "horizon": config.get("horizon", 1),
+            "pool": config.pool,
+            "horizon": config.horizon,
         }
         fields = {name: value for name, value in options.items() if name in head.__dataclass_fields__}
         return head(config.width, self.output_size, dtype=jnp.dtype(config.dtype), **fields)
@@ -190,9 +189,7 @@ def _check_both_ways(config, head: type[nn.Module]) -> None:
     """Checks a stack in which positions know of later ones, and which therefore has no state."""
     if head.causal:
         allowed = " or ".join(repr(name) for name, other in HEADS.items() if not other.causal)
-        refuse(
-            "model.head", _name(config, "head"), f"{allowed} with model.pattern={config.pattern!r}, which reads ahead"
-        )
+        refuse("model.head", config.head, f"{allowed} with model.pattern={config.pattern!r}, which reads ahead")
     for spec in plan(config):
         for word in spec.names().values():
             branch_of(config, word, parent=None)
@@ -203,24 +200,19 @@ def check_parts(config, spec: Spec, objective: str) -> None:
 
     Raises: UserError in one line with the field, its value and what is allowed.
     """
-    reader, head, name = input_of(config), head_of(config), _name(config, "head")
+    reader, head, name = input_of(config), head_of(config), config.head
     if name != objective:
         refuse("model.head", name, f"{objective!r}, which is what the dataset is for")
     has = f"in the dataset's batches, which have {', '.join(spec)}"
     if reader.key not in spec:
         fit = " or ".join(repr(name) for name, other in INPUTS.items() if other.key in spec)
-        refuse("model.input", _name(config, "input"), f"{fit}; it needs {reader.key!r} {has}")
+        refuse("model.input", config.input, f"{fit}; it needs {reader.key!r} {has}")
     for array in (head.target, *head.needs):
         if array not in spec:
             raise UserError(f"config.model.head={name!r}: needs {array!r} {has}")
     if config.tie_embeddings and name == "next_token" and not reader.at_root:
-        without = f"config.model.input={_name(config, 'input')!r}, which has no table of tokens"
+        without = f"config.model.input={config.input!r}, which has no table of tokens"
         refuse("model.tie_embeddings", True, f"False with {without}")
-    pool = config.get("pool", "mean")
-    if issubclass(head, Pooled) and pool not in POOLS:
-        refuse("model.pool", pool, f"one of {', '.join(map(repr, POOLS))}")
-    if "horizon" in head.__dataclass_fields__ and config.get("horizon", 1) < 1:
-        refuse("model.horizon", config.horizon, "at least 1")
 
 
 def _attach(model: nn.Module, name: str, part: nn.Module) -> nn.Module:
@@ -231,12 +223,8 @@ def _attach(model: nn.Module, name: str, part: nn.Module) -> nn.Module:
     return part
 
 
-def _name(config, field: str) -> str:
-    return config.get(field, {"input": "tokens", "head": "next_token"}[field])
-
-
 def _find(table: dict[str, type[nn.Module]], field: str, config) -> type[nn.Module]:
-    name = _name(config, field)
+    name = config[field]
     if name not in table:
         refuse(f"model.{field}", name, f"one of {', '.join(map(repr, table))}{nearest(name, list(table))}")
     return table[name]

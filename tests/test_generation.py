@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from seqmodels import generation
-from seqmodels.config import context
+from seqmodels.backbone import context
 from seqmodels.configs import densemamba, transformer
 from seqmodels.data import load_tokenizer
 from seqmodels.errors import UserError

@@ -52,7 +52,7 @@ class Gates(nn.Module):
         if options.gate in ("channel", "both"):
             self.channel = self._gate("gate_channel", self.inner, "inner", options.bottleneck)
         if has_state_gate:
-            bottleneck = options.get("bottleneck_state", 0) or options.bottleneck
+            bottleneck = options.bottleneck_state or options.bottleneck
             self.state_gate = self._gate("gate_state", self.state, "state", bottleneck)
         elif both:  # 1 + x W: the channel gate, a factor beside it, must not be starved
             shape, axes = (self.width, self.count, self.state), ("embed", None, "state")
@@ -60,9 +60,9 @@ class Gates(nn.Module):
         if options.projection == "linear":
             self.P = self._matrix("projection", (self.state, self.state), ("state", None), eye)
         if options.norm:
-            self.norm_channel = RMSNorm(options.get("norm_eps", 1e-5), axis="inner")
+            self.norm_channel = RMSNorm(options.norm_eps, axis="inner")
             if options.variant == "input":
-                self.norm_state = RMSNorm(options.get("norm_eps", 1e-5), axis="state")
+                self.norm_state = RMSNorm(options.norm_eps, axis="state")
 
     @nn.nowrap
     def _matrix(self, name: str, shape: tuple[int, ...], axes: tuple[str | None, ...], init: Init) -> jax.Array:
@@ -71,7 +71,7 @@ class Gates(nn.Module):
     @nn.nowrap
     def _gate(self, name: str, size: int, axis: str, bottleneck: int) -> tuple[jax.Array, jax.Array]:
         """W1 [D, r] and W2 [r, S, size]; W2 starts at zero, so the gate does (sigmoid: at a half)."""
-        hidden, std = max(1, self.width // bottleneck), self.options.get("gate_std", 0.0)
+        hidden, std = max(1, self.width // bottleneck), self.options.gate_std
         inward = self._matrix(f"{name}_in", (self.width, hidden), ("embed", "rank"), normal(std or self.width**-0.5))
         shape, axes = (hidden, self.count, size), ("rank", None, axis)
         return inward, self._matrix(f"{name}_out", shape, axes, normal(std))

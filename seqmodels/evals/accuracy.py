@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from jax.sharding import Mesh
 
-from seqmodels.config import context
+from seqmodels.backbone import context
 from seqmodels.errors import UserError
 from seqmodels.evals import memory
 from seqmodels.evals.scoring import rows_of, score_long

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from ml_collections import ConfigDict
 
-from seqmodels.config import context
+from seqmodels.backbone import context
 from seqmodels.errors import UserError
 from seqmodels.evals import likelihood
 

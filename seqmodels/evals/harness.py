@@ -13,7 +13,7 @@ from urllib.parse import urlparse
 
 from ml_collections import ConfigDict
 
-from seqmodels.config import context
+from seqmodels.backbone import context
 from seqmodels.errors import UserError
 from seqmodels.evals import memory
 from seqmodels.evals.lists import LISTS, WITHOUT_FILE, parse

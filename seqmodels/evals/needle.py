@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from seqmodels.config import context
+from seqmodels.backbone import context
 from seqmodels.errors import UserError
 from seqmodels.evals.accuracy import PIECE, read_rows
 from seqmodels.evals.scoring import rows_of

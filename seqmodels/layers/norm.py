@@ -129,6 +129,6 @@ class LayerNorm(nn.Module):
 
 def norm_of(config: Any) -> nn.Module:
     """The norm of the residual stream that `config.norm` names; `config` is config.model."""
-    if config.get("norm", "rms") == "layer":
+    if config.norm == "layer":
         return LayerNorm(config.norm_eps, bias=config.bias)
     return RMSNorm(config.norm_eps)

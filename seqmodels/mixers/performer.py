@@ -68,6 +68,11 @@ class Performer(LinearAttention):
         """m, features of a query or key."""
         return self.random_features
 
+    @property
+    def redraw_every(self) -> int:
+        """Training steps after which the directions are drawn again."""
+        return self.redraw
+
     @nn.nowrap
     def flops(self, length: int) -> float:
         """Of the matrix state, and of the directions' products with queries and keys."""

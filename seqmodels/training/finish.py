@@ -9,7 +9,7 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from seqmodels import evals
-from seqmodels.config import context
+from seqmodels.backbone import context
 from seqmodels.errors import UserError
 from seqmodels.evals import accuracy, perplexity
 from seqmodels.evals import figures as head_figures

@@ -9,11 +9,12 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
+from seqmodels.backbone import redraw_every
 from seqmodels.data.contract import Spec, text_spec
 from seqmodels.model import head_of, input_of
 from seqmodels.training import sharding, side
-from seqmodels.training.optimizer import global_norm
-from seqmodels.training.state import TrainState
+from seqmodels.training.optimizer import global_norm, rate_factors
+from seqmodels.training.state import TrainState, abstract_params
 
 # As calls of cuBLAS products add to what is there already: a gradient's second part to the first. As Triton fusions
 # they leave that sum to a kernel of its own. (benchmarks/notes/model_step.md)
@@ -36,7 +37,8 @@ def make_train_step(
     step from then on, whatever else was dispatched before the host saw the metric.
     """
     accumulate, head, key = config.training.accumulate, head_of(config.model), input_of(config.model).key
-    options = head.options(config.training)
+    options, groups = head.options(config.training), config.optimizer.groups
+    factors = rate_factors(groups, abstract_params(model, config)) if groups else None
 
     def loss_sums(params, rows, carry, rngs):
         (hidden, new_carry), reported = model.apply(
@@ -93,6 +95,8 @@ def make_train_step(
 
         rate = schedule(state.step)
         direction, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        if factors is not None:
+            direction = jax.tree.map(jnp.multiply, factors, direction)
         params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
         ema = state.ema
         if ema is not None:
@@ -123,9 +127,9 @@ def make_train_step(
 
 
 def random_streams(config: ConfigDict, step: jax.Array | int) -> dict[str, jax.Array]:
-    """Keys of what is random at a step: dropout, and features that Performer draws every `redraw` steps."""
+    """Keys of what is random at a step: dropout, and features that a branch draws again every so many steps."""
     key = jax.random.key(config.seed)
-    redraw = config.model.get("performer", {}).get("redraw", 0)
+    redraw = redraw_every(config.model)
     features = {"features": jax.random.fold_in(jax.random.fold_in(key, 1), step // redraw)} if redraw else {}
     return {"dropout": jax.random.fold_in(key, step), **features}
 
