@@ -13,6 +13,9 @@ from pathlib import Path
 
 import pytest
 
+from seqmodels import cli
+from seqmodels.sweeps import definition
+
 ROOT = Path(__file__).parents[1]
 HERE = ROOT / "tests" / "fixtures" / "first_wave"
 FLAGS = {
@@ -35,6 +38,14 @@ FLAGS = {
         "--config.evaluation.batch_size=64",
     ],
 }
+
+
+def test_trials_of_a_users_old_config_keep_their_names(monkeypatch, tmp_path):
+    """Names that the first wave gave them, although the config lacks fields that there are now."""
+    monkeypatch.chdir(ROOT)
+    spec = "tests/fixtures/first_wave/zoo.py"
+    trials = definition.define(spec, cli.load_config(spec), "ablation", 1, tmp_path, "")
+    assert [trial.id for trial in trials] == ["6e9a468b09", "12efa37be0", "7276232381"]
 
 
 @pytest.mark.slow
