@@ -6,11 +6,34 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.kernels import dispatch
+from seqmodels.kernels.axes import Layout
 from seqmodels.kernels.attention import cudnn, reference, xla
 
 BACKENDS = {"reference": reference, "xla": xla, "cudnn": cudnn}
 WINNERS = {"cuda": ("cudnn", "xla"), "default": ("xla",)}  # measured on an H100, jax 0.11.2
 IMPLEMENTATIONS = tuple(BACKENDS)
+
+
+QUERY_ROWS, KEY_ROWS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+LAYOUT = Layout(
+    dict(
+        q=QUERY_ROWS,
+        k=KEY_ROWS,
+        v=KEY_ROWS,
+        segment_ids=("batch", None),
+        key_segment_ids=("batch", None),
+        key_mask=("batch", None),
+        positions=("batch", None),
+        key_positions=("batch", None),
+    ),
+    (QUERY_ROWS,),
+    together=("heads", "kv_heads"),
+)
+
+
+def axes(**arrays: object) -> Layout:
+    """Logical axes of the arrays and of the result of `attention`. Time stays whole: each query sees all keys."""
+    return LAYOUT
 
 
 def attention(

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.kernels import dispatch
+from seqmodels.kernels.axes import DOCUMENTS, TOKENS, Layout
 from seqmodels.kernels.linear_attention import mosaic_gpu, mosaic_tpu, reference, xla
 
 BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
@@ -26,6 +27,14 @@ def choose(platform: str, shape: tuple[int, ...] = (8, 2048, 1, 32, 128, 64), **
     """Name of the implementation that `None` takes on a platform for a shape [B, T, Hk, H, K, V], and why."""
     usual = dict(dtype=jnp.dtype("bfloat16"), decay="head", read="inclusive", bonus=False, chunk=None)
     return dispatch.choose("linear_attention", BACKENDS, WINNERS, platform, shape=shape, **usual | facts)
+
+
+def axes(log_decay: jax.Array | None = None, **others: object) -> Layout:
+    """Logical axes of the arrays and results of `linear_attention`; those of log_decay follow from its rank."""
+    keys, heads, state = (*TOKENS, "kv_heads", None), (*TOKENS, "heads", None), ("batch", "heads", None, None)
+    decay = () if log_decay is None else ("heads",) if log_decay.ndim == 1 else heads[: log_decay.ndim]
+    arrays = dict(q=keys, k=keys, v=heads, log_decay=decay, bonus=("heads", None), initial_state=state, **DOCUMENTS)
+    return Layout(arrays, (heads, state), together=("heads", "kv_heads"))
 
 
 def linear_attention(

@@ -5,11 +5,24 @@ import functools
 import jax
 
 from seqmodels.kernels import dispatch
+from seqmodels.kernels.axes import DOCUMENTS, TOKENS, Axes, Layout
 from seqmodels.kernels.short_conv import mosaic_gpu, mosaic_tpu, reference, xla
 
 BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 WINNERS = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}  # by platform, fastest first as measured
 IMPLEMENTATIONS = tuple(BACKENDS)
+
+
+CHANNELS: Axes = (*TOKENS, "inner")
+STATE: Axes = ("batch", None, "inner")
+LAYOUT = Layout(
+    dict(x=CHANNELS, weight=(None, "inner"), bias=("inner",), initial_state=STATE, **DOCUMENTS), (CHANNELS, STATE)
+)
+
+
+def axes(**arrays: object) -> Layout:
+    """Logical axes of the arrays and results of `short_conv`."""
+    return LAYOUT
 
 
 def short_conv(
