@@ -6,8 +6,8 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.kernels import dispatch
-from seqmodels.kernels.axes import Layout
 from seqmodels.kernels.attention import cudnn, reference, xla
+from seqmodels.kernels.axes import Layout
 
 BACKENDS = {"reference": reference, "xla": xla, "cudnn": cudnn}
 WINNERS = {"cuda": ("cudnn", "xla"), "default": ("xla",)}  # measured on an H100, jax 0.11.2
@@ -62,8 +62,8 @@ def attention(
         causal: query t sees no key s with key_positions[s] > positions[t].
         segment_ids: [B, T] int32, document of each query, which sees the keys of equal id only.
         key_segment_ids: [B, S] int32. None: the queries' (then S = T).
-        key_mask: [B, S] bool, False on keys that no query sees, such as empty slots. What stands there, NaN even, reaches
-            no output and no gradient.
+        key_mask: [B, S] bool, False on keys that no query sees, such as empty slots. What stands there, NaN even,
+            reaches no output and no gradient.
         positions: [B, T] int32, position of each query in its document, or in its row (only the differences between
             tokens of one document count). None: query t is at t, and key s at s.
         key_positions: [B, S] int32, position of each key, counted as the queries'. None: the queries' (then S = T).

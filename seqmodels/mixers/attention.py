@@ -20,12 +20,12 @@ PADDING = -2  # document of a padding token, which sees nothing
 def empty_cache(batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> dict[str, jax.Array]:
     """A cache of `slots` keys and values a row.
 
-    An empty slot holds zeros until a real token takes it: no query sees it, but XLA multiplies what it holds by a weight
-    of zero. Selecting would write the whole cache again for each token.
+    An empty slot holds zeros until a real token takes it: no query sees it, but XLA multiplies what it holds by a
+    weight of zero. Selecting would write the whole cache again for each token.
 
     Returns:
         k, v: [B, S, Hkv, d], keys already rotated.
-        document: [B, S] int32, which document of the row each key belongs to, counted from 0; `EMPTY`: the slot is empty.
+        document: [B, S] int32, document of the row that each key belongs to, counted from 0; `EMPTY`: no key.
         length: [B] int32, number of real tokens of the row so far.
     """
     shape = (batch, slots, kv_heads, head_dim)
@@ -81,7 +81,9 @@ def put_keys(
     total = cache["length"] + jnp.sum(kept, axis=1, dtype=jnp.int32)
     slot = position
     if window:
-        kept &= position >= total[:, None] - slots  # of a chunk longer than the ring only the end, for a slot has one writer
+        kept &= (
+            position >= total[:, None] - slots
+        )  # of a chunk longer than the ring only the end, for a slot has one writer
         slot = position % slots
     place = jnp.arange(batch)[:, None], jnp.where(kept, slot, slots)  # what is not kept falls off the end
     put = {name: cache[name].at[place].set(x.astype(cache[name].dtype), mode="drop") for name, x in new.items()}
@@ -91,8 +93,9 @@ def put_keys(
 def check_slots(tokens: int, slots: int, window: int) -> None:
     """Raise a ValueError where so many tokens cannot be kept, whatever the cache holds.
 
-    Only sizes are known here. How many slots are in use is known when the computation runs, where nothing can be raised:
-    the caller sees to it that a row has no more than `max_length` tokens (`seqmodels.generation` does).
+    Only sizes are known here. How many slots are in use, and how many tokens are padding, is known when the computation
+    runs, where nothing can be raised: the caller sees to it that a row has at most `max_length` tokens
+    (`seqmodels.generation` does).
     """
     if tokens > slots and not 0 < window <= slots:
         raise ValueError(

@@ -30,7 +30,7 @@ def random(shape, values, seed=1):
 
 POSITIONS = np.array([[0, 1, 2, 2, 3], [3, 4, 5, 6, 7]], np.int32)
 SLOTS = np.broadcast_to(np.arange(KEYS, dtype=np.int32), (BATCH, KEYS))
-RING = np.array([[8, 9, 10, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 0, 0, 0]], np.int32)  # row 1: the last three slots are empty
+RING = np.array([[8, 9, 10, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 0, 0, 0]], np.int32)  # row 1: three slots are empty
 DOCUMENTS = np.array([[0, 0, 1, 1, 1], [3, 4, 4, 4, 5]], np.int32)
 CASES = {  # keys, then options
     "causal": (QUERIES, {}),
