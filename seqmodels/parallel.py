@@ -77,8 +77,8 @@ def run(operation: str, **arguments: Any) -> Any:
 
     inputs = {name: spec(layout.arrays[name]) for name in given}
     outputs = tuple(spec(axes) for axes in layout.results)
-    outputs = outputs if len(outputs) > 1 else outputs[0]  # a kernel gives a lone result as it is
-    return jax.shard_map(part, in_specs=(inputs,), out_specs=outputs, check_vma=False)(given)
+    out_specs = outputs if len(outputs) > 1 else outputs[0]  # a kernel gives a lone result as it is
+    return jax.shard_map(part, in_specs=(inputs,), out_specs=out_specs, check_vma=False)(given)
 
 
 def axis_sizes(layout: Layout, arrays: Mapping[str, jax.Array]) -> dict[str, int]:

@@ -20,7 +20,7 @@ WINNERS = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}
 IMPLEMENTATIONS = tuple(BACKENDS)
 
 
-def choose(platform: str, shape: tuple[int, ...] = (8, 2048, 1, 1536, 16), **facts) -> tuple[str, str]:
+def choose(platform: str, shape: tuple[int, ...] = (8, 2048, 1, 1536, 16), **facts: object) -> tuple[str, str]:
     """Name of the implementation that `None` takes on a platform for a shape [B, T, G, E, N], and why."""
     return dispatch.choose("selective_scan", BACKENDS, WINNERS, platform, shape=shape, **facts)
 

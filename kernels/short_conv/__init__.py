@@ -1,6 +1,7 @@
 """Causal depthwise convolution over a few tokens, with a state, packed documents and padding."""
 
 import functools
+from typing import Any
 
 import jax
 
@@ -81,7 +82,9 @@ def short_conv(
 choose = functools.partial(dispatch.choose, "short_conv", BACKENDS, WINNERS)
 
 
-def check(x, weight, bias, activation, initial_state) -> dict:
+def check(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None, activation: str | None, initial_state: jax.Array | None
+) -> dict[str, Any]:
     """The static facts of a call that fits together; a ValueError if it does not."""
     if x.ndim != 3 or weight.ndim != 2 or weight.shape[1] != x.shape[2]:
         raise ValueError(f"short_conv: x must be [B, T, E] and weight [W, E], got {x.shape} and {weight.shape}")

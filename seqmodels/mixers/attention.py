@@ -1,5 +1,7 @@
 """Causal softmax attention with rotary positions and grouped heads (Llama 2: Touvron et al. 2023, section 2.2)."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -109,7 +111,7 @@ def attend_within(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Attention of whole rows to themselves, and the cache that holds them; as `attend_from_cache` of an empty one."""
     batch, length, kv_heads, head_dim = k.shape
-    options = dict(window=window or None, implementation=implementation)
+    options: dict[str, Any] = dict(window=window or None, implementation=implementation)
     document = document_numbers(seq, batch, length, jnp.zeros((batch,), jnp.int32))
     position = positions_in_row(jnp.zeros((batch,), jnp.int32), length, seq.mask)
     if seq.mask is None:
@@ -205,7 +207,7 @@ class Attention(Branch):
         return self.heads, self.kv_heads or self.heads, self.head_dim or self.width // self.heads
 
     @nn.nowrap
-    def init_state(self, batch: int, max_length: int) -> dict[str, jax.Array]:
+    def init_state(self, batch: int, max_length: int = 0) -> dict[str, jax.Array]:
         """An empty cache of `max_length` slots, or of no more than the window: see `empty_cache`."""
         _, kv_heads, head_dim = self.sizes
         return empty_cache(batch, min(self.window or max_length, max_length), kv_heads, head_dim, self.dtype)
@@ -233,11 +235,11 @@ class Attention(Branch):
         q = rope(project("query", heads, "heads"), seq.positions, self.rope_theta)
         k = rope(project("key", kv_heads, "kv_heads"), seq.positions, self.rope_theta)
         v = project("value", kv_heads, "kv_heads")
-        options = dict(window=self.window, implementation=self.implementation.get("attention"))
+        window, implementation = self.window, self.implementation.get("attention")
         if state is None:
-            o, state = attend_within(q, k, v, seq, **options)
+            o, state = attend_within(q, k, v, seq, window=window, implementation=implementation)
         else:
-            o, state = attend_from_cache(q, k, v, state, seq, **options)
+            o, state = attend_from_cache(q, k, v, state, seq, window=window, implementation=implementation)
 
         out_axes = ("heads", "head_dim", "embed")
         out = self.matrix("out", (heads, head_dim, self.width), out_axes, normal(residual_std(self.layers)))
