@@ -1,5 +1,36 @@
 """Operations of sequence mixers, each with several implementations. Imported as `seqmodels.kernels`."""
 
+import importlib
+from collections.abc import Iterator, Mapping
+from types import ModuleType
+
+
+class Operations(Mapping[str, ModuleType]):
+    """Name of each operation to its module, which is imported when it is first asked for.
+
+    The module has the operation as a function of its own name, `BACKENDS` and `IMPLEMENTATIONS`, `choose(platform,
+    **facts)`, which says what is taken by default, and `axes(**arrays)`, the logical axes of its arrays (see
+    `seqmodels.kernels.axes`). Where "length" is one of them, its module `sharded` has the same function of one device's
+    piece of time.
+    """
+
+    def __init__(self, *names: str):
+        self._names = names
+
+    def __getitem__(self, name: str) -> ModuleType:
+        if name not in self._names:
+            raise KeyError(f"{name!r} is no operation; there are {', '.join(self._names)}")
+        return importlib.import_module(f"seqmodels.kernels.{name}")
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+OPERATIONS = Operations("selective_scan", "short_conv", "attention", "linear_attention")
+
 if __name__ == "kernels":  # by the folder's name, as old scripts in a checkout do: the same modules, no copies of them
     from seqmodels.alias import alias
 

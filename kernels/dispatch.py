@@ -4,6 +4,7 @@ import functools
 import logging
 from collections.abc import Callable, Mapping
 from types import ModuleType
+from typing import Any
 
 import jax
 
@@ -39,7 +40,11 @@ def _log_once(message: str) -> None:
 
 
 def choose(
-    operation: str, backends: Mapping[str, ModuleType], winners: Mapping[str, tuple[str, ...]], platform: str, **facts
+    operation: str,
+    backends: Mapping[str, ModuleType],
+    winners: Mapping[str, tuple[str, ...]],
+    platform: str,
+    **facts: object,
 ) -> tuple[str, str]:
     """The implementation that `None` takes on a platform, and why.
 
@@ -51,7 +56,7 @@ def choose(
         **facts: static facts of the call that `supports` judges, such as shapes and dtypes.
     """
     platform = lowered_name(platform)
-    skipped = []
+    skipped: list[str] = []
     for name in winners.get(platform, winners["default"]):
         reason = backends[name].supports(platform=platform, **facts)
         if reason is None:
@@ -61,7 +66,7 @@ def choose(
     raise UnsupportedError(f"{operation} on {platform}: no implementation can serve ({'; '.join(skipped)})")
 
 
-def require(operation: str, backends: Mapping[str, ModuleType], name: str, **facts) -> ModuleType:
+def require(operation: str, backends: Mapping[str, ModuleType], name: str, **facts: object) -> ModuleType:
     """The backend of that name.
 
     Raises:
@@ -82,8 +87,8 @@ def dispatch(
     implementation: str | None,
     facts: Mapping[str, object],
     call: Callable,
-    *arrays,
-):
+    *arrays: Any,
+) -> Any:
     """Run `call(backend, *arrays)` on the named backend, or on the winner of the platform that this is lowered for."""
     if implementation:
         return call(require(operation, backends, implementation, **facts), *arrays)

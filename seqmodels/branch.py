@@ -100,9 +100,9 @@ def real(x: jax.Array, seq: Sequence, dtype: DTypeLike) -> jax.Array:
 
 
 def grows(branch: nn.Module, length: int) -> bool:
-    """Whether the state after `length` tokens is larger than after one: whether it is a cache of what came before."""
+    """Whether the state of more than `length` tokens is larger: whether it is a cache of all that came before."""
 
     def shapes(length: int) -> list[tuple[int, ...]]:
         return [x.shape for x in jax.tree.leaves(jax.eval_shape(lambda: branch.init_state(1, length)))]
 
-    return shapes(length) != shapes(1)
+    return shapes(2 * length) != shapes(length)

@@ -6,10 +6,6 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict, FrozenConfigDict
 
-import seqmodels.kernels.attention
-import seqmodels.kernels.linear_attention
-import seqmodels.kernels.selective_scan
-import seqmodels.kernels.short_conv
 from seqmodels.backbone import Backbone, branch_of, causal, plan, scanned
 from seqmodels.branches import BRANCHES
 from seqmodels.config import complete_model
@@ -18,16 +14,10 @@ from seqmodels.errors import UserError
 from seqmodels.fields import refuse
 from seqmodels.heads import HEADS
 from seqmodels.inputs import INPUTS
+from seqmodels.kernels import OPERATIONS
 from seqmodels.nearest import nearest
 from seqmodels.pattern import names
 from seqmodels.sequence import make_sequence
-
-OPERATIONS = {
-    "selective_scan": seqmodels.kernels.selective_scan,
-    "short_conv": seqmodels.kernels.short_conv,
-    "attention": seqmodels.kernels.attention,
-    "linear_attention": seqmodels.kernels.linear_attention,
-}
 
 
 class SequenceModel(nn.Module):

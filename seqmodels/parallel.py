@@ -1,83 +1,100 @@
-"""The kernels of recurrent mixers on the devices of the current mesh: rows and channels apart, time in pieces.
+"""The kernels on the devices of the current mesh: each device runs them on its rows, channels and piece of time.
 
-The mesh is that of `jax.set_mesh`, and Flax's logical axis rules say which of its axes the rows ("batch"), the tokens
-("length") and the channels ("inner") of a kernel's arrays are split over. Each device then runs the kernel on its part,
-inside one shard_map: the compiler cannot split a Pallas kernel by itself. Without a mesh of several devices, or without
-rules, the kernel is called as it is.
+The mesh is that of `jax.set_mesh`, and Flax's logical axis rules say which of its axes the logical axes of a kernel's
+arrays are split over; `axes` in the kernel's module names them. Each device then runs the kernel on its part, inside
+one shard_map: the compiler cannot split a Pallas kernel by itself. Without a mesh of several devices, or without rules,
+the kernel is called as it is.
+
+Every operation of `seqmodels.kernels.OPERATIONS` is a function of this module, with the arguments of the kernel:
+
+    from seqmodels.parallel import selective_scan
 """
 
+import functools
+import importlib
+import inspect
 import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import jax
 from flax import linen as nn
 from jax.sharding import AxisType, PartitionSpec
 
-from seqmodels.kernels.linear_attention import linear_attention as attend
-from seqmodels.kernels.linear_attention import sharded as attend_in_pieces
-from seqmodels.kernels.selective_scan import selective_scan as scan
-from seqmodels.kernels.selective_scan import sharded as scan_in_pieces
-from seqmodels.kernels.short_conv import sharded as conv_in_pieces
-from seqmodels.kernels.short_conv import short_conv as conv
+from seqmodels.kernels import OPERATIONS
+from seqmodels.kernels.axes import Axes, Layout
 
-TOKENS = ("batch", "length")
-CHANNELS = (*TOKENS, "inner")
-HEADS = (*TOKENS, "heads", None)
+if TYPE_CHECKING:  # what `__getattr__` gives has the signatures of the kernels
+    from seqmodels.kernels.attention import attention as attention
+    from seqmodels.kernels.linear_attention import linear_attention as linear_attention
+    from seqmodels.kernels.selective_scan import selective_scan as selective_scan
+    from seqmodels.kernels.short_conv import short_conv as short_conv
 
 
-def selective_scan(u, dt, A, B, C, *, dt_softplus=True, implementation=None, **optional):
-    """`kernels.selective_scan.selective_scan` on the current mesh."""
-    group = (None,) * (u.ndim - 3)
-    wide, narrow = (*TOKENS, *group, "inner"), (*TOKENS, *group, None)
-    state = ("batch", *group, "inner", None)
-    names = dict(u=wide, dt=wide, A=(*group, "inner", None), B=narrow, C=narrow)
-    names |= dict(D=("inner",), z=CHANNELS, dt_bias=(*group, "inner"), weights=(*TOKENS, None, "inner"))
-    options = dict(dt_softplus=dt_softplus, implementation=implementation)
-    arrays = dict(u=u, dt=dt, A=A, B=B, C=C, **optional)
-    axes = mesh_axes(batch=u.shape[0], length=u.shape[1], inner=u.shape[-1])
-    return _run(scan, scan_in_pieces.selective_scan, arrays, names, (CHANNELS, state), axes, options)
+def __getattr__(name: str) -> Callable[..., Any]:
+    """The operation of that name on the current mesh."""
+    if name not in OPERATIONS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return on_mesh(name)
 
 
-def short_conv(x, weight, bias=None, *, activation=None, implementation=None, **optional):
-    """`kernels.short_conv.short_conv` on the current mesh."""
-    state = ("batch", None, "inner")
-    names = dict(x=CHANNELS, weight=(None, "inner"), bias=("inner",))
-    options = dict(activation=activation, implementation=implementation)
-    arrays = dict(x=x, weight=weight, bias=bias, **optional)
-    axes = mesh_axes(**dict(zip(CHANNELS, x.shape, strict=True)))
-    return _run(conv, conv_in_pieces.short_conv, arrays, names, (CHANNELS, state), axes, options)
+@functools.cache
+def on_mesh(operation: str) -> Callable[..., Any]:
+    """The function of the operation's kernel, which runs it on the current mesh."""
+    kernel = getattr(OPERATIONS[operation], operation)
+    signature = inspect.signature(kernel)
+
+    @functools.wraps(kernel)
+    def call(*args, **kwargs):
+        return run(operation, **signature.bind(*args, **kwargs).arguments)
+
+    return call
 
 
-def linear_attention(
-    q,
-    k,
-    v,
-    log_decay=None,
-    *,
-    scale=1.0,
-    read="inclusive",
-    normalise=False,
-    chunk=None,
-    implementation=None,
-    **optional,
-):
-    """`kernels.linear_attention.linear_attention` on the current mesh; `optional` are its other arrays."""
-    heads, groups = v.shape[2], k.shape[2]
-    axes = mesh_axes(batch=v.shape[0], length=v.shape[1], heads=heads, kv_heads=groups)
-    if axes is not None and groups > 1 and axes.get("heads") != axes.get("kv_heads"):
-        axes = {name: axis for name, axis in axes.items() if "heads" not in name}  # heads stay with their keys
-    keys = (*TOKENS, "kv_heads", None)
-    decay = {None: (), 1: ("heads",), 3: HEADS[:3], 4: HEADS}[None if log_decay is None else log_decay.ndim]
-    names = dict(q=keys, k=keys, v=HEADS, log_decay=decay, bonus=("heads", None))
-    options = dict(scale=scale, read=read, normalise=normalise, chunk=chunk, implementation=implementation)
-    arrays = dict(q=q, k=k, v=v, log_decay=log_decay, **optional)
-    state = ("batch", "heads", None, None)
-    return _run(attend, attend_in_pieces.linear_attention, arrays, names, (HEADS, state), axes, options)
+def run(operation: str, **arguments: Any) -> Any:
+    """Run a kernel on the current mesh.
+
+    Args:
+        operation: a name of `seqmodels.kernels.OPERATIONS`.
+        **arguments: of the kernel, by name: arrays, and options, which are static.
+    """
+    module = OPERATIONS[operation]
+    layout = module.axes(**arguments)
+    given = {name: x for name, x in arguments.items() if name in layout.arrays and x is not None}
+    split = mesh_axes(layout.together, **axis_sizes(layout, given))
+    if split is None:
+        return getattr(module, operation)(**arguments)
+    options = {name: x for name, x in arguments.items() if name not in layout.arrays}
+    if "length" in split:
+        module, options = importlib.import_module(f"{module.__name__}.sharded"), dict(options, axis=split["length"])
+    kernel = getattr(module, operation)
+
+    def spec(axes: Axes) -> PartitionSpec:
+        return PartitionSpec(*(split.get(name) for name in axes))
+
+    def part(arrays):
+        return kernel(**arrays, **options)
+
+    inputs = {name: spec(layout.arrays[name]) for name in given}
+    outputs = tuple(spec(axes) for axes in layout.results)
+    out_specs = outputs if len(outputs) > 1 else outputs[0]  # a kernel gives a lone result as it is
+    return jax.shard_map(part, in_specs=(inputs,), out_specs=out_specs, check_vma=False)(given)
 
 
-def mesh_axes(**sizes: int) -> dict[str, tuple[str, ...]] | None:
+def axis_sizes(layout: Layout, arrays: Mapping[str, jax.Array]) -> dict[str, int]:
+    """Size of each logical axis of the arrays."""
+    sizes: dict[str, int] = {}
+    for name, x in arrays.items():
+        # not strict: what does not fit is for the kernel to say
+        sizes |= {axis: size for axis, size in zip(layout.arrays[name], x.shape, strict=False) if axis is not None}
+    return sizes
+
+
+def mesh_axes(together: tuple[str, ...] = (), **sizes: int) -> dict[str | None, tuple[str, ...]] | None:
     """Mesh axes that each logical axis is split over; one that its size does not divide into is left out, and whole.
 
     Args:
+        together: logical axes that are split alike or not at all; those of size 1 stay out of it.
         **sizes: size of each logical axis.
 
     Returns:
@@ -88,30 +105,12 @@ def mesh_axes(**sizes: int) -> dict[str, tuple[str, ...]] | None:
     shards = {name: count for name, count, kind in axes if kind is AxisType.Auto and count > 1}
     if not shards or not rules:
         return None
-    split = {}
+    split: dict[str | None, tuple[str, ...]] = {}
     for name, size in sizes.items():
         rule = rules.get(name) or ()
         rule = tuple(axis for axis in ((rule,) if isinstance(rule, str) else rule) if axis in shards)
         if rule and size % math.prod(shards[axis] for axis in rule) == 0:
             split[name] = rule
+    if len({split.get(name) for name in together if sizes[name] > 1}) > 1:
+        split = {name: rule for name, rule in split.items() if name not in together}
     return split
-
-
-def _run(whole, in_pieces, arrays, names, outputs, axes, options):
-    """The kernel on each device's part of the arrays. `names`: logical axes of each; `outputs`: of y and the state."""
-    if axes is None:
-        return whole(**arrays, **options)
-    names |= dict(initial_state=outputs[1], segment_ids=TOKENS, mask=TOKENS, initial_segment=("batch",))
-    arrays = {name: x for name, x in arrays.items() if x is not None}
-
-    def spec(names):
-        return PartitionSpec(*(axes.get(name) for name in names))
-
-    def part(arrays):
-        if "length" in axes:
-            return in_pieces(**arrays, axis=axes["length"], **options)
-        return whole(**arrays, **options)
-
-    specs = {name: spec(names[name]) for name in arrays}
-    outputs = tuple(spec(names) for names in outputs)
-    return jax.shard_map(part, in_specs=(specs,), out_specs=outputs, check_vma=False)(arrays)

@@ -7,10 +7,33 @@ import jax.numpy as jnp
 
 from seqmodels.kernels import dispatch
 from seqmodels.kernels.attention import cudnn, reference, xla
+from seqmodels.kernels.axes import Layout
 
 BACKENDS = {"reference": reference, "xla": xla, "cudnn": cudnn}
 WINNERS = {"cuda": ("cudnn", "xla"), "default": ("xla",)}  # measured on an H100, jax 0.11.2
 IMPLEMENTATIONS = tuple(BACKENDS)
+
+
+QUERY_ROWS, KEY_ROWS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
+LAYOUT = Layout(
+    dict(
+        q=QUERY_ROWS,
+        k=KEY_ROWS,
+        v=KEY_ROWS,
+        segment_ids=("batch", None),
+        key_segment_ids=("batch", None),
+        key_mask=("batch", None),
+        positions=("batch", None),
+        key_positions=("batch", None),
+    ),
+    (QUERY_ROWS,),
+    together=("heads", "kv_heads"),
+)
+
+
+def axes(**arrays: object) -> Layout:
+    """Logical axes of the arrays and of the result of `attention`. Time stays whole: each query sees all keys."""
+    return LAYOUT
 
 
 def attention(
@@ -22,23 +45,30 @@ def attention(
     segment_ids: jax.Array | None = None,
     key_segment_ids: jax.Array | None = None,
     key_mask: jax.Array | None = None,
-    query_index: jax.Array | None = None,
+    positions: jax.Array | None = None,
+    key_positions: jax.Array | None = None,
     scale: float | None = None,
     window: int | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
     """o_t = sum_s softmax_s(scale q_t . k_s) v_s over the keys s that query t sees.
 
+    Query t sees a key that is in its document, not later than it, within the window, and not masked. The keys may stand
+    in any order, as in a cache that is used as a ring: which is later is a matter of positions alone.
+
     Args:
         q: [B, T, H, d].
         k, v: [B, S, Hkv, d]; H is a multiple of Hkv, and query head h reads key head h // (H / Hkv).
-        causal: query t sees no key s > query_index[t].
+        causal: query t sees no key s with key_positions[s] > positions[t].
         segment_ids: [B, T] int32, document of each query, which sees the keys of equal id only.
         key_segment_ids: [B, S] int32. None: the queries' (then S = T).
-        key_mask: [B, S] bool, False on keys that no query sees.
-        query_index: [B, T] int32, place of each query among the keys, for caches. None: t.
+        key_mask: [B, S] bool, False on keys that no query sees, such as empty slots. What stands there, NaN even,
+            reaches no output and no gradient.
+        positions: [B, T] int32, position of each query in its document, or in its row (only the differences between
+            tokens of one document count). None: query t is at t, and key s at s.
+        key_positions: [B, S] int32, position of each key, counted as the queries'. None: the queries' (then S = T).
         scale: None: d**-0.5.
-        window: how many keys a query sees at most, its own included (s > query_index[t] - window).
+        window: how many positions back a query sees, its own included (key_positions[s] > positions[t] - window).
         implementation: one of `IMPLEMENTATIONS`. None: the fastest on the platform.
 
     Returns:
@@ -50,7 +80,9 @@ def attention(
     """
     if segment_ids is not None and key_segment_ids is None:
         key_segment_ids = segment_ids
-    check(q, k, v, segment_ids, key_segment_ids, key_mask, query_index, window)
+    if positions is not None and key_positions is None:
+        key_positions = positions
+    check(q, k, v, segment_ids, key_segment_ids, key_mask, positions, key_positions, window)
     if key_mask is not None:  # whatever stands in unseen keys must not reach a gradient either
         k, v = (jnp.where(key_mask[..., None, None], x, 0) for x in (k, v))
     facts = dict(
@@ -59,11 +91,11 @@ def attention(
         keys=k.shape[1],
         width=q.shape[3],
         causal=causal,
-        masked=any(x is not None for x in (segment_ids, key_mask, query_index)),
+        masked=any(x is not None for x in (segment_ids, key_mask, positions)),
         window=window,
     )
 
-    def call(backend, q, k, v, segment_ids, key_segment_ids, key_mask, query_index):
+    def call(backend, q, k, v, segment_ids, key_segment_ids, key_mask, positions, key_positions):
         return backend.attention(
             q,
             k,
@@ -74,17 +106,28 @@ def attention(
             segment_ids=segment_ids,
             key_segment_ids=key_segment_ids,
             key_mask=key_mask,
-            query_index=query_index,
+            positions=positions,
+            key_positions=key_positions,
         )
 
-    arrays = (q, k, v, segment_ids, key_segment_ids, key_mask, query_index)
+    arrays = (q, k, v, segment_ids, key_segment_ids, key_mask, positions, key_positions)
     return dispatch.dispatch("attention", BACKENDS, WINNERS, implementation, facts, call, *arrays)
 
 
 choose = functools.partial(dispatch.choose, "attention", BACKENDS, WINNERS)
 
 
-def check(q, k, v, segment_ids, key_segment_ids, key_mask, query_index, window) -> None:
+def check(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    segment_ids: jax.Array | None,
+    key_segment_ids: jax.Array | None,
+    key_mask: jax.Array | None,
+    positions: jax.Array | None,
+    key_positions: jax.Array | None,
+    window: int | None,
+) -> None:
     """Raise a ValueError unless the arguments fit together."""
     fits = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
     if not fits or q.shape[2] % k.shape[2]:
@@ -94,14 +137,17 @@ def check(q, k, v, segment_ids, key_segment_ids, key_mask, query_index, window) 
         )
     if key_segment_ids is not None and segment_ids is None:
         raise ValueError("attention: key_segment_ids were given without segment_ids")
+    if key_positions is not None and positions is None:
+        raise ValueError("attention: key_positions were given without positions")
     rows, slots = q.shape[:2], k.shape[:2]
-    places = dict(
+    tokens = dict(
         segment_ids=(segment_ids, rows),
         key_segment_ids=(key_segment_ids, slots),
         key_mask=(key_mask, slots),
-        query_index=(query_index, rows),
+        positions=(positions, rows),
+        key_positions=(key_positions, slots),
     )
-    for name, (array, shape) in places.items():
+    for name, (array, shape) in tokens.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"attention: {name} must be {shape}, got {array.shape}")
     if window is not None and window < 1:

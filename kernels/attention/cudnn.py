@@ -14,9 +14,18 @@ from seqmodels.kernels.attention.visible import visible
 
 
 def supports(
-    platform: str, *, dtype="bfloat16", queries=2, keys=2, width=8, causal=True, masked=False, window=None, **facts
+    platform: str,
+    *,
+    dtype: str = "bfloat16",
+    queries: int = 2,
+    keys: int = 2,
+    width: int = 8,
+    causal: bool = True,
+    masked: bool = False,
+    window: int | None = None,
+    **facts: object,
 ) -> str | None:
-    """Why this backend cannot serve the call; None: it can. `masked`: documents, a key mask or a cache are given."""
+    """Why this backend cannot serve the call; None: it can. `masked`: documents, a key mask or positions are given."""
     if platform not in ("cuda", "gpu") or jax.default_backend() != "gpu":
         return "needs an NVIDIA GPU"
     if dtype not in ("bfloat16", "float16"):
@@ -32,18 +41,38 @@ def supports(
     return None
 
 
-def attention(q, k, v, *, scale, causal, window, query_index, **documents):
-    """See `kernels.attention.attention`."""
+def attention(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None,
+    positions: jax.Array | None,
+    key_positions: jax.Array | None,
+    **documents: jax.Array | None,
+) -> jax.Array:
+    """See `kernels.attention.attention`. `documents`: segment_ids, key_segment_ids and key_mask."""
+    rules = dict(positions=positions, key_positions=key_positions, **documents)
     shape = q.shape[1], k.shape[1]
-    everything = dict(causal=causal, window=window, query_index=query_index, **documents)
-    if query_index is None:  # cuDNN knows the diagonal, and skips what lies above it
-        native = dict(is_causal=causal, local_window_size=None if window is None else (window - 1, 0))
-        mask = visible(shape, causal=False, window=None, query_index=None, **documents)
+    local_window = None
+    if positions is None:  # cuDNN knows the diagonal, and skips what lies above it
+        local_window = None if window is None else (window - 1, 0)
+        mask = visible(shape, causal=False, window=None, **rules)
     else:
-        native, mask = {}, visible(shape, **everything)
+        mask = visible(shape, causal=causal, window=window, **rules)
     o = jax.nn.dot_product_attention(
-        q, k, v, mask=None if mask is None else mask[:, None], scale=scale, implementation="cudnn", **native
+        q,
+        k,
+        v,
+        mask=None if mask is None else mask[:, None],
+        scale=scale,
+        is_causal=causal and positions is None,
+        local_window_size=local_window,
+        implementation="cudnn",
     )
     if mask is None:
         return o
-    return jnp.where(jnp.any(visible(shape, **everything), axis=-1)[..., None, None], o, 0)
+    seen = visible(shape, causal=causal, window=window, **rules)
+    return o if seen is None else jnp.where(jnp.any(seen, axis=-1)[..., None, None], o, 0)

@@ -1,17 +1,19 @@
 """Softmax attention written out, the definition that every other backend is held to."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from seqmodels.kernels.attention.visible import visible
 
 
-def supports(platform: str, **facts) -> str | None:
+def supports(platform: str, **facts: object) -> str | None:
     """Why this backend cannot serve the call; None: it can (it always can)."""
     return None
 
 
-def attention(q, k, v, *, scale, **rules):
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, **rules: Any) -> jax.Array:
     """See `kernels.attention.attention`. Computes in float32, or float64 if an argument is."""
     batch, queries, heads, width = q.shape
     keys, kv_heads = k.shape[1:3]

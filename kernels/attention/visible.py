@@ -5,19 +5,30 @@ import jax.numpy as jnp
 
 
 def visible(
-    shape: tuple[int, int], *, causal, segment_ids, key_segment_ids, key_mask, query_index, window
+    shape: tuple[int, int],
+    *,
+    causal: bool,
+    window: int | None,
+    segment_ids: jax.Array | None,
+    key_segment_ids: jax.Array | None,
+    key_mask: jax.Array | None,
+    positions: jax.Array | None,
+    key_positions: jax.Array | None,
 ) -> jax.Array | None:
-    """[B or 1, T, S] bool for `shape` (T, S), True where query t sees key s. None: every query sees every key."""
+    """[B or 1, T, S] bool for `shape` (T, S), True where query t sees key s. None: every query sees every key.
+
+    The other arguments are those of `kernels.attention.attention`.
+    """
     queries, keys = shape
     rules = []
     if causal or window is not None:
-        index = jnp.arange(queries)[None] if query_index is None else query_index
-        distance = index[:, :, None] - jnp.arange(keys)
+        rows = jnp.arange(queries)[None] if positions is None else positions
+        distance = rows[:, :, None] - (jnp.arange(keys) if key_positions is None else key_positions[:, None, :])
         if causal:
             rules.append(distance >= 0)
         if window is not None:
             rules.append(distance < window)
-    if segment_ids is not None:
+    if segment_ids is not None and key_segment_ids is not None:
         rules.append(segment_ids[:, :, None] == key_segment_ids[:, None, :])
     if key_mask is not None:
         rules.append(key_mask[:, None, :])

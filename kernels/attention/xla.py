@@ -1,17 +1,19 @@
 """Softmax attention by `jax.nn.dot_product_attention`, whose scores [B, H, T, S] live in memory."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from seqmodels.kernels.attention.visible import visible
 
 
-def supports(platform: str, **facts) -> str | None:
+def supports(platform: str, **facts: object) -> str | None:
     """Why this backend cannot serve the call; None: it can (it always can)."""
     return None
 
 
-def attention(q, k, v, *, scale, **rules):
+def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, **rules: Any) -> jax.Array:
     """See `kernels.attention.attention`."""
     seen = visible((q.shape[1], k.shape[1]), **rules)
     if seen is None:

@@ -8,10 +8,14 @@ The decay a_t = exp(log_decay_t) is one (linear attention, Katharopoulos et al. 
 vector over K (GLA, Yang et al. 2024; RWKV-6, which reads exclusively with the bonus u).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from seqmodels.kernels import dispatch
+from seqmodels.kernels.axes import DOCUMENTS, TOKENS, Layout
 from seqmodels.kernels.linear_attention import mosaic_gpu, mosaic_tpu, reference, xla
 
 BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
@@ -22,10 +26,18 @@ IMPLEMENTATIONS = tuple(BACKENDS)
 EPSILON = 1e-10  # a normaliser nearer to zero than this counts as this, with its sign
 
 
-def choose(platform: str, shape: tuple[int, ...] = (8, 2048, 1, 32, 128, 64), **facts) -> tuple[str, str]:
+def choose(platform: str, shape: tuple[int, ...] = (8, 2048, 1, 32, 128, 64), **facts: object) -> tuple[str, str]:
     """Name of the implementation that `None` takes on a platform for a shape [B, T, Hk, H, K, V], and why."""
     usual = dict(dtype=jnp.dtype("bfloat16"), decay="head", read="inclusive", bonus=False, chunk=None)
     return dispatch.choose("linear_attention", BACKENDS, WINNERS, platform, shape=shape, **usual | facts)
+
+
+def axes(log_decay: jax.Array | None = None, **others: object) -> Layout:
+    """Logical axes of the arrays and results of `linear_attention`; those of log_decay follow from its rank."""
+    keys, heads, state = (*TOKENS, "kv_heads", None), (*TOKENS, "heads", None), ("batch", "heads", None, None)
+    decay = () if log_decay is None else ("heads",) if log_decay.ndim == 1 else heads[: log_decay.ndim]
+    arrays = dict(q=keys, k=keys, v=heads, log_decay=decay, bonus=("heads", None), initial_state=state, **DOCUMENTS)
+    return Layout(arrays, (heads, state), together=("heads", "kv_heads"))
 
 
 def linear_attention(
@@ -77,32 +89,31 @@ def linear_attention(
     """
     documents = dict(segment_ids=segment_ids, initial_segment=initial_segment, mask=mask)
     check(q, k, v, log_decay, read, bonus, normalise, initial_state, **documents, chunk=chunk)
-    arrays = dict(q=q, k=k, v=append_ones(v) if normalise else v, log_decay=log_decay, bonus=bonus)
-    options = dict(scale=scale, read=read, chunk=chunk, implementation=implementation)
+    options: dict[str, Any] = dict(scale=scale, read=read, chunk=chunk, implementation=implementation, **documents)
     if not normalise:
-        return readouts(**arrays, initial_state=initial_state, **documents, **options, dtype=v.dtype)
+        return readouts(q, k, v, log_decay, bonus, initial_state, **options, dtype=v.dtype)
     dtype = jnp.result_type(q, k, v, jnp.float32)  # a quotient of rounded numbers would be rounded twice over
-    y, state = readouts(**arrays, initial_state=initial_state, **documents, **options, dtype=dtype)
+    y, state = readouts(q, k, append_ones(v), log_decay, bonus, initial_state, **options, dtype=dtype)
     return divide(y).astype(v.dtype), state
 
 
 def readouts(
-    q,
-    k,
-    v,
-    log_decay,
-    bonus,
-    initial_state,
-    segment_ids,
-    initial_segment,
-    mask,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None,
+    bonus: jax.Array | None,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    initial_segment: jax.Array | None,
+    mask: jax.Array | None,
     *,
-    scale,
-    read,
-    chunk,
-    implementation,
-    dtype,
-):
+    scale: float,
+    read: str,
+    chunk: int | None,
+    implementation: str | None,
+    dtype: DTypeLike,
+) -> tuple[jax.Array, jax.Array]:
     """`linear_attention` without its checks and its division: y [B, T, H, V] in `dtype`, and the final state."""
     factors = jnp.result_type(q, k, v)
     accumulator = jnp.promote_types(jnp.float32, factors)
@@ -142,7 +153,20 @@ def _kind(log_decay: jax.Array | None) -> str:
     return "none" if log_decay is None else {1: "constant", 3: "head", 4: "channel"}[log_decay.ndim]
 
 
-def check(q, k, v, log_decay, read, bonus, normalise, initial_state, segment_ids, initial_segment, mask, chunk):
+def check(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None,
+    read: str,
+    bonus: jax.Array | None,
+    normalise: bool,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    initial_segment: jax.Array | None,
+    mask: jax.Array | None,
+    chunk: int | None,
+) -> None:
     """Raise a ValueError unless the arguments fit together and the options are known."""
     if q.ndim != 4 or q.shape != k.shape or v.ndim != 4 or v.shape[:2] != k.shape[:2] or v.shape[2] % k.shape[2]:
         raise ValueError(
@@ -158,7 +182,7 @@ def check(q, k, v, log_decay, read, bonus, normalise, initial_state, segment_ids
     if chunk is not None and chunk < 1:
         raise ValueError(f"linear_attention: chunk is {chunk}; allowed: None, or 1 or more")
     (batch, length, heads, values), keys = v.shape, k.shape[3]
-    want = dict(
+    want: dict[str, tuple[jax.Array | None, list[tuple[int, ...]]]] = dict(
         log_decay=(log_decay, [(heads,), (batch, length, heads), (batch, length, heads, keys)]),
         bonus=(bonus, [(heads, keys)]),
         initial_state=(initial_state, [(batch, heads, keys, values + normalise)]),

@@ -2,29 +2,30 @@
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 
-def supports(**facts) -> str | None:
+def supports(**facts: object) -> str | None:
     """Serves everything, slowly."""
     return None
 
 
 def linear_attention(
-    q,
-    k,
-    v,
-    log_decay,
-    bonus,
-    initial_state,
-    segment_ids,
-    initial_segment,
-    mask,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None,
+    bonus: jax.Array | None,
+    initial_state: jax.Array,
+    segment_ids: jax.Array | None,
+    initial_segment: jax.Array | None,
+    mask: jax.Array | None,
     *,
-    scale,
-    read,
-    chunk,
-    dtype,
-):
+    scale: float,
+    read: str,
+    chunk: int | None,
+    dtype: DTypeLike,
+) -> tuple[jax.Array, jax.Array]:
     """As `kernels.linear_attention.linear_attention`, padding zeroed, a normaliser among the values; y in `dtype`.
 
     On padding log_decay is zero too, so that only segment_ids are left to be judged with the mask.

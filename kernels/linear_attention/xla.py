@@ -23,6 +23,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from seqmodels.kernels.segments import resets
 
@@ -36,33 +37,33 @@ class Options(NamedTuple):
 
     scale: float
     read: str
-    dtype: jnp.dtype
-    factors: jnp.dtype
+    dtype: DTypeLike
+    factors: DTypeLike
     chunk: int
     block: int
 
 
-def supports(**facts) -> str | None:
+def supports(**facts: object) -> str | None:
     """Serves everything, everywhere."""
     return None
 
 
 def linear_attention(
-    q,
-    k,
-    v,
-    log_decay,
-    bonus,
-    initial_state,
-    segment_ids,
-    initial_segment,
-    mask,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None,
+    bonus: jax.Array | None,
+    initial_state: jax.Array,
+    segment_ids: jax.Array | None,
+    initial_segment: jax.Array | None,
+    mask: jax.Array | None,
     *,
-    scale,
-    read,
-    chunk,
-    dtype,
-):
+    scale: float,
+    read: str,
+    chunk: int | None,
+    dtype: DTypeLike,
+) -> tuple[jax.Array, jax.Array]:
     """As `kernels.linear_attention.linear_attention`, padding zeroed, a normaliser among the values; y in `dtype`."""
     accumulator = jnp.result_type(q, k, v, jnp.float32)
     state = initial_state.astype(accumulator)
@@ -214,15 +215,15 @@ def _join(x, length):
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 
 
-def factors_dtype(*arrays):
+def factors_dtype(*arrays: jax.Array) -> jnp.dtype:
     """bfloat16 for bfloat16 arrays, else that of sums: float16 would overflow with the state."""
     dtype = jnp.result_type(*arrays)
     return dtype if dtype == jnp.bfloat16 else jnp.promote_types(jnp.float32, dtype)
 
 
-def product(factors, spec, *arrays):
+def product(factors: DTypeLike, spec: str, *arrays: jax.Array) -> jax.Array:
     """einsum of arrays as factors of that dtype, summed in float32 at least; float32 is not rounded on the way."""
-    arrays = [x.astype(factors) for x in arrays]
+    arrays = tuple(x.astype(factors) for x in arrays)
     if factors != jnp.bfloat16:
         return jnp.einsum(spec, *arrays, precision="highest")
     # XLA's CPU has no such product of bfloat16 in every layout

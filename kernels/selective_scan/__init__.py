@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.kernels import dispatch
+from seqmodels.kernels.axes import DOCUMENTS, TOKENS, Layout
 from seqmodels.kernels.selective_scan import mosaic_gpu, mosaic_tpu, reference, xla
 
 BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
@@ -19,9 +20,29 @@ WINNERS = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}
 IMPLEMENTATIONS = tuple(BACKENDS)
 
 
-def choose(platform: str, shape: tuple[int, ...] = (8, 2048, 1, 1536, 16), **facts) -> tuple[str, str]:
+def choose(platform: str, shape: tuple[int, ...] = (8, 2048, 1, 1536, 16), **facts: object) -> tuple[str, str]:
     """Name of the implementation that `None` takes on a platform for a shape [B, T, G, E, N], and why."""
     return dispatch.choose("selective_scan", BACKENDS, WINNERS, platform, shape=shape, **facts)
+
+
+def axes(u: jax.Array, **others: object) -> Layout:
+    """Logical axes of the arrays and results of `selective_scan`, which have a group axis if u has one."""
+    group = (None,) * (u.ndim - 3)
+    wide, narrow, state = (*TOKENS, *group, "inner"), (*TOKENS, *group, None), ("batch", *group, "inner", None)
+    arrays = dict(
+        u=wide,
+        dt=wide,
+        A=(*group, "inner", None),
+        B=narrow,
+        C=narrow,
+        D=("inner",),
+        z=(*TOKENS, "inner"),
+        dt_bias=(*group, "inner"),
+        weights=(*TOKENS, None, "inner"),
+        initial_state=state,
+        **DOCUMENTS,
+    )
+    return Layout(arrays, ((*TOKENS, "inner"), state))
 
 
 def selective_scan(

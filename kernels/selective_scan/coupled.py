@@ -31,7 +31,17 @@ def _recurrence(decay, write, state):
     return jax.lax.platform_dependent(decay, write, state, cpu=sequential, default=xla.linear_recurrence)
 
 
-def rank_scan(dt, A, writes, B, C, state, segment_ids=None, initial_segment=None, mask=None):
+def rank_scan(
+    dt: jax.Array,
+    A: jax.Array,
+    writes: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    state: jax.Array,
+    segment_ids: jax.Array | None = None,
+    initial_segment: jax.Array | None = None,
+    mask: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array]:
     """A state written by several layers: s_t = exp(dt_t A) s_{t-1} + sum_g writes_{t,g} B_{t,g}, y_t = s_t C_t.
 
     Args:
@@ -62,20 +72,20 @@ def rank_scan(dt, A, writes, B, C, state, segment_ids=None, initial_segment=None
 
 
 def carry_scan(
-    u,
-    dt,
-    A,
-    B,
-    C,
-    gate_channel,
-    gate_state,
-    projection,
-    state,
-    carried,
-    segment_ids=None,
-    initial_segment=None,
-    mask=None,
-):
+    u: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    gate_channel: jax.Array,
+    gate_state: jax.Array,
+    projection: jax.Array | None,
+    state: jax.Array,
+    carried: jax.Array,
+    segment_ids: jax.Array | None = None,
+    initial_segment: jax.Array | None = None,
+    mask: jax.Array | None = None,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Fused states carried in time: h_t = exp(dt A) h_{t-1} + (dt u) B + g_t * sum_i P s^i_t, y_t = h_t C_t.
 
     The states s^i of the other layers are the unfused ones (groups 1..G-1; group 0 is this layer). By linearity

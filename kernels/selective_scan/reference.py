@@ -4,14 +4,27 @@ import jax
 import jax.numpy as jnp
 
 
-def supports(**facts) -> str | None:
+def supports(**facts: object) -> str | None:
     """Serves everything, slowly."""
     return None
 
 
 def selective_scan(
-    u, dt, A, B, C, D, z, dt_bias, weights, initial_state, segment_ids, initial_segment, mask, dt_softplus
-):
+    u: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None,
+    z: jax.Array | None,
+    dt_bias: jax.Array | None,
+    weights: jax.Array | None,
+    initial_state: jax.Array,
+    segment_ids: jax.Array | None,
+    initial_segment: jax.Array | None,
+    mask: jax.Array | None,
+    dt_softplus: bool,
+) -> tuple[jax.Array, jax.Array]:
     """As `kernels.selective_scan.selective_scan`, groups given, padding zeroed."""
     batch, length, groups, width = u.shape
     dtype = jnp.promote_types(jnp.float32, u.dtype)

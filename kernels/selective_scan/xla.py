@@ -16,14 +16,27 @@ CHUNK = 64  # tokens; the states of one chunk are held while it is differentiate
 FEW = 8  # tokens that are written out
 
 
-def supports(**facts) -> str | None:
+def supports(**facts: object) -> str | None:
     """Serves everything, everywhere."""
     return None
 
 
 def selective_scan(
-    u, dt, A, B, C, D, z, dt_bias, weights, initial_state, segment_ids, initial_segment, mask, dt_softplus
-):
+    u: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None,
+    z: jax.Array | None,
+    dt_bias: jax.Array | None,
+    weights: jax.Array | None,
+    initial_state: jax.Array,
+    segment_ids: jax.Array | None,
+    initial_segment: jax.Array | None,
+    mask: jax.Array | None,
+    dt_softplus: bool,
+) -> tuple[jax.Array, jax.Array]:
     """As `kernels.selective_scan.selective_scan`, groups given, padding zeroed."""
     dtype = jnp.promote_types(jnp.float32, u.dtype)
     dt = dt.astype(dtype) + (0 if dt_bias is None else dt_bias.astype(dtype))
@@ -223,7 +236,7 @@ def _token_gradients(token, A, kept, dreadout, dy, dstate, sum_states):
     return (dwrite * dt, ddt, dB, dC, dweights), dA
 
 
-def linear_recurrence(decay, write, state, reverse=False):
+def linear_recurrence(decay: jax.Array, write: jax.Array, state: jax.Array, reverse: bool = False) -> jax.Array:
     """s_t = decay_t s_{t-1} + write_t by an associative scan over the leading axis; [T, ...] each, state [...].
 
     Reversed, s_t = decay_t s_{t+1} + write_t.

@@ -1,15 +1,29 @@
 """Causal depthwise convolution over a few tokens, with a state, packed documents and padding."""
 
 import functools
+from typing import Any
 
 import jax
 
 from seqmodels.kernels import dispatch
+from seqmodels.kernels.axes import DOCUMENTS, TOKENS, Axes, Layout
 from seqmodels.kernels.short_conv import mosaic_gpu, mosaic_tpu, reference, xla
 
 BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 WINNERS = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}  # by platform, fastest first as measured
 IMPLEMENTATIONS = tuple(BACKENDS)
+
+
+CHANNELS: Axes = (*TOKENS, "inner")
+STATE: Axes = ("batch", None, "inner")
+LAYOUT = Layout(
+    dict(x=CHANNELS, weight=(None, "inner"), bias=("inner",), initial_state=STATE, **DOCUMENTS), (CHANNELS, STATE)
+)
+
+
+def axes(**arrays: object) -> Layout:
+    """Logical axes of the arrays and results of `short_conv`."""
+    return LAYOUT
 
 
 def short_conv(
@@ -68,7 +82,9 @@ def short_conv(
 choose = functools.partial(dispatch.choose, "short_conv", BACKENDS, WINNERS)
 
 
-def check(x, weight, bias, activation, initial_state) -> dict:
+def check(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None, activation: str | None, initial_state: jax.Array | None
+) -> dict[str, Any]:
     """The static facts of a call that fits together; a ValueError if it does not."""
     if x.ndim != 3 or weight.ndim != 2 or weight.shape[1] != x.shape[2]:
         raise ValueError(f"short_conv: x must be [B, T, E] and weight [W, E], got {x.shape} and {weight.shape}")

@@ -6,12 +6,22 @@ import jax.numpy as jnp
 from seqmodels.kernels.segments import previous_segment
 
 
-def supports(platform: str, **facts) -> str | None:
+def supports(platform: str, **facts: object) -> str | None:
     """Why this backend cannot serve the call; None: it can (it always can)."""
     return None
 
 
-def short_conv(x, weight, bias, *, activation, initial_state, segment_ids, initial_segment, mask):
+def short_conv(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    *,
+    activation: str | None,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    initial_segment: jax.Array | None,
+    mask: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     """See `kernels.short_conv.short_conv`. Runs in the widest dtype of its arguments, float64 included."""
     batch, length, channels = x.shape
     taps = weight.shape[0]

@@ -5,6 +5,7 @@ padding with negative room at the other end: a fusion reads through it, where a 
 """
 
 import functools
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -14,17 +15,52 @@ from seqmodels.kernels.segments import resets
 CHUNK = 16  # tokens of the first sums of the weights' gradients; from 32 on XLA would reduce in another way
 
 
-def supports(platform: str, **facts) -> str | None:
+class Convolution(Protocol):
+    """y [B, T, E] of x without padding, from a state [B, W - 1, E] or zeros; `reach` is that of `tokens_in_reach`."""
+
+    def __call__(
+        self,
+        activation: str | None,
+        x: jax.Array,
+        weight: jax.Array,
+        bias: jax.Array | None,
+        state: jax.Array | None,
+        reach: jax.Array | None,
+        /,
+    ) -> jax.Array: ...
+
+
+def supports(platform: str, **facts: object) -> str | None:
     """Why this backend cannot serve the call; None: it can (it always can)."""
     return None
 
 
-def short_conv(x, weight, bias, *, activation, initial_state, segment_ids, initial_segment, mask):
+def short_conv(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    *,
+    activation: str | None,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    initial_segment: jax.Array | None,
+    mask: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     """See `kernels.short_conv.short_conv`. Sums in float32 (float64 for float64 arguments)."""
     return convolve_real(_convolve, x, weight, bias, activation, initial_state, segment_ids, initial_segment, mask)
 
 
-def convolve_real(kernel, x, weight, bias, activation, initial_state, segment_ids, initial_segment, mask):
+def convolve_real(
+    kernel: Convolution,
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    activation: str | None,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    initial_segment: jax.Array | None,
+    mask: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     """The convolution of the real tokens; `kernel` is `_convolve` or a function like it."""
     documents = segment_ids, initial_segment
     if mask is None:
@@ -43,7 +79,17 @@ def convolve_real(kernel, x, weight, bias, activation, initial_state, segment_id
     return jnp.where(mask[..., None], y, 0), final_state
 
 
-def convolve(kernel, x, weight, bias, activation, initial_state, segment_ids, initial_segment, last):
+def convolve(
+    kernel: Convolution,
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    activation: str | None,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    initial_segment: jax.Array | None,
+    last: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     """The convolution without padding; `last [B]` is the number of tokens after which the final state is taken."""
     rows = weight.shape[0] - 1
     dtype = jnp.result_type(x, weight, jnp.float32)
@@ -56,14 +102,14 @@ def convolve(kernel, x, weight, bias, activation, initial_state, segment_ids, in
     return y, final_history(x, state, reach, last)
 
 
-def tokens_in_reach(reset, rows):
+def tokens_in_reach(reset: jax.Array, rows: int) -> jax.Array:
     """How many earlier inputs [B, T] of its own document each token sees, W - 1 at most; the state's rows count."""
     index = jnp.arange(reset.shape[1], dtype=jnp.int32)
     start = jax.lax.cummax(jnp.where(reset, index, -rows), axis=1)
     return jnp.minimum(index - start, rows)
 
 
-def final_history(x, state, reach, last):
+def final_history(x: jax.Array, state: jax.Array, reach: jax.Array | None, last: jax.Array | None) -> jax.Array:
     """The last W-1 inputs [B, W-1, E] of the last token's document, zeros where it has fewer."""
     rows = state.shape[1]
     if last is None:
@@ -134,10 +180,18 @@ def _sum_gradient(activation, x, weight, bias, state, reach, dy):
     return dy * gate * (1 + total * (1 - gate))
 
 
-def state_gradient(activation, x, weight, bias, state, reach, dy):
+def state_gradient(
+    activation: str | None,
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    state: jax.Array,
+    reach: jax.Array | None,
+    dy: jax.Array,
+) -> jax.Array:
     """The gradient of the state [B, W - 1, E], which only the first W - 1 tokens see."""
     rows = state.shape[1]
-    x, reach, dy = (None if v is None else v[:, :rows] for v in (x, reach, dy))
+    x, dy, reach = x[:, :rows], dy[:, :rows], None if reach is None else reach[:, :rows]
     dsum = _sum_gradient(activation, x, weight, bias, state, reach, dy)
     taps, length = weight.astype(dsum.dtype), x.shape[1]
     return sum(taps[rows - d] * _shift(_within(dsum, reach, d), rows - d, d - length) for d in range(1, rows + 1))

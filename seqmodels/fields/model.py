@@ -3,6 +3,7 @@
 from typing import Any
 
 from seqmodels.fields import Field, Group, above, at_least, one_of, refuse, share
+from seqmodels.kernels import OPERATIONS
 
 DTYPES = one_of("float32", "bfloat16", "float16")
 
@@ -68,7 +69,7 @@ IMPLEMENTATION = Group(
     "implementation",
     {
         name: Field("", f"backend of this operation, a file of kernels/{name} such as xla; empty: the fastest one here")
-        for name in ("selective_scan", "short_conv", "attention", "linear_attention")
+        for name in OPERATIONS
     },
 )
 

@@ -1,8 +1,11 @@
 """Causal softmax attention with rotary positions and grouped heads (Llama 2: Touvron et al. 2023, section 2.2)."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from seqmodels.branch import Branch, real
 from seqmodels.fields.attention import ATTENTION
@@ -16,13 +19,16 @@ EMPTY = -1  # document of a cache slot that holds no key
 PADDING = -2  # document of a padding token, which sees nothing
 
 
-def empty_cache(batch: int, slots: int, kv_heads: int, head_dim: int, dtype) -> dict[str, jax.Array]:
+def empty_cache(batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> dict[str, jax.Array]:
     """A cache of `slots` keys and values a row.
+
+    An empty slot holds zeros until a real token takes it: no query sees it, but XLA multiplies what it holds by a
+    weight of zero. Selecting would write the whole cache again for each token.
 
     Returns:
         k, v: [B, S, Hkv, d], keys already rotated.
-        document: [B, S] int32, which document of the row each slot belongs to, counted from 0; `EMPTY`: none.
-        length: [B] int32, slots in use.
+        document: [B, S] int32, document of the row that each key belongs to, counted from 0; `EMPTY`: no key.
+        length: [B] int32, number of real tokens of the row so far.
     """
     shape = (batch, slots, kv_heads, head_dim)
     return dict(
@@ -33,6 +39,15 @@ def empty_cache(batch: int, slots: int, kv_heads: int, head_dim: int, dtype) -> 
     )
 
 
+def key_positions(cache: dict[str, jax.Array]) -> jax.Array:
+    """[B, S] int32: how many real tokens of the row came before the key in each slot; of an empty slot no such number.
+
+    The token at `position` took the slot position % S. To compute this costs less than a further array to update.
+    """
+    last, slots = cache["length"][:, None] - 1, cache["k"].shape[1]
+    return last - (last - jnp.arange(slots)) % slots
+
+
 def document_numbers(seq: Sequence, batch: int, length: int, last: jax.Array) -> jax.Array:
     """[B, T] int32: `last` [B], the number of the document that the state ends in, plus the resets so far."""
     changed = resets(**seq.documents())
@@ -41,31 +56,139 @@ def document_numbers(seq: Sequence, batch: int, length: int, last: jax.Array) ->
     return last[:, None] + jnp.cumsum(changed, axis=1, dtype=jnp.int32)
 
 
-def write(cache: dict[str, jax.Array], k, v, document, mask) -> tuple[dict[str, jax.Array], jax.Array]:
-    """Put the real tokens behind those in the cache; what does not fit is lost.
+def positions_in_row(before: jax.Array, length: int, mask: jax.Array | None) -> jax.Array:
+    """[B, T] int32: how many real tokens of the row come before each token, `before` [B] of them before the first."""
+    if mask is None:
+        return before[:, None] + jnp.arange(length, dtype=jnp.int32)
+    return before[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - mask
+
+
+def put_keys(
+    cache: dict[str, jax.Array], new: dict[str, jax.Array], position: jax.Array, mask: jax.Array | None, window: int
+) -> dict[str, jax.Array]:
+    """Put the real tokens into the cache.
+
+    With a window the cache is a ring: the token at `position` takes the slot position % S, from the token S before it.
+    Without one it takes the slot `position`, and a token beyond the last slot is lost.
+
+    Args:
+        new: k and v [B, T, Hkv, d] and document [B, T] of the tokens.
+        position: [B, T] int32, number of real tokens of the row before each.
+        mask: [B, T] bool, False on padding.
+        window: 0 for none.
+    """
+    batch, length = new["document"].shape
+    slots = cache["k"].shape[1]
+    kept = jnp.ones((batch, length), bool) if mask is None else mask
+    total = cache["length"] + jnp.sum(kept, axis=1, dtype=jnp.int32)
+    slot = position
+    if window:
+        kept &= (
+            position >= total[:, None] - slots
+        )  # of a chunk longer than the ring only the end, for a slot has one writer
+        slot = position % slots
+    place = jnp.arange(batch)[:, None], jnp.where(kept, slot, slots)  # what is not kept falls off the end
+    put = {name: cache[name].at[place].set(x.astype(cache[name].dtype), mode="drop") for name, x in new.items()}
+    return dict(put, length=total)
+
+
+def check_slots(tokens: int, slots: int, window: int) -> None:
+    """Raise a ValueError where so many tokens cannot be kept, whatever the cache holds.
+
+    Only sizes are known here. How many slots are in use, and how many tokens are padding, is known when the computation
+    runs, where nothing can be raised: the caller sees to it that a row has at most `max_length` tokens
+    (`seqmodels.generation` does).
+    """
+    if tokens > slots and not 0 < window <= slots:
+        raise ValueError(
+            f"attention: {tokens} tokens do not fit into a cache of {slots} slots; "
+            f"init_state(batch, max_length) needs max_length >= {tokens}, all tokens of the row"
+        )
+
+
+def attend_within(
+    q: jax.Array, k: jax.Array, v: jax.Array, seq: Sequence, *, window: int, implementation: str | None
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Attention of whole rows to themselves, and the cache that holds them; as `attend_from_cache` of an empty one."""
+    batch, length, kv_heads, head_dim = k.shape
+    options: dict[str, Any] = dict(window=window or None, implementation=implementation)
+    document = document_numbers(seq, batch, length, jnp.zeros((batch,), jnp.int32))
+    position = positions_in_row(jnp.zeros((batch,), jnp.int32), length, seq.mask)
+    if seq.mask is None:
+        o = attention(q, k, v, segment_ids=None if seq.segment_ids is None else document, **options)
+    else:
+        o = attention(
+            q,
+            k,
+            v,
+            segment_ids=jnp.where(seq.mask, document, PADDING),
+            key_segment_ids=jnp.where(seq.mask, document, EMPTY),
+            positions=position if window else None,
+            **options,
+        )
+    new = dict(k=k, v=v, document=document)
+    slots = min(window or length, length)
+    if seq.mask is None and slots == length:  # every token is where it belongs
+        return o, dict(new, length=jnp.full((batch,), length, jnp.int32))
+    return o, put_keys(empty_cache(batch, slots, kv_heads, head_dim, k.dtype), new, position, seq.mask, window)
+
+
+def attend_from_cache(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    cache: dict[str, jax.Array],
+    seq: Sequence,
+    *,
+    window: int,
+    implementation: str | None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """Attention of new tokens to those in the cache and to each other, and the cache with the new ones.
+
+    Args:
+        q: [B, T, H, d]. k, v: [B, T, Hkv, d]. cache: see `empty_cache`. window: 0 for none.
 
     Returns:
-        The cache, and the slot [B, T] of each token (of padding: that of the next real token).
+        o [B, T, H, d], zero on padding, and the new cache.
+
+    Raises:
+        ValueError: T tokens without padding are more than fit into the cache.
     """
-    batch, length = document.shape
-    if mask is None:
-        mask = jnp.ones((batch, length), bool)
-    slot = cache["length"][:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - mask
+    batch, length = q.shape[:2]
     slots = cache["k"].shape[1]
-    place = jnp.arange(batch)[:, None], jnp.where(mask, slot, slots)
-    new = dict(
-        k=cache["k"].at[place].set(k.astype(cache["k"].dtype), mode="drop"),
-        v=cache["v"].at[place].set(v.astype(cache["v"].dtype), mode="drop"),
-        document=cache["document"].at[place].set(document, mode="drop"),
-        length=cache["length"] + jnp.sum(mask, axis=1, dtype=jnp.int32),
+    if seq.mask is None:
+        check_slots(length, slots, window)
+    newest = jnp.maximum(cache["length"] - 1, 0) % max(slots, 1)
+    last = jnp.take_along_axis(cache["document"], newest[:, None], axis=1)[:, 0]
+    document = document_numbers(seq, batch, length, jnp.maximum(last, 0))
+    position = positions_in_row(cache["length"], length, seq.mask)
+    new = dict(k=k, v=v, document=document)
+    after = put_keys(cache, new, position, seq.mask, window)
+    keys, places = after, key_positions(after)
+    if window and length > 1 and slots < window + length - 1:  # a late token may take the slot that an early one needs
+        if seq.mask is not None:
+            new["document"] = jnp.where(seq.mask, document, EMPTY)
+        keys = {name: jnp.concatenate([cache[name], x.astype(cache[name].dtype)], axis=1) for name, x in new.items()}
+        places = jnp.concatenate([key_positions(cache), position], axis=1)
+    o = attention(
+        q,
+        keys["k"],
+        keys["v"],
+        segment_ids=document if seq.mask is None else jnp.where(seq.mask, document, PADDING),
+        key_segment_ids=keys["document"],
+        positions=position,
+        key_positions=places,
+        window=window or None,
+        implementation=implementation,
     )
-    return new, slot
+    return o, after
 
 
 class Attention(Branch):
     """Attention mixer. Its options are declared in seqmodels/fields/attention.py.
 
-    Its state is a cache of `max_length` tokens a row; the caller sees to it that they suffice.
+    Its state is a cache of `max_length` tokens a row; the caller sees to it that they suffice. With a window
+    it is a ring of at most so many slots.
     """
 
     heads: int = ATTENTION["heads"]
@@ -84,10 +207,10 @@ class Attention(Branch):
         return self.heads, self.kv_heads or self.heads, self.head_dim or self.width // self.heads
 
     @nn.nowrap
-    def init_state(self, batch: int, max_length: int) -> dict[str, jax.Array]:
-        """An empty cache: see `empty_cache`."""
+    def init_state(self, batch: int, max_length: int = 0) -> dict[str, jax.Array]:
+        """An empty cache of `max_length` slots, or of no more than the window: see `empty_cache`."""
         _, kv_heads, head_dim = self.sizes
-        return empty_cache(batch, max_length, kv_heads, head_dim, self.dtype)
+        return empty_cache(batch, min(self.window or max_length, max_length), kv_heads, head_dim, self.dtype)
 
     @nn.nowrap
     def flops(self, length: int) -> float:
@@ -98,7 +221,6 @@ class Attention(Branch):
     @nn.compact
     def __call__(self, x, seq: Sequence, state=None):
         """x [B, T, D] to y [B, T, D] and the cache with these tokens. Without a state the cache holds just them."""
-        batch, length, _ = x.shape
         heads, kv_heads, head_dim = self.sizes
         x = real(x, seq, self.dtype)
 
@@ -113,26 +235,11 @@ class Attention(Branch):
         q = rope(project("query", heads, "heads"), seq.positions, self.rope_theta)
         k = rope(project("key", kv_heads, "kv_heads"), seq.positions, self.rope_theta)
         v = project("value", kv_heads, "kv_heads")
-        options = dict(window=self.window or None, implementation=self.implementation.get("attention"))
-
-        if state is None and seq.mask is None:
-            document = document_numbers(seq, batch, length, jnp.zeros((batch,), jnp.int32))
-            o = attention(q, k, v, segment_ids=None if seq.segment_ids is None else document, **options)
-            state = dict(k=k, v=v, document=document, length=jnp.full((batch,), length, jnp.int32))
+        window, implementation = self.window, self.implementation.get("attention")
+        if state is None:
+            o, state = attend_within(q, k, v, seq, window=window, implementation=implementation)
         else:
-            state = empty_cache(batch, length, kv_heads, head_dim, self.dtype) if state is None else state
-            last = jnp.take_along_axis(state["document"], jnp.maximum(state["length"] - 1, 0)[:, None], axis=1)[:, 0]
-            document = document_numbers(seq, batch, length, jnp.maximum(last, 0))
-            state, slot = write(state, k, v, document, seq.mask)
-            o = attention(
-                q,
-                state["k"],
-                state["v"],
-                segment_ids=document if seq.mask is None else jnp.where(seq.mask, document, PADDING),
-                key_segment_ids=state["document"],
-                query_index=slot,
-                **options,
-            )
+            o, state = attend_from_cache(q, k, v, state, seq, window=window, implementation=implementation)
 
         out_axes = ("heads", "head_dim", "embed")
         out = self.matrix("out", (heads, head_dim, self.width), out_axes, normal(residual_std(self.layers)))

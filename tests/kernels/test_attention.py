@@ -28,25 +28,45 @@ def random(shape, values, seed=1):
     return np.random.default_rng(seed).integers(0, values, shape).astype(np.int32)
 
 
+POSITIONS = np.array([[0, 1, 2, 2, 3], [3, 4, 5, 6, 7]], np.int32)
+SLOTS = np.broadcast_to(np.arange(KEYS, dtype=np.int32), (BATCH, KEYS))
+RING = np.array([[8, 9, 10, 3, 4, 5, 6, 7], [0, 1, 2, 3, 4, 0, 0, 0]], np.int32)  # row 1: three slots are empty
+DOCUMENTS = np.array([[0, 0, 1, 1, 1], [3, 4, 4, 4, 5]], np.int32)
 CASES = {  # keys, then options
     "causal": (QUERIES, {}),
     "full": (QUERIES, dict(causal=False, scale=0.7)),
     "full, other keys": (KEYS, dict(causal=False)),
     "window": (QUERIES, dict(window=2)),
-    "packed": (QUERIES, dict(segment_ids=np.array([[0, 0, 1, 1, 1], [3, 4, 4, 4, 5]], np.int32))),
+    "packed": (QUERIES, dict(segment_ids=DOCUMENTS)),
     "key mask": (QUERIES, dict(key_mask=np.array([[0, 0, 1, 1, 0], [1, 0, 1, 0, 1]], bool))),  # row 0: two see nothing
     "nothing to see": (QUERIES, dict(causal=False, key_mask=np.zeros((BATCH, QUERIES), bool))),
-    "cache": (KEYS, dict(query_index=np.array([[0, 1, 2, 2, 3], [3, 4, 5, 6, 7]], np.int32))),
+    "cache": (KEYS, dict(positions=POSITIONS, key_positions=SLOTS)),
     "cache of documents in a window": (
         KEYS,
         dict(
-            query_index=np.array([[0, 1, 2, 2, 3], [3, 4, 5, 6, 7]], np.int32),
+            positions=POSITIONS,
+            key_positions=SLOTS,
             segment_ids=random((BATCH, QUERIES), 2),
             key_segment_ids=random((BATCH, KEYS), 2),
             key_mask=random((BATCH, KEYS), 4) > 0,
             window=3,
         ),
     ),
+    "any order": (QUERIES, dict(positions=np.array([[3, 0, 4, 1, 2], [7, 9, 8, 6, 5]], np.int32))),
+    "positions in documents": (
+        QUERIES,
+        dict(segment_ids=DOCUMENTS, positions=np.array([[0, 1, 0, 1, 2], [6, 0, 1, 2, 0]], np.int32), window=2),
+    ),
+    "ring": (
+        KEYS,
+        dict(
+            positions=np.array([[6, 7, 8, 9, 10], [0, 1, 2, 3, 4]], np.int32),
+            key_positions=RING,
+            key_mask=np.array([[1] * 8, [1] * 5 + [0] * 3], bool),
+            window=4,
+        ),
+    ),
+    "positions, not causal": (KEYS, dict(positions=POSITIONS, key_positions=RING, causal=False, window=4)),
 }
 
 
@@ -59,7 +79,8 @@ def by_hand(
     segment_ids=None,
     key_segment_ids=None,
     key_mask=None,
-    query_index=None,
+    positions=None,
+    key_positions=None,
     scale=None,
     window=None,
 ):
@@ -67,14 +88,16 @@ def by_hand(
     o = np.zeros_like(q)
     scale = WIDTH**-0.5 if scale is None else scale
     key_ids = segment_ids if key_segment_ids is None else key_segment_ids
+    key_positions = positions if key_positions is None else key_positions
     for b, t, h in np.ndindex(q.shape[:3]):
-        place = t if query_index is None else query_index[b, t]
+        position = t if positions is None else positions[b, t]
+        distance = [position - (s if key_positions is None else key_positions[b, s]) for s in range(k.shape[1])]
         kv = h // (q.shape[2] // k.shape[2])
         seen = [
             s
             for s in range(k.shape[1])
-            if (not causal or s <= place)
-            and (window is None or s > place - window)
+            if (not causal or distance[s] >= 0)
+            and (window is None or distance[s] < window)
             and (segment_ids is None or segment_ids[b, t] == key_ids[b, s])
             and (key_mask is None or key_mask[b, s])
         ]
@@ -144,6 +167,20 @@ def test_bfloat16(implementation, case):
 
 
 @pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
+@pytest.mark.parametrize("case", ["ring", "cache of documents in a window"])
+def test_order_of_keys_does_not_matter(implementation, case):
+    """Slots in another order, with their positions and documents, give the same output and the same gradients."""
+    keys, options = CASES[case]
+    args, order = inputs(keys), np.random.default_rng(2).permutation(keys)
+    shuffled = {name: x if name == "q" else x[:, order] for name, x in args.items()}
+    moved = {name: x[:, order] if name.startswith("key_") else x for name, x in options.items()}
+    want, gradients = value_and_gradients(args, options, implementation)
+    got, got_gradients = value_and_gradients(shuffled, moved, implementation)
+    assert_close(got, want, 1e-6)
+    assert_close(got_gradients, {name: x if name == "q" else x[:, order] for name, x in gradients.items()}, 1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["reference", *BACKENDS])
 def test_poisoned_keys_never_leak(implementation):
     keys, options = CASES["cache of documents in a window"]
     args = inputs(keys)
@@ -177,7 +214,17 @@ ON_CUDNN = {
     "full": dict(causal=False, scale=0.2),
     "packed": dict(segment_ids=np.sort(random((2, 64), 5), axis=1)),
     "key mask": dict(key_mask=random((2, 64), 3) > 1),  # the first queries see nothing
-    "cache": dict(query_index=np.arange(64, dtype=np.int32) // 2 + np.array([[0], [30]], np.int32), window=9),
+    "cache": dict(
+        positions=np.arange(64, dtype=np.int32) // 2 + np.array([[0], [30]], np.int32),
+        key_positions=np.broadcast_to(np.arange(64, dtype=np.int32), (2, 64)),
+        window=9,
+    ),
+    "ring": dict(
+        positions=np.arange(64, dtype=np.int32) + np.array([[100], [90]], np.int32),
+        key_positions=np.roll(np.arange(64, dtype=np.int32) + np.array([[80], [85]], np.int32), 17, axis=1),
+        key_mask=random((2, 64), 5) > 0,
+        window=30,
+    ),
 }
 
 
@@ -227,3 +274,7 @@ def test_bad_arguments_are_named():
         attention(**args, window=0)
     with pytest.raises(ValueError, match="without segment_ids"):
         attention(**args, key_segment_ids=np.zeros((BATCH, QUERIES), np.int32))
+    with pytest.raises(ValueError, match="key_positions were given without positions"):
+        attention(**args, key_positions=np.zeros((BATCH, QUERIES), np.int32))
+    with pytest.raises(ValueError, match=r"key_positions must be \(2, 8\), got \(2, 5\)"):
+        attention(**inputs(KEYS), positions=POSITIONS)

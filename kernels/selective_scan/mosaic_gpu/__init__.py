@@ -137,8 +137,8 @@ def forward_chunks(arrays) -> dict[int, int]:
     for block in tuning.FORWARD:
         shortest = 512 // block  # the first warpgroup takes as many tokens at once
         sizes = [size for size in (64, 32, 16, 8, 4) if shortest <= size <= min(tuning.CHUNK[block], length)]
-        sizes = (size for size in sizes or [shortest] if forward_bytes(block=block, chunk=size, **inputs) <= SHARED)
-        if (chunk := next(sizes, None)) is not None:
+        fitting = (size for size in sizes or [shortest] if forward_bytes(block=block, chunk=size, **inputs) <= SHARED)
+        if (chunk := next(fitting, None)) is not None:
             fit[block] = chunk
     good = {block: chunk for block, chunk in fit.items() if affordable(block, states, groups)}
     return good or fit

@@ -35,7 +35,7 @@ def plan_forward(batch, length, width, count, blocks=tuple(FORWARD)) -> tuple[in
         for pieces in pieces_of(length)
         for block in blocks
     }
-    return min(costs, key=costs.get)
+    return min(costs, key=costs.__getitem__)
 
 
 def plan_backward(batch, length, width, states, count) -> int:
@@ -45,7 +45,7 @@ def plan_backward(batch, length, width, states, count) -> int:
         pieces: cost(batch, length, width, count, block, BACKWARD, pieces, SUMMARY["backward"])
         for pieces in pieces_of(length)
     }
-    return min(costs, key=costs.get)
+    return min(costs, key=costs.__getitem__)
 
 
 def pieces_of(length):
