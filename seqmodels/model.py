@@ -1,5 +1,7 @@
 """A model: an input, the backbone, and a head. With tokens and the next token it is a language model."""
 
+from typing import Any, TypeVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,12 +14,14 @@ from seqmodels.config import complete_model
 from seqmodels.data.contract import ArraySpec, BatchSource, Spec, text_spec
 from seqmodels.errors import UserError
 from seqmodels.fields import refuse
-from seqmodels.heads import HEADS
-from seqmodels.inputs import INPUTS
+from seqmodels.heads import HEADS, Head
+from seqmodels.inputs import INPUTS, Input
 from seqmodels.kernels import OPERATIONS
 from seqmodels.nearest import nearest
 from seqmodels.pattern import names
 from seqmodels.sequence import make_sequence
+
+Part = TypeVar("Part", Input, Head)
 
 
 class SequenceModel(nn.Module):
@@ -35,24 +39,26 @@ class SequenceModel(nn.Module):
 
     def setup(self):
         config = self.config
-        reader = _attach(self, config.input, self.new_input())
-        predictor = _attach(self, config.head, self.new_head())
+        reader, predictor = self.new_input(), self.new_head()
+        _attach(self, config.input, reader)
+        _attach(self, config.head, predictor)
         self.reader, self.predictor = reader, predictor
-        # Asking for them declares their parameters, in this order whatever is called first.
-        self.table, _ = reader.table, predictor.kernel
+        # Parameters are declared here, in this order, whatever is called first: their values depend on the order.
+        self.table = reader.table()
+        predictor.declare()
         self.dropout = nn.Dropout(config.dropout)
         self.backbone = Backbone(config)
         nn.share_scope(self, self.backbone)  # no level of its own in the tree of parameters
 
     @nn.nowrap
-    def new_input(self) -> nn.Module:
+    def new_input(self) -> Input:
         """The input, not yet part of a model."""
         config = self.config
         dtypes = dict(dtype=jnp.dtype(config.dtype), residual_dtype=jnp.dtype(config.residual_dtype))
         return input_of(config)(config.width, self.input_size, std=config.embedding_std, **dtypes)
 
     @nn.nowrap
-    def new_head(self) -> nn.Module:
+    def new_head(self) -> Head:
         """The head, not yet part of a model."""
         config, head = self.config, head_of(self.config)
         options = {
@@ -98,7 +104,8 @@ class SequenceModel(nn.Module):
             hidden [B, T, D] after the last norm, and the new state.
         """
         old = state or dict(segment=None, position=None, layers=None)
-        seq, segment, position = make_sequence(*inputs.shape[:2], segment_ids, mask, old["segment"], old["position"])
+        rows, length = inputs.shape[:2]
+        seq, segment, position = make_sequence(rows, length, segment_ids, mask, old["segment"], old["position"])
         x = nn.with_logical_constraint(self.reader(inputs, mask), ("batch", "length", None))
         x = self.dropout(x, deterministic=deterministic)
         hidden, layers = self.backbone(x, seq, old["layers"], deterministic)
@@ -117,12 +124,12 @@ class LanguageModel(SequenceModel):
     """Next-token model over a padded vocabulary: `Tokens`, the backbone and `NextToken`; see `build`."""
 
 
-def input_of(config) -> type[nn.Module]:
+def input_of(config: Any) -> type[Input]:
     """Class of the input that config.model names. Raises UserError for a name that is not registered."""
     return _find(INPUTS, "input", config)
 
 
-def head_of(config) -> type[nn.Module]:
+def head_of(config: Any) -> type[Head]:
     """Class of the head that config.model names. Raises UserError for a name that is not registered."""
     return _find(HEADS, "head", config)
 
@@ -150,7 +157,7 @@ def _build(config, spec: Spec, objective: str) -> SequenceModel:
     check_parts(config, spec, objective)
     reader, head = input_of(config), head_of(config)
     sizes = [_size(name, spec[name]) for name in (reader.key, head.target)]
-    vocabularies = [i for i, part in enumerate((reader, head)) if part.at_root]
+    vocabularies = [i for i, at_root in enumerate((reader.at_root, head.at_root)) if at_root]
     if vocabularies:
         vocab_size = max(sizes[i] for i in vocabularies)
         if config.vocab_size and config.vocab_size < vocab_size:
@@ -175,7 +182,7 @@ def _build(config, spec: Spec, objective: str) -> SequenceModel:
     return model
 
 
-def _check_both_ways(config, head: type[nn.Module]) -> None:
+def _check_both_ways(config: Any, head: type[Head]) -> None:
     """Checks a stack in which positions know of later ones, and which therefore has no state."""
     if head.causal:
         allowed = " or ".join(repr(name) for name, other in HEADS.items() if not other.causal)
@@ -205,15 +212,14 @@ def check_parts(config, spec: Spec, objective: str) -> None:
         refuse("model.tie_embeddings", True, f"False with {without}")
 
 
-def _attach(model: nn.Module, name: str, part: nn.Module) -> nn.Module:
+def _attach(model: nn.Module, name: str, part: Input | Head) -> None:
     """Makes `part` a submodule: its parameters lie under `name`, or at the root of the tree."""
     setattr(model, name, part)
     if part.at_root:
         nn.share_scope(model, part)
-    return part
 
 
-def _find(table: dict[str, type[nn.Module]], field: str, config) -> type[nn.Module]:
+def _find(table: dict[str, type[Part]], field: str, config: Any) -> type[Part]:
     name = config[field]
     if name not in table:
         refuse(f"model.{field}", name, f"one of {', '.join(map(repr, table))}{nearest(name, list(table))}")

@@ -4,8 +4,9 @@ A dataset of your own is a subclass of `BatchSource`, handed to `seqmodels.train
 dataset)`.
 """
 
+import dataclasses
 from collections.abc import Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 
@@ -14,7 +15,8 @@ from seqmodels.errors import UserError
 Batch = dict[str, np.ndarray]
 
 
-class ArraySpec(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class ArraySpec:
     """One array of a batch.
 
     Attributes:
@@ -96,9 +98,8 @@ def check_spec(spec: Spec, batch_size: int, seq_len: int) -> None:
     """
     for name, array in spec.items():
         over_time = name in ("tokens", "values", "mask", "segment_ids") or len(array.shape) == 3
-        allowed, fields = (batch_size,), "(config.batch_size,)"
-        if over_time:
-            allowed, fields = (batch_size, seq_len), "(config.batch_size, config.seq_len)"
+        allowed = (batch_size, seq_len) if over_time else (batch_size,)
+        fields = "(config.batch_size, config.seq_len)" if over_time else "(config.batch_size,)"
         if array.shape[: len(allowed)] != allowed:
             raise UserError(f"dataset.spec[{name!r}].shape={array.shape}: must begin with {allowed}, which is {fields}")
 
@@ -106,4 +107,4 @@ def check_spec(spec: Spec, batch_size: int, seq_len: int) -> None:
 def text_spec(batch_size: int, seq_len: int, vocab_size: int) -> dict[str, ArraySpec]:
     """The spec of next-token batches of text: `tokens`, `targets`, `segment_ids` [B, T] int32."""
     ids = ArraySpec((batch_size, seq_len), np.dtype(np.int32), vocab_size)
-    return {"tokens": ids, "targets": ids, "segment_ids": ids._replace(count=0)}
+    return {"tokens": ids, "targets": ids, "segment_ids": dataclasses.replace(ids, count=0)}

@@ -1,15 +1,18 @@
 """A class for each row."""
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
+from seqmodels.heads.head import Batch
 from seqmodels.heads.pooled import Pooled
 
 
-class ClassifySums(NamedTuple):
+@struct.dataclass
+class ClassifySums:
     """Sums over rows with a label. Scalars, float32."""
 
     nats: jax.Array  # sum of -log p(label)
@@ -23,12 +26,7 @@ class Classify(Pooled):
     target: ClassVar[str] = "labels"
 
     @staticmethod
-    def options(training) -> dict:
-        """Keyword arguments of `loss` that `config.training` holds: none."""
-        return {}
-
-    @staticmethod
-    def loss(outputs_of: Callable, hidden: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, ClassifySums]:
+    def loss(outputs_of: Callable[..., jax.Array], hidden: jax.Array, batch: Batch) -> tuple[jax.Array, ClassifySums]:
         """Sum of -log p(label) in nats, and the sums.
 
         Args:

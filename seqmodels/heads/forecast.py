@@ -1,17 +1,19 @@
 """The next values of a series, from each of its positions."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
+from seqmodels.heads.head import Batch, Head
 from seqmodels.layers.matmul import wide_matmul
 from seqmodels.layers.parameter import normal, parameter, zeros
 
 
-class ForecastSums(NamedTuple):
+@struct.dataclass
+class ForecastSums:
     """Sums over predicted values that are there. Scalars, float32."""
 
     squared: jax.Array  # sum of squared errors
@@ -47,33 +49,24 @@ def future(
     return jnp.where(counts[..., None], targets, 0), counts
 
 
-class Forecast(nn.Module):
+class Forecast(Head):
     """Predictions [B, T, horizon, C] of the next values at every position, trained by the mean squared error.
 
     Attributes:
-        width: D.
-        size: C, the channels of the series.
-        dtype: of the matrix product.
         horizon: how many values ahead.
     """
 
-    width: int
-    size: int
-    dtype: Any = jnp.float32
     horizon: int = 1
 
-    at_root: ClassVar[bool] = False
-    method: ClassVar[str] = "outputs"
     target: ClassVar[str] = "values"
     causal: ClassVar[bool] = True
-    needs: ClassVar[tuple[str, ...]] = ("mask",)
 
-    def setup(self):
+    def setup(self) -> None:
         shape, axes, init = (self.width, self.horizon * self.size), ("embed", "outputs"), normal(self.width**-0.5)
         self.kernel = parameter(self, "kernel", shape, axes, init, dtype=self.dtype, group="head")
         self.bias = parameter(self, "bias", shape[1:], axes[1:], zeros, group="head")
 
-    def __call__(self, hidden: jax.Array, mask: jax.Array | None = None, table: None = None) -> jax.Array:
+    def __call__(self, hidden: jax.Array, mask: jax.Array | None = None, table: jax.Array | None = None) -> jax.Array:
         """[B, T, D] to [B, T, horizon, C] float32. Hidden states where the mask is False may be anything."""
         if mask is not None:
             hidden = jnp.where(mask[..., None], hidden, 0)
@@ -81,12 +74,7 @@ class Forecast(nn.Module):
         return y.reshape(*hidden.shape[:2], self.horizon, self.size)
 
     @staticmethod
-    def options(training) -> dict:
-        """Keyword arguments of `loss` that `config.training` holds: none."""
-        return {}
-
-    @staticmethod
-    def loss(outputs_of: Callable, hidden: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, ForecastSums]:
+    def loss(outputs_of: Callable[..., jax.Array], hidden: jax.Array, batch: Batch) -> tuple[jax.Array, ForecastSums]:
         """Sum of squared errors, and the sums.
 
         Args:

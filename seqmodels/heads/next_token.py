@@ -1,17 +1,19 @@
 """The token after each position: next-token cross-entropy, without ever holding the logits of a whole row."""
 
 from collections.abc import Callable
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax import struct
 
+from seqmodels.heads.head import Batch, Head
 from seqmodels.layers.matmul import wide_matmul
 from seqmodels.layers.parameter import normal, parameter
 
 
-class LossSums(NamedTuple):
+@struct.dataclass
+class LossSums:
     """Sums over tokens, so that micro-batches add up exactly. Scalars, float32."""
 
     nats: jax.Array  # sum of -log p(target)
@@ -19,7 +21,7 @@ class LossSums(NamedTuple):
     count: jax.Array  # number of targets
 
 
-ZERO = LossSums(0.0, 0.0, 0.0)
+ZERO = LossSums(*(0.0,) * 3)  # type: ignore[arg-type]  # they become arrays where they are used
 
 
 def token_nats(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -131,19 +133,13 @@ def next_token_loss(
     return loss(hidden, list(tables))
 
 
-class NextToken(nn.Module):
+class NextToken(Head):
     """Logits [B, T, V] of the token after each position, V = `size` the padded vocabulary.
 
     Attributes:
-        width: D.
-        size: V.
-        dtype: of the matrix product.
         tied: the table of the input makes the logits, too; else the head has a matrix `head` [D, V] of its own.
     """
 
-    width: int
-    size: int
-    dtype: Any = jnp.float32
     tied: bool = True
 
     at_root: ClassVar[bool] = True
@@ -152,27 +148,26 @@ class NextToken(nn.Module):
     causal: ClassVar[bool] = True
     needs: ClassVar[tuple[str, ...]] = ()
 
-    def setup(self):
-        self.kernel = None
+    def setup(self) -> None:
         if not self.tied:
             shape, axes, init = (self.width, self.size), ("embed", "vocab"), normal(self.width**-0.5)
             self.kernel = parameter(self, "head", shape, axes, init, dtype=self.dtype, group="head")
 
     def __call__(self, hidden: jax.Array, mask: jax.Array | None = None, table: jax.Array | None = None) -> jax.Array:
         """[B, T, D], and the input's table [V, D] if tied, to [B, T, V] float32. The mask is not read."""
-        kernel = table.T if self.tied else self.kernel
+        kernel = table.T if self.tied and table is not None else self.kernel
         return wide_matmul(hidden.astype(self.dtype), kernel.astype(self.dtype))
 
     @staticmethod
-    def options(training) -> dict:
+    def options(training: Any) -> dict[str, Any]:
         """Keyword arguments of `loss` that `config.training` holds."""
         return {"chunk": training.loss_chunk, "z_weight": training.z_loss}
 
     @staticmethod
     def loss(
-        outputs_of: Callable,
+        outputs_of: Callable[..., jax.Array],
         hidden: jax.Array,
-        batch: dict[str, jax.Array],
+        batch: Batch,
         chunk: int = 0,
         z_weight: float = 0.0,
     ) -> tuple[jax.Array, LossSums]:

@@ -1,11 +1,9 @@
 """One output a row: hidden states are pooled over the positions that the mask leaves, then multiplied by a matrix."""
 
-from typing import Any, ClassVar
-
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from seqmodels.heads.head import Head
 from seqmodels.layers.matmul import wide_matmul
 from seqmodels.layers.parameter import normal, parameter, zeros
 
@@ -38,34 +36,23 @@ def attention_pool(hidden: jax.Array, mask: jax.Array, query: jax.Array) -> jax.
     return jnp.einsum("bt,btd->bd", weights, hidden)
 
 
-class Pooled(nn.Module):
+class Pooled(Head):
     """Hidden states to [B, size] float32.
 
     Attributes:
-        width: D.
-        size: outputs.
-        dtype: of the matrix product.
         pool: of POOLS; "attention" has a query [D] of its own, zero at first, so that it starts as the mean.
     """
 
-    width: int
-    size: int
-    dtype: Any = jnp.float32
     pool: str = "mean"
 
-    at_root: ClassVar[bool] = False
-    method: ClassVar[str] = "outputs"
-    causal: ClassVar[bool] = False
-    needs: ClassVar[tuple[str, ...]] = ("mask",)
-
-    def setup(self):
+    def setup(self) -> None:
         shape, axes, init = (self.width, self.size), ("embed", "outputs"), normal(self.width**-0.5)
         self.kernel = parameter(self, "kernel", shape, axes, init, dtype=self.dtype, group="head")
         self.bias = parameter(self, "bias", shape[1:], axes[1:], zeros, group="head")
         if self.pool == "attention":
             self.pool_query = parameter(self, "pool_query", shape[:1], axes[:1], zeros, group="head")
 
-    def __call__(self, hidden: jax.Array, mask: jax.Array | None = None, table: None = None) -> jax.Array:
+    def __call__(self, hidden: jax.Array, mask: jax.Array | None = None, table: jax.Array | None = None) -> jax.Array:
         """[B, T, D] and a mask [B, T], None where all positions are real, to [B, size] float32."""
         mask = jnp.ones(hidden.shape[:2], bool) if mask is None else mask
         if self.pool == "attention":

@@ -1,15 +1,18 @@
 """Numbers for each row."""
 
 from collections.abc import Callable
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 
+from seqmodels.heads.head import Batch
 from seqmodels.heads.pooled import Pooled
 
 
-class RegressSums(NamedTuple):
+@struct.dataclass
+class RegressSums:
     """Sums over targets that are numbers. Scalars, float32."""
 
     squared: jax.Array  # sum of squared errors
@@ -22,12 +25,7 @@ class Regress(Pooled):
     target: ClassVar[str] = "targets"
 
     @staticmethod
-    def options(training) -> dict:
-        """Keyword arguments of `loss` that `config.training` holds: none."""
-        return {}
-
-    @staticmethod
-    def loss(outputs_of: Callable, hidden: jax.Array, batch: dict[str, jax.Array]) -> tuple[jax.Array, RegressSums]:
+    def loss(outputs_of: Callable[..., jax.Array], hidden: jax.Array, batch: Batch) -> tuple[jax.Array, RegressSums]:
         """Sum of squared errors, and the sums.
 
         Args:

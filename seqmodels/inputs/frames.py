@@ -1,41 +1,25 @@
 """Frames of numbers: audio features, pixels, sensors, time series."""
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
+from seqmodels.inputs.input import Input
 from seqmodels.layers.matmul import wide_matmul
 from seqmodels.layers.parameter import normal, parameter, zeros
 
 
-class Frames(nn.Module):
-    """Frames [B, T, C] of floats to [B, T, D] by a linear layer with a bias; `size` is C.
-
-    Attributes:
-        width: D.
-        size: C.
-        dtype: of the matrix product.
-        residual_dtype: of the result.
-        std: not used; fresh weights have the standard deviation C^-1/2, which keeps the scale of the frames.
-    """
-
-    width: int
-    size: int
-    dtype: Any = jnp.float32
-    residual_dtype: Any = jnp.float32
-    std: float = 0.02
+class Frames(Input):
+    """Frames [B, T, C] of floats to [B, T, D] by a linear layer with a bias; `size` is C."""
 
     key: ClassVar[str] = "values"
     ids: ClassVar[bool] = False
-    at_root: ClassVar[bool] = False
 
-    def setup(self):
+    def setup(self) -> None:
         shape, axes, init = (self.size, self.width), ("channels", "embed"), normal(self.size**-0.5)
         self.kernel = parameter(self, "kernel", shape, axes, init, dtype=self.dtype, group="embedding")
         self.bias = parameter(self, "bias", shape[1:], axes[1:], zeros, group="embedding")
-        self.table = None
 
     def __call__(self, values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """[B, T, C] to [B, T, D]. Frames where the mask [B, T] is False may hold anything, NaN included."""

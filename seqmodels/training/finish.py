@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ def check(config: ConfigDict, dataset: Any) -> None:
     _check_best(config, dataset)
     _check_sample(config, dataset)
     # Evaluators look at the config and the dataset of a run that is yet to come.
-    run = Run(config, 0, dataset, model=None, params=None, mesh=None, batch_size=rows_at_once(config))
+    run = SimpleNamespace(config=config, dataset=dataset)
     evals.check(evals.find(evals.named(config), "config.evals"), run, "config.evals")
 
 
@@ -122,9 +123,14 @@ class Finish:
         """What `eval.py` would say of this run: eval.json and eval.png, and the numbers in the metrics."""
         config = self.config
         trained = Run(config, step, self.dataset, self.model, params, self.mesh, rows_at_once(config))
-        options = dict(splits=list(self.dataset.held_out), limit=None, out=self.workdir / "eval.json")
         found, failed = evaluation.evaluate(
-            trained, evaluators, **options, say=self.say, write=jax.process_index() == 0
+            trained,
+            evaluators,
+            splits=list(self.dataset.held_out),
+            limit=None,
+            out=self.workdir / "eval.json",
+            say=self.say,
+            write=jax.process_index() == 0,
         )
         for reason in failed:  # the run is as good without
             self.say(f"not evaluated: {reason}")

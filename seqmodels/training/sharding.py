@@ -80,10 +80,12 @@ def _check_divides(config: ConfigDict, sizes: dict[str, int]) -> None:
 
 def spec_of(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     """PartitionSpec of an array with these logical axis names: RULES, each mesh axis once, only where it divides."""
-    rules, used, entries = dict(RULES), set(), []
+    rules: dict[str | None, str | tuple[str, ...] | None] = dict(RULES)
+    used: set[str] = set()
+    entries: list[str | tuple[str, ...] | None] = []
     for name, size in zip(names, shape, strict=True):
-        axes = rules.get(name) or ()
-        axes = tuple(axis for axis in ((axes,) if isinstance(axes, str) else axes) if axis not in used)
+        rule = rules.get(name) or ()
+        axes = tuple(axis for axis in ((rule,) if isinstance(rule, str) else rule) if axis not in used)
         if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0:
             used.update(axes)
             entries.append(axes if len(axes) > 1 else axes[0])
@@ -137,9 +139,8 @@ def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
     Args:
         batch: arrays [B], [B, T] or [B, T, C].
     """
-    return {
-        name: jax.make_array_from_callback(
-            rows.shape, batch_sharding(mesh, rows.shape), lambda index, rows=rows: rows[index]
-        )
-        for name, rows in batch.items()
-    }
+
+    def put(rows: np.ndarray) -> jax.Array:
+        return jax.make_array_from_callback(rows.shape, batch_sharding(mesh, rows.shape), lambda index: rows[index])
+
+    return {name: put(rows) for name, rows in batch.items()}

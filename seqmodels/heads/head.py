@@ -1,0 +1,85 @@
+"""The contract of a head: what is predicted from hidden states, and the loss that a model is trained by."""
+
+from collections.abc import Callable
+from typing import Any, ClassVar, Protocol
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+Batch = dict[str, jax.Array]
+
+
+class Sums(Protocol):
+    """Sums over what counts, so that those of micro-batches add up exactly. Scalars, float32, without gradient."""
+
+    @property
+    def count(self) -> jax.Array:
+        """How much counts."""
+        ...
+
+
+class Head(nn.Module):
+    """Base of all heads. A head declares its parameters in `setup`.
+
+    Attributes:
+        width: D, of the hidden states.
+        size: of the prediction: the padded vocabulary, classes, targets, channels.
+        dtype: of the matrix product.
+
+    Class attributes:
+        at_root: whether its parameters lie at the root of the tree, and not under the head's name.
+        method: method of the model that gives what the loss reads.
+        target: array of a batch that it is trained on; its ids or its last axis say the size.
+        needs: other arrays that a batch must have, besides those of the input.
+        causal: whether no hidden state may know of later positions.
+    """
+
+    width: int
+    size: int
+    dtype: DTypeLike = jnp.float32
+
+    at_root: ClassVar[bool] = False
+    method: ClassVar[str] = "outputs"
+    target: ClassVar[str]
+    needs: ClassVar[tuple[str, ...]] = ("mask",)
+    causal: ClassVar[bool] = False
+
+    def declare(self) -> None:
+        """Declares the parameters, which Flax would not do before the head is called."""
+
+    def __call__(self, hidden: jax.Array, mask: jax.Array | None = None, table: jax.Array | None = None) -> jax.Array:
+        """Predictions in float32.
+
+        Args:
+            hidden: [B, T, D].
+            mask: [B, T] bool, False on padding; None: there is none.
+            table: [size, D] of the input, for heads that are tied to it.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def options(training: Any) -> dict[str, Any]:
+        """Keyword arguments of `loss` and `figures` that `config.training` holds."""
+        return {}
+
+    @staticmethod
+    def loss(
+        outputs_of: Callable[..., jax.Array], hidden: jax.Array, batch: Batch, *args: Any, **options: Any
+    ) -> tuple[Any, Any]:
+        """The loss summed over what counts, which is differentiated, and the `Sums`.
+
+        The gradient is divided by `sums.count` at the end: the mean over the whole batch, however it was cut.
+
+        Args:
+            outputs_of: (hidden, mask) -> predictions.
+            hidden: [B, T, D].
+            batch: arrays as `dataset.spec` says.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def figures(sums: Any, *args: Any, **options: Any) -> dict[str, jax.Array]:
+        """What is reported of the sums, "loss" first."""
+        raise NotImplementedError

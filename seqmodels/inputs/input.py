@@ -1,0 +1,43 @@
+"""The contract of an input: how a batch becomes the stream that the blocks read."""
+
+from typing import ClassVar
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+
+class Input(nn.Module):
+    """Base of all inputs.
+
+    Attributes:
+        width: D, of the result.
+        size: ids that the array of a batch may hold, or its channels C.
+        dtype: of matrix products.
+        residual_dtype: of the result.
+        std: standard deviation of fresh embeddings.
+
+    Class attributes:
+        key: name of its array in a batch, and so in `dataset.spec`.
+        ids: whether that array holds ids [B, T] int32; else it holds values [B, T, C].
+        at_root: whether its parameters lie at the root of the tree, and not under the input's name.
+    """
+
+    width: int
+    size: int
+    dtype: DTypeLike = jnp.float32
+    residual_dtype: DTypeLike = jnp.float32
+    std: float = 0.02
+
+    key: ClassVar[str]
+    ids: ClassVar[bool]
+    at_root: ClassVar[bool] = False
+
+    def table(self) -> jax.Array | None:
+        """[size, D] parameter that a tied head may read, if there is one."""
+        return None
+
+    def __call__(self, array: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """The array of a batch to [B, T, D]. mask [B, T] bool is False on padding; None: there is none."""
+        raise NotImplementedError
