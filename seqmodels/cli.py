@@ -51,8 +51,9 @@ def find_config(spec: str) -> Path:
     if not path.endswith(".py") and path in builtin_configs():
         return CONFIGS / f"{path}.py"
     if not Path(path).is_file():
-        there = [str(file) for file in _config_files(Path(path).parent)]
-        raise UserError(f"--config={spec}: there is no file {path}{nearest(path, there + builtin_configs())}")
+        there = [str(file) for file in _config_files(Path(path).parent)] if path.endswith(".py") else []
+        near = nearest(path, there) if there else nearest(Path(path).stem, builtin_configs())
+        raise UserError(f"--config={spec}: there is no file {path}{near}")
     return Path(path)
 
 
