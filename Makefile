@@ -23,7 +23,7 @@ test-fast: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST)
 
 smoke: $(VENV)/.installed-test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) -m smoke tests/test_smoke.py $(PYTEST)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) -m smoke $(PYTEST)
 
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .

@@ -29,6 +29,7 @@ def pinned(name: str) -> list[Requirement]:
     return [Requirement(line) for line in lines if line and not line.startswith("-r")]
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "file, ranges",
     [
@@ -60,6 +61,7 @@ def test_python_and_version_are_said_alike_everywhere():
 # Commands
 
 
+@pytest.mark.smoke
 def test_configs_of_the_package_are_known_by_name(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # where no folder configs/ is
     assert {"mamba", "densemamba", "transformer"} <= set(cli.builtin_configs())
