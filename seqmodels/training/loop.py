@@ -119,7 +119,8 @@ class Trainer:
         config = self.config
         start = time.monotonic()
         compiled = self.lowered.compile()
-        _say(f"compiled in {time.monotonic() - start:.1f} s")
+        if self.debug != "nojit":
+            _say(f"compiled in {time.monotonic() - start:.1f} s")
 
         self.progress = Progress(first, config.steps, enabled=jax.process_index() == 0)
         self.read_at = time.monotonic()
