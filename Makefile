@@ -1,5 +1,5 @@
 # make train       train the default model, on the text that ships with the project
-# make test        all tests; make test-fast: those that take under five minutes together
+# make test        all tests; make test-fast: without the slow ones; make smoke: the least that must work, in two minutes
 # make lint        style
 # make clean       remove the virtual environment and caches; runs/ and data/ stay
 #
@@ -22,12 +22,15 @@ test: $(VENV)/.installed-test
 test-fast: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST)
 
+smoke: $(VENV)/.installed-test
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) -m smoke $(PYTEST)
+
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build seqmodels.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -43,5 +46,5 @@ $(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --requirement requirements-test.txt
 	@touch $@
 
-.PHONY: train test test-fast lint clean
+.PHONY: train test test-fast smoke lint clean
 .DEFAULT_GOAL := train

@@ -1,34 +1,8 @@
-"""Trains a model: python train.py --config=configs/densemamba.py [--workdir=runs/densemamba] [--config.steps=500]
-
-The run directory holds all that the run makes. The same command goes on with an interrupted run, bit for bit;
-with --config.steps raised, it trains a finished run further. Exit status: 0 done, 1 a mistake in the command,
-75 interrupted after a checkpoint was saved.
-"""
+"""Trains a model: python train.py --help. The command itself is seqmodels/scripts/train.py."""
 
 import sys
 
-from absl import flags
-
-from seqmodels import cli
-
-
-def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
-    cli.define_config(flag_values, argv)
-    flags.DEFINE_string("workdir", None, "Run directory; runs/<config name> if left out.", flag_values=flag_values)
-    flags.DEFINE_bool("distributed", False, "This is one process of a job of several, each running this command.",
-                      flag_values=flag_values)  # fmt: skip
-
-
-def main(flag_values: flags.FlagValues) -> None:
-    config = flag_values.config
-    if flag_values.distributed:
-        cli.join_job()
-    cli.use_platform(config.platform)
-
-    from seqmodels.training.loop import train  # after use_platform: it imports JAX
-
-    train(config, flag_values.workdir or f"runs/{config.name}")
-
+from seqmodels.scripts.train import command
 
 if __name__ == "__main__":
-    sys.exit(cli.run(main, define, __doc__))
+    sys.exit(command())

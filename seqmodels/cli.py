@@ -4,6 +4,7 @@ A script declares its flags on a `flags.FlagValues` and hands its main function 
 before the config is read, so that `config.platform` is in time.
 """
 
+import importlib.machinery
 import importlib.util
 import os
 import re
@@ -22,6 +23,7 @@ from seqmodels.errors import UserError
 from seqmodels.fields.run import ROOT
 from seqmodels.nearest import nearest
 
+CONFIGS = Path(__file__).with_name("configs")
 _HELP = {"--help", "-help", "-h"}
 
 
@@ -35,17 +37,37 @@ def fields(config: ConfigDict, prefix: str = "") -> Iterator[tuple[str, object]]
             yield prefix + name, value
 
 
+def builtin_configs() -> list[str]:
+    """Names of the configs that come with the package."""
+    return sorted(path.stem for path in _config_files(CONFIGS))
+
+
+def find_config(spec: str) -> Path:
+    """The file of `path/to/config.py:preset`, or of `mamba:preset`, where mamba is a config of the package.
+
+    Raises: UserError where there is no such file.
+    """
+    path = spec.partition(":")[0]
+    if not path.endswith(".py") and path in builtin_configs():
+        return CONFIGS / f"{path}.py"
+    if not Path(path).is_file():
+        there = [str(file) for file in _config_files(Path(path).parent)] if path.endswith(".py") else []
+        near = nearest(path, there) if there else nearest(Path(path).stem, builtin_configs())
+        raise UserError(f"--config={spec}: there is no file {path}{near}")
+    return Path(path)
+
+
+def _config_files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.glob("*.py") if file.stem not in ("base", "trials", "__init__"))
+
+
 def load_module(spec: str) -> ModuleType:
     """The file of `path/to/config.py:preset`, freshly run. Raises: UserError where it is missing or no config."""
-    path = spec.partition(":")[0]
-    if not Path(path).is_file():
-        folder = Path(path).parent
-        there = sorted(str(p) for p in folder.glob("*.py") if p.stem not in ("base", "trials", "__init__"))
-        raise UserError(f"--config={spec}: there is no file {path}{nearest(path, there)}")
-    module_spec = importlib.util.spec_from_file_location(f"config_{Path(path).stem}", path)
-    module = importlib.util.module_from_spec(module_spec)
+    path = find_config(spec)
+    loader = importlib.machinery.SourceFileLoader(f"config_{path.stem}", str(path))
+    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
     try:
-        module_spec.loader.exec_module(module)
+        loader.exec_module(module)
     except (ImportError, SyntaxError) as error:
         raise UserError(f"--config={spec}: cannot import {path}: {error}") from error
     if not hasattr(module, "get_config"):
@@ -54,7 +76,7 @@ def load_module(spec: str) -> ModuleType:
 
 
 def written_config(spec: str) -> ConfigDict:
-    """What get_config of `path/to/config.py` or `path/to/config.py:preset` returns.
+    """What get_config of `path/to/config.py`, `path/to/config.py:preset` or `mamba:preset` returns.
 
     Raises: UserError where the file is missing or does not define get_config, or the preset is unknown.
     """
@@ -69,7 +91,7 @@ def written_config(spec: str) -> ConfigDict:
 
 
 def load_config(spec: str) -> ConfigDict:
-    """Config of `path/to/config.py` or `path/to/config.py:preset`, locked; fields that it lacks have their defaults.
+    """Config of `path/to/config.py[:preset]` or `mamba[:preset]`, locked; fields that it lacks have their defaults.
 
     Raises: UserError where the file is missing or does not define get_config, the preset is unknown, or the config has
     a field that is not declared.
@@ -107,7 +129,10 @@ def define_config(flag_values: flags.FlagValues, argv: list[str]) -> None:
         raise UserError("--config is missing; for example --config=configs/densemamba.py")
     if spec is None:
         flags.DEFINE_string(
-            "config", None, "Config, as configs/mamba.py or configs/mamba.py:130m.", flag_values=flag_values
+            "config",
+            None,
+            "Config, as configs/mamba.py or configs/mamba.py:130m; or mamba:130m.",
+            flag_values=flag_values,
         )
         return
     config = load_config(spec)

@@ -86,8 +86,8 @@ DRIVER = """
 import sys
 from pathlib import Path
 sys.path.insert(0, {root!r})
-import sweep
 from seqmodels import cli
+from seqmodels.scripts import sweep
 from seqmodels.sweeps import definition, plots
 definition.SCRIPTS = Path({fakes!r})
 if not {pictures}:

@@ -52,6 +52,7 @@ def test_docs_list_every_preset():
     assert listed == set(GOLDEN)
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize("name", GOLDEN)
 def test_golden(name):
     assert json.loads((HERE / name).read_text()) == json.loads(CONFIGS[name]), f"{name} changed; {REGENERATE}"

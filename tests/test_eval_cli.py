@@ -9,32 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
-import eval as eval_script
-from seqmodels import cli, data
+from seqmodels import cli
 from seqmodels.configs import densemamba, transformer
 from seqmodels.evals import run as run_module
-from seqmodels.model import build
-from seqmodels.training.checkpoint import Checkpoints
-from seqmodels.training.optimizer import decay_mask, make_optimizer
+from seqmodels.scripts import eval as eval_script
 from seqmodels.training.run import write_config
-from seqmodels.training.sharding import make_mesh, unbox
-from seqmodels.training.state import abstract_params, abstract_state, init_state
-from tests.data_fixtures import POEM, text_config
+from seqmodels.training.sharding import unbox
+from tests.run_fixtures import config_for, make_run
 
 ROOT = pathlib.Path(__file__).parents[1]
-STEPS = (2, 4)
-
-
-def config_for(module, tmp_path):
-    config = ConfigDict(module.get_config().to_dict())
-    config.data = text_config(tmp_path, {"poem.txt": POEM})
-    config.update(seq_len=32, batch_size=8, steps=4)
-    config.model.update(width=32, repeats=1)
-    config.evaluation.update(lengths=(1, 2, 64), rows=4)
-    config.checkpoint.update(best="validation_loss", keep=5)
-    return config
 
 
 @pytest.fixture(scope="module")
@@ -42,25 +26,6 @@ def workdir(tmp_path_factory):
     """A run with checkpoints of two steps, whose parameters differ; the first has the lower validation loss."""
     tmp_path = tmp_path_factory.mktemp("eval")
     return make_run(config_for(densemamba, tmp_path), tmp_path / "run")
-
-
-def make_run(config, workdir):
-    mesh = make_mesh(config)
-    dataset = data.load(config.data, seq_len=config.seq_len, batch_size=config.batch_size)
-    model = build(config.model, dataset.tokenizer.vocab_size)
-    optimizer = make_optimizer(config.optimizer, decay_mask(abstract_params(model, config)))
-    state = init_state(model, optimizer, config, abstract_state(model, optimizer, config, mesh))
-    write_config(workdir, config)
-    checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)
-    rows = []
-    for step in STEPS:
-        moved = jax.tree.map(lambda x, by=0.01 * step: x + by, state.params)
-        metrics = {"validation_loss": float(step)}
-        checkpoints.save(step, state.replace(step=state.step + step, params=moved), metrics)
-        rows.append(json.dumps({"step": step, **metrics}))
-    checkpoints.close()
-    (workdir / "metrics.jsonl").write_text("\n".join(rows) + "\n")
-    return workdir
 
 
 def call(*argv):

@@ -1,6 +1,5 @@
 """Likelihoods of packed requests against each request alone, a token at a time, summed in float64; classification."""
 
-import functools
 import json
 
 import jax
@@ -10,27 +9,14 @@ import pytest
 from flax import linen as nn
 
 from seqmodels.configs import densemamba, transformer
-from seqmodels.data import load_tokenizer
 from seqmodels.errors import UserError
 from seqmodels.evals import classification, likelihood
 from seqmodels.evals.likelihood import Request
 from seqmodels.evals.tasks import build as tasks
-from seqmodels.model import build
-from seqmodels.training.sharding import AXES, RULES, unbox
+from seqmodels.training.sharding import AXES, RULES
+from tests.likelihood_models import BYTES, alone, model_and_params, step
 
-BYTES = load_tokenizer("bytes")
 PIECE = 16
-
-
-def model_and_params(module, **fields):
-    config = module.get_config().model.unlock()
-    config.update(width=16, repeats=2)
-    config.dense.bottleneck = 8
-    if "attention" in config:
-        config.attention.heads, config.mlp.hidden = 2, 16
-    model = build(config, BYTES.vocab_size)
-    params = unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
-    return model, jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), params)
 
 
 @pytest.fixture(scope="module")
@@ -41,26 +27,6 @@ def recurrent():
 @pytest.fixture(scope="module")
 def attention():
     return model_and_params(transformer)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def step(model, params, token, state):
-    hidden, state = model.apply({"params": params}, token[None, None], state=state)
-    return model.apply({"params": params}, hidden, method="logits")[0, 0], state
-
-
-def alone(model, params, request):
-    """(nats, greedy) of one request: the model reads it token by token, and nothing else."""
-    state = model.init_state(1, 64)
-    nats, greedy = 0.0, True
-    for place, token in enumerate(request.tokens[:-1], 1):
-        logits, state = step(model, params, jnp.int32(token), state)
-        if place >= len(request.tokens) - request.scored:
-            logits = np.asarray(logits, np.float64)
-            largest = logits.max()
-            nats += np.log(np.exp(logits - largest).sum()) + largest - logits[request.tokens[place]]
-            greedy = greedy and bool(logits.argmax() == request.tokens[place])
-    return nats, greedy
 
 
 def requests_of(lengths, seed=0):

@@ -4,15 +4,18 @@ import json
 
 import pytest
 
-import eval as eval_script
 from seqmodels import cli
 from seqmodels.errors import UserError
+from seqmodels.scripts import eval as eval_script
 from seqmodels.training import loop, metrics
-from tests.test_training_loop import text, tiny
-
-__all__ = ["text"]  # a fixture
+from tests.run_fixtures import tiny, write_text
 
 ENDINGS = '{"prompt": "It is 3", "choices": [" o\'clock", " x"], "answer": 0}\n'
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def test_evaluators_at_the_end_of_training(tmp_path, text, capsys):

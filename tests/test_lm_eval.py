@@ -16,19 +16,27 @@ from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
 
-import eval as eval_script
 from seqmodels import cli
-from seqmodels.configs import densemamba
+from seqmodels.configs import densemamba, transformer
 from seqmodels.errors import UserError
 from seqmodels.evals import classification, harness, likelihood
 from seqmodels.evals.harness_model import HarnessModel, sampling_of, stops_of
 from seqmodels.evals.lists import LISTS, WITHOUT_FILE, parse
 from seqmodels.evals.tasks import build as tasks
 from seqmodels.generation import Sampling
-from tests.test_eval_cli import config_for, make_run
-from tests.test_evals_likelihood import BYTES, alone, attention, recurrent, step
+from seqmodels.scripts import eval as eval_script
+from tests.likelihood_models import BYTES, alone, model_and_params, step
+from tests.run_fixtures import config_for, make_run
 
-__all__ = ["attention", "recurrent"]  # fixtures
+
+@pytest.fixture(scope="module")
+def recurrent():
+    return model_and_params(densemamba)
+
+
+@pytest.fixture(scope="module")
+def attention():
+    return model_and_params(transformer)
 
 
 @pytest.fixture(autouse=True)

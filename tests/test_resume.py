@@ -4,33 +4,18 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
 
 from seqmodels.training import checkpoint, metrics
-
-ROOT = Path(__file__).parent.parent
-STEPS = 100
+from tests.run_fixtures import write_text
+from tests.run_processes import ROOT, STEPS, command, finish, losses
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "corpus.txt").write_text("\n\n".join(f"It is {n} o'clock, and all is well. " * 9 for n in range(200)))
-    return folder
-
-
-def command(workdir, text, *overrides):
-    return [
-        sys.executable, "train.py", "--config=configs/mamba.py", f"--workdir={workdir}", f"--config.steps={STEPS}",
-        "--config.model.width=16", "--config.model.repeats=1", "--config.metrics.tensorboard=False",
-        "--config.batch_size=4", "--config.seq_len=24",
-        "--config.data.name=text", f"--config.data.path={text}/*.txt", f"--config.data.cache={text}/cache",
-        "--config.checkpoint.every=7", "--config.sample.tokens=0", "--config.model.dropout=0.1", *overrides,
-    ]  # fmt: skip
+    return write_text(tmp_path_factory.mktemp("text"), lines=200)
 
 
 def start(workdir, text, *overrides):
@@ -38,13 +23,6 @@ def start(workdir, text, *overrides):
     return subprocess.Popen(
         arguments, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
     )
-
-
-def finish(process, status):
-    out, err = process.communicate(timeout=300)
-    assert process.returncode == status, err
-    assert "Traceback" not in err
-    return out
 
 
 def stop_at(process, workdir, step, number):
@@ -57,12 +35,6 @@ def stop_at(process, workdir, step, number):
             return
         time.sleep(0.005)
     raise AssertionError(f"step {step} never came: {process.communicate()[1]}")
-
-
-def losses(workdir):
-    rows = [row for row in metrics.read(workdir / "metrics.jsonl") if "loss" in row]
-    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))  # each step exactly once, in order
-    return [row["loss"] for row in rows]
 
 
 OVERRIDES = {

@@ -10,12 +10,18 @@ import numpy as np
 import pytest
 
 from seqmodels.training import checkpoint, metrics
-from tests.test_resume import ROOT, command, finish, losses, text  # noqa: F401 (text is a fixture)
+from tests.run_fixtures import write_text
+from tests.run_processes import ROOT, command, finish, losses
 
 STEPS = 60
 
 
-def start_job(workdir, text, *overrides):  # noqa: F811
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    return write_text(tmp_path_factory.mktemp("text"), lines=200)
+
+
+def start_job(workdir, text, *overrides):
     with socket.socket() as probe:
         probe.bind(("localhost", 0))
         port = probe.getsockname()[1]
@@ -45,7 +51,7 @@ def start_job(workdir, text, *overrides):  # noqa: F811
 
 
 @pytest.mark.slow
-def test_two_processes_train_as_one_and_stop_together(tmp_path, text):  # noqa: F811
+def test_two_processes_train_as_one_and_stop_together(tmp_path, text):
     alone = subprocess.Popen(
         command(tmp_path / "alone", text, f"--config.steps={STEPS}"),
         cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -17,12 +17,12 @@ import numpy as np
 import pytest
 from absl import flags
 
-import sweep
 from seqmodels import cli
 from seqmodels.configs import densemamba, denseretnet
 from seqmodels.configs.trials import chain, product, vary, zipped
 from seqmodels.errors import UserError
 from seqmodels.model import build
+from seqmodels.scripts import sweep
 from seqmodels.sweeps import definition, devices, markup, plots, report, results
 from seqmodels.sweeps.labels import labels
 from tests.sweep_fakes import ROOT, Fakes

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-import eval as evaluation
 from benchmarks import accuracy_by_state
 from seqmodels import cli, data
 from seqmodels.configs import synthetic
@@ -17,6 +16,7 @@ from seqmodels.data.synthetic.dataset import SyntheticSplit
 from seqmodels.errors import UserError
 from seqmodels.evals import accuracy, needle
 from seqmodels.evals.run import load_run
+from seqmodels.scripts import eval as evaluation
 from seqmodels.training import loop
 
 

@@ -28,6 +28,7 @@ def config_of(*argv):
     return seen["config"]
 
 
+@pytest.mark.smoke
 def test_overrides_of_every_type():
     config = config_of(
         MAMBA, "--config.steps=7", "--config.optimizer.learning_rate=1", "--config.training.bptt=True",
@@ -48,6 +49,7 @@ def test_preset_and_workdir():
     assert config.model.width == 768 and config.name == "mamba-130m"
 
 
+@pytest.mark.smoke
 @pytest.mark.parametrize(
     "argv, words",
     [

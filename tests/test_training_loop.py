@@ -7,31 +7,14 @@ import jax
 import numpy as np
 import pytest
 
-from seqmodels.configs import mamba
 from seqmodels.errors import UserError
 from seqmodels.training import checkpoint, loop, metrics
+from tests.run_fixtures import tiny, write_text
 
 
 @pytest.fixture(scope="module")
 def text(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("text")
-    (folder / "corpus.txt").write_text("\n\n".join(f"It is {n} o'clock, and all is well. " * 9 for n in range(100)))
-    return folder
-
-
-def tiny(text, **overrides):
-    config = mamba.get_config().unlock()
-    config.steps, config.batch_size, config.seq_len, config.model.width, config.model.repeats = 6, 4, 16, 16, 1
-    config.data.name, config.data.path, config.data.cache = "text", f"{text}/*.txt", f"{text}/cache"
-    config.mesh.data, config.checkpoint.every, config.sample.tokens = 1, 3, 0
-    config.metrics.tensorboard = False
-    for name, value in overrides.items():
-        *groups, last = name.split("__")
-        holder = config
-        for group in groups:
-            holder = holder[group]
-        holder[last] = value
-    return config
+    return write_text(tmp_path_factory.mktemp("text"))
 
 
 def rows(workdir, name="loss"):

@@ -13,6 +13,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from seqmodels import __version__
+from seqmodels.scripts import CHECKOUT
 from seqmodels.sweeps.devices import Slot
 from seqmodels.sweeps.trial import Trial
 
@@ -171,10 +173,13 @@ def commit() -> str:
     """Short hash of the checkout that the trials run from, with "+" if files differ from it.
 
     What SEQMODELS_COMMIT says goes before it, for a machine to which the files were copied; "" where neither is there.
+    The installed package says its version.
     """
     if said := os.environ.get("SEQMODELS_COMMIT"):
         return said
-    git = ["git", "-C", str(Path(__file__).parent)]
+    if CHECKOUT is None:
+        return __version__
+    git = ["git", "-C", str(CHECKOUT)]
     try:
         head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
         clean = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode == 0

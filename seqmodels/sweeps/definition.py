@@ -14,10 +14,11 @@ from seqmodels.atomic import replace_file
 from seqmodels.config import declared_fields, upgrade, validate, with_pattern
 from seqmodels.errors import UserError
 from seqmodels.nearest import nearest
+from seqmodels.scripts import CHECKOUT
 from seqmodels.sweeps.claim import waited
 from seqmodels.sweeps.trial import Trial, read_json
 
-SCRIPTS = Path(__file__).resolve().parents[2]  # where train.py and eval.py are
+SCRIPTS = CHECKOUT  # the folder with train.py and eval.py; None: the installed package runs its own
 
 
 def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path, evals: str = "") -> list[Trial]:
@@ -100,11 +101,11 @@ def _trial(spec, config, name, overrides, written, folder, evals) -> Trial:
     workdir, evals = folder / "trials" / identity, evals or fields["evals"]
     given = fields | {"evals": ""}  # eval.py's work, not train.py's as well
     flags = [f"--config.{field}={value}" for field, value in given.items() if value != default[field]]
-    commands = {"train": ("python", _script("train.py"), f"--config={spec}", *flags, f"--workdir={workdir}")}
+    commands = {"train": ("python", *_script("train"), f"--config={spec}", *flags, f"--workdir={workdir}")}
     if evals != "none":
         named = [f"--evals={evals}"] if evals else []
         platform = [f"--platform={config.platform}"] if config.platform else []
-        commands["eval"] = ("python", _script("eval.py"), f"--workdir={workdir}", *named, *platform)
+        commands["eval"] = ("python", *_script("eval"), f"--workdir={workdir}", *named, *platform)
     return Trial(identity, workdir, overrides, _plain(fields), commands, evals)
 
 
@@ -158,7 +159,10 @@ def _plain(fields: dict[str, object]) -> dict[str, object]:
     return {name: list(value) if isinstance(value, tuple) else value for name, value in fields.items()}
 
 
-def _script(name: str) -> str:
-    """As one would type it, where it is near."""
-    path = os.path.relpath(SCRIPTS / name)
-    return str(SCRIPTS / name) if path.startswith("..") else path
+def _script(name: str) -> tuple[str, ...]:
+    """What `python` is given to run train or eval: in a checkout its file, by the shorter of its paths."""
+    if SCRIPTS is None:
+        return "-m", f"seqmodels.scripts.{name}"
+    file = SCRIPTS / f"{name}.py"
+    path = os.path.relpath(file)
+    return (str(file) if path.startswith("..") else path,)

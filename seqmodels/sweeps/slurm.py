@@ -7,12 +7,12 @@ from pathlib import Path
 
 from seqmodels.errors import UserError
 from seqmodels.sweeps.attempt import Stop
-from seqmodels.sweeps.definition import SCRIPTS
 from seqmodels.sweeps.devices import Slot
 from seqmodels.sweeps.local import Workers
 from seqmodels.sweeps.trial import FINAL, Trial
 
 POLL = 2.0  # seconds between looks at the records
+FOLDER = Path(__file__).resolve().parents[2]  # that `import seqmodels` finds it in, on the other host too
 
 
 # Slurm's warning goes to every process of a task. It is for the task, which tells the trial.
@@ -79,7 +79,7 @@ def run(
         raise UserError(f"--slurm: {error}") from None
     if not left:
         return
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(SCRIPTS), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(FOLDER), *os.environ.get("PYTHONPATH", "").split(os.pathsep)])
     try:
         with executor.batch():
             jobs = [executor.submit(Job(trial, again)) for trial in left]

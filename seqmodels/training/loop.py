@@ -16,7 +16,7 @@ from seqmodels.data.contract import check_spec
 from seqmodels.errors import UserError
 from seqmodels.kernels.dispatch import UnsupportedError
 from seqmodels.model import build_for, describe_kernels
-from seqmodels.training import checkpoint, finish, flops, report, run, sharding
+from seqmodels.training import checkpoint, debug, finish, flops, report, run, sharding
 from seqmodels.training.metrics import Metrics
 from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
 from seqmodels.training.preemption import Preempted, StopSignal
@@ -71,8 +71,10 @@ class Trainer:
         self.peak = flops.peak_flops(self.mesh.devices.flat[0].device_kind, config.model.dtype)
         self.flops_per_step = flops.train_step_flops(boxed, config)
         train_step = make_train_step(self.model, self.optimizer, make_schedule(config.optimizer, config.steps), config)
+        self.debug = debug.mode(config)
+        lower = debug.NotCompiled if self.debug == "nojit" else lower_train_step
         with self.on_mesh():
-            self.lowered = lower_train_step(train_step, self.abstract, config, self.mesh, self.dataset.spec)
+            self.lowered = lower(train_step, self.abstract, config, self.mesh, self.dataset.spec)
 
     @contextlib.contextmanager
     def on_mesh(self):
@@ -107,6 +109,9 @@ class Trainer:
         _say(f"\n{report.parameter_table(self.abstract.params)}\n")
         _say(f"state    {report.state_bytes(self.model, length):,} bytes a sequence of {length} tokens")
         _say(f"compute  {self.flops_per_step:.3g} floating-point operations a step")
+        if self.debug == "shapes":
+            with self.on_mesh():
+                _say(f"\n{debug.shape_table(self.model, self.config, self.dataset.batch(0))}\n")
         if restored is not None:
             _say(f"resuming {self.workdir} after step {int(restored.step)}")
 
@@ -114,7 +119,8 @@ class Trainer:
         config = self.config
         start = time.monotonic()
         compiled = self.lowered.compile()
-        _say(f"compiled in {time.monotonic() - start:.1f} s")
+        if self.debug != "nojit":
+            _say(f"compiled in {time.monotonic() - start:.1f} s")
 
         self.progress = Progress(first, config.steps, enabled=jax.process_index() == 0)
         self.read_at = time.monotonic()
@@ -163,10 +169,14 @@ class Trainer:
             if good > 0:
                 self.checkpoints.save(good, state.replace(skipped=state.skipped * 0))
             self.checkpoints.close()
+            message = f"{bad[0]} is {values[bad[0]]} at step {step}; "
+            if self.debug == "nans":
+                batch = self.dataset.batch(good)
+                raise UserError(message + debug.first_not_finite(self.model, config, state, batch))
             raise UserError(
-                f"{bad[0]} is {values[bad[0]]} at step {step}; the last good state is that of step {good}, saved in "
-                f"{self.workdir / 'checkpoints'}. Lower --config.optimizer.learning_rate in a new --workdir, or go on "
-                "with --config.training.nan=skip"
+                f"{message}the last good state is that of step {good}, saved in {self.workdir / 'checkpoints'}. Lower "
+                "--config.optimizer.learning_rate in a new --workdir, go on with --config.training.nan=skip, or find "
+                "the layer with --config.training.debug=nans"
             )
         if bad:
             self.progress.write(f"step {step}: {bad[0]} is {values[bad[0]]}, update skipped")

@@ -21,24 +21,13 @@ from seqmodels.training.state import TrainState, abstract_params
 COMPILER_OPTIONS = {platform: {"xla_gpu_enable_triton_gemm": False} for platform in ("cuda", "gpu")}
 
 
-def make_train_step(
-    model: nn.Module,
-    optimizer: optax.GradientTransformation,
-    schedule: Callable[[jax.Array], jax.Array],
-    config: ConfigDict,
-) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
-    """The pure function (state, batch) -> (state, metrics) of one step.
+def make_loss(model: nn.Module, config: ConfigDict) -> Callable[..., tuple[jax.Array, tuple]]:
+    """The pure function (params, rows, carry, rngs) -> (total, ((sums, reports), carry)) that a step differentiates.
 
-    batch: arrays as `dataset.spec` says (see `seqmodels.data.contract`). metrics: float32 scalars, "loss" among them,
-    and what branches report (see `seqmodels.training.side`).
-
-    A step whose loss or gradient is not finite changes neither parameters, optimizer, average nor carry. Under
-    `training.nan="skip"` it counts as a step, and the next one goes on. Under "stop" the state stays at the last good
-    step from then on, whatever else was dispatched before the host saw the metric.
+    rows: arrays as `dataset.spec` says, [B, ...]. total: float32, the sum over what counts in the rows, not the mean.
     """
-    accumulate, head, key = config.training.accumulate, head_of(config.model), input_of(config.model).key
-    options, groups = head.options(config.training), config.optimizer.groups
-    factors = rate_factors(groups, abstract_params(model, config)) if groups else None
+    head, key = head_of(config.model), input_of(config.model).key
+    options = head.options(config.training)
 
     def loss_sums(params, rows, carry, rngs):
         (hidden, new_carry), reported = model.apply(
@@ -60,6 +49,28 @@ def make_train_step(
             total += loss
         return total, ((sums, reports), new_carry)
 
+    return loss_sums
+
+
+def make_train_step(
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    schedule: Callable[[jax.Array], jax.Array],
+    config: ConfigDict,
+) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
+    """The pure function (state, batch) -> (state, metrics) of one step.
+
+    batch: arrays as `dataset.spec` says (see `seqmodels.data.contract`). metrics: float32 scalars, "loss" among them,
+    and what branches report (see `seqmodels.training.side`).
+
+    A step whose loss or gradient is not finite changes neither parameters, optimizer, average nor carry. Under
+    `training.nan="skip"` it counts as a step, and the next one goes on. Under "stop" the state stays at the last good
+    step from then on, whatever else was dispatched before the host saw the metric.
+    """
+    accumulate, head = config.training.accumulate, head_of(config.model)
+    options, groups = head.options(config.training), config.optimizer.groups
+    factors = rate_factors(groups, abstract_params(model, config)) if groups else None
+    loss_sums = make_loss(model, config)
     gradients = jax.grad(loss_sums, has_aux=True)
 
     def batch_gradients(params, batch, carry, rngs):

@@ -1,0 +1,114 @@
+"""Evaluates a trained model, or lets it continue a prompt.
+
+  python eval.py --workdir=runs/densemamba
+  python eval.py --workdir=runs/densemamba --evals=throughput,lm_eval --tasks=endings,cloze
+  python eval.py --workdir=runs/densemamba --prompt="It is a truth" --tokens=200 --temperature=0.8 --top_p=0.95
+
+The first prints perplexity and bits per byte by split, loss by position in the context and at longer contexts (or what
+the run's config.evals names), and writes them to eval.json and eval.png in the run directory. Exit status: 0 done, 1 a
+mistake in the command, or an evaluator that cannot serve.
+"""
+
+import sys
+from pathlib import Path
+
+from absl import flags
+from ml_collections import ConfigDict, config_flags
+
+from seqmodels import cli
+from seqmodels.errors import UserError
+from seqmodels.fields.run import defaults
+from seqmodels.scripts import as_typed
+
+
+def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
+    values = dict(flag_values=flag_values)
+    flags.DEFINE_string("workdir", None, "Run directory, as train.py made it.", **values)
+    flags.DEFINE_string("step", "latest", "Checkpoint: latest, best, or the number of a step.", **values)
+    flags.DEFINE_string("platform", "", "cpu, gpu or tpu; what is there if left out.", **values)
+    flags.DEFINE_string("out", None, "JSON file; eval.json in the run directory if left out.", **values)
+    flags.DEFINE_list("splits", ["validation", "test"], "Splits to read.", **values)
+    flags.DEFINE_list("evals", [], "Evaluators by name; config.evals if left out, or the usual ones.", **values)
+    flags.DEFINE_string("tasks", None, "Of --evals=lm_eval, in place of config.evaluation.tasks.", **values)
+    flags.DEFINE_integer("limit", None, "Rows, examples or documents to read of each; all if left out.",
+                         lower_bound=1, **values)  # fmt: skip
+    flags.DEFINE_integer("batch_size", None, "Rows at once; the run's if left out.", lower_bound=1, **values)
+    flags.DEFINE_string("prompt", None, "Text to continue, in place of an evaluation.", **values)
+    flags.DEFINE_integer("tokens", 200, "Tokens to add to the prompt.", **values)
+    flags.DEFINE_float("temperature", 0.8, "Of sampling; 0 is greedy.", **values)
+    flags.DEFINE_integer("top_k", 0, "Sample from the k likeliest tokens; 0 is all.", **values)
+    flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens that have this probability.", **values)
+    flags.DEFINE_integer("seed", 0, "Of sampling.", **values)
+    flags.DEFINE_string("stop", None, "Text at which the continuation ends.", **values)
+    options = ConfigDict({"evaluation": defaults().evaluation})
+    cli.check_overrides(options, argv)
+    config_flags.DEFINE_config_dict("config", options, "Evaluation fields, in place of the run's.",
+                                    flag_values=flag_values, sys_argv=argv)  # fmt: skip
+
+
+def main(flag_values: flags.FlagValues) -> None:
+    if flag_values.workdir is None:
+        raise UserError("--workdir is missing; for example --workdir=runs/densemamba")
+    cli.use_platform(flag_values.platform)
+
+    import jax
+    from flax import linen as nn
+
+    from seqmodels.evals.run import load_run
+    from seqmodels.training.sharding import RULES
+
+    overrides = config_flags.get_override_values(flag_values["config"])
+    if flag_values.tasks is not None:
+        overrides["evaluation.tasks"] = flag_values.tasks
+    run = load_run(flag_values.workdir, flag_values.step, flag_values.batch_size or 0, overrides)
+    with jax.set_mesh(run.mesh), nn.logical_axis_rules(RULES):
+        if flag_values.prompt is None:
+            evaluate(run, flag_values)
+        else:
+            print(flag_values.prompt + continuation(run, flag_values))
+
+
+def continuation(run, flag_values: flags.FlagValues) -> str:
+    """What follows --prompt."""
+    from seqmodels.backbone import context
+    from seqmodels.generation import generate
+
+    names = ("tokens", "temperature", "top_k", "top_p", "seed", "stop")
+    return generate(
+        run.model,
+        run.params,
+        run.dataset.tokenizer,
+        flag_values.prompt,
+        context=context(run.config),
+        **{name: getattr(flag_values, name) for name in names},
+    )
+
+
+def evaluate(run, flag_values: flags.FlagValues) -> None:
+    """Run the evaluators, print their tables, write JSON and picture."""
+    from seqmodels import evals
+    from seqmodels.evals import report
+
+    field = "--evals" if flag_values.evals else "config.evals"
+    evaluators = evals.find(flag_values.evals or evals.named(run.config) or evals.default(run), field)
+    evals.check(evaluators, run, field)
+    for split in flag_values.splits:
+        run.dataset[split]  # a UserError now rather than after the first split
+    out = Path(flag_values.out or Path(flag_values.workdir) / "eval.json")
+    options = dict(splits=flag_values.splits, limit=flag_values.limit, out=out)
+    _, failed = report.evaluate(run, evaluators, **options, say=say)
+    if failed:
+        raise UserError("; ".join(failed))
+
+
+def say(text: str) -> None:
+    print(text, flush=True)
+
+
+def command() -> int:
+    """Runs the command line and returns the exit status."""
+    return cli.run(main, define, as_typed(__doc__))
+
+
+if __name__ == "__main__":
+    sys.exit(command())
