@@ -109,7 +109,7 @@ def test_both_directions_have_no_state_and_no_next_token():
     assert np.abs(early).max() > 1e-4, "the first output must depend on the last token"
     with pytest.raises(UserError, match="'bi:' reads both directions of time and has no state"):
         stack.init_state(1)
-    with pytest.raises(UserError, match="model.head='next_token': must be .*'bi:mamba', which reads ahead"):
+    with pytest.raises(UserError, match=r"model.head='next_token': must be .*'bi:mamba', which reads ahead"):
         build(config_of("bi:mamba"), 11)
 
 
