@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -65,7 +66,9 @@ def load_module(spec: str) -> ModuleType:
     """The file of `path/to/config.py:preset`, freshly run. Raises: UserError where it is missing or no config."""
     path = find_config(spec)
     loader = importlib.machinery.SourceFileLoader(f"config_{path.stem}", str(path))
-    module = importlib.util.module_from_spec(importlib.util.spec_from_loader(loader.name, loader))
+    module_spec = importlib.util.spec_from_loader(loader.name, loader)
+    assert module_spec is not None  # it is None only where the loader does not know the file
+    module = importlib.util.module_from_spec(module_spec)
     try:
         loader.exec_module(module)
     except (ImportError, SyntaxError) as error:
@@ -192,7 +195,7 @@ def join_job() -> None:
     """
     import jax
 
-    numbers = {}
+    numbers: dict[str, Any] = {}
     for name in ("num_processes", "process_id"):
         if value := os.environ.get(f"JAX_{name.upper()}"):
             if not value.isdecimal():

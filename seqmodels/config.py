@@ -30,8 +30,8 @@ def validate(config: ConfigDict) -> None:
     for declared in groups(config):
         declared.check_fields(part(config, declared.home))
     for name in pattern.names(config.model.pattern):
-        if declared := group(name):
-            declared.validate(config.model[name], config.model.width)
+        if options := group(name):
+            options.validate(config.model[name], config.model.width)
     accumulate, repeats, scan = config.training.accumulate, config.model.repeats, config.model.scan_blocks
     if config.batch_size % accumulate:
         refuse("batch_size", config.batch_size, f"a multiple of training.accumulate={accumulate}")
@@ -50,7 +50,7 @@ def upgrade(stored: ConfigDict | Mapping[str, Any]) -> ConfigDict:
 
     Raises UserError where model.pattern is wrong.
     """
-    config = copy.deepcopy(stored) if type(stored) is ConfigDict else ConfigDict(_plain_dict(stored))
+    config: ConfigDict = copy.deepcopy(stored) if type(stored) is ConfigDict else ConfigDict(_plain_dict(stored))
     config.unlock()
     model = part(config, "model")
     if isinstance(backend := model.get("implementation"), str):  # older runs have one for all operations

@@ -47,6 +47,6 @@ def above(bound: float) -> Rule:
 def each_at_least(smallest: int, what: str) -> Rule:
     """A list with one integer or more, each `smallest` or larger. `what`: what the numbers are, in words."""
     return Rule(
-        lambda values: len(values) > 0 and all(isinstance(n, numbers.Integral) and n >= smallest for n in values),
+        lambda values: len(values) > 0 and all(isinstance(n, numbers.Integral) and int(n) >= smallest for n in values),
         f"{what}, each at least {smallest}",
     )

@@ -40,7 +40,7 @@ def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path, e
     if not listed:
         raise UserError(f"--sweep={name}: adds no trial")
     written = cli.written_config(spec)
-    trials = {}
+    trials: dict[str, Trial] = {}
     for overrides in listed:
         first = overrides.get("seed", config.seed)
         for seed in range(first, first + seeds):
@@ -87,7 +87,7 @@ def _find(spec: str, config: ConfigDict, name: str) -> Callable:
     if name not in sweeps:
         raise UserError(f"--sweep={name}: no such sweep in {spec}{nearest(name, list(sweeps))}")
     # A sweep asks get_config for what it starts from, such as a width to match: that is with the command's overrides.
-    module.get_config = lambda arg=None: copy.deepcopy(config)
+    vars(module)["get_config"] = lambda arg=None: copy.deepcopy(config)
     return sweeps[name]
 
 
