@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 from seqmodels.configs.base import base, finish, preset
 from seqmodels.configs.trials import Trial, product, vary
 from seqmodels.fields.mlp import MLP
+from seqmodels.fields.model import DENSE
 from seqmodels.fields.run import TASK_DATA
 
 MIXERS = (  # those that a sweep compares
@@ -203,9 +204,16 @@ def trials_of(arg: str | None) -> list[Trial]:
     trials = []
     for mixer in MIXERS:
         always = ("pattern", "dense.variant")  # so that every trial says what it is
-        other = {name: value for name, value in _fields(mixer).items() if name in always or value != mine.get(name)}
+        fields = {name: value for name, value in _fields(mixer).items() if not _as_before(name, value)}
+        other = {name: value for name, value in fields.items() if name in always or value != mine.get(name)}
         trials.append({f"model.{name}": value for name, value in other.items()})
     return trials
+
+
+def _as_before(name: str, value: object) -> bool:
+    """Whether this is a later field of the dense links at its default. Trials leave it out, and so keep their names."""
+    field = DENSE.fields.get(name.removeprefix("dense."))
+    return name.startswith("dense.") and field is not None and field.since > 1 and value == field.default
 
 
 def _fields(mixer: str) -> dict[str, object]:

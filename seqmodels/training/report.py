@@ -61,7 +61,7 @@ def state_bytes(model, length: int) -> int:
 
     A model in which positions know of later ones has none.
     """
-    if not causal(model.config):
+    if not model.causal:
         return 0
     leaves = jax.tree.leaves(jax.eval_shape(lambda: model.init_state(1, length)))
     return sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in leaves)
