@@ -50,6 +50,11 @@ class SequenceModel(nn.Module):
         self.backbone = Backbone(config)
         nn.share_scope(self, self.backbone)  # no level of its own in the tree of parameters
 
+    @property
+    def causal(self) -> bool:
+        """Whether no hidden state depends on a later token; only then is there a state."""
+        return causal(self.config)
+
     @nn.nowrap
     def new_input(self) -> Input:
         """The input, not yet part of a model."""

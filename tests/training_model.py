@@ -1,5 +1,7 @@
 """A small recurrent language model for the tests of training, with the contract of docs/architecture.md."""
 
+from typing import ClassVar
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -14,6 +16,8 @@ class LeakyModel(nn.Module):
     vocab_size: int = 32
     width: int = 16
     dropout: float = 0.0
+
+    causal: ClassVar[bool] = True
 
     def setup(self):
         boxed = nn.with_logical_partitioning

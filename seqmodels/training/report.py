@@ -9,7 +9,6 @@ from pathlib import Path
 import jax
 
 from seqmodels.atomic import replace_file
-from seqmodels.backbone import causal
 from seqmodels.training import metrics
 
 
