@@ -1,6 +1,6 @@
 """A model: an input, the backbone, and a head. With tokens and the next token it is a language model."""
 
-from typing import Any, TypeVar
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -17,11 +17,8 @@ from seqmodels.fields import refuse
 from seqmodels.heads import HEADS, Head
 from seqmodels.inputs import INPUTS, Input
 from seqmodels.kernels import OPERATIONS
-from seqmodels.nearest import nearest
 from seqmodels.pattern import names
 from seqmodels.sequence import make_sequence
-
-Part = TypeVar("Part", Input, Head)
 
 
 class SequenceModel(nn.Module):
@@ -130,13 +127,13 @@ class LanguageModel(SequenceModel):
 
 
 def input_of(config: Any) -> type[Input]:
-    """Class of the input that config.model names. Raises UserError for a name that is not registered."""
-    return _find(INPUTS, "input", config)
+    """Class of the input that config.model names."""
+    return INPUTS[config.input]
 
 
 def head_of(config: Any) -> type[Head]:
-    """Class of the head that config.model names. Raises UserError for a name that is not registered."""
-    return _find(HEADS, "head", config)
+    """Class of the head that config.model names."""
+    return HEADS[config.head]
 
 
 def build(config: ConfigDict, vocab_size: int) -> SequenceModel:
@@ -222,13 +219,6 @@ def _attach(model: nn.Module, name: str, part: Input | Head) -> None:
     setattr(model, name, part)
     if part.at_root:
         nn.share_scope(model, part)
-
-
-def _find(table: dict[str, type[Part]], field: str, config: Any) -> type[Part]:
-    name = config[field]
-    if name not in table:
-        refuse(f"model.{field}", name, f"one of {', '.join(map(repr, table))}{nearest(name, list(table))}")
-    return table[name]
 
 
 def _size(name: str, array: ArraySpec) -> int:

@@ -1,6 +1,6 @@
 """What a model predicts from its hidden states, and the loss it is trained by, by name (`config.model.head`).
 
-A new head is one file, a subclass of `Head`, and one line here.
+A new head is one file, a subclass of `Head`, one line here, and its name in seqmodels/fields/model.py.
 """
 
 from seqmodels.heads.classify import Classify

@@ -1,6 +1,6 @@
 """What turns a batch into the stream [B, T, D] that the blocks read, by name (`config.model.input`).
 
-A new input is one file, a subclass of `Input`, and one line here.
+A new input is one file, a subclass of `Input`, one line here, and its name in seqmodels/fields/model.py.
 """
 
 from seqmodels.inputs.frames import Frames
