@@ -93,11 +93,11 @@ class SequenceModel(nn.Module):
             return jnp.zeros((1, length), jnp.int32)
         return jnp.zeros((1, length, self.input_size), jnp.float32)
 
-    def __call__(self, inputs, segment_ids=None, mask=None, state=None, deterministic: bool = True):
+    def __call__(self, tokens, segment_ids=None, mask=None, state=None, deterministic: bool = True):
         """Hidden states, of which the head predicts.
 
         Args:
-            inputs: tokens [B, T] int32, or values [B, T, C] float32.
+            tokens: [B, T] int32; of an input of frames, values [B, T, C] float32.
             segment_ids: [B, T] int32, document of each token; None: one document.
             mask: [B, T] bool, False on padding.
             state: of `init_state` or an earlier call; None: nothing came before.
@@ -106,9 +106,9 @@ class SequenceModel(nn.Module):
             hidden [B, T, D] after the last norm, and the new state.
         """
         old = state or dict(segment=None, position=None, layers=None)
-        rows, length = inputs.shape[:2]
+        rows, length = tokens.shape[:2]
         seq, segment, position = make_sequence(rows, length, segment_ids, mask, old["segment"], old["position"])
-        x = nn.with_logical_constraint(self.reader(inputs, mask), ("batch", "length", None))
+        x = nn.with_logical_constraint(self.reader(tokens, mask), ("batch", "length", None))
         x = self.dropout(x, deterministic=deterministic)
         hidden, layers = self.backbone(x, seq, old["layers"], deterministic)
         return hidden, dict(segment=segment, position=position, layers=layers)

@@ -9,6 +9,7 @@ import pytest
 from flax import linen as nn
 
 from seqmodels.configs import densemamba
+from seqmodels.data.contract import text_spec
 from seqmodels.errors import UserError
 from seqmodels.evals import training_speed
 from seqmodels.model import build
@@ -28,7 +29,7 @@ def test_figures(monkeypatch):
     config.model.update(width=16, repeats=1)
     config.mesh.data = 1
     read = []
-    dataset = types.SimpleNamespace(batch=lambda n: read.append(n) or batch(n))
+    dataset = types.SimpleNamespace(batch=lambda n: read.append(n) or batch(n), spec=text_spec(ROWS, LENGTH, 257))
     mesh = sharding.make_mesh(config)
     run = types.SimpleNamespace(config=config, model=build(config.model, 257), dataset=dataset, mesh=mesh)
     ticks = itertools.count()
