@@ -26,7 +26,7 @@ def batch(n):
 def test_figures(monkeypatch):
     config = densemamba.get_config().unlock()
     config.update(seq_len=LENGTH, batch_size=ROWS)
-    config.model.update(width=16, repeats=1)
+    config.model.update(width=32, repeats=1)
     config.mesh.data = 1
     read = []
     dataset = types.SimpleNamespace(batch=lambda n: read.append(n) or batch(n), spec=text_spec(ROWS, LENGTH, 257))
