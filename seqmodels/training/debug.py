@@ -20,7 +20,7 @@ from seqmodels.training.step import make_loss, random_streams, split_rows
 
 def mode(config: ConfigDict) -> str:
     """`config.training.debug`: "nans", "shapes", "nojit" or "". Raises: UserError where it cannot work."""
-    chosen = config.training.get("debug", "")
+    chosen = config.training.debug
     if chosen == "nans" and config.training.nan != "stop":
         raise UserError(f"config.training.debug='nans': needs config.training.nan='stop', not {config.training.nan!r}")
     return chosen
