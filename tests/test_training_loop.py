@@ -133,7 +133,7 @@ def test_profile_on_demand(tmp_path, text):
             dict(model__implementation__selective_scan="mosaic_tpu"),
             "config.model.implementation.selective_scan: implementation 'mosaic_tpu' cannot serve: ",
         ),
-        (dict(model__pattern="attention"), "model.pattern"),
+        (dict(model__pattern="attenion"), "model.pattern"),
     ],
 )
 def test_bad_input_before_anything_is_made(tmp_path, text, overrides, words):
