@@ -1,6 +1,7 @@
 """Norm, MLP, rotary positions and the attention mixer; the contract of all mixers is tested apart."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ import pytest
 
 from seqmodels.channels.mlp import Mlp
 from seqmodels.errors import UserError
+from seqmodels.layers.matmul import separate_matmuls
 from seqmodels.layers.norm import LayerNorm, RMSNorm, gated_norm, layer_norm, rms_norm
 from seqmodels.layers.rope import rope
 from seqmodels.mixers.attention import EMPTY, Attention
@@ -273,3 +275,15 @@ def test_cache_has_the_activations_dtype():
 def test_bad_fields_are_named(fields, message):
     with pytest.raises(UserError, match=message):
         Attention(width=WIDTH, **fields)
+
+
+def test_separate_matmuls_stay_separate():
+    """The products, and in the program as many of them, whose left factors XLA cannot know to be equal."""
+    x, weights = normal(2, 3, 8), [normal(8, size, seed=size) for size in (4, 5, 6)]
+    f = jax.jit(lambda x, *weights: separate_matmuls(x, *weights))
+    arguments = jnp.float32(x), *map(jnp.float32, weights)
+    for y, weight in zip(f(*arguments), weights, strict=True):
+        np.testing.assert_allclose(y, x @ weight, rtol=1e-5, atol=1e-5)
+    text = f.lower(*arguments).as_text()
+    left = re.findall(r"dot_general (%\w+),", text)
+    assert len(left) == len(set(left)) == 3 and text.count("optimization_barrier") == 2
