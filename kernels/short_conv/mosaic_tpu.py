@@ -17,9 +17,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from seqmodels.kernels.interpret import tpu_interpreter
 from seqmodels.kernels.short_conv import xla
-
-INTERPRET = False  # pltpu.InterpretParams() runs the kernels without a TPU, for tests
 
 f32 = jnp.float32
 LANES, SUBLANES = 128, 8
@@ -32,7 +31,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def supports(platform: str, batch=8, length=2048, channels=1536, dtype="bfloat16", **facts) -> str | None:
     """Why this backend cannot serve the call; None: it can."""
-    if platform != "tpu" and not INTERPRET:
+    if platform != "tpu" and not tpu_interpreter():
         return f"it needs a TPU; the platform is {platform}"
     if jnp.dtype(dtype).name not in DTYPES:
         return f"x is {jnp.dtype(dtype).name}; it takes {', '.join(DTYPES)}"
@@ -173,7 +172,7 @@ def _run(name, kernel, activation, arrays, outputs, scratch, reverse=False):
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
-        interpret=INTERPRET,
+        interpret=tpu_interpreter(),
     )
     # Pallas's own rule for vmap adds an axis to the grid, but not to dimension_semantics
     return jax.custom_batching.sequential_vmap(call)(arrays)

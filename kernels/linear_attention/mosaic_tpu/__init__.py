@@ -20,12 +20,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from seqmodels.kernels.interpret import tpu_interpreter
 from seqmodels.kernels.linear_attention.mosaic_tpu import backward, forward
 from seqmodels.kernels.linear_attention.mosaic_tpu.decays import ROWS, chunk_rows
 from seqmodels.kernels.linear_attention.xla import factors_dtype
 from seqmodels.kernels.segments import resets
-
-INTERPRET = False  # pltpu.InterpretParams() runs the kernels without a TPU, for tests
 
 TOKENS = 128  # of a chunk: one side of the matrix unit
 TOGETHER = 8  # heads of a step of the grid, at most
@@ -44,7 +43,7 @@ class Options(NamedTuple):
 
 def supports(*, platform, shape, dtype, decay, chunk, **facts) -> str | None:
     """Serves TPUs where channels share their decay, as long as the states of a group's heads fit VMEM together."""
-    if platform != "tpu" and not INTERPRET:
+    if platform != "tpu" and not tpu_interpreter():
         return f"it needs a TPU; the platform is {platform}"
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"it takes float32, bfloat16 and float16; the dtype is {jnp.dtype(dtype).name}"
@@ -204,7 +203,7 @@ def _run(name, kernel, arrays, outputs, scratch, reverse=False):
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
-        interpret=INTERPRET,
+        interpret=tpu_interpreter(),
     )
     # Pallas's own rule for vmap adds an axis to the grid, but not to dimension_semantics
     return jax.custom_batching.sequential_vmap(call)(arrays)

@@ -17,11 +17,10 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from seqmodels.kernels.interpret import tpu_interpreter
 from seqmodels.kernels.segments import resets
 from seqmodels.kernels.selective_scan.mosaic_tpu import backward, forward
 from seqmodels.kernels.selective_scan.mosaic_tpu.tiles import LANES, LOG2_E, STRIDE, SUBLANES, TILE, parts_shape
-
-INTERPRET = False  # pltpu.InterpretParams() runs the kernels without a TPU, for tests
 
 TOKENS = 128  # of a chunk, at most
 WIDTH, STATES = 512, 12288  # channels of a block, and numbers of their states (12 registers), at most
@@ -33,7 +32,7 @@ SLOWEST = -1e-30  # A that forgets nothing, but in a step of FORGET
 
 def supports(*, platform, shape, dtype, **facts) -> str | None:
     """Serves TPUs, as long as the states of all channels fit VMEM together."""
-    if platform != "tpu" and not INTERPRET:
+    if platform != "tpu" and not tpu_interpreter():
         return f"it needs a TPU; the platform is {platform}"
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"it takes float32, bfloat16 and float16; the dtype is {jnp.dtype(dtype).name}"
@@ -201,7 +200,7 @@ def _run(name, kernel, arrays, outputs, output_axes, scratch, grid, tokens, widt
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
-        interpret=INTERPRET,
+        interpret=tpu_interpreter(),
     )
     # Pallas's own rule for vmap adds an axis to the grid, but not to dimension_semantics
     return jax.custom_batching.sequential_vmap(call)(arrays)
