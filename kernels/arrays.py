@@ -32,18 +32,31 @@ def expand_to(x: jax.Array, ndim: int) -> jax.Array:
     return x.reshape(*x.shape, *[1] * (ndim - x.ndim))
 
 
-def split_time(tree: Any, size: int) -> Any:
-    """[B, T, ...] to [T / size, B, size, ...] for `lax.scan`; the last piece of each array ends in zeros."""
+def zero_padding(x: jax.Array, mask: jax.Array | None) -> jax.Array:
+    """`x` [B, T, ...] with zeros where `mask` [B, T] is False, whatever is there, NaN even."""
+    return x if mask is None else jnp.where(expand_to(mask, x.ndim), x, 0)
+
+
+def split_time(tree: Any, size: int, *, time_first: bool = False) -> Any:
+    """Arrays [B, T, ...] in pieces of time for `lax.scan`, the last of which ends in zeros.
+
+    Returns:
+        [T / size, B, size, ...] each, or, with `time_first`, [T / size, size, B, ...].
+    """
 
     def split(x):
-        x = pad(x, {1: round_up(x.shape[1], size)})
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
+        whole = round_up(x.shape[1], size)
+        if time_first:
+            return pad(jnp.moveaxis(x, 1, 0), {0: whole}).reshape(-1, size, x.shape[0], *x.shape[2:])
+        return jnp.moveaxis(pad(x, {1: whole}).reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
 
     return jax.tree.map(split, tree)
 
 
-def join_time(x: jax.Array, length: int) -> jax.Array:
-    """[T / size, B, size, ...] to [B, T, ...], T = `length`: the inverse of `split_time`."""
+def join_time(x: jax.Array, length: int, *, time_first: bool = False) -> jax.Array:
+    """[B, T, ...] with T = `length`, of what `split_time` gives."""
+    if time_first:
+        return jnp.moveaxis(x.reshape(-1, *x.shape[2:])[:length], 0, 1)
     x = jnp.moveaxis(x, 0, 1)
     return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
 

@@ -12,14 +12,13 @@ from jax import lax
 from seqmodels.kernels import lanes
 from seqmodels.kernels.lanes import THREADS, load_vector, store_vector, thread_index
 from seqmodels.kernels.short_conv.tuning import CHANNELS
-
-FEW = 8  # tokens
+from seqmodels.kernels.tuning import UNROLLED
 
 
 def supports(batch: int, length: int, channels: int, documents: bool) -> str | None:
     """Why the kernel cannot serve; None: it can. documents: whether there are segments or padding."""
-    if length > FEW:
-        return f"T is {length}; it writes out at most {FEW} tokens"
+    if length > UNROLLED:
+        return f"T is {length}; it writes out at most {UNROLLED} tokens"
     if documents:
         return "there are documents or padding"
     if channels % CHANNELS or batch * channels % (THREADS * CHANNELS):

@@ -20,6 +20,7 @@ from seqmodels.kernels.interpret import gpu_interpreter
 from seqmodels.kernels.lanes import THREADS, load_vector, store_vector, thread_index
 from seqmodels.kernels.short_conv import few, tuning, xla
 from seqmodels.kernels.short_conv.tuning import CHANNELS
+from seqmodels.kernels.tuning import UNROLLED
 
 f32 = jnp.float32
 DTYPES = ("bfloat16", "float16", "float32")
@@ -31,7 +32,7 @@ def supports(
     """Why this backend cannot serve the call, or should not where it is not asked for by name; None: it can."""
     if platform != "cuda" and not gpu_interpreter():
         return "it needs an NVIDIA GPU"
-    if length <= few.FEW and not named and (reason := few.supports(batch, length, channels, documents)):
+    if length <= UNROLLED and not named and (reason := few.supports(batch, length, channels, documents)):
         return f"{reason}, and so few tokens are faster in XLA's own fusions"
     if (capability := lanes.compute_capability() or 9) < 9:
         return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or later, this one has {capability}"

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from seqmodels.kernels.arrays import pad, round_up
 from seqmodels.kernels.interpret import tpu_interpreter
 from seqmodels.kernels.linear_attention.mosaic_tpu import backward, forward
 from seqmodels.kernels.linear_attention.mosaic_tpu.decays import ROWS, chunk_rows
@@ -76,13 +77,14 @@ def linear_attention(
     (batch, length, heads, values), (groups, keys) = v.shape, k.shape[2:]
     each, factors = heads // groups, factors_dtype(q, k, v)
     reset = resets(segment_ids, initial_segment, mask)
-    more = dict(T=-length % TOKENS, K=-keys % FACTORS, V=-values % FACTORS)
+    whole = dict(T=round_up(length, TOKENS), K=round_up(keys, FACTORS), V=round_up(values, FACTORS))
 
-    def pad(x, axes):
-        return jnp.pad(x, [(0, more.get(axis, 0)) for axis in axes])
+    def fill_up(x, axes):
+        """Up to whole chunks and registers."""
+        return pad(x, {i: whole[axis] for i, axis in enumerate(axes) if axis in whole})
 
     def by_group(x):  # [B, T, G, K] to [B, G, T, K]
-        return pad(jnp.swapaxes(x, 1, 2).astype(factors), "BGTK")
+        return fill_up(jnp.swapaxes(x, 1, 2).astype(factors), "BGTK")
 
     def by_head(x):  # [B or 1, T, H, ...] to [B or 1, G, R, T, ...]
         x = x.reshape(*x.shape[:2], groups, each, *x.shape[3:])
@@ -97,11 +99,11 @@ def linear_attention(
     arrays = dict(
         q=by_group(q),
         k=by_group(k),
-        v=pad(by_head(v).astype(factors), "BGRTV"),
+        v=fill_up(by_head(v).astype(factors), "BGRTV"),
         rows=chunk_rows(
-            pad(decay.astype(jnp.float32), "BGRT"), None if reset is None else pad(reset, "BT"), read, TOKENS
+            fill_up(decay.astype(jnp.float32), "BGRT"), None if reset is None else fill_up(reset, "BT"), read, TOKENS
         ),
-        state=pad(initial_state.astype(jnp.float32).reshape(batch, groups, each, keys, values), "BGRKV"),
+        state=fill_up(initial_state.astype(jnp.float32).reshape(batch, groups, each, keys, values), "BGRKV"),
     )
     own = None if bonus is None else _own(q, k, v, bonus, scale)
     # a sum of rounded numbers would be rounded twice over
@@ -179,8 +181,8 @@ def together(heads, keys, values):
 
 def backward_vmem(heads, keys, values):
     """Bytes of VMEM of the backward kernel, which needs the more: scratch, two of each block, values between."""
-    keys, values = -(-keys // FACTORS) * FACTORS, -(-values // TOKENS) * TOKENS
-    state, lanes = keys * values, -(-keys // TOKENS) * TOKENS
+    keys, values = round_up(keys, FACTORS), round_up(values, TOKENS)
+    state, lanes = keys * values, round_up(keys, TOKENS)
     scratch = heads * state + 2 * TOKENS * (TOKENS + lanes)
     blocks = 3 * state + TOKENS * 3 * values + 2 * ROWS * TOKENS
     between = 8 * TOKENS * TOKENS + 4 * TOKENS * (lanes + values) + 3 * state

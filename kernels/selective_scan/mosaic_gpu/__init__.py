@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 from seqmodels.kernels import lanes
 from seqmodels.kernels.arrays import mapped, pad, round_up
 from seqmodels.kernels.interpret import gpu_interpreter
+from seqmodels.kernels.pieces import chain_unrolled
 from seqmodels.kernels.segments import resets
 from seqmodels.kernels.selective_scan import xla
 from seqmodels.kernels.selective_scan.mosaic_gpu import few, tuning
@@ -24,6 +25,7 @@ from seqmodels.kernels.selective_scan.mosaic_gpu.forward_plan import WORKERS, af
 from seqmodels.kernels.selective_scan.mosaic_gpu.stage import SHARED, marks
 from seqmodels.kernels.selective_scan.mosaic_gpu.summary import end_of_gradient, end_of_state
 from seqmodels.kernels.selective_scan.mosaic_gpu.tile import SIZES, Tile
+from seqmodels.kernels.tuning import UNROLLED
 
 OVER_TIME = ("u", "dt", "B", "C", "z", "weights", "dy", "du", "ddt", "dz", "dweights")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -36,7 +38,7 @@ def supports(platform, shape, dtype, named=False, **facts) -> str | None:
         return "it needs an NVIDIA GPU"
     if length == 1 and not named:
         return "T is 1: XLA fuses the scan with what comes before and after it, and a model's step is faster so"
-    if length <= xla.FEW and not named and (reason := few.supports(shape)):
+    if length <= UNROLLED and not named and (reason := few.supports(shape)):
         return f"{reason}, and so few tokens are faster in XLA's own fusions than in chunks"
     if (capability := lanes.compute_capability() or 9) < 9:
         return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or later, this one has {capability}"
@@ -236,10 +238,7 @@ def decay_of(A, steps, marks):
 def chain(start, decay, end, pieces, reverse=False):
     """The state before each piece [b pieces, G, E', N] (reversed: after it), from the one before the first (last)."""
     decay, end = (x.reshape(-1, pieces, *x.shape[1:]) for x in (decay, end))
-    states, order = [start], range(pieces - 1)
-    for piece in (pieces - 1 - i for i in order) if reverse else order:
-        states.append(decay[:, piece] * states[-1] + end[:, piece])
-    states = jnp.stack(states[::-1] if reverse else states, axis=1)
+    states = chain_unrolled(decay, end, start, reverse)
     return states.reshape(-1, *states.shape[2:])
 
 

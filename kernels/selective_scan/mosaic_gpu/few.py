@@ -15,14 +15,14 @@ from seqmodels.kernels import lanes
 from seqmodels.kernels.lanes import LOG2E, THREADS, load_vector, store_vector, thread_index
 from seqmodels.kernels.selective_scan.mosaic_gpu.stage import MARKS
 from seqmodels.kernels.selective_scan.mosaic_gpu.tile import STATES
-from seqmodels.kernels.selective_scan.xla import FEW
+from seqmodels.kernels.tuning import UNROLLED
 
 
 def supports(shape) -> str | None:
     """Why the kernel cannot serve a shape [B, T, G, E, N]; None: it can."""
     batch, length, groups, width, states = shape
-    if length > FEW:
-        return f"T is {length}; it writes out at most {FEW} tokens"
+    if length > UNROLLED:
+        return f"T is {length}; it writes out at most {UNROLLED} tokens"
     if states not in [STATES << i for i in range(5)]:
         return f"N is {states}; it takes 4, 8, 16, 32 or 64"
     if batch * width * states % (THREADS * STATES):

@@ -20,8 +20,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from seqmodels.kernels import lanes
 from seqmodels.kernels.lanes import LOG2E
 from seqmodels.kernels.selective_scan.mosaic_gpu import forward_roles
-from seqmodels.kernels.selective_scan.mosaic_gpu.forward_plan import FEWEST, MOST, Plan, forward_bytes
-from seqmodels.kernels.selective_scan.mosaic_gpu.stage import SHARED, Stage
+from seqmodels.kernels.selective_scan.mosaic_gpu.forward_plan import Plan, slots_of
+from seqmodels.kernels.selective_scan.mosaic_gpu.stage import Stage
 
 f32 = jnp.float32
 
@@ -47,7 +47,7 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
     """
     batch, length, groups, _ = u.shape
     _, padded, states = A.shape
-    slots = MOST if forward_bytes(u, dt, B, C, z, weights, block, chunk, MOST) <= SHARED else FEWEST
+    slots = slots_of(u, dt, B, C, z, weights, block, chunk)
     plan = Plan(batch, length, groups, padded, states, block, chunk, save, softplus, slots)
     BC = jnp.stack([B, C], axis=-1).reshape(*B.shape[:3], 2 * states)
     stage = Stage(dict(u=u, dt=dt, BC=BC, z=z, weights=weights, marks=marks), chunk, block, groups, slots)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from seqmodels.kernels import lanes
 from seqmodels.kernels.lanes import THREADS
-from seqmodels.kernels.selective_scan.mosaic_gpu.stage import MARKED, Stage
+from seqmodels.kernels.selective_scan.mosaic_gpu.stage import MARKED, SHARED, Stage
 from seqmodels.kernels.selective_scan.mosaic_gpu.tile import STATES, Tile
 
 f32 = jnp.float32
@@ -106,6 +106,11 @@ class Plan:
     def wide(self) -> int:
         """Channels of each of them."""
         return self.block // self.columns
+
+
+def slots_of(u, dt, B, C, z, weights, block: int, chunk: int) -> int:
+    """Chunks in shared memory."""
+    return MOST if forward_bytes(u, dt, B, C, z, weights, block, chunk, MOST) <= SHARED else FEWEST
 
 
 def workers_of(block: int, states: int, groups: int) -> int:
