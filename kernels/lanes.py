@@ -17,7 +17,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from numpy.polynomial import Chebyshev, Polynomial
 
-from seqmodels.kernels.interpret import gpu_interpreter
+from seqmodels.kernels.interpreter import gpu_interpreter
 
 Lanes = tuple[jax.Array, ...]  # numbers of each thread: arrays [128], one for each register
 THREADS = 128

@@ -16,7 +16,7 @@ from jax import lax
 
 from seqmodels.kernels import lanes
 from seqmodels.kernels.arrays import mapped, pad, round_up
-from seqmodels.kernels.interpret import gpu_interpreter
+from seqmodels.kernels.interpreter import gpu_interpreter
 from seqmodels.kernels.lanes import THREADS, load_vector, store_vector, thread_index
 from seqmodels.kernels.short_conv import few, tuning, xla
 from seqmodels.kernels.short_conv.tuning import CHANNELS

@@ -4,7 +4,7 @@ import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.experimental.pallas import tpu as pltpu
 
-from seqmodels.kernels.interpret import interpret
+from seqmodels.kernels.interpreter import interpret
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from seqmodels.kernels.dispatch import UnsupportedError
-from seqmodels.kernels.interpret import interpret
+from seqmodels.kernels.interpreter import interpret
 from seqmodels.kernels.linear_attention import linear_attention, mosaic_gpu
 from tests.kernels.helpers import (
     SHARED_MEMORY,

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from seqmodels.kernels.dispatch import UnsupportedError
-from seqmodels.kernels.interpret import interpret
+from seqmodels.kernels.interpreter import interpret
 from seqmodels.kernels.linear_attention import linear_attention, mosaic_tpu
 from tests.kernels.helpers import (
     assert_close,

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from seqmodels.kernels.dispatch import UnsupportedError
-from seqmodels.kernels.interpret import interpret
+from seqmodels.kernels.interpreter import interpret
 from seqmodels.kernels.selective_scan import mosaic_gpu, selective_scan
 from seqmodels.kernels.selective_scan.mosaic_gpu import few, forward_plan, summary, tuning
 from seqmodels.kernels.selective_scan.mosaic_gpu.stage import MARKED, SHARED

@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from seqmodels.kernels.dispatch import UnsupportedError
-from seqmodels.kernels.interpret import interpret
+from seqmodels.kernels.interpreter import interpret
 from seqmodels.kernels.selective_scan import mosaic_tpu, selective_scan
 from tests.kernels.helpers import (
     assert_close,

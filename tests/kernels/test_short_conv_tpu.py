@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from seqmodels.kernels.dispatch import UnsupportedError
-from seqmodels.kernels.interpret import interpret
+from seqmodels.kernels.interpreter import interpret
 from seqmodels.kernels.short_conv import mosaic_tpu, short_conv
 from tests.kernels.helpers import (
     assert_close,

@@ -15,7 +15,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from seqmodels.kernels import lanes
 from seqmodels.kernels.arrays import mapped, pad, round_up
-from seqmodels.kernels.interpret import gpu_interpreter
+from seqmodels.kernels.interpreter import gpu_interpreter
 from seqmodels.kernels.lanes import LN2
 from seqmodels.kernels.linear_attention.mosaic_gpu.decay import exponents, gradient, starts, vectors
 from seqmodels.kernels.linear_attention.mosaic_gpu.keys import keys_gradient

@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from seqmodels.kernels.interpret import gpu_interpreter
+from seqmodels.kernels.interpreter import gpu_interpreter
 
 SIDE = 64  # tokens of a chunk, and columns of a tile: 128 bytes of 16-bit numbers, one swizzle
 SLOTS = 2  # chunks in shared memory: one in use, one on its way

@@ -21,7 +21,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from seqmodels.kernels.arrays import pad, round_up
-from seqmodels.kernels.interpret import tpu_interpreter
+from seqmodels.kernels.interpreter import tpu_interpreter
 from seqmodels.kernels.linear_attention.mosaic_tpu import backward, forward
 from seqmodels.kernels.linear_attention.mosaic_tpu.decays import ROWS, chunk_rows
 from seqmodels.kernels.linear_attention.xla import factors_dtype

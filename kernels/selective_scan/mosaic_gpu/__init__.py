@@ -13,7 +13,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from seqmodels.kernels import lanes
 from seqmodels.kernels.arrays import mapped, pad, round_up
-from seqmodels.kernels.interpret import gpu_interpreter
+from seqmodels.kernels.interpreter import gpu_interpreter
 from seqmodels.kernels.pieces import chain_unrolled
 from seqmodels.kernels.segments import resets
 from seqmodels.kernels.selective_scan import xla

@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from seqmodels.kernels import lanes
-from seqmodels.kernels.interpret import gpu_interpreter
+from seqmodels.kernels.interpreter import gpu_interpreter
 from seqmodels.kernels.lanes import LN2, THREADS, Lanes, load_vector, store_vector, thread_index
 from seqmodels.kernels.selective_scan.mosaic_gpu.backward_plan import AHEAD, BUFFERS, PART, SLOTS, Plan
 from seqmodels.kernels.selective_scan.mosaic_gpu.stage import Stage, prepare

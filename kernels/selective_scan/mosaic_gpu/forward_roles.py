@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from seqmodels.kernels import lanes
-from seqmodels.kernels.interpret import gpu_interpreter
+from seqmodels.kernels.interpreter import gpu_interpreter
 from seqmodels.kernels.lanes import THREADS, Lanes, load_vector, store_vector, thread_index
 from seqmodels.kernels.selective_scan.mosaic_gpu.forward_plan import TOKENS, Plan
 from seqmodels.kernels.selective_scan.mosaic_gpu.stage import Stage, prepare

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
 from seqmodels.kernels.arrays import pad, round_up
-from seqmodels.kernels.interpret import tpu_interpreter
+from seqmodels.kernels.interpreter import tpu_interpreter
 from seqmodels.kernels.segments import resets
 from seqmodels.kernels.selective_scan.mosaic_tpu import backward, forward
 from seqmodels.kernels.selective_scan.mosaic_tpu.tiles import LANES, LOG2_E, STRIDE, SUBLANES, TILE, parts_shape
