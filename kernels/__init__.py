@@ -1,8 +1,10 @@
 """Operations of sequence mixers, each with several implementations. Imported as `seqmodels.kernels`."""
 
+import contextlib
 import importlib
 from collections.abc import Iterator, Mapping
 from types import ModuleType
+from typing import Any
 
 
 class Operations(Mapping[str, ModuleType]):
@@ -30,6 +32,14 @@ class Operations(Mapping[str, ModuleType]):
 
 
 OPERATIONS = Operations("selective_scan", "short_conv", "attention", "linear_attention")
+
+
+def interpret(**options: Any) -> contextlib.AbstractContextManager[None]:
+    """A context in which Pallas kernels run in jax's interpreters, on a CPU; see `seqmodels.kernels.interpreter`."""
+    from seqmodels.kernels import interpreter
+
+    return interpreter.interpret(**options)
+
 
 if __name__ == "kernels":  # by the folder's name, as old scripts in a checkout do: the same modules, no copies of them
     from seqmodels.alias import alias

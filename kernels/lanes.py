@@ -2,18 +2,24 @@
 
 A warpgroup is 128 threads; an array of shape (128,) in the layout `LANES` is one register of each. Arithmetic on such
 arrays is plain jax.numpy. What Pallas lacks is here: loads and stores at an offset of each thread's own, 16 bytes at a
-time, and the hardware's reciprocal. In interpret mode the same functions are indexing and arithmetic.
+time, and the hardware's reciprocal. In the interpreter the same functions are indexing and arithmetic.
 """
 
 import functools
+from collections.abc import Callable, Iterable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from numpy.polynomial import Chebyshev, Polynomial
 
+from seqmodels.kernels.interpreter import gpu_interpreter
+
+Lanes = tuple[jax.Array, ...]  # numbers of each thread: arrays [128], one for each register
 THREADS = 128
 LANES = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
 LOG2E = 1.4426950408889634
@@ -22,18 +28,39 @@ LN2 = 0.6931471805599453
 _nearest = Chebyshev.interpolate(lambda e: np.log1p(e) / e, 8, domain=[0, 1])
 LOG1P = tuple(_nearest.convert(kind=Polynomial).coef.tolist())
 
-# Set by tests to run the kernels on a CPU: jax's parameters of interpret mode, for `plgpu.kernel(interpret=...)`.
-INTERPRET = None
+H100_PROCESSORS = 132
 
 
 def compute_capability() -> float | None:
     """Of the GPU at hand; None where there is none: compiling ahead of time, or interpreting."""
-    if INTERPRET is not None or jax.default_backend() != "gpu":
+    if gpu_interpreter() or jax.default_backend() != "gpu":
         return None
     return float(jax.devices()[0].compute_capability)
 
 
-def compiler_params():
+def processors() -> int:
+    """Multiprocessors of the GPU at hand; an H100's where there is none: compiling ahead of time, or interpreting."""
+    if gpu_interpreter() or jax.default_backend() != "gpu":
+        return H100_PROCESSORS
+    return jax.devices()[0].core_count
+
+
+def warpgroups(most: int) -> int:
+    """How many warpgroups may store to one array: `most`, but one in the interpreter, which stores whole arrays."""
+    return 1 if gpu_interpreter() else most
+
+
+def thread_index() -> jax.Array:
+    """[128] int32: the number of each thread in its warpgroup."""
+    return plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (THREADS,), 0), LANES)
+
+
+def kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
+    """`plgpu.kernel` of a body that is written in this vocabulary; run by the interpreter within `interpret`."""
+    return plgpu.kernel(body, compiler_params=compiler_params(), interpret=gpu_interpreter(), **options)
+
+
+def compiler_params() -> plgpu.CompilerParams:
     """One register a thread and array; barriers by hand: the automatic ones, around each store, cost a quarter more."""
     from jax.experimental.mosaic.gpu.core import LoweringSemantics
 
@@ -42,7 +69,9 @@ def compiler_params():
     )
 
 
-def in_place(kernel, arrays, state, out):
+def in_place(
+    kernel: Any, arrays: Iterable[jax.Array], state: jax.Array, out: jax.ShapeDtypeStruct
+) -> tuple[jax.Array, jax.Array]:
     """A kernel's output and the new state, which takes the place of `state` in memory if that is donated.
 
     Args:
@@ -59,7 +88,7 @@ def in_place(kernel, arrays, state, out):
     return output, state
 
 
-def read(ref, offset, width, *, at=0):
+def load_vector(ref: Any, offset: jax.Array, width: int, *, at: int = 0) -> Lanes:
     """`width` consecutive elements from each thread's offset.
 
     Args:
@@ -71,51 +100,51 @@ def read(ref, offset, width, *, at=0):
     Returns:
         tuple of width arrays [128] float32.
     """
-    if INTERPRET is not None:
+    if gpu_interpreter():
         flat = ref[...].reshape(-1)
         return tuple(flat[offset + at + i].astype(jnp.float32) for i in range(width))
-    return _read(width, at)(ref, offset)
+    return _load_vector(width, at)(ref, offset)
 
 
-def write(ref, offset, values, *, at=0):
-    """The counterpart of `read`: values, a tuple of [128] float32, in ref's dtype."""
-    if INTERPRET is not None:
+def store_vector(ref: Any, offset: jax.Array, values: Lanes, *, at: int = 0) -> None:
+    """The counterpart of `load_vector`: values, a tuple of [128] float32, in ref's dtype."""
+    if gpu_interpreter():
         flat = ref[...].reshape(-1)
         for i, value in enumerate(values):
             flat = flat.at[offset + at + i].set(value.astype(flat.dtype))
         ref[...] = flat.reshape(ref.shape)
     else:
-        _write(len(values), at)(ref, offset, *values)
+        _store_vector(len(values), at)(ref, offset, *values)
 
 
-def zeros(count):
+def zeros(count: int) -> Lanes:
     """`count` arrays [128] of float32 zeros."""
     return (plgpu.layout_cast(jnp.zeros((THREADS,), jnp.float32), LANES),) * count
 
 
-def reciprocal(x):
+def reciprocal(x: jax.Array) -> jax.Array:
     """1 / x to a unit in the last place, [128] float32."""
-    return 1 / x if INTERPRET is not None else _reciprocal()(x)
+    return 1 / x if gpu_interpreter() else _reciprocal()(x)
 
 
-def exchange(x, distance):
+def exchange(x: jax.Array, distance: int) -> jax.Array:
     """x of the thread whose index differs in the bit `distance`, a power of two below 32; [128] float32."""
-    if INTERPRET is not None:
+    if gpu_interpreter():
         return x[jnp.arange(THREADS) ^ distance]
     return _exchange(distance)(x)
 
 
-def exp(x):
+def exp(x: jax.Array) -> jax.Array:
     """e^x."""
     return jnp.exp2(x * LOG2E)
 
 
-def sigmoid(x):
+def sigmoid(x: jax.Array) -> jax.Array:
     """1 / (1 + e^-x)."""
     return reciprocal(1 + exp(-x))
 
 
-def softplus(x):
+def softplus(x: jax.Array) -> jax.Array:
     """log(1 + e^x) to float32's precision: max(x, 0) + log(1 + e) with e = exp(-|x|) <= 1, and that by a polynomial."""
     e = exp(-jnp.abs(x))
     series = jnp.full_like(e, LOG1P[-1])
@@ -153,7 +182,7 @@ def _pointer(ref, offset, at):
 
 
 @functools.cache
-def _read(width, at):
+def _load_vector(width, at):
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, llvm, vector
 
@@ -173,7 +202,7 @@ def _read(width, at):
 
 
 @functools.cache
-def _write(width, at):
+def _store_vector(width, at):
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import arith, llvm, vector
 

@@ -11,7 +11,7 @@ import pytest
 from seqmodels.configs.densemamba import get_config
 from seqmodels.depth import vector
 from seqmodels.errors import UserError
-from seqmodels.kernels.selective_scan import xla
+from seqmodels.kernels.tuning import UNROLLED
 from seqmodels.model import build
 
 B, T, D, E, N, LAYERS = 2, 7, 8, 16, 3, 4
@@ -198,7 +198,7 @@ def test_fresh_dense_mamba_is_mamba(variant, gate):
         assert all(not fresh[k].any() for k in fresh if k in ("gate_channel_out", "gate_state_out", "gain_state"))
     plain = {"params": {k: {j: w for j, w in v.items() if j != "dense"} if "block" in k else v
                         for k, v in params["params"].items()}}  # fmt: skip
-    many = tokens(xla.FEW + 3)  # so many that the scan is one loop, which XLA does not fuse with what is around it
+    many = tokens(UNROLLED + 3)  # so many that the scan is one loop, which XLA does not fuse with what is around it
     got, want = hidden(dense, params, many), hidden(mamba, plain, many)
     if variant in ("input", "rank"):  # not the one fused scan: the same sums, rounded in another order
         np.testing.assert_allclose(got, want, atol=2e-6)

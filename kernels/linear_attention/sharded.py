@@ -26,7 +26,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from seqmodels.kernels import linear_attention as op
+from seqmodels.kernels.arrays import zero_padding
 from seqmodels.kernels.linear_attention import xla
+from seqmodels.kernels.pieces import chain
 from seqmodels.kernels.segments import resets, segment_before
 
 
@@ -103,7 +105,7 @@ def _attend_bwd(options, residuals, cotangents):
     dy, dend = cotangents
     dend = jax.lax.psum(dend, options.axis)  # the end is one value, of which every device holds a copy
     dstart = jax.lax.all_gather(_start_gradient(options, arrays, documents, dy), options.axis)
-    dends, _ = _chain(factors, dstart, dend, reverse=True)
+    dends, _ = chain(factors, dstart, dend, reverse=True)
     index = jax.lax.axis_index(options.axis)
     (gradients,) = transpose((dy, dends[index]))
     gradients["initial_state"] = jnp.where(index == 0, gradients["initial_state"], 0)
@@ -128,25 +130,19 @@ def _chained(options, arrays, documents):
     factors = jnp.exp(total)[..., None]
     if reset is not None:
         factors = jnp.where(reset[..., None, None, None], 0, factors)
-    starts, end = _chain(factors, added, arrays["initial_state"].astype(added.dtype))
+    starts, end = chain(factors, added, arrays["initial_state"].astype(added.dtype))
     return starts[jax.lax.axis_index(options.axis)], end, factors
-
-
-def _chain(factors, added, state, reverse=False):
-    """S <- factor S + added, piece by piece: the state before each piece [S, ...], and the last one."""
-    last, before = jax.lax.scan(lambda s, piece: (piece[0] * s + piece[1], s), state, (factors, added), reverse=reverse)
-    return before, last
 
 
 def _end(arrays, mask, logs, reset):
     """The state [B, H, K, V] at the piece's end from zero at its start."""
     later = jax.lax.cumsum(logs, axis=1, reverse=True)
     later = jnp.concatenate([later[:, 1:], jnp.zeros_like(later[:, :1])], axis=1)
-    v = _real(arrays["v"], mask)
+    v = zero_padding(arrays["v"], mask)
     if reset is not None:
         document = jnp.cumsum(reset, axis=1)
         v = jnp.where((document == document[:, -1:])[..., None, None], v, 0)
-    return _sum_of_outer_products(_real(arrays["k"], mask), later, v)
+    return _sum_of_outer_products(zero_padding(arrays["k"], mask), later, v)
 
 
 def _start_gradient(options, arrays, documents, dy):
@@ -155,10 +151,10 @@ def _start_gradient(options, arrays, documents, dy):
     elapsed = jnp.cumsum(_log_decays(arrays, mask), axis=1)
     if options.read == "exclusive":
         elapsed = jnp.concatenate([jnp.zeros_like(elapsed[:, :1]), elapsed[:, :-1]], axis=1)
-    dy = _real(dy, mask)
+    dy = zero_padding(dy, mask)
     if reset is not None:
         dy = jnp.where(jnp.cumsum(reset, axis=1)[..., None, None] > 0, 0, dy)
-    return options.scale * _sum_of_outer_products(_real(arrays["q"], mask), elapsed, dy)
+    return options.scale * _sum_of_outer_products(zero_padding(arrays["q"], mask), elapsed, dy)
 
 
 def _sum_of_outer_products(keys, logs, values):
@@ -174,9 +170,4 @@ def _log_decays(arrays, mask):
     accumulator = jnp.result_type(q, k, v, jnp.float32)
     logs = jnp.zeros(v.shape[2], accumulator) if logs is None else logs.astype(accumulator)
     logs = logs if logs.ndim == 4 else jnp.broadcast_to(logs, v.shape[:3])[..., None]
-    return _real(logs, mask)
-
-
-def _real(x, mask):
-    """[B, T, H, ...] with zeros on padding, which may hold anything."""
-    return x if mask is None else jnp.where(mask[:, :, None, None], x, 0)
+    return zero_padding(logs, mask)

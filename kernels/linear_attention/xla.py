@@ -25,11 +25,12 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
+from seqmodels.kernels.arrays import expand_to, join_time, split_time
 from seqmodels.kernels.segments import resets
+from seqmodels.kernels.tuning import UNROLLED
 
 CHUNK = 64  # tokens between the states that are kept
 BLOCK = 16  # tokens of a block where every channel has a decay of its own
-FEW = 8  # tokens that are written out
 
 
 class Options(NamedTuple):
@@ -69,7 +70,7 @@ def linear_attention(
     state = initial_state.astype(accumulator)
     bonus = None if bonus is None else bonus.astype(accumulator)
     reset = resets(segment_ids, initial_segment, mask)
-    if v.shape[1] <= FEW:
+    if v.shape[1] <= UNROLLED:
         y, state = _few_tokens(scale, read, (q, k, v, log_decay, reset), bonus, state)
         return y.astype(dtype), state
 
@@ -122,7 +123,7 @@ def _decay_of(log_decay, t):
     if log_decay.ndim == 1:
         return jnp.exp(log_decay)[:, None, None]
     log_decay = log_decay[:, t]
-    return jnp.exp(log_decay.reshape(*log_decay.shape, *[1] * (4 - log_decay.ndim)))
+    return jnp.exp(expand_to(log_decay, 4))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -177,8 +178,8 @@ def _in_pieces(forward, size, tokens, state):
         y, new = forward(piece, state)
         return new, (y, state)
 
-    state, (y, before) = jax.lax.scan(body, state, _split(tokens, size))
-    return _join(y, tokens[0].shape[1]), state, before
+    state, (y, before) = jax.lax.scan(body, state, split_time(tokens, size))
+    return join_time(y, tokens[0].shape[1]), state, before
 
 
 def _back_in_pieces(backward, size, tokens, dy, states, dstate):
@@ -193,26 +194,10 @@ def _back_in_pieces(backward, size, tokens, dy, states, dstate):
         gradients, dbonus, dstate = backward(*piece, dstate)
         return dstate, (gradients, dbonus)
 
-    pieces = (_split(tokens, size), _split(dy, size), states)
+    pieces = (split_time(tokens, size), split_time(dy, size), states)
     dstate, (gradients, dbonus) = jax.lax.scan(body, dstate, pieces, reverse=True)
     dbonus = None if dbonus is None else jnp.sum(dbonus, axis=0)
-    return tuple(_join(g, dy.shape[1]) for g in gradients), dbonus, dstate
-
-
-def _split(tree, size):
-    """[B, T, ...] to [T / size, B, size, ...]; the last piece ends in zeros, which leave the state as it is."""
-
-    def split(x):
-        x = jnp.pad(x, [(0, 0), (0, -x.shape[1] % size)] + [(0, 0)] * (x.ndim - 2))
-        return jnp.moveaxis(x.reshape(x.shape[0], -1, size, *x.shape[2:]), 1, 0)
-
-    return jax.tree.map(split, tree)
-
-
-def _join(x, length):
-    """[T / size, B, size, ...] to [B, T, ...]."""
-    x = jnp.moveaxis(x, 0, 1)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+    return tuple(join_time(g, dy.shape[1]) for g in gradients), dbonus, dstate
 
 
 def factors_dtype(*arrays: jax.Array) -> jnp.dtype:

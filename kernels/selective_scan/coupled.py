@@ -7,15 +7,16 @@ that states are kept at chunk boundaries only.
 import jax
 import jax.numpy as jnp
 
+from seqmodels.kernels.arrays import join_time, split_time, zero_padding
 from seqmodels.kernels.segments import resets
 from seqmodels.kernels.selective_scan import xla
 
 
 def _chunked(body, state, tokens, reset, length):
     """Scan `body(state, tokens, reset) -> (state, y)` over chunks of time, recomputing each in the backward pass."""
-    chunks = xla._split((tokens, reset))
+    chunks = split_time((tokens, reset), min(xla.CHUNK, length), time_first=True)
     state, y = jax.lax.scan(lambda state, chunk: jax.checkpoint(body)(state, *chunk), state, chunks)
-    return state, xla._join(y, length)
+    return state, join_time(y, length, time_first=True)
 
 
 def _recurrence(decay, write, state):
@@ -57,7 +58,7 @@ def rank_scan(
         y [B, T, E] float32 and the final state.
     """
     dtype = state.dtype
-    dt, writes, B, C = _real((dt, writes, B, C), mask, dtype)
+    dt, writes, B, C = (zero_padding(x, mask).astype(dtype) for x in (dt, writes, B, C))
 
     def body(state, tokens, reset):
         dt, writes, B, C = tokens
@@ -106,7 +107,8 @@ def carry_scan(
     Returns:
         y [B, T, E] float32, the final unfused state [B, E, N] of group 0, and the final c [B, E, N].
     """
-    u, dt, B, C, gate_channel, gate_state = _real((u, dt, B, C, gate_channel, gate_state), mask, state.dtype)
+    tokens = (u, dt, B, C, gate_channel, gate_state)
+    u, dt, B, C, gate_channel, gate_state = (zero_padding(x, mask).astype(state.dtype) for x in tokens)
     A = jnp.swapaxes(A, 1, 2)
 
     def body(states, tokens, reset):
@@ -126,13 +128,3 @@ def carry_scan(
     states = (jnp.swapaxes(state, 2, 3), jnp.swapaxes(carried, 1, 2))
     (state, carried), y = _chunked(body, states, (u, dt, B, C, gate_channel, gate_state), reset, u.shape[1])
     return y, jnp.swapaxes(state[:, 0], 1, 2), jnp.swapaxes(carried, 1, 2)
-
-
-def _real(arrays, mask, dtype):
-    """In float32, and zero on padding, which with dt = 0 and a closed gate leaves every state as it is."""
-
-    def real(x):
-        keep = None if mask is None else mask.reshape(*mask.shape, *[1] * (x.ndim - 2))
-        return x.astype(dtype) if mask is None else jnp.where(keep, x, 0).astype(dtype)
-
-    return tuple(real(x) for x in arrays)

@@ -26,6 +26,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from seqmodels.kernels import selective_scan as op
+from seqmodels.kernels.arrays import expand_to, zero_padding
+from seqmodels.kernels.pieces import chain
 from seqmodels.kernels.segments import resets, segment_before
 
 
@@ -93,7 +95,7 @@ def _scan_bwd(options, residuals, cotangents):
     dy, dend = cotangents
     dend = jax.lax.psum(dend, options.axis)  # the end is one value, of which every device holds a copy
     dstart = jax.lax.all_gather(_start_gradient(options, arrays, documents, dy), options.axis)
-    dends, _ = _chain(factors, dstart, dend, reverse=True)
+    dends, _ = chain(factors, dstart, dend, reverse=True)
     index = jax.lax.axis_index(options.axis)
     (gradients,) = transpose((dy, dends[index]))
     gradients["initial_state"] = jnp.where(index == 0, gradients["initial_state"], 0)
@@ -120,15 +122,9 @@ def _chained(options, arrays, documents):
     total, local, reset = jax.lax.all_gather((total, local, reset), options.axis)
     factors = jnp.exp(total[..., None] * arrays["A"].astype(total.dtype))
     if reset is not None:
-        factors = jnp.where(_append_axes(reset, factors.ndim), 0, factors)
-    starts, end = _chain(factors, local, arrays["initial_state"].astype(local.dtype))
+        factors = jnp.where(expand_to(reset, factors.ndim), 0, factors)
+    starts, end = chain(factors, local, arrays["initial_state"].astype(local.dtype))
     return starts[jax.lax.axis_index(options.axis)], end, factors
-
-
-def _chain(factors, added, state, reverse=False):
-    """s <- factor s + added, piece by piece: the state before each piece [S, ...], and the last one."""
-    last, before = jax.lax.scan(lambda s, piece: (piece[0] * s + piece[1], s), state, (factors, added), reverse=reverse)
-    return before, last
 
 
 def _steps(options, arrays, documents):
@@ -137,17 +133,17 @@ def _steps(options, arrays, documents):
     if arrays.get("dt_bias") is not None:
         dt = dt + arrays["dt_bias"]
     dt = jax.nn.softplus(dt) if options.dt_softplus else dt
-    return _real(dt, documents["mask"])
+    return zero_padding(dt, documents["mask"])
 
 
 def _start_gradient(options, arrays, documents, dy):
     """What the outputs' gradient dy [B, T, E] sends to the state at the piece's start: [B, (G,) E, N]."""
     elapsed = jnp.cumsum(_steps(options, arrays, documents), axis=1)
     dtype, mask = elapsed.dtype, documents["mask"]
-    C = _real(arrays["C"], mask).astype(dtype)
-    dy = _real(dy, mask).astype(dtype)
+    C = zero_padding(arrays["C"], mask).astype(dtype)
+    dy = zero_padding(dy, mask).astype(dtype)
     if arrays.get("z") is not None:
-        dy = dy * jax.nn.silu(_real(arrays["z"], mask).astype(dtype))
+        dy = dy * jax.nn.silu(zero_padding(arrays["z"], mask).astype(dtype))
     reset = resets(**documents)
     if reset is not None:
         dy = jnp.where(jnp.cumsum(reset, axis=1)[..., None] > 0, 0, dy)
@@ -158,12 +154,3 @@ def _start_gradient(options, arrays, documents, dy):
     # a reduction that XLA fuses, so that nothing of this size is ever in memory
     decay = jnp.exp(elapsed[..., None] * arrays["A"].astype(dtype))
     return jnp.sum(decay * dy[..., None] * C[..., None, :], axis=1)
-
-
-def _real(x, mask):
-    """Zero on padding, which may hold anything."""
-    return x if mask is None else jnp.where(_append_axes(mask, x.ndim), x, 0)
-
-
-def _append_axes(x, ndim):
-    return x.reshape(*x.shape, *[1] * (ndim - x.ndim))

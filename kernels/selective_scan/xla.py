@@ -6,14 +6,17 @@ the innermost axis is long. A few tokens, as in decoding, are written out one af
 then a GPU reads and writes a state once for one token, in place if it is donated.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from seqmodels.kernels.arrays import expand_to, join_time, split_time
 from seqmodels.kernels.segments import resets
+from seqmodels.kernels.tuning import UNROLLED
 
 CHUNK = 64  # tokens; the states of one chunk are held while it is differentiated
-FEW = 8  # tokens that are written out
 
 
 def supports(**facts: object) -> str | None:
@@ -49,7 +52,7 @@ def selective_scan(
         weights = jnp.concatenate([jnp.ones((batch, length, 1, width), weights.dtype), weights], axis=2)
     reset = resets(segment_ids, initial_segment, mask)
     A, state = A.astype(dtype), initial_state.astype(dtype)
-    if u.shape[1] <= FEW:
+    if u.shape[1] <= UNROLLED:
         y, state = _few_tokens(u, dt, A, B, C, weights, reset, state)
     else:
         y, state = _scan(u, dt, jnp.swapaxes(A, -1, -2), B, C, weights, reset, jnp.swapaxes(state, -1, -2))
@@ -101,28 +104,36 @@ _scan.defvjp(_scan_fwd, _scan_bwd)
 def _forward(u, dt, A, B, C, weights, reset, state):
     """y, the final state, and the states [T / chunk, B, G, N, E] at the start of each chunk."""
 
+    split = functools.partial(split_time, size=min(CHUNK, u.shape[1]), time_first=True)
+
     def body(state, tokens):
         new_state, y = _by_platform(_sequential_forward, _associative_forward, tokens, A, state)
         return new_state, (y, state)
 
-    state, (y, boundaries) = jax.lax.scan(body, state, _split((u, dt, B, C, weights, reset)))
-    return _join(y, u.shape[1]), state, boundaries
+    state, (y, boundaries) = jax.lax.scan(body, state, split((u, dt, B, C, weights, reset)))
+    return join_time(y, u.shape[1], time_first=True), state, boundaries
 
 
 def _backward(u, dt, A, B, C, weights, reset, state, boundaries, dy, dstate):
     """Gradients of the inputs; each chunk computes its states again from the one at its start."""
 
-    def body(carry, chunk):
+    split = functools.partial(split_time, size=min(CHUNK, u.shape[1]), time_first=True)
+
+    def body(carry, piece):
         dstate, dA = carry
-        tokens, dy, state = chunk
+        tokens, dy, state = piece
         dstate, dA_chunk, gradients = _by_platform(
             _sequential_backward, _associative_backward, tokens, A, state, dy, dstate
         )
         return (dstate, dA + dA_chunk), gradients
 
-    chunks = (_split((u, dt, B, C, weights, reset)), _split(dy), boundaries)
+    chunks = (
+        split((u, dt, B, C, weights, reset)),
+        split(dy),
+        boundaries,
+    )
     (dstate, dA), gradients = jax.lax.scan(body, (dstate, jnp.zeros_like(A)), chunks, reverse=True)
-    du, ddt, dB, dC, dweights = (None if g is None else _join(g, u.shape[1]) for g in gradients)
+    du, ddt, dB, dC, dweights = (None if g is None else join_time(g, u.shape[1], time_first=True) for g in gradients)
     return du, ddt, dA, dB, dC, dweights, dstate
 
 
@@ -131,28 +142,10 @@ def _by_platform(sequential, associative, *arguments):
     return jax.lax.platform_dependent(*arguments, cpu=sequential, default=associative)
 
 
-def _split(tree):
-    """[B, T, ...] to [T / chunk, chunk, B, ...]; the last chunk ends in zeros, which leave the state as it is."""
-
-    def split(x):
-        length = x.shape[1]
-        chunk = min(CHUNK, length)
-        x = jnp.moveaxis(x, 1, 0)
-        x = jnp.pad(x, [(0, -length % chunk)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(-1, chunk, *x.shape[1:])
-
-    return jax.tree.map(split, tree)
-
-
-def _join(x, length):
-    """[T / chunk, chunk, B, ...] to [B, T, ...]."""
-    return jnp.moveaxis(x.reshape(-1, *x.shape[2:])[:length], 0, 1)
-
-
 def _decay(dt, A, reset):
     """exp(dt A) [..., B, (G,) N, E], zero at a reset."""
     decay = jnp.exp(dt[..., None, :] * A)
-    return decay if reset is None else jnp.where(reset.reshape(*reset.shape, *[1] * A.ndim), 0, decay)
+    return decay if reset is None else jnp.where(expand_to(reset, reset.ndim + A.ndim), 0, decay)
 
 
 def _write(u, dt, B):

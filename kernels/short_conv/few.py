@@ -7,21 +7,18 @@ the state was, the last W - 1 inputs. XLA takes three kernels: outputs, new stat
 import functools
 
 import jax
-import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from seqmodels.kernels import lanes
-from seqmodels.kernels.lanes import LANES, THREADS, read, write
+from seqmodels.kernels.lanes import THREADS, load_vector, store_vector, thread_index
 from seqmodels.kernels.short_conv.tuning import CHANNELS
-
-FEW = 8  # tokens
+from seqmodels.kernels.tuning import UNROLLED
 
 
 def supports(batch: int, length: int, channels: int, documents: bool) -> str | None:
     """Why the kernel cannot serve; None: it can. documents: whether there are segments or padding."""
-    if length > FEW:
-        return f"T is {length}; it writes out at most {FEW} tokens"
+    if length > UNROLLED:
+        return f"T is {length}; it writes out at most {UNROLLED} tokens"
     if documents:
         return "there are documents or padding"
     if channels % CHANNELS or batch * channels % (THREADS * CHANNELS):
@@ -44,30 +41,28 @@ def few(x, weight, bias, state, *, activation):
     def body(*refs):
         *sources, state_g, y_g = refs
         sources = dict(zip(arrays, sources, strict=True))
-        lane = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (THREADS,), 0), LANES)
+        lane = thread_index()
         number = lax.axis_index("block") * THREADS + lane
         channel, row = lax.rem(number, quads) * CHANNELS, lax.div(number, quads)
         old, tokens = row * ((taps - 1) * channels) + channel, row * (length * channels) + channel
-        inputs = [read(state_g, old, CHANNELS, at=k * channels) for k in range(taps - 1)]
-        inputs += [read(sources["x"], tokens, CHANNELS, at=t * channels) for t in range(length)]
-        weights = [read(sources["weight"], channel, CHANNELS, at=k * channels) for k in range(taps)]
-        start = read(sources["bias"], channel, CHANNELS) if "bias" in sources else lanes.zeros(CHANNELS)
+        inputs = [load_vector(state_g, old, CHANNELS, at=k * channels) for k in range(taps - 1)]
+        inputs += [load_vector(sources["x"], tokens, CHANNELS, at=t * channels) for t in range(length)]
+        weights = [load_vector(sources["weight"], channel, CHANNELS, at=k * channels) for k in range(taps)]
+        start = load_vector(sources["bias"], channel, CHANNELS) if "bias" in sources else lanes.zeros(CHANNELS)
         for t in range(length):
             y = start
             for x, w in zip(inputs[t : t + taps], weights, strict=True):
                 y = tuple(total + a * b for total, a, b in zip(y, x, w, strict=True))
             y = tuple(v * lanes.sigmoid(v) for v in y) if activation == "silu" else y
-            write(y_g, tokens, y, at=t * channels)
+            store_vector(y_g, tokens, y, at=t * channels)
         for k, x in enumerate(inputs[length:]):
-            write(state_g, old, x, at=k * channels)
+            store_vector(state_g, old, x, at=k * channels)
 
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    kernel = plgpu.kernel(
+    kernel = lanes.kernel(
         body,
         out_type=out,
         grid=(batch * quads // THREADS,),
         grid_names=("block",),
-        compiler_params=lanes.compiler_params(),
-        interpret=lanes.INTERPRET,
     )
     return lanes.in_place(kernel, arrays.values(), state, out)

@@ -13,12 +13,14 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from seqmodels.kernels import lanes
-from seqmodels.kernels.lanes import LANES, THREADS, read, write
+from seqmodels.kernels.arrays import mapped, pad, round_up
+from seqmodels.kernels.interpreter import gpu_interpreter
+from seqmodels.kernels.lanes import THREADS, load_vector, store_vector, thread_index
 from seqmodels.kernels.short_conv import few, tuning, xla
 from seqmodels.kernels.short_conv.tuning import CHANNELS
+from seqmodels.kernels.tuning import UNROLLED
 
 f32 = jnp.float32
 DTYPES = ("bfloat16", "float16", "float32")
@@ -28,9 +30,9 @@ def supports(
     platform, batch=8, length=2048, channels=1536, dtype="bfloat16", documents=False, named=False, **facts
 ) -> str | None:
     """Why this backend cannot serve the call, or should not where it is not asked for by name; None: it can."""
-    if platform != "cuda" and lanes.INTERPRET is None:
+    if platform != "cuda" and not gpu_interpreter():
         return "it needs an NVIDIA GPU"
-    if length <= few.FEW and not named and (reason := few.supports(batch, length, channels, documents)):
+    if length <= UNROLLED and not named and (reason := few.supports(batch, length, channels, documents)):
         return f"{reason}, and so few tokens are faster in XLA's own fusions"
     if (capability := lanes.compute_capability() or 9) < 9:
         return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or later, this one has {capability}"
@@ -48,12 +50,8 @@ def short_conv(x, weight, bias, *, activation, initial_state, segment_ids, initi
     if few.supports(*x.shape, documents) is None:
         state = jnp.zeros((x.shape[0], weight.shape[0] - 1, channels)) if initial_state is None else initial_state
         return few_tokens(activation, x, weight, bias, state.astype(f32))
-    more = -channels % CHANNELS
-
-    def widen(v):
-        return v if v is None or not more else jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, more)])
-
-    x, weight, bias, initial_state = (widen(v) for v in (x, weight, bias, initial_state))
+    wide = {-1: round_up(channels, CHANNELS)}
+    x, weight, bias, initial_state = (pad(v, wide) for v in (x, weight, bias, initial_state))
     y, state = xla.convolve_real(
         convolve, x, weight, bias, activation, initial_state, segment_ids, initial_segment, mask
     )
@@ -110,11 +108,6 @@ def arrays(x, weight, bias, state, reach):
     return dict(x=x, weight=weight.astype(f32)) | {n: None if v is None else v.astype(f32) for n, v in optional.items()}
 
 
-def mapped(kernel, **static):
-    """A kernel as a function of a dict of arrays; jax.vmap calls it once for each, for Pallas has no rule for that."""
-    return jax.custom_batching.sequential_vmap(lambda arrays: kernel(**arrays, **static))
-
-
 @functools.partial(jax.jit, static_argnames="activation")  # traced once a shape, not once a layer
 def forward(x, weight, bias, state, reach, *, activation):
     """y [B, T, E].
@@ -139,7 +132,7 @@ def forward(x, weight, bias, state, reach, *, activation):
                 ys.append(tuple(v * lanes.sigmoid(v) for v in total) if activation == "silu" else total)
                 history = (x, *history[:-1])
             for at, y in enumerate(ys):
-                write(refs["y"], thread.place(first), y, at=at * walk.channels)
+                store_vector(refs["y"], thread.place(first), y, at=at * walk.channels)
             return history
 
         lax.fori_loop(0, walk.piece // walk.together, several, thread.history())
@@ -191,7 +184,7 @@ def backward(x, weight, bias, state, reach, dy, *, activation):
                 history = (x, *history[:-1])
             if finish:
                 for at, last in enumerate(whole):
-                    write(refs["dx"], thread.place(first - (taps - 1)), last, at=at * walk.channels)
+                    store_vector(refs["dx"], thread.place(first - (taps - 1)), last, at=at * walk.channels)
             return history, tuple(waiting), sums
 
         # The gradients of tokens start .. start + piece - 1 are this thread's to write, those of weight and bias the
@@ -218,7 +211,7 @@ def backward(x, weight, bias, state, reach, dy, *, activation):
         _, _, sums = carry
         part = (thread.row * walk.pieces + thread.piece) * (taps + 1)
         for k, total in enumerate(sums):
-            write(refs["sums"], (part + k) * walk.channels + thread.channel, total)
+            store_vector(refs["sums"], (part + k) * walk.channels + thread.channel, total)
 
     out = (
         jax.ShapeDtypeStruct(x.shape, x.dtype),
@@ -278,13 +271,11 @@ class Walk:
         return self.batch * self.pieces * (self.channels // CHANNELS)
 
     def kernel(self, body, out):
-        return plgpu.kernel(
+        return lanes.kernel(
             body,
             out_type=out,
             grid=(-(-self.threads // THREADS),),
             grid_names=("block",),
-            compiler_params=lanes.compiler_params(),
-            interpret=lanes.INTERPRET,
         )
 
     def thread(self, refs):
@@ -301,15 +292,17 @@ class Thread:
 
     def __init__(self, walk: Walk, refs):
         self.walk, self.refs = walk, refs
-        lane = plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (THREADS,), 0), LANES)
+        lane = thread_index()
         number = jnp.minimum(lax.axis_index("block") * THREADS + lane, walk.threads - 1)  # some do the last one's work
         quads = walk.channels // CHANNELS
         self.channel = lax.rem(number, quads) * CHANNELS
         self.piece = lax.rem(lax.div(number, quads), walk.pieces)
         self.row = lax.div(number, quads * walk.pieces)
         self.start = jnp.minimum(self.piece * walk.piece, walk.length - walk.piece)
-        self.weight = [read(refs["weight"], self.channel, CHANNELS, at=k * walk.channels) for k in range(walk.taps)]
-        self.bias = read(refs["bias"], self.channel, CHANNELS) if "bias" in refs else None
+        self.weight = [
+            load_vector(refs["weight"], self.channel, CHANNELS, at=k * walk.channels) for k in range(walk.taps)
+        ]
+        self.bias = load_vector(refs["bias"], self.channel, CHANNELS) if "bias" in refs else None
 
     def place(self, token):
         """Where a token is in arrays [B, T, E]."""
@@ -320,8 +313,10 @@ class Thread:
         ref, step = self.refs[name], self.walk.channels
         offsets = range(count or self.walk.together)
         if past_end:
-            return [read(ref, self.place(jnp.minimum(first + at, self.walk.length - 1)), CHANNELS) for at in offsets]
-        return [read(ref, self.place(first), CHANNELS, at=at * step) for at in offsets]
+            return [
+                load_vector(ref, self.place(jnp.minimum(first + at, self.walk.length - 1)), CHANNELS) for at in offsets
+            ]
+        return [load_vector(ref, self.place(first), CHANNELS, at=at * step) for at in offsets]
 
     def reaches(self, first, count=None, past_end=False):
         """How many earlier inputs each of these tokens sees, or None."""
@@ -330,19 +325,19 @@ class Thread:
             return [None for _ in offsets]
         ref, row = self.refs["reach"], self.row * self.walk.length
         if past_end:
-            return [read(ref, row + jnp.minimum(first + at, self.walk.length - 1), 1)[0] for at in offsets]
-        return [read(ref, row + first, 1, at=at)[0] for at in offsets]
+            return [load_vector(ref, row + jnp.minimum(first + at, self.walk.length - 1), 1)[0] for at in offsets]
+        return [load_vector(ref, row + first, 1, at=at)[0] for at in offsets]
 
     def history(self):
         """The W - 1 inputs before `start`, the newest first; before the row they are the state's, or zeros."""
         rows, inputs = self.walk.taps - 1, []
         for distance in range(1, rows + 1):
             token = self.start - distance
-            x = read(self.refs["x"], self.place(jnp.maximum(token, 0)), CHANNELS)
+            x = load_vector(self.refs["x"], self.place(jnp.maximum(token, 0)), CHANNELS)
             before = lanes.zeros(CHANNELS)
             if "state" in self.refs:
                 place = self.row * rows + jnp.minimum(rows + token, rows - 1)
-                before = read(self.refs["state"], place * self.walk.channels + self.channel, CHANNELS)
+                before = load_vector(self.refs["state"], place * self.walk.channels + self.channel, CHANNELS)
             inputs.append(tuple(jnp.where(token >= 0, a, b) for a, b in zip(x, before, strict=True)))
         return tuple(inputs)
 

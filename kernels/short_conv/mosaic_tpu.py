@@ -17,9 +17,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from seqmodels.kernels.arrays import pad, round_up
+from seqmodels.kernels.interpreter import tpu_interpreter
 from seqmodels.kernels.short_conv import xla
-
-INTERPRET = False  # pltpu.InterpretParams() runs the kernels without a TPU, for tests
 
 f32 = jnp.float32
 LANES, SUBLANES = 128, 8
@@ -32,7 +32,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 def supports(platform: str, batch=8, length=2048, channels=1536, dtype="bfloat16", **facts) -> str | None:
     """Why this backend cannot serve the call; None: it can."""
-    if platform != "tpu" and not INTERPRET:
+    if platform != "tpu" and not tpu_interpreter():
         return f"it needs a TPU; the platform is {platform}"
     if jnp.dtype(dtype).name not in DTYPES:
         return f"x is {jnp.dtype(dtype).name}; it takes {', '.join(DTYPES)}"
@@ -45,10 +45,8 @@ def short_conv(x, weight, bias, *, activation, initial_state, segment_ids, initi
     if dtype == jnp.float16:  # unknown to the compiler
         x = x.astype(f32)
 
-    def widen(v):
-        return None if v is None else jnp.pad(v, [(0, 0)] * (v.ndim - 1) + [(0, -channels % LANES)])
-
-    x, weight, bias, initial_state = (widen(v) for v in (x, weight, bias, initial_state))
+    wide = {-1: round_up(channels, LANES)}
+    x, weight, bias, initial_state = (pad(v, wide) for v in (x, weight, bias, initial_state))
     y, state = xla.convolve_real(
         convolve, x, weight, bias, activation, initial_state, segment_ids, initial_segment, mask
     )
@@ -97,21 +95,17 @@ def arrays(x, weight, bias, state, reach):
 
 def chunk_tokens(length):
     """Tokens of a chunk; all chunks are of one length."""
-    return _round_up(-(-length // -(-length // TOKENS)), TILE)
+    return round_up(-(-length // -(-length // TOKENS)), TILE)
 
 
 def whole_chunks(x):
     """x [B, T, ..] with zeros up to whole chunks."""
-    return jnp.pad(x, ((0, 0), (0, -x.shape[1] % chunk_tokens(x.shape[1])), (0, 0)))
+    return pad(x, {1: round_up(x.shape[1], chunk_tokens(x.shape[1]))})
 
 
 def block_width(channels):
     """Channels of a block: whole lanes, and a divisor of all."""
     return max(w for w in range(LANES, min(channels, WIDTH) + 1, LANES) if channels % w == 0)
-
-
-def _round_up(x, multiple):
-    return -(-x // multiple) * multiple
 
 
 def forward(activation, arrays):
@@ -173,7 +167,7 @@ def _run(name, kernel, activation, arrays, outputs, scratch, reverse=False):
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
-        interpret=INTERPRET,
+        interpret=tpu_interpreter(),
     )
     # Pallas's own rule for vmap adds an axis to the grid, but not to dimension_semantics
     return jax.custom_batching.sequential_vmap(call)(arrays)

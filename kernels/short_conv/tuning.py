@@ -1,8 +1,8 @@
 """Sizes of the GPU kernels of the short convolution, as measured on one H100 (benchmarks/notes/short_conv.md)."""
 
-THREADS = 128  # of a block
+from seqmodels.kernels.lanes import THREADS, processors
+
 CHANNELS = 4  # of a thread
-MULTIPROCESSORS = 132
 LONGEST = {"forward": 64, "backward": 128}  # tokens of a thread; longer ones read less twice and write fewer sums
 SHORTEST = 16
 TOGETHER = 4  # tokens loaded before the first of them is worked on
@@ -15,7 +15,7 @@ def piece(kind: str, batch: int, length: int, channels: int) -> int:
         kind: "forward" or "backward".
     """
     tokens = LONGEST[kind]
-    while tokens > SHORTEST and batch * length * channels < 2 * MULTIPROCESSORS * THREADS * CHANNELS * tokens:
+    while tokens > SHORTEST and batch * length * channels < 2 * processors() * THREADS * CHANNELS * tokens:
         tokens //= 2
     together = min(TOGETHER, length)
     return min(tokens, length) // together * together

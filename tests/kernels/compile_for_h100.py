@@ -1,11 +1,15 @@
-"""Compiles the GPU kernels of the selective scan for an H100 that need not be there; used by test_selective_scan_gpu.
+"""Compiles the GPU kernels of an operation for an H100 that need not be there; used by the tests of GPU kernels.
 
-    MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py BxTxExN groups dtype documents(0|1)
+    MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py selective_scan BxTxExN groups dtype documents(0|1)
+    MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py linear_attention BxTxHkxHxKxV dtype decay documents(0|1) read
+    MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py short_conv BxTxExW dtype documents(0|1)
 
-The gradient, or of a few tokens a step that is given its state's memory and must need less than that besides. What the
-assembler says of registers and shared memory goes to the standard output. It needs jax's CUDA plug-in.
+The gradient, or of a few tokens of the scan and the convolution a step that is given its state's memory and must need
+less than that besides. What the assembler says of registers and shared memory goes to the standard output. It needs
+jax's CUDA plug-in.
 """
 
+import functools
 import os
 import sys
 from pathlib import Path
@@ -19,54 +23,93 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from seqmodels.kernels.linear_attention import linear_attention
 from seqmodels.kernels.selective_scan import selective_scan
-from seqmodels.kernels.selective_scan.xla import FEW
+from seqmodels.kernels.short_conv import short_conv
+from seqmodels.kernels.tuning import UNROLLED
 
 TARGET = Path(__file__).resolve().parent / "h100.pbtxt"
+DEVICES = topologies.get_topology_desc(platform="cuda", target_config=TARGET.read_text(), topology="1x1x1").devices
 
 
-def arguments(batch, length, width, states, groups, dtype, documents, sharding):
-    """Shapes of all arguments."""
-    f32 = jnp.float32
-    shapes = dict(
-        u=((batch, length, groups, width), dtype),
-        dt=((batch, length, groups, width), dtype),
-        A=((groups, width, states), f32),
-        B=((batch, length, groups, states), dtype),
-        C=((batch, length, groups, states), dtype),
-        D=((width,), f32),
-        z=((batch, length, width), dtype),
-        dt_bias=((groups, width), f32),
-        initial_state=((batch, groups, width, states), f32),
+def array(*sizes, dtype=jnp.float32):
+    return jax.ShapeDtypeStruct(sizes, dtype, sharding=SingleDeviceSharding(DEVICES[0]))
+
+
+def scan(sizes, groups, dtype, documents):
+    """The operation, its arguments, those of documents, and its length."""
+    (batch, length, width, states), groups = map(int, sizes.split("x")), int(groups)
+    low = functools.partial(array, dtype=jnp.dtype(dtype))
+    args = dict(
+        u=low(batch, length, groups, width),
+        dt=low(batch, length, groups, width),
+        A=array(groups, width, states),
+        B=low(batch, length, groups, states),
+        C=low(batch, length, groups, states),
+        D=array(width),
+        z=low(batch, length, width),
+        dt_bias=array(groups, width),
+        initial_state=array(batch, groups, width, states),
     )
     if groups > 1:
-        shapes["weights"] = ((batch, length, groups - 1, width), dtype)
-    layout = {}
-    if documents:
-        layout = dict(segment_ids=((batch, length), jnp.int32), mask=((batch, length), jnp.bool))
-    return (
-        {name: jax.ShapeDtypeStruct(*x, sharding=sharding) for name, x in part.items()} for part in (shapes, layout)
+        args["weights"] = low(batch, length, groups - 1, width)
+    return selective_scan, args, layout(batch, length, documents), length
+
+
+def attention(sizes, dtype, decay, documents, read):
+    batch, length, groups, heads, keys, values = map(int, sizes.split("x"))
+    low = functools.partial(array, dtype=jnp.dtype(dtype))
+    args = dict(
+        q=low(batch, length, groups, keys),
+        k=low(batch, length, groups, keys),
+        v=low(batch, length, heads, values),
+        initial_state=array(batch, heads, keys, values),
     )
+    if decay != "none":
+        args["log_decay"] = array(*dict(constant=(heads,), head=(batch, length, heads))[decay])
+    return functools.partial(linear_attention, read=read), args, layout(batch, length, documents), None
 
 
-def main(sizes, groups, dtype, documents):
-    target = TARGET.read_text()
-    devices = topologies.get_topology_desc(platform="cuda", target_config=target, topology="1x1x1").devices
-    sizes = tuple(map(int, sizes.split("x")))
-    args, layout = arguments(*sizes, int(groups), jnp.dtype(dtype), documents == "1", SingleDeviceSharding(devices[0]))
+def convolution(sizes, dtype, documents):
+    batch, length, width, taps = map(int, sizes.split("x"))
+    args = dict(
+        x=array(batch, length, width, dtype=jnp.dtype(dtype)),
+        weight=array(taps, width),
+        bias=array(width),
+        initial_state=array(batch, taps - 1, width),
+    )
+    documents = layout(batch, length, documents)
+    documents.pop("mask", None)
+    return functools.partial(short_conv, activation="silu"), args, documents, length
 
-    def gradients(args, layout):
-        return jax.grad(lambda args: sum(jnp.sum(x, dtype=jnp.float32) for x in selective_scan(**args, **layout)))(args)
 
-    def step(state, args, layout):
-        return selective_scan(**args, initial_state=state, **layout)
+def layout(batch, length, documents):
+    if documents == "0":
+        return {}
+    return dict(segment_ids=array(batch, length, dtype=jnp.int32), mask=array(batch, length, dtype=jnp.bool))
 
-    with jax.sharding.use_abstract_mesh(Mesh(np.array(devices), ("d",)).abstract_mesh):
-        if sizes[1] > FEW:
-            jax.jit(gradients).lower(args, layout).compile()
+
+OPERATIONS = dict(selective_scan=scan, linear_attention=attention, short_conv=convolution)
+
+
+def main(name, *facts):
+    operation, args, documents, length = OPERATIONS[name](*facts)
+
+    def gradients(args, documents):
+        def total(args):
+            return sum(jnp.sum(x, dtype=jnp.float32) for x in operation(**args, **documents))
+
+        return jax.value_and_grad(total)(args)
+
+    def step(state, args, documents):
+        return operation(**args, initial_state=state, **documents)
+
+    with jax.sharding.use_abstract_mesh(Mesh(np.array(DEVICES), ("d",)).abstract_mesh):
+        if length is None or length > UNROLLED:
+            jax.jit(gradients).lower(args, documents).compile()
             return
         state = args.pop("initial_state")
-        memory = jax.jit(step, donate_argnums=0).lower(state, args, layout).compile().memory_analysis()
+        memory = jax.jit(step, donate_argnums=0).lower(state, args, documents).compile().memory_analysis()
     assert memory.alias_size_in_bytes == 4 * state.size > memory.temp_size_in_bytes, memory
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from seqmodels.kernels.attention import attention, cudnn
 from seqmodels.kernels.dispatch import UnsupportedError
+from tests.kernels.helpers import assert_close
 
 BACKENDS = ["xla"]  # those that take everything; cuDNN takes a part of it, on a GPU only
 BATCH, QUERIES, KEYS, HEADS, KV_HEADS, WIDTH = 2, 5, 8, 4, 2, 6
@@ -117,14 +118,6 @@ def value_and_gradients(args, options, implementation):
 
     with jax.default_matmul_precision("highest"):  # a GPU rounds float32 to 11 bits else
         return jax.jit(output)(args), jax.jit(jax.grad(functional))(args)
-
-
-def assert_close(ours, reference, tolerance):
-    """Error of each array relative to its norm."""
-    for (path, x), want in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(reference), strict=True):
-        x, want = np.asarray(x, np.float64), np.asarray(want, np.float64)
-        error = np.linalg.norm(x - want) / max(np.linalg.norm(want), 1e-30)
-        assert error < tolerance, f"{jax.tree_util.keystr(path)}: relative error {error:.2e}"
 
 
 @pytest.mark.parametrize("case", CASES)

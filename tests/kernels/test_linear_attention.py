@@ -1,83 +1,43 @@
 """Every implementation of linear attention against the sequential float64 reference."""
 
-import functools
 import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_selective_scan import assert_close, documents
 
 from seqmodels.kernels import linear_attention as op
-from seqmodels.kernels.dispatch import UnsupportedError, lowered_name
+from seqmodels.kernels.dispatch import UnsupportedError
 from seqmodels.kernels.linear_attention import linear_attention, xla
+from tests.kernels.helpers import (
+    assert_close,
+    assert_finite,
+    compiled,
+    documents,
+    expected,
+    in_two_calls,
+    poisoned,
+    serving,
+    stacked,
+    value_and_gradients,
+)
+from tests.kernels.inputs import extreme_decays
+from tests.kernels.inputs import linear_attention_inputs as inputs
 
-FACTS = dict(platform=lowered_name(jax.default_backend()), shape=(1, 1, 1, 1, 1, 1), dtype=np.dtype("float32"))
-FACTS |= dict(decay="head", read="inclusive", bonus=False, chunk=None, named=True)
-SERVING = [name for name, backend in op.BACKENDS.items() if backend.supports(**FACTS) is None]
+FACTS = dict(
+    shape=(1, 1, 1, 1, 1, 1), dtype=np.dtype("float32"), decay="head", read="inclusive", bonus=False, chunk=None
+)
+SERVING = serving(op, **FACTS)
 BACKENDS = [name for name in SERVING if name != "reference"]
+TIME = ("q", "k", "v", "log_decay")  # arrays with a time axis
 
 
-def inputs(
-    batch=2,
-    length=11,
-    groups=2,
-    heads=4,
-    keys=3,
-    values=5,
-    decay="head",
-    bonus=False,
-    normalise=False,
-    rate=0.3,
-    seed=0,
-    dtype=np.float32,
-):
-    """Random arguments, the initial state given; with `normalise` such that the normaliser is no difference."""
-    draw = np.random.default_rng(seed)
-    args = dict(
-        q=draw.normal(size=(batch, length, groups, keys)),
-        k=draw.normal(size=(batch, length, groups, keys)),
-        v=draw.normal(size=(batch, length, heads, values)),
-        initial_state=draw.normal(size=(batch, heads, keys, values + normalise)),
-    )
-    if normalise:
-        args |= dict(q=np.abs(args["q"]) + 0.1, k=np.abs(args["k"]) + 0.1)
-        args["initial_state"][..., -1] = np.abs(args["initial_state"][..., -1]) + 1
-    shape = dict(constant=(heads,), head=(batch, length, heads), channel=(batch, length, heads, keys))
-    if decay != "none":
-        args["log_decay"] = -rate * np.abs(draw.normal(size=shape[decay]))
-    if bonus:
-        args["bonus"] = draw.normal(size=(heads, keys))
-    return {name: np.asarray(value, dtype) for name, value in args.items()}
-
-
-def value_and_gradients(args, static, implementation, options=None, seed=7):
-    """y on real tokens and the final state, and the gradients of a random functional of both."""
-    mask, options = static.get("mask"), options or {}
-
-    @jax.jit
-    def run(args, static):
-        def outputs(args):
-            y, state = linear_attention(**args, **static, **options, implementation=implementation)
-            return (y if mask is None else jnp.where(static["mask"][..., None, None], y, 0)), state
-
-        results, pull = jax.vjp(outputs, args)
-        draw = np.random.default_rng(seed)
-        (gradients,) = pull(tuple(jnp.asarray(draw.normal(size=x.shape), x.dtype) for x in results))
-        return results, gradients
-
-    return run(args, static)
-
-
-def against_reference(implementation, shape, static, options, tolerance=1e-5, **changed):
+def against_reference(implementation, args, static, options=None, tolerance=1e-5):
     """Value and gradients in float32, within `tolerance` of the float64 reference."""
-    got = value_and_gradients(inputs(**shape) | changed, static, implementation, options)
-    with jax.enable_x64(True):
-        args = inputs(**shape, dtype=np.float64) | {k: np.asarray(v, np.float64) for k, v in changed.items()}
-        want = value_and_gradients(args, static, "reference", options)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
-    assert_close(got, want, tolerance)
+    got = value_and_gradients(linear_attention, args, static, implementation, options)
+    assert_finite(got)
+    assert_close(got, expected(linear_attention, args, static, options), tolerance)
 
 
 # shape, documents, options
@@ -112,7 +72,7 @@ CASES = {
 def test_equals_float64_reference(implementation, case):
     shape, layout, options = CASES[case]
     static = documents(length=shape.get("length", 11), **layout) if layout else {}
-    against_reference(implementation, shape, static, options)
+    against_reference(implementation, inputs(**shape), static, options)
 
 
 @pytest.mark.parametrize("case", [dict(decay="channel"), dict(decay="none", normalise=True)])
@@ -120,41 +80,26 @@ def test_equals_float64_reference(implementation, case):
 def test_bfloat16(implementation, case):
     args, options = inputs(length=80, keys=16, values=8, **case), dict(normalise="normalise" in case)
     half = {k: jnp.asarray(v, jnp.bfloat16 if k in "qkv" else jnp.float32) for k, v in args.items()}
-    (y, state), gradients = value_and_gradients(half, {}, implementation, options)
+    (y, state), gradients = got = value_and_gradients(linear_attention, half, {}, implementation, options)
     assert y.dtype == gradients["v"].dtype == jnp.bfloat16 and state.dtype == jnp.float32
-    with jax.enable_x64(True):  # the same rounded inputs
-        same = {k: np.asarray(v, np.float64) for k, v in half.items()}
-        want = value_and_gradients(same, {}, "reference", options)
-    assert_close(((y, state), gradients), want, 1e-2)
+    assert_close(got, expected(linear_attention, half, {}, options), 1e-2)
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_float16_sums_beyond_its_range(implementation):
     args = {k: jnp.full_like(v, 100, jnp.float16) for k, v in inputs(decay="none", length=40).items() if k in "qkv"}
-    y, state = linear_attention(**args, scale=1e-6, implementation=implementation)
+    y, state = compiled(linear_attention, implementation, scale=1e-6)(**args)
     np.testing.assert_allclose(state, 40 * 1e4, rtol=1e-5)
     np.testing.assert_allclose(y[:, -1], 3 * 100 * 0.4, rtol=2e-3)
-
-
-def compiled(implementation, **options):
-    """The operation by one of its implementations."""
-    return jax.jit(functools.partial(linear_attention, implementation=implementation, **options))
 
 
 @pytest.mark.parametrize("cut, normalise", [(1, False), (9, True)])
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_state_carries_over(implementation, cut, normalise):
     args, static = inputs(normalise=normalise), documents(length=11)
-    run = compiled(implementation, normalise=normalise)
+    run = compiled(linear_attention, implementation, normalise=normalise)
     whole, whole_state = run(**args, **static)
-    time = ("q", "k", "v", "log_decay", "segment_ids", "mask")
-    both = args | static
-    first, state = run(**{k: v[:, :cut] if k in time else v for k, v in both.items()})
-    tail = {k: v[:, cut:] if k in time else v for k, v in both.items()}
-    real = [row[:cut][mask[:cut]] for row, mask in zip(static["segment_ids"], static["mask"], strict=True)]
-    tail["initial_segment"] = jnp.asarray([row[-1] if row.size else 0 for row in real], jnp.int32)
-    second, state = run(**tail | dict(initial_state=state))
-    y = jnp.concatenate([first, second], axis=1)
+    y, state = in_two_calls(run, args, static, cut, TIME)
     mask = static["mask"][..., None, None]
     assert_close((jnp.where(mask, y, 0), state), (jnp.where(mask, whole, 0), whole_state), 1e-6)
 
@@ -165,7 +110,7 @@ def test_documents_are_apart(implementation, decay):
     """A packed row equals its documents one by one."""
     args = inputs(batch=1, length=24, decay=decay)
     start = args.pop("initial_state")
-    run, bounds = compiled(implementation), [0, 3, 12, 15, 24]
+    run, bounds = compiled(linear_attention, implementation), [0, 3, 12, 15, 24]
     ids = np.repeat([5, 2, 9, 2], np.diff(bounds))[None].astype(np.int32)
     y, state = run(**args, initial_state=start, segment_ids=ids)
     for first, (begin, end) in enumerate(itertools.pairwise(bounds)):
@@ -178,12 +123,14 @@ def test_documents_are_apart(implementation, decay):
 @pytest.mark.parametrize("sides", [(5, 0), (0, 5), (2, 3)])
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_padding_on_any_side_changes_nothing(implementation, sides):
-    args, run = inputs(length=10), compiled(implementation)
+    args, run = inputs(length=10), compiled(linear_attention, implementation)
     want, want_state = run(**args)
-    time = ("q", "k", "v", "log_decay")
-    pad = lambda x: np.pad(x, [(0, 0), sides] + [(0, 0)] * (x.ndim - 2), constant_values=np.nan)  # noqa: E731
-    padded = {k: pad(v) if k in time else v for k, v in args.items()}
-    mask = jnp.asarray(np.pad(np.ones((2, 10), bool), [(0, 0), sides]))
+
+    def pad(x, fill):
+        return np.pad(x, [(0, 0), sides] + [(0, 0)] * (x.ndim - 2), constant_values=fill)
+
+    padded = {k: pad(v, np.nan) if k in TIME else v for k, v in args.items()}
+    mask = pad(np.ones((2, 10), bool), False)
     y, state = run(**padded, mask=mask)
     assert np.isfinite(y).all()
     assert_close((y[:, sides[0] : sides[0] + 10], state), (want, want_state), 1e-6)
@@ -192,23 +139,18 @@ def test_padding_on_any_side_changes_nothing(implementation, sides):
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_poisoned_padding_never_leaks(implementation):
     args, static = inputs(bonus=True), documents(length=11)
-    mask = static["mask"]
-    hole = lambda v: mask.reshape(*mask.shape, *[1] * (v.ndim - 2))  # noqa: E731
-    time = ("q", "k", "v", "log_decay")
-    poisoned = {k: jnp.where(hole(v), v, jnp.nan) if k in time else v for k, v in args.items()}
-    got = value_and_gradients(poisoned, static, implementation, EXCLUSIVE)
-    want = value_and_gradients(args, static, implementation, EXCLUSIVE)
-    assert_close(got, want, 1e-7)
+    hidden = poisoned(args, static["mask"], TIME)
+    got = value_and_gradients(linear_attention, hidden, static, implementation, EXCLUSIVE)
+    assert_close(got, value_and_gradients(linear_attention, args, static, implementation, EXCLUSIVE), 1e-7)
 
 
 @pytest.mark.parametrize("decay, length", [("head", 5), ("head", 40), ("channel", 40)])
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_extreme_decays(implementation, decay, length):
     """No decay, all gone at once, and what is left after tokens of both: finite, and as exact as ever."""
-    shape = dict(decay=decay, length=length)
-    draw = np.random.default_rng(3)
-    extreme = draw.choice([0.0, -1e4, -3e-5, -0.4], inputs(**shape)["log_decay"].shape, p=[0.4, 0.1, 0.3, 0.2])
-    against_reference(implementation, shape, documents(length=length), {}, log_decay=np.float32(extreme))
+    args = inputs(decay=decay, length=length)
+    args["log_decay"] = extreme_decays(args["log_decay"].shape)
+    against_reference(implementation, args, documents(length=length))
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
@@ -218,7 +160,7 @@ def test_nothing_to_read_gives_zero(implementation):
     del args["initial_state"]
     args["k"][:, :4] = 0
     args["q"][:, 7:] = 0
-    (y, _), gradients = value_and_gradients(args, {}, implementation, NORMALISED)
+    (y, _), gradients = value_and_gradients(linear_attention, args, {}, implementation, NORMALISED)
     assert (y[:, :4] == 0).all() and (y[:, 7:] == 0).all() and (y[:, 4:7] != 0).all()
     assert all(np.isfinite(x).all() for x in gradients.values())
 
@@ -226,7 +168,7 @@ def test_nothing_to_read_gives_zero(implementation):
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_deterministic(implementation):
     args, static = inputs(length=40), documents(length=40)
-    first, second = (value_and_gradients(args, static, implementation) for _ in range(2))
+    first, second = (value_and_gradients(linear_attention, args, static, implementation) for _ in range(2))
     jax.tree.map(np.testing.assert_array_equal, first, second)
 
 
@@ -234,10 +176,11 @@ def test_deterministic(implementation):
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_vmap(implementation):
     args = [inputs(seed=s, bonus=True) for s in (0, 1)]
-    f = functools.partial(value_and_gradients, static={}, implementation=implementation, options=EXCLUSIVE)
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *args)
-    want = jax.tree.map(lambda *x: jnp.stack(x), *(f(a) for a in args))
-    assert_close(jax.vmap(f)(stacked), want, 1e-5)
+
+    def run(args):
+        return value_and_gradients(linear_attention, args, {}, implementation, EXCLUSIVE)
+
+    assert_close(jax.vmap(run)(stacked(args)), stacked([run(a) for a in args]), 1e-5)
 
 
 @pytest.mark.parametrize("decay", ["head", "channel"])

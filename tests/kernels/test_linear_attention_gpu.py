@@ -7,12 +7,7 @@ GPU the same tests run the kernels themselves:
     JAX_PLATFORMS=cuda XLA_FLAGS= python -m pytest -n 0 tests/kernels/test_linear_attention_gpu.py -k "not compile"
 """
 
-import importlib.util
-import os
-import re
-import subprocess
-import sys
-from pathlib import Path
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,31 +16,34 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from test_linear_attention import inputs, value_and_gradients
-from test_selective_scan import documents
 
-from seqmodels.kernels import lanes
 from seqmodels.kernels.dispatch import UnsupportedError
+from seqmodels.kernels.interpreter import interpret
 from seqmodels.kernels.linear_attention import linear_attention, mosaic_gpu
+from tests.kernels.helpers import (
+    SHARED_MEMORY,
+    assembled,
+    compiled,
+    documents,
+    expected,
+    needs_cuda_plugin,
+    poisoned,
+    random_documents,
+    value_and_gradients,
+)
+from tests.kernels.inputs import linear_attention_inputs as inputs
 
-HERE = Path(__file__).resolve().parent
 ROUNDINGS = 4 * 2**-9  # of a decayed value, a score or state made of such, its gradient's likewise, and the result
 LEAST = 1e-37  # no number of float32 is nearer to 0
 
+run = functools.partial(value_and_gradients, linear_attention, implementation="mosaic_gpu")
 
-@pytest.fixture(scope="module")
-def interpreter():
-    """Kernels run in the interpreter, whose memory starts as NaN; or on the GPU, if there is one."""
-    if jax.default_backend() == "gpu":
-        yield
-        return
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        pytest.skip("the interpreter of jax 0.10 compiles at every launch, a minute for each gradient")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lanes, "INTERPRET", plgpu.InterpretGPUParams())
-        jax.clear_caches()
-        yield patch
-    jax.clear_caches()
+
+@pytest.fixture
+def interpreter(request):
+    """Kernels run in the interpreter; or on the GPU, if there is one."""
+    if jax.default_backend() != "gpu":
+        request.getfixturevalue("gpu_interpreter")
 
 
 def halved(args, dtype=jnp.bfloat16):
@@ -59,13 +57,6 @@ def assert_near(got, want, tolerance=ROUNDINGS):
         x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
         assert np.isfinite(x).all(), path
         assert np.linalg.norm(x - y) <= tolerance * np.linalg.norm(y) + LEAST, path
-
-
-def expected(args, static, options=None):
-    """Value and gradients in float64, of the same numbers."""
-    with jax.enable_x64(True):
-        double = {k: np.asarray(v.astype(jnp.float32), np.float64) for k, v in args.items()}
-        return value_and_gradients(double, static, "reference", options)
 
 
 EXCLUSIVE = dict(read="exclusive", scale=0.7)
@@ -85,7 +76,7 @@ SLOW = {
 def test_equals_float64_reference(interpreter, case):
     shape, options = (CASES | SLOW)[case]
     args, static = halved(inputs(**shape)), documents(batch=shape.get("batch", 2), length=shape["length"])
-    assert_near(value_and_gradients(args, static, "mosaic_gpu", options), expected(args, static, options))
+    assert_near(run(args, static, options=options), expected(linear_attention, args, static, options))
 
 
 @pytest.mark.slow
@@ -96,14 +87,10 @@ def test_random_documents(interpreter):
     @settings(max_examples=8, deadline=None, database=None, suppress_health_check=list(HealthCheck))
     @given(seed=st.integers(0, 2**16), changes=st.floats(0, 1), real=st.floats(0, 1), first=st.integers(0, 2))
     def check(seed, changes, real, first):
-        draw = np.random.default_rng(seed)
-        static = dict(
-            segment_ids=jnp.asarray(np.cumsum(draw.random((1, length)) < changes, axis=1), jnp.int32),
-            initial_segment=jnp.full(1, first, jnp.int32),
-            mask=jnp.asarray(draw.random((1, length)) < real),
-        )
-        args = inputs(batch=1, length=length, groups=1, heads=heads, rate=10 ** draw.uniform(-3, 3), seed=seed)
-        assert_near(value_and_gradients(halved(args), static, "mosaic_gpu"), expected(halved(args), static))
+        rate = 10 ** np.random.default_rng(seed).uniform(-3, 3)
+        args = halved(inputs(batch=1, length=length, groups=1, heads=heads, rate=rate, seed=seed))
+        static = random_documents(seed, 1, length, changes, real, first)
+        assert_near(run(args, static), expected(linear_attention, args, static))
 
     check()
 
@@ -111,7 +98,7 @@ def test_random_documents(interpreter):
 def test_deterministic(interpreter):
     """Bit for bit, the gradients that heads add up to among them."""
     args, static = halved(inputs(length=70, batch=1)), documents(batch=1, length=70)
-    assert_near(*(value_and_gradients(args, static, "mosaic_gpu") for _ in range(2)), tolerance=0)
+    assert_near(*(run(args, static) for _ in range(2)), tolerance=0)
 
 
 @pytest.mark.slow
@@ -119,8 +106,8 @@ def test_normalised(interpreter):
     """A quotient's gradient is a difference that rounding shows in: no more of it than in XLA's own products."""
     args, static = halved(inputs(length=70, batch=1, normalise=True)), documents(batch=1, length=70)
     options = dict(normalise=True)
-    want = expected(args, static, options)
-    got, other = (value_and_gradients(args, static, name, options) for name in ("mosaic_gpu", "xla"))
+    want = expected(linear_attention, args, static, options)
+    got, other = (value_and_gradients(linear_attention, args, static, name, options) for name in ("mosaic_gpu", "xla"))
     for x, y, truth in zip(*map(jax.tree.leaves, (got, other, want)), strict=True):
         error, allowed = (np.linalg.norm(np.asarray(z, np.float64) - np.asarray(truth)) for z in (x, y))
         assert error <= 1.5 * allowed
@@ -130,28 +117,23 @@ def test_float16(interpreter):
     """Also where states are beyond its range."""
     args = inputs(length=70, batch=1, groups=1, heads=1, decay="none")
     args = halved(args | dict(initial_state=args["initial_state"] * 1e6, q=args["q"] * 1e-3), jnp.float16)
-    y, state = linear_attention(**args, implementation="mosaic_gpu")
+    y, state = compiled(linear_attention, "mosaic_gpu")(**args)
     assert y.dtype == jnp.float16 and state.dtype == jnp.float32
-    want = linear_attention(**args, implementation="reference")
+    want = compiled(linear_attention, "reference")(**args)
     assert_near((y, state), want)
 
 
 def test_poisoned_padding_never_leaks(interpreter):
     args, static = halved(inputs(length=70, batch=1)), documents(batch=1, length=70)
-    poison = jnp.where(static["mask"][..., None, None], 0, jnp.nan).astype(jnp.bfloat16)
-    got = value_and_gradients(args | {k: args[k] + poison for k in "qkv"}, static, "mosaic_gpu")
-    assert_near(got, value_and_gradients(args, static, "mosaic_gpu"), 0)
+    assert_near(run(poisoned(args, static["mask"], ("q", "k", "v")), static), run(args, static), 0)
 
 
 @pytest.mark.skipif(jax.default_backend() == "gpu", reason="the interpreter finds races, the GPU does not")
 def test_no_races(interpreter, capsys):
     """No warpgroup reads or writes what a copy may be writing or reading; each kernel's races are printed."""
     args = halved(inputs(length=200, batch=1, groups=1, heads=1))
-    with interpreter.context() as patch:
-        patch.setattr(lanes, "INTERPRET", plgpu.InterpretGPUParams(detect_races=True))
-        jax.clear_caches()
-        jax.block_until_ready(value_and_gradients(args, {}, "mosaic_gpu"))
-    jax.clear_caches()
+    with interpret(detect_races=True):
+        jax.block_until_ready(run(args, {}))
     assert "RACE" not in capsys.readouterr().out
 
 
@@ -159,7 +141,7 @@ def test_traced_once_a_shape(monkeypatch):
     """Layers of one shape share their kernels: forward, states, gradient of values and states, of queries and keys."""
     kernel, traced = plgpu.kernel, []
     monkeypatch.setattr(plgpu, "kernel", lambda *args, **options: traced.append(1) or kernel(*args, **options))
-    args = halved(inputs(length=64, batch=1, groups=1, heads=1))
+    args = halved(inputs(length=64, batch=3, groups=1, heads=1))  # a shape that no other test has traced
     names = ("log_decay", "bonus", "initial_state", "segment_ids", "initial_segment", "mask")
     arrays = args | {name: args.get(name) for name in names}
     options = dict(scale=1.0, read="inclusive", chunk=None, dtype=jnp.bfloat16)
@@ -169,13 +151,11 @@ def test_traced_once_a_shape(monkeypatch):
             v, _ = mosaic_gpu.linear_attention(**arrays | dict(v=v), **options)
         return jnp.sum(v, dtype=jnp.float32)
 
-    jax.clear_caches()
     jax.eval_shape(jax.grad(layers), args["v"])
     assert len(traced) == 4
 
 
-def test_reasons(monkeypatch):
-    monkeypatch.setattr(lanes, "INTERPRET", None)
+def test_reasons():
     facts = dict(shape=(1, 64, 1, 1, 64, 64), dtype=np.dtype("float16"), decay="head")
     assert "needs an NVIDIA GPU" in mosaic_gpu.supports(platform="cpu", **facts)
     if jax.default_backend() != "gpu":
@@ -198,46 +178,21 @@ ODD = [
     ("2x2048x2x2x384x1536", "bfloat16", "constant", 1, "inclusive"),
     ("2x100x1x2x24x65", "float16", "none", 1, "exclusive"),
 ]
-SHARED_MEMORY = 227 * 1024  # bytes a block, of an H100
 
 
-def assembled(shape, dtype, decay, documents, read):
-    """(bytes of shared memory, bytes spilled) of each kernel of value and gradient, as compiled for an H100.
-
-    jax 0.10 does not say how much shared memory; the compiler refuses too much by itself.
-    """
-    command = [sys.executable, str(HERE / "compile_linear_attention_for_h100.py"), shape, dtype, decay]
-    command += [str(documents), read]
-    dump = dict(MOSAIC_GPU_DUMP_PTXAS="1", MOSAIC_GPU_DUMP_RESOURCES="1")
-    run = subprocess.run(command, env=os.environ | dump, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    said = run.stdout + run.stderr
-    shared = [int(n) for n in re.findall(r"smem_scratch_bytes=(\d+)", said)]
-    spilled = [
-        int(n) for n in re.findall(r"(\d+) bytes spill stores, \d+ bytes spill loads\n *ptxas info *: Used", said)
-    ]
-    assert len(spilled) >= 4 and len(shared) in (0, len(spilled)), said
-    return shared, spilled
-
-
-needs_plugin = pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
-    reason="jax's CUDA plug-in is not installed",
-)
-
-
-@needs_plugin
+@needs_cuda_plugin
 @pytest.mark.parametrize("case", [MAIN[0], *(pytest.param(c, marks=pytest.mark.slow) for c in MAIN[1:])])
 def test_compiles_without_spills(case):
-    shared, spilled = assembled(*case)
-    assert not any(spilled)
+    shared, spilled = assembled("linear_attention", *case)
+    assert len(spilled) >= 4 and not any(spilled)
     assert max(shared, default=0) <= SHARED_MEMORY
 
 
-@needs_plugin
+@needs_cuda_plugin
 @pytest.mark.slow
 @pytest.mark.parametrize("case", ODD)
 def test_odd_shapes_compile(case):
     """The interpreter takes what the compiler refuses."""
-    shared, _ = assembled(*case)
+    shared, spilled = assembled("linear_attention", *case)
+    assert len(spilled) >= 4
     assert max(shared, default=0) <= SHARED_MEMORY

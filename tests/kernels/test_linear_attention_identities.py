@@ -4,13 +4,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_linear_attention import BACKENDS
-from test_selective_scan import assert_close
 
+from seqmodels.kernels import linear_attention as op
 from seqmodels.kernels.linear_attention import linear_attention
 from seqmodels.kernels.selective_scan import selective_scan
+from tests.kernels.helpers import assert_close, serving
 
 B, T, H, K, V = 2, 11, 3, 4, 5
+FACTS = dict(shape=(B, T, H, H, K, V), dtype=np.dtype("float32"), decay="channel", read="exclusive", bonus=True)
+BACKENDS = [name for name in serving(op, **FACTS, chunk=None) if name != "reference"]
 
 
 def same(ours, theirs, arrays):
@@ -36,7 +38,9 @@ def test_ssd_is_a_selective_scan_with_one_rate_a_head(implementation):
     arrays = normal(x=(B, T, H, V), dt=(B, T, H), A=(H,), C=(B, T, K), key=(B, T, K), state=(B, H, K, V))
 
     def scan(x, dt, A, C, key, state):
-        channels = lambda x: jnp.repeat(x, V, axis=-1)  # noqa: E731
+        def channels(x):
+            return jnp.repeat(x, V, axis=-1)
+
         wide = jnp.swapaxes(state, 2, 3).reshape(B, H * V, K)
         rates = jnp.broadcast_to(channels(-jnp.exp(A))[:, None], (H * V, K))
         y, wide = selective_scan(

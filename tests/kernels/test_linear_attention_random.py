@@ -3,19 +3,15 @@
 Rows of a batch are layouts of their own, as for the selective scan: see test_selective_scan_random.py.
 """
 
-import functools
-
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_linear_attention import inputs
-from test_selective_scan import assert_close
-from test_selective_scan_random import ROWS, draw_documents, layouts
 
 from seqmodels.kernels.linear_attention import linear_attention
+from tests.kernels.helpers import assert_close, expected, value_and_gradients
+from tests.kernels.inputs import linear_attention_inputs as inputs
+from tests.kernels.layouts import ROWS, draw_documents, layouts
 
 # with T, K and V that are and are not multiples of anything, and chunks that are cut and that are not
 SHAPES = [
@@ -28,35 +24,14 @@ SHAPES = [
 ]
 
 
-@functools.partial(jax.jit, static_argnames=("options", "implementation"))
-def value_and_gradients(args, documents, cotangents, options, implementation):
-    """y on real tokens, the final state, and what `cotangents` of both pull back to."""
-
-    def outputs(args):
-        y, state = linear_attention(**args, **documents, **dict(options), implementation=implementation)
-        return jnp.where(documents["mask"][..., None, None], y, 0), state
-
-    results, pull = jax.vjp(outputs, args)
-    return results, pull(cotangents)
-
-
 def check(shape, rows, seed, implementation="xla"):
     shape = dict(shape, heads=4)
     options = dict(chunk=shape.pop("chunk", None), normalise=shape.get("normalise", False))
     options |= dict(read="exclusive" if "bonus" in shape else "inclusive")
-    draw = np.random.default_rng(seed)
-    documents = draw_documents(rows, shape["length"], draw)
+    static = draw_documents(rows, shape["length"], np.random.default_rng(seed))
     args = inputs(batch=len(rows), seed=seed, **shape)
-    cotangents = tuple(draw.normal(size=args[name].shape) for name in ("v", "initial_state"))
-
-    def run(dtype, implementation):
-        numbers = jax.tree.map(lambda x: np.asarray(x, dtype), (args, cotangents))
-        return value_and_gradients(numbers[0], documents, numbers[1], tuple(options.items()), implementation)
-
-    got = run(np.float32, implementation)
-    with jax.enable_x64(True):
-        want = run(np.float64, "reference")
-    assert_close(got, want, 1e-5)
+    got = value_and_gradients(linear_attention, args, static, implementation, options)
+    assert_close(got, expected(linear_attention, args, static, options), 1e-5)
 
 
 @pytest.mark.parametrize(

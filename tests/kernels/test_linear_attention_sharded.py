@@ -9,12 +9,12 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
-from test_linear_attention import inputs, value_and_gradients
-from test_selective_scan import assert_close
 
 from seqmodels import parallel
 from seqmodels.kernels.linear_attention import linear_attention, sharded, xla
 from seqmodels.training.sharding import AXES, RULES
+from tests.kernels.helpers import assert_close, poisoned, value_and_gradients
+from tests.kernels.inputs import linear_attention_inputs as inputs
 from tests.kernels.split_time import LENGTH, PIECES, SPLITS, moved, tpu_mesh
 
 TIME = P("data", "sequence")
@@ -34,7 +34,7 @@ VARIANTS = {
 @pytest.fixture(autouse=True)
 def chunks(monkeypatch):
     """Pieces as short as these go through chunks too, like long ones."""
-    monkeypatch.setattr(xla, "FEW", 0)
+    monkeypatch.setattr(xla, "UNROLLED", 0)
 
 
 def arguments(variant):
@@ -72,6 +72,10 @@ def in_pieces(args, static, variant):
     return results, gradients
 
 
+def whole(args, static, variant):
+    return value_and_gradients(linear_attention, args, static, "xla", VARIANTS[variant][1], patched="chunks")
+
+
 PAIRS = [("head", case) for case in SPLITS]
 PAIRS += [(variant, "padded and packed") for variant in VARIANTS if variant != "head"]
 
@@ -79,7 +83,7 @@ PAIRS += [(variant, "padded and packed") for variant in VARIANTS if variant != "
 @pytest.mark.parametrize("variant, case", PAIRS)
 def test_equals_whole(variant, case):
     args, static = arguments(variant), SPLITS[case]
-    want = value_and_gradients(args, static, "xla", VARIANTS[variant][1])
+    want = whole(args, static, variant)
     assert_close(in_pieces(args, static, variant), want, 1e-5)
     assert np.linalg.norm(want[1]["initial_state"]) > 1e-2 or "another" in case, "the initial state does not matter"
 
@@ -98,16 +102,14 @@ def test_extreme_decays():
     args, static = arguments("channel"), SPLITS["padded and packed"]
     draw = np.random.default_rng(3)
     args["log_decay"] = np.float32(draw.choice([0.0, -1e4, -0.1], args["log_decay"].shape, p=[0.6, 0.1, 0.3]))
-    want = value_and_gradients(args, static, "xla", VARIANTS["channel"][1])
+    want = whole(args, static, "channel")
     assert_close(in_pieces(args, static, "channel"), want, 1e-5)
 
 
 def test_poisoned_padding_never_leaks():
     args, static = arguments("channel"), SPLITS["padded and packed"]
-    hole = lambda v: static["mask"].reshape(*static["mask"].shape, *[1] * (v.ndim - 2))  # noqa: E731
-    time = ("q", "k", "v", "log_decay")
-    poisoned = {k: np.where(hole(v), v, np.nan).astype(v.dtype) if k in time else v for k, v in args.items()}
-    assert_close(in_pieces(poisoned, static, "channel"), in_pieces(args, static, "channel"), 1e-7)
+    hidden = poisoned(args, static["mask"], ("q", "k", "v", "log_decay"))
+    assert_close(in_pieces(hidden, static, "channel"), in_pieces(args, static, "channel"), 1e-7)
 
 
 def test_on_the_mesh_of_a_model():

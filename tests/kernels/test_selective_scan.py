@@ -1,73 +1,31 @@
 """Every implementation of the selective scan against the sequential float64 reference."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from seqmodels.kernels import selective_scan as op
-from seqmodels.kernels.dispatch import UnsupportedError, lowered_name
+from seqmodels.kernels.dispatch import UnsupportedError
 from seqmodels.kernels.selective_scan import selective_scan, xla
+from seqmodels.kernels.tuning import UNROLLED
+from tests.kernels.helpers import (
+    assert_close,
+    assert_finite,
+    compiled,
+    documents,
+    expected,
+    in_two_calls,
+    poisoned,
+    serving,
+    stacked,
+    value_and_gradients,
+)
+from tests.kernels.inputs import selective_scan_inputs as inputs
 
-FACTS = dict(platform=lowered_name(jax.default_backend()), shape=(1, 1, 1, 1, 1), dtype=np.dtype("float32"), named=True)
-SERVING = [name for name, backend in op.BACKENDS.items() if backend.supports(**FACTS) is None]
+SERVING = serving(op, shape=(1, 1, 1, 1, 1), dtype=np.dtype("float32"))
 BACKENDS = [name for name in SERVING if name != "reference"]
-
-
-def inputs(batch=2, length=9, groups=1, width=5, state=4, seed=0, dtype=np.float32):
-    """Random arguments, every optional one given; groups == 0 leaves the group axis out."""
-    draw = np.random.default_rng(seed)
-    group = (groups,) if groups else ()
-    args = dict(
-        u=draw.normal(size=(batch, length, *group, width)),
-        dt=draw.normal(size=(batch, length, *group, width)),
-        A=-np.exp(draw.normal(size=(*group, width, state))),
-        B=draw.normal(size=(batch, length, *group, state)),
-        C=draw.normal(size=(batch, length, *group, state)),
-        D=draw.normal(size=width),
-        z=draw.normal(size=(batch, length, width)),
-        dt_bias=draw.normal(size=(*group, width)) * 0.3,
-        initial_state=draw.normal(size=(batch, *group, width, state)),
-    )
-    if groups > 1:
-        args["weights"] = draw.normal(size=(batch, length, groups - 1, width))
-    return {name: np.asarray(value, dtype) for name, value in args.items()}
-
-
-def documents(batch=2, length=9, seed=0, packed=True, padded=True):
-    draw = np.random.default_rng(seed + 100)
-    out = {}
-    if packed:
-        out["segment_ids"] = jnp.asarray(np.cumsum(draw.random((batch, length)) < 0.25, axis=1), jnp.int32)
-        out["initial_segment"] = jnp.zeros(batch, jnp.int32)
-    if padded:
-        out["mask"] = jnp.asarray(draw.random((batch, length)) < 0.7)
-    return out
-
-
-def value_and_gradients(args, static, implementation, seed=7):
-    """y on real tokens, final state, and the gradients of a random functional of both."""
-    mask = static.get("mask")
-
-    def outputs(args):
-        y, state = selective_scan(**args, **static, implementation=implementation)
-        return (y if mask is None else jnp.where(mask[..., None], y, 0)), state
-
-    def functional(args):
-        draw = np.random.default_rng(seed)
-        return sum(jnp.sum(x * jnp.asarray(draw.normal(size=x.shape), x.dtype)) for x in outputs(args))
-
-    return jax.jit(outputs)(args), jax.jit(jax.grad(functional))(args)
-
-
-def assert_close(ours, reference, tolerance):
-    """Relative error of each array in the Frobenius norm."""
-    for (path, x), want in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(reference), strict=True):
-        x, want = np.asarray(x, np.float64), np.asarray(want, np.float64)
-        error = np.linalg.norm(x - want) / max(np.linalg.norm(want), 1e-30)
-        assert error < tolerance, f"{jax.tree_util.keystr(path)}: relative error {error:.2e}"
+TIME = ("u", "dt", "B", "C", "z", "weights")  # arrays with a time axis
 
 
 CASES = {
@@ -83,25 +41,25 @@ CASES = {
 }
 
 
-@pytest.fixture
-def chunked(monkeypatch, request):
-    """Both ways to run a chunk, on the platform at hand."""
-    if request.param == "associative":
-        monkeypatch.setattr(xla, "_by_platform", lambda sequential, associative, *a: associative(*a))
-    return request.param
-
-
-@pytest.mark.parametrize("chunked", ["sequential", "associative"], indirect=True)
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("implementation", BACKENDS)
-def test_equals_float64_reference(implementation, case, chunked):
+def test_equals_float64_reference(implementation, case):
     shape, layout = CASES[case]
     args = inputs(**shape)
     static = documents(length=args["u"].shape[1], **layout) if layout else {}
-    with jax.enable_x64(True):
-        want = value_and_gradients(inputs(**shape, dtype=np.float64), static, "reference")
-    got = value_and_gradients(args, static, implementation)
-    assert_close(got, want, 1e-5)
+    got = value_and_gradients(selective_scan, args, static, implementation)
+    assert_close(got, expected(selective_scan, args, static), 1e-5)
+
+
+@pytest.mark.parametrize("case", [case for case, (shape, _) in CASES.items() if shape.get("length", 9) > UNROLLED])
+def test_associative_chunks_equal_float64_reference(monkeypatch, case):
+    """Chunks as they are run on accelerators, on the platform at hand."""
+    monkeypatch.setattr(xla, "_by_platform", lambda sequential, associative, *a: associative(*a))
+    shape, layout = CASES[case]
+    args = inputs(**shape)
+    static = documents(length=args["u"].shape[1], **layout) if layout else {}
+    got = value_and_gradients(selective_scan, args, static, "xla", patched="associative")
+    assert_close(got, expected(selective_scan, args, static), 1e-5)
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
@@ -109,10 +67,9 @@ def test_bfloat16(implementation):
     args = inputs(groups=2, length=40)
     low = ("u", "dt", "B", "C", "z", "weights")
     half = {k: jnp.asarray(v, jnp.bfloat16 if k in low else jnp.float32) for k, v in args.items()}
-    y, state = selective_scan(**half, implementation=implementation)
-    want, want_state = selective_scan(
-        **{k: v.astype(jnp.float32) for k, v in half.items()}, implementation="reference"
-    )  # the same rounded inputs
+    y, state = compiled(selective_scan, implementation)(**half)
+    same = {k: v.astype(jnp.float32) for k, v in half.items()}  # the same rounded inputs
+    want, want_state = compiled(selective_scan, "reference")(**same)
     assert y.dtype == jnp.bfloat16 and state.dtype == jnp.float32
     np.testing.assert_allclose(y.astype(jnp.float32), want, rtol=3e-2, atol=5e-2)  # mamba-ssm's own test
     np.testing.assert_allclose(state, want_state, rtol=1e-4, atol=1e-4)
@@ -121,18 +78,9 @@ def test_bfloat16(implementation):
 @pytest.mark.parametrize("implementation", BACKENDS)
 @pytest.mark.parametrize("cut", [1, 4, 8])
 def test_state_carries_over(implementation, cut):
-    args, static = inputs(groups=2), documents()
-    whole, whole_state = selective_scan(**args, **static, implementation=implementation)
-    time = ("u", "dt", "B", "C", "z", "weights", "segment_ids", "mask")
-    both = {**args, **static}
-    head = {k: v[:, :cut] if k in time else v for k, v in both.items()}
-    tail = {k: v[:, cut:] if k in time else v for k, v in both.items()}
-    first, state = selective_scan(**head, implementation=implementation)
-    last_real = [row[:cut][mask[:cut]] for row, mask in zip(static["segment_ids"], static["mask"], strict=True)]
-    tail["initial_state"] = state
-    tail["initial_segment"] = jnp.asarray([row[-1] if row.size else 0 for row in last_real], jnp.int32)
-    second, state = selective_scan(**tail, implementation=implementation)
-    y = jnp.concatenate([first, second], axis=1)
+    args, static, scan = inputs(groups=2), documents(), compiled(selective_scan, implementation)
+    whole, whole_state = scan(**args, **static)
+    y, state = in_two_calls(scan, args, static, cut, TIME)
     mask = static["mask"][..., None]
     assert_close((jnp.where(mask, y, 0), state), (jnp.where(mask, whole, 0), whole_state), 1e-6)
 
@@ -140,39 +88,30 @@ def test_state_carries_over(implementation, cut):
 @pytest.mark.parametrize("implementation", SERVING)
 def test_poisoned_padding_never_leaks(implementation):
     args, static = inputs(groups=2), documents()
-    mask = static["mask"]
-    time = ("u", "dt", "B", "C", "z")
-    poisoned = {
-        k: jnp.where(mask.reshape(*mask.shape, *[1] * (v.ndim - 2)), v, jnp.nan) if k in time else v
-        for k, v in args.items()
-    }
-    got = value_and_gradients(poisoned, static, implementation)
-    want = value_and_gradients(args, static, implementation)
-    assert_close(got, want, 1e-7)
+    hidden = poisoned(args, static["mask"], ("u", "dt", "B", "C", "z"))
+    got = value_and_gradients(selective_scan, hidden, static, implementation)
+    assert_close(got, value_and_gradients(selective_scan, args, static, implementation), 1e-7)
 
 
 @pytest.mark.parametrize("implementation", BACKENDS)
 @pytest.mark.parametrize("scale", [1e-6, 1e3])
 def test_extreme_decays_are_finite(implementation, scale):
     args = inputs(groups=2)
-    args["A"] = args["A"] * scale
-    got = value_and_gradients(args, documents(padded=False), implementation)
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
-    with jax.enable_x64(True):
-        args64 = inputs(groups=2, dtype=np.float64)
-        args64["A"] = args64["A"] * scale
-        want = value_and_gradients(args64, documents(padded=False), "reference")
-    assert_close(got[0], want[0], 1e-5)
+    args["A"] = args["A"] * np.float32(scale)
+    got = value_and_gradients(selective_scan, args, documents(padded=False), implementation)
+    assert_finite(got)
+    assert_close(got[0], expected(selective_scan, args, documents(padded=False))[0], 1e-5)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_vmap(implementation):
     args = [inputs(seed=s) for s in (0, 1)]
-    f = functools.partial(value_and_gradients, static={}, implementation=implementation)
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *args)
-    want = jax.tree.map(lambda *x: jnp.stack(x), *(f(a) for a in args))
-    assert_close(jax.vmap(f)(stacked), want, 1e-5)
+
+    def run(args):
+        return value_and_gradients(selective_scan, args, {}, implementation)
+
+    assert_close(jax.vmap(run)(stacked(args)), stacked([run(a) for a in args]), 1e-5)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -215,7 +154,7 @@ def test_a_donated_state_is_updated_in_place():
 def test_few_tokens_have_a_kernel_of_their_own_or_xla():
     """Chunks serve those that are asked for by name."""
     gpu = dict(platform="cuda", dtype=np.dtype("float32"))
-    one, few, odd, more = ((2, length, 1, 64, n) for length, n in ((1, 16), (xla.FEW, 16), (2, 9), (xla.FEW + 1, 9)))
+    one, few, odd, more = ((2, length, 1, 64, n) for length, n in ((1, 16), (UNROLLED, 16), (2, 9), (UNROLLED + 1, 9)))
     for shape, name in ((one, "xla"), (few, "mosaic_gpu"), (odd, "xla"), (more, "mosaic_gpu")):
         assert op.choose("cuda", shape, dtype=gpu["dtype"])[0] == name
         assert op.mosaic_gpu.supports(**gpu, shape=shape, named=True) is None

@@ -6,19 +6,17 @@ of them cost a few compilations, one for each shape. On a machine with a GPU its
     JAX_PLATFORMS=cuda python -m pytest -n 0 tests/kernels/test_selective_scan_random.py
 """
 
-import functools
-
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_selective_scan import assert_close, inputs
 
 from seqmodels.kernels.selective_scan import selective_scan
+from tests.kernels.helpers import assert_close, expected, value_and_gradients
+from tests.kernels.inputs import selective_scan_inputs as inputs
+from tests.kernels.layouts import ROWS, draw_documents, layouts
 
-ROWS = 16  # layouts a batch
 IMPLEMENTATIONS = ["xla", "mosaic_gpu"] if jax.default_backend() == "gpu" else ["xla"]
 # length, groups, width, states; with T, E and N that are and are not multiples of anything
 SHAPES = [
@@ -32,54 +30,13 @@ SHAPES = [
     (70, 1, 9, 20),
 ]
 
-layouts = st.tuples(
-    st.floats(0, 1),  # share of the longest length
-    st.floats(0, 1),  # how likely a token begins a document
-    st.floats(0, 1),  # how likely a token is real
-    st.booleans(),  # whether the first token goes on with the incoming state's document
-)
-
-
-def draw_documents(rows, length, draw):
-    """segment_ids, initial_segment and mask of one layout a row."""
-    share, changes, real, goes_on = (np.asarray(column)[:, None] for column in zip(*rows, strict=True))
-    starts = draw.random((len(rows), length)) < changes
-    starts[:, 0] = ~goes_on[:, 0]
-    inside = np.arange(length) < np.ceil(share * length)
-    return dict(
-        segment_ids=jnp.asarray(np.cumsum(starts, axis=1), jnp.int32),
-        initial_segment=jnp.zeros(len(rows), jnp.int32),
-        mask=jnp.asarray((draw.random((len(rows), length)) < real) & inside),
-    )
-
-
-@functools.partial(jax.jit, static_argnames="implementation")
-def value_and_gradients(args, documents, cotangents, implementation):
-    """y on real tokens, the final state, and what `cotangents` of both pull back to."""
-
-    def outputs(args):
-        y, state = selective_scan(**args, **documents, implementation=implementation)
-        return jnp.where(documents["mask"][..., None], y, 0), state
-
-    results, pull = jax.vjp(outputs, args)
-    return results, pull(cotangents)
-
 
 def check(shape, rows, seed, implementation):
     length, groups, width, state = shape
-    draw = np.random.default_rng(seed)
-    documents = draw_documents(rows, length, draw)
+    static = draw_documents(rows, length, np.random.default_rng(seed))
     args = inputs(len(rows), length, groups, width, state, seed=seed)
-    cotangents = tuple(draw.normal(size=s) for s in ((len(rows), length, width), (len(rows), groups, width, state)))
-
-    def run(dtype, implementation):
-        numbers = jax.tree.map(lambda x: np.asarray(x, dtype), (args, cotangents))
-        return value_and_gradients(numbers[0], documents, numbers[1], implementation)
-
-    got = run(np.float32, implementation)
-    with jax.enable_x64(True):
-        want = run(np.float64, "reference")
-    assert_close(got, want, 1e-5)
+    got = value_and_gradients(selective_scan, args, static, implementation)
+    assert_close(got, expected(selective_scan, args, static), 1e-5)
 
 
 @pytest.mark.parametrize("shape", [SHAPES[3], *(pytest.param(s, marks=pytest.mark.slow) for s in SHAPES)])

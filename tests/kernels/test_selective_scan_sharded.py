@@ -11,6 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from seqmodels.kernels import selective_scan as op
 from seqmodels.kernels.selective_scan import sharded
+from tests.kernels.helpers import assert_close, poisoned
+from tests.kernels.inputs import selective_scan_inputs
 from tests.kernels.split_time import LENGTH, PIECES, SPLITS, moved, tpu_mesh
 
 BATCH, WIDTH, STATE = 2, 4, 3
@@ -21,24 +23,11 @@ SPECS |= dict(A=P(), D=P(), dt_bias=P(), initial_state=P("data"), initial_segmen
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
 
-def inputs(groups=0, length=LENGTH, seed=0):
-    """Random arguments, every optional one given; groups == 0 leaves the group axis out."""
-    draw = np.random.default_rng(seed)
-    group = (groups,) if groups else ()
-    args = dict(
-        u=draw.normal(size=(BATCH, length, *group, WIDTH)),
-        dt=draw.normal(size=(BATCH, length, *group, WIDTH)),
-        A=-np.exp(draw.normal(size=(*group, WIDTH, STATE))) / 2,
-        B=draw.normal(size=(BATCH, length, *group, STATE)),
-        C=draw.normal(size=(BATCH, length, *group, STATE)),
-        D=draw.normal(size=WIDTH),
-        z=draw.normal(size=(BATCH, length, WIDTH)),
-        dt_bias=draw.normal(size=(*group, WIDTH)) - 1.5,  # long memory: a state crosses several pieces
-        initial_state=draw.normal(size=(BATCH, *group, WIDTH, STATE)) * 3,
-    )
-    if groups:
-        args["weights"] = draw.normal(size=(BATCH, length, groups - 1, WIDTH))
-    return {name: np.asarray(value, np.float32) for name, value in args.items()}
+def inputs(groups=0):
+    """Random arguments, every optional one given, with a memory so long that a state crosses several pieces."""
+    args = selective_scan_inputs(BATCH, LENGTH, groups, WIDTH, STATE)
+    longer = dict(A=args["A"] / 2, dt_bias=args["dt_bias"] / 0.3 - 1.5, initial_state=args["initial_state"] * 3)
+    return args | {name: x.astype(np.float32) for name, x in longer.items()}
 
 
 def mesh():
@@ -82,9 +71,7 @@ def as_a_whole(args, static):
 def test_equals_whole(case, groups):
     args, static = inputs(groups), SPLITS[case]
     want = as_a_whole(args, static)
-    for (path, x), y in zip(jax.tree.leaves_with_path(in_pieces(args, static)), jax.tree.leaves(want), strict=True):
-        error = np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30)
-        assert error < 1e-5, f"{jax.tree_util.keystr(path)}: relative error {error:.2e}"
+    assert_close(in_pieces(args, static), want, 1e-5)
     assert np.linalg.norm(want[1]["initial_state"]) > 1e-2 or "another" in case, "the initial state does not matter"
 
 
@@ -108,10 +95,8 @@ def test_plain_arguments_only():
 
 def test_poisoned_padding_never_leaks():
     args, static = inputs(3), SPLITS["padded and packed"]
-    hole = lambda v: static["mask"].reshape(*static["mask"].shape, *[1] * (v.ndim - 2))  # noqa: E731
-    time = ("u", "dt", "B", "C", "z")
-    poisoned = {k: np.where(hole(v), v, np.nan).astype(v.dtype) if k in time else v for k, v in args.items()}
-    got, want = in_pieces(poisoned, static), in_pieces(args, static)
+    hidden = poisoned(args, static["mask"], ("u", "dt", "B", "C", "z"))
+    got, want = in_pieces(hidden, static), in_pieces(args, static)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), got, want)
 
 
@@ -123,9 +108,10 @@ def test_no_activation_leaves_its_chip():
     shapes = dict(u=(2, length, width), dt=(2, length, width), B=(2, length, state), C=(2, length, state))
     shapes |= dict(z=(2, length, width), segment_ids=(2, length))
     shapes |= dict(A=(width, state), D=(width,), dt_bias=(width,), initial_state=(2, width, state))
-    dtype = lambda name: jnp.int32 if name == "segment_ids" else jnp.bfloat16 if SPECS[name] == TIME else jnp.float32  # noqa: E731
+    dtypes = {name: jnp.bfloat16 if SPECS[name] == TIME else jnp.float32 for name in shapes}
+    dtypes["segment_ids"] = jnp.int32
     args = {
-        name: jax.ShapeDtypeStruct(shape, dtype(name), sharding=NamedSharding(tpu, SPECS[name]))
+        name: jax.ShapeDtypeStruct(shape, dtypes[name], sharding=NamedSharding(tpu, SPECS[name]))
         for name, shape in shapes.items()
     }
     static = {"segment_ids": args.pop("segment_ids")}

@@ -5,7 +5,6 @@ it is compiled once.
 """
 
 import functools
-import importlib.util
 import json
 import subprocess
 import sys
@@ -17,60 +16,46 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from jax.experimental.pallas import tpu as pltpu
-from test_selective_scan import assert_close, documents, inputs
 
 from seqmodels.kernels.dispatch import UnsupportedError
+from seqmodels.kernels.interpreter import interpret
 from seqmodels.kernels.selective_scan import mosaic_tpu, selective_scan
+from tests.kernels.helpers import (
+    assert_close,
+    assert_finite,
+    compiled,
+    documents,
+    expected,
+    in_two_calls,
+    needs_libtpu,
+    poisoned,
+    random_documents,
+    stacked,
+    value_and_gradients,
+)
+from tests.kernels.inputs import selective_scan_inputs as inputs
 
 ROOT = Path(__file__).resolve().parents[2]
-SHAPE = dict(length=21, groups=2, width=130, state=9)
+SHAPE = dict(batch=1, length=21, groups=2, width=130, state=9)
+LAYOUT = documents(batch=1, length=21)
 
 
 @pytest.fixture
-def interpreter(monkeypatch):
-    """Kernels run in the interpreter, whose memory starts as NaN, in chunks of 16 tokens and blocks of 128 channels."""
-    pltpu.reset_tpu_interpret_mode_state()
-    monkeypatch.setattr(mosaic_tpu, "INTERPRET", pltpu.InterpretParams())
+def interpreter(tpu_interpreter, monkeypatch):
+    """Chunks of 16 tokens and blocks of 128 channels."""
     monkeypatch.setattr(mosaic_tpu, "TOKENS", 16)
     monkeypatch.setattr(mosaic_tpu, "WIDTH", 128)
 
 
-@functools.partial(jax.jit, static_argnames=("dt_softplus", "implementation"))
-def value_and_gradients(args, documents, cotangents, dt_softplus=True, implementation="mosaic_tpu"):
-    """y on real tokens, the final state, and what `cotangents` of both pull back to."""
-
-    def outputs(args):
-        y, state = selective_scan(**args, **documents, dt_softplus=dt_softplus, implementation=implementation)
-        return (jnp.where(documents["mask"][..., None], y, 0) if "mask" in documents else y), state
-
-    results, pull = jax.vjp(outputs, args)
-    return results, pull(tuple(c.astype(r.dtype) for c, r in zip(cotangents, results, strict=True)))
+run = functools.partial(value_and_gradients, selective_scan, implementation="mosaic_tpu")
 
 
-def cotangents(args, seed=7):
-    draw = np.random.default_rng(seed)
-    shape = args["u"].shape
-    return tuple(
-        draw.normal(size=s).astype(np.float32) for s in ((*shape[:2], shape[-1]), (shape[0], *args["A"].shape))
-    )
-
-
-def expected(args, documents, **static):
-    """The same by the reference in float64, from the same numbers."""
-    with jax.enable_x64(True):
-        double = {k: np.asarray(v, np.float64) for k, v in args.items()}
-        pull = tuple(np.asarray(c, np.float64) for c in cotangents(args))
-        return value_and_gradients(double, documents, pull, implementation="reference", **static)
-
-
-def assert_equals_reference(args, documents, tolerance=1e-5, **static):
-    got = value_and_gradients(args, documents, cotangents(args), **static)
-    assert_close(got, expected(args, documents, **static), tolerance)
+def assert_equals_reference(args, static, options=None):
+    assert_close(run(args, static, options=options), expected(selective_scan, args, static, options), 1e-5)
 
 
 def test_equals_float64_reference(interpreter):
-    assert_equals_reference(inputs(**SHAPE), documents(length=21))
+    assert_equals_reference(inputs(**SHAPE), LAYOUT)
 
 
 @pytest.mark.parametrize("scale", [1e-35, 1e3])
@@ -78,18 +63,15 @@ def test_extreme_decays(interpreter, scale):
     """Also with A so near 0 that only the reset itself can make a state forget."""
     args = inputs(**SHAPE)
     args["A"] = args["A"] * np.float32(scale)
-    got = value_and_gradients(args, documents(length=21), cotangents(args))
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(got))
-    assert_close(got, expected(args, documents(length=21)), 1e-5)
+    got = run(args, LAYOUT)
+    assert_finite(got)
+    assert_close(got, expected(selective_scan, args, LAYOUT), 1e-5)
 
 
 def test_poisoned_padding_never_leaks(interpreter):
-    args, layout = inputs(**SHAPE), documents(length=21)
-    hidden = {k: np.array(args[k]) for k in ("u", "dt", "B", "C", "z")}
-    for x in hidden.values():
-        x[~np.asarray(layout["mask"])] = np.nan
-    got = value_and_gradients(args | hidden, layout, cotangents(args))
-    assert_close(got, value_and_gradients(args, layout, cotangents(args)), 1e-7)
+    args, static = inputs(**SHAPE), LAYOUT
+    hidden = poisoned(args, static["mask"], ("u", "dt", "B", "C", "z"))
+    assert_close(run(hidden, static), run(args, static), 1e-7)
 
 
 @pytest.mark.slow
@@ -99,13 +81,8 @@ def test_random_documents(interpreter):
     @settings(max_examples=8, deadline=None, suppress_health_check=list(HealthCheck))
     @given(seed=st.integers(0, 2**16), changes=st.floats(0, 1), real=st.floats(0, 1), first=st.integers(0, 2))
     def check(seed, changes, real, first):
-        draw = np.random.default_rng(seed)
-        layout = dict(
-            segment_ids=jnp.asarray(np.cumsum(draw.random((2, 21)) < changes, axis=1), jnp.int32),
-            initial_segment=jnp.full(2, first, jnp.int32),
-            mask=jnp.asarray(draw.random((2, 21)) < real),
-        )
-        assert_equals_reference(inputs(**SHAPE, seed=seed), layout)
+        static = random_documents(seed, 1, 21, changes, real, first)
+        assert_equals_reference(inputs(**SHAPE, seed=seed), static)
 
     check()
 
@@ -132,7 +109,7 @@ def test_options(interpreter, case):
         args["weights"] = args["weights"][:, :, :1]
     if not static.get("dt_softplus", True):
         args = args | dict(dt=np.abs(args["dt"]), dt_bias=np.abs(args["dt_bias"]))
-    assert_equals_reference(args, {}, **static)
+    assert_equals_reference(args, {}, static)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
@@ -140,45 +117,35 @@ def test_low_precision(interpreter, dtype):
     args = inputs(batch=1, length=40, groups=2, width=5)
     low = ("u", "dt", "B", "C", "z", "weights")
     half = {k: jnp.asarray(v, dtype if k in low else jnp.float32) for k, v in args.items()}
-    (y, state), gradients = value_and_gradients(half, {}, cotangents(args))
+    (y, state), gradients = run(half, {})
     assert y.dtype == dtype and state.dtype == jnp.float32
-    assert {k: v.dtype for k, v in gradients[0].items()} == {k: v.dtype for k, v in half.items()}
-    (want, want_state), want_gradients = expected(half, {})  # the same rounded inputs
+    assert {k: v.dtype for k, v in gradients.items()} == {k: v.dtype for k, v in half.items()}
+    (want, want_state), want_gradients = expected(selective_scan, half, {})  # the same rounded inputs
     np.testing.assert_allclose(y.astype(jnp.float32), want, rtol=3e-2, atol=5e-2)  # mamba-ssm's own test
     np.testing.assert_allclose(state, want_state, rtol=1e-4, atol=1e-4)
     assert_close(gradients, want_gradients, 1e-2)
 
 
 def test_state_carries_over(interpreter):
-    args, layout = inputs(batch=1, length=36, width=3), documents(batch=1, length=36, padded=False)
-    scan = jax.jit(functools.partial(selective_scan, implementation="mosaic_tpu"))
-    whole, final = scan(**args, **layout)
-    both, time = args | layout, ("u", "dt", "B", "C", "z", "segment_ids")
-    head = {k: v[:, :18] if k in time else v for k, v in both.items()}
-    tail = {k: v[:, 18:] if k in time else v for k, v in both.items()}
-    first, state = scan(**head)
-    second, state = scan(**tail | dict(initial_state=state, initial_segment=head["segment_ids"][:, -1]))
-    assert_close((jnp.concatenate([first, second], axis=1), state), (whole, final), 1e-6)
+    args, static = inputs(batch=1, length=36, width=3), documents(batch=1, length=36, padded=False)
+    scan = compiled(selective_scan, "mosaic_tpu")
+    assert_close(in_two_calls(scan, args, static, 18, ("u", "dt", "B", "C", "z")), scan(**args, **static), 1e-6)
 
 
-def test_no_races(interpreter, monkeypatch):
-    """Two cores share the sequences; no core reads or writes what the other may be writing."""
+def test_no_races(interpreter):
+    """Two cores share the two sequences; no core reads or writes what the other may be writing."""
     from jax._src.pallas.mosaic.interpret import interpret_pallas_call
 
-    monkeypatch.setattr(mosaic_tpu, "INTERPRET", pltpu.InterpretParams(detect_races=True, num_cores_or_threads=2))
-    args = inputs(length=17, width=130)
-    assert_equals_reference(args, {})
+    with interpret(detect_races=True, num_cores_or_threads=2):
+        assert_equals_reference(inputs(length=17, width=130), {})
     assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.slow
 def test_vmap(interpreter):
     args = [inputs(length=3, width=3, seed=seed) for seed in (0, 1)]
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *args)
-    pulls = jax.tree.map(lambda *x: jnp.stack(x), *map(cotangents, args))
-    got = jax.vmap(lambda a, c: value_and_gradients(a, {}, c))(stacked, pulls)
-    want = jax.tree.map(lambda *x: np.stack(x), *(expected(a, {}) for a in args))
-    assert_close(got, want, 1e-5)
+    want = stacked([expected(selective_scan, a, {}) for a in args])
+    assert_close(jax.vmap(lambda a: run(a, {}))(stacked(args)), want, 1e-5)
 
 
 def test_reasons():
@@ -201,9 +168,6 @@ COMPILED = [("v5e", "bfloat16", "read3")] + [
     for variant in ("full", "read3")
     if (chip, dtype, variant) != ("v5e", "bfloat16", "read3")
 ]
-
-
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
 
 
 @needs_libtpu

@@ -5,47 +5,43 @@ has several of them, overlapping, of several blocks of channels, and channels th
 """
 
 import functools
-import importlib.util
-import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.experimental.pallas import mosaic_gpu as plgpu
-from test_short_conv import LAYOUTS, LENGTH, assert_close, inputs, value_and_gradients
 
-from seqmodels.kernels import lanes
 from seqmodels.kernels import short_conv as op
 from seqmodels.kernels.dispatch import UnsupportedError
+from seqmodels.kernels.lanes import THREADS, processors
 from seqmodels.kernels.short_conv import few, mosaic_gpu, short_conv, tuning
+from seqmodels.kernels.tuning import UNROLLED
+from tests.kernels.helpers import (
+    assembled,
+    assert_close,
+    compiled,
+    expected,
+    needs_cuda_plugin,
+    poisoned,
+    stacked,
+    value_and_gradients,
+)
+from tests.kernels.inputs import short_conv_inputs as inputs
+from tests.kernels.short_layouts import LAYOUTS, LENGTH
 
-HERE = Path(__file__).resolve().parent
+SILU = dict(activation="silu")
 LAYOUT = "packed and padded"
 
 
-@pytest.fixture(scope="module")
-def interpreter():
-    """Kernels run in the interpreter, whose memory starts as NaN, on pieces of 4 tokens, 2 loaded together."""
-    if not hasattr(plgpu, "InterpretGPUParams"):
-        pytest.skip("the interpreter of jax 0.10 compiles at every launch, a minute for each gradient")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(lanes, "INTERPRET", plgpu.InterpretGPUParams())
-        patch.setattr(tuning, "SHORTEST", 4)
-        patch.setattr(tuning, "TOGETHER", 2)
-        jax.clear_caches()  # the kernels are jitted, and know nothing of these
-        yield patch
-    jax.clear_caches()
+run = functools.partial(value_and_gradients, short_conv, implementation="mosaic_gpu", options=SILU)
 
 
-def expected(args, layout):
-    """By the reference in float64, from the same numbers."""
-    with jax.enable_x64(True):
-        return value_and_gradients({k: np.asarray(v, np.float64) for k, v in args.items()}, layout, "reference")
+@pytest.fixture
+def interpreter(gpu_interpreter, monkeypatch):
+    """Pieces of 4 tokens, 2 loaded together."""
+    monkeypatch.setattr(tuning, "SHORTEST", 4)
+    monkeypatch.setattr(tuning, "TOGETHER", 2)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +56,7 @@ def expected(args, layout):
 def test_equals_float64_reference(interpreter, taps, layout):
     args = inputs(taps)
     assert tuning.piece("backward", 3, LENGTH, 8) == 4
-    assert_close(value_and_gradients(args, LAYOUTS[layout], "mosaic_gpu"), expected(args, LAYOUTS[layout]), 1e-6)
+    assert_close(run(args, LAYOUTS[layout]), expected(short_conv, args, LAYOUTS[layout], SILU), 1e-6)
 
 
 @pytest.mark.slow
@@ -68,24 +64,23 @@ def test_equals_float64_reference(interpreter, taps, layout):
 def test_without_bias_and_state(interpreter, length):
     """Rows shorter than the taps, of whole pieces, of pieces that overlap by three tokens."""
     args = {name: value for name, value in inputs(length=length).items() if name in ("x", "weight")}
-    assert_close(value_and_gradients(args, {}, "mosaic_gpu"), expected(args, {}), 1e-6)
+    assert_close(run(args, {}), expected(short_conv, args, {}, SILU), 1e-6)
 
 
 def test_poisoned_padding_never_leaks(interpreter):
     args, layout = inputs(), LAYOUTS[LAYOUT]
-    poisoned = {**args, "x": np.where(layout["mask"][..., None], args["x"], np.nan)}
-    got = value_and_gradients(poisoned, layout, "mosaic_gpu")
-    assert_close(got, expected(args, layout), 1e-6)
-    assert not got[0][0][~layout["mask"]].any()
+    hidden = poisoned(args, layout["mask"], ("x",))
+    assert_close(run(hidden, layout), expected(short_conv, args, layout, SILU), 1e-6)
+    y, _ = compiled(short_conv, "mosaic_gpu")(**hidden, **layout)
+    assert not y[~layout["mask"]].any()
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_low_precision(interpreter, dtype):
     """Against the reference at the same rounded inputs: y and dx are rounded once, sums over tokens are float32."""
     half = {k: jnp.asarray(v, dtype if k == "x" else jnp.float32) for k, v in inputs().items()}
-    (y, state), gradients = value_and_gradients(half, {}, "mosaic_gpu")
-    wide = {k: v.astype(jnp.float32) for k, v in half.items()}
-    (want, want_state), want_gradients = expected(wide, {})
+    (y, state), gradients = run(half, {})
+    (want, want_state), want_gradients = expected(short_conv, half, {}, SILU)
     assert y.dtype == gradients["x"].dtype == dtype and state.dtype == jnp.float32
     rounding = {"bfloat16": 2**-8, "float16": 2**-11}[dtype]
     np.testing.assert_allclose(y.astype(jnp.float32), want, rtol=rounding, atol=1e-6)
@@ -100,15 +95,13 @@ def test_few_tokens(interpreter, taps, length):
     """As in decoding, by the kernel that updates the state in place; fewer tokens than taps and more."""
     args = inputs(taps, length=length, batch=2, width=256)
     assert few.supports(2, length, 256, documents=False) is None
-    assert_close(value_and_gradients(args, {}, "mosaic_gpu"), expected(args, {}), 1e-6)
+    assert_close(run(args, {}), expected(short_conv, args, {}, SILU), 1e-6)
     bare = {name: args[name] for name in ("x", "weight")}
-    assert_close(value_and_gradients(bare, {}, "mosaic_gpu"), expected(bare, {}), 1e-6)
+    assert_close(run(bare, {}), expected(short_conv, bare, {}, SILU), 1e-6)
 
 
-def test_few_tokens_in_place(monkeypatch):
+def test_few_tokens_in_place():
     """As lowered for a GPU: the state's operand is an output, and XLA may donate it to that."""
-    monkeypatch.setattr(lanes, "INTERPRET", None)
-    jax.clear_caches()  # the kernel is jitted, and may know the interpreter
     args = {k: jnp.asarray(v) for k, v in inputs(length=1, batch=2, width=256).items()}
     state = args.pop("initial_state")
 
@@ -118,27 +111,23 @@ def test_few_tokens_in_place(monkeypatch):
     lowered = jax.jit(step, donate_argnums=0).trace(state, args).lower(lowering_platforms=("cuda",)).as_text()
     (alias,) = re.findall(r"output_operand_alias<(.*)>", lowered)
     assert f"operand_index = {len(args)}" in alias
-    several = jax.tree.map(lambda x: jnp.stack([x, x]), (state, args))
+    several = stacked([(state, args)] * 2)
     jax.jit(jax.vmap(step)).trace(*several).lower(lowering_platforms=("cuda",))
-    jax.clear_caches()
 
 
 @pytest.mark.slow
 def test_vmap(interpreter):
     args = [inputs(seed=seed) for seed in (0, 1)]
-    f = functools.partial(value_and_gradients, static=LAYOUTS["plain"], implementation="mosaic_gpu")
-    stacked = jax.tree.map(lambda *x: jnp.stack(x), *args)
-    want = jax.tree.map(lambda *x: np.stack(x), *(expected(a, LAYOUTS["plain"]) for a in args))
-    assert_close(jax.vmap(f)(stacked), want, 1e-6)
+    want = stacked([expected(short_conv, a, LAYOUTS["plain"], SILU) for a in args])
+    assert_close(jax.vmap(lambda a: run(a, LAYOUTS["plain"]))(stacked(args)), want, 1e-6)
 
 
-def test_reasons(monkeypatch):
-    monkeypatch.setattr(lanes, "INTERPRET", None)
+def test_reasons():
     facts = dict(batch=1, length=32, channels=4, taps=4, dtype=np.dtype("float32"))
     assert "needs an NVIDIA GPU" in mosaic_gpu.supports(platform="cpu", **facts)
     assert "float64" in mosaic_gpu.supports(platform="cuda", **facts | dict(dtype=np.dtype("float64")))
     assert "2^31" in mosaic_gpu.supports(platform="cuda", **facts | dict(length=2**30))
-    for length, name in ((1, "xla"), (few.FEW, "xla"), (few.FEW + 1, "mosaic_gpu")):
+    for length, name in ((1, "xla"), (UNROLLED, "xla"), (UNROLLED + 1, "mosaic_gpu")):
         assert op.choose("cuda", **facts | dict(length=length))[0] == name
     step = facts | dict(length=1, channels=512)
     assert op.choose("cuda", **step)[0] == "mosaic_gpu"
@@ -157,16 +146,10 @@ def test_pieces_cover_the_row(kind, sizes):
     assert 1 <= piece <= length and piece % min(tuning.TOGETHER, length) == 0
     if piece > tuning.SHORTEST:
         threads = batch * length * channels / (piece * tuning.CHANNELS)
-        assert threads >= 2 * tuning.MULTIPROCESSORS * tuning.THREADS
+        assert threads >= 2 * processors() * THREADS
 
 
-needs_plugin = pytest.mark.skipif(
-    importlib.util.find_spec("jax_plugins") is None or importlib.util.find_spec("jax_plugins.xla_cuda13") is None,
-    reason="jax's CUDA plug-in is not installed",
-)
-
-
-@needs_plugin
+@needs_cuda_plugin
 @pytest.mark.parametrize(
     "shape, dtype, documents, most_spilled",
     [
@@ -177,20 +160,13 @@ needs_plugin = pytest.mark.skipif(
 )
 def test_compiles_into_registers(shape, dtype, documents, most_spilled):
     """The interpreter takes what the compiler refuses."""
-    command = [sys.executable, str(HERE / "compile_short_conv_for_h100.py"), shape, dtype, str(documents)]
-    run = subprocess.run(command, env=os.environ | dict(MOSAIC_GPU_DUMP_PTXAS="1"), capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    said = run.stdout + run.stderr
-    pattern = r"entry function 'body_mosaic[^']*'.*\n.*\n.*?(\d+) bytes spill stores"
-    spilled = [int(n) for n in re.findall(pattern, said)]
-    assert len(spilled) == 2 and max(spilled) <= most_spilled, said
+    _, spilled = assembled("short_conv", shape, dtype, documents)
+    assert len(spilled) == 2 and max(spilled) <= most_spilled
 
 
-@needs_plugin
+@needs_cuda_plugin
 @pytest.mark.parametrize("shape, dtype", [("1x1x1536x4", "bfloat16"), ("64x8x2048x8", "float32")])
 def test_a_few_tokens_compile_in_place(shape, dtype):
     """The donated state is read and written by one kernel, and never copied."""
-    command = [sys.executable, str(HERE / "compile_short_conv_for_h100.py"), shape, dtype, "0"]
-    run = subprocess.run(command, env=os.environ | dict(MOSAIC_GPU_DUMP_PTXAS="1"), capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert re.findall(r"(\d+) bytes spill stores", run.stdout + run.stderr) == ["0"]
+    _, spilled = assembled("short_conv", shape, dtype, 0)
+    assert spilled == [0]

@@ -10,6 +10,8 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from seqmodels.kernels.short_conv import sharded, short_conv
+from tests.kernels.helpers import assert_close, poisoned
+from tests.kernels.inputs import short_conv_inputs
 from tests.kernels.split_time import LENGTH, PIECES, SPLITS, moved, tpu_mesh
 
 BATCH, WIDTH = 2, 3
@@ -20,15 +22,8 @@ SPECS |= dict(initial_state=P("data"), initial_segment=P("data"))
 pytestmark = pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 
 
-def inputs(taps, seed=0):
-    draw = np.random.default_rng(seed)
-    args = dict(
-        x=draw.normal(size=(BATCH, LENGTH, WIDTH)),
-        weight=draw.normal(size=(taps, WIDTH)),
-        bias=draw.normal(size=WIDTH),
-        initial_state=draw.normal(size=(BATCH, taps - 1, WIDTH)),
-    )
-    return {name: np.asarray(value, np.float32) for name, value in args.items()}
+def inputs(taps):
+    return short_conv_inputs(taps, length=LENGTH, batch=BATCH, width=WIDTH)
 
 
 def mesh():
@@ -71,15 +66,12 @@ def as_a_whole(args, static):
 def test_equals_whole(case, taps):
     args, static = inputs(taps), SPLITS[case]
     want = as_a_whole(args, static)
-    for (path, x), y in zip(jax.tree.leaves_with_path(in_pieces(args, static)), jax.tree.leaves(want), strict=True):
-        error = np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-30)
-        assert error < 1e-6, f"{jax.tree_util.keystr(path)}: relative error {error:.2e}"
+    assert_close(in_pieces(args, static), want, 1e-6)
 
 
 def test_poisoned_padding_never_leaks():
     args, static = inputs(4), SPLITS["padded and packed"]
-    poisoned = args | dict(x=np.where(static["mask"][..., None], args["x"], np.float32(np.nan)))
-    got, want = in_pieces(poisoned, static), in_pieces(args, static)
+    got, want = in_pieces(poisoned(args, static["mask"], ("x",)), static), in_pieces(args, static)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6, atol=1e-6), got, want)
 
 

@@ -14,6 +14,8 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from seqmodels.kernels import lanes
+from seqmodels.kernels.arrays import mapped, pad, round_up
+from seqmodels.kernels.interpreter import gpu_interpreter
 from seqmodels.kernels.lanes import LN2
 from seqmodels.kernels.linear_attention.mosaic_gpu.decay import exponents, gradient, starts, vectors
 from seqmodels.kernels.linear_attention.mosaic_gpu.keys import keys_gradient
@@ -22,9 +24,8 @@ from seqmodels.kernels.linear_attention.mosaic_gpu.tile import SIDE
 from seqmodels.kernels.linear_attention.mosaic_gpu.walk import walk
 from seqmodels.kernels.segments import resets
 
-PROCESSORS = 132  # of an H100
 WIDEST = 256  # K whose states one warpgroup holds while it reads them
-FEW = 16  # tokens: no more are worth a chunk
+LEAST = 16  # tokens: so many, or fewer, are not worth a chunk
 FACTORS = jnp.bfloat16  # of products: states and scores of float16 numbers may be beyond float16's range
 DTYPES = ("bfloat16", "float16")
 
@@ -32,10 +33,10 @@ DTYPES = ("bfloat16", "float16")
 def supports(platform, shape, dtype, decay, chunk=None, named=False, **facts) -> str | None:
     """Why this backend cannot serve the call, or should not where it is not asked for by name; None: it can."""
     batch, length, _, heads, _, values = shape
-    if platform != "cuda" and lanes.INTERPRET is None:
+    if platform != "cuda" and not gpu_interpreter():
         return "it needs an NVIDIA GPU"
-    if length <= FEW and not named:
-        return f"T is {length}: up to {FEW} tokens are not worth a chunk of {SIDE}"
+    if length <= LEAST and not named:
+        return f"T is {length}: up to {LEAST} tokens are not worth a chunk of {SIDE}"
     if (capability := lanes.compute_capability() or 9) != 9:
         return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper), this one has {capability}"
     if jnp.dtype(dtype).name not in DTYPES:
@@ -75,26 +76,19 @@ def linear_attention(
         q, scale = q * scale, 1.0
     q, k, v = (x.astype(FACTORS) for x in (q, k, v))
     pieces = stretches(batch * heads * -(-values // SIDE), length)
-    tokens = -(-length // (SIDE * pieces)) * SIDE * pieces
-    wide, deep = -(-values // SIDE) * SIDE, -(-keys // SIDE) * SIDE
+    tokens = round_up(length, SIDE * pieces)
+    wide, deep = round_up(values, SIDE), round_up(keys, SIDE)
     arrays = dict(
-        q=pad(q, tokens, deep),
-        k=pad(k, tokens, deep),
-        v=pad(v, tokens, wide),
+        q=pad(q, {1: tokens, -1: deep}),
+        k=pad(k, {1: tokens, -1: deep}),
+        v=pad(v, {1: tokens, -1: wide}),
         g=exponents(log_decay, reset, (batch, length, heads), tokens),
-        initial_state=pad(initial_state.astype(jnp.float32), None, wide, deep),
+        initial_state=pad(initial_state.astype(jnp.float32), {-2: deep, -1: wide}),
     )
     once = jnp.dtype(dtype) == FACTORS and bonus is None  # rounded by the kernel; else after what is still to come
     y, state = attend(arrays, float(scale), strict, pieces, FACTORS if once else jnp.float32)
     y = y[:, :length, :, :values]
     return (y if own is None else y + own).astype(dtype), state[:, :, :keys, :values]
-
-
-def pad(x, tokens, last, rows=None):
-    """x [B, T, ., .] with zeros up to sizes of T and the last axis; of a state, of the last two axes."""
-    sizes = (x.shape[0], tokens, x.shape[2], last) if rows is None else (*x.shape[:2], rows, last)
-    widths = [(0, size - old) for size, old in zip(sizes, x.shape, strict=True)]
-    return jnp.pad(x, widths) if any(w for _, w in widths) else x
 
 
 def own_token(q, k, v, bonus, scale):
@@ -109,7 +103,7 @@ def own_token(q, k, v, bonus, scale):
 def stretches(blocks, length) -> int:
     """Pieces of time that are walked at once: as few as fill the GPU, of at least 512 tokens each."""
     pieces = 1
-    while pieces * blocks < PROCESSORS * 3 // 4 and length >= 1024 * pieces:
+    while pieces * blocks < lanes.processors() * 3 // 4 and length >= 1024 * pieces:
         pieces *= 2
     return pieces
 
@@ -151,11 +145,6 @@ def attended(x, inputs, start, *, save, **options):
     final, states = states_of(inputs, start, options["reverse"], save=True)
     y = mapped(readout, **options)(inputs | dict(x=x, states=states))
     return y, final, states
-
-
-def mapped(kernel, **static):
-    """A kernel as a function of a dict of arrays; jax.vmap calls it once for each, for Pallas has no rule for that."""
-    return jax.custom_batching.sequential_vmap(lambda arrays: kernel(**arrays, **static))
 
 
 def attend_forward(arrays, *options):

@@ -11,6 +11,7 @@ from jax import lax
 
 from seqmodels.kernels.lanes import LOG2E
 from seqmodels.kernels.linear_attention.mosaic_gpu.tile import SIDE
+from seqmodels.kernels.pieces import chain_unrolled
 
 FORGET = -200.0  # log2 of a decay that is 0 in float32
 LEAST = -150.0  # of any other: 0 in float32 too, and sums over a chunk are still good to a thousandth
@@ -82,7 +83,4 @@ def starts(initial_state, ends, g, pieces, reverse=False):
     batch, heads = g.shape[:2]
     kept = jnp.sum(g.reshape(batch, heads, pieces, -1), axis=-1)
     kept = jnp.swapaxes(jnp.exp2(kept), 1, 2)[..., None, None]
-    states, order = [initial_state], range(pieces - 1)
-    for s in (pieces - 1 - i for i in order) if reverse else order:
-        states.append(kept[:, s] * states[-1] + ends[:, s])
-    return jnp.stack(states[::-1] if reverse else states, axis=1)
+    return chain_unrolled(kept, ends, initial_state, reverse)

@@ -129,7 +129,7 @@ def keys_gradient(q, k, v, dy, vectors, states, dstates, *, strict):
 
     sds, slots = jax.ShapeDtypeStruct, shared(SLOTS, SIDE, SIDE, dtype=v.dtype)
     tile = shared(SIDE, SIDE, dtype=v.dtype)
-    kernel = plgpu.kernel(
+    kernel = lanes.kernel(
         body,
         out_type=(
             sds(q.shape, q.dtype),
@@ -142,7 +142,5 @@ def keys_gradient(q, k, v, dy, vectors, states, dstates, *, strict):
         + [plgpu.Barrier(num_barriers=SLOTS, num_arrivals=5)],
         grid=(batch, key_heads, keys // SIDE, length // SIDE),
         grid_names=("b", "hk", "tile", "n"),
-        compiler_params=lanes.compiler_params(),
-        interpret=lanes.INTERPRET,
     )
     return kernel(q, k, v, dy, vectors, states, dstates)

@@ -70,7 +70,7 @@ def readout(x, k, v, vectors, states, *, reverse, strict, dtype):
         (y,) = products((y, (scores, v_s)))
         y_g[b, time, h, value] = y.astype(dtype)
 
-    kernel = plgpu.kernel(
+    kernel = lanes.kernel(
         body,
         out_type=jax.ShapeDtypeStruct(v.shape, dtype),
         scratch_types=[shared(SLOTS, *square, dtype=v.dtype)] * 3
@@ -78,7 +78,5 @@ def readout(x, k, v, vectors, states, *, reverse, strict, dtype):
         + [plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_barriers=SLOTS, num_arrivals=3)],
         grid=(batch, heads * (values // SIDE), length // SIDE),
         grid_names=("b", "hv", "n"),
-        compiler_params=lanes.compiler_params(),
-        interpret=lanes.INTERPRET,
     )
     return kernel(x, k, v, vectors, states)

@@ -7,7 +7,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from seqmodels.kernels import lanes
+from seqmodels.kernels.interpreter import gpu_interpreter
 
 SIDE = 64  # tokens of a chunk, and columns of a tile: 128 bytes of 16-bit numbers, one swizzle
 SLOTS = 2  # chunks in shared memory: one in use, one on its way
@@ -16,13 +16,14 @@ ACCUMULATOR = plgpu.Layout.WGMMA
 ROW = plgpu.Layout.WGMMA.reduce(1)  # of a vector with a number for each row of a tile
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
-INDEXED = inspect.signature(plgpu.load).parameters["idx"].default is inspect.Parameter.empty  # in jax 0.10
+_index = inspect.signature(plgpu.load).parameters.get("idx")
+INDEXED = _index is not None and _index.default is inspect.Parameter.empty  # in jax 0.10
 
 
 def shared(*shape, dtype):
     """An array in shared memory whose last two axes wgmma takes as either operand, transposed or not."""
     transforms = (plgpu.TilingTransform((8, SIDE)), plgpu.SwizzleTransform(128))
-    return plgpu.SMEM(shape, dtype, transforms=() if lanes.INTERPRET else transforms)
+    return plgpu.SMEM(shape, dtype, transforms=() if gpu_interpreter() else transforms)
 
 
 def zeros(rows, columns):
@@ -41,7 +42,7 @@ def products(*sums, meanwhile=lambda: None):
     Returns:
         the accumulators.
     """
-    if lanes.INTERPRET:
+    if gpu_interpreter():
         meanwhile()
         return [x + jnp.dot(a[...], b[...], preferred_element_type=jnp.float32) for x, (a, b) in sums]
 

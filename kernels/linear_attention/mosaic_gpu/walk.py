@@ -8,11 +8,13 @@ Walked forwards with queries for x it is the operation. Walked backwards with ke
 is the gradient of v, with S the gradient of the state.
 """
 
+import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -31,6 +33,7 @@ from seqmodels.kernels.linear_attention.mosaic_gpu.tile import (
 )
 
 VECTORS = 5  # row, column, rin, wout, keep
+MEANWHILE = 192  # rows of the state, up to which there are registers to weigh values while products are on their way
 
 
 @functools.partial(jax.jit, static_argnames=("reverse", "strict", "save", "dtype"))  # traced once a shape, not a layer
@@ -53,102 +56,28 @@ def walk(x, k, v, vectors, initial_state, *, reverse, strict, save, dtype):
     """
     batch, length, key_heads, keys = k.shape
     heads, values = v.shape[2:]
-    stretches = initial_state.shape[1]
-    chunks = length // SIDE // stretches
-    staged = x is not None and dtype == v.dtype  # y goes by way of shared memory
-    rows = keys if x is not None else next(r for r in (128, 192, 64) if keys % r == 0)  # of the state, in a block
+    stretches, reads = initial_state.shape[1], x is not None
+    rows = keys if reads else next(r for r in (128, 192, 64) if keys % r == 0)
+    plan = Plan(
+        keys=keys,
+        heads_a_key=heads // key_heads,
+        stretches=stretches,
+        chunks=length // SIDE // stretches,
+        rows=rows,
+        reads=reads,
+        save=save,
+        reverse=reverse,
+        strict=strict,
+        factors=v.dtype,
+        dtype=dtype,
+    )
 
     def body(*refs):
-        refs = list(refs)
-        x_g = refs.pop(0) if x is not None else None
-        k_g, v_g, vectors_g, initial_g = (refs.pop(0) for _ in range(4))
-        y_g = refs.pop(0) if x is not None else None
-        final_g = refs.pop(0)
-        saved_g = refs.pop(0) if save else None
-        x_s = refs.pop(0) if x is not None else None
-        k_s, v_s, weighted_s, state_s, vectors_s, full = refs
-        b, s = lax.div(lax.axis_index("bs"), stretches), lax.rem(lax.axis_index("bs"), stretches)
-        h, hk = lax.axis_index("h"), lax.div(lax.axis_index("h"), heads // key_heads)
-        tile = lax.axis_index("tile")
-        key = pl.ds(lax.rem(tile, keys // rows) * rows, rows)
-        value = pl.ds(lax.div(tile, keys // rows) * SIDE, SIDE)
-
-        def chunk(step):
-            return s * chunks + (chunks - 1 - step if reverse else step)
-
-        def fetch(step):
-            slot, n = lax.rem(step, SLOTS), chunk(step)
-            time = pl.ds(n * SIDE, SIDE)
-            copies = [
-                (k_g.at[b, time, hk, key], k_s),
-                (v_g.at[b, time, h, value], v_s),
-                (vectors_g.at[b, h, n], vectors_s),
-            ]
-            if x is not None:
-                copies.append((x_g.at[b, time, hk, key], x_s))
-            for source, buffer in copies:
-                plgpu.copy_gmem_to_smem(source, buffer.at[slot], full.at[slot])
-
-        def step(i, state):
-            slot = lax.rem(i, SLOTS)
-            plgpu.barrier_wait(full.at[slot])
-            if save:
-                plgpu.copy_smem_to_gmem(state_s, saved_g.at[b, h, chunk(i), key, value])
-
-            weight = along(load(vectors_s.at[slot, 3], ROW), 0, (SIDE, SIDE))
-
-            def weigh():
-                if x is not None:
-                    plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # y of the chunk before has left weighted_s
-                weighted_s[...] = (load(v_s.at[slot]) * weight).astype(v.dtype)
-
-            state = state * vectors_s[slot, 4, 0]
-            keys_s = k_s.at[slot].transpose((1, 0))
-            if x is None:
-                weigh()
-                plgpu.commit_smem()
-                (state,) = products((state, (keys_s, weighted_s)))
-            else:
-                if rows > 192:  # too many registers are taken to do it meanwhile
-                    weigh()
-                scores, y = products(
-                    (zeros(SIDE, SIDE), (x_s.at[slot], keys_s)),
-                    (zeros(SIDE, SIDE), (x_s.at[slot], state_s)),
-                    meanwhile=weigh if rows <= 192 else lambda: None,
-                )
-                decay, seen = decays(vectors_s, slot, reverse, strict)
-                scores = jnp.where(seen, scores * decay, 0).astype(v.dtype)
-                y = y * along(load(vectors_s.at[slot, 2], ROW), 0, (SIDE, SIDE))
-                plgpu.commit_smem()
-                y, state = products((y, (scores, v_s.at[slot])), (state, (keys_s, weighted_s)))
-                if staged:
-                    plgpu.commit_smem()  # all warps have read weighted_s
-                    weighted_s[...] = y.astype(dtype)
-                else:
-                    y_g[b, pl.ds(chunk(i) * SIDE, SIDE), h, value] = y.astype(dtype)
-            if save and x is None:
-                plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            if save or x is not None:
-                state_s[...] = state.astype(v.dtype)
-            plgpu.commit_smem()
-            if staged:
-                plgpu.copy_smem_to_gmem(weighted_s, y_g.at[b, pl.ds(chunk(i) * SIDE, SIDE), h, value])
-            pl.when(i + SLOTS < chunks)(lambda: fetch(i + SLOTS))
-            return state
-
-        for first in range(min(SLOTS, chunks)):
-            fetch(jnp.int32(first))
-        state = gather(initial_g.at[b, s, h, key, value])
-        if save or x is not None:
-            state_s[...] = state.astype(v.dtype)
-            plgpu.commit_smem()
-        state = lax.fori_loop(0, chunks, step, state)
-        final_g[b, s, h, key, value] = state
-        plgpu.wait_smem_to_gmem(0)
+        walk_chunks(bind(plan, refs))
 
     f32, sds = jnp.float32, jax.ShapeDtypeStruct
     out = [sds(initial_state.shape, f32)]
-    if x is not None:
+    if reads:
         out.insert(0, sds(v.shape, dtype))
     if save:
         out.append(sds((batch, heads, length // SIDE, keys, values), v.dtype))
@@ -158,19 +87,206 @@ def walk(x, k, v, vectors, initial_state, *, reverse, strict, save, dtype):
         shared(SIDE, SIDE, dtype=v.dtype),
         shared(rows, SIDE, dtype=v.dtype),
         plgpu.SMEM((SLOTS, VECTORS, SIDE), f32),
-        plgpu.Barrier(num_barriers=SLOTS, num_arrivals=3 if x is None else 4),
+        plgpu.Barrier(num_barriers=SLOTS, num_arrivals=4 if reads else 3),
     ]
-    if x is not None:
+    if reads:
         scratch.insert(0, scratch[0])
-    kernel = plgpu.kernel(
+    kernel = lanes.kernel(
         body,
         out_type=tuple(out),
         scratch_types=scratch,
         grid=(batch * stretches, heads, (keys // rows) * (values // SIDE)),
         grid_names=("bs", "h", "tile"),
-        compiler_params=lanes.compiler_params(),
-        interpret=lanes.INTERPRET,
     )
-    results = list(kernel(*([] if x is None else [x]), k, v, vectors, initial_state))
-    y = results.pop(0) if x is not None else None
+    results = list(kernel(*([x] if reads else []), k, v, vectors, initial_state))
+    y = results.pop(0) if reads else None
     return y, results[0], results[1] if save else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What is static of a walk.
+
+    Attributes:
+        keys: K. heads_a_key: value heads that share a key head. stretches: S. chunks: of a stretch.
+        rows: of the state, in a block.
+        reads: whether there are readouts. save, reverse, strict, dtype: as of `walk`.
+        factors: dtype of what is multiplied.
+    """
+
+    keys: int
+    heads_a_key: int
+    stretches: int
+    chunks: int
+    rows: int
+    reads: bool
+    save: bool
+    reverse: bool
+    strict: bool
+    factors: Any
+    dtype: Any
+
+    @property
+    def staged(self) -> bool:
+        """Whether y goes by way of shared memory."""
+        return self.reads and self.dtype == self.factors
+
+    @property
+    def kept(self) -> bool:
+        """Whether the state is in shared memory, too."""
+        return self.save or self.reads
+
+
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Inside the kernel: the plan, the references, and this block's place.
+
+    Attributes:
+        x, k, v, vectors, initial, y, final, saved: in global memory, or None where there are none.
+        x_s, k_s, v_s, vectors_s: chunks of them in shared memory, filled where `full` says so.
+        weighted_s: v times its decays, and later y. state_s: the state, as a factor.
+        b, s, h, hk: sequence, stretch, value head and key head. key, value: rows and columns of the state.
+    """
+
+    plan: Plan
+    x: Any
+    k: Any
+    v: Any
+    vectors: Any
+    initial: Any
+    y: Any
+    final: Any
+    saved: Any
+    x_s: Any
+    k_s: Any
+    v_s: Any
+    weighted_s: Any
+    state_s: Any
+    vectors_s: Any
+    full: Any
+    b: Array
+    s: Array
+    h: Array
+    hk: Array
+    key: Any
+    value: Any
+
+    def chunk(self, step: Array) -> Array:
+        """Its number in the whole of time."""
+        chunks = self.plan.chunks
+        return self.s * chunks + (chunks - 1 - step if self.plan.reverse else step)
+
+    def start_copies(self, step: Array) -> None:
+        """Send for a chunk's inputs."""
+        slot, n = lax.rem(step, SLOTS), self.chunk(step)
+        time = pl.ds(n * SIDE, SIDE)
+        copies = [
+            (self.k.at[self.b, time, self.hk, self.key], self.k_s),
+            (self.v.at[self.b, time, self.h, self.value], self.v_s),
+            (self.vectors.at[self.b, self.h, n], self.vectors_s),
+        ]
+        if self.plan.reads:
+            copies.append((self.x.at[self.b, time, self.hk, self.key], self.x_s))
+        for source, buffer in copies:
+            plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.full.at[slot])
+
+    def y_of(self, step: Array) -> tuple:
+        """Where a chunk's y belongs."""
+        return self.b, pl.ds(self.chunk(step) * SIDE, SIDE), self.h, self.value
+
+
+def bind(plan: Plan, refs: tuple) -> Block:
+    """The references in the order of the kernel's arguments, outputs and scratch, by name."""
+    refs = list(refs)
+
+    def take(given: bool = True) -> Any:
+        return refs.pop(0) if given else None
+
+    x, k, v, vectors, initial = take(plan.reads), take(), take(), take(), take()
+    y, final, saved = take(plan.reads), take(), take(plan.save)
+    scratch = take(plan.reads), *refs
+    b, s = lax.div(lax.axis_index("bs"), plan.stretches), lax.rem(lax.axis_index("bs"), plan.stretches)
+    h, hk = lax.axis_index("h"), lax.div(lax.axis_index("h"), plan.heads_a_key)
+    tile, tiles = lax.axis_index("tile"), plan.keys // plan.rows
+    key = pl.ds(lax.rem(tile, tiles) * plan.rows, plan.rows)
+    value = pl.ds(lax.div(tile, tiles) * SIDE, SIDE)
+    return Block(plan, x, k, v, vectors, initial, y, final, saved, *scratch, b, s, h, hk, key, value)
+
+
+def walk_chunks(block: Block) -> None:
+    """Through a stretch, from its initial state to the state after it."""
+    plan = block.plan
+    for first in range(min(SLOTS, plan.chunks)):
+        block.start_copies(jnp.int32(first))
+    state = gather(block.initial.at[block.b, block.s, block.h, block.key, block.value])
+    if plan.kept:
+        block.state_s[...] = state.astype(plan.factors)
+        plgpu.commit_smem()
+    state = lax.fori_loop(0, plan.chunks, functools.partial(walk_chunk, block), state)
+    block.final[block.b, block.s, block.h, block.key, block.value] = state
+    plgpu.wait_smem_to_gmem(0)
+
+
+def walk_chunk(block: Block, step: Array, state: Array) -> Array:
+    """One chunk: its y stored, the state before it saved; returns the state after it."""
+    plan, slot = block.plan, lax.rem(step, SLOTS)
+    plgpu.barrier_wait(block.full.at[slot])
+    if plan.save:
+        saved = block.saved.at[block.b, block.h, block.chunk(step), block.key, block.value]
+        plgpu.copy_smem_to_gmem(block.state_s, saved)
+    weight = along(load(block.vectors_s.at[slot, 3], ROW), 0, (SIDE, SIDE))
+    weigh = functools.partial(weigh_values, block, slot, weight)
+    state = state * block.vectors_s[slot, 4, 0]
+    if plan.reads:
+        state = read_and_update(block, step, slot, weigh, state)
+    else:
+        state = update(block, slot, weigh, state)
+        if plan.save:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+    if plan.kept:
+        block.state_s[...] = state.astype(plan.factors)
+    plgpu.commit_smem()
+    if plan.staged:
+        plgpu.copy_smem_to_gmem(block.weighted_s, block.y.at[block.y_of(step)])
+    pl.when(step + SLOTS < plan.chunks)(lambda: block.start_copies(step + SLOTS))
+    return state
+
+
+def weigh_values(block: Block, slot: Array, weight: Array) -> None:
+    """weighted_s <- wout_j v_j."""
+    if block.plan.reads:
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # y of the chunk before has left weighted_s
+    block.weighted_s[...] = (load(block.v_s.at[slot]) * weight).astype(block.plan.factors)
+
+
+def update(block: Block, slot: Array, weigh: Any, state: Array) -> Array:
+    """The state after a chunk; `state` has decayed."""
+    keys_s = block.k_s.at[slot].transpose((1, 0))
+    weigh()
+    plgpu.commit_smem()
+    (state,) = products((state, (keys_s, block.weighted_s)))
+    return state
+
+
+def read_and_update(block: Block, step: Array, slot: Array, weigh: Any, state: Array) -> Array:
+    """The same, with the chunk's y: stored, or, where it is staged, left in weighted_s."""
+    plan = block.plan
+    keys_s = block.k_s.at[slot].transpose((1, 0))
+    if plan.rows > MEANWHILE:
+        weigh()
+    scores, y = products(
+        (zeros(SIDE, SIDE), (block.x_s.at[slot], keys_s)),
+        (zeros(SIDE, SIDE), (block.x_s.at[slot], block.state_s)),
+        meanwhile=weigh if plan.rows <= MEANWHILE else lambda: None,
+    )
+    decay, seen = decays(block.vectors_s, slot, plan.reverse, plan.strict)
+    scores = jnp.where(seen, scores * decay, 0).astype(plan.factors)
+    y = y * along(load(block.vectors_s.at[slot, 2], ROW), 0, (SIDE, SIDE))
+    plgpu.commit_smem()
+    y, state = products((y, (scores, block.v_s.at[slot])), (state, (keys_s, block.weighted_s)))
+    if plan.staged:
+        plgpu.commit_smem()  # all warps have read weighted_s
+        block.weighted_s[...] = y.astype(plan.dtype)
+    else:
+        block.y[block.y_of(step)] = y.astype(plan.dtype)
+    return state

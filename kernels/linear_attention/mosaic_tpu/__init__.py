@@ -20,12 +20,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from seqmodels.kernels.arrays import pad, round_up
+from seqmodels.kernels.interpreter import tpu_interpreter
 from seqmodels.kernels.linear_attention.mosaic_tpu import backward, forward
 from seqmodels.kernels.linear_attention.mosaic_tpu.decays import ROWS, chunk_rows
 from seqmodels.kernels.linear_attention.xla import factors_dtype
 from seqmodels.kernels.segments import resets
-
-INTERPRET = False  # pltpu.InterpretParams() runs the kernels without a TPU, for tests
 
 TOKENS = 128  # of a chunk: one side of the matrix unit
 TOGETHER = 8  # heads of a step of the grid, at most
@@ -44,7 +44,7 @@ class Options(NamedTuple):
 
 def supports(*, platform, shape, dtype, decay, chunk, **facts) -> str | None:
     """Serves TPUs where channels share their decay, as long as the states of a group's heads fit VMEM together."""
-    if platform != "tpu" and not INTERPRET:
+    if platform != "tpu" and not tpu_interpreter():
         return f"it needs a TPU; the platform is {platform}"
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"it takes float32, bfloat16 and float16; the dtype is {jnp.dtype(dtype).name}"
@@ -77,13 +77,14 @@ def linear_attention(
     (batch, length, heads, values), (groups, keys) = v.shape, k.shape[2:]
     each, factors = heads // groups, factors_dtype(q, k, v)
     reset = resets(segment_ids, initial_segment, mask)
-    more = dict(T=-length % TOKENS, K=-keys % FACTORS, V=-values % FACTORS)
+    whole = dict(T=round_up(length, TOKENS), K=round_up(keys, FACTORS), V=round_up(values, FACTORS))
 
-    def pad(x, axes):
-        return jnp.pad(x, [(0, more.get(axis, 0)) for axis in axes])
+    def fill_up(x, axes):
+        """Up to whole chunks and registers."""
+        return pad(x, {i: whole[axis] for i, axis in enumerate(axes) if axis in whole})
 
     def by_group(x):  # [B, T, G, K] to [B, G, T, K]
-        return pad(jnp.swapaxes(x, 1, 2).astype(factors), "BGTK")
+        return fill_up(jnp.swapaxes(x, 1, 2).astype(factors), "BGTK")
 
     def by_head(x):  # [B or 1, T, H, ...] to [B or 1, G, R, T, ...]
         x = x.reshape(*x.shape[:2], groups, each, *x.shape[3:])
@@ -98,11 +99,11 @@ def linear_attention(
     arrays = dict(
         q=by_group(q),
         k=by_group(k),
-        v=pad(by_head(v).astype(factors), "BGRTV"),
+        v=fill_up(by_head(v).astype(factors), "BGRTV"),
         rows=chunk_rows(
-            pad(decay.astype(jnp.float32), "BGRT"), None if reset is None else pad(reset, "BT"), read, TOKENS
+            fill_up(decay.astype(jnp.float32), "BGRT"), None if reset is None else fill_up(reset, "BT"), read, TOKENS
         ),
-        state=pad(initial_state.astype(jnp.float32).reshape(batch, groups, each, keys, values), "BGRKV"),
+        state=fill_up(initial_state.astype(jnp.float32).reshape(batch, groups, each, keys, values), "BGRKV"),
     )
     own = None if bonus is None else _own(q, k, v, bonus, scale)
     # a sum of rounded numbers would be rounded twice over
@@ -180,8 +181,8 @@ def together(heads, keys, values):
 
 def backward_vmem(heads, keys, values):
     """Bytes of VMEM of the backward kernel, which needs the more: scratch, two of each block, values between."""
-    keys, values = -(-keys // FACTORS) * FACTORS, -(-values // TOKENS) * TOKENS
-    state, lanes = keys * values, -(-keys // TOKENS) * TOKENS
+    keys, values = round_up(keys, FACTORS), round_up(values, TOKENS)
+    state, lanes = keys * values, round_up(keys, TOKENS)
     scratch = heads * state + 2 * TOKENS * (TOKENS + lanes)
     blocks = 3 * state + TOKENS * 3 * values + 2 * ROWS * TOKENS
     between = 8 * TOKENS * TOKENS + 4 * TOKENS * (lanes + values) + 3 * state
@@ -204,7 +205,7 @@ def _run(name, kernel, arrays, outputs, scratch, reverse=False):
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
-        interpret=INTERPRET,
+        interpret=tpu_interpreter(),
     )
     # Pallas's own rule for vmap adds an axis to the grid, but not to dimension_semantics
     return jax.custom_batching.sequential_vmap(call)(arrays)

@@ -12,14 +12,20 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from seqmodels.kernels import lanes
+from seqmodels.kernels.arrays import mapped, pad, round_up
+from seqmodels.kernels.interpreter import gpu_interpreter
+from seqmodels.kernels.pieces import chain_unrolled
 from seqmodels.kernels.segments import resets
 from seqmodels.kernels.selective_scan import xla
 from seqmodels.kernels.selective_scan.mosaic_gpu import few, tuning
-from seqmodels.kernels.selective_scan.mosaic_gpu.backward import backward, backward_bytes
-from seqmodels.kernels.selective_scan.mosaic_gpu.forward import WORKERS, affordable, forward, forward_bytes
+from seqmodels.kernels.selective_scan.mosaic_gpu.backward import backward
+from seqmodels.kernels.selective_scan.mosaic_gpu.backward_plan import backward_bytes
+from seqmodels.kernels.selective_scan.mosaic_gpu.forward import forward
+from seqmodels.kernels.selective_scan.mosaic_gpu.forward_plan import WORKERS, affordable, forward_bytes
 from seqmodels.kernels.selective_scan.mosaic_gpu.stage import SHARED, marks
 from seqmodels.kernels.selective_scan.mosaic_gpu.summary import end_of_gradient, end_of_state
 from seqmodels.kernels.selective_scan.mosaic_gpu.tile import SIZES, Tile
+from seqmodels.kernels.tuning import UNROLLED
 
 OVER_TIME = ("u", "dt", "B", "C", "z", "weights", "dy", "du", "ddt", "dz", "dweights")
 DTYPES = ("bfloat16", "float16", "float32")
@@ -28,11 +34,11 @@ DTYPES = ("bfloat16", "float16", "float32")
 def supports(platform, shape, dtype, named=False, **facts) -> str | None:
     """Why this backend cannot serve the call, or should not where it is not asked for by name; None: it can."""
     batch, length, groups, width, states = shape
-    if platform != "cuda" and lanes.INTERPRET is None:
+    if platform != "cuda" and not gpu_interpreter():
         return "it needs an NVIDIA GPU"
     if length == 1 and not named:
         return "T is 1: XLA fuses the scan with what comes before and after it, and a model's step is faster so"
-    if length <= xla.FEW and not named and (reason := few.supports(shape)):
+    if length <= UNROLLED and not named and (reason := few.supports(shape)):
         return f"{reason}, and so few tokens are faster in XLA's own fusions than in chunks"
     if (capability := lanes.compute_capability() or 9) < 9:
         return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper) or later, this one has {capability}"
@@ -59,16 +65,16 @@ def selective_scan(
         return few_tokens(arrays | dict(initial_state=initial_state), documents, dt_softplus)
     size = next(size for size in SIZES if size >= states)
     block = max(tuning.WIDEST, Tile(size).channels)
-    padded = -(-width // block) * block
+    padded = round_up(width, block)
 
     def states_to_size(x):
-        return pad(x.astype(jnp.float32), -1, size)
+        return pad(x.astype(jnp.float32), {-1: size})
 
     def channels_to_block(x, axis=-1):
-        return pad(x.astype(jnp.float32), axis, padded)
+        return pad(x.astype(jnp.float32), {axis: padded})
 
     def channels_aligned(x):  # rows must be multiples of 16 bytes, blocks no wider than the array
-        return pad(x, -1, padded if width < block else -(-width // 8) * 8)
+        return pad(x, {-1: padded if width < block else round_up(width, 8)})
 
     arrays = dict(
         u=channels_aligned(u),
@@ -83,15 +89,15 @@ def selective_scan(
         initial_state=channels_to_block(states_to_size(initial_state), -2),
     )
     reset = resets(segment_ids, initial_segment, mask)
-    count = tuning.processors()
+    count = lanes.processors()
     chunk = forward_chunks(arrays)
     block, ahead = tuning.plan_forward(u.shape[0], length, padded, count, tuple(chunk))
     back = tuning.plan_backward(u.shape[0] * groups, length, padded, size, count)
     chunk, pieces = chunk[block], max(ahead, back)
-    tokens = -(-length // (chunk * pieces)) * chunk * pieces
+    tokens = round_up(length, chunk * pieces)
     if length < tokens and (length < chunk or pieces > 1):  # copies need whole chunks, pieces equal lengths
         arrays = {
-            name: pad(x, 1, tokens) if name in ("u", "dt", "B", "C", "z", "weights") else x
+            name: pad(x, {1: tokens}) if name in ("u", "dt", "B", "C", "z", "weights") else x
             for name, x in arrays.items()
         }
         mask = jnp.ones(u.shape[:2], bool) if mask is None else mask
@@ -120,15 +126,6 @@ def _few_tokens_bwd(softplus, residuals, cotangents):
 few_tokens.defvjp(_few_tokens_fwd, _few_tokens_bwd)
 
 
-def pad(x, axis, size):
-    """x with zeros at the end of an axis; None is None."""
-    if x is None or x.shape[axis] == size:
-        return x
-    widths = [(0, 0)] * x.ndim
-    widths[axis] = (0, size - x.shape[axis])
-    return jnp.pad(x, widths)
-
-
 def forward_chunks(arrays) -> dict[int, int]:
     """By channels of a block of the forward pass, tokens of a chunk: as many as fit in shared memory."""
     inputs = {name: arrays[name] for name in ("u", "dt", "B", "C", "z", "weights")}
@@ -149,11 +146,6 @@ def backward_chunk(arrays) -> int:
     inputs = {name: arrays[name] for name in ("u", "dt", "B", "C", "z", "weights")}
     states = arrays["A"].shape[-1]
     return next((chunk for chunk in (8, 4) if backward_bytes(chunk=chunk, states=states, **inputs) <= SHARED), 4)
-
-
-def mapped(kernel, **static):
-    """A kernel as a function of a dict of arrays; jax.vmap calls it once for each, for Pallas has no rule for that."""
-    return jax.custom_batching.sequential_vmap(lambda arrays: kernel(**arrays, **static))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
@@ -246,10 +238,7 @@ def decay_of(A, steps, marks):
 def chain(start, decay, end, pieces, reverse=False):
     """The state before each piece [b pieces, G, E', N] (reversed: after it), from the one before the first (last)."""
     decay, end = (x.reshape(-1, pieces, *x.shape[1:]) for x in (decay, end))
-    states, order = [start], range(pieces - 1)
-    for piece in (pieces - 1 - i for i in order) if reverse else order:
-        states.append(decay[:, piece] * states[-1] + end[:, piece])
-    states = jnp.stack(states[::-1] if reverse else states, axis=1)
+    states = chain_unrolled(decay, end, start, reverse)
     return states.reshape(-1, *states.shape[2:])
 
 

@@ -10,20 +10,19 @@ import functools
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from seqmodels.kernels import lanes
-from seqmodels.kernels.lanes import LOG2E, THREADS, read, write
+from seqmodels.kernels.lanes import LOG2E, THREADS, load_vector, store_vector, thread_index
 from seqmodels.kernels.selective_scan.mosaic_gpu.stage import MARKS
-from seqmodels.kernels.selective_scan.mosaic_gpu.tile import STATES, thread_index
-from seqmodels.kernels.selective_scan.xla import FEW
+from seqmodels.kernels.selective_scan.mosaic_gpu.tile import STATES
+from seqmodels.kernels.tuning import UNROLLED
 
 
 def supports(shape) -> str | None:
     """Why the kernel cannot serve a shape [B, T, G, E, N]; None: it can."""
     batch, length, groups, width, states = shape
-    if length > FEW:
-        return f"T is {length}; it writes out at most {FEW} tokens"
+    if length > UNROLLED:
+        return f"T is {length}; it writes out at most {UNROLLED} tokens"
     if states not in [STATES << i for i in range(5)]:
         return f"N is {states}; it takes 4, 8, 16, 32 or 64"
     if batch * width * states % (THREADS * STATES):
@@ -56,21 +55,21 @@ def few(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, softplu
         row = lax.div(vector, shares * width)
 
         def of_channel(name, t, g, groups):
-            (x,) = read(sources[name], row * (length * groups * width) + channel, 1, at=(t * groups + g) * width)
+            (x,) = load_vector(sources[name], row * (length * groups * width) + channel, 1, at=(t * groups + g) * width)
             return x
 
         def of_states(name, t, g):
             start = row * (length * groups * states) + share * STATES
-            return read(sources[name], start, STATES, at=(t * groups + g) * states)
+            return load_vector(sources[name], start, STATES, at=(t * groups + g) * states)
 
         def mark(t, column):
-            return read(sources["marks"], row * (length * MARKS), 1, at=t * MARKS + column)[0]
+            return load_vector(sources["marks"], row * (length * MARKS), 1, at=t * MARKS + column)[0]
 
         def step(t, g):
             """dt, zero on padding."""
             dt = of_channel("dt", t, g, groups)
             if "dt_bias" in sources:
-                dt = dt + read(sources["dt_bias"], channel, 1, at=g * width)[0]
+                dt = dt + load_vector(sources["dt_bias"], channel, 1, at=g * width)[0]
             dt = lanes.softplus(dt) if softplus else dt
             return jnp.where(mark(t, 1) > 0, dt, 0) if "marks" in sources else dt
 
@@ -92,7 +91,7 @@ def few(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, softplu
             for bit in range(shares.bit_length() - 1):
                 y = y + lanes.exchange(y, 1 << bit)
             if "D" in sources:
-                y = y + read(sources["D"], channel, 1)[0] * of_channel("u", t, 0, groups)
+                y = y + load_vector(sources["D"], channel, 1)[0] * of_channel("u", t, 0, groups)
             if "z" in sources:
                 z = of_channel("z", t, 0, 1)
                 y = y * z * lanes.sigmoid(z)
@@ -100,26 +99,24 @@ def few(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, softplu
 
         count = arrays["weights"].shape[2] if "weights" in arrays else 0
         own = channel * states + share * STATES
-        A = [read(sources["A"], own, STATES, at=g * width * states) for g in range(groups)]
+        A = [load_vector(sources["A"], own, STATES, at=g * width * states) for g in range(groups)]
         start, matrix = row * (groups * width * states) + own, width * states
-        state, ys = [read(state_g, start, STATES, at=g * matrix) for g in range(groups)], []
+        state, ys = [load_vector(state_g, start, STATES, at=g * matrix) for g in range(groups)], []
         for t in range(length):
             state, readouts = zip(*(advance(t, g, of_group) for g, of_group in enumerate(state)))
             ys.append(finish(t, sum(readouts)))
         for t, y in enumerate(ys):  # nothing is stored before all is loaded, for loads do not overtake stores
-            write(y_g, row * (length * width) + channel, (y,), at=t * width)  # the same by all shares
+            store_vector(y_g, row * (length * width) + channel, (y,), at=t * width)  # the same by all shares
         for g, of_group in enumerate(state):
-            write(state_g, start, of_group, at=g * matrix)
+            store_vector(state_g, start, of_group, at=g * matrix)
 
     out = jax.ShapeDtypeStruct((batch, length, width), u.dtype)
-    kernel = plgpu.kernel(
+    kernel = lanes.kernel(
         body,
         out_type=out,
         grid=(batch * width * shares // THREADS,),
         grid_names=("block",),
         num_threads=1,
         thread_name="role",
-        compiler_params=lanes.compiler_params(),
-        interpret=lanes.INTERPRET,
     )
     return lanes.in_place(kernel, arrays.values(), initial_state, out)

@@ -8,7 +8,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from seqmodels.kernels import lanes
-from seqmodels.kernels.lanes import read
+from seqmodels.kernels.lanes import load_vector
 
 SHARED = 226 * 1024  # bytes of shared memory that a block may take, barriers aside
 MARKS = 8  # numbers a token in `marks`, for copies must be multiples of 128 bytes
@@ -63,7 +63,7 @@ class Stage:
         self.sources, self.buffers = dict(zip(self.arrays, sources)), dict(zip(self.arrays, buffers))
         self.b, self.e = b, e
 
-    def load(self, slot, index, group=0):
+    def start_copy(self, slot, index, group=0):
         """Start copying chunk `index` into a slot."""
         time, channels = pl.ds(index * self.chunk, self.chunk), pl.ds(self.e * self.block, self.block)
         for name in self.arrays:
@@ -81,12 +81,12 @@ class Stage:
     def wait(self, slot):
         plgpu.barrier_wait(self.full.at[slot])
 
-    def read(self, name, slot, token, offset, width, group=0, ahead=0):
+    def load_vector(self, name, slot, token, offset, width, group=0, ahead=0):
         """`width` numbers a thread of `name`, from `offset` on in the row of a token (and group) or one `ahead`."""
         _, *inner = self._shape(name)
         row = math.prod(inner)
         group = min(group, inner[0] - 1) * inner[-1] if len(inner) == 2 else 0
-        return read(self.buffers[name].at[slot], token * row + offset, width, at=ahead * row + group)
+        return load_vector(self.buffers[name].at[slot], token * row + offset, width, at=ahead * row + group)
 
     def reset(self, slot, t):
         """What is added to the exponent at token t: a scalar, 0 or -1e30."""
@@ -96,7 +96,7 @@ class Stage:
         """[128] bool, or None where all are: tokens that are neither padding nor past the end."""
         valid = token + index * self.chunk < length if length % self.chunk else None
         if "marks" in self:
-            mark = self.read("marks", slot, token, 1, 1)[0] > 0
+            mark = self.load_vector("marks", slot, token, 1, 1)[0] > 0
             valid = mark if valid is None else mark & valid
         return valid
 
@@ -124,7 +124,9 @@ def prepare(stage, slot, index, tokens, offset, bias, softplus, length, group=0)
     Returns:
         list of (token, dt), one for each of `tokens`. Everything is loaded before anything is used.
     """
-    loaded = [(stage.read("dt", slot, t, offset, len(bias), group), stage.real(slot, t, index, length)) for t in tokens]
+    loaded = [
+        (stage.load_vector("dt", slot, t, offset, len(bias), group), stage.real(slot, t, index, length)) for t in tokens
+    ]
     out = []
     for token, (dt, real) in zip(tokens, loaded):
         dt = tuple(d + o for d, o in zip(dt, bias))

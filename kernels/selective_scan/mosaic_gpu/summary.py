@@ -17,9 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from seqmodels.kernels import lanes
-from seqmodels.kernels.lanes import LOG2E, THREADS, read, write
+from seqmodels.kernels.lanes import LOG2E, THREADS, load_vector, store_vector, thread_index
 from seqmodels.kernels.selective_scan.mosaic_gpu.stage import SHARED, Stage, prepare
-from seqmodels.kernels.selective_scan.mosaic_gpu.tile import thread_index
 
 f32 = jnp.float32
 BLOCK = 128  # channels
@@ -57,7 +56,8 @@ def end_of_gradient(dt, A, C, z, dt_bias, weights, marks, dy, *, softplus):
 def _summary(arrays, A, dt_bias, softplus, reverse):
     batch, length, groups, _ = arrays["dt"].shape
     _, padded, states = A.shape
-    stage, own = staged(arrays), states // WORKERS
+    workers = lanes.warpgroups(WORKERS)
+    stage, own = staged(arrays), states // workers
     chunk, steps = stage.chunk, -(-length // stage.chunk)
     passes = THREADS * 4 // BLOCK  # tokens that the first warpgroup takes at once
 
@@ -76,22 +76,24 @@ def _summary(arrays, A, dt_bias, softplus, reverse):
             first_token = lax.div(thread_index(), BLOCK // 4)
             tokens = [first_token + first for first in range(0, chunk, passes)]
             channel = e * BLOCK + offset
-            bias = read(bias_g, g * padded + channel, 4)
+            bias = load_vector(bias_g, g * padded + channel, 4)
 
             def written(slot, token, dt):
                 """dt u, or dy times gate and weight; the first group has no weight."""
                 if not reverse:
-                    return tuple(d * u for d, u in zip(dt, stage.read("u", slot, token, offset, 4)))
-                x = stage.read("dy", slot, token, offset, 4)
+                    return tuple(d * u for d, u in zip(dt, stage.load_vector("u", slot, token, offset, 4)))
+                x = stage.load_vector("dy", slot, token, offset, 4)
                 if "z" in stage:
-                    x = tuple(x * z * lanes.sigmoid(z) for x, z in zip(x, stage.read("z", slot, token, offset, 4)))
+                    x = tuple(
+                        x * z * lanes.sigmoid(z) for x, z in zip(x, stage.load_vector("z", slot, token, offset, 4))
+                    )
                 if "weights" in stage:
-                    weights = stage.read("weights", slot, token, offset, 4)
+                    weights = stage.load_vector("weights", slot, token, offset, 4)
                     x = tuple(x * jnp.where(g == 0, jnp.ones_like(w), w) for x, w in zip(x, weights))
                 return x
 
             for index in range(min(SLOTS, steps)):
-                stage.load(index, chunk_of(jnp.int32(index)), g)
+                stage.start_copy(index, chunk_of(jnp.int32(index)), g)
 
             def start(index, totals):
                 slot = lax.rem(index, SLOTS)
@@ -100,13 +102,13 @@ def _summary(arrays, A, dt_bias, softplus, reverse):
                 @pl.when((index > 0) & (index + SLOTS - 1 < steps))
                 def _():
                     plgpu.barrier_wait(done.at[before])
-                    stage.load(before, chunk_of(index + SLOTS - 1), g)
+                    stage.start_copy(before, chunk_of(index + SLOTS - 1), g)
 
                 stage.wait(slot)
                 for token, dt in prepare(stage, slot, chunk_of(index), tokens, offset, bias, softplus, length):
                     at = token * BLOCK + offset
-                    write(dt_s.at[slot], at, dt)
-                    write(x_s.at[slot], at, written(slot, token, dt))
+                    store_vector(dt_s.at[slot], at, dt)
+                    store_vector(x_s.at[slot], at, written(slot, token, dt))
                     totals = tuple(total + d for total, d in zip(totals, dt))
                 plgpu.barrier_arrive(ready.at[slot])
                 return totals
@@ -114,7 +116,7 @@ def _summary(arrays, A, dt_bias, softplus, reverse):
             totals = lax.fori_loop(0, steps, start, lanes.zeros(4))
             for index in range(max(0, steps - SLOTS), steps):  # no barrier is left with an arrival that none has seen
                 plgpu.barrier_wait(done.at[index % SLOTS])
-            write(steps_g, ((b * passes + first_token) * groups + g) * padded + channel, totals)
+            store_vector(steps_g, ((b * passes + first_token) * groups + g) * padded + channel, totals)
 
         @pl.when(lax.axis_index("role") > 0)
         def _():
@@ -124,11 +126,11 @@ def _summary(arrays, A, dt_bias, softplus, reverse):
             quads = range(0, own, 4)
 
             place = (g * padded + channel) * states + first
-            A = sum((read(A_g, place, 4, at=n) for n in quads), start=())
+            A = sum((load_vector(A_g, place, 4, at=n) for n in quads), start=())
 
             def operands(slot, t):
-                (dt,), (x,) = (read(ref.at[slot], t * BLOCK + thread, 1) for ref in (dt_s, x_s))
-                B = sum((stage.read("B", slot, t, thread * 0 + first + n, 4) for n in quads), start=())
+                (dt,), (x,) = (load_vector(ref.at[slot], t * BLOCK + thread, 1) for ref in (dt_s, x_s))
+                B = sum((stage.load_vector("B", slot, t, thread * 0 + first + n, 4) for n in quads), start=())
                 return dt, x, B, stage.reset(slot, t) if "marks" in stage else None
 
             def advance(h, dt, x, B, reset):
@@ -153,9 +155,9 @@ def _summary(arrays, A, dt_bias, softplus, reverse):
 
             h = lax.fori_loop(0, steps, step, lanes.zeros(own))
             for n in quads:
-                write(end_g, b * groups * padded * states + place, h[n : n + 4], at=n)
+                store_vector(end_g, b * groups * padded * states + place, h[n : n + 4], at=n)
 
-    kernel = plgpu.kernel(
+    kernel = lanes.kernel(
         body,
         out_type=(
             jax.ShapeDtypeStruct((batch, groups, padded, states), f32),
@@ -166,14 +168,12 @@ def _summary(arrays, A, dt_bias, softplus, reverse):
             plgpu.SMEM((SLOTS, chunk, BLOCK), f32),
             plgpu.SMEM((SLOTS, chunk, BLOCK), f32),
             plgpu.Barrier(num_barriers=SLOTS),
-            plgpu.Barrier(num_barriers=SLOTS, num_arrivals=WORKERS),
+            plgpu.Barrier(num_barriers=SLOTS, num_arrivals=workers),
         ],
         grid=(batch, groups, padded // BLOCK),
         grid_names=("b", "g", "e"),
-        num_threads=1 + WORKERS,
+        num_threads=1 + workers,
         thread_name="role",
-        compiler_params=lanes.compiler_params(),
-        interpret=lanes.INTERPRET,
     )
     end, total = kernel(*stage.arrays.values(), A * LOG2E, dt_bias)
     return end, jnp.sum(total, axis=1)

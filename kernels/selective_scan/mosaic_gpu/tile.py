@@ -2,22 +2,16 @@
 
 import dataclasses
 
-import jax.numpy as jnp
-from jax import lax
-from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax import Array, lax
 
-from seqmodels.kernels.lanes import LANES, THREADS
+from seqmodels.kernels import lanes
+from seqmodels.kernels.lanes import THREADS, thread_index
 
 WORKERS = 2  # warpgroups that walk through time, each with its own channels
 CHANNELS = 2  # held by one thread of these
 STATES = 4  # of each channel, held by one thread: 16 bytes
 COLUMN = 4  # channels that a thread takes where work is not shared over states
 SIZES = (16, 32, 64)  # N that a tile can have; others are padded with states that stay zero
-
-
-def thread_index():
-    """[128] int32."""
-    return plgpu.layout_cast(lax.broadcasted_iota(jnp.int32, (THREADS,), 0), LANES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,6 +29,11 @@ class Tile:
     states: int
 
     @property
+    def workers(self) -> int:
+        """Warpgroups that walk."""
+        return lanes.warpgroups(WORKERS)
+
+    @property
     def shares(self) -> int:
         """Threads that share a channel."""
         return self.states // STATES
@@ -42,7 +41,7 @@ class Tile:
     @property
     def rows(self) -> int:
         """Pairs of channels in the block."""
-        return WORKERS * THREADS // self.shares
+        return self.workers * THREADS // self.shares
 
     @property
     def neighbours(self) -> int:
@@ -54,21 +53,21 @@ class Tile:
         """Channels of a block."""
         return self.rows * CHANNELS
 
-    def owner(self, worker):
+    def owner(self, worker: Array) -> tuple[Array, Array]:
         """Of each thread of a worker, [128] int32: its row of channels and its share of the states."""
         thread = thread_index()
         lane, warp = lax.rem(thread, 32), lax.div(thread, 32) + worker * (THREADS // 32)
         return warp * self.neighbours + lax.rem(lane, self.neighbours), lax.div(lane, self.neighbours)
 
-    def place(self, row):
+    def place(self, row: Array) -> Array:
         """Where a row is among those that the forward pass saves: even ones first, for it writes every other one."""
         return lax.rem(row, 2) * (self.rows // 2) + lax.div(row, 2)
 
-    def tokens(self, chunk) -> int:
+    def tokens(self, chunk: int) -> int:
         """Tokens of a chunk that one pass of `items` covers."""
         return min(THREADS * COLUMN // self.channels, chunk)
 
-    def items(self, chunk):
+    def items(self, chunk: int) -> tuple[Array, Array]:
         """Of each thread, [128] int32: the first of 4 channels and a token, where work is not shared over states.
 
         Where there are more threads than that, some do the same.
@@ -76,7 +75,7 @@ class Tile:
         columns, thread = self.channels // COLUMN, thread_index()
         return lax.rem(thread, columns) * COLUMN, lax.rem(lax.div(thread, columns), chunk)
 
-    def saved(self, channel, group, groups):
+    def saved(self, channel: Array, group: Array, groups: int) -> Array:
         """Where the states of a channel are among those of [E', G] that were saved of one token: [128] int32.
 
         The order is that of the threads which read them: [blocks, groups, 2 (channel), shares, rows, 4 (state)]. Shares

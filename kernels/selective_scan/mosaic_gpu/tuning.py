@@ -5,11 +5,8 @@ one block, for each wave of as many blocks as the GPU has multiprocessors. Where
 short of blocks: then narrow blocks, or time in pieces that run at once, at the cost of a summary of each piece first.
 """
 
-import jax
-
 from seqmodels.kernels.selective_scan.mosaic_gpu.tile import Tile
 
-PROCESSORS = 132  # of an H100
 # One H100, bfloat16, N = 16, 2026-11-22 (benchmarks/notes/selective_scan_gpu.md): nanoseconds a token and block.
 FORWARD = {128: 102, 64: 59, 32: 29.5, 16: 17.5}  # by channels of a block
 CHUNK = {128: 16, 64: 16, 32: 64, 16: 64}  # tokens of a step of these, at most
@@ -18,11 +15,6 @@ SUMMARY = {"forward": 104, "backward": 111}  # a block of 128 channels
 SHORTEST = 256  # tokens of a piece
 MOST = 32  # pieces, which fill the GPU well enough: their states are chained one by one, in code written out
 WIDEST = max(FORWARD)
-
-
-def processors() -> int:
-    """Multiprocessors of the GPU at hand; an H100's where there is none (compiling ahead of time)."""
-    return jax.devices()[0].core_count if jax.default_backend() == "gpu" else PROCESSORS
 
 
 def plan_forward(batch, length, width, count, blocks=tuple(FORWARD)) -> tuple[int, int]:

@@ -17,11 +17,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
 
+from seqmodels.kernels.arrays import pad, round_up
+from seqmodels.kernels.interpreter import tpu_interpreter
 from seqmodels.kernels.segments import resets
 from seqmodels.kernels.selective_scan.mosaic_tpu import backward, forward
 from seqmodels.kernels.selective_scan.mosaic_tpu.tiles import LANES, LOG2_E, STRIDE, SUBLANES, TILE, parts_shape
-
-INTERPRET = False  # pltpu.InterpretParams() runs the kernels without a TPU, for tests
 
 TOKENS = 128  # of a chunk, at most
 WIDTH, STATES = 512, 12288  # channels of a block, and numbers of their states (12 registers), at most
@@ -33,7 +33,7 @@ SLOWEST = -1e-30  # A that forgets nothing, but in a step of FORGET
 
 def supports(*, platform, shape, dtype, **facts) -> str | None:
     """Serves TPUs, as long as the states of all channels fit VMEM together."""
-    if platform != "tpu" and not INTERPRET:
+    if platform != "tpu" and not tpu_interpreter():
         return f"it needs a TPU; the platform is {platform}"
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
         return f"it takes float32, bfloat16 and float16; the dtype is {jnp.dtype(dtype).name}"
@@ -59,17 +59,17 @@ def selective_scan(
         weights = jnp.broadcast_to(weights, (batch, length, groups - 1, width)) if groups > 1 else None
 
     tokens = chunk_tokens(length, groups, state)
-    more = dict(T=-length % tokens, E=-width % LANES, N=-state % SUBLANES)
+    whole = dict(T=round_up(length, tokens), E=round_up(width, LANES), N=round_up(state, SUBLANES))
 
-    def pad(x, axes, fill=0):
-        """Fills up to whole chunks, lanes and sublanes."""
-        return None if x is None else jnp.pad(x, [(0, more.get(axis, 0)) for axis in axes], constant_values=fill)
+    def fill_up(x, axes, fill=0):
+        """Up to whole chunks, lanes and sublanes."""
+        return pad(x, {i: whole[axis] for i, axis in enumerate(axes) if axis in whole}, fill)
 
     def groups_first(x):
         return None if x is None else jnp.swapaxes(x, 1, 2)
 
     def channels_last(x):
-        return pad(jnp.swapaxes(x.astype(jnp.float32), -1, -2), ("",) * (x.ndim - 2) + ("N", "E"))
+        return fill_up(jnp.swapaxes(x.astype(jnp.float32), -1, -2), ("",) * (x.ndim - 2) + ("N", "E"))
 
     bias = jnp.zeros((groups, width)) if dt_bias is None else dt_bias
     skip = jnp.zeros((width,)) if D is None else D
@@ -77,18 +77,18 @@ def selective_scan(
     y, final = _scan(
         dt_softplus,
         dict(
-            u=pad(groups_first(u), "BGTE"),
-            dt=pad(groups_first(dt), "BGTE", no_step),
+            u=fill_up(groups_first(u), "BGTE"),
+            dt=fill_up(groups_first(dt), "BGTE", no_step),
             A=channels_last(A),
-            B=pad(groups_first(B.astype(jnp.float32)), "BGTN"),
-            C=pad(groups_first(C.astype(jnp.float32)), "BGTN"),
-            D=pad(skip.astype(jnp.float32)[None], "1E"),
-            z=pad(z, "BTE"),
-            bias=pad(bias.astype(jnp.float32)[:, None], "G1E") if dt_softplus else None,
-            weights=pad(groups_first(weights), "BGTE"),
+            B=fill_up(groups_first(B.astype(jnp.float32)), "BGTN"),
+            C=fill_up(groups_first(C.astype(jnp.float32)), "BGTN"),
+            D=fill_up(skip.astype(jnp.float32)[None], "1E"),
+            z=fill_up(z, "BTE"),
+            bias=fill_up(bias.astype(jnp.float32)[:, None], "G1E") if dt_softplus else None,
+            weights=fill_up(groups_first(weights), "BGTE"),
             state=channels_last(initial_state),
         ),
-        None if reset is None else pad(reset.astype(jnp.float32)[..., None], "BT1"),
+        None if reset is None else fill_up(reset.astype(jnp.float32)[..., None], "BT1"),
     )
     return y[:, :length, :width].astype(dtype), jnp.swapaxes(final[:, :, :state, :width], -1, -2)
 
@@ -161,25 +161,21 @@ def _specs(arrays, axes, grid, tokens, width, reverse):
     return {name: None if x is None else spec(name, x.shape) for name, x in arrays.items()}
 
 
-def _round_up(x, multiple):
-    return -(-x // multiple) * multiple
-
-
 def chunk_tokens(length, groups, state):
     """Tokens of a chunk: fewer where states are large; all chunks of one length."""
-    most = max(TILE, min(TOKENS, 8192 // (groups * _round_up(state, SUBLANES)) // TILE * TILE))
-    return _round_up(-(-length // -(-length // most)), TILE)
+    most = max(TILE, min(TOKENS, 8192 // (groups * round_up(state, SUBLANES)) // TILE * TILE))
+    return round_up(-(-length // -(-length // most)), TILE)
 
 
 def block_width(channels, groups, state):
     """Channels of a block: whole registers, and a divisor of all."""
-    most = min(WIDTH, channels, STATES // (groups * _round_up(state, SUBLANES)))
+    most = min(WIDTH, channels, STATES // (groups * round_up(state, SUBLANES)))
     return max(w for w in range(LANES, max(LANES, most) + 1, LANES) if channels % w == 0)
 
 
 def backward_vmem(length, groups, channels, state, itemsize):
     """Bytes of VMEM of the backward kernel, which needs the more: its scratch, and two of each block."""
-    channels, state = _round_up(channels, LANES), _round_up(state, SUBLANES)
+    channels, state = round_up(channels, LANES), round_up(state, SUBLANES)
     tokens, width = chunk_tokens(length, groups, state), block_width(channels, groups, state)
     carried = 2 * (state + SUBLANES) * channels
     scratch = carried + tokens * (state * (width + 4 * LANES) + 5 * width) + 3 * TILE * STRIDE * width
@@ -201,7 +197,7 @@ def _run(name, kernel, arrays, outputs, output_axes, scratch, grid, tokens, widt
         compiler_params=pltpu.CompilerParams(
             dimension_semantics=("parallel", "arbitrary", "arbitrary"), vmem_limit_bytes=VMEM_LIMIT
         ),
-        interpret=INTERPRET,
+        interpret=tpu_interpreter(),
     )
     # Pallas's own rule for vmap adds an axis to the grid, but not to dimension_semantics
     return jax.custom_batching.sequential_vmap(call)(arrays)
@@ -211,7 +207,7 @@ def _columns(x, tokens):
     """[B, G, T, N] to columns by chunk [B, K, G, N, L], tokens filled up to whole lanes."""
     batch, groups, length, state = x.shape
     x = x.reshape(batch, groups, length // tokens, tokens, state).transpose(0, 2, 1, 4, 3)
-    return jnp.pad(x, [(0, 0)] * 4 + [(0, -tokens % LANES)])
+    return pad(x, {-1: round_up(tokens, LANES)})
 
 
 def _inputs(arrays, reset, tokens, **more):
