@@ -1,7 +1,7 @@
-"""What the configs have in common: the fields of a run, two ways to train, and names of presets.
+"""Functions that all configs use: the fields of a run, two ways to train, and names of presets.
 
 A config file calls `base()`, adds the options of its branches, applies its preset, and returns the result of `finish`.
-Nothing here touches a device or imports JAX; of the library only `seqmodels.fields` is imported.
+Nothing here uses a device or imports JAX. The only import from the library is `seqmodels.fields`.
 """
 
 from collections.abc import Iterable
@@ -13,7 +13,7 @@ from seqmodels.fields.run import defaults
 
 
 def base() -> ConfigDict:
-    """Every field of a run, at its default: `seqmodels/fields/run.py` and `model.py` declare them. Unlocked.
+    """Every field of a run with its default, unlocked. `seqmodels/fields/run.py` and `model.py` declare the fields.
 
     A config adds the options of its branches, such as `config.model.mamba = MAMBA.defaults()`.
     """
@@ -21,12 +21,12 @@ def base() -> ConfigDict:
 
 
 def large(config: ConfigDict, *, learning_rate: float, steps: int, remat: str) -> None:
-    """Training of the Mamba paper's language models, set in place.
+    """Sets the training of the Mamba paper's language models, in place.
 
-    Batches of 0.5 M tokens, AdamW (0.9, 0.95) with weight decay 0.1 and clip 1, cosine from five times GPT-3's learning
-    rate down to 1e-5, and GPT-3's 375 M tokens of warm-up. Micro-batches of 8 rows are meant for one GPU of 80 GB: with
-    more devices lower `training.accumulate`. For other text set `data.name` and `data.tokenizer`: the vocabulary holds
-    the GPT-NeoX tokenizer's 50,277, and the default's bytes too.
+    Batches have 0.5 M tokens. AdamW (0.9, 0.95) has weight decay 0.1 and clip 1. The learning rate falls along a cosine
+    from five times GPT-3's rate to 1e-5, after GPT-3's 375 M tokens of warm-up. Micro-batches of 8 rows are for one GPU
+    of 80 GB: with more devices lower `training.accumulate`. For other text set `data.name` and `data.tokenizer`. The
+    vocabulary has room for the 50,277 ids of the GPT-NeoX tokenizer, and also for the default's bytes.
     """
     config.steps = steps
     config.batch_size = 256
@@ -46,10 +46,11 @@ def large(config: ConfigDict, *, learning_rate: float, steps: int, remat: str) -
 
 
 def short(config: ConfigDict, *, learning_rate: float) -> None:
-    """Training of 25 M parameters in half a minute of one H200, set in place: for ablations with several seeds.
+    """Sets the training of 25 M parameters in half a minute of one H200, in place: for ablations with several seeds.
 
-    23 M tokens: give it a text as large (benchmarks/rfc_prose.py makes one) with `data.name`, `data.path` and
-    `data.tokenizer`. The vocabulary holds 8,192 ids, and the default's bytes too. One checkpoint, at the end.
+    A run has 23 M tokens, so use a text of this size (benchmarks/rfc_prose.py makes one), by `data.name`, `data.path`
+    and `data.tokenizer`. The vocabulary has room for 8,192 ids, and also for the default's bytes. There is one
+    checkpoint, at the end.
     """
     config.steps = 700
     config.batch_size = 32
@@ -65,9 +66,9 @@ def short(config: ConfigDict, *, learning_rate: float) -> None:
 
 
 def preset(arg: str | None, allowed: Iterable[str]) -> str:
-    """Name of the preset that `--config=FILE.py:arg` asks for; none asks for "small".
+    """Name of the preset in `--config=FILE.py:arg`; without `arg` it is "small".
 
-    Raises ValueError, naming the nearest preset and all of them.
+    Raises ValueError if there is no such preset; the message suggests the most similar one and lists all.
     """
     allowed = list(allowed)
     name = arg or "small"
@@ -79,6 +80,6 @@ def preset(arg: str | None, allowed: Iterable[str]) -> str:
 
 
 def finish(config: ConfigDict, name: str, chosen: str) -> ConfigDict:
-    """Name the config and lock its fields: only values can change from here."""
+    """Names the config and locks its fields: after this only values can change."""
     config.name = name if chosen == "small" else f"{name}-{chosen}"
     return config.lock()

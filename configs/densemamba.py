@@ -1,14 +1,14 @@
-"""DenseMamba: Mamba whose layers also read the hidden states of the layers below (He et al. 2024, arXiv 2403.00818).
+"""DenseMamba: Mamba whose layers also use the hidden states of the layers below (He et al. 2024, arXiv 2403.00818).
 
 Command:   python train.py --config=configs/densemamba.py --workdir=runs/densemamba
-Hardware:  2 CPU cores. `:130m` and `:350m` one GPU of 80 GB, `:1.4b` eight of them (lower training.accumulate to 4).
+Hardware:  2 CPU cores. `:130m` and `:350m` one GPU of 80 GB, `:1.4b` eight of them (with training.accumulate=4).
 Expected:  validation 2.069, test 2.095 bits per byte (small; 2026-11-22, docs/results/small.md; xz -9: 2.591, 2.543)
 Cost:      7 minutes of training on 2 CPU cores (small)
 
-Presets: small (no argument), 25m (for ablations), 130m, 350m, 1.4b. The last are Mamba's sizes (configs/mamba.py).
-Dense links are of depth 2 on every layer, read out by the current layer's query through a gate of inner width D / 32,
-which adds about 1 % of parameters. Neither code nor weights of the paper's DenseMamba were published: `variant` names
-what is built.
+Presets: small (no argument), 25m (for ablations), 130m, 350m, 1.4b. The last three are Mamba's sizes (configs/mamba.py).
+Every layer has dense links of depth 2: its query also reads the states of the two layers below, and a gate of inner
+width D / 32 scales the result. The gates add about 1 % of parameters. Neither code nor weights of the paper's
+DenseMamba were published. `model.dense.variant` says which interpretation is built (docs/densessm.md).
 """
 
 import copy
@@ -29,7 +29,7 @@ PAPER = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The preset `arg`, locked. Raises ValueError on a preset that is not."""
+    """The preset `arg`, locked. Raises ValueError if there is no such preset."""
     chosen = preset(arg, ["small", "25m", *PAPER])
     config = base()
     config.model.pattern = "mamba"
@@ -42,15 +42,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
         width, layers, learning_rate, steps, remat = PAPER[chosen]
         large(config, learning_rate=learning_rate, steps=steps, remat=remat)
         config.model.width, config.model.repeats = width, layers
-        config.model.scan_blocks = 1  # unrolled, three states a layer take minutes to compile for a GPU
+        config.model.scan_blocks = 1  # unrolled, three states per layer take minutes to compile for a GPU
     return finish(config, "densemamba", chosen)
 
 
 def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """What the dense links are worth: variants, gates, depth and placement, against controls without links.
+    """Variants, gates, depth and placement of the dense links, against controls without links.
 
     The controls have as many parameters as the default DenseMamba: one is wider, the other has a larger step rank. RANK
-    and CARRY run as scans of their own, which only pay at small sizes.
+    and CARRY run as separate scans, which are fast enough only at small sizes.
     """
     model = get_config(arg).model
     variant, gate, depth = "model.dense.variant", "model.dense.gate", "model.dense.depth"
@@ -74,8 +74,10 @@ def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
 
 
 def budgets(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """Validation loss against training time, as READ's steps take longer: each for once and twice a number of steps,
-    every run with the whole of its schedule."""
+    """Validation loss against training time, because READ's steps take longer.
+
+    Each model trains for a number of steps and for twice that number. Every run has a whole schedule.
+    """
     steps = get_config(arg).steps
     for variant, times in (("none", (1, 2)), ("read", (0.5, 1))):
         for trial in vary("steps", *(round(steps * n) for n in times)):
@@ -83,13 +85,13 @@ def budgets(add: Callable[[dict], None], arg: str | None = None) -> None:
 
 
 def pair(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """Mamba and DenseMamba as they are, and no more: for large sizes."""
+    """Only Mamba and DenseMamba: for large sizes."""
     for trial in vary("model.dense.variant", "none", "read"):
         add(trial)
 
 
 def miniature(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """Two trials in a minute or two on 2 CPU cores: it shows that a sweep works, and nothing of the models."""
+    """Two trials in a minute or two on 2 CPU cores. They show that a sweep works, and nothing about the models."""
     small = {
         "steps": 60,
         "seq_len": 64,
@@ -111,9 +113,9 @@ SWEEPS = {"budgets": budgets, "pair": pair, "miniature": miniature}  # beside `s
 
 
 def matching(model: ConfigDict, field: str) -> int:
-    """The `width` or `dt_rank` that gives Mamba without links as many parameters as READ, as nearly as one can.
+    """The `width` or `dt_rank` for which Mamba without links has as nearly as possible as many parameters as READ.
 
-    A tokenizer that is not the bytes' needs model.vocab_size set, else its embeddings do not count.
+    With another tokenizer than bytes set model.vocab_size, otherwise its embeddings do not count.
     """
     model = copy.deepcopy(model).unlock()
     model.dense.update(variant="read", gate="channel")
@@ -128,7 +130,7 @@ def matching(model: ConfigDict, field: str) -> int:
 
 
 def parameters(model: ConfigDict) -> int:
-    """Of a stack of Mamba layers, without links or with READ's and one gate a channel, from its sizes alone."""
+    """Number of parameters of a stack of Mamba layers, without links or with READ and gate=channel, from its sizes."""
     D, N, W = model.width, model.mamba.state, model.mamba.conv
     E = model.mamba.expand * D
     R = model.mamba.dt_rank or -(-D // 16)

@@ -1,18 +1,19 @@
-"""DenseRetNet (He et al. 2024, arXiv 2403.00818): RetNet blocks that also write the layers' below keys and values.
+"""DenseRetNet (He et al. 2024, arXiv 2403.00818): RetNet blocks that add the keys and values of the layers below.
 
 Command:   python train.py --config=configs/denseretnet.py --workdir=runs/denseretnet
-Hardware:  2 CPU cores. `:350m` one GPU of 80 GB, `:1.3b` eight of them (lower training.accumulate to 4).
+Hardware:  2 CPU cores. `:350m` one GPU of 80 GB, `:1.3b` eight of them (with training.accumulate=4).
 Expected:  validation 2.390, test 2.416 bits per byte (small; 2026-11-22, docs/results/small.md; xz -9: 2.591, 2.543)
 Cost:      4 minutes of training on 2 CPU cores (small)
 
-Presets: small (no argument); 25m (for ablations); 350m and 1.3b, the released checkpoints "DenseMamba-350M" and
-"-1.3B" (which are RetNets): links of depth 2; 350m-code and 1.3b-code, the configs of the authors' repository: depth 1,
-other bottlenecks. seqmodels/interop/denseretnet.py reads their weights. Of their parameters (373,277,184 and
-1,387,783,680; 367,968,768 and 1,334,023,680) those of the links of layer 0, which have no effect, are left out here.
+Presets: small (no argument) and 25m (for ablations). 350m and 1.3b are the released checkpoints "DenseMamba-350M" and
+"-1.3B" (which are RetNets), with links of depth 2. 350m-code and 1.3b-code are the configs of the authors' repository,
+with depth 1 and other bottlenecks. seqmodels/interop/denseretnet.py imports their weights. Theirs have 373,277,184 and
+1,387,783,680 parameters (-code: 367,968,768 and 1,334,023,680). Ours have fewer, because they leave out the links of
+layer 0, which have no effect.
 
-The block is gated retention, SiLU on queries, keys and values, no MLP. `dense.variant=read` and `rank` are what
-DenseSSM is on the state itself instead; `none` is the same RetNet without links. Other than theirs: the matrix of the
-logits starts with a standard deviation of width^-1/2, and dropout also falls on the embeddings.
+The block is gated retention with SiLU on queries, keys and values, and without an MLP. `dense.variant=read` and `rank`
+apply DenseSSM to the state itself. `none` is the same RetNet without links. There are two differences from the authors'
+code: the matrix of the logits starts with a standard deviation of width^-1/2, and dropout applies to the embeddings too.
 """
 
 from collections.abc import Callable
@@ -33,7 +34,7 @@ PAPER = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The preset `arg`, locked. Raises ValueError on a preset that is not."""
+    """The preset `arg`, locked. Raises ValueError if there is no such preset."""
     chosen = preset(arg, ["small", "25m", *PAPER])
     config = base()
     config.model.pattern = "retnet"
@@ -65,7 +66,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """The published form against none, READ and RANK, depth and decays: each trial is a dict of dotted fields."""
+    """The published form against none, READ and RANK, depth and decays. Each trial is a dict of dotted fields."""
     config = get_config(arg)
     add({"model.dense.variant": "none"})
     for gate in ("channel", "both"):

@@ -1,11 +1,11 @@
-"""Gated linear attention (Yang et al. 2024, arXiv 2312.06635): each row of the matrix state decays as its token says.
+"""Gated linear attention (Yang et al. 2024, arXiv 2312.06635): the token decides how each row of the matrix state decays.
 
 Command:   python train.py --config=configs/gla.py --workdir=runs/gla
-Hardware:  2 CPU cores. `:340m` one GPU of 80 GB, `:1.3b` eight of them (lower training.accumulate to 4).
+Hardware:  2 CPU cores. `:340m` one GPU of 80 GB, `:1.3b` eight of them (with training.accumulate=4).
 Expected:  validation 2.295, test 2.323 bits per byte (small; 2026-11-22, docs/results/small.md; xz -9: 2.591, 2.543)
 Cost:      3 minutes of training on 2 CPU cores (small)
 
-Presets: small (no argument), and the paper's 340m (15 B tokens) and 1.3b (100 B tokens).
+Presets: small (no argument), and the paper's sizes 340m (15 B tokens) and 1.3b (100 B tokens).
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ PAPER = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The preset `arg`, locked. Raises ValueError on a preset that is not."""
+    """The preset `arg`, locked. Raises ValueError if there is no such preset."""
     chosen = preset(arg, ["small", *PAPER])
     config = base()
     config.model.pattern = "gla+mlp"
@@ -43,7 +43,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """Heads, the decays' range and learning rate: each trial is a dict of dotted fields."""
+    """Heads, the decays' range and learning rate. Each trial is a dict of dotted fields."""
     config = get_config(arg)
     for heads in (1, 2, 8):
         add({"model.gla.heads": heads})

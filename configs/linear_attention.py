@@ -1,12 +1,12 @@
-"""Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236) in a Transformer: a feature map for the softmax.
+"""Linear attention (Katharopoulos et al. 2020, arXiv 2006.16236) in a Transformer: a feature map replaces softmax.
 
 Command:   python train.py --config=configs/linear_attention.py --workdir=runs/linear_attention
-Hardware:  2 CPU cores. `:130m` and `:350m` one GPU of 80 GB, `:1.4b` eight of them (lower training.accumulate to 4).
+Hardware:  2 CPU cores. `:130m` and `:350m` one GPU of 80 GB, `:1.4b` eight of them (with training.accumulate=4).
 Expected:  validation 3.539, test 3.562 bits per byte (small; 2026-11-22, docs/results/small.md; xz -9: 2.591, 2.543)
 Cost:      2 minutes of training on 2 CPU cores (small)
 
-Presets: small (no argument), 130m, 350m, 1.4b: the shapes and training of configs/transformer.py, with no rotary
-positions, as the paper has none in its attention.
+Presets: small (no argument), 130m, 350m, 1.4b. They have the shapes and the training of configs/transformer.py, but no
+rotary positions, because the paper has none in its attention.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from seqmodels.fields.mlp import MLP
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The preset `arg`, locked. Raises ValueError on a preset that is not."""
+    """The preset `arg`, locked. Raises ValueError if there is no such preset."""
     chosen = preset(arg, ["small", *PAPER])
     config = base()
     config.model.pattern = "linear_attention+mlp"
@@ -37,7 +37,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """Feature maps and heads: each trial is a dict of dotted fields."""
+    """Feature maps and heads. Each trial is a dict of dotted fields."""
     config = get_config(arg)
     for name in ("relu", "softmax", "taylor"):
         add({"model.linear_attention.feature_map": name})

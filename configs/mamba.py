@@ -1,7 +1,7 @@
 """Mamba (Gu and Dao 2023, arXiv 2312.00752): selective state spaces, no attention and no MLP.
 
 Command:   python train.py --config=configs/mamba.py --workdir=runs/mamba
-Hardware:  2 CPU cores. `:130m` one GPU of 80 GB, `:2.8b` eight of them (lower training.accumulate to 4).
+Hardware:  2 CPU cores. `:130m` one GPU of 80 GB, `:2.8b` eight of them (with training.accumulate=4).
 Expected:  validation 2.071, test 2.098 bits per byte (small; 2026-11-22, docs/results/small.md; xz -9: 2.591, 2.543)
 Cost:      4 minutes of training on 2 CPU cores (small)
 
@@ -16,9 +16,9 @@ from ml_collections import ConfigDict
 from seqmodels.configs.base import base, finish, large, preset
 from seqmodels.fields.mamba import MAMBA
 
-# name: (width, layers, peak learning rate, steps, remat, scan_blocks). Steps are those of the paper's scaling runs, of
-# 2.5 to 26 B tokens; 2.8b, not among them, gets the 300 B tokens of the released models and five times the rate of
-# GPT-3's 2.7B.
+# name: (width, layers, peak learning rate, steps, remat, scan_blocks). Steps are those of the paper's scaling runs (2.5
+# to 26 B tokens). 2.8b is not among these runs. It has the 300 B tokens of the released models, and five times the
+# learning rate of GPT-3's 2.7B.
 PAPER = {
     "130m": (768, 24, 3e-3, 4800, "none", 0),
     "370m": (1024, 48, 1.5e-3, 13500, "rescan", 0),
@@ -34,7 +34,7 @@ def add_mamba(config: ConfigDict) -> None:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The preset `arg`, locked. Raises ValueError on a preset that is not."""
+    """The preset `arg`, locked. Raises ValueError if there is no such preset."""
     chosen = preset(arg, ["small", *PAPER])
     config = base()
     config.model.pattern = "mamba"
@@ -48,7 +48,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """State size, step-size norms and learning rate: each trial is a dict of dotted fields."""
+    """State size, step-size norms and learning rate. Each trial is a dict of dotted fields."""
     learning_rate = get_config(arg).optimizer.learning_rate
     for state in (1, 4, 16, 64):
         add({"model.mamba.state": state})

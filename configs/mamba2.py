@@ -1,7 +1,7 @@
 """Mamba-2 (Dao and Gu 2024, arXiv 2405.21060): structured state space duality, no attention and no MLP.
 
 Command:   python train.py --config=configs/mamba2.py --workdir=runs/mamba2
-Hardware:  2 CPU cores. `:130m` one GPU of 80 GB, `:2.7b` eight of them (lower training.accumulate to 4).
+Hardware:  2 CPU cores. `:130m` one GPU of 80 GB, `:2.7b` eight of them (with training.accumulate=4).
 Expected:  validation 2.079, test 2.112 bits per byte (small; 2026-11-22, docs/results/small.md; xz -9: 2.591, 2.543)
 Cost:      5 minutes of training on 2 CPU cores (small)
 
@@ -32,7 +32,7 @@ def add_mamba2(config: ConfigDict) -> None:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The preset `arg`, locked. Raises ValueError on a preset that is not."""
+    """The preset `arg`, locked. Raises ValueError if there is no such preset."""
     chosen = preset(arg, ["small", *PAPER])
     config = base()
     config.model.pattern = "mamba2"
@@ -49,7 +49,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """State size, width of a head, dense links and learning rate: each trial is a dict of dotted fields."""
+    """State size, width of a head, dense links and learning rate. Each trial is a dict of dotted fields."""
     config = get_config(arg)
     for state in (16, 64, 128, 256):
         if state != config.model.mamba2.state:

@@ -1,12 +1,12 @@
 """Mamba-3 (ICLR 2026, arXiv 2603.15569), SISO: trapezoidal steps and rotating states, and an MLP after each mixer.
 
 Command:   python train.py --config=configs/mamba3.py --workdir=runs/mamba3
-Hardware:  2 CPU cores. `:130m` one GPU of 80 GB, `:1.3b` eight of them (lower training.accumulate to 4).
+Hardware:  2 CPU cores. `:130m` one GPU of 80 GB, `:1.3b` eight of them (with training.accumulate=4).
 Expected:  validation 2.132, test 2.169 bits per byte (small; 2026-11-22, docs/results/small.md; xz -9: 2.591, 2.543)
 Cost:      4 minutes of training on 2 CPU cores (small)
 
-Presets: small (no argument); 130m, 370m, 780m, 1.3b: Mamba-2's widths, with half its blocks and an MLP behind each.
-The paper alternates so too; its own sizes (180M to 1.5B) were not at hand.
+Presets: small (no argument); 130m, 370m, 780m, 1.3b with Mamba-2's widths, half its number of blocks, and an MLP after
+each block. The paper alternates mixers and MLPs too; its own sizes (180M to 1.5B) were not available.
 """
 
 from collections.abc import Callable
@@ -22,7 +22,7 @@ SIZES = ("130m", "370m", "780m", "1.3b")
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The preset `arg`, locked. Raises ValueError on a preset that is not."""
+    """The preset `arg`, locked. Raises ValueError if there is no such preset."""
     chosen = preset(arg, ["small", *SIZES])
     config = base()
     config.model.pattern = "mamba3+mlp"
@@ -41,7 +41,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """Rotation, decays and learning rate: each trial is a dict of dotted fields."""
+    """Rotation, decays and learning rate. Each trial is a dict of dotted fields."""
     config = get_config(arg)
     add({"model.mamba3.rotated": 1.0})
     add({"model.mamba3.A_activation": "softplus"})

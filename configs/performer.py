@@ -1,12 +1,12 @@
 """Performer (Choromanski et al. 2021, arXiv 2009.14794): softmax attention estimated by positive random features.
 
 Command:   python train.py --config=configs/performer.py --workdir=runs/performer
-Hardware:  2 CPU cores. `:130m` and `:350m` one GPU of 80 GB, `:1.4b` eight of them (lower training.accumulate to 4).
+Hardware:  2 CPU cores. `:130m` and `:350m` one GPU of 80 GB, `:1.4b` eight of them (with training.accumulate=4).
 Expected:  validation 3.495, test 3.510 bits per byte (small; 2026-11-22, docs/results/small.md; xz -9: 2.591, 2.543)
 Cost:      3 minutes of training on 2 CPU cores (small)
 
-Presets: small (no argument), 130m, 350m, 1.4b: the shapes and training of configs/transformer.py with the paper's 256
-features for heads of 64 channels.
+Presets: small (no argument), 130m, 350m, 1.4b. They have the shapes and the training of configs/transformer.py, and the
+paper's 256 features for heads of 64 channels.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ from seqmodels.fields.performer import PERFORMER
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The preset `arg`, locked. Raises ValueError on a preset that is not."""
+    """The preset `arg`, locked. Raises ValueError if there is no such preset."""
     chosen = preset(arg, ["small", *PAPER])
     config = base()
     config.model.pattern = "performer+mlp"
@@ -37,7 +37,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """Number and kind of features, and redrawing: each trial is a dict of dotted fields."""
+    """Number and kind of features, and redrawing. Each trial is a dict of dotted fields."""
     features = get_config(arg).model.performer.random_features
     for factor in (0.25, 4):
         add({"model.performer.random_features": int(features * factor)})

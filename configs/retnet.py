@@ -1,12 +1,12 @@
 """RetNet (Sun et al. 2023, arXiv 2307.08621): retention in heads that forget at fixed rates, and an MLP.
 
 Command:   python train.py --config=configs/retnet.py --workdir=runs/retnet
-Hardware:  2 CPU cores. `:200m` one GPU of 80 GB; `:1.3b` and larger eight (lower training.accumulate to fit).
+Hardware:  2 CPU cores. `:200m` one GPU of 80 GB; `:1.3b` and larger eight of them (lower training.accumulate).
 Expected:  validation 2.329, test 2.342 bits per byte (small; 2026-11-22, docs/results/small.md; xz -9: 2.591, 2.543)
 Cost:      2 minutes of training on 2 CPU cores (small)
 
-Presets: small (no argument), 200m (the paper's ablations), 1.3b, 2.7b, 6.7b. The paper gives two schedules of the
-decays: `octaves`, which its code and DenseRetNet have, and `spread`, which it says its experiments had.
+Presets: small (no argument), 200m (the paper's ablations), 1.3b, 2.7b, 6.7b. The paper gives two sets of decays. Its
+code and DenseRetNet use `octaves`. The paper says that its experiments used `spread`.
 """
 
 from collections.abc import Callable
@@ -32,7 +32,7 @@ def add_retnet(config: ConfigDict) -> None:
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The preset `arg`, locked. Raises ValueError on a preset that is not."""
+    """The preset `arg`, locked. Raises ValueError if there is no such preset."""
     chosen = preset(arg, ["small", *PAPER])
     config = base()
     config.model.pattern = "retnet+mlp"
@@ -54,7 +54,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """The paper's ablation of heads, decays and norm, and dense links: each trial is a dict of dotted fields."""
+    """The paper's ablation of heads, decays and norm, and dense links. Each trial is a dict of dotted fields."""
     config = get_config(arg)
     for heads in (1, 2, 4, 8):
         if heads != config.model.retnet.heads:

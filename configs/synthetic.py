@@ -1,10 +1,11 @@
-"""Synthetic tasks: can a mixer remember, recall, count, compute? Rows are generated as they go (docs/synthetic.md).
+"""Synthetic tasks: can a mixer remember, recall, count, compute? Rows are generated on the fly (docs/synthetic.md).
 
 Command:   python train.py --config=configs/synthetic.py:mqar,mixer=densemamba
-Hardware:  2 CPU cores, minutes; the presets with a paper's name one GPU.
+Hardware:  2 CPU cores, minutes; the presets with the name of a paper need one GPU.
 
-The argument is `preset[,key=value...]`. Presets: FIELDS and PAPERS below. Keys: `mixer`, any other config of this
-folder; `length`, `width` and `layers`; and the fields of the task. All else are flags: --config.steps=500.
+The argument is `preset[,key=value...]`. FIELDS and PAPERS below list the presets. The keys are `mixer` (any other config
+of this folder), `length`, `width`, `layers`, and the fields of the task. All other settings are flags, such as
+--config.steps=500.
 """
 
 import importlib
@@ -20,7 +21,7 @@ from seqmodels.fields.mlp import MLP
 from seqmodels.fields.model import DENSE
 from seqmodels.fields.run import TASK_DATA
 
-MIXERS = (  # those that a sweep compares
+MIXERS = (  # the configs that a sweep compares
     "mamba", "densemamba", "mamba2", "mamba3", "gla", "retnet", "linear_attention", "performer", "transformer",
 )  # fmt: skip
 
@@ -46,7 +47,7 @@ FIELDS = {
     "listops": dict(depth=4, arguments=5, shortest=10, longest=100),
     "passkey": dict(depth=-1.0),
 }
-# ... and its sizes. lengths: at which a trained model is measured as well.
+# Sizes of each task. lengths: row lengths at which a trained model is measured too.
 SIZES = {
     "copying": dict(length=32),
     "selective_copying": dict(length=32),
@@ -118,7 +119,7 @@ PAPERS = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The config of `preset[,key=value...]`, locked. Raises ValueError on a preset, key or value that is not there."""
+    """The config of `preset[,key=value...]`, locked. Raises ValueError if a preset, key or value does not exist."""
     chosen, keys = parse(arg or DEFAULT)
     task = chosen.partition("-")[0]
     sizes = dict(width=64, layers=2, learning_rate=3e-3, schedule="cosine", lengths=(), embedding_std=0.02)
@@ -224,7 +225,7 @@ def _fields(mixer: str) -> dict[str, object]:
 
 
 def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """The mixers at one task and size: each trial is a dict of dotted fields."""
+    """The mixers at one task and size. Each trial is a dict of dotted fields."""
     for trial in trials_of(arg):
         add(trial)
 
@@ -236,19 +237,19 @@ def sweep_widths(add: Callable[[dict], None], arg: str | None = None) -> None:
 
 
 def sweep_rates(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """The mixers at the learning rates of Zoology, as recall depends on them much."""
+    """The mixers at the learning rates of Zoology, because recall depends much on them."""
     for trial in product(trials_of(arg), vary("optimizer.learning_rate", 1e-4, 4.6e-4, 2.2e-3, 1e-2)):
         add(trial)
 
 
 def sweep_two_rates(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """The mixers at two learning rates that one or the other of them prefers: the shortest fair comparison."""
+    """The mixers at two learning rates, because some mixers need the higher and some the lower one."""
     for trial in product(vary("optimizer.learning_rate", 1e-2, 2e-3), trials_of(arg)):
         add(trial)
 
 
 def sweep_miniature(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """Two mixers for a few steps: does the way from here to a table work?"""
+    """Two mixers for a few steps. This shows that a sweep works up to its table."""
     for trial in product(trials_of(arg)[:2], [{"steps": 20, "data.rows": 32, "data.lengths": ()}]):
         add(trial)
 

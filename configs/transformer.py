@@ -1,12 +1,12 @@
 """Transformer++ (Touvron et al. 2023): RMSNorm, rotary positions, grouped queries, SwiGLU, no bias. The baseline.
 
 Command:   python train.py --config=configs/transformer.py --workdir=runs/transformer
-Hardware:  2 CPU cores. `:130m` and `:350m` one GPU of 80 GB, `:1.4b` eight of them (lower training.accumulate to 4).
+Hardware:  2 CPU cores. `:130m` and `:350m` one GPU of 80 GB, `:1.4b` eight of them (with training.accumulate=4).
 Expected:  validation 2.319, test 2.336 bits per byte (small; 2026-11-22, docs/results/small.md; xz -9: 2.591, 2.543)
 Cost:      2 1/2 minutes of training on 2 CPU cores (small)
 
-Presets: small (no argument), 130m, 350m, 1.4b; each has the parameters of the same preset of configs/densemamba.py
-within 2 %: one layer stands for two of Mamba's, with an MLP of three times the width.
+Presets: small (no argument), 130m, 350m, 1.4b. Each has the same number of parameters as that preset of
+configs/densemamba.py, within 2 %: one layer corresponds to two of Mamba's, and its MLP has three times the width.
 """
 
 from collections.abc import Callable
@@ -26,7 +26,7 @@ PAPER = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """The preset `arg`, locked. Raises ValueError on a preset that is not."""
+    """The preset `arg`, locked. Raises ValueError if there is no such preset."""
     chosen = preset(arg, ["small", *PAPER])
     config = base()
     config.model.pattern = "attention+mlp"
@@ -43,7 +43,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """Sharing of keys and values, and learning rate: each trial is a dict of dotted fields."""
+    """Sharing of keys and values, and learning rate. Each trial is a dict of dotted fields."""
     config = get_config(arg)
     heads = config.model.attention.heads
     for kv_heads in sorted({1, heads // 2, heads}):

@@ -3,7 +3,7 @@
     for trial in product(vary("model.dense.depth", 1, 2, 4), vary("model.dense.gate", "channel", "both")):
         add(trial)
 
-is six trials; with `zipped` it would be a mistake, and with `chain` five.
+gives six trials. With `chain` in place of `product` it gives five. `zipped` needs lists of equal length.
 """
 
 import itertools
@@ -13,7 +13,7 @@ Trial = dict[str, object]
 
 
 def vary(field: str, *values) -> list[Trial]:
-    """One trial a value."""
+    """One trial per value."""
     return [{field: value} for value in values]
 
 
