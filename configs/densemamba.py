@@ -5,7 +5,7 @@ Hardware:  2 CPU cores. `:130m` and `:350m` one GPU of 80 GB, `:1.4b` eight of t
 Expected:  validation 2.069, test 2.095 bits per byte (small; 2026-11-22, docs/results/small.md; xz -9: 2.591, 2.543)
 Cost:      7 minutes of training on 2 CPU cores (small)
 
-Presets: small (no argument), 25m (for ablations), 130m, 350m, 1.4b. The last three are Mamba's sizes (configs/mamba.py).
+Presets: small (no argument), 25m (for ablations), 130m, 350m, 1.4b. The last three are Mamba's (configs/mamba.py).
 Every layer has dense links of depth 2: its query also reads the states of the two layers below, and a gate of inner
 width D / 32 scales the result. The gates add about 1 % of parameters. Neither code nor weights of the paper's
 DenseMamba were published. `model.dense.variant` says which interpretation is built (docs/densessm.md).
@@ -115,7 +115,7 @@ SWEEPS = {"budgets": budgets, "pair": pair, "miniature": miniature}  # beside `s
 def matching(model: ConfigDict, field: str) -> int:
     """The `width` or `dt_rank` for which Mamba without links has as nearly as possible as many parameters as READ.
 
-    With another tokenizer than bytes set model.vocab_size, otherwise its embeddings do not count.
+    If the tokenizer is not bytes, set model.vocab_size. Otherwise its embeddings do not count.
     """
     model = copy.deepcopy(model).unlock()
     model.dense.update(variant="read", gate="channel")

@@ -12,8 +12,8 @@ with depth 1 and other bottlenecks. seqmodels/interop/denseretnet.py imports the
 layer 0, which have no effect.
 
 The block is gated retention with SiLU on queries, keys and values, and without an MLP. `dense.variant=read` and `rank`
-apply DenseSSM to the state itself. `none` is the same RetNet without links. There are two differences from the authors'
-code: the matrix of the logits starts with a standard deviation of width^-1/2, and dropout applies to the embeddings too.
+apply DenseSSM to the state itself. `none` is the same RetNet without links. Two things differ from the authors' code:
+the matrix of the logits starts with a standard deviation of width^-1/2, and dropout also applies to the embeddings.
 """
 
 from collections.abc import Callable
@@ -81,7 +81,7 @@ def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
 
 
 def forms(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """RetNet, the published DenseRetNet, and READ and RANK on the states themselves. No other trial has their norm.
+    """RetNet, the published DenseRetNet, and READ and RANK on the states themselves. Only the published one has a norm.
 
     The second RetNet has keys a quarter wider: about as many parameters more as the published form's gates.
     """

@@ -1,4 +1,4 @@
-"""Gated linear attention (Yang et al. 2024, arXiv 2312.06635): the token decides how each row of the matrix state decays.
+"""Gated linear attention (Yang et al. 2024, arXiv 2312.06635): the token sets the decay of each row of the state.
 
 Command:   python train.py --config=configs/gla.py --workdir=runs/gla
 Hardware:  2 CPU cores. `:340m` one GPU of 80 GB, `:1.3b` eight of them (with training.accumulate=4).

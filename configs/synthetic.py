@@ -3,8 +3,8 @@
 Command:   python train.py --config=configs/synthetic.py:mqar,mixer=densemamba
 Hardware:  2 CPU cores, minutes; the presets with the name of a paper need one GPU.
 
-The argument is `preset[,key=value...]`. FIELDS and PAPERS below list the presets. The keys are `mixer` (any other config
-of this folder), `length`, `width`, `layers`, and the fields of the task. All other settings are flags, such as
+The argument is `preset[,key=value...]`. FIELDS and PAPERS below list the presets. The keys are `mixer` (any other
+config of this folder), `length`, `width`, `layers`, and the fields of the task. All other settings are flags, such as
 --config.steps=500.
 """
 
@@ -145,7 +145,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
 
 
 def parse(arg: str) -> tuple[str, dict]:
-    """Preset, and its keys with `mixer` among them. Raises ValueError that names the nearest, and what there is."""
+    """The preset and its keys, including `mixer`. Raises ValueError; it suggests a similar name and lists all."""
     first, *rest = arg.split(",")
     chosen = preset(first, [*FIELDS, *PAPERS])
     task = FIELDS[chosen.partition("-")[0]]
@@ -200,7 +200,7 @@ def _nearest(word: str, choices) -> str:
 
 
 def trials_of(arg: str | None) -> list[Trial]:
-    """A trial for each of MIXERS: whatever its model has otherwise than that of `arg`, but for the sizes."""
+    """A trial for each of MIXERS: the fields in which its model differs from that of `arg`, except the sizes."""
     mine = _fields(parse(arg or DEFAULT)[1]["mixer"])
     trials = []
     for mixer in MIXERS:
