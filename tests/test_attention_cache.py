@@ -50,6 +50,13 @@ def in_pieces(params, x, state, cuts, segment_ids=None, mask=None):
     return jnp.concatenate(ys, axis=1), state
 
 
+@pytest.fixture(autouse=True)
+def whole_float32():
+    """GPUs multiply float32 matrices in a shorter format unless asked."""
+    with jax.default_matmul_precision("highest"):
+        yield
+
+
 def close(ours, reference, tolerance=2e-5):
     for (path, x), want in zip(jax.tree.leaves_with_path(ours), jax.tree.leaves(reference), strict=True):
         error = np.linalg.norm(np.asarray(x - want, np.float64)) / max(np.linalg.norm(np.asarray(want)), 1e-6)

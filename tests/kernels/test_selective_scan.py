@@ -118,7 +118,7 @@ def test_vmap(implementation):
 @pytest.mark.parametrize("implementation", BACKENDS)
 def test_memory_grows_with_chunks_not_tokens(implementation, groups):
     """What the gradient of a long scan, or of READ's, needs a token is a fraction of one state a token."""
-    width, state = 32, 64
+    width, state = 128, 64  # a GPU kernel takes 128 channels at once
 
     def temporary(length):
         args = inputs(batch=1, length=length, groups=groups, width=width, state=state)

@@ -160,6 +160,8 @@ def test_no_races(gpu_interpreter, monkeypatch):
 
     Forwards three chunks take turns in two places, backwards five in three.
     """
+    if jax.default_backend() == "gpu":
+        pytest.skip("a GPU does not report races")
     from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks
 
     args = inputs(batch=1, length=40, width=5, state=9)
