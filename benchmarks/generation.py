@@ -111,7 +111,7 @@ def measure(config, batch: int, prompt: int, tokens: int, repeats: int, profile:
     slots = generation.power_of_two(prompt + tokens)
 
     def prefill():
-        state = generation._initial_state(model, batch, slots)
+        state = generation.fresh_state(model, batch, slots)
         return generation.prefill(model, rounded(model, params)[0], ids, None, state)
 
     def whole():

@@ -218,7 +218,7 @@ def _as_before(name: str, value: object) -> bool:
 
 
 def _fields(mixer: str) -> dict[str, object]:
-    flat = {}
+    flat: dict[str, object] = {}
     for name, value in model(mixer, 0, 0).items():
         flat |= {f"{name}.{k}": v for k, v in value.items()} if isinstance(value, ConfigDict) else {name: value}
     return {name: value for name, value in flat.items() if name not in ("width", "repeats")}

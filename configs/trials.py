@@ -8,11 +8,12 @@ gives six trials. With `chain` in place of `product` it gives five. `zipped` nee
 
 import itertools
 from collections.abc import Sequence
+from typing import Any
 
-Trial = dict[str, object]
+Trial = dict[str, Any]
 
 
-def vary(field: str, *values) -> list[Trial]:
+def vary(field: str, *values: Any) -> list[Trial]:
     """One trial per value."""
     return [{field: value} for value in values]
 
@@ -33,7 +34,7 @@ def chain(*lists: Sequence[Trial]) -> list[Trial]:
 
 
 def _merged(trials: Sequence[Trial]) -> Trial:
-    merged = {}
+    merged: Trial = {}
     for trial in trials:
         if twice := merged.keys() & trial.keys():
             raise ValueError(f"two lists of trials set {', '.join(sorted(twice))}")

@@ -16,7 +16,7 @@ class Operations(Mapping[str, ModuleType]):
     piece of time.
     """
 
-    def __init__(self, *names: str):
+    def __init__(self, *names: str) -> None:
         self._names = names
 
     def __getitem__(self, name: str) -> ModuleType:

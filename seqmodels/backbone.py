@@ -183,7 +183,7 @@ class Block(nn.Module):
     config: FrozenConfigDict
     spec: BlockSpec
 
-    def setup(self):
+    def setup(self) -> None:
         config, spec = self.config, self.spec
         setattr(self, depth.kind(config), connection_of(config, spec))
         self.dropout = nn.Dropout(config.dropout)
@@ -222,10 +222,10 @@ class SuperBlock(nn.Module):
     specs: tuple[BlockSpec, ...]
     deterministic: bool
 
-    def setup(self):
+    def setup(self) -> None:
         self.block = [rematerialised(self.config)(self.config, spec) for spec in self.specs]
 
-    def __call__(self, carry, state, seq):
+    def __call__(self, carry: tuple[jax.Array, Any], state: Any, seq: Sequence) -> tuple[tuple[jax.Array, Any], Any]:
         """carry (x, what the connection across depth carries), with this super-block's states, to the new ones."""
         x, below = carry
         new_state = {}
@@ -270,7 +270,7 @@ class Backbone(nn.Module):
 
     config: FrozenConfigDict
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
         self.final_norm = norm_of(config)
         specs = plan(config)
@@ -278,7 +278,7 @@ class Backbone(nn.Module):
         self.block = [rematerialised(config, i)(config, spec) for i, spec in enumerate(specs[:unrolled])]
         self.super_specs = tuple(specs[unrolled : unrolled + (len(specs) - unrolled) // max(self.repeats, 1)])
 
-    def blocks(self, deterministic: bool):
+    def blocks(self, deterministic: bool) -> nn.Module:
         """The scan over super-blocks, whose parameters are stacked in front; states are stacked behind the batch."""
         scan = nn.scan(
             SuperBlock,
@@ -292,7 +292,7 @@ class Backbone(nn.Module):
         return scan(self.config, self.super_specs, deterministic, name="blocks")
 
     @nn.nowrap
-    def init_state(self, batch: int, max_length: int = 0):
+    def init_state(self, batch: int, max_length: int = 0) -> dict[str, Any]:
         """States of the blocks before the first token; see `LanguageModel.init_state`."""
         specs, (unrolled, repeats) = plan(self.config), scanned(self.config)
         layers = {f"block_{i}": block_state(self.config, s, batch, max_length) for i, s in enumerate(specs[:unrolled])}
@@ -303,7 +303,9 @@ class Backbone(nn.Module):
         return layers
 
     @nn.compact
-    def __call__(self, x, seq: Sequence, state=None, deterministic: bool = True):
+    def __call__(
+        self, x: jax.Array, seq: Sequence, state: Any = None, deterministic: bool = True
+    ) -> tuple[jax.Array, dict[str, Any]]:
         """x [B, T, D], in the residual dtype, to the hidden states after the last norm [B, T, D] and the new state."""
         old = {} if state is None else state
         layers = {}

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 class Table(MutableMapping[str, "type[Branch]"]):
     """Name to class. A value may be given as "module:Class", which is imported on first use."""
 
-    def __init__(self, places: dict[str, "str | type[Branch]"]):
+    def __init__(self, places: dict[str, "str | type[Branch]"]) -> None:
         self._places = dict(places)
 
     def __getitem__(self, name: str) -> "type[Branch]":

@@ -1,18 +1,20 @@
-"""Continue a prompt: prefill it, then one-token steps, both through the model's only call with an explicit state.
+"""Continue a prompt: read it in chunks, then draw one token after another.
 
-The state is donated from call to call, so it exists once, and for recurrent models its size does not depend on how much
-text went by. Every leaf of it has the batch first: `jax.tree.map(lambda x: x[rows], state)` picks, repeats or reorders
-rows.
+Both use the model's ordinary call with an explicit state. The state is donated from call to call, so only one copy of
+it exists. In recurrent models its size does not depend on how much text was read. Every leaf of it has the batch first:
+`jax.tree.map(lambda x: x[rows], state)` picks, repeats or reorders rows.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from seqmodels.data.tokenizer import Tokenizer
 from seqmodels.errors import UserError
 from seqmodels.rounding import rounded
 
@@ -21,10 +23,12 @@ BLOCK = 32  # tokens drawn before a caller is asked whether they are enough
 
 
 class Sampling(NamedTuple):
-    """How a token is drawn from logits; each a scalar, or [B] to differ by row.
+    """How a token is drawn from logits. Each field is a scalar, or an array [B] with one value for each row.
 
-    temperature: 0 is greedy. top_k: only the k likeliest; 0 is all. top_p: only the likeliest whose probabilities sum
-    up to p, the one that reaches it included; 1 is all. First temperature, then top_k, then top_p of what is left.
+    temperature: logits are divided by it; 0 always takes the likeliest token.
+    top_k: draw only from the k likeliest tokens; 0 is all.
+    top_p: draw only from the fewest likeliest tokens whose probabilities sum up to at least p; 1 is all.
+    The temperature is applied first, then top_k, then top_p to the tokens that are left.
     """
 
     temperature: float | jax.Array = 1.0
@@ -32,8 +36,13 @@ class Sampling(NamedTuple):
     top_p: float | jax.Array = 1.0
 
 
+FROM_ALL = Sampling()  # the model's own distribution
+
+
 def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
-    """Log-weights [B, V] of the tokens that may be drawn, -inf for the others. Ties with the last one kept are kept.
+    """Logits [B, V] at the temperature, with -inf for the tokens that top_k and top_p leave out.
+
+    A token that is as likely as the last one that is kept is kept too.
 
     Args:
       logits: [B, V] float32.
@@ -50,10 +59,11 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     return jnp.where(logits >= least, logits, -jnp.inf)
 
 
-def work(sampling: Sampling) -> str:
-    """What the sampling takes: "greedy" no random numbers, "plain" no sorting, "filtered" both; known before compiling.
+def cheapest_method(sampling: Sampling) -> str:
+    """The cheapest method of `draw` that is enough for a sampling; it must be known before compiling.
 
-    Sorting a vocabulary takes a GPU as long as many layers.
+    "greedy" takes the likeliest token, without random numbers. "plain" draws from all tokens. "filtered" sorts the
+    vocabulary first, for top_k and top_p, and on a GPU that takes as long as many layers.
     """
     if np.all(np.asarray(sampling.temperature) == 0):
         return "greedy"
@@ -62,12 +72,21 @@ def work(sampling: Sampling) -> str:
     )
 
 
-def draw(keys: jax.Array, logits: jax.Array, sampling: Sampling, work: str = "filtered") -> jax.Array:
-    """A token [B] int32 a row. keys: [B] typed keys, logits: [B, V] float32; work: as of `work(sampling)`, or more."""
+def draw(keys: jax.Array, logits: jax.Array, sampling: Sampling, method: str = "filtered") -> jax.Array:
+    """Draws one token for each row.
+
+    Args:
+      keys: [B] typed random keys.
+      logits: [B, V] float32.
+      method: of `cheapest_method`, or a more expensive one, which draws the same tokens.
+
+    Returns:
+      [B] int32.
+    """
     greedy = jnp.argmax(logits, axis=-1).astype(jnp.int32)
-    if work == "greedy":
+    if method == "greedy":
         return greedy
-    weights = filtered(logits, sampling) if work == "filtered" else scaled(logits, sampling.temperature)
+    weights = filtered(logits, sampling) if method == "filtered" else scaled(logits, sampling.temperature)
     sampled = jax.vmap(jax.random.categorical)(keys, weights).astype(jnp.int32)
     return jnp.where(jnp.asarray(sampling.temperature) > 0, sampled, greedy)
 
@@ -79,7 +98,7 @@ def scaled(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:
 
 
 def chunks(length: int) -> list[int]:
-    """Sizes that sum up to `length`, powers of two up to LARGEST_CHUNK, so that few programs serve every length."""
+    """Sizes that sum up to `length`: powers of two, at most LARGEST_CHUNK, so that few programs serve every length."""
     sizes = [LARGEST_CHUNK] * (length // LARGEST_CHUNK)
     rest = length % LARGEST_CHUNK
     return sizes + [1 << bit for bit in reversed(range(rest.bit_length())) if rest >> bit & 1]
@@ -91,13 +110,18 @@ def power_of_two(n: int) -> int:
 
 
 @functools.partial(jax.jit, static_argnames="model", donate_argnames="state")
-def _chunk(model, params, tokens, mask, state):
+def read_chunk(
+    model: nn.Module, params: Any, tokens: jax.Array | np.ndarray, mask: jax.Array | np.ndarray | None, state: Any
+) -> tuple[jax.Array, Any]:
+    """Takes the next [B, T] tokens of the prompts into the state, as `prefill` does with each of `chunks`."""
     hidden, state = model.apply({"params": params}, tokens, mask=mask, state=state)
     return hidden[:, -1:], state
 
 
-def prefill(model, params: Any, tokens: jax.Array, mask: jax.Array | None, state: Any) -> tuple[jax.Array, Any]:
-    """Take prompts into the state.
+def prefill(
+    model: nn.Module, params: Any, tokens: jax.Array | np.ndarray, mask: jax.Array | np.ndarray | None, state: Any
+) -> tuple[jax.Array, Any]:
+    """Reads prompts into the state.
 
     Args:
       tokens: [B, P] int32, P >= 1, each prompt at the right end of its row.
@@ -110,18 +134,41 @@ def prefill(model, params: Any, tokens: jax.Array, mask: jax.Array | None, state
     start = 0
     for size in chunks(tokens.shape[1]):
         piece = slice(start, start + size)
-        hidden, state = _chunk(model, params, tokens[:, piece], None if mask is None else mask[:, piece], state)
+        hidden, state = read_chunk(model, params, tokens[:, piece], None if mask is None else mask[:, piece], state)
         start += size
     return hidden, state
 
 
-@functools.partial(jax.jit, static_argnames=("model", "work", "room"), donate_argnames="state")
-def _continue(model, params, hidden, state, keys, done, sampling, vocab_size, stop, first, tokens, *, work, room):
-    """Draw `tokens` tokens a row into [B, room]; only `work` and `room` decide what is compiled.
+@functools.partial(jax.jit, static_argnames=("model", "method", "room"), donate_argnames="state")
+def draw_tokens(
+    model: nn.Module,
+    params: Any,
+    hidden: jax.Array,
+    state: Any,
+    keys: jax.Array,
+    done: jax.Array | np.ndarray,
+    sampling: Sampling,
+    vocab_size: int,
+    stop: int,
+    first: int,
+    tokens: int,
+    *,
+    method: str,
+    room: int,
+) -> tuple[jax.Array, jax.Array, Any]:
+    """Draws `tokens` new tokens for each row. Only `method`, `room` and the shapes decide what is compiled.
 
-    params: as of `rounded`. done: [B] bool, rows that had their `stop`. first: number of the first token in its row.
+    Args:
+      params: as `rounded` returns them.
+      hidden, state: as `prefill` or the last call returned them; the state is consumed.
+      keys: [B] typed random keys, one for each row.
+      done: [B] bool, the rows that have already reached `stop`.
+      first: how many tokens were drawn before.
+      method: as in `draw`.
+      room: length of the array that the tokens are written to, at least `tokens`.
 
-    Returns: the tokens, and the last hidden state and state, from which the next call may go on.
+    Returns:
+      The tokens [B, room] int32, and the hidden state and state from which the next call may go on.
     """
     params, head = ({"params": tree} for tree in params)
     rows = hidden.shape[0]
@@ -138,7 +185,7 @@ def _continue(model, params, hidden, state, keys, done, sampling, vocab_size, st
         logits = model.apply(head, hidden, method="logits")[:, 0].astype(jnp.float32)
         logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, first + step)
-        token = jnp.where(done, stop, draw(step_keys, logits, sampling, work))
+        token = jnp.where(done, stop, draw(step_keys, logits, sampling, method))
         out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], step, axis=1)
         hidden, state = model.apply(params, token[:, None], state=state)
         return step + 1, hidden, state, out, done | (token == stop)
@@ -151,13 +198,13 @@ def _continue(model, params, hidden, state, keys, done, sampling, vocab_size, st
 
 
 def decode(
-    model,
+    model: nn.Module,
     params: Any,
     prompts: Sequence[Sequence[int]],
     *,
     tokens: int,
     vocab_size: int,
-    sampling: Sampling = Sampling(),  # noqa: B008 (a tuple)
+    sampling: Sampling = FROM_ALL,
     seed: int = 0,
     stop: int = -1,
     enough: Callable[[np.ndarray], bool] | None = None,
@@ -170,12 +217,12 @@ def decode(
       model, params: as in docs/architecture.md; params unboxed.
       prompts: B lists of token ids, of any lengths of at least 1.
       tokens: how many to add to each.
-      vocab_size: of the tokenizer; ids beyond, with which the model's vocabulary is padded, are never drawn.
-      stop: id that ends a row, -1 for none; the row is filled up with it.
-      enough: asked every BLOCK tokens, with those so far [B, n]; True ends all rows.
+      vocab_size: of the tokenizer. The model's vocabulary is padded beyond it; these ids are never drawn.
+      stop: id that ends a row; the rest of the row is filled with it. -1: none.
+      enough: called after every BLOCK tokens with all tokens so far [B, n]; all rows end when it returns True.
 
     Returns:
-      [B, tokens] int32, or fewer tokens where they were enough.
+      [B, tokens] int32; fewer tokens if `enough` ended the rows.
 
     Raises: UserError on an empty prompt or numbers that make no sense.
     """
@@ -188,32 +235,33 @@ def decode(
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :] = prompt
         mask[row, length - len(prompt) :] = True
-    # An attention model's cache is all that depends on this number; a power of two keeps the programs few.
-    state = _initial_state(model, batch, power_of_two(length + tokens))
+    # Only the cache of an attention model depends on this number. Rounded up to a power of two, few programs serve all.
+    state = fresh_state(model, batch, power_of_two(length + tokens))
     params = rounded(model, params)
     hidden, state = prefill(model, params[0], ids, None if mask.all() else mask, state)
     keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(jax.random.key(seed), jnp.arange(batch))
     block = min(BLOCK, tokens) if enough else tokens
-    static = dict(work=work(sampling), room=power_of_two(block))
+    static: dict[str, Any] = dict(method=cheapest_method(sampling), room=power_of_two(block))
     out = np.zeros((batch, 0), np.int32)
     while (first := out.shape[1]) < tokens and not (enough and first and enough(out)):
         done, count = (out == stop).any(axis=1), min(block, tokens - first)
-        new, hidden, state = _continue(
+        new, hidden, state = draw_tokens(
             model, params, hidden, state, keys, done, sampling, vocab_size, stop, first, count, **static
         )
         out = np.concatenate([out, np.asarray(new)[:, :count]], axis=1)
     return out
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # buffers of its own for each leaf: they are donated
-def _initial_state(model, batch, max_length):
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # gives each leaf a buffer of its own, as the state is donated
+def fresh_state(model: nn.Module, batch: int, max_length: int) -> Any:
+    """The state of `batch` rows before their first token; attention caches have room for `max_length` tokens."""
     return model.init_state(batch, max_length)
 
 
 def generate(
-    model,
+    model: nn.Module,
     params: Any,
-    tokenizer,
+    tokenizer: Tokenizer,
     prompt: str,
     *,
     tokens: int,
@@ -224,14 +272,14 @@ def generate(
     stop: str | None = None,
     context: int | None = None,
 ) -> str:
-    """Text that goes on from `prompt`, without it, for `tokens` tokens or to the end of the document or `stop`.
+    """The text that follows `prompt`: `tokens` tokens, or up to the end of the document or to `stop`.
 
     Args:
       tokenizer: as in docs/architecture.md. The prompt begins a document, if the tokenizer has a separator.
       temperature, top_k, top_p: as in `Sampling`.
-      stop: text that is cut off with all that follows it.
-      context: tokens that the model can see, prompt and answer together; None is any number
-        (`seqmodels.config.context` knows).
+      stop: text at which the result ends; it is left out.
+      context: tokens that the model can see, prompt and answer together (`seqmodels.backbone.context`); None: any
+        number.
 
     Raises: UserError on numbers that make no sense, or where prompt and answer exceed the context.
     """

@@ -34,7 +34,7 @@ class SequenceModel(nn.Module):
     input_size: int
     output_size: int
 
-    def setup(self):
+    def setup(self) -> None:
         config = self.config
         reader, predictor = self.new_input(), self.new_head()
         _attach(self, config.input, reader)
@@ -72,7 +72,7 @@ class SequenceModel(nn.Module):
         return head(config.width, self.output_size, dtype=jnp.dtype(config.dtype), **fields)
 
     @nn.nowrap
-    def init_state(self, batch: int, max_length: int = 0):
+    def init_state(self, batch: int, max_length: int = 0) -> dict[str, Any]:
         """The state before the first token; call it on the module itself, it needs no parameters.
 
         Args:
@@ -93,7 +93,14 @@ class SequenceModel(nn.Module):
             return jnp.zeros((1, length), jnp.int32)
         return jnp.zeros((1, length, self.input_size), jnp.float32)
 
-    def __call__(self, tokens, segment_ids=None, mask=None, state=None, deterministic: bool = True):
+    def __call__(
+        self,
+        tokens: jax.Array,
+        segment_ids: jax.Array | None = None,
+        mask: jax.Array | None = None,
+        state: Any = None,
+        deterministic: bool = True,
+    ) -> tuple[jax.Array, dict[str, Any]]:
         """Hidden states, of which the head predicts.
 
         Args:
@@ -113,11 +120,11 @@ class SequenceModel(nn.Module):
         hidden, layers = self.backbone(x, seq, old["layers"], deterministic)
         return hidden, dict(segment=segment, position=position, layers=layers)
 
-    def outputs(self, hidden, mask=None):
+    def outputs(self, hidden: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """What the head makes of hidden states [B, T, D] and a mask [B, T]; float32, its shape is the head's."""
         return self.predictor(hidden, mask, self.table)
 
-    def logits(self, hidden):
+    def logits(self, hidden: jax.Array) -> jax.Array:
         """Of a head that predicts the next token: [B, T, D] to [B, T, V] float32, V the padded vocabulary."""
         return self.predictor(hidden, None, self.table)
 
@@ -194,7 +201,7 @@ def _check_both_ways(config: Any, head: type[Head]) -> None:
             branch_of(config, word, parent=None)
 
 
-def check_parts(config, spec: Spec, objective: str) -> None:
+def check_parts(config: ConfigDict, spec: Spec, objective: str) -> None:
     """Whether the input and head of config.model fit the batches of a dataset.
 
     Raises: UserError in one line with the field, its value and what is allowed.

@@ -1,5 +1,7 @@
 """What the tokens of a batch are: which are real, which document each belongs to, where it stands there."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -23,7 +25,7 @@ class Sequence:
     mask: jax.Array | None = None
     initial_segment: jax.Array | None = None
 
-    def documents(self) -> dict[str, jax.Array | None]:
+    def documents(self) -> dict[str, Any]:
         """The keyword arguments of a kernel that say what is packed and what is padding."""
         return dict(segment_ids=self.segment_ids, initial_segment=self.initial_segment, mask=self.mask)
 

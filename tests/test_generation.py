@@ -70,7 +70,7 @@ def test_prefill_in_chunks_gives_the_hidden_state_of_a_full_pass(name, monkeypat
     model, params = tiny(name)
     monkeypatch.setattr(generation, "LARGEST_CHUNK", 4)
     tokens = np.array([text(13)], np.int32)
-    state = generation._initial_state(model, 1, 32)
+    state = generation.fresh_state(model, 1, 32)
     hidden, state = prefill(model, params, tokens, np.ones((1, 13), bool), state)
     logits = model.apply({"params": params}, hidden, method="logits")[:, 0]
     np.testing.assert_allclose(logits, full_logits(model, params, tokens)[:, -1], rtol=1e-4, atol=1e-4)
@@ -89,10 +89,10 @@ def test_lengths_do_not_recompile():
     model, params = tiny("densemamba")
     run = functools.partial(decode, model, params, vocab_size=VOCAB)
     run([text(7)], tokens=5, sampling=Sampling(top_k=3))  # chunks of 4, 2, 1; room for 8
-    before = generation._chunk._cache_size(), generation._continue._cache_size()
+    before = generation.read_chunk._cache_size(), generation.draw_tokens._cache_size()
     for length, tokens in ((1, 8), (5, 6), (6, 5), (4, 7)):
         run([text(length)], tokens=tokens, seed=length, sampling=Sampling(0.5, 7, 0.9))
-    assert (generation._chunk._cache_size(), generation._continue._cache_size()) == before
+    assert (generation.read_chunk._cache_size(), generation.draw_tokens._cache_size()) == before
 
 
 def test_state_of_a_recurrent_model_does_not_grow():
@@ -263,15 +263,15 @@ def test_rounded_parameters_give_the_same_results(name, scan_blocks):
 def test_plain_sampling_draws_what_sorting_would():
     logits = jax.random.normal(jax.random.key(0), (64, 50))
     keys = jax.random.split(jax.random.key(1), 64)
-    assert [generation.work(Sampling(*x)) for x in ((0,), (0.5,), (0.5, 3), (0.5, 0, 0.9))] == [
+    assert [generation.cheapest_method(Sampling(*x)) for x in ((0,), (0.5,), (0.5, 3), (0.5, 0, 0.9))] == [
         "greedy",
         "plain",
         "filtered",
         "filtered",
     ]
-    for temperature, work in ((0.7, "plain"), (jnp.arange(64) % 2 * 0.7, "plain"), (0.0, "greedy")):
+    for temperature, method in ((0.7, "plain"), (jnp.arange(64) % 2 * 0.7, "plain"), (0.0, "greedy")):
         sampling = Sampling(temperature)
-        np.testing.assert_array_equal(draw(keys, logits, sampling, work), draw(keys, logits, sampling))
+        np.testing.assert_array_equal(draw(keys, logits, sampling, method), draw(keys, logits, sampling))
 
 
 def test_a_lone_row_on_a_gpu_is_run_twice(monkeypatch):

@@ -1,5 +1,7 @@
 """Channel mixers of two or three matrices: SwiGLU and its kin (Shazeer 2020, arXiv 2002.05202, eq. 5 and 6)."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 
@@ -7,6 +9,8 @@ from seqmodels.branch import Branch, State, real
 from seqmodels.fields.mlp import MLP
 from seqmodels.layers.parameter import normal, parameter, residual_std, zeros
 from seqmodels.sequence import Sequence
+
+Weights = tuple[jax.Array, jax.Array | None]  # a matrix and its bias
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=False), "relu": jax.nn.relu}
 
@@ -17,7 +21,13 @@ def affine(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array
     return y if bias is None else y + bias
 
 
-def gated_mlp(x, gate, up, down, activation=jax.nn.silu):
+def gated_mlp(
+    x: jax.Array,
+    gate: Weights,
+    up: Weights | None,
+    down: Weights,
+    activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
+) -> jax.Array:
     """(activation(x gate) * (x up)) down, with x [..., D]. Each weight comes with a bias, or None.
 
     gate and up are [D, F], up None: without that factor; down is [F, D].

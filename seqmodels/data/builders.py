@@ -5,6 +5,7 @@ Imported only to build or read a dataset: a finished token cache needs neither t
 
 import functools
 from pathlib import Path
+from typing import Any
 
 import tensorflow_datasets as tfds
 
@@ -41,7 +42,7 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, *, files: list[Path], text_key: str, **kwargs):
+    def __init__(self, *, files: list[Path], text_key: str, **kwargs: Any) -> None:
         self._documents = functools.partial(text.read_all, files, text_key)
         super().__init__(**kwargs)
 

@@ -17,6 +17,7 @@ import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tqdm import tqdm
@@ -76,7 +77,7 @@ def _build(source: Source, tokenizer: Tokenizer, folder: Path, stem: str) -> Pat
     target = folder / f"{stem}-{content}"
     partial = target.with_name(target.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed: we hold the lock
-    meta = {
+    meta: dict[str, Any] = {
         "source": source.key,
         "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
         "dtype": tokenizer.dtype.name,

@@ -6,9 +6,10 @@ import threading
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar, Self
 
 import numpy as np
+from ml_collections import ConfigDict
 
 from seqmodels.data import cache, synthetic
 from seqmodels.data.contract import Batch, BatchSource, Spec, text_spec
@@ -44,7 +45,7 @@ class TokenSplit:
             return np.zeros(stop - start, np.int32)
         return (np.searchsorted(self.documents, np.arange(start, stop), side="right") - 1).astype(np.int32)
 
-    def read(self, rows, length: int) -> Batch:
+    def read(self, rows: np.ndarray, length: int) -> Batch:
         """Whole rows: `tokens`, `targets`, `segment_ids`, each [len(rows), length] int32."""
         starts = [int(row) * length for row in rows]
         text = np.stack([self.tokens[s : s + length + 1] for s in starts]).astype(np.int32)
@@ -178,7 +179,7 @@ class Dataset(BatchSource):
 
 
 def load(
-    config, *, seq_len: int, batch_size: int, seed: int = 0, bptt: bool = False
+    config: ConfigDict, *, seq_len: int, batch_size: int, seed: int = 0, bptt: bool = False
 ) -> Dataset | synthetic.SyntheticDataset:
     """The dataset that a config names, tokenised on first use; with a `config.task`, that task's, which is generated.
 
@@ -225,8 +226,8 @@ class prefetch:
       depth: how many batches are kept ready.
     """
 
-    def __init__(self, dataset: BatchSource, start: int, rows: slice | None = None, depth: int = 2):
-        self._queue = queue.Queue(depth)
+    def __init__(self, dataset: BatchSource, start: int, rows: slice | None = None, depth: int = 2) -> None:
+        self._queue: queue.Queue[Batch | Exception] = queue.Queue(depth)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._read, args=(dataset, start, rows), name="prefetch", daemon=True)
         self._thread.start()
@@ -250,7 +251,7 @@ class prefetch:
             except queue.Full:
                 pass
 
-    def __iter__(self):
+    def __iter__(self) -> Self:
         return self
 
     def __next__(self) -> Batch:
@@ -262,13 +263,13 @@ class prefetch:
             raise item
         return item
 
-    def close(self):
+    def close(self) -> None:
         """Ends the thread. May be called again."""
         self._closed.set()
         self._thread.join()
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         self.close()

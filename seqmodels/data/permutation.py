@@ -12,7 +12,7 @@ import numpy as np
 ROUNDS = 6
 
 
-def permute(position, size: int, seed: int, epoch):
+def permute(position: np.ndarray | int, size: int, seed: int, epoch: np.ndarray | int) -> np.ndarray:
     """Row at each position of an epoch's order.
 
     Args:

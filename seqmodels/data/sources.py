@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import difflib
+import functools
 import hashlib
 import io
 import json
@@ -12,6 +13,9 @@ import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
+
+from ml_collections import ConfigDict
 
 from seqmodels.data import text
 from seqmodels.errors import UserError
@@ -55,12 +59,12 @@ class Source:
     open: Callable[[], tuple[str, dict[str, Documents]]]
 
 
-def fingerprint(value) -> str:
+def fingerprint(value: Any) -> str:
     """12 hexadecimal digits that identify a JSON value."""
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:12]
 
 
-def find_source(config) -> Source:
+def find_source(config: ConfigDict) -> Source:
     """The source that `config.data` names. Cheap: nothing is prepared and tensorflow-datasets is not imported.
 
     Raises:
@@ -138,11 +142,12 @@ def _open_splits(builder, text_key: str) -> dict[str, Documents]:
     documents = {}
     for split, selection in selections.items():
         records = builder.as_data_source(split=selection)
-        documents[split] = Documents(split, len(records), lambda i, records=records: _decode(records[i][text_key]))
+        documents[split] = Documents(split, len(records), functools.partial(_text_of, records, text_key))
     return documents
 
 
-def _decode(value) -> str:
+def _text_of(records, text_key: str, number: int) -> str:
+    value = records[number][text_key]
     return value.decode("utf-8", errors="replace") if isinstance(value, bytes) else str(value)
 
 

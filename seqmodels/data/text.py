@@ -6,14 +6,15 @@ import json
 import lzma
 import re
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from seqmodels.errors import UserError
 
 EMBEDDED = Path(__file__).with_name("shakespeare_austen.txt.xz")
 ENDINGS = (".txt", ".jsonl")
-OPENERS = {".xz": lzma.open, ".gz": gzip.open}
+OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
 LARGEST = 2**30  # bytes of one document; a record of a dataset may not pass 2 GiB
 
 # The title page that each work begins with: its name, perhaps a year, and the author.
@@ -68,7 +69,7 @@ def read_documents(path: Path, text_key: str) -> Iterator[str]:
                 content = file.read(LARGEST + 1)
                 if len(content) > LARGEST:
                     raise UserError(f"config.data.path: {path} is a document of over 1 GiB: split it, or use .jsonl")
-                documents = [content.decode("utf-8-sig")]
+                documents: Iterable[str] = [content.decode("utf-8-sig")]
             else:
                 documents = (
                     _json_text(line, f"{path}:{n}", text_key) for n, line in enumerate(file, 1) if line.strip()

@@ -1,6 +1,7 @@
 """Tokenizers: bytes, a sentencepiece model, or a Hugging Face tokenizer.json. All read from local files."""
 
 import hashlib
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -44,7 +45,7 @@ class Tokenizer:
         """Ids of several texts, each `[tokens]` of `dtype`."""
         raise NotImplementedError
 
-    def decode(self, ids) -> str:
+    def decode(self, ids: Iterable[int]) -> str:
         """Text of a sequence of ids. Separators and ids beyond the vocabulary (a model's padding) give nothing."""
         raise NotImplementedError
 
@@ -60,10 +61,10 @@ class ByteTokenizer(Tokenizer):
     name = fingerprint = "bytes"
     vocab_size, separator = 257, 256
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         """Bytes that are not valid UTF-8, such as half a character at either end, give nothing."""
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="ignore")
 
@@ -71,7 +72,7 @@ class ByteTokenizer(Tokenizer):
 class SentencePieceTokenizer(Tokenizer):
     """A sentencepiece `.model`. The separator is its eos, else its bos, else one id more."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         import sentencepiece
 
         content = _read(path)
@@ -87,17 +88,17 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = max(pieces, self.separator + 1)
         self._pieces = pieces
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
         return [np.asarray(ids, self.dtype) for ids in self._model.EncodeAsIds(texts)]
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         return self._model.DecodeIds([i for i in map(int, ids) if i < self._pieces and i != self.separator])
 
 
 class HuggingFaceTokenizer(Tokenizer):
     """A `tokenizer.json` of the `tokenizers` library. Its separator is the first of SEPARATORS, else one id more."""
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path) -> None:
         import tokenizers
 
         content = _read(path)
@@ -114,11 +115,11 @@ class HuggingFaceTokenizer(Tokenizer):
         self.separator = known[0] if known else self._ids
         self.vocab_size = max(self._ids, self.separator + 1)
 
-    def encode_batch(self, texts):
+    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
         encodings = self._model.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, self.dtype) for encoding in encodings]
 
-    def decode(self, ids):
+    def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([i for i in map(int, ids) if i < self._ids and i != self.separator])
 
 

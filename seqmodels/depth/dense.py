@@ -46,7 +46,7 @@ class Dense(Connection):
         common = dict(options=self.options, width=self.width, sources=self.sources, dtype=self.dtype)
         return kind(**common, implementation=self.implementation, **self.sizes, **parent)
 
-    def setup(self):
+    def setup(self) -> None:
         if self.fuses:
             self.fusion = self.fusion_module()
             nn.share_scope(self, self.fusion)

@@ -45,7 +45,7 @@ class Gates(nn.Module):
     sources: int
     dtype: DTypeLike
 
-    def setup(self):
+    def setup(self) -> None:
         options, both = self.options, self.options.gate == "both"
         has_state_gate = options.gate == "state" or (both and options.variant == "input")
         self.count = self.sources if options.per_source else 1

@@ -49,7 +49,7 @@ class MatrixFusion(nn.Module):
     dtype: DTypeLike
     implementation: Mapping[str, str]
 
-    def setup(self):
+    def setup(self) -> None:
         if self.sources:
             self.gates = Gates(self.options, self.width, self.inner, self.state, self.sources, self.dtype)
             nn.share_scope(self, self.gates)
@@ -65,7 +65,15 @@ class MatrixFusion(nn.Module):
         each = {"read": state_flops(self.shape, decays=True), "rank": 2 * math.prod(self.shape)}
         return self.sources * each.get(self.options.variant, 0)
 
-    def __call__(self, x, own: Stream, readout, sources: tuple[Stream, ...], seq: Sequence, carried=None):
+    def __call__(
+        self,
+        x: jax.Array,
+        own: Stream,
+        readout: Any,
+        sources: tuple[Stream, ...],
+        seq: Sequence,
+        carried: Any = None,
+    ) -> tuple[jax.Array, jax.Array, None, Stream]:
         """As VectorFusion: y as the mixer's `project` takes it, the layer's own new state, None, the layer's stream."""
         if seq.mask is not None:
             x = jnp.where(seq.mask[..., None], x, 0)

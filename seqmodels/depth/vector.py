@@ -61,7 +61,7 @@ class VectorFusion(nn.Module):
     dtype: DTypeLike
     implementation: Mapping[str, str]
 
-    def setup(self):
+    def setup(self) -> None:
         if self.sources:
             self.gates = Gates(self.options, self.width, self.inner, self.state, self.sources, self.dtype)
             nn.share_scope(self, self.gates)
@@ -79,8 +79,14 @@ class VectorFusion(nn.Module):
         return jnp.zeros((batch, self.inner, self.state), jnp.float32)
 
     def __call__(
-        self, x: jax.Array, own: Stream, readout: Readout, sources: tuple[Stream, ...], seq: Sequence, carried=None
-    ):
+        self,
+        x: jax.Array,
+        own: Stream,
+        readout: Readout,
+        sources: tuple[Stream, ...],
+        seq: Sequence,
+        carried: Any = None,
+    ) -> Any:
         """The layer's scan, fused.
 
         Args:

@@ -11,6 +11,8 @@ A new evaluator is one file and one line here.
 
 from types import ModuleType
 
+from ml_collections import ConfigDict
+
 from seqmodels.errors import UserError
 from seqmodels.evals import (
     accuracy,
@@ -24,6 +26,7 @@ from seqmodels.evals import (
     throughput,
     training_speed,
 )
+from seqmodels.evals.run import RunData
 
 EVALUATORS: dict[str, ModuleType] = {
     "perplexity": perplexity,
@@ -49,18 +52,18 @@ def find(names: list[str], field: str = "--evals") -> dict[str, ModuleType]:
     return {name: EVALUATORS[name] for name in names}
 
 
-def serves(evaluator: ModuleType, run) -> bool:
+def serves(evaluator: ModuleType, run: RunData) -> bool:
     """Whether a run has what an evaluator measures."""
     return evaluator.serves(run) if hasattr(evaluator, "serves") else is_text(run)
 
 
-def is_text(run) -> bool:
+def is_text(run: RunData) -> bool:
     """Whether the data of a run is text, with a tokenizer and the bytes of its splits."""
     return run.dataset.measured_by == "perplexity"
 
 
-def check(evaluators: dict[str, ModuleType], run, field: str = "--evals") -> None:
-    """Raises UserError for an evaluator that does not fit a run (of which config and dataset are looked at)."""
+def check(evaluators: dict[str, ModuleType], run: RunData, field: str = "--evals") -> None:
+    """Raises UserError for an evaluator that does not fit a run, which need not be trained yet."""
     for name, evaluator in evaluators.items():
         if not serves(evaluator, run):
             raise UserError(f"{field}={name}: does not fit this run; {', '.join(default(run))} do")
@@ -68,12 +71,12 @@ def check(evaluators: dict[str, ModuleType], run, field: str = "--evals") -> Non
             evaluator.check(run.config)
 
 
-def default(run) -> list[str]:
+def default(run: RunData) -> list[str]:
     """The evaluators that a run gets when none is named."""
     left_out = BY_NAME_ON_TEXT if is_text(run) else BY_NAME
     return [name for name in EVALUATORS if serves(EVALUATORS[name], run) and name not in left_out]
 
 
-def named(config) -> list[str]:
+def named(config: ConfigDict) -> list[str]:
     """The names in `config.evals`."""
     return [name for name in map(str.strip, config.evals.split(",")) if name]

@@ -2,17 +2,23 @@
 
 import functools
 from collections.abc import Iterable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import flax.linen as nn
 import numpy as np
 from jax.sharding import Mesh
 
 from seqmodels.backbone import context
+from seqmodels.data.synthetic.dataset import SyntheticSplit
 from seqmodels.errors import UserError
 from seqmodels.evals import memory
+from seqmodels.evals.run import Run, RunData
 from seqmodels.evals.scoring import rows_of, score_long
 from seqmodels.kernels.dispatch import UnsupportedError
 from seqmodels.training.report import state_bytes
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 PIECE = 2048  # tokens of a row that are read at once
 LONG = 8  # rows up to so many times the length of training are measured in full number, longer ones in fewer
@@ -20,12 +26,14 @@ FEWEST = 32  # rows of any length
 CACHE = 2**14  # tokens up to which attention, whose cache and time grow with them, is measured
 
 
-def serves(run) -> bool:
+def serves(run: RunData) -> bool:
     """Whether a run has what this evaluator measures."""
     return run.dataset.measured_by == "accuracy"
 
 
-def read_rows(model, params: Any, batch: dict[str, np.ndarray], *, piece: int, mesh: Mesh | None = None):
+def read_rows(
+    model: nn.Module, params: Any, batch: dict[str, np.ndarray], *, piece: int, mesh: Mesh | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Reads whole rows, `piece` tokens at a time, so that memory does not grow with their length.
 
     Args:
@@ -42,9 +50,9 @@ def read_rows(model, params: Any, batch: dict[str, np.ndarray], *, piece: int, m
 
 
 def evaluate(
-    model,
+    model: nn.Module,
     params: Any,
-    split,
+    split: SyntheticSplit,
     *,
     length: int,
     batch_size: int,
@@ -93,13 +101,13 @@ def summarize(batches: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> d
     )
 
 
-def evaluate_run(run, splits: list[str], limit: int | None) -> dict:
+def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:
     """Accuracy by split at the length of training; of the last split also at the task's other lengths or shapes."""
     length, mesh, dataset = run.config.seq_len, run.mesh, run.dataset
     measure = functools.partial(evaluate, run.model, run.params, batch_size=run.batch_size, mesh=mesh)
     by_split = {split: measure(dataset[split], length=length, limit=limit) for split in splits}
     names = ("loss", "accuracy", "sequence_accuracy", "answers", "sequences")
-    result = {name: {split: values[name] for split, values in by_split.items()} for name in names}
+    result: dict[str, Any] = {name: {split: values[name] for split, values in by_split.items()} for name in names}
     result["state_bytes"] = state_bytes(run.model, length)
     if splits and (tests := dataset.task.tests(dataset.lengths)):
         result["accuracy_by_test"] = {
@@ -150,7 +158,7 @@ def _cells(values: dict) -> str:
     )
 
 
-def plot(axes, result: dict) -> None:
+def plot(axes: "Axes", result: dict) -> None:
     tests = {n: values for n, values in result.get("accuracy_by_test", {}).items() if "accuracy" in values}
     if not tests:  # the splits alone
         axes.bar(list(result["accuracy"]), list(result["accuracy"].values()))

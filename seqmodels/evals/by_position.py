@@ -1,10 +1,15 @@
 """Loss by position in the context: does the model use what it has read?"""
 
 import itertools
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from seqmodels.evals.run import Run
 from seqmodels.evals.scoring import PositionSums
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def buckets(length: int) -> list[tuple[int, int]]:
@@ -19,7 +24,7 @@ def by_position(sums: PositionSums) -> dict[str, list]:
     Returns:
       first, last: positions (tokens read before this one in the row), both included. loss: nats a token.
     """
-    result = {"first": [], "last": [], "loss": []}
+    result: dict[str, list] = {"first": [], "last": [], "loss": []}
     for first, end in buckets(len(sums.nats)):
         if tokens := int(sums.tokens[first:end].sum()):
             result["first"].append(first)
@@ -28,7 +33,7 @@ def by_position(sums: PositionSums) -> dict[str, list]:
     return result
 
 
-def evaluate_run(run, splits: list[str], limit: int | None) -> dict:
+def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:
     return {"loss_by_position": {split: by_position(run.position_sums(split, limit)) for split in splits}}
 
 
@@ -43,7 +48,7 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def plot(axes, result: dict) -> None:
+def plot(axes: "Axes", result: dict) -> None:
     for split, values in result["loss_by_position"].items():
         middle = np.sqrt((np.array(values["first"]) + 1) * (np.array(values["last"]) + 1))
         axes.plot(middle, values["loss"], "o-", label=split)

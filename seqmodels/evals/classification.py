@@ -8,14 +8,20 @@ import glob
 import json
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
+import flax.linen as nn
 import numpy as np
 from ml_collections import ConfigDict
 
 from seqmodels.backbone import context
+from seqmodels.data.tokenizer import Tokenizer
 from seqmodels.errors import UserError
 from seqmodels.evals import likelihood
+from seqmodels.evals.run import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 DEFAULT = Path(__file__).with_name("tasks") / "endings.jsonl"
 
@@ -30,7 +36,7 @@ class Example(NamedTuple):
 
 def read(path: Path, limit: int | None = None) -> list[Example]:
     """The first `limit` examples of a file. Raises: UserError naming the line that is none."""
-    examples = []
+    examples: list[Example] = []
     try:
         with open(path, encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
@@ -90,7 +96,9 @@ def figures(examples: list[Example], nats: list[np.ndarray]) -> dict[str, float 
     )
 
 
-def evaluate(model, params: Any, tokenizer, examples: list[Example], **options) -> dict[str, float | int]:
+def evaluate(
+    model: nn.Module, params: Any, tokenizer: Tokenizer, examples: list[Example], **options: Any
+) -> dict[str, float | int]:
     """`figures` of a model. Further arguments are those of `seqmodels.evals.likelihood.score`."""
     pairs = [(example.prompt, choice) for example in examples for choice in example.choices]
     requests = likelihood.continuations(tokenizer, pairs, options.get("context"))
@@ -104,7 +112,7 @@ def check(config: ConfigDict) -> None:
         read(path)
 
 
-def evaluate_run(run, splits: list[str], limit: int | None) -> dict:
+def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:
     """The figures of each file, by its name without ending; `limit` counts examples of each."""
     options = dict(piece=run.config.seq_len, batch_size=run.batch_size, context=context(run.config), mesh=run.mesh)
     return {
@@ -125,7 +133,7 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def plot(axes, result: dict) -> None:
+def plot(axes: "Axes", result: dict) -> None:
     by_name = result["classification"]
     for place, values in enumerate(by_name.values()):
         axes.barh(place, values["accuracy"], xerr=values["stderr"], color="tab:blue", height=0.6)

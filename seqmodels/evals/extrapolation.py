@@ -4,21 +4,28 @@ A row is read in pieces of the trained length, each going on from the state that
 model needs no more memory for 64 times its context than for one; a Transformer's cache of keys grows with it.
 """
 
+import functools
 import math
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import flax.linen as nn
 import numpy as np
 from jax.sharding import Mesh
 
+from seqmodels.data.dataset import TokenSplit
 from seqmodels.evals.by_position import by_position
 from seqmodels.evals.memory import served
+from seqmodels.evals.run import Run
 from seqmodels.evals.scoring import PositionSums, rows_of, score_long
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 
 def evaluate(
-    model,
+    model: nn.Module,
     params: Any,
-    split,
+    split: TokenSplit,
     *,
     lengths: list[int],
     piece: int,
@@ -56,15 +63,14 @@ def evaluate(
             }
             continue
         result[str(length)] = served(
-            lambda length=length: _figures(
-                _sums_of_nats(model, params, split, ends, length, piece, batch_size, mesh), count, scored
-            )
+            functools.partial(_figures, model, params, split, ends, length, piece, batch_size, mesh, scored)
         )
     return result
 
 
-def _figures(nats: np.ndarray, rows: int, scored: int) -> dict:
-    """Of the sums [length] of nats over some rows."""
+def _figures(model, params, split, ends, length, piece, batch_size, mesh, scored: int) -> dict:
+    """Figures of the rows of `length` tokens before each of the ends; the last `scored` tokens of a row count."""
+    nats, rows = _sums_of_nats(model, params, split, ends, length, piece, batch_size, mesh), len(ends)
     loss = float(nats[len(nats) - scored :].sum()) / (rows * scored)
     return dict(
         loss=loss,
@@ -87,7 +93,7 @@ def _sums_of_nats(model, params, split, ends, length, piece, batch_size, mesh) -
     return total
 
 
-def evaluate_run(run, splits: list[str], limit: int | None) -> dict:
+def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:
     """config.evaluation.lengths times seq_len, the last half of the trained length scored."""
     config = run.config
     return {
@@ -120,7 +126,7 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def plot(axes, result: dict) -> None:
+def plot(axes: "Axes", result: dict) -> None:
     for split, by_length in result["context_lengths"].items():
         served = [(int(length), values["loss"]) for length, values in by_length.items() if "loss" in values]
         if served:
@@ -131,7 +137,7 @@ def plot(axes, result: dict) -> None:
     axes.xaxis.set_major_formatter("{x:.0f}")
 
 
-def plot_positions(axes, result: dict) -> None:
+def plot_positions(axes: "Axes", result: dict) -> None:
     """Loss by position in the longest context that is served."""
     for split, by_length in result["context_lengths"].items():
         served = {int(length): values for length, values in by_length.items() if "loss" in values}

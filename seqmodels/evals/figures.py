@@ -3,21 +3,26 @@
 import functools
 from typing import Any
 
+import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from seqmodels.data.contract import BatchSplit
+from seqmodels.evals.run import Run, RunData
 from seqmodels.evals.scoring import LOGIT_TOKENS, rows_of
 from seqmodels.model import head_of, input_of
 from seqmodels.training.sharding import put_batch
 
 
-def serves(run) -> bool:
+def serves(run: RunData) -> bool:
     """Whether a run has what this evaluator measures."""
     return run.dataset.measured_by == "head"
 
 
 @functools.partial(jax.jit, static_argnames=("model", "reset", "mesh"))
-def batch_sums(model, params: Any, batch: dict[str, jax.Array], reset: bool = True, mesh: Mesh | None = None):
+def batch_sums(
+    model: nn.Module, params: Any, batch: dict[str, jax.Array], reset: bool = True, mesh: Mesh | None = None
+) -> Any:
     """The head's sums over a batch, each row from a zero state.
 
     Args:
@@ -37,9 +42,9 @@ def batch_sums(model, params: Any, batch: dict[str, jax.Array], reset: bool = Tr
 
 
 def evaluate(
-    model,
+    model: nn.Module,
     params: Any,
-    split,
+    split: BatchSplit,
     *,
     batch_size: int,
     reset: bool = True,
@@ -63,7 +68,7 @@ def evaluate(
     return {name: float(value) for name, value in head_of(model.config).figures(total).items()}
 
 
-def evaluate_run(run, splits: list[str], limit: int | None) -> dict:
+def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:
     """Each figure by split."""
     options = dict(batch_size=run.batch_size, reset=run.config.data.reset, limit=limit, mesh=run.mesh)
     by_split = {split: evaluate(run.model, run.params, run.dataset[split], **options) for split in splits}

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlparse
 
 from ml_collections import ConfigDict
@@ -17,6 +18,12 @@ from seqmodels.backbone import context
 from seqmodels.errors import UserError
 from seqmodels.evals import memory
 from seqmodels.evals.lists import LISTS, WITHOUT_FILE, parse
+from seqmodels.evals.run import Run
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+    from seqmodels.evals.harness_model import HarnessModel
 
 FOLDER = Path(__file__).with_name("tasks")
 RESAMPLES = 1000  # of the bootstrap, for the standard errors that have no formula
@@ -43,7 +50,7 @@ def _reachable(address: str) -> bool:
 class Tasks:
     """lm-eval's tasks: those of this project and of a user's folder, and its own, whose index takes it a while."""
 
-    def __init__(self, folder: str = ""):
+    def __init__(self, folder: str = "") -> None:
         from lm_eval.tasks import TaskManager
 
         if folder and not Path(folder).is_dir():
@@ -52,7 +59,7 @@ class Tasks:
         self._manager = TaskManager(include_path=self._folders, include_defaults=False)
         self._complete = False
 
-    def find(self, name: str):
+    def find(self, name: str) -> Any:
         """The manager that knows a task, or None if it is one of WITHOUT_FILE. Raises: UserError on an unknown name."""
         if name in WITHOUT_FILE and name not in self._manager.task_index:
             return None
@@ -93,7 +100,9 @@ def check(config: ConfigDict) -> None:
         catalogue(config.evaluation.task_folder).find(name)
 
 
-def evaluate(model, tasks: list[tuple[str, int | None]], folder: str = "", limit: int | None = None) -> dict[str, dict]:
+def evaluate(
+    model: "HarnessModel", tasks: list[tuple[str, int | None]], folder: str = "", limit: int | None = None
+) -> dict[str, dict]:
     """Figures of each task, of each task of a group, and of the group.
 
     Args:
@@ -109,7 +118,7 @@ def evaluate(model, tasks: list[tuple[str, int | None]], folder: str = "", limit
     prepare()
     import lm_eval
 
-    options = dict(limit=limit, bootstrap_iters=RESAMPLES, log_samples=False, verbosity=None)
+    options: dict[str, Any] = dict(limit=limit, bootstrap_iters=RESAMPLES, log_samples=False, verbosity=None)
     result = {}
     for name, shots in tasks:
         manager = catalogue(folder).find(name)
@@ -127,7 +136,7 @@ def evaluate(model, tasks: list[tuple[str, int | None]], folder: str = "", limit
             task.set_config("num_fewshot", (task.get_config("num_fewshot") or 0) if shots is None else shots)
             task.set_fewshot_seed(1234)  # lm-eval's own
         with contextlib.redirect_stdout(sys.stderr):
-            found = memory.served(lambda loaded=loaded: lm_eval.evaluate(model, loaded, **options))
+            found = memory.served(functools.partial(lm_eval.evaluate, model, loaded, **options))
         if "not_served" in found:
             result[name] = found
             continue
@@ -147,7 +156,7 @@ def _last_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[-1][:200]}"
 
 
-def evaluate_run(run, splits: list[str], limit: int | None) -> dict:
+def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:
     """The figures of the config's tasks; `limit` counts documents of each. Raises: UserError where none is served."""
     prepare()
     from seqmodels.evals.harness_model import HarnessModel
@@ -194,7 +203,7 @@ def table(result: dict) -> str:
     return "\n".join([*lines, *(f"{task:<24}not served: {reason}" for task, reason in reasons.items())])
 
 
-def plot(axes, result: dict) -> None:
+def plot(axes: "Axes", result: dict) -> None:
     shares = [row for row in _rows(result) if row[1].split(",")[0] in ("acc", "acc_norm", "exact_match", "f1")]
     for place, (_, _, value, stderr) in enumerate(shares):
         axes.barh(place, value, xerr=stderr, color="tab:blue", height=0.6)

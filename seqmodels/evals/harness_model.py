@@ -2,10 +2,13 @@
 
 from typing import Any
 
+import flax.linen as nn
 import numpy as np
+from jax.sharding import Mesh
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 
+from seqmodels.data.tokenizer import Tokenizer
 from seqmodels.errors import UserError
 from seqmodels.evals import likelihood
 from seqmodels.generation import Sampling, decode
@@ -27,11 +30,22 @@ class HarnessModel(LM):
       seed: of generated texts, where a task wants them sampled.
     """
 
-    def __init__(self, model, params: Any, tokenizer, *, piece, batch_size, context=None, mesh=None, seed=0):
+    def __init__(
+        self,
+        model: nn.Module,
+        params: Any,
+        tokenizer: Tokenizer,
+        *,
+        piece: int,
+        batch_size: int,
+        context: int | None = None,
+        mesh: Mesh | None = None,
+        seed: int = 0,
+    ) -> None:
         super().__init__()
         self.model, self.params, self.tokenizer = model, params, tokenizer
         self.context, self.batch_size, self.seed = context, batch_size, seed
-        self._scoring = dict(piece=piece, batch_size=batch_size, context=context, mesh=mesh)
+        self._scoring: dict[str, Any] = dict(piece=piece, batch_size=batch_size, context=context, mesh=mesh)
 
     def loglikelihood(self, requests: list[Instance], disable_tqdm: bool = False) -> list[tuple[float, bool]]:
         """(log p(continuation | context), is it the greedy one) of each (context, continuation)."""

@@ -9,9 +9,11 @@ import bisect
 import heapq
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import numpy as np
 from jax.sharding import Mesh
 
+from seqmodels.data.tokenizer import Tokenizer
 from seqmodels.errors import UserError
 from seqmodels.evals.scoring import rows_of, score_long
 
@@ -30,7 +32,7 @@ class Likelihood(NamedTuple):
     greedy: bool
 
 
-def continuations(tokenizer, pairs: list[tuple[str, str]], context: int | None = None) -> list[Request]:
+def continuations(tokenizer: Tokenizer, pairs: list[tuple[str, str]], context: int | None = None) -> list[Request]:
     """Requests for `p(continuation | text)`, each pair a text and what follows it.
 
     Text and continuation are tokenised as one string, which begins a document. White space at the end of the text
@@ -56,7 +58,7 @@ def continuations(tokenizer, pairs: list[tuple[str, str]], context: int | None =
     return requests
 
 
-def windows(tokenizer, text: str, context: int | None = None) -> list[Request]:
+def windows(tokenizer: Tokenizer, text: str, context: int | None = None) -> list[Request]:
     """Requests that predict every token of a text once, each from all that the model can see before it.
 
     A text longer than the context is cut where the context ends. The last window goes back as far as it can.
@@ -67,7 +69,7 @@ def windows(tokenizer, text: str, context: int | None = None) -> list[Request]:
     return [Request(tokens[max(stop - step, 0) : stop + 1], (stop - 1) % step + 1) for stop in stops]
 
 
-def begin(tokenizer) -> int:
+def begin(tokenizer: Tokenizer) -> int:
     """The token that begins a document. Raises: UserError where there is none, as in synthetic tasks."""
     if tokenizer.separator < 0:
         raise UserError(f"tokenizer {tokenizer.name}: encodes no text; this evaluator needs a model of text")
@@ -75,7 +77,7 @@ def begin(tokenizer) -> int:
 
 
 def score(
-    model,
+    model: nn.Module,
     params: Any,
     requests: list[Request],
     *,
@@ -94,7 +96,7 @@ def score(
     """
     batch_size = rows_of(batch_size, mesh)
     rows = pack([len(request.tokens) - 1 for request in requests], context, batch_size)
-    result: list[Likelihood] = [None] * len(requests)
+    result: dict[int, Likelihood] = {}
     for first in range(0, len(rows), batch_size):
         group = rows[first : first + batch_size]
         used = max(sum(len(requests[i].tokens) - 1 for i in row) for row in group)
@@ -113,7 +115,7 @@ def score(
         nats, best = score_long(model, params, batch, piece if context is None else context, mesh)
         for i, place in places.items():
             result[i] = Likelihood(float(nats[place].sum()), bool((best[place] == targets[place]).all()))
-    return result
+    return [result[i] for i in range(len(requests))]
 
 
 def pack(lengths: list[int], capacity: int | None, rows: int) -> list[list[int]]:
@@ -133,7 +135,8 @@ def pack(lengths: list[int], capacity: int | None, rows: int) -> list[list[int]]
             packed[row].append(i)
             heapq.heapreplace(shortest, (used + lengths[i], row))
         return packed
-    packed, free = [], []  # free: (room, row), least room first
+    packed = []
+    free: list[tuple[int, int]] = []  # (room, row), least room first
     for i in order:
         fullest = bisect.bisect_left(free, (lengths[i],))
         room, row = free.pop(fullest) if fullest < len(free) else (capacity, len(packed))

@@ -6,14 +6,22 @@ before, which is what greedy decoding would say.
 """
 
 import dataclasses
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
+import flax.linen as nn
 import numpy as np
+from jax.sharding import Mesh
 
 from seqmodels.backbone import context
+from seqmodels.data.tokenizer import Tokenizer
 from seqmodels.errors import UserError
 from seqmodels.evals.accuracy import PIECE, read_rows
+from seqmodels.evals.run import Run, RunData
 from seqmodels.evals.scoring import rows_of
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 DEPTHS = tuple(i / 10 for i in range(11))  # share of the filler before the needle
 TRIES = 10  # keys for each depth and length
@@ -27,13 +35,13 @@ NEEDLE = "\nThe pass key is {key}. Remember it. {key} is the pass key.\n"
 QUESTION = "\nWhat is the pass key? The pass key is"
 
 
-def serves(run) -> bool:
+def serves(run: RunData) -> bool:
     """Whether a run has what this evaluator measures."""
     by = run.dataset.measured_by
     return by == "perplexity" or (by == "accuracy" and run.dataset.task.has_depth)
 
 
-def text_row(tokenizer, key: int, depth: float, length: int) -> tuple[np.ndarray, int]:
+def text_row(tokenizer: Tokenizer, key: int, depth: float, length: int) -> tuple[np.ndarray, int]:
     """A row of text in tokens.
 
     Args:
@@ -57,7 +65,9 @@ def text_row(tokenizer, key: int, depth: float, length: int) -> tuple[np.ndarray
     return np.concatenate([start, sentences[0], needle, sentences[1], end]).astype(np.int32), answer
 
 
-def text_rows(tokenizer, rng: np.random.Generator, depth: float, count: int, length: int) -> dict[str, np.ndarray]:
+def text_rows(
+    tokenizer: Tokenizer, rng: np.random.Generator, depth: float, count: int, length: int
+) -> dict[str, np.ndarray]:
     """`count` rows of text at a depth, as a `SyntheticSplit` yields them."""
     batch = {name: np.zeros((count, length), np.int32) for name in ("tokens", "targets", "segment_ids")}
     for row in range(count):
@@ -68,16 +78,16 @@ def text_rows(tokenizer, rng: np.random.Generator, depth: float, count: int, len
 
 
 def evaluate(
-    model,
+    model: nn.Module,
     params: Any,
-    rows,
+    rows: Callable[..., Any],
     *,
     lengths: list[int],
     tries: int,
     batch_size: int,
     piece: int,
     most: int | None,
-    mesh=None,
+    mesh: Mesh | None = None,
 ) -> dict[str, dict]:
     """How many keys are found at each length and depth.
 
@@ -107,12 +117,12 @@ def evaluate(
         except UserError as error:
             result[str(length)] = {"not_served": str(error)}
             continue
-        found = np.concatenate(found)[: len(DEPTHS) * tries].reshape(len(DEPTHS), tries)
-        result[str(length)] = {"accuracy": found.mean(axis=1).tolist()}
+        shares = np.concatenate(found)[: len(DEPTHS) * tries].reshape(len(DEPTHS), tries)
+        result[str(length)] = {"accuracy": shares.mean(axis=1).tolist()}
     return result
 
 
-def evaluate_run(run, splits: list[str], limit: int | None) -> dict:
+def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:
     """The heat map of a run: at the task's lengths, or at `config.evaluation.lengths` times that of training."""
     config, dataset = run.config, run.dataset
     if dataset.measured_by == "accuracy":
@@ -154,7 +164,7 @@ def table(result: dict) -> str:
     return "\n".join(lines)
 
 
-def plot(axes, result: dict) -> None:
+def plot(axes: "Axes", result: dict) -> None:
     served = {length: values["accuracy"] for length, values in result["needle"].items() if "accuracy" in values}
     axes.set(xlabel="tokens of the row", ylabel="depth of the passkey", title="passkeys found")
     if not served:

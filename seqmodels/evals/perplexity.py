@@ -3,21 +3,25 @@
 import math
 from typing import Any
 
+import flax.linen as nn
 from jax.sharding import Mesh
 
+from seqmodels.data.dataset import TokenSplit
+from seqmodels.data.tokenizer import Tokenizer
+from seqmodels.evals.run import Run
 from seqmodels.evals.scoring import PositionSums, position_sums
 
 
 def evaluate(
-    model,
+    model: nn.Module,
     params: Any,
-    split,
+    split: TokenSplit,
     *,
     length: int,
     batch_size: int,
     limit: int | None = None,
     mesh: Mesh | None = None,
-    tokenizer=None,
+    tokenizer: Tokenizer | None = None,
 ) -> dict[str, float | int]:
     """Loss of every token of a split, read in order in rows of `length`, each from a zero state.
 
@@ -46,7 +50,7 @@ def figures(sums: PositionSums) -> dict[str, float | int]:
     )
 
 
-def evaluate_run(run, splits: list[str], limit: int | None) -> dict:
+def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:
     """Each figure by split, and the bits per byte of `xz -9`, which no good model of text should exceed."""
     by_split = {split: figures(run.position_sums(split, limit)) for split in splits}
     result = {

@@ -7,12 +7,13 @@ from types import ModuleType
 
 from seqmodels.atomic import replace_file
 from seqmodels.errors import UserError
+from seqmodels.evals.run import Run
 
 COLUMNS = 3  # of panels in a picture
 
 
 def evaluate(
-    run,
+    run: Run,
     evaluators: dict[str, ModuleType],
     *,
     splits: list[str],

@@ -1,11 +1,10 @@
-"""A trained model, read from its run directory, which is all that it takes."""
+"""A trained model, read from its run directory. Nothing else is needed to evaluate it."""
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 from jax.sharding import AxisType, Mesh
@@ -21,14 +20,36 @@ from seqmodels.training.run import read_config
 from seqmodels.training.state import abstract_params
 
 
+class RunData(Protocol):
+    """What says which evaluators fit a run; known before the training begins.
+
+    Attributes:
+      config: of the run.
+      dataset: a `seqmodels.data.BatchSource`; of text and tasks with its tokenizer.
+    """
+
+    @property
+    def config(self) -> ConfigDict: ...
+
+    @property
+    def dataset(self) -> Any: ...
+
+
+@dataclasses.dataclass(frozen=True)
+class NewRun:
+    """`RunData` of a run that is not trained yet."""
+
+    config: ConfigDict
+    dataset: Any
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Run:
     """What an evaluator works on.
 
     Attributes:
-      config: of the run.
+      config, dataset: as in `RunData`.
       step: of the checkpoint.
-      dataset: a `seqmodels.data.BatchSource`; of text and tasks with its tokenizer.
       model, params: as in docs/architecture.md; the averaged parameters where the run keeps them.
       mesh: of all devices; parameters are spread over them.
       batch_size: rows at once.
@@ -41,20 +62,22 @@ class Run:
     params: Any
     mesh: Mesh
     batch_size: int
+    _sums: dict[tuple[str, int | None], PositionSums] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
-    @functools.cache  # noqa: B019 (a run is as long-lived as its process)
     def position_sums(self, split: str, limit: int | None) -> PositionSums:
         """Scores of a split at the length of training; read once for all evaluators."""
-        return position_sums(
-            self.model,
-            self.params,
-            self.dataset[split],
-            length=self.config.seq_len,
-            batch_size=self.batch_size,
-            limit=limit,
-            mesh=self.mesh,
-            tokenizer=self.dataset.tokenizer,
-        )
+        if (split, limit) not in self._sums:
+            self._sums[split, limit] = position_sums(
+                self.model,
+                self.params,
+                self.dataset[split],
+                length=self.config.seq_len,
+                batch_size=self.batch_size,
+                limit=limit,
+                mesh=self.mesh,
+                tokenizer=self.dataset.tokenizer,
+            )
+        return self._sums[split, limit]
 
 
 def load_run(

@@ -3,11 +3,14 @@
 import functools
 from typing import Any, NamedTuple
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from seqmodels.data.dataset import TokenSplit
+from seqmodels.data.tokenizer import Tokenizer
 from seqmodels.evals import memory
 from seqmodels.heads.next_token import token_nats
 from seqmodels.training.sharding import put_batch, row_shards, rows_sharding
@@ -28,7 +31,14 @@ class PositionSums(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh"))
-def score(model, params: Any, tokens: jax.Array, targets: jax.Array, segment_ids: jax.Array, mesh: Mesh | None = None):
+def score(
+    model: nn.Module,
+    params: Any,
+    tokens: jax.Array,
+    targets: jax.Array,
+    segment_ids: jax.Array,
+    mesh: Mesh | None = None,
+) -> jax.Array:
     """-log p(target) in nats, [B, T] float32, each row from a zero state.
 
     Args:
@@ -41,7 +51,16 @@ def score(model, params: Any, tokens: jax.Array, targets: jax.Array, segment_ids
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh"), donate_argnames="state")
-def score_piece(model, params: Any, state: Any, tokens, targets, segment_ids, mask=None, mesh: Mesh | None = None):
+def score_piece(
+    model: nn.Module,
+    params: Any,
+    state: Any,
+    tokens: jax.Array,
+    targets: jax.Array,
+    segment_ids: jax.Array,
+    mask: jax.Array | None = None,
+    mesh: Mesh | None = None,
+) -> tuple[jax.Array, jax.Array, Any]:
     """The same for the next tokens of rows whose beginning is in `state`, which is consumed.
 
     Args:
@@ -58,7 +77,7 @@ def score_piece(model, params: Any, state: Any, tokens, targets, segment_ids, ma
     return nats, best, state
 
 
-def zero_state(model, batch: int, slots: int, mesh: Mesh | None = None) -> Any:
+def zero_state(model: nn.Module, batch: int, slots: int, mesh: Mesh | None = None) -> Any:
     """The state before the first token, its rows spread over a mesh if there is one.
 
     Args:
@@ -97,15 +116,17 @@ def _replicate(x, mesh):
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
 
-def score_batch(model, params: Any, batch: dict[str, np.ndarray], mesh: Mesh | None) -> np.ndarray:
+def score_batch(model: nn.Module, params: Any, batch: dict[str, np.ndarray], mesh: Mesh | None) -> np.ndarray:
     """`score` of a batch, spread over a mesh if there is one. Returns [B, T] float64."""
-    rows = {name: batch[name] for name in ("tokens", "targets", "segment_ids")}
+    rows: dict[str, Any] = {name: batch[name] for name in ("tokens", "targets", "segment_ids")}
     if mesh is not None:
         rows = put_batch(rows, mesh)
     return np.asarray(score(model, params, **rows, mesh=mesh)).astype(np.float64)
 
 
-def score_long(model, params: Any, batch: dict[str, np.ndarray], piece: int, mesh: Mesh | None):
+def score_long(
+    model: nn.Module, params: Any, batch: dict[str, np.ndarray], piece: int, mesh: Mesh | None
+) -> tuple[np.ndarray, np.ndarray]:
     """Scores of rows of any length T, a piece at a time: memory is that of one piece, and of the state.
 
     Args:
@@ -118,16 +139,16 @@ def score_long(model, params: Any, batch: dict[str, np.ndarray], piece: int, mes
     Raises: UserError where the planned memory exceeds what is free (a cache of T keys and their scores may).
     """
     rows, length = batch["tokens"].shape
-    state, nats, best = zero_state(model, rows, length, mesh), [], []
+    names = ("tokens", "targets", "segment_ids")
+    state, scores = zero_state(model, rows, length, mesh), []
     for start in range(0, length, piece):
-        part = {name: batch[name][:, start : start + piece] for name in ("tokens", "targets", "segment_ids")}
+        part: dict[str, Any] = {name: batch[name][:, start : start + piece] for name in names}
         part = put_batch(part, mesh) if mesh is not None else part
         if start == 0:
             memory.check(score_piece.lower(model, params, state, **part, mesh=mesh), mesh.size if mesh else 1)
-        *scores, state = score_piece(model, params, state, **part, mesh=mesh)
-        for kept, values in zip((nats, best), scores, strict=True):
-            kept.append(values)  # not read yet: the device goes on meanwhile
-    nats, best = (np.concatenate([*map(np.asarray, kept)], axis=1) for kept in (nats, best))
+        nats, best, state = score_piece(model, params, state, **part, mesh=mesh)
+        scores.append((nats, best))  # not read yet: the device goes on meanwhile
+    nats, best = (np.concatenate([np.asarray(x) for x in parts], axis=1) for parts in zip(*scores, strict=True))
     return nats.astype(np.float64), best
 
 
@@ -138,15 +159,15 @@ def rows_of(batch_size: int, mesh: Mesh | None) -> int:
 
 
 def position_sums(
-    model,
+    model: nn.Module,
     params: Any,
-    split,
+    split: TokenSplit,
     *,
     length: int,
     batch_size: int,
     limit: int | None = None,
     mesh: Mesh | None = None,
-    tokenizer=None,
+    tokenizer: Tokenizer | None = None,
 ) -> PositionSums:
     """Score a split in order, in rows of `length` tokens, each from a zero state. Every target counts once.
 

@@ -3,11 +3,13 @@
 Measured is what `seqmodels.generation` does, greedily: prompts go into the state in chunks, then tokens one by one.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from jax.sharding import AxisType
@@ -16,11 +18,17 @@ from ml_collections import ConfigDict
 from seqmodels import generation
 from seqmodels.errors import UserError
 from seqmodels.evals import memory
+from seqmodels.evals.run import Run, RunData
 from seqmodels.rounding import rounded
 from seqmodels.training import sharding
 
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
-def measure(model, params: Any, *, prompt: int, batch: int, tokens: int, repeats: int, vocab_size: int) -> dict:
+
+def measure(
+    model: nn.Module, params: Any, *, prompt: int, batch: int, tokens: int, repeats: int, vocab_size: int
+) -> dict:
     """Figures of one size.
 
     Args:
@@ -41,10 +49,10 @@ def measure(model, params: Any, *, prompt: int, batch: int, tokens: int, repeats
     keys = jax.random.split(jax.random.key(0), batch)
     model_params = rounded(model, params)
     slots = generation.power_of_two(prompt + tokens)
-    sizes = dict(work="greedy", room=generation.power_of_two(tokens))
+    sizes = dict(method="greedy", room=generation.power_of_two(tokens))
 
     def start():
-        return generation._initial_state(model, batch, slots)
+        return generation.fresh_state(model, batch, slots)
 
     def prefill(state):
         return generation.prefill(model, model_params[0], ids, None, state)
@@ -64,8 +72,8 @@ def measure(model, params: Any, *, prompt: int, batch: int, tokens: int, repeats
         compile_seconds += time.perf_counter() - begun
 
     for size in sorted(set(generation.chunks(prompt))):
-        compile(generation._chunk, model, model_params[0], ids[:, :size], None, start())
-    compile(generation._continue, *decode_arguments(*prefill(start())), **sizes)
+        compile(generation.read_chunk, model, model_params[0], ids[:, :size], None, start())
+    compile(generation.draw_tokens, *decode_arguments(*prefill(start())), **sizes)
 
     seconds = []
     for _ in range(repeats + 1):
@@ -73,7 +81,7 @@ def measure(model, params: Any, *, prompt: int, batch: int, tokens: int, repeats
         first = time.perf_counter()
         hidden, state = jax.block_until_ready(prefill(state))
         second = time.perf_counter()
-        *_, state = jax.block_until_ready(generation._continue(*decode_arguments(hidden, state), **sizes))
+        *_, state = jax.block_until_ready(generation.draw_tokens(*decode_arguments(hidden, state), **sizes))
         seconds.append((second - first, time.perf_counter() - second))
     prefill_seconds, decode_seconds = (statistics.median(part) for part in zip(*seconds[1:], strict=True))
     return dict(
@@ -96,12 +104,12 @@ def check(config: ConfigDict) -> None:
             raise UserError(f"config.evaluation.throughput.{name}={sizes[name]!r}: must be at least 1")
 
 
-def serves(run) -> bool:
+def serves(run: RunData) -> bool:
     """Every model that continues tokens can be timed, whatever it was trained on."""
     return run.dataset.measured_by != "head"
 
 
-def evaluate_run(run, splits: list[str], limit: int | None) -> dict:
+def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:
     """The figures by context and batch size, small ones first. Splits and limit have no say."""
     sizes = run.config.evaluation.throughput
     device = jax.local_devices()[0]
@@ -114,7 +122,8 @@ def evaluate_run(run, splits: list[str], limit: int | None) -> dict:
         for context in sorted({run.config.seq_len * n for n in sizes.contexts}):
             for batch in sorted(set(sizes.batches)):
                 points.setdefault(str(context), {})[str(batch)] = memory.served(
-                    lambda context=context, batch=batch: measure(
+                    functools.partial(
+                        measure,
                         run.model,
                         params,
                         prompt=context,
@@ -181,12 +190,12 @@ def _plot(axes, result: dict, lines: dict[str, tuple[str, str]]) -> None:
         axes.legend(fontsize="small", ncols=2, framealpha=0.5)
 
 
-def plot_speed(axes, result: dict) -> None:
+def plot_speed(axes: "Axes", result: dict) -> None:
     _plot(axes, result, {"prefill_tokens_per_second": ("o-", "prefill"), "decode_tokens_per_second": ("s--", "decode")})
     axes.set(ylabel="tokens a second", title=f"speed, {result['throughput_device']}")
 
 
-def plot_memory(axes, result: dict) -> None:
+def plot_memory(axes: "Axes", result: dict) -> None:
     _plot(axes, result, {"planned_bytes": ("o-", "largest program"), "state_bytes": ("s--", "state")})
     axes.set(ylabel="bytes", title="memory")
 

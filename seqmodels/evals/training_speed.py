@@ -5,10 +5,15 @@ import math
 import statistics
 import time
 
+import flax.linen as nn
 import jax
+from jax.sharding import Mesh
+from ml_collections import ConfigDict
 
+from seqmodels.data.contract import BatchSource
 from seqmodels.errors import UserError
 from seqmodels.evals import memory
+from seqmodels.evals.run import Run, RunData
 from seqmodels.training import flops
 from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
 from seqmodels.training.sharding import put_batch, row_shards
@@ -20,12 +25,12 @@ REPEATS = 5  # timings, of which the median counts
 BATCHES = 4  # that are read, and taken in turn
 
 
-def serves(run) -> bool:
+def serves(run: RunData) -> bool:
     """Any run."""
     return True
 
 
-def measure(config, model, dataset, mesh) -> dict:
+def measure(config: ConfigDict, model: nn.Module, dataset: BatchSource, mesh: Mesh) -> dict:
     """Figures of a fresh state's steps on a mesh.
 
     Returns:
@@ -68,7 +73,7 @@ def measure(config, model, dataset, mesh) -> dict:
     )
 
 
-def evaluate_run(run, splits: list[str], limit: int | None) -> dict:
+def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:
     """Of the run's config on the mesh at hand. Raises UserError where its rows do not divide."""
     shares = row_shards(run.mesh.shape) * run.config.training.accumulate
     if run.config.batch_size % shares:

@@ -3,6 +3,7 @@
 import json
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -20,7 +21,7 @@ def load(directory: str | Path) -> tuple[dict, dict]:
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json; a directory written by save_pretrained is needed")
     config = json.loads((directory / "config.json").read_text())
-    tensors = {}
+    tensors: dict[str, Any] = {}
     if files := sorted(directory.glob("*.safetensors")):
         for file in files:
             tensors |= read_safetensors(file)

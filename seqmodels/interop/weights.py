@@ -6,6 +6,7 @@ A torch Linear holds [out, in] and ours [in, out], perhaps with the outer axes s
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 
@@ -30,14 +31,14 @@ class Weight:
     turned: bool = False
     rows: tuple[int, int] | None = None
 
-    def into(self, tensor) -> np.ndarray:
+    def into(self, tensor: Any) -> np.ndarray:
         """Theirs to ours, float32."""
         tensor = np.asarray(tensor, np.float32)[slice(*self.rows or (None,))]
         if self.turned:
             tensor = tensor.reshape(tensor.shape[0], -1).T
         return np.ascontiguousarray(tensor.reshape(self.our_shape))
 
-    def back(self, array) -> np.ndarray:
+    def back(self, array: Any) -> np.ndarray:
         """Ours to theirs (to our rows of it), float32."""
         first, last = self.rows or (0, self.their_shape[0])
         array = np.asarray(array, np.float32)
@@ -65,7 +66,7 @@ def parts(theirs: str, rest: tuple[int, ...], *ours: tuple[tuple[str, ...], int,
     return weights
 
 
-def demand(config: Mapping, **wanted) -> None:
+def demand(config: Mapping, **wanted: Any) -> None:
     """Raise a UserError if a field of their config is there and is none of the values that our models have."""
     for field, allowed in wanted.items():
         if field in config and config[field] not in allowed:
@@ -86,7 +87,7 @@ def check_names(tensors: Mapping, weights: list[Weight]) -> None:
 def convert(tensors: Mapping, weights: list[Weight]) -> dict:
     """Our parameters of their tensors; a UserError names those missing, unexpected or of the wrong shape."""
     check_names(tensors, weights)
-    params = {}
+    params: dict[str, Any] = {}
     for weight in weights:
         tensor = tensors[weight.theirs]
         if tensor.shape != weight.their_shape:
@@ -98,13 +99,13 @@ def convert(tensors: Mapping, weights: list[Weight]) -> dict:
 
 def export(params: Mapping, weights: list[Weight]) -> dict[str, np.ndarray]:
     """Their tensors of our parameters."""
-    rows = {}
+    rows: dict[str, list[np.ndarray]] = {}
     for weight in weights:
         rows.setdefault(weight.theirs, []).append(weight.back(find(params, weight.ours)))
     return {name: np.concatenate(parts) if len(parts) > 1 else parts[0] for name, parts in rows.items()}
 
 
-def find(tree: Mapping, path: tuple[str, ...]):
+def find(tree: Mapping, path: tuple[str, ...]) -> Any:
     """The leaf at `path`; a UserError if there is none."""
     for i, name in enumerate(path):
         if name not in tree:
@@ -113,7 +114,7 @@ def find(tree: Mapping, path: tuple[str, ...]):
     return tree
 
 
-def place(tree: dict, path: tuple[str, ...], leaf) -> None:
+def place(tree: dict, path: tuple[str, ...], leaf: Any) -> None:
     """Put `leaf` at `path`, growing the tree where needed."""
     for name in path[:-1]:
         tree = tree.setdefault(name, {})

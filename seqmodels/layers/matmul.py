@@ -18,7 +18,7 @@ def separate_matmuls(x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]
 
 
 @jax.custom_vjp
-def wide_matmul(x, w):
+def wide_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [B, T, D] times w [D, V] in float32; the gradient of y is rounded to the dtype of x on its way."""
     return jnp.einsum("btd,dv->btv", x, w, preferred_element_type=jnp.float32)
 

@@ -12,7 +12,7 @@ from seqmodels.layers.parameter import ones, parameter, zeros
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def rms_norm(x, scale=None, eps=1e-5):
+def rms_norm(x: jax.Array, scale: jax.Array | None = None, eps: float = 1e-5) -> jax.Array:
     """Divide x [..., D] by its root mean square over D, then multiply by `scale` [D] if there is one.
 
     The statistics are float32 (float64 for float64); the result has the dtype of x. Of all that is as large as x, the
@@ -48,7 +48,7 @@ rms_norm.defvjp(_forward, _backward)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def gated_norm(x, z, scale, groups=1, eps=1e-5):
+def gated_norm(x: jax.Array, z: jax.Array, scale: jax.Array, groups: int = 1, eps: float = 1e-5) -> jax.Array:
     """x silu(z) over its root mean square of each group of channels, times scale (Dao and Gu 2024, section 7).
 
     x, z are [..., E], scale [E]; all is float32 but the result, which has the dtype of x. The backward pass keeps x, z

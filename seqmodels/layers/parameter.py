@@ -74,7 +74,7 @@ def declarations(boxed: Any) -> list[Parameter]:
     def declared(leaf: Any) -> Parameter:
         if isinstance(leaf, Parameter):
             return leaf
-        if isinstance(leaf, nn.meta.AxisMetadata):
+        if isinstance(leaf, nn.Partitioned):
             return Parameter(leaf.value, leaf.names)
         return Parameter(leaf, (None,) * leaf.ndim)
 

@@ -1,9 +1,10 @@
 """Rotary position embedding (Su et al. 2021, arXiv 2104.09864, section 3.2.2), in both layouts of the pairs."""
 
+import jax
 import jax.numpy as jnp
 
 
-def rope(x, positions, theta: float = 10_000.0):
+def rope(x: jax.Array, positions: jax.Array, theta: float = 10_000.0) -> jax.Array:
     """Rotate channel i together with channel i + d/2 (Llama) by the angle positions * theta**(-2i/d).
 
     Args:
@@ -22,7 +23,7 @@ def rope(x, positions, theta: float = 10_000.0):
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
 
 
-def rotate_pairs(x, angle):
+def rotate_pairs(x: jax.Array, angle: jax.Array) -> jax.Array:
     """Rotate channels 2i and 2i + 1 (neighbours) of x [..., d] by angle [..., d/2].
 
     Returns:

@@ -219,7 +219,7 @@ class Attention(Branch):
         return 4 * length * heads * head_dim
 
     @nn.compact
-    def __call__(self, x, seq: Sequence, state=None):
+    def __call__(self, x: jax.Array, seq: Sequence, state: Any = None) -> tuple[jax.Array, Any]:
         """x [B, T, D] to y [B, T, D] and the cache with these tokens. Without a state the cache holds just them."""
         heads, kv_heads, head_dim = self.sizes
         x = real(x, seq, self.dtype)

@@ -46,5 +46,5 @@ class Bidirectional(Branch):
 
 def reversed_in_time(seq: Sequence) -> Sequence:
     """The same tokens from the last to the first."""
-    turned = (None if x is None else x[:, ::-1] for x in (seq.segment_ids, seq.mask))
-    return make_sequence(*seq.positions.shape, *turned)[0]
+    segment_ids, mask = (None if x is None else x[:, ::-1] for x in (seq.segment_ids, seq.mask))
+    return make_sequence(*seq.positions.shape, segment_ids, mask)[0]

@@ -4,6 +4,8 @@ S_t = diag(exp g_t) S_{t-1} + k_t v_t^T,  o_t = q_t S_t,  g_t = log sigmoid(x_t 
 y = (norm_head(o) * silu(x W_g)) W_o
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -47,7 +49,7 @@ class Gla(Branch):
         return state_flops(self.state_shape, decays=True)
 
     @nn.compact
-    def __call__(self, x: jax.Array, seq: Sequence, state=None):
+    def __call__(self, x: jax.Array, seq: Sequence, state: Any = None) -> tuple[jax.Array, Any]:
         """x [B, T, D] to y [B, T, D] and the new state."""
         heads, keys, values = self.state_shape
         x = real(x, seq, self.dtype)

@@ -3,6 +3,8 @@
 S_t = S_{t-1} + phi(k_t) v_t^T,  z_t = z_{t-1} + phi(k_t),  y_t = phi(q_t) S_t / (phi(q_t) . z_t)
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -76,7 +78,7 @@ class LinearAttention(Branch):
         return state_flops(self.state_shape, decays=False)
 
     @nn.compact
-    def __call__(self, x: jax.Array, seq: Sequence, state=None):
+    def __call__(self, x: jax.Array, seq: Sequence, state: Any = None) -> tuple[jax.Array, Any]:
         """x [B, T, D] to y [B, T, D] and the new state."""
         x = real(x, seq, self.dtype)
 

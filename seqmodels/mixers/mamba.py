@@ -1,18 +1,20 @@
 """Mamba (Gu & Dao 2023, arXiv 2312.00752): a state space model whose step, input and output depend on the token."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from seqmodels.branch import real
 from seqmodels.fields.mamba import MAMBA
 from seqmodels.layers.matmul import separate_matmuls
 from seqmodels.layers.norm import rms_norm
-from seqmodels.layers.parameter import ones, parameter, uniform
+from seqmodels.layers.parameter import Init, ones, parameter, uniform
 from seqmodels.mixers.linked import Linked
 from seqmodels.parallel import selective_scan, short_conv
 from seqmodels.sequence import Sequence
@@ -65,12 +67,12 @@ class Readout:
     conv: jax.Array
 
 
-def init_A_log(key, shape, dtype=jnp.float32):
+def init_A_log(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
     """log(1..N) in every channel (S4D-real): [E, N]."""
     return jnp.broadcast_to(jnp.log(jnp.arange(1, shape[1] + 1, dtype=dtype)), shape)
 
 
-def init_dt_bias(smallest: float, largest: float, floor: float):
+def init_dt_bias(smallest: float, largest: float, floor: float) -> Init:
     """softplus^-1 of a step that is log-uniform in [smallest, largest], and floor at least."""
 
     def init(key, shape, dtype=jnp.float32):
@@ -113,7 +115,7 @@ class Mamba(Linked):
         """R, rank of the step."""
         return self.dt_rank or -(-self.width // 16)
 
-    def setup(self):
+    def setup(self) -> None:
         width, inner, rank, state = self.width, self.inner, self.rank, self.state
 
         tap, dt_bias = uniform(self.conv**-0.5), init_dt_bias(self.dt_min, self.dt_max, self.dt_floor)
@@ -142,7 +144,7 @@ class Mamba(Linked):
             ssm=jnp.zeros((batch, self.inner, self.state), jnp.float32),
         )
 
-    def stream_and_readout(self, x: jax.Array, seq: Sequence, state=None) -> tuple[Stream, Readout]:
+    def stream_and_readout(self, x: jax.Array, seq: Sequence, state: Any = None) -> tuple[Stream, Readout]:
         """Everything before the scan: projection, convolution, and the token's step, input and output matrices."""
         if state is None:
             state = self.init_state(x.shape[0])
@@ -171,7 +173,7 @@ class Mamba(Linked):
         stream = Stream(u, delta, self.dt_proj, self.dt_bias, A, B, state["ssm"])
         return stream, Readout(C, self.D, z, conv)
 
-    def scan(self, stream: Stream, readout: Readout, seq: Sequence):
+    def scan(self, stream: Stream, readout: Readout, seq: Sequence) -> tuple[jax.Array, jax.Array]:
         """y [B, T, E], skip and gate included, and the new ssm state: the layer without dense links."""
 
         def scan(stream, readout, documents):

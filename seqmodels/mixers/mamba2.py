@@ -1,10 +1,13 @@
 """Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): a matrix state for each head, whose decay is a number for each token."""
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from seqmodels.branch import real
 from seqmodels.fields.mamba2 import MAMBA2
@@ -44,7 +47,7 @@ class Readout:
         return gated_norm(y.reshape(self.z.shape), self.z, self.scale, self.groups, self.eps)
 
 
-def init_A_log(key, shape, dtype=jnp.float32):
+def init_A_log(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
     """log of A uniform in [1, 16], one a head, as in the authors' code."""
     return jnp.log(jax.random.uniform(key, shape, dtype, 1, 16))
 
@@ -86,7 +89,7 @@ class Mamba2(Linked):
         """[H, N, P] of a row's matrix state."""
         return self.heads, self.state, self.head_dim
 
-    def setup(self):
+    def setup(self) -> None:
         width, inner, heads, keys = self.width, self.inner, self.heads, self.groups * self.state
 
         project, tap = uniform(width**-0.5), uniform(self.conv**-0.5)
@@ -115,7 +118,7 @@ class Mamba2(Linked):
             ssm=jnp.zeros((batch, *self.state_shape), jnp.float32),
         )
 
-    def stream_and_readout(self, x: jax.Array, seq: Sequence, state=None) -> tuple[Stream, Readout]:
+    def stream_and_readout(self, x: jax.Array, seq: Sequence, state: Any = None) -> tuple[Stream, Readout]:
         """Everything before the recurrence: projections, convolutions, the token's step, keys and queries."""
         if state is None:
             state = self.init_state(x.shape[0])

@@ -9,6 +9,8 @@ s_t = lambda_t dt_t + (1 - lambda_{t+1}) dt_{t+1}, without the second part for a
 before, decayed once more, and its own token beside it.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -111,7 +113,7 @@ class Mamba3(Branch):
         """[H, N, P] of a row's matrix state."""
         return self.heads, self.state, self.head_dim
 
-    def setup(self):
+    def setup(self) -> None:
         width, inner, heads, state = self.width, self.expand * self.width, self.heads, self.state
 
         project, out = uniform(width**-0.5), uniform((inner * self.layers) ** -0.5)
@@ -135,7 +137,7 @@ class Mamba3(Branch):
         shapes["value"] = (heads, head_dim)
         return {name: jnp.zeros((batch, *shape), jnp.float32) for name, shape in shapes.items()}
 
-    def __call__(self, x: jax.Array, seq: Sequence, state=None):
+    def __call__(self, x: jax.Array, seq: Sequence, state: Any = None) -> tuple[jax.Array, Any]:
         """x [B, T, D] to y [B, T, D] and the new state."""
         batch, length, _ = x.shape
         state = self.init_state(batch) if state is None else state

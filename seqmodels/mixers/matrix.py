@@ -58,7 +58,9 @@ def state_flops(shape: tuple[int, ...], decays: bool) -> float:
     return (2 + 2 + decays) * math.prod(shape)
 
 
-def read_states(streams: list[Stream], queries: list[jax.Array], seq: Sequence, implementation: str | None = None):
+def read_states(
+    streams: list[Stream], queries: list[jax.Array], seq: Sequence, implementation: str | None = None
+) -> tuple[jax.Array, jax.Array]:
     """Each stream's state, read by its query [B, T, Hk, K]: one linear attention, the streams' heads side by side.
 
     Returns:

@@ -6,6 +6,8 @@ Parallel, recurrent and chunkwise forms are one function, `kernels.linear_attent
 in the norm and no MLP behind it this is the block of DenseRetNet (He et al. 2024, arXiv 2403.00818, the authors' code).
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -16,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from seqmodels.branch import real
 from seqmodels.fields.retnet import RETNET
 from seqmodels.layers.norm import rms_norm
-from seqmodels.layers.parameter import normal, ones, parameter, uniform
+from seqmodels.layers.parameter import Init, normal, ones, parameter, uniform
 from seqmodels.mixers.linked import Linked
 from seqmodels.mixers.matrix import Stream, gate_and_norm, read_states, state_flops
 from seqmodels.sequence import Sequence
@@ -80,7 +82,7 @@ class Readout:
         return rms_norm(y, self.scale, self.eps).astype(self.gate.dtype) * self.gate
 
 
-def xavier(rows: int, columns: int, gain: float):
+def xavier(rows: int, columns: int, gain: float) -> Init:
     """Uniform with the variance gain^2 2 / (rows + columns) (Glorot and Bengio 2010)."""
     return uniform(gain * (6 / (rows + columns)) ** 0.5)
 
@@ -114,7 +116,7 @@ class RetNet(Linked):
         heads, keys, values = self.state_shape
         return heads * values, heads * keys
 
-    def setup(self):
+    def setup(self) -> None:
         heads, keys, values = self.state_shape
 
         def xavier_or_normal(rows, columns, gain):
@@ -136,7 +138,7 @@ class RetNet(Linked):
         """[B, H, K, V] float32."""
         return jnp.zeros((batch, *self.state_shape), jnp.float32)
 
-    def stream_and_readout(self, x: jax.Array, seq: Sequence, state=None) -> tuple[Stream, Readout]:
+    def stream_and_readout(self, x: jax.Array, seq: Sequence, state: Any = None) -> tuple[Stream, Readout]:
         """Keys, values, queries and gates."""
         if state is None:
             state = self.init_state(x.shape[0])

@@ -11,6 +11,7 @@ mistake in the command, or an evaluator that cannot serve.
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
@@ -20,9 +21,12 @@ from seqmodels.errors import UserError
 from seqmodels.fields.run import defaults
 from seqmodels.scripts import as_typed
 
+if TYPE_CHECKING:  # it imports JAX, which comes after use_platform
+    from seqmodels.evals.run import Run
+
 
 def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
-    values = dict(flag_values=flag_values)
+    values: dict[str, Any] = dict(flag_values=flag_values)
     flags.DEFINE_string("workdir", None, "Run directory, as train.py made it.", **values)
     flags.DEFINE_string("step", "latest", "Checkpoint: latest, best, or the number of a step.", **values)
     flags.DEFINE_string("platform", "", "cpu, gpu or tpu; what is there if left out.", **values)
@@ -68,7 +72,7 @@ def main(flag_values: flags.FlagValues) -> None:
             print(flag_values.prompt + continuation(run, flag_values))
 
 
-def continuation(run, flag_values: flags.FlagValues) -> str:
+def continuation(run: "Run", flag_values: flags.FlagValues) -> str:
     """What follows --prompt."""
     from seqmodels.backbone import context
     from seqmodels.generation import generate
@@ -84,7 +88,7 @@ def continuation(run, flag_values: flags.FlagValues) -> str:
     )
 
 
-def evaluate(run, flag_values: flags.FlagValues) -> None:
+def evaluate(run: "Run", flag_values: flags.FlagValues) -> None:
     """Run the evaluators, print their tables, write JSON and picture."""
     from seqmodels import evals
     from seqmodels.evals import report

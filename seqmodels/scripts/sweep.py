@@ -12,6 +12,7 @@ import signal
 import sys
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -28,7 +29,7 @@ ENGINES = ("local", "slurm", "print", "none")
 
 
 def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
-    values = dict(flag_values=flag_values)
+    values: dict[str, Any] = dict(flag_values=flag_values)
     flags.DEFINE_string("spec", cli.take_config(list(argv)), "", **values)  # of --config; no flag for users
     flags.DEFINE_string("sweep", "ablation", "Sweep of the config, by name.", **values)
     flags.DEFINE_string("out", None, "Directory of the sweep; sweeps/<config>-<sweep> if left out.", **values)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from seqmodels import __version__
 from seqmodels.scripts import CHECKOUT
@@ -26,10 +27,10 @@ POLL = 0.05  # seconds between looks at a process
 class Stop:
     """Told once, trials save a checkpoint and end; told twice, they are killed."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.asked, self.insisted = threading.Event(), threading.Event()
 
-    def __call__(self, *_) -> None:
+    def __call__(self, *_: Any) -> None:
         (self.insisted if self.asked.is_set() else self.asked).set()
 
 

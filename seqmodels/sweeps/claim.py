@@ -19,7 +19,7 @@ from seqmodels.errors import UserError
 class Claim:
     """A held lock. `descriptor` is for `subprocess.Popen(pass_fds=...)`."""
 
-    def __init__(self, descriptor: int):
+    def __init__(self, descriptor: int) -> None:
         self.descriptor = descriptor
 
     @classmethod

@@ -4,6 +4,7 @@ import datetime
 import sys
 import time
 from collections import Counter
+from typing import Any, Self
 
 from seqmodels.sweeps.attempt import last_row
 from seqmodels.sweeps.labels import labels
@@ -17,7 +18,7 @@ ORDER = ("running", "failed", "diverged", "preempted", "interrupted", "waiting",
 class Live:
     """Shows the records of trials, whoever works on them. Use as a context; call it to bring it up to date."""
 
-    def __init__(self, trials: list[Trial], slots: int):
+    def __init__(self, trials: list[Trial], slots: int) -> None:
         names = labels([trial.overrides for trial in trials])
         several = len({trial.overrides["seed"] for trial in trials}) > 1
         self._names = {
@@ -26,18 +27,18 @@ class Live:
         }
         self._trials, self._slots, self._start = trials, slots, time.monotonic()
         self._seen: dict[str, str] = {}
-        self._live = None
+        self._live: Any = None
         if sys.stdout.isatty():
             from rich.live import Live as RichLive
 
             self._live = RichLive(auto_refresh=False)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if self._live:
             self._live.__enter__()
         return self
 
-    def __exit__(self, *error):
+    def __exit__(self, *error: Any) -> None:
         if self._live:
             self._live.__exit__(*error)
 

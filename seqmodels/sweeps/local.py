@@ -34,7 +34,7 @@ class Workers:
         again: bool = False,
         wait: bool = True,
         stop: Stop | None = None,
-    ):
+    ) -> None:
         self.stop, self._wait = stop or Stop(), wait
         self.unkept: dict[str, dict] = {}
         self._open = list(trials)
@@ -74,9 +74,9 @@ class Workers:
     def _work(self, slot: Slot) -> None:
         missed = 0
         while self._open and not self.stop.asked.is_set():
+            taken = None
             with slot.claimed() as devices:
-                taken = self._take() if devices is not None else None
-                if taken:
+                if devices is not None and (taken := self._take()):
                     self._attempt(*taken, slot, devices)
             if not taken:
                 missed += 1

@@ -3,6 +3,7 @@
 import math
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 from seqmodels.atomic import replace_file
 from seqmodels.errors import UserError
@@ -27,7 +28,7 @@ QUALITY = ("validation.loss", "train_loss")  # the first that is there is the me
 LOG_LINES = 40  # of a failed trial, in the HTML
 
 
-def write(folder: Path, *arguments) -> str:
+def write(folder: Path, *arguments: Any) -> str:
     """`compose`, one process of a sweep at a time."""
     with waited(folder / "sweep.lock"):
         return compose(folder, *arguments)

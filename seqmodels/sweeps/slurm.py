@@ -4,12 +4,16 @@ import dataclasses
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from seqmodels.errors import UserError
 from seqmodels.sweeps.attempt import Stop
 from seqmodels.sweeps.devices import Slot
 from seqmodels.sweeps.local import Workers
 from seqmodels.sweeps.trial import FINAL, Trial
+
+if TYPE_CHECKING:
+    from submitit.helpers import DelayedSubmission
 
 POLL = 2.0  # seconds between looks at the records
 FOLDER = Path(__file__).resolve().parents[2]  # that `import seqmodels` finds it in, on the other host too
@@ -36,7 +40,7 @@ class Job:
         self.workers.run()
         return self.trial.record()["status"]
 
-    def checkpoint(self):
+    def checkpoint(self) -> "DelayedSubmission":
         """Called by submitit on that signal, in the midst of `__call__`."""
         from submitit.helpers import DelayedSubmission
 

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shlex
 from pathlib import Path
+from typing import Any
 
 from seqmodels.atomic import replace_file
 from seqmodels.sweeps.claim import claimed
@@ -28,8 +29,8 @@ class Trial:
 
     id: str
     workdir: Path
-    overrides: dict[str, object]
-    fields: dict[str, object]
+    overrides: dict[str, Any]
+    fields: dict[str, Any]
     commands: dict[str, tuple[str, ...]]
     evals: str = ""
 

@@ -8,9 +8,11 @@ before saving, so that damage on disk is seen and never trained on.
 import shutil
 import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 from orbax.checkpoint import v1 as ocp
@@ -22,9 +24,10 @@ from seqmodels.training.state import TrainState
 class Checkpoints:
     """The checkpoints of one run, under `directory`. `config` is `config.checkpoint`."""
 
-    def __init__(self, directory: Path, config: ConfigDict):
+    def __init__(self, directory: Path, config: ConfigDict) -> None:
         self.directory, self.config = Path(directory).absolute(), config
-        self._checkpointer, self._saved = None, None
+        self._checkpointer: ocp.training.Checkpointer | None = None
+        self._saved: int | None = None
 
     def restore(self, abstract: TrainState) -> TrainState | None:
         """The newest state that is whole, on the shardings of `abstract`; None where there is no checkpoint.
@@ -93,10 +96,12 @@ class Checkpoints:
                 shutil.rmtree(aside / str(step), ignore_errors=True)
                 (self.directory / str(step)).rename(aside / str(step))
         if jax.process_count() > 1:
-            jax.experimental.multihost_utils.sync_global_devices("damaged checkpoints set aside")
+            multihost_utils.sync_global_devices("damaged checkpoints set aside")
 
 
-def restore_params(directory: Path, abstract_params, *, step: int | None = None, ema: bool = False):
+def restore_params(
+    directory: Path, abstract_params: Any, *, step: int | None = None, ema: bool = False
+) -> tuple[int, Any]:
     """The parameters alone, for evaluation: (step, params), from the newest whole checkpoint or from that of `step`.
 
     Args:
@@ -124,7 +129,7 @@ def steps(directory: Path) -> list[int]:
     return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
 
 
-def fingerprint(tree) -> jax.Array:
+def fingerprint(tree: Any) -> jax.Array:
     """One uint32 for each leaf: the sum of its bits modulo 2^32. Does not depend on how the leaf is sharded."""
     return _fingerprint(jax.tree.leaves(tree))
 
@@ -162,7 +167,7 @@ def _load(path: Path, name: str, abstract):
     return item["arrays"]
 
 
-def _parts(state: TrainState) -> dict[str, object]:
+def _parts(state: TrainState) -> dict[str, Any]:
     rest = {name: getattr(state, name) for name in ("step", "skipped", "opt_state", "carry")}
     parts = {"params": state.params, "rest": rest}
     return parts if state.ema is None else parts | {"ema": state.ema}

@@ -29,7 +29,7 @@ def mode(config: ConfigDict) -> str:
 class NotCompiled:
     """In place of a lowered step: what it "compiles" to runs one operation at a time, so that `print` shows values."""
 
-    def __init__(self, train_step: Callable, *_: Any):
+    def __init__(self, train_step: Callable, *_: Any) -> None:
         self.train_step = train_step
 
     def compile(self) -> Callable:

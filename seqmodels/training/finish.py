@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -15,7 +14,7 @@ from seqmodels.errors import UserError
 from seqmodels.evals import accuracy, perplexity
 from seqmodels.evals import figures as head_figures
 from seqmodels.evals import report as evaluation
-from seqmodels.evals.run import Run, rows_at_once
+from seqmodels.evals.run import NewRun, Run, rows_at_once
 from seqmodels.generation import generate
 from seqmodels.training import report
 from seqmodels.training.metrics import Metrics
@@ -32,7 +31,7 @@ def check(config: ConfigDict, dataset: Any) -> None:
     _check_best(config, dataset)
     _check_sample(config, dataset)
     # Evaluators look at the config and the dataset of a run that is yet to come.
-    run = SimpleNamespace(config=config, dataset=dataset)
+    run = NewRun(config, dataset)
     evals.check(evals.find(evals.named(config), "config.evals"), run, "config.evals")
 
 
@@ -73,7 +72,7 @@ class Finish:
 
     def __init__(
         self, config: ConfigDict, workdir: Path, dataset: Any, model: Any, mesh: Mesh, say: Callable[[str], None]
-    ):
+    ) -> None:
         self.config, self.workdir, self.dataset = config, workdir, dataset
         self.model, self.mesh, self.say = model, mesh, say
 

@@ -35,7 +35,7 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
     kinds = [kind for kind in PEAKS if device_kind.startswith(kind)]
     if not kinds:
         return None
-    return 1e12 * PEAKS[max(kinds, key=len)].get("float32" if dtype == "float32" else "bfloat16")
+    return 1e12 * PEAKS[max(kinds, key=len)]["float32" if dtype == "float32" else "bfloat16"]
 
 
 def forward_flops_per_token(boxed: Any, config: Any, length: int) -> float:

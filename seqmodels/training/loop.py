@@ -2,6 +2,7 @@
 
 import contextlib
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
@@ -55,7 +56,7 @@ def train(config: ConfigDict, workdir: str | Path, dataset: data.BatchSource | N
 class Trainer:
     """One process's part in the steps of a run."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, stop: StopSignal, dataset: data.BatchSource | None):
+    def __init__(self, config: ConfigDict, workdir: Path, stop: StopSignal, dataset: data.BatchSource | None) -> None:
         self.config, self.workdir, self.stop = config, workdir, stop
         self.mesh: Mesh = sharding.make_mesh(config)
         self.source = config.data.name if dataset is None else type(dataset).__name__
@@ -77,7 +78,7 @@ class Trainer:
             self.lowered = lower(train_step, self.abstract, config, self.mesh, self.dataset.spec)
 
     @contextlib.contextmanager
-    def on_mesh(self):
+    def on_mesh(self) -> Iterator[None]:
         """Under this, the logical axis names of activations mean the mesh's."""
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
             yield

@@ -20,7 +20,7 @@ class Metrics:
       enabled: False on all processes but the first.
     """
 
-    def __init__(self, workdir: Path, step: int, config: ConfigDict, enabled: bool = True):
+    def __init__(self, workdir: Path, step: int, config: ConfigDict, enabled: bool = True) -> None:
         self._file = self._board = self._wandb = None
         if not enabled:
             return

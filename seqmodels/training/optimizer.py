@@ -15,7 +15,7 @@ from seqmodels.nearest import nearest
 from seqmodels.training.sharding import unbox
 
 
-def make_optimizer(config: ConfigDict, mask=None) -> optax.GradientTransformation:
+def make_optimizer(config: ConfigDict, mask: Any = None) -> optax.GradientTransformation:
     """The update direction of AdamW (Loshchilov and Hutter 2019), for descent as `params - learning_rate * direction`.
 
     The learning rate is not in it: the step multiplies by `make_schedule(...)(step)`, so that it depends on the step
@@ -29,7 +29,7 @@ def make_optimizer(config: ConfigDict, mask=None) -> optax.GradientTransformatio
     )
 
 
-def global_norm(tree) -> jax.Array:
+def global_norm(tree: Any) -> jax.Array:
     """Root of the sum of squares of all leaves, float32.
 
     Rows first and the rest together: a sum to a scalar is two kernels, of two microseconds each for a small leaf, and a

@@ -2,6 +2,7 @@
 
 import signal
 import sys
+from typing import Any, Self
 
 import jax
 from jax.experimental import multihost_utils
@@ -10,7 +11,7 @@ from jax.experimental import multihost_utils
 class Preempted(SystemExit):
     """The run was asked to stop and has saved a checkpoint: exit status 75 (EX_TEMPFAIL), try again."""
 
-    def __init__(self, step: int):
+    def __init__(self, step: int) -> None:
         super().__init__(75)
         self.step = step
 
@@ -22,16 +23,17 @@ class StopSignal:
     processes agree on one step.
     """
 
-    def __init__(self):
-        self.noted, self._before = False, {}
+    def __init__(self) -> None:
+        self.noted = False
+        self._before: dict[int, Any] = {}
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         if jax.process_count() == 1:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._note)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 

@@ -3,15 +3,18 @@
 import os
 import sys
 import time
+from typing import Any, Self
 
 
 class Progress:
     """Shows loss, tokens/s and time left. On a terminal a bar; else one line at most every `seconds`."""
 
-    def __init__(self, first: int, last: int, *, enabled: bool = True, seconds: float = 10.0):
-        self._last, self._seconds, self._shown = last, seconds, None
+    def __init__(self, first: int, last: int, *, enabled: bool = True, seconds: float = 10.0) -> None:
+        self._last, self._seconds = last, seconds
+        self._shown: float | None = None
         self._start = (first, time.monotonic())
-        self._enabled, self._bar = enabled, None
+        self._enabled = enabled
+        self._bar: Any = None
         # Some containers give a terminal of no size, on which a bar cannot be seen.
         if enabled and sys.stderr.isatty() and min(os.get_terminal_size(sys.stderr.fileno())) > 0:
             from tqdm import tqdm
@@ -43,10 +46,10 @@ class Progress:
         elif self._enabled:
             print(text, file=sys.stderr, flush=True)
 
-    def __enter__(self):
+    def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         if self._bar is not None:
             self._bar.close()
 

@@ -5,7 +5,9 @@ import math
 import re
 from collections import defaultdict
 from pathlib import Path
+from typing import Any
 
+import flax.linen as nn
 import jax
 
 from seqmodels.atomic import replace_file
@@ -19,7 +21,7 @@ def devices(mesh: jax.sharding.Mesh) -> str:
     return f"device   {mesh.size} x {first.device_kind} ({first.platform})" + (f", mesh {axes}" if axes else "")
 
 
-def parameter_table(params) -> str:
+def parameter_table(params: Any) -> str:
     """Table of parameters by module: how many alike, shape, dtype, sharding and number of values.
 
     Args:
@@ -55,7 +57,7 @@ def _placement(placed) -> str:
     return " ".join(split) if set(split) - {"-"} else "whole"
 
 
-def state_bytes(model, length: int) -> int:
+def state_bytes(model: nn.Module, length: int) -> int:
     """Bytes of recurrent state (or cache for `length` tokens) that one sequence needs in decoding.
 
     A model in which positions know of later ones has none.

@@ -6,6 +6,7 @@ each of them is split over. An axis whose size does not divide stays whole, so e
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -94,17 +95,17 @@ def spec_of(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -
     return PartitionSpec(*entries)
 
 
-def is_box(leaf) -> bool:
+def is_box(leaf: Any) -> bool:
     """Whether this is a parameter in the box that names its axes."""
     return isinstance(leaf, nn.meta.AxisMetadata)
 
 
-def unbox(tree):
+def unbox(tree: Any) -> Any:
     """The arrays of a tree of Flax's axis metadata boxes; other leaves stay as they are."""
     return jax.tree.map(lambda leaf: leaf.value if is_box(leaf) else leaf, tree, is_leaf=is_box)
 
 
-def param_shardings(boxed, mesh: Mesh):
+def param_shardings(boxed: Any, mesh: Mesh) -> Any:
     """NamedSharding of each parameter, from its logical axis names; `boxed` is abstract or concrete."""
 
     def one(leaf):

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from ml_collections import ConfigDict
 
 from seqmodels.backbone import plan, scanned
 
@@ -23,7 +24,7 @@ class SideOutputs(NamedTuple):
     figures: Values
 
 
-def collect(reported: dict[str, Any], model_config) -> SideOutputs:
+def collect(reported: dict[str, Any], model_config: ConfigDict) -> SideOutputs:
     """Scalars out of the collections that a call of the model filled.
 
     Args:

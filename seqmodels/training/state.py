@@ -14,8 +14,7 @@ from seqmodels.errors import UserError
 from seqmodels.training import sharding
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """State of a run after `step` optimizer steps. The data of a step and its dropout follow from (seed, step)."""
 
     step: jax.Array  # int32, steps done
@@ -42,7 +41,7 @@ def abstract_state(
         shardings,
         transform_non_params=lambda leaf: _with_sharding(leaf, replicated),
     )
-    scalar = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
+    scalar: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     return TrainState(
         step=scalar,
         skipped=scalar,
@@ -53,12 +52,12 @@ def abstract_state(
     )
 
 
-def abstract_params(model: nn.Module, config: ConfigDict):
+def abstract_params(model: nn.Module, config: ConfigDict) -> Any:
     """Shapes of the parameters, in the boxes that name their axes."""
     return jax.eval_shape(_init_params(model, config), jax.random.key(0))
 
 
-def abstract_carry(model: nn.Module, config: ConfigDict, mesh: Mesh):
+def abstract_carry(model: nn.Module, config: ConfigDict, mesh: Mesh) -> Any:
     """Shapes of the recurrent state that truncated BPTT hands from step to step.
 
     Raises: UserError where the model's state grows with the context, as attention's cache does.

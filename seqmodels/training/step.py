@@ -1,6 +1,7 @@
 """One optimizer step."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -146,7 +147,7 @@ def random_streams(config: ConfigDict, step: jax.Array | int) -> dict[str, jax.A
 
 
 def lower_train_step(
-    train_step, abstract: TrainState, config: ConfigDict, mesh: Mesh, spec: Spec | None = None
+    train_step: Callable, abstract: TrainState, config: ConfigDict, mesh: Mesh, spec: Spec | None = None
 ) -> jax.stages.Lowered:
     """`train_step` traced for the mesh. The state is donated, and keeps its shardings, so it compiles only once.
 
@@ -170,11 +171,11 @@ def lower_train_step(
     return step.lower(abstract, batch)
 
 
-def split_rows(tree, pieces: int):
+def split_rows(tree: Any, pieces: int) -> Any:
     """[B, ...] -> [pieces, B / pieces, ...]. Piece i takes every pieces-th row, so that no row changes its device."""
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1), tree)
 
 
-def join_rows(tree):
+def join_rows(tree: Any) -> Any:
     """The inverse of split_rows."""
     return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)

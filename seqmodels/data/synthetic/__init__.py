@@ -7,6 +7,8 @@ generator. See docs/synthetic.md.
 import dataclasses
 import difflib
 
+from ml_collections import ConfigDict
+
 from seqmodels.data.synthetic.copying import Copying, SelectiveCopying
 from seqmodels.data.synthetic.dataset import SyntheticDataset
 from seqmodels.data.synthetic.induction import Induction
@@ -52,7 +54,7 @@ def make_task(name: str, settings: dict) -> Task:
     return TASKS[name](**{field: _frozen(value) for field, value in settings.items()})
 
 
-def load(config, *, seq_len: int, batch_size: int, seed: int = 0, bptt: bool = False) -> SyntheticDataset:
+def load(config: ConfigDict, *, seq_len: int, batch_size: int, seed: int = 0, bptt: bool = False) -> SyntheticDataset:
     """The dataset of `config.data` with a `task`. Arguments and errors as `seqmodels.data.load`."""
     task = make_task(config.name, dict(config.task))
     task.check(seq_len)

@@ -24,17 +24,17 @@ class Bits(Task):
     ask: str = "last"
     shortest: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.ask not in ("last", "every"):
             self.refuse("ask", "'last' or 'every'")
         if self.shortest < 0 or (self.shortest and self.ask == "every"):
             self.refuse("shortest", "at least 0, and 0 with ask='every', which asks at all lengths anyway")
 
     @property
-    def symbols(self):
+    def symbols(self) -> list[str]:
         return ["0", "1", "=", "_"]
 
-    def check(self, length):
+    def check(self, length: int) -> None:
         if length <= max(self.shortest, 1):
             refuse_length(length, f"at least {max(self.shortest, 1) + 1}: config.data.task.shortest bits and the end")
 
@@ -42,7 +42,7 @@ class Bits(Task):
         """[n, k] bits to the answer after each."""
         raise NotImplementedError
 
-    def rows(self, rng, count, length):
+    def rows(self, rng: np.random.Generator, count: int, length: int) -> Rows:
         bits = rng.integers(0, 2, (count, length), dtype=np.int32)
         running = self.running(bits).astype(np.int32)
         if self.ask == "every":
@@ -50,7 +50,7 @@ class Bits(Task):
         sizes = rng.integers(self.shortest or length - 1, length, (count, 1))
         return Rows(*with_answer(bits, sizes, np.take_along_axis(running, sizes - 1, axis=1), END, PAD))
 
-    def tests(self, lengths):
+    def tests(self, lengths: tuple[int, ...]) -> dict[str, tuple[Task, int]]:
         return {str(n): (dataclasses.replace(self, shortest=0), n) for n in lengths}
 
 

@@ -26,17 +26,17 @@ class Copying(Task):
     vocab: int = 16
     tokens: int = 16
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.vocab < 4:
             self.refuse("vocab", "at least 4: two tokens, the blank and the marker")
         if self.tokens < 1:
             self.refuse("tokens", "at least 1")
 
     @property
-    def symbols(self):
+    def symbols(self) -> list[str]:
         return ["_", *map(str, range(1, self.vocab - 1)), "?"]
 
-    def check(self, length):
+    def check(self, length: int) -> None:
         if length < 2 * self.tokens:
             refuse_length(length, f"at least 2 * config.data.task.tokens, {2 * self.tokens}")
 
@@ -44,7 +44,7 @@ class Copying(Task):
         """[count, M] int, rising: where the tokens stand among the first `length`."""
         return np.broadcast_to(np.arange(self.tokens), (count, self.tokens))
 
-    def rows(self, rng, count, length):
+    def rows(self, rng: np.random.Generator, count: int, length: int) -> Rows:
         remembered = rng.integers(1, self.vocab - 1, (count, self.tokens), dtype=np.int32)
         read = np.full((count, length), BLANK, np.int32)
         np.put_along_axis(read, self.places(rng, count, length - self.tokens), remembered, axis=1)
@@ -59,6 +59,6 @@ class Copying(Task):
 class SelectiveCopying(Copying):
     """The same with the tokens at random places, in order, among the first L + M. Mamba: L + M = 4096, M = A = 16."""
 
-    def places(self, rng, count, length):
+    def places(self, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
         chosen = np.argpartition(rng.random((count, length)), self.tokens - 1, axis=1)[:, : self.tokens]
         return np.sort(chosen, axis=1)

@@ -41,8 +41,8 @@ def group_table(name: str) -> np.ndarray:
     """
     tables = []
     for part in name.split("x"):
-        kind, size = re.fullmatch(r"([saz])(\d+)", part).groups() if re.fullmatch(r"[saz]\d+", part) else ("", "0")
-        size = int(size)
+        match = re.fullmatch(r"([saz])(\d+)", part)
+        kind, size = (match[1], int(match[2])) if match else ("", 0)
         if kind == "z" and 1 < size <= 1000:
             tables.append(np.add.outer(np.arange(size), np.arange(size)) % size)
         elif kind in ("s", "a") and kind and 2 <= size <= 5:

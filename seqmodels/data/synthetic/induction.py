@@ -20,19 +20,19 @@ class Induction(Task):
 
     vocab: int = 16
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.vocab < 3:
             self.refuse("vocab", "at least 3: two tokens and the trigger")
 
     @property
-    def symbols(self):
+    def symbols(self) -> list[str]:
         return [*map(str, range(self.vocab - 1)), "=>"]
 
-    def check(self, length):
+    def check(self, length: int) -> None:
         if length < 4:
             refuse_length(length, "at least 4")
 
-    def rows(self, rng, count, length):
+    def rows(self, rng: np.random.Generator, count: int, length: int) -> Rows:
         trigger = self.vocab - 1
         read = rng.integers(0, trigger, (count, length), dtype=np.int32)
         place = rng.integers(0, length - 3, (count, 1))

@@ -1,6 +1,7 @@
 """ListOps (Nangia and Bowman 2018) as in the Long Range Arena (Tay et al. 2020), read as in the S4 repository."""
 
 import dataclasses
+from collections.abc import Iterator
 
 import numpy as np
 
@@ -32,7 +33,7 @@ class ListOps(Task):
     shortest: int = 500
     longest: int = 2000
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.depth < 2:
             self.refuse("depth", "at least 2")
         if self.arguments < 2:
@@ -51,14 +52,14 @@ class ListOps(Task):
         return most
 
     @property
-    def symbols(self):
+    def symbols(self) -> list[str]:
         return [*map(str, range(10)), *OPERATORS, "]", "=", "_"]
 
-    def check(self, length):
+    def check(self, length: int) -> None:
         if length < self.longest:
             refuse_length(length, f"at least config.data.task.longest, {self.longest}")
 
-    def rows(self, rng, count, length):
+    def rows(self, rng: np.random.Generator, count: int, length: int) -> Rows:
         text, sizes = np.zeros((count, length), np.int32), np.zeros((count, 1), int)
         results = np.zeros((count, 1), np.int32)
         for row in range(count):
@@ -68,12 +69,12 @@ class ListOps(Task):
             text[row, : len(tokens)] = tokens
         return Rows(*with_answer(text, sizes, results, END, PAD))
 
-    def tests(self, lengths):
+    def tests(self, lengths: tuple[int, ...]) -> dict[str, tuple[Task, int]]:
         return {}
 
     def _tree(self, rng) -> list[int]:
         """Ids of a random tree; it is cut off when it is too long to be taken."""
-        numbers = iter(())
+        numbers: Iterator[float] = iter(())
 
         def random() -> float:  # one at a time is what takes the time
             nonlocal numbers
@@ -82,7 +83,8 @@ class ListOps(Task):
                 number = next(numbers)
             return number
 
-        tokens, todo = [], [1]  # levels of the nodes that are still to come; 0 closes an operator
+        tokens: list[int] = []
+        todo = [1]  # levels of the nodes that are still to come; 0 closes an operator
         while todo and len(tokens) < self.longest:
             level = todo.pop()
             if level == 0:
@@ -98,7 +100,7 @@ class ListOps(Task):
 
 def value(tokens: list[int]) -> int:
     """The digit that a tree, written out, stands for."""
-    stack = []  # operators that are open, each with its arguments so far
+    stack: list[tuple[str, list[int]]] = []  # operators that are open, each with its arguments so far
     for token in tokens:
         if 10 <= token < CLOSE:
             stack.append((OPERATORS[token - 10], []))

@@ -11,5 +11,5 @@ from seqmodels.data.synthetic.bits import Bits
 class Majority(Bits):
     """1 where more than half of the bits are ones; a tie is 0, as in the Zoology repository."""
 
-    def running(self, bits):
+    def running(self, bits: np.ndarray) -> np.ndarray:
         return 2 * np.cumsum(bits, axis=1) > np.arange(1, bits.shape[1] + 1)

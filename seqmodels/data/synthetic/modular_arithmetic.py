@@ -33,7 +33,7 @@ class ModularArithmetic(Task):
     operators: str = "+-*"
     shortest: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.modulus < 2:
             self.refuse("modulus", "at least 2")
         if not self.operators or not set(self.operators) <= set(OPERATORS):
@@ -42,22 +42,22 @@ class ModularArithmetic(Task):
             self.refuse("shortest", "at least 0")
 
     @property
-    def symbols(self):
+    def symbols(self) -> list[str]:
         return [*map(str, range(self.modulus)), *OPERATORS, "(", ")", "=", "_"]
 
-    def check(self, length):
+    def check(self, length: int) -> None:
         if length <= max(self.shortest, 1):
             refuse_length(length, f"more than config.data.task.shortest, and at least 2: {max(self.shortest, 1) + 1}")
         if not self.brackets and self.shortest and not self.shortest % 2 and length == self.shortest + 1:
             refuse_length(length, "such that an odd number of tokens fits before the '='")
 
-    def rows(self, rng, count, length):
+    def rows(self, rng: np.random.Generator, count: int, length: int) -> Rows:
         make = self._bracketed if self.brackets else self._plain
         expressions, sizes, values = make(rng, count, length)
         end = self.modulus + len(OPERATORS) + 2
         return Rows(*with_answer(expressions, sizes, values, end, end + 1))
 
-    def tests(self, lengths):
+    def tests(self, lengths: tuple[int, ...]) -> dict[str, tuple[Task, int]]:
         return {str(n): (dataclasses.replace(self, shortest=0), n) for n in lengths}
 
     def _plain(self, rng, count, length):

@@ -33,7 +33,7 @@ class Mqar(Task):
     power: float = 0.01
     random_filler: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.vocab < 4:
             self.refuse("vocab", "at least 4")
         if not self.power > 0:
@@ -50,16 +50,16 @@ class Mqar(Task):
                     self.refuse(field, f"of at most {self.vocab // 2 - 1} pairs, as vocab={self.vocab} has keys")
 
     @property
-    def symbols(self):
+    def symbols(self) -> list[str]:
         half = self.vocab // 2
         return ["_", *(f"k{i}" for i in range(1, half)), *(f"v{i}" for i in range(self.vocab - half))]
 
-    def check(self, length):
+    def check(self, length: int) -> None:
         longest = max(tokens for tokens, *_ in self.shapes)
         if length < longest:
             refuse_length(length, f"at least {longest}, the longest of config.data.task.shapes")
 
-    def rows(self, rng, count, length):
+    def rows(self, rng: np.random.Generator, count: int, length: int) -> Rows:
         share = np.array([share for *_, share in self.shapes])
         kind = rng.choice(len(self.shapes), count, p=share / share.sum())
         read = np.full((count, length), FILLER, np.int32)
@@ -88,7 +88,7 @@ class Mqar(Task):
         np.put_along_axis(answers, places, True, axis=1)
         return read, targets, answers
 
-    def tests(self, lengths):
+    def tests(self, lengths: tuple[int, ...]) -> dict[str, tuple[Task, int]]:
         return {
             f"{tokens}x{pairs}": (dataclasses.replace(self, shapes=((tokens, pairs, 1.0),), test_shapes=()), tokens)
             for tokens, pairs in self.test_shapes

@@ -11,5 +11,5 @@ from seqmodels.data.synthetic.bits import Bits
 class Parity(Bits):
     """1 where the number of ones is odd. Usual: 3 to 40 bits in training, up to 256 afterwards (Grazzi et al. 2024)."""
 
-    def running(self, bits):
+    def running(self, bits: np.ndarray) -> np.ndarray:
         return np.cumsum(bits, axis=1) % 2

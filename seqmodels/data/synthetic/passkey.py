@@ -37,15 +37,15 @@ class Passkey(Task):
 
     has_depth: ClassVar[bool] = True
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.depth != -1 and not 0 <= self.depth <= 1:
             self.refuse("depth", "from 0 to 1, or -1 for a random one")
 
     @property
-    def symbols(self):
+    def symbols(self) -> list[str]:
         return list(WORDS)
 
-    def check(self, length):
+    def check(self, length: int) -> None:
         fixed = len(self._needle(0)) + len(ids(QUESTION)) + DIGITS - 1
         if length < fixed:
             refuse_length(length, f"at least {fixed}, the words of the needle and the question")
@@ -53,7 +53,7 @@ class Passkey(Task):
     def _needle(self, key: int) -> np.ndarray:
         return ids(NEEDLE.format(key=" ".join(f"{key:0{DIGITS}}")))
 
-    def rows(self, rng, count, length):
+    def rows(self, rng: np.random.Generator, count: int, length: int) -> Rows:
         keys = rng.integers(1, 50_001, count)
         depths = rng.random(count) if self.depth == -1 else np.full(count, self.depth)
         read = np.empty((count, length), np.int32)

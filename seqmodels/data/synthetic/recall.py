@@ -22,7 +22,7 @@ class AssociativeRecall(Task):
 
     vocab: int = 21
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if self.vocab < 5:
             self.refuse("vocab", "at least 5: two keys, two values and the marker")
 
@@ -32,14 +32,14 @@ class AssociativeRecall(Task):
         return (self.vocab - 1) // 2
 
     @property
-    def symbols(self):
+    def symbols(self) -> list[str]:
         return [*(f"k{i}" for i in range(self.keys)), *(f"v{i}" for i in range(self.vocab - 1 - self.keys)), "=>"]
 
-    def check(self, length):
+    def check(self, length: int) -> None:
         if length < 4 or length % 2:
             refuse_length(length, "even and at least 4: pairs, the marker and a key")
 
-    def rows(self, rng, count, length):
+    def rows(self, rng: np.random.Generator, count: int, length: int) -> Rows:
         values = rng.integers(self.keys, self.vocab - 1, (count, self.keys), dtype=np.int32)  # of each key
         shown = rng.integers(0, self.keys, (count, length // 2 - 1), dtype=np.int32)
         there = np.zeros((count, self.keys), bool)

@@ -34,7 +34,7 @@ class Task:
 
     has_depth: ClassVar[bool] = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         """Refuses settings that do not fit. Raises UserError."""
 
     @property

@@ -24,20 +24,20 @@ class WordProblem(Task):
     group: str = "s5"
     shortest: int = 0
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         group_table(self.group)
         if self.shortest < 0:
             self.refuse("shortest", "at least 0")
 
     @property
-    def symbols(self):
+    def symbols(self) -> list[str]:
         return [*(f"g{i}" for i in range(len(group_table(self.group)))), "_"]
 
-    def check(self, length):
+    def check(self, length: int) -> None:
         if length < max(self.shortest, 1):
             refuse_length(length, f"at least {max(self.shortest, 1)}, config.data.task.shortest")
 
-    def rows(self, rng, count, length):
+    def rows(self, rng: np.random.Generator, count: int, length: int) -> Rows:
         table = group_table(self.group)
         words = rng.integers(0, len(table), (count, length), dtype=np.int32)
         products = np.empty_like(words)
@@ -48,5 +48,5 @@ class WordProblem(Task):
         answers = np.arange(length) < sizes
         return Rows(np.where(answers, words, len(table)).astype(np.int32), only(answers, products), answers)
 
-    def tests(self, lengths):
+    def tests(self, lengths: tuple[int, ...]) -> dict[str, tuple[Task, int]]:
         return {str(n): (dataclasses.replace(self, shortest=0), n) for n in lengths}
