@@ -12,6 +12,7 @@ import importlib
 import pathlib
 from collections.abc import Callable
 from difflib import get_close_matches
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -28,7 +29,7 @@ MIXERS = (  # the configs that a sweep compares
 DEFAULT = "mqar"
 
 # Fields of each task (seqmodels/data/synthetic/<task>.py) with their values in its small preset
-FIELDS = {
+FIELDS: dict[str, dict[str, Any]] = {
     "copying": dict(vocab=16, tokens=4),
     "selective_copying": dict(vocab=16, tokens=4),
     "induction": dict(vocab=8),
@@ -48,7 +49,7 @@ FIELDS = {
     "passkey": dict(depth=-1.0),
 }
 # Sizes of each task. lengths: row lengths at which a trained model is measured too.
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "copying": dict(length=32),
     "selective_copying": dict(length=32),
     "induction": dict(length=32, steps=400, lengths=tuple(2**i for i in range(5, 12))),
@@ -61,10 +62,10 @@ SIZES = {
     "listops": dict(length=100),
     "passkey": dict(length=64, lengths=(64, 128, 256, 512)),
 }
-SMALL = dict(batch_size=32, steps=1000, learning_rate=1e-2, embedding_std=0.3)
+SMALL: dict[str, Any] = dict(batch_size=32, steps=1000, learning_rate=1e-2, embedding_std=0.3)
 TWO_POWERS = tuple(2**i for i in range(6, 21))
-ZOOLOGY = dict(batch_size=512, steps=12_500, width=128)  # 64 epochs of 100,000 rows
-PAPERS = {
+ZOOLOGY: dict[str, Any] = dict(batch_size=512, steps=12_500, width=128)  # 64 epochs of 100,000 rows
+PAPERS: dict[str, dict[str, Any]] = {
     # Gu and Dao 2023, appendix E.1; the learning rate of induction is ours
     "selective_copying-mamba": dict(
         task=dict(vocab=16, tokens=16),
@@ -122,7 +123,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     """The config of `preset[,key=value...]`, locked. Raises ValueError if a preset, key or value does not exist."""
     chosen, keys = parse(arg or DEFAULT)
     task = chosen.partition("-")[0]
-    sizes = dict(width=64, layers=2, learning_rate=3e-3, schedule="cosine", lengths=(), embedding_std=0.02)
+    sizes: dict[str, Any] = dict(
+        width=64, layers=2, learning_rate=3e-3, schedule="cosine", lengths=(), embedding_std=0.02
+    )
     sizes |= SIZES[task] | PAPERS[chosen] if chosen in PAPERS else SMALL | SIZES[task]
     fields = FIELDS[task] | sizes.pop("task", {})
     sizes |= {key: value for key, value in keys.items() if key in ("length", "width", "layers")}
@@ -149,9 +152,9 @@ def parse(arg: str) -> tuple[str, dict]:
     first, *rest = arg.split(",")
     chosen = preset(first, [*FIELDS, *PAPERS])
     task = FIELDS[chosen.partition("-")[0]]
-    types = dict(mixer=str, length=int, width=int, layers=int)
+    types: dict[str, type] = dict(mixer=str, length=int, width=int, layers=int)
     types |= {name: type(value) for name, value in task.items() if not isinstance(value, tuple)}
-    keys = {"mixer": "mamba"}
+    keys: dict[str, Any] = {"mixer": "mamba"}
     for part in rest:
         key, equals, text = part.partition("=")
         if not equals or key not in types:

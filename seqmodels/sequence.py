@@ -53,7 +53,9 @@ def make_sequence(
     count = jnp.cumsum(real, axis=1, dtype=jnp.int32) - real  # real tokens before this one in the row
     start = -before[:, None]  # of the current document, in the same count
     if segment_ids is not None:
-        start = jax.lax.cummax(jnp.where(resets(segment_ids, segment, mask), count, start), axis=1)
+        changed = resets(segment_ids, segment, mask)
+        assert changed is not None  # it is None only without segment_ids
+        start = jax.lax.cummax(jnp.where(changed, count, start), axis=1)
         after = previous_segment(segment_ids, segment, mask)[:, -1]
     else:
         after = jnp.zeros((batch,), jnp.int32) if segment is None else segment

@@ -61,7 +61,7 @@ class ByteTokenizer(Tokenizer):
     name = fingerprint = "bytes"
     vocab_size, separator = 257, 256
 
-    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -88,7 +88,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.vocab_size = max(pieces, self.separator + 1)
         self._pieces = pieces
 
-    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.asarray(ids, self.dtype) for ids in self._model.EncodeAsIds(texts)]
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -115,7 +115,7 @@ class HuggingFaceTokenizer(Tokenizer):
         self.separator = known[0] if known else self._ids
         self.vocab_size = max(self._ids, self.separator + 1)
 
-    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._model.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, self.dtype) for encoding in encodings]
 

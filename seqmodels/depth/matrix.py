@@ -72,7 +72,7 @@ class MatrixFusion(nn.Module):
         readout: Any,
         sources: tuple[Stream, ...],
         seq: Sequence,
-        carried: Any = None,
+        carried: None = None,
     ) -> tuple[jax.Array, jax.Array, None, Stream]:
         """As VectorFusion: y as the mixer's `project` takes it, the layer's own new state, None, the layer's stream."""
         if seq.mask is not None:

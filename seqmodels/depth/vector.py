@@ -85,8 +85,8 @@ class VectorFusion(nn.Module):
         readout: Readout,
         sources: tuple[Stream, ...],
         seq: Sequence,
-        carried: Any = None,
-    ) -> Any:
+        carried: jax.Array | None = None,
+    ) -> tuple[jax.Array, jax.Array, jax.Array | None, Stream]:
         """The layer's scan, fused.
 
         Args:

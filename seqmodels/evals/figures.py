@@ -35,7 +35,11 @@ def batch_sums(
     ids = batch.get("segment_ids") if reset else None
     hidden, _ = model.apply(variables, batch[input_of(model.config).key], segment_ids=ids, mask=batch.get("mask"))
     options = {"chunk": LOGIT_TOKENS} if head.method == "logits" else {}
-    _, sums = head.loss(lambda *x: model.apply(variables, *x, method=head.method), hidden, batch, **options)
+
+    def outputs_of(*arguments: Any) -> Any:
+        return model.apply(variables, *arguments, method=head.method)
+
+    _, sums = head.loss(outputs_of, hidden, batch, **options)
     if mesh is None:
         return sums
     return jax.lax.with_sharding_constraint(sums, NamedSharding(mesh, PartitionSpec()))

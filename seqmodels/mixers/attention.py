@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from seqmodels.branch import Branch, real
+from seqmodels.branch import Branch, State, real
 from seqmodels.fields.attention import ATTENTION
 from seqmodels.kernels.attention import attention
 from seqmodels.kernels.segments import resets
@@ -219,7 +219,7 @@ class Attention(Branch):
         return 4 * length * heads * head_dim
 
     @nn.compact
-    def __call__(self, x: jax.Array, seq: Sequence, state: Any = None) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[jax.Array, State]:
         """x [B, T, D] to y [B, T, D] and the cache with these tokens. Without a state the cache holds just them."""
         heads, kv_heads, head_dim = self.sizes
         x = real(x, seq, self.dtype)

@@ -14,11 +14,11 @@ from seqmodels.errors import UserError
 from seqmodels.sequence import Sequence, make_sequence
 
 
-class Bidirectional(Branch):
+class Bidirectional(Branch, kw_only=True):
     """`bi:` of the pattern language. `ahead` and `back` are two branches of the same kind."""
 
-    ahead: Branch | None = None
-    back: Branch | None = None
+    ahead: Branch
+    back: Branch
 
     causal: ClassVar[bool] = False
 
@@ -47,4 +47,5 @@ class Bidirectional(Branch):
 def reversed_in_time(seq: Sequence) -> Sequence:
     """The same tokens from the last to the first."""
     segment_ids, mask = (None if x is None else x[:, ::-1] for x in (seq.segment_ids, seq.mask))
-    return make_sequence(*seq.positions.shape, segment_ids, mask)[0]
+    batch, length = seq.positions.shape
+    return make_sequence(batch, length, segment_ids, mask)[0]

@@ -4,14 +4,12 @@ S_t = diag(exp g_t) S_{t-1} + k_t v_t^T,  o_t = q_t S_t,  g_t = log sigmoid(x_t 
 y = (norm_head(o) * silu(x W_g)) W_o
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from seqmodels.branch import Branch, real
+from seqmodels.branch import Branch, State, real
 from seqmodels.fields.gla import GLA
 from seqmodels.layers.norm import rms_norm
 from seqmodels.layers.parameter import normal, ones, parameter, residual_std, zeros
@@ -49,7 +47,7 @@ class Gla(Branch):
         return state_flops(self.state_shape, decays=True)
 
     @nn.compact
-    def __call__(self, x: jax.Array, seq: Sequence, state: Any = None) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[jax.Array, State]:
         """x [B, T, D] to y [B, T, D] and the new state."""
         heads, keys, values = self.state_shape
         x = real(x, seq, self.dtype)

@@ -3,14 +3,12 @@
 S_t = S_{t-1} + phi(k_t) v_t^T,  z_t = z_{t-1} + phi(k_t),  y_t = phi(q_t) S_t / (phi(q_t) . z_t)
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from seqmodels.branch import Branch, real
+from seqmodels.branch import Branch, State, real
 from seqmodels.fields.linear_attention import LINEAR_ATTENTION
 from seqmodels.layers.parameter import normal, residual_std
 from seqmodels.mixers.matrix import state_flops
@@ -78,7 +76,7 @@ class LinearAttention(Branch):
         return state_flops(self.state_shape, decays=False)
 
     @nn.compact
-    def __call__(self, x: jax.Array, seq: Sequence, state: Any = None) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[jax.Array, State]:
         """x [B, T, D] to y [B, T, D] and the new state."""
         x = real(x, seq, self.dtype)
 

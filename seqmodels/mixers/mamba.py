@@ -1,7 +1,6 @@
 """Mamba (Gu & Dao 2023, arXiv 2312.00752): a state space model whose step, input and output depend on the token."""
 
 import math
-from typing import Any
 
 import flax.linen as nn
 import jax
@@ -144,7 +143,7 @@ class Mamba(Linked):
             ssm=jnp.zeros((batch, self.inner, self.state), jnp.float32),
         )
 
-    def stream_and_readout(self, x: jax.Array, seq: Sequence, state: Any = None) -> tuple[Stream, Readout]:
+    def stream_and_readout(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[Stream, Readout]:
         """Everything before the scan: projection, convolution, and the token's step, input and output matrices."""
         if state is None:
             state = self.init_state(x.shape[0])

@@ -1,7 +1,5 @@
 """Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): a matrix state for each head, whose decay is a number for each token."""
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -118,7 +116,7 @@ class Mamba2(Linked):
             ssm=jnp.zeros((batch, *self.state_shape), jnp.float32),
         )
 
-    def stream_and_readout(self, x: jax.Array, seq: Sequence, state: Any = None) -> tuple[Stream, Readout]:
+    def stream_and_readout(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[Stream, Readout]:
         """Everything before the recurrence: projections, convolutions, the token's step, keys and queries."""
         if state is None:
             state = self.init_state(x.shape[0])

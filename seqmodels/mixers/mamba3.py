@@ -9,14 +9,12 @@ s_t = lambda_t dt_t + (1 - lambda_{t+1}) dt_{t+1}, without the second part for a
 before, decayed once more, and its own token beside it.
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from seqmodels.branch import Branch, real
+from seqmodels.branch import Branch, State, real
 from seqmodels.fields.mamba3 import MAMBA3
 from seqmodels.kernels.segments import resets
 from seqmodels.layers.norm import rms_norm
@@ -137,7 +135,7 @@ class Mamba3(Branch):
         shapes["value"] = (heads, head_dim)
         return {name: jnp.zeros((batch, *shape), jnp.float32) for name, shape in shapes.items()}
 
-    def __call__(self, x: jax.Array, seq: Sequence, state: Any = None) -> tuple[jax.Array, Any]:
+    def __call__(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[jax.Array, State]:
         """x [B, T, D] to y [B, T, D] and the new state."""
         batch, length, _ = x.shape
         state = self.init_state(batch) if state is None else state

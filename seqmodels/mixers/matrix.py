@@ -66,13 +66,13 @@ def read_states(
     Returns:
         y [B, T, G, H, V], one readout a stream, and the streams' new states [B, G, H, K, V].
     """
-    decays = [s.log_decay for s in streams]
+    decays = [s.log_decay for s in streams if s.log_decay is not None]  # of all streams, or of none
     heads = streams[0].v.shape[2]
     y, state = linear_attention(
         jnp.concatenate([s.turned(q) for s, q in zip(streams, queries, strict=True)], axis=2),
         jnp.concatenate([s.turned(s.k) for s in streams], axis=2),
         jnp.concatenate([s.written() for s in streams], axis=2),
-        None if decays[0] is None else jnp.concatenate(decays, axis=-1),
+        jnp.concatenate(decays, axis=-1) if decays else None,
         initial_state=jnp.concatenate([s.state for s in streams], axis=1),
         implementation=implementation,
         **seq.documents(),

@@ -6,8 +6,6 @@ Parallel, recurrent and chunkwise forms are one function, `kernels.linear_attent
 in the norm and no MLP behind it this is the block of DenseRetNet (He et al. 2024, arXiv 2403.00818, the authors' code).
 """
 
-from typing import Any
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -138,7 +136,7 @@ class RetNet(Linked):
         """[B, H, K, V] float32."""
         return jnp.zeros((batch, *self.state_shape), jnp.float32)
 
-    def stream_and_readout(self, x: jax.Array, seq: Sequence, state: Any = None) -> tuple[Stream, Readout]:
+    def stream_and_readout(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[Stream, Readout]:
         """Keys, values, queries and gates."""
         if state is None:
             state = self.init_state(x.shape[0])

@@ -76,7 +76,8 @@ class Live:
         status = _status(record) + (f" ({record['stage']})" if record["status"] == "running" else "")
         loss, speed, seconds = row.get("loss"), row.get("tokens_per_second"), record.get("seconds")
         if record["status"] == "running":
-            seconds += time.time() - datetime.datetime.fromisoformat(record["stage_started"]).timestamp()
+            began = datetime.datetime.fromisoformat(record["stage_started"]).timestamp()
+            seconds = record["seconds"] + time.time() - began
         return [
             trial.id,
             self._names[trial.id],

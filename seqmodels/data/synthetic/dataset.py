@@ -1,7 +1,6 @@
 """Batches of a task, generated as they are asked for: a batch is a pure function of (seed, step)."""
 
 import dataclasses
-import itertools
 from collections.abc import Iterator
 from functools import cached_property
 from typing import ClassVar
@@ -34,24 +33,24 @@ def mix(x: np.ndarray) -> np.ndarray:
 
 
 def sample(task: Task, rng: np.random.Generator, count: int, length: int, held_out: bool | None) -> Rows:
-    """`count` rows of a task, of those that are held out, of those that are not, or (None) of all.
+    """Draws `count` rows of a task.
+
+    Args:
+      held_out: True: only rows that are held out of training. False: only the others. None: any.
 
     Raises: UserError where there are hardly any such rows.
     """
     if held_out is None:
         return task.rows(rng, count, length)
     found, pieces = 0, []
-    for attempt in itertools.count():
+    for _ in range(ATTEMPTS + 2):
         rows = task.rows(rng, count - found, length)
         kept = np.flatnonzero((fold(rows.tokens) == 0) == held_out)
         pieces.append(Rows(*(part[kept] for part in rows)))
         found += len(kept)
         if found == count:
             return Rows(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
-        if attempt > ATTEMPTS:
-            raise UserError(
-                f"config.seq_len={length}: this task has too few different rows to hold some out; make it longer"
-            )
+    raise UserError(f"config.seq_len={length}: this task has too few different rows to hold some out; make it longer")
 
 
 @dataclasses.dataclass(frozen=True)

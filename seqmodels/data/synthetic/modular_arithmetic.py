@@ -84,7 +84,9 @@ class ModularArithmetic(Task):
         """Ids and value of one expression with brackets. A stack, not recursion: long ones nest deeply."""
         m = self.modulus
         plus, minus, opening, closing = m, m + 1, m + 3, m + 4
-        symbols, numbers, todo = [], [], [size]
+        symbols: list[int] = []
+        numbers: list[int] = []
+        todo: list[int | str] = [size]  # sizes of parts; an operator, with and without its sides
         while todo:
             part = todo.pop()
             if isinstance(part, str):  # both sides are there: close the bracket

@@ -21,7 +21,7 @@ class SymbolTokenizer(Tokenizer):
         self._symbols = symbols
         self._ids = {symbol: i for i, symbol in enumerate(symbols)}
 
-    def encode_batch(self, texts: Iterable[str]) -> list[np.ndarray]:
+    def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         """Raises UserError for a name that is not there."""
         for word in (word for text in texts for word in text.split() if word not in self._ids):
             near = difflib.get_close_matches(word, self._symbols, n=3, cutoff=0) if len(word) < 20 else []
