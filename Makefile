@@ -1,6 +1,6 @@
 # make train       train the default model, on the text that ships with the project
 # make test        all tests; make test-fast: without the slow ones; make smoke: the least that must work, in two minutes
-# make lint        style
+# make lint        style and types
 # make clean       remove the virtual environment and caches; runs/ and data/ stay
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or later). REQUIREMENTS=requirements-gpu.txt installs jax for NVIDIA GPUs,
@@ -28,6 +28,7 @@ smoke: $(VENV)/.installed-test
 lint: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 clean:
 	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build seqmodels.egg-info

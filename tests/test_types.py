@@ -6,7 +6,7 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).resolve().parents[1] / "seqmodels"
 FOLDERS = (PACKAGE, PACKAGE / "kernels", PACKAGE / "configs")  # the last two are links, which rglob does not follow
-# The parts of one Pallas kernel, which call nothing but each other: most arguments are references to device memory.
+# Parts of Pallas kernels, most of whose arguments are references to memory of the device, or registers.
 PALLAS = re.compile(r"kernels/\w+/mosaic")
 
 
@@ -25,15 +25,14 @@ def untyped(source):
     lacking = {}
 
     def visit(body, prefix, method):
-        for node in body:
-            if node_is_public(node) and isinstance(node, ast.ClassDef):
+        for node in filter(node_is_public, body):
+            if isinstance(node, ast.ClassDef):
                 visit(node.body, f"{prefix}{node.name}.", True)
-            elif node_is_public(node) and isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
-                if names := without_type(node, method):
-                    lacking[prefix + node.name] = names
+            elif isinstance(node, ast.FunctionDef):
+                lacking[prefix + node.name] = without_type(node, method)
 
     visit(ast.parse(source).body, "", False)
-    return lacking
+    return {name: names for name, names in lacking.items() if names}
 
 
 def node_is_public(node):

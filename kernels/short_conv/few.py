@@ -27,7 +27,9 @@ def supports(batch: int, length: int, channels: int, documents: bool) -> str | N
 
 
 @functools.partial(jax.jit, static_argnames="activation")  # traced once a shape, not once a layer
-def few(x, weight, bias, state, *, activation):
+def few(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None, state: jax.Array, *, activation: str | None
+) -> tuple[jax.Array, jax.Array]:
     """y [B, T, E] and the final state, which takes the place of `state` where that is donated.
 
     Args:

@@ -9,7 +9,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from seqmodels.branch import real
+from seqmodels.branch import State, real
 from seqmodels.fields.mamba import MAMBA
 from seqmodels.layers.matmul import separate_matmuls
 from seqmodels.layers.norm import rms_norm

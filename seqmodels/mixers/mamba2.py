@@ -7,7 +7,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from seqmodels.branch import real
+from seqmodels.branch import State, real
 from seqmodels.fields.mamba2 import MAMBA2
 from seqmodels.layers.matmul import separate_matmuls, wide_matmul
 from seqmodels.layers.norm import gated_norm

@@ -13,7 +13,7 @@ import numpy as np
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from seqmodels.branch import real
+from seqmodels.branch import State, real
 from seqmodels.fields.retnet import RETNET
 from seqmodels.layers.norm import rms_norm
 from seqmodels.layers.parameter import Init, normal, ones, parameter, uniform

@@ -1,9 +1,6 @@
 """The registry of operations: what each module declares, and the one wrapper that runs them on a mesh."""
 
-import importlib
 import inspect
-import pkgutil
-import re
 
 import flax.linen as nn
 import jax
@@ -12,7 +9,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType
 
-from seqmodels import kernels, parallel
+from seqmodels import parallel
 from seqmodels.kernels import OPERATIONS
 from seqmodels.training.sharding import AXES, RULES
 
@@ -112,18 +109,3 @@ def test_attention_on_a_mesh(sizes):
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         got = run(parallel.attention)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=2e-5, atol=2e-6), got, want)
-
-
-def modules_of_kernels():
-    """All modules of plain Python and XLA; those of Pallas kernels are left out."""
-    names = [info.name for info in pkgutil.walk_packages(kernels.__path__, "seqmodels.kernels.")]
-    return [name for name in names if not re.search(r"mosaic|\.few$|\.lanes$|\.interpret$|\.arrays$", name)]
-
-
-@pytest.mark.parametrize("name", modules_of_kernels())
-def test_public_functions_are_typed(name):
-    module = importlib.import_module(name)
-    for function in vars(module).values():
-        if inspect.isfunction(function) and function.__module__ == name and not function.__name__.startswith("_"):
-            untyped = {*inspect.signature(function).parameters, "return"} - set(inspect.get_annotations(function))
-            assert not untyped, f"{name}.{function.__name__}: {sorted(untyped)} have no type"
