@@ -1,5 +1,6 @@
-"""Text or tasks to batches. Text: sources, tokenizers, the token cache and the batches drawn from it (docs/data.md).
-Tasks are generated (docs/synthetic.md)."""
+"""Makes batches of text or of synthetic tasks.
+
+Text: sources, tokenizers, the token cache and its batches (docs/data.md). Tasks are generated (docs/synthetic.md)."""
 
 from seqmodels.data.contract import ArraySpec, BatchSource
 from seqmodels.data.dataset import Dataset, TokenSplit, load, prefetch

@@ -1,4 +1,6 @@
-"""tensorflow-datasets builders for text on this machine. Written as ArrayRecord, so random access and no TensorFlow.
+"""tensorflow-datasets builders for text on this machine.
+
+They write ArrayRecord files, which allow random access and need no TensorFlow.
 
 Imported only to build or read a dataset: a finished token cache needs neither this file nor the library.
 """
@@ -37,7 +39,7 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
 
     Args:
       files, text_key: see `seqmodels.data.text.read_documents`.
-      **kwargs: tfds's own. The data directory must be another one for other files.
+      **kwargs: arguments of tfds. Each set of files needs a data directory of its own.
     """
 
     VERSION = tfds.core.Version("1.0.0")

@@ -1,11 +1,11 @@
-"""The token cache: text tokenised once, as flat files that NumPy maps into memory.
+"""The token cache: text that was tokenised once, in flat files that NumPy maps into memory.
 
-`<cache>/tokens/<label>-<request>-<text>/` holds, with the two fingerprints in its name,
+`<cache>/tokens/<label>-<request>-<text>/`, where request and text are fingerprints, holds
 - `<split>/tokens.bin`: ids of all documents one after another, each begun by the separator; uint16 or uint32;
 - `<split>/documents.npy`: int64, where in `tokens.bin` each document begins;
 - `meta.json`: tokenizer, dtype and, by split, tokens, documents, bytes of text and their size under `xz -9`.
 
-It is written beside its place and renamed at the end, so there is never half of one; a lock makes other processes wait.
+It is written under another name and renamed at the end, so a cache is always complete. Other processes wait for a lock.
 """
 
 import array
@@ -35,8 +35,8 @@ def find_or_build(source: Source, tokenizer: Tokenizer, root: Path) -> Path:
     """Directory of the finished cache for a source and a tokenizer, built if there is none.
 
     Args:
-      source: what to tokenise; opened only if there is no cache.
-      tokenizer: with what.
+      source: the text; it is opened only if there is no cache.
+      tokenizer: what it is tokenised with.
       root: `config.data.cache`.
 
     Raises:
@@ -55,7 +55,7 @@ def find_or_build(source: Source, tokenizer: Tokenizer, root: Path) -> Path:
 
 
 def _find(folder: Path, stem: str, content: str | None) -> Path | None:
-    """The newest finished cache of a request, for one text if its fingerprint is known."""
+    """The newest finished cache of a request; if the fingerprint of the text is known, only of that text."""
     found = folder.glob(f"{stem}-{content or '*'}/meta.json")
     return max((path.parent for path in found if not path.parent.name.endswith(".partial")), key=_age, default=None)
 
@@ -66,7 +66,7 @@ def _age(path: Path) -> float:
 
 @contextlib.contextmanager
 def _locked(path: Path) -> Iterator[None]:
-    """Holds a file lock; the system lets go of it however the process ends."""
+    """Holds a file lock. The system releases it even if the process is killed."""
     with path.open("w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -120,7 +120,7 @@ def _write_split(documents: Documents, tokenizer: Tokenizer, folder: Path) -> di
 
 
 def _batches(documents: Documents) -> Iterator[list[str]]:
-    """Documents in lists of about BATCH_CHARACTERS, which the tokenizer takes at once. Blank ones are left out."""
+    """Documents in lists of about BATCH_CHARACTERS characters. Blank documents are left out."""
     filled = (text for text in documents if text.strip())
     while first := next(filled, None):
         batch, room = [first], BATCH_CHARACTERS - len(first)

@@ -1,4 +1,4 @@
-"""What training asks of a dataset: batches, what is in them, and what they are for.
+"""What training needs of a dataset: batches, the arrays in them, and the objective that they are for.
 
 A dataset of your own is a subclass of `BatchSource`, handed to `seqmodels.training.loop.train(config, workdir,
 dataset)`.
@@ -54,7 +54,7 @@ class BatchSource:
       objective: what the batches are for, a name in `seqmodels.heads.HEADS`.
       measured_by: how a split is measured: "head", by the figures of the model's head; "perplexity", as text with its
         bytes; "accuracy", by the answers of a synthetic task.
-      tokenizer: of those that have one; a run then ends with a sample of text.
+      tokenizer: only in datasets of text or of synthetic tasks; a run then ends with a sample of text.
       held_out: names of the splits other than train, each of which `dataset[name]` gives as a `BatchSplit`.
     """
 
@@ -75,7 +75,9 @@ class BatchSource:
         raise NotImplementedError
 
     def batch(self, n: int, rows: slice | None = None) -> Batch:
-        """Training batch of step n from 0, arrays as `spec` says, a pure function of n: a run resumes bit for bit.
+        """The training batch of step n, counted from 0, with the arrays of `spec`.
+
+        It must be a pure function of n, so that an interrupted run continues bit for bit.
 
         Args:
           rows: part of the batch that this host needs; None is all of it.
@@ -87,14 +89,14 @@ class BatchSource:
         raise NotImplementedError
 
     def describe(self) -> str:
-        """What a run says of its data."""
+        """A line on the data, which a run prints."""
         return ", ".join(f"{name} {list(array.shape)}" for name, array in self.spec.items())
 
 
 def check_spec(spec: Spec, batch_size: int, seq_len: int) -> None:
-    """Whether the arrays of a spec have the rows and positions that a config asks for.
+    """Checks that the arrays of a spec have the rows and positions that a config asks for.
 
-    Raises: UserError naming the first array that has not.
+    Raises: UserError that names the first array that does not.
     """
     for name, array in spec.items():
         over_time = name in ("tokens", "values", "mask", "segment_ids") or len(array.shape) == 3

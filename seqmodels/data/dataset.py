@@ -27,7 +27,7 @@ class TokenSplit:
       tokens: [tokens] uint16 or uint32, mapped from disk. Every document begins with the separator.
       documents: [documents] int64, index into `tokens` at which each begins.
       bytes: UTF-8 bytes of the raw text, separators not counted.
-      separate: documents have segment ids of their own; else all tokens have 0 (`config.data.reset`).
+      separate: whether each document has its own segment id (`config.data.reset`); else all tokens have 0.
     """
 
     tokens: np.ndarray
@@ -36,7 +36,7 @@ class TokenSplit:
     separate: bool = True
 
     def rows(self, length: int) -> int:
-        """Number of whole rows: row r is `tokens[r * length : (r + 1) * length + 1]`, its last token a target only."""
+        """Number of whole rows. Row r is `tokens[r * length : (r + 1) * length + 1]`; its last token is only a target."""
         return (len(self.tokens) - 1) // length
 
     def segment_ids(self, start: int, stop: int) -> np.ndarray:
@@ -53,7 +53,7 @@ class TokenSplit:
         return {"tokens": text[:, :-1], "targets": text[:, 1:], "segment_ids": segment_ids}
 
     def windows(self, length: int, batch_size: int = 1, limit: int | None = None) -> Iterator[Batch]:
-        """Consecutive rows from the first token to the last, each target once: what an evaluation reads.
+        """Yields consecutive rows for an evaluation. Every token of the split but the first is a target exactly once.
 
         Args:
           length: context length T, in tokens.
@@ -62,7 +62,7 @@ class TokenSplit:
 
         Yields:
           `tokens`, `targets`, `segment_ids` [B, T] int32 and `mask` [B, T] bool, False where there is no target:
-          after the end of the split (tokens and targets 0, the segment goes on) and in the rows that fill up.
+          after the end of the split (where tokens and targets are 0, and the segment id stays) and in added rows.
         """
         targets = len(self.tokens) - 1
         rows = -(-targets // length)
@@ -90,7 +90,7 @@ class Dataset(BatchSource):
       tokenizer: what it was tokenised with.
       seq_len, batch_size: T and B of a (global) batch.
       seed: of the order of rows.
-      bptt: rows of one batch go on where those of the batch before ended.
+      bptt: whether the rows of a batch continue those of the batch before.
       separate: see `TokenSplit`.
     """
 
@@ -181,7 +181,7 @@ class Dataset(BatchSource):
 def load(
     config: ConfigDict, *, seq_len: int, batch_size: int, seed: int = 0, bptt: bool = False
 ) -> Dataset | synthetic.SyntheticDataset:
-    """The dataset that a config names, tokenised on first use; with a `config.task`, that task's, which is generated.
+    """The dataset that a config names. Text is tokenised on first use. With a `config.task` the dataset is generated.
 
     Args:
       config: `config.data`, see seqmodels/fields/run.py.
@@ -191,7 +191,7 @@ def load(
       bptt: contiguous streams in place of shuffled rows (truncated backpropagation through time).
 
     Raises:
-      UserError: a name, path, tokenizer or size that cannot serve; the line says which and why.
+      UserError: a name, path, tokenizer or size that cannot be used; the message says which and why.
     """
     if seq_len < 1:
         raise UserError(f"config.seq_len={seq_len}: must be at least 1")
@@ -214,10 +214,10 @@ def load(
 
 
 class prefetch:
-    """Iterator over `dataset.batch(start)`, `dataset.batch(start + 1)`, ..., read by a thread a few steps ahead.
+    """Iterator over `dataset.batch(start)`, `dataset.batch(start + 1)`, ..., which a thread reads a few steps ahead.
 
-    Close it (or use it in a `with`), and the thread has ended when `close` returns. An error in the thread is raised
-    by `next`.
+    Close it, or use it in a `with`: the thread has ended when `close` returns. An error in the thread is raised by
+    `next`.
 
     Args:
       dataset: anything with `batch(n, rows)`.

@@ -1,10 +1,10 @@
-"""A random order of any number of rows that needs no memory: position in, row out.
+"""A random order of any number of rows, computed from the position, so that it needs no memory.
 
 A Feistel network permutes the numbers below a power of four, whatever its round function (Luby & Rackoff, 1988, "How to
 construct pseudorandom permutations from pseudorandom functions"). Numbers that fall outside the range are sent through
 again until they fall inside ("cycle walking": Black & Rogaway, 2002, "Ciphers with arbitrary finite domains"). That
 leaves a permutation of the range.
-The order depends on these lines alone, on no library's version, so a resumed run sees the same rows.
+The order does not depend on the version of a library, so a resumed run sees the same rows.
 """
 
 import numpy as np

@@ -50,7 +50,7 @@ class Source:
       label: readable name, safe in a file name.
       key: what identifies the request, JSON.
       content: what identifies the text itself; None when the text is not at hand or its name identifies it.
-      open: () -> (content, {split: Documents}); prepares the dataset if need be.
+      open: () -> (content, {split: Documents}); it prepares the dataset if that was not done before.
     """
 
     label: str
@@ -65,7 +65,7 @@ def fingerprint(value: Any) -> str:
 
 
 def find_source(config: ConfigDict) -> Source:
-    """The source that `config.data` names. Cheap: nothing is prepared and tensorflow-datasets is not imported.
+    """The source that `config.data` names. This is fast: nothing is prepared, tensorflow-datasets is not imported.
 
     Raises:
       UserError: fields that do not go together, or a file of an unknown kind.
@@ -136,7 +136,7 @@ def _prepare_local(builder) -> dict[str, Documents]:
 
 
 def _open_splits(builder, text_key: str) -> dict[str, Documents]:
-    """Train, validation and test split of a prepared dataset; those that it lacks are cut from the end of train."""
+    """The splits train, validation and test of a prepared dataset. Missing ones are cut from the end of train."""
     missing = tuple(split for split in SPLITS[1:] if split not in builder.info.splits)
     selections = {split: split for split in SPLITS} | CUTS[missing]
     documents = {}
@@ -196,10 +196,10 @@ def _open_public(config, root: Path):
 
 
 def _check_network(builder):
-    """Fails at once, not after minutes of retries, when no host that a dataset is downloaded from has an address.
+    """Fails at once if there is no network; a download would fail only after minutes of retries.
 
     Raises:
-      ConnectionError: none of the hosts resolves, and no proxy is set that might reach them.
+      ConnectionError: no host of the dataset's downloads has an address, and no proxy is set that might reach one.
     """
     hosts = {urllib.parse.urlparse(url).hostname for url in builder.url_infos or ()} - {None}
     if builder.is_prepared() or not hosts or urllib.request.getproxies():

@@ -29,9 +29,9 @@ HELD_OUT_SHARE = 0.05  # of a text of one's own: the last twentieth is the test,
 def works() -> Iterator[tuple[str, str, str]]:
     """The embedded corpus: 42 works of Shakespeare and 6 of Austen, in the public domain.
 
-    A document is a whole work. Held out are whole works too, one of each author, so no character, plot or sentence of
-    the held-out text was trained on: Northanger Abbey and Macbeth (validation, 5.9% of the bytes), Persuasion and
-    The Tempest (test, 6.2%).
+    A document is a whole work. For each held-out split one whole work of each author is left out of training, so that
+    no character, plot or sentence of it was trained on: Northanger Abbey and Macbeth (validation, 5.9% of the bytes),
+    Persuasion and The Tempest (test, 6.2%).
 
     Yields:
       (split, title, text)
@@ -107,10 +107,11 @@ def _json_text(line: bytes, where: str, text_key: str) -> str:
 
 
 def cut(documents: Iterable[str], total: int, split: str) -> Iterator[str]:
-    """The part of a text that belongs to a split: contiguous, in order, together the whole and nothing twice.
+    """The part of a text that belongs to a split. The splits are contiguous and share no text.
 
-    The last `HELD_OUT_SHARE` is the test split, as much before it the validation split. A document across a border is
-    cut at the end of a line (failing that, of a word); one under a hundredth of the text stays in the earlier split.
+    The last `HELD_OUT_SHARE` of the text is the test split; as much before it is the validation split. A document that
+    lies across a border is cut at the end of a line, or of a word if there is no line end. If it is shorter than a
+    hundredth of the text, it stays whole, in the earlier split.
 
     Args:
       documents: the whole text, document by document.
@@ -132,7 +133,7 @@ def cut(documents: Iterable[str], total: int, split: str) -> Iterator[str]:
 
 
 def _cut_at(document: str, border: int, total: int) -> int:
-    """Where a document is cut for a border `border` characters after its beginning."""
+    """Where to cut a document if a border lies `border` characters after its beginning."""
     if border <= 0:
         return 0
     if border >= len(document) or len(document) < total / 100:

@@ -23,7 +23,7 @@ SEPARATORS = (
 
 
 class Tokenizer:
-    """What the rest of the code knows of a tokenizer.
+    """Base class of tokenizers.
 
     Attributes:
       name: "bytes" or the path of the file.
@@ -46,7 +46,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of a sequence of ids. Separators and ids beyond the vocabulary (a model's padding) give nothing."""
+        """Text of a sequence of ids. Separators, and ids of the model's padding beyond the vocabulary, are left out."""
         raise NotImplementedError
 
     @property
@@ -70,7 +70,7 @@ class ByteTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece `.model`. The separator is its eos, else its bos, else one id more."""
+    """A sentencepiece `.model`. The separator is its eos; without one its bos; without both a new id at the end."""
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
@@ -130,7 +130,7 @@ def load_tokenizer(name: str) -> Tokenizer:
       name: "bytes", or the path of a sentencepiece `.model` or a Hugging Face `tokenizer.json`.
 
     Raises:
-      UserError: neither, no such file, or a file that cannot be read as its ending says.
+      UserError: another name, no such file, or a file that is not of the kind that its name says.
     """
     if name == "bytes":
         return ByteTokenizer()

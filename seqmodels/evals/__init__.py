@@ -3,8 +3,8 @@
     evaluate_run(run, splits, limit) -> dict    # figures of a trained model (`seqmodels.evals.run.Run`), ready for JSON
     table(figures) -> str                       # for the terminal
     plot(axes, figures) -> None                 # on Matplotlib axes; optional; or PLOTS, a tuple of such functions
-    serves(run) -> bool                         # whether the run has what it measures; optional: runs of text have
-    check(config) -> None                       # UserError for settings that cannot serve, before training; optional
+    serves(run) -> bool                         # whether the run has what it measures; optional, default: runs on text
+    check(config) -> None                       # UserError for settings that it cannot use, before training; optional
 
 A new evaluator is one file and one line here.
 """
@@ -45,7 +45,7 @@ BY_NAME_ON_TEXT = ("needle", *BY_NAME)
 
 
 def find(names: list[str], field: str = "--evals") -> dict[str, ModuleType]:
-    """The evaluators of these names. Raises UserError on one that is not."""
+    """The evaluators of these names. Raises UserError for a name that is not there."""
     for name in names:
         if name not in EVALUATORS:
             raise UserError(f"{field}={name}: must be one of {', '.join(EVALUATORS)}")

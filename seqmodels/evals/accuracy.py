@@ -21,9 +21,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 PIECE = 2048  # tokens of a row that are read at once
-LONG = 8  # rows up to so many times the length of training are measured in full number, longer ones in fewer
-FEWEST = 32  # rows of any length
-CACHE = 2**14  # tokens up to which attention, whose cache and time grow with them, is measured
+LONG = 8  # rows up to so many times as long as in training are all measured; of longer rows fewer
+FEWEST = 32  # rows that are measured at least, of any length
+CACHE = 2**14  # longest rows, in tokens, on which attention is measured: its cache and its time grow with them
 
 
 def serves(run: RunData) -> bool:
@@ -40,10 +40,11 @@ def read_rows(
       batch: tokens, targets, segment_ids [B, T] int32, as a `SyntheticSplit` yields them.
 
     Returns:
-      nats [B, T] float64 and right [B, T] bool, the likeliest token is the target: where there are targets.
+      nats [B, T] float64, and right [B, T] bool, whether the likeliest token is the target. Both count only where there
+      is a target.
     """
     length = batch["tokens"].shape[1]
-    end = ((0, 0), (0, -length % piece))  # what is read after a row changes nothing in it
+    end = ((0, 0), (0, -length % piece))  # padding at the end changes no earlier position
     padded = {name: np.pad(batch[name], end) for name in ("tokens", "targets", "segment_ids")}
     nats, best = score_long(model, params, padded, piece, mesh)
     return nats[:, :length], best[:, :length] == batch["targets"]
@@ -60,19 +61,19 @@ def evaluate(
     mesh: Mesh | None = None,
     piece: int | None = None,
 ) -> dict[str, float | int]:
-    """Answers to the rows of a split.
+    """How well a model answers the rows of a split.
 
     Args:
       split: a `seqmodels.data.synthetic.dataset.SyntheticSplit`.
       length: T of a row, in tokens.
-      batch_size: rows at once, at most; rounded up to a multiple of what the mesh splits rows into.
+      batch_size: most rows at once, rounded up to a multiple of the parts that the mesh splits rows into.
       limit: rows to stop after; None is the whole split.
       mesh: devices to spread the rows over.
       piece: tokens of a row read at once; None is the length, at most PIECE.
 
     Returns:
-      loss: nats an answer. accuracy: share of the answers that are right. sequence_accuracy: share of the rows whose
-      answers are all right. answers, sequences: how many there were.
+      loss: mean nats of an answer. accuracy: share of right answers. sequence_accuracy: share of rows in which every
+      answer is right. answers, sequences: numbers of answers and rows.
     """
     piece = piece or min(length, PIECE)
     batch_size = rows_of(min(batch_size, split.count if limit is None else limit), mesh)
@@ -83,7 +84,7 @@ def evaluate(
 
 
 def summarize(batches: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> dict[str, float | int]:
-    """What `evaluate` returns, from (mask, nats, right) of each batch; rows without an answer are not counted."""
+    """The figures of `evaluate` from (mask, nats, right) of each batch. Rows without an answer do not count."""
     loss, hits, answers, rows, whole = 0.0, 0, 0, 0, 0
     for mask, nats, right in batches:
         real = mask.any(axis=1)
@@ -102,7 +103,7 @@ def summarize(batches: Iterable[tuple[np.ndarray, np.ndarray, np.ndarray]]) -> d
 
 
 def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:
-    """Accuracy by split at the length of training; of the last split also at the task's other lengths or shapes."""
+    """Accuracy of each split at the length of training; for the last also at the task's other lengths or shapes."""
     length, mesh, dataset = run.config.seq_len, run.mesh, run.dataset
     measure = functools.partial(evaluate, run.model, run.params, batch_size=run.batch_size, mesh=mesh)
     by_split = {split: measure(dataset[split], length=length, limit=limit) for split in splits}
@@ -124,7 +125,7 @@ def _measure_test(run, measure, split, length: int, limit: int | None) -> dict:
     rows = max(min(split.count, FEWEST), min(split.count, split.count * LONG * trained // length))
     rows = rows if limit is None else min(rows, limit)
     try:
-        # few programs, each for many lengths, and not too many calls
+        # Few sizes of pieces: one compiled program serves many lengths, with few calls.
         piece = min(trained if length < LONG * trained else LONG * trained, PIECE)
         return measure(split, length=length, limit=rows, piece=piece)
     except (UserError, UnsupportedError) as error:

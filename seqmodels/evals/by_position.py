@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def buckets(length: int) -> list[tuple[int, int]]:
-    """Positions 0, 1, 2-3, 4-7, ..., up to `length`: pairs of first and last + 1."""
+    """The positions 0, 1, 2-3, 4-7, ... below `length`, as pairs (first, last + 1)."""
     edges = [0, *(1 << bit for bit in range(length.bit_length()) if 1 << bit < length), length]
     return list(itertools.pairwise(edges))
 

@@ -1,7 +1,7 @@
-"""Classification: of some continuations of a text, does the model find the right one likelier than the others?
+"""Classification: given several continuations of a text, does the model find the right one the likeliest?
 
-The data are JSON lines, each an object with `prompt` (str), `choices` (list of str, each as it would follow the prompt,
-with the space before it) and `answer` (index of the right one).
+The data are JSON lines. Each is an object with `prompt` (str), `choices` (list of str; each begins with the space that
+separates it from the prompt) and `answer` (index of the right choice).
 """
 
 import glob
@@ -35,7 +35,7 @@ class Example(NamedTuple):
 
 
 def read(path: Path, limit: int | None = None) -> list[Example]:
-    """The first `limit` examples of a file. Raises: UserError naming the line that is none."""
+    """The first `limit` examples of a file. Raises: UserError that names a line that is no example."""
     examples: list[Example] = []
     try:
         with open(path, encoding="utf-8") as file:
@@ -80,8 +80,8 @@ def figures(examples: list[Example], nats: list[np.ndarray]) -> dict[str, float 
       nats: of each example, [choices] nats of each choice after the prompt.
 
     Returns:
-      accuracy: the least nats are those of the answer. accuracy_norm: the least nats a byte (UTF-8). stderr: standard
-      error of the accuracy. chance: what guessing gives. examples: how many.
+      accuracy: share of examples whose answer has the fewest nats. accuracy_norm: whose answer has the fewest nats for
+      each byte (UTF-8). stderr: standard error of the accuracy. chance: accuracy of guessing. examples: their number.
     """
     sizes = [np.array([len(choice.encode()) for choice in example.choices]) for example in examples]
     right = [np.argmin(n) == example.answer for n, example in zip(nats, examples, strict=True)]

@@ -1,7 +1,7 @@
 """Context lengths beyond the one in training: the same tokens, with more and more text before them.
 
-A row is read in pieces of the trained length, each going on from the state that the one before left. So a recurrent
-model needs no more memory for 64 times its context than for one; a Transformer's cache of keys grows with it.
+A row is read in pieces of the trained length. Each piece starts from the state after the piece before. So a recurrent
+model needs no more memory for 64 times its context than for its context. The cache of a Transformer grows with it.
 """
 
 import functools
@@ -36,19 +36,20 @@ def evaluate(
 ) -> dict[str, dict]:
     """Loss of the same tokens after contexts of different lengths.
 
-    The split is cut into rows of the longest length. The last `scored` tokens of each row are predicted from the last
-    `length` tokens of the row, for every length, from a zero state. Rows left by `limit` are spread over the split.
+    The split is cut into rows of the longest length. For every length the model reads the last `length` tokens of each
+    row from a zero state, and its loss on the last `scored` tokens counts. If `limit` leaves some rows out, the others
+    are spread evenly over the split.
 
     Args:
       lengths: context lengths in tokens, multiples of `piece`.
       piece: tokens of a row that are read at once.
-      scored: targets a row, at most the shortest length.
+      scored: targets in each row that count; at most the shortest length.
       batch_size: rows at once.
-      limit: rows, at most.
+      limit: the most rows.
 
     Returns:
-      For each length, by its decimal name: {"loss": nats a token, "perplexity", "tokens", "by_position"} or
-      {"not_served": reason}. "by_position" is the loss of all tokens read, by how many stand before in their row.
+      For each length, as a decimal string: {"loss": nats a token, "perplexity", "tokens", "by_position"}, or
+      {"not_served": reason}. "by_position" is the loss of all tokens that were read, by their position in the row.
     """
     longest = max((n for n in lengths if split.rows(n)), default=0)
     available = split.rows(longest) if longest else 0
@@ -85,7 +86,7 @@ def _sums_of_nats(model, params, split, ends, length, piece, batch_size, mesh) -
     total = np.zeros(length)
     for first in range(0, len(ends), batch_size):
         stops = ends[first : first + batch_size]
-        filled = np.resize(stops, batch_size)  # one shape; the repeats do not count
+        filled = np.resize(stops, batch_size)  # rows are repeated to keep one shape; the repeats do not count
         text = np.stack([split.tokens[end - length : end + 1] for end in filled]).astype(np.int32)
         segment_ids = np.stack([split.segment_ids(end - length, end) for end in filled])
         batch = {"tokens": text[:, :-1], "targets": text[:, 1:], "segment_ids": segment_ids}
@@ -94,7 +95,7 @@ def _sums_of_nats(model, params, split, ends, length, piece, batch_size, mesh) -
 
 
 def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:
-    """config.evaluation.lengths times seq_len, the last half of the trained length scored."""
+    """Figures at config.evaluation.lengths times seq_len. The last seq_len / 2 tokens of each row count."""
     config = run.config
     return {
         "context_lengths": {

@@ -28,8 +28,8 @@ def batch_sums(
     Args:
       model, params: as in docs/architecture.md; params unboxed.
       batch: arrays as the dataset's spec says, with any number of rows.
-      reset: `segment_ids`, where there are any, keep documents apart (`config.data.reset`).
-      mesh: replicate the result over its devices, so that every process can read it.
+      reset: whether `segment_ids`, if the batch has them, keep documents apart (`config.data.reset`).
+      mesh: the result is replicated over its devices, so that every process can read it.
     """
     head, variables = head_of(model.config), {"params": params}
     ids = batch.get("segment_ids") if reset else None

@@ -30,7 +30,7 @@ RESAMPLES = 1000  # of the bootstrap, for the standard errors that have no formu
 
 
 def prepare() -> None:
-    """What must be so before lm-eval is imported. Raises: UserError where it is not installed."""
+    """Sets what lm-eval reads when it is imported. Raises: UserError where it is not installed."""
     if importlib.util.find_spec("lm_eval") is None:
         raise UserError("--evals=lm_eval: lm-eval is not installed; pip install -r requirements-eval.txt")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
@@ -48,7 +48,10 @@ def _reachable(address: str) -> bool:
 
 
 class Tasks:
-    """lm-eval's tasks: those of this project and of a user's folder, and its own, whose index takes it a while."""
+    """The tasks that lm-eval can run: those of this project, those of a user's folder, and lm-eval's own.
+
+    The index of its own tasks is read only when needed, as that takes a while.
+    """
 
     def __init__(self, folder: str = "") -> None:
         from lm_eval.tasks import TaskManager
@@ -109,7 +112,7 @@ def evaluate(
       model: an `lm_eval.api.model.LM`.
       tasks: names of tasks, groups or tags, and how many examples stand in the prompt (None: as the task has it).
       folder: more task files.
-      limit: documents of each task, at most.
+      limit: the most documents of each task.
 
     Returns:
       Metrics by name, standard errors as `<metric>_stderr`, and `examples`, the number of documents; or
@@ -147,7 +150,7 @@ def evaluate(
 
 
 def _metrics(values: dict) -> dict[str, float]:
-    """`acc,none` as `acc`, and `exact_match,first_word` as it is; what is no number is left out."""
+    """The numbers among the results of a task. `acc,none` becomes `acc`; `exact_match,first_word` keeps its name."""
     numbers = {k: float(v) for k, v in values.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     return {name.removesuffix(",none"): value for name, value in numbers.items() if "," in name}
 

@@ -15,10 +15,10 @@ from seqmodels.generation import Sampling, decode
 
 
 class HarnessModel(LM):
-    """The three kinds of requests, all answered on the devices of this process.
+    """Answers the three kinds of requests of lm-eval on the devices of this process.
 
-    Every text begins a document: the separator stands before it. What exceeds a Transformer's context is cut off at the
-    beginning; a recurrent model reads all.
+    Every text begins a document, so the separator is put before it. If a text is longer than the context of a
+    Transformer, its beginning is cut off. A recurrent model reads all of it.
 
     Args:
       model, params: as in docs/architecture.md; params unboxed.
@@ -81,7 +81,7 @@ class HarnessModel(LM):
         texts: list[str] = []
 
         def enough(out: np.ndarray) -> bool:
-            """Reads the texts; whether each has come to its end."""
+            """Updates `texts`; returns whether each of them has ended."""
             texts[:] = [self.tokenizer.decode(row[: (row != separator).cumprod().sum()]) for row in out]
             found = [any(s in text for s in stop) for text, stop in zip(texts, stops, strict=True)]
             return bool((found | (out == separator).any(axis=1)).all())
@@ -122,7 +122,7 @@ def stops_of(options: dict) -> list[str]:
 
 
 def sampling_of(options: dict) -> Sampling:
-    """Greedy, unless a task says `do_sample`, or gives a temperature and does not say."""
+    """How a task wants its texts drawn: with `do_sample`, or with a temperature alone, by sampling; else greedily."""
     temperature = float(options.get("temperature", 1.0 if options.get("do_sample") else 0.0))
     if not options.get("do_sample", temperature > 0):
         return Sampling(0.0)

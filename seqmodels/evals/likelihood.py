@@ -1,7 +1,7 @@
 """Log-likelihoods of continuations of texts: many short requests in few rows, all of one compiled shape.
 
-Requests stand one behind the other in a row, each a document of its own, so each sees itself alone. A recurrent model
-goes through a row in pieces, from state to state: there a request may have any length, and go on in the next piece.
+Several requests share a row. Each is a document of its own, so it sees no other request. A recurrent model reads a row
+in pieces and keeps its state between them, so a request may have any length and cross from one piece into the next.
 For a Transformer a row is as long as its context.
 """
 
@@ -19,14 +19,14 @@ from seqmodels.evals.scoring import rows_of, score_long
 
 
 class Request(NamedTuple):
-    """Tokens [n] int32 that begin a document, or go on in one; the last `scored` of them are to be predicted."""
+    """Tokens [n] int32 from anywhere in a document, of which the last `scored` are to be predicted."""
 
     tokens: np.ndarray
     scored: int
 
 
 class Likelihood(NamedTuple):
-    """nats: sum of -log p over the scored tokens. greedy: whether each of them is the likeliest at its place."""
+    """nats: sum of -log p over the scored tokens. greedy: whether each of them is the likeliest at its position."""
 
     nats: float
     greedy: bool
@@ -35,9 +35,9 @@ class Likelihood(NamedTuple):
 def continuations(tokenizer: Tokenizer, pairs: list[tuple[str, str]], context: int | None = None) -> list[Request]:
     """Requests for `p(continuation | text)`, each pair a text and what follows it.
 
-    Text and continuation are tokenised as one string, which begins a document. White space at the end of the text
-    belongs to the continuation, as the tokenizers of words have it (so does lm-eval). What exceeds the model's context
-    is cut off at the beginning.
+    Text and continuation are tokenised as one string, which begins a document. White space at the end of the text is
+    moved to the continuation, as in lm-eval: tokenizers put a space into the token of the word that follows. If both
+    are longer than the model's context, the beginning is cut off.
 
     Args:
       tokenizer: as in docs/architecture.md.
@@ -86,12 +86,12 @@ def score(
     context: int | None = None,
     mesh: Mesh | None = None,
 ) -> list[Likelihood]:
-    """What each request costs, in the order of the requests.
+    """The likelihood of each request, in the order of the requests.
 
     Args:
       model, params: as in docs/architecture.md; params unboxed.
       piece: tokens of a row that a recurrent model reads at once.
-      batch_size: rows at once; rounded up to what the devices of the mesh can share.
+      batch_size: rows at once, rounded up to a multiple of the parts that the mesh splits rows into.
       context: tokens that the model can see; None: any number.
     """
     batch_size = rows_of(batch_size, mesh)
@@ -119,12 +119,13 @@ def score(
 
 
 def pack(lengths: list[int], capacity: int | None, rows: int) -> list[list[int]]:
-    """Numbers of the requests in each row, the longest first.
+    """Shares requests among rows: a list of numbers of requests for each row. Long requests are placed first.
 
     Args:
       lengths: tokens of each request.
-      capacity: tokens a row holds, at least the longest; each request goes into the fullest row that has room for it
-        (best fit). None: any number; requests are shared among `rows` rows so that these come out alike.
+      capacity: tokens that fit into a row, at least those of the longest request. Each request goes into the fullest
+        row that has room for it (best fit). None: any number; there are `rows` rows, and each request goes into the
+        row that is shortest so far.
     """
     order = sorted(range(len(lengths)), key=lambda i: -lengths[i])
     if capacity is None:

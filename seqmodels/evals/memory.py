@@ -10,7 +10,7 @@ from seqmodels.kernels.dispatch import UnsupportedError
 
 
 def planned_bytes(compiled: jax.stages.Compiled) -> int | None:
-    """Bytes a device that a program holds while it runs, as its compiler planned; None: it does not say."""
+    """Bytes on each device that a program needs while it runs, as the compiler planned it; None: not known."""
     plan = compiled.memory_analysis()
     if plan is None:
         return None
@@ -28,10 +28,12 @@ def free_host_bytes() -> int | None:
 
 
 def check(lowered: jax.stages.Lowered, devices: int = 1) -> None:
-    """Refuse a program that a CPU would be killed for: other devices raise an error where their memory ends.
+    """Refuses a program that needs more memory than a CPU has: the system would kill the process.
+
+    Nothing is checked on other devices, which raise an error when their memory is full.
 
     Args:
-      devices: that share the host's memory and run it.
+      devices: how many devices of this host run the program; they share its memory.
 
     Raises: UserError with what it needs and what is free.
     """
@@ -44,7 +46,7 @@ def check(lowered: jax.stages.Lowered, devices: int = 1) -> None:
 
 
 def served(measure: Callable[[], dict]) -> dict:
-    """What `measure` returns, or {"not_served": reason} where inputs, kernels or memory do not allow it."""
+    """What `measure` returns, or {"not_served": reason} if inputs, kernels or memory do not allow the measurement."""
     try:
         return measure()
     except (UserError, UnsupportedError) as error:
@@ -56,7 +58,7 @@ def served(measure: Callable[[], dict]) -> dict:
 
 
 def exhausted(error: Exception) -> bool:
-    """Whether an error says that a device's memory ended."""
+    """Whether an error says that the memory of a device is full."""
     return "RESOURCE_EXHAUSTED" in str(error)
 
 

@@ -1,8 +1,8 @@
-"""A passkey in a haystack: is a number, said once at some depth of a long text, still known at the end?
+"""A passkey in a haystack: does a model still know, at the end of a long text, a number that was said in it once?
 
-On a run of the passkey task the rows are the task's. On a run of text they are the same sentences in plain English
-(Mohtashami and Jaggi 2023), in the run's tokens. A key is found if each of its tokens is the likeliest after those
-before, which is what greedy decoding would say.
+A run of the passkey task is measured on rows of the task. A run of text is measured on the same sentences in plain
+English (Mohtashami and Jaggi 2023), in the tokens of the run. A key is found if greedy decoding would say it: each of
+its tokens is the likeliest one after those before it.
 """
 
 import dataclasses
@@ -49,8 +49,8 @@ def text_row(tokenizer: Tokenizer, key: int, depth: float, length: int) -> tuple
       depth: share of the filler before the needle.
       length: of the row with the key, in tokens.
 
-    Returns: [length + 1] int32, the separator first and the key last; and how many tokens the key has.
-    Raises: UserError where introduction, needle and question alone are longer.
+    Returns: [length + 1] int32, which begins with the separator and ends with the key; number of tokens of the key.
+    Raises: UserError if introduction, needle and question are already longer than that.
     """
     encode = tokenizer.encode
     needle, end = encode(NEEDLE.format(key=key)), encode(f"{QUESTION} {key}")
@@ -92,13 +92,14 @@ def evaluate(
     """How many keys are found at each length and depth.
 
     Args:
-      rows: (depth, length, count) -> tokens, targets, segment_ids [count, length]; UserError where it cannot.
+      rows: (depth, length, count) -> tokens, targets, segment_ids [count, length]; raises UserError if it cannot.
       lengths: of the rows, in tokens. tries: keys for each cell.
       piece: tokens of a row read at once.
       most: tokens that the model can see; None is any number.
 
     Returns:
-      For each length, by its decimal name: {"accuracy": [share found by DEPTHS]} or {"not_served": reason}.
+      For each length, as a decimal string: {"accuracy": [share of keys found at each of DEPTHS]}, or
+      {"not_served": reason}.
     """
     size, result = rows_of(batch_size, mesh), {}
     for length in lengths:
@@ -110,7 +111,9 @@ def evaluate(
             whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
             found = []
             for start in range(0, len(DEPTHS) * tries, size):
-                places = np.arange(start, start + size) % (len(DEPTHS) * tries)  # one shape; the repeats do not count
+                places = np.arange(start, start + size) % (
+                    len(DEPTHS) * tries
+                )  # repeats keep one shape, and do not count
                 batch = {name: part[places] for name, part in whole.items()}
                 _, right = read_rows(model, params, batch, piece=min(piece, length), mesh=mesh)
                 found.append((right | (batch["targets"] < 0)).all(axis=1))

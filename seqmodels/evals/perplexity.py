@@ -28,7 +28,8 @@ def evaluate(
     Arguments are those of `seqmodels.evals.scoring.position_sums`.
 
     Returns:
-      loss: nats a token. perplexity: its exponential. bits_per_byte: of raw text. tokens, bytes: what they cover.
+      loss: mean nats of a token. perplexity: its exponential. bits_per_byte: bits for each byte of raw text. tokens,
+      bytes: how many were measured.
     """
     return figures(
         position_sums(
@@ -51,7 +52,7 @@ def figures(sums: PositionSums) -> dict[str, float | int]:
 
 
 def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:
-    """Each figure by split, and the bits per byte of `xz -9`, which no good model of text should exceed."""
+    """Each figure by split, and the bits per byte of `xz -9`: a good model of text needs fewer."""
     by_split = {split: figures(run.position_sums(split, limit)) for split in splits}
     result = {
         name: {split: values[name] for split, values in by_split.items()}

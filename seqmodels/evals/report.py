@@ -1,4 +1,4 @@
-"""What an evaluation shows and leaves behind: tables, a JSON file and a picture."""
+"""The results of an evaluation: tables on the terminal, a JSON file and a picture."""
 
 import json
 from collections.abc import Callable, Iterator
@@ -29,10 +29,10 @@ def evaluate(
       evaluators: as of `seqmodels.evals.find`.
       splits, limit: see docs/evaluation.md.
       out: JSON file; the picture has the same name with .png.
-      say: is given each table as it is ready.
+      say: called with each table when it is ready.
       write: False on all processes but the first.
 
-    Returns: the figures of all of them, as in the file; and why those that could not serve did not.
+    Returns: the figures of all evaluators, as in the file; and a message for each that could not be run.
     """
     title = f"{run.config.name}, step {run.step:,}"
     say(f"{title}, contexts of {run.config.seq_len} tokens")
@@ -55,7 +55,7 @@ def evaluate(
 
 
 def scalars(figures: dict, prefix: str = "eval") -> Iterator[tuple[str, float]]:
-    """Dotted name and value of each number in the figures, such as eval.loss.test."""
+    """Dotted name, such as eval.loss.test, and value of each number in the figures."""
     for name, value in figures.items():
         if isinstance(value, dict):
             yield from scalars(value, f"{prefix}.{name}")

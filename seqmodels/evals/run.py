@@ -65,7 +65,7 @@ class Run:
     _sums: dict[tuple[str, int | None], PositionSums] = dataclasses.field(default_factory=dict, init=False, repr=False)
 
     def position_sums(self, split: str, limit: int | None) -> PositionSums:
-        """Scores of a split at the length of training; read once for all evaluators."""
+        """Scores of a split in rows of the trained length. They are computed once and serve all evaluators."""
         if (split, limit) not in self._sums:
             self._sums[split, limit] = position_sums(
                 self.model,
@@ -91,11 +91,11 @@ def load_run(
 
     Args:
       step: "latest", "best" (by `config.checkpoint.best`) or a number.
-      batch_size: rows at once; 0 takes the config's.
+      batch_size: rows at once; 0: as the config says.
       overrides: dotted fields of the config's `evaluation` and their values, in place of the run's.
       dataset: your own, if the run was trained on one; None: what `config.data` names.
 
-    Raises: UserError where there is no run, no such checkpoint, or the data is gone.
+    Raises: UserError if there is no run or no such checkpoint, or if the data is no longer there.
     """
     workdir = Path(workdir)
     config = _with_options(read_config(workdir), overrides)
@@ -116,7 +116,7 @@ def load_run(
 
 
 def rows_at_once(config: ConfigDict) -> int:
-    """Rows of a batch that an evaluation may take, as training could."""
+    """Rows at once in an evaluation: as the config says, or as many as training had in memory at once."""
     return config.evaluation.batch_size or config.batch_size // config.training.accumulate
 
 
@@ -128,7 +128,7 @@ def _with_options(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDic
 
 
 def _checkpoint_step(workdir: Path, config: ConfigDict, step: str) -> int | None:
-    """Number of the checkpoint that is asked for; None is the newest."""
+    """The number of the checkpoint that `--step` asks for; None: the newest."""
     if step == "latest":
         return None
     if step.isdecimal():

@@ -1,4 +1,4 @@
-"""Nats that a model needs for each token of a text, summed by position in the context."""
+"""The loss of a model on each token of a text, in nats, also summed by position in the context."""
 
 import functools
 from typing import Any, NamedTuple
@@ -21,8 +21,8 @@ LOGIT_TOKENS = 1024  # tokens of a row whose logits exist at once
 class PositionSums(NamedTuple):
     """Sums over the rows of a text, each of T tokens.
 
-    nats: [T] float64, sum of -log p(target) at each position. tokens: [T] int64, number of targets there.
-    bytes: of the raw text of all these targets.
+    nats: [T] float64, sum of -log p(target) at each position. tokens: [T] int64, number of targets at each position.
+    bytes: length of the raw text of all these targets.
     """
 
     nats: np.ndarray
@@ -39,12 +39,12 @@ def score(
     segment_ids: jax.Array,
     mesh: Mesh | None = None,
 ) -> jax.Array:
-    """-log p(target) in nats, [B, T] float32, each row from a zero state.
+    """-log p(target) in nats, [B, T] float32. Each row starts from a zero state.
 
     Args:
       model, params: as in docs/architecture.md; params unboxed.
       tokens, targets, segment_ids: [B, T] int32.
-      mesh: replicate the result over its devices, so that every process can read it.
+      mesh: the result is replicated over its devices, so that every process can read it.
     """
     hidden, _ = model.apply({"params": params}, tokens, segment_ids=segment_ids)
     return _replicate(_nats_and_best(model, params, hidden, targets)[0], mesh)
@@ -61,24 +61,24 @@ def score_piece(
     mask: jax.Array | None = None,
     mesh: Mesh | None = None,
 ) -> tuple[jax.Array, jax.Array, Any]:
-    """The same for the next tokens of rows whose beginning is in `state`, which is consumed.
+    """As `score`, for the next tokens of rows whose beginning was read into `state`. The state is consumed.
 
     Args:
-      state: of `zero_state`, or of the piece before.
+      state: from `zero_state`, or from the call for the piece before.
       mask: [B, T] bool, False on padding; None: there is none.
 
     Returns:
-      nats [B, T] float32, the likeliest token [B, T] int32 in place of each target, and the new state.
+      nats [B, T] float32, the likeliest token at each position [B, T] int32, and the new state.
     """
     hidden, state = model.apply({"params": params}, tokens, segment_ids=segment_ids, mask=mask, state=state)
     nats, best = _replicate(_nats_and_best(model, params, hidden, targets), mesh)
-    if mesh is not None:  # as it came in: one program serves every piece
+    if mesh is not None:  # the sharding that it came in with: one program serves every piece
         state = jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, rows_sharding(mesh, x.shape)), state)
     return nats, best, state
 
 
 def zero_state(model: nn.Module, batch: int, slots: int, mesh: Mesh | None = None) -> Any:
-    """The state before the first token, its rows spread over a mesh if there is one.
+    """The state before the first token. If there is a mesh, its rows are spread over it.
 
     Args:
       slots: tokens that an attention cache has room for.
@@ -127,16 +127,16 @@ def score_batch(model: nn.Module, params: Any, batch: dict[str, np.ndarray], mes
 def score_long(
     model: nn.Module, params: Any, batch: dict[str, np.ndarray], piece: int, mesh: Mesh | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Scores of rows of any length T, a piece at a time: memory is that of one piece, and of the state.
+    """Scores rows of any length T piece by piece, so that only one piece and the state are in memory.
 
     Args:
       batch: `tokens`, `targets`, `segment_ids`, [B, T] int32.
-      piece: tokens at once, a divisor of T.
+      piece: tokens of a row that are read at once; it must divide T.
 
     Returns:
-      nats [B, T] float64, and the likeliest token [B, T] int32 in place of each target.
+      nats [B, T] float64, and the likeliest token at each position [B, T] int32.
 
-    Raises: UserError where the planned memory exceeds what is free (a cache of T keys and their scores may).
+    Raises: UserError if the program needs more memory than is free, as it may for attention's cache of T keys.
     """
     rows, length = batch["tokens"].shape
     names = ("tokens", "targets", "segment_ids")
@@ -147,7 +147,7 @@ def score_long(
         if start == 0:
             memory.check(score_piece.lower(model, params, state, **part, mesh=mesh), mesh.size if mesh else 1)
         nats, best, state = score_piece(model, params, state, **part, mesh=mesh)
-        scores.append((nats, best))  # not read yet: the device goes on meanwhile
+        scores.append((nats, best))  # not copied to the host yet, so that the device can go on
     nats, best = (np.concatenate([np.asarray(x) for x in parts], axis=1) for parts in zip(*scores, strict=True))
     return nats.astype(np.float64), best
 
@@ -169,15 +169,16 @@ def position_sums(
     mesh: Mesh | None = None,
     tokenizer: Tokenizer | None = None,
 ) -> PositionSums:
-    """Score a split in order, in rows of `length` tokens, each from a zero state. Every target counts once.
+    """Scores a split in rows of `length` tokens, each from a zero state. Every token of the split is a target once.
 
     Args:
       split: a `seqmodels.data.TokenSplit`.
       length: context length T.
-      batch_size: rows at once; rounded up to a multiple of what the mesh splits rows into.
-      limit: rows to stop after; None is the whole split.
+      batch_size: rows at once, rounded up to a multiple of the parts that the mesh splits rows into.
+      limit: the most rows; None: the whole split.
       mesh: devices to spread the rows over.
-      tokenizer: counts the bytes of what a limit leaves exactly; without it they are the split's average.
+      tokenizer: needed to count the bytes exactly if `limit` leaves rows out; None: they are estimated from the bytes
+        per token of the whole split.
     """
     nats, count = np.zeros(length), np.zeros(length, np.int64)
     for batch in split.windows(length, rows_of(batch_size, mesh), limit):

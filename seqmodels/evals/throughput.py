@@ -1,6 +1,7 @@
-"""Speed and memory of text generation on one device: prompts of several lengths, several at once, then new tokens.
+"""Speed and memory of text generation on one device, for prompts of several lengths and batches of several sizes.
 
-Measured is what `seqmodels.generation` does, greedily: prompts go into the state in chunks, then tokens one by one.
+What is measured is greedy decoding with `seqmodels.generation`: it reads the prompts in chunks, then draws one token
+after another.
 """
 
 import functools
@@ -36,14 +37,14 @@ def measure(
       prompt: its length in tokens.
       batch: prompts at once.
       tokens: new tokens for each.
-      repeats: timings, of which the median counts; one more comes before them.
+      repeats: number of timings, of which the median is taken. One more comes first and is not counted.
       vocab_size: of the tokenizer.
 
     Returns:
       prefill_tokens_per_second, decode_tokens_per_second: of all prompts together. decode_ms: of one step.
-      compile_seconds: of the programs that no size before had compiled. state_bytes: of all prompts after the last
-      token. planned_bytes: the largest program with all it holds, as compiled. peak_bytes: the most that the process
-      has held on the device so far, where it counts (not on CPUs).
+      compile_seconds: for the programs that were not yet compiled for an earlier size. state_bytes: state of all
+      prompts after the last token. planned_bytes: memory of the largest program, as the compiler planned it.
+      peak_bytes: most memory that the process has used on the device so far; None on CPUs.
     """
     ids = np.random.default_rng(0).integers(0, vocab_size, (batch, prompt), dtype=np.int32)
     keys = jax.random.split(jax.random.key(0), batch)
@@ -110,7 +111,7 @@ def serves(run: RunData) -> bool:
 
 
 def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:
-    """The figures by context and batch size, small ones first. Splits and limit have no say."""
+    """The figures by context and batch size, in rising order. Splits and limit are not used."""
     sizes = run.config.evaluation.throughput
     device = jax.local_devices()[0]
     if jax.process_count() > 1:
@@ -137,7 +138,7 @@ def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:
 
 
 def _points(result: dict):
-    """(context, batch, figures) of every size."""
+    """Yields (context, batch size, figures)."""
     for context, by_batch in result["throughput"].items():
         for batch, figures in by_batch.items():
             yield int(context), int(batch), figures
@@ -170,7 +171,7 @@ def table(result: dict) -> str:
 
 
 def _plot(axes, result: dict, lines: dict[str, tuple[str, str]]) -> None:
-    """Figures over the context: name of each to its line style and label; one colour a batch size."""
+    """Draws figures over the context, one colour for each batch size. lines: figure to its line style and label."""
     served = [point for point in _points(result) if "not_served" not in point[2]]
     for number, size in enumerate(dict.fromkeys(batch for _, batch, _ in served)):
         chosen = [(context, figures) for context, batch, figures in served if batch == size]

@@ -34,9 +34,9 @@ def measure(config: ConfigDict, model: nn.Module, dataset: BatchSource, mesh: Me
     """Figures of a fresh state's steps on a mesh.
 
     Returns:
-      tokens_per_second, step_ms: medians. mfu: by the operations of flops.py, None on devices that it does not know.
-      planned_bytes: of the step with all it holds, as compiled. peak_bytes: the most that the process has held on the
-      first device so far, where it counts (not on CPUs). compile_seconds: less where JAX's cache has the program.
+      tokens_per_second, step_ms: medians. mfu: model FLOPs utilisation; None on devices that training/flops.py does not
+      know. planned_bytes: memory of the step, as the compiler planned it. peak_bytes: most memory that the process has
+      used on the first device so far; None on CPUs. compile_seconds: shorter if JAX's cache holds the program.
     """
     boxed = abstract_params(model, config)
     optimizer = make_optimizer(config.optimizer, decay_mask(boxed))
@@ -74,7 +74,7 @@ def measure(config: ConfigDict, model: nn.Module, dataset: BatchSource, mesh: Me
 
 
 def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:
-    """Of the run's config on the mesh at hand. Raises UserError where its rows do not divide."""
+    """The speed of the run's config on the devices at hand. Raises UserError if its rows cannot be split over them."""
     shares = row_shards(run.mesh.shape) * run.config.training.accumulate
     if run.config.batch_size % shares:
         raise UserError(

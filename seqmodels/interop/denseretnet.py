@@ -1,6 +1,7 @@
-"""Weights of DenseRetNet, in the names of the code of its authors (arXiv 2403.00818), as ours.
+"""Converts weights of DenseRetNet from the code of its authors (arXiv 2403.00818) into ours.
 
-Their checkpoints are called DenseMamba-350M and -1.3B, and their class LlamaForCausalLM; they are neither.
+Their checkpoints are called DenseMamba-350M and -1.3B, and their class LlamaForCausalLM. They are DenseRetNets
+nevertheless, neither Mamba nor Llama models.
 """
 
 from collections.abc import Mapping
@@ -32,7 +33,7 @@ def dense_weights(model: Mapping, layer: int) -> list[Weight]:
 
 
 def weights(model: Mapping) -> list[Weight]:
-    """Every tensor of a DenseRetNet, but for the links of layer 0, which have nothing to read."""
+    """Every tensor of a DenseRetNet, except the links of layer 0, which have no layer below to read."""
     V, D, layers, options = model["vocab_size"], model["width"], model["repeats"], model["retnet"]
     H, K, P = options["heads"], options["key_dim"], options["value_dim"]
     found = [
@@ -60,7 +61,7 @@ def weights(model: Mapping) -> list[Weight]:
 
 
 def config_of(tensors: Mapping, config: Mapping) -> dict:
-    """Fields of config.model. All sizes are read off the tensors; only the depth of the links is in their config.
+    """Fields of config.model. All sizes come from the shapes of the tensors; their config gives the depth of the links.
 
     Raises:
         UserError: the config has no `dense_block_layers`.
@@ -108,6 +109,6 @@ def config_of(tensors: Mapping, config: Mapping) -> dict:
 
 
 def without_unused(tensors: Mapping, model: Mapping) -> dict:
-    """The tensors but for buffers and the links of layer 0."""
+    """The tensors without buffers and without the links of layer 0."""
     unused = {weight.theirs for weight in dense_weights(model, 0)}
     return {name: t for name, t in tensors.items() if name not in unused and not name.endswith(BUFFERS)}

@@ -1,6 +1,6 @@
-"""Weights of Mamba, Mamba-2, FalconMamba and Llama models in the names and layouts of Hugging Face, and back.
+"""Converts Mamba, Mamba-2, FalconMamba and Llama models from the format of Hugging Face, and back.
 
-Names are those in the files. Mamba's authors say `backbone.embedding` and write `lm_head` even where it is tied.
+Names are those in the files. Files of Mamba's authors have `backbone.embedding`, and `lm_head` even if it is tied.
 """
 
 from collections.abc import Mapping
@@ -147,7 +147,7 @@ def llama_config(config: Mapping, vocab_size: int) -> dict:
 
 
 def from_huggingface(tensors: Mapping[str, np.ndarray], config: Mapping) -> tuple[dict, dict]:
-    """A model that others trained, as ours.
+    """Converts a model that others trained into ours.
 
     Args:
         tensors: by name in the file, of model_type mamba, mamba2, falcon_mamba, llama or mistral, or those of
@@ -199,7 +199,7 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: Mapping) -> tupl
 
 
 def to_huggingface(params: Mapping, model: Mapping) -> tuple[dict[str, np.ndarray], dict]:
-    """Our model in the names and layouts of transformers.
+    """Converts our model into the names and layouts of transformers.
 
     Args:
         params: of `LanguageModel`, unrolled (see `seqmodels.interop.stacking.unstack`), without boxes.

@@ -1,4 +1,4 @@
-"""Parameters of unrolled blocks to those of a scan over super-blocks (`model.scan_blocks`), and back."""
+"""Converts parameters of unrolled blocks to those of a scan over super-blocks (`model.scan_blocks`), and back."""
 
 from collections.abc import Mapping
 
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def stack(params: Mapping, size: int, unrolled: int = 0) -> dict:
-    """`block_i` at the top of the tree to `blocks/block_j`, whose leaves [repeats, ...] hold one super-block a row.
+    """Moves each `block_i` into `blocks/block_j`, whose leaves [repeats, ...] have one row for each super-block.
 
     Args:
         size: blocks in a super-block.
@@ -24,7 +24,7 @@ def stack(params: Mapping, size: int, unrolled: int = 0) -> dict:
 
 
 def unstack(params: Mapping) -> dict:
-    """The inverse of `stack`; parameters that were never stacked are handed back."""
+    """The inverse of `stack`. Parameters that are not stacked stay as they are."""
     if "blocks" not in params:
         return dict(params)
     rest = {name: tree for name, tree in params.items() if name != "blocks"}

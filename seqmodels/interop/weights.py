@@ -1,7 +1,7 @@
-"""One tensor of a model under two names and in two layouts, theirs and ours.
+"""The tensors of a model under two names and in two layouts: those of another library ("theirs") and ours.
 
-A torch Linear holds [out, in] and ours [in, out], perhaps with the outer axes split; a depthwise convolution there is
-[E, 1, W] and here [W, E].
+A Linear of torch holds [out, in]; ours is [in, out], and either axis may be split into several. A depthwise convolution
+of torch is [E, 1, W]; ours is [W, E].
 """
 
 import dataclasses
@@ -20,8 +20,8 @@ class Weight:
     Attributes:
         theirs, their_shape: name in the file, and shape of the whole tensor there.
         ours, our_shape: path in our parameters, and shape there.
-        turned: rows there (their first axis) are columns here (our last axes, in the same order).
-        rows: the rows there that are ours, from and to; others are another Weight's. None: all.
+        turned: whether the tensor is transposed: their first axis is our last axes, in the same order.
+        rows: first and last + 1 of their rows that this parameter holds; other rows are of another Weight. None: all.
     """
 
     theirs: str
@@ -32,14 +32,14 @@ class Weight:
     rows: tuple[int, int] | None = None
 
     def into(self, tensor: Any) -> np.ndarray:
-        """Theirs to ours, float32."""
+        """Our float32 parameter from their whole tensor."""
         tensor = np.asarray(tensor, np.float32)[slice(*self.rows or (None,))]
         if self.turned:
             tensor = tensor.reshape(tensor.shape[0], -1).T
         return np.ascontiguousarray(tensor.reshape(self.our_shape))
 
     def back(self, array: Any) -> np.ndarray:
-        """Ours to theirs (to our rows of it), float32."""
+        """The rows of their tensor, float32, from our parameter."""
         first, last = self.rows or (0, self.their_shape[0])
         array = np.asarray(array, np.float32)
         if self.turned:
@@ -48,17 +48,17 @@ class Weight:
 
 
 def same(theirs: str, ours: tuple[str, ...], *shape: int) -> Weight:
-    """A tensor that is laid out alike."""
+    """A tensor with the same layout on both sides."""
     return Weight(theirs, shape, ours, shape)
 
 
 def turned(theirs: str, their_shape: tuple[int, ...], ours: tuple[str, ...], our_shape: tuple[int, ...]) -> Weight:
-    """A matrix, which torch holds transposed."""
+    """A matrix that torch holds transposed."""
     return Weight(theirs, their_shape, ours, our_shape, turned=True)
 
 
 def parts(theirs: str, rest: tuple[int, ...], *ours: tuple[tuple[str, ...], int, tuple[int, ...]]) -> list[Weight]:
-    """A tensor [rows, *rest] whose rows are several of ours, in order: (path, rows, our shape) each."""
+    """A tensor [rows, *rest] that holds several of our parameters, given in order as (path, rows, our shape)."""
     total, start, weights = sum(rows for _, rows, _ in ours), 0, []
     for path, rows, shape in ours:
         weights.append(Weight(theirs, (total, *rest), path, shape, bool(rest), (start, start + rows)))
@@ -67,7 +67,7 @@ def parts(theirs: str, rest: tuple[int, ...], *ours: tuple[tuple[str, ...], int,
 
 
 def demand(config: Mapping, **wanted: Any) -> None:
-    """Raise a UserError if a field of their config is there and is none of the values that our models have."""
+    """Raises UserError if a field of their config has a value that our models do not support."""
     for field, allowed in wanted.items():
         if field in config and config[field] not in allowed:
             values = " or ".join(repr(value) for value in allowed)

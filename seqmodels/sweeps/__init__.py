@@ -1,4 +1,4 @@
-"""Sweeps: lists of ordinary train commands, run once each, and lined up at the end (docs/sweeps.md).
+"""Sweeps: lists of ordinary train commands, each run once, whose results are compared at the end (docs/sweeps.md).
 
-A sweep is a directory. What is in it is all that its processes, on whatever hosts, know of each other.
+A sweep is a directory. Its processes may run on several hosts; they know of each other only through its files.
 """

@@ -1,4 +1,4 @@
-"""One attempt at a trial: its commands, one after another, and what became of them."""
+"""One attempt at a trial: runs its commands one after another and records how they ended."""
 
 import contextlib
 import datetime
@@ -25,7 +25,7 @@ POLL = 0.05  # seconds between looks at a process
 
 
 class Stop:
-    """Told once, trials save a checkpoint and end; told twice, they are killed."""
+    """Asks trials to end. Called once, they save a checkpoint and end; called twice, they are killed."""
 
     def __init__(self) -> None:
         self.asked, self.insisted = threading.Event(), threading.Event()
@@ -35,10 +35,10 @@ class Stop:
 
 
 def attempt(trial: Trial, slot: Slot, descriptors: Sequence[int], stop: Stop) -> dict:
-    """Runs the trial, which the caller has claimed, from where it is, and keeps the record of it.
+    """Runs a trial that the caller has claimed, or continues it if it was interrupted, and keeps its record.
 
     Args:
-      descriptors: of the claims that the trial's processes inherit.
+      descriptors: file descriptors of the claims that the processes of the trial inherit.
 
     Returns: the record, with a status of FINAL, "preempted" or "interrupted". A trial that cannot start is "failed".
     Raises: OSError where the record cannot be kept.
@@ -50,7 +50,7 @@ def attempt(trial: Trial, slot: Slot, descriptors: Sequence[int], stop: Stop) ->
         "host": socket.gethostname(),
         "commit": commit(),
         "started": now(),
-        "sharing": max(slot.sharing, before.get("sharing", 1)),  # a part of the training is enough to count
+        "sharing": max(slot.sharing, before.get("sharing", 1)),  # enough if only a part of the training was run
     }
 
     def seconds() -> float:
@@ -126,7 +126,7 @@ def _status(trial: Trial, stage: str, code: int) -> str:
 
 
 def _reason(log: Path, begin: int, code: int) -> str:
-    """The last line that the attempt said, or the signal that ended it."""
+    """Why an attempt failed: the last line of its log, or the signal that ended it."""
     if code < 0:
         return f"signal {-code}"
     lines = [line.strip() for line in _tail(log, begin).splitlines() if line.strip() and not line.startswith("===")]
@@ -134,7 +134,7 @@ def _reason(log: Path, begin: int, code: int) -> str:
 
 
 def _device(log: Path, begin: int) -> str:
-    """Of the line in which train.py says what it runs on; "" where it did not come so far."""
+    """The device that train.py names in its log; "" if it ended before that line."""
     try:
         with open(log, "rb") as file:
             file.seek(begin)
@@ -151,7 +151,7 @@ def _tail(path: Path, begin: int = 0, size: int = 65536) -> str:
 
 
 def last_row(path: Path) -> dict:
-    """The last whole row with a loss of a metrics.jsonl; empty where there is none."""
+    """The last complete row of a metrics.jsonl that has a loss; empty if there is none."""
     try:
         lines = _tail(path).splitlines()
     except OSError:

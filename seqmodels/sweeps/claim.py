@@ -1,7 +1,7 @@
-"""A claim on a trial or a device: whoever holds its lock file works on it, on any host that shares the directory.
+"""A claim on a trial or a device. The process that holds its lock file, on any host that shares the directory, has it.
 
-The lock belongs to the open file, which a child can inherit: it lasts as long as the sweep or its child lives, and no
-longer. So a killed process leaves nothing to be cleaned up, and a trial that outlives its sweep is still its own.
+The lock belongs to the open file, which a child process can inherit. It ends when the sweep and its child have ended.
+So a killed process leaves nothing to clean up, and a trial that runs on after its sweep has ended stays claimed.
 """
 
 import contextlib
@@ -43,13 +43,13 @@ class Claim:
         return None
 
     def release(self) -> None:
-        """Lets go. A child that inherited the lock keeps it."""
+        """Releases the lock. A child process that inherited it still holds it."""
         os.close(self.descriptor)
 
 
 @contextlib.contextmanager
 def waited(path: Path) -> Iterator[None]:
-    """Holds the lock of `path`, as soon as whoever has it lets go."""
+    """Waits for the lock of `path`, and holds it."""
     while (claim := Claim.take(path)) is None:
         time.sleep(0.05)
     try:

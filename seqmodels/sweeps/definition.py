@@ -1,4 +1,4 @@
-"""From `sweep(add, arg)` in a config to trials: every mistake is found here, before anything starts."""
+"""Makes trials of `sweep(add, arg)` in a config, and finds every mistake in it before anything starts."""
 
 import copy
 import hashlib
@@ -22,15 +22,15 @@ SCRIPTS = CHECKOUT  # the folder with train.py and eval.py; None: the installed 
 
 
 def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path, evals: str = "") -> list[Trial]:
-    """The trials of a sweep, each config once, in the order of the sweep, all seeds of a trial together.
+    """The trials of a sweep in its order. Equal configs count once; the seeds of a trial follow one another.
 
     Args:
       spec: `path/to/config.py[:preset]`.
-      config: what that gives, with the command's overrides.
+      config: the config of `spec` with the overrides of the command.
       name: of the sweep.
       seeds: how many; seed, seed + 1, ...
       folder: of the sweep; run directories are `folder/trials/<id>`.
-      evals: evaluators, apart by commas; "" those of each config, "none" for no evaluation after training.
+      evals: names of evaluators, separated by commas. "": those of each config. "none": no evaluation after training.
 
     Raises: UserError for a sweep, field or value that is not there.
     """
@@ -50,7 +50,9 @@ def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path, e
 
 
 def keep(folder: Path, spec: str, name: str, trials: list[Trial], command: str = "") -> list[str]:
-    """Writes `sweep.json`, which says whose directory this is, and returns the commands that have worked in it so far.
+    """Writes `sweep.json`, which says which sweep the directory belongs to.
+
+    Returns: the commands that were run in the directory so far.
 
     Raises: UserError where it is another sweep's.
     """
@@ -86,7 +88,7 @@ def _find(spec: str, config: ConfigDict, name: str) -> Callable:
         raise UserError(f"--config={spec}: defines no sweep(add, arg)")
     if name not in sweeps:
         raise UserError(f"--sweep={name}: no such sweep in {spec}{nearest(name, list(sweeps))}")
-    # A sweep asks get_config for what it starts from, such as a width to match: that is with the command's overrides.
+    # A sweep may ask get_config for what it starts from, such as a width to match. It gets the overridden config.
     vars(module)["get_config"] = lambda arg=None: copy.deepcopy(config)
     return sweeps[name]
 
@@ -110,9 +112,10 @@ def _trial(spec, config, name, overrides, written, folder, evals) -> Trial:
 
 
 def identify(resolved: ConfigDict, written: ConfigDict) -> str:
-    """The name of a trial: a hash of its fields, which stays the same when fields are added to all configs.
+    """The name of a trial: a hash of its fields.
 
-    Left out is a field at its default that came with a later version, or that the config file does not set.
+    It stays the same when a later version adds fields to all configs: a field at its default does not count if it came
+    with a later version, or if the config file does not set it.
 
     Args:
       resolved: the trial's config.
@@ -160,7 +163,7 @@ def _plain(fields: dict[str, object]) -> dict[str, object]:
 
 
 def _script(name: str) -> tuple[str, ...]:
-    """What `python` is given to run train or eval: in a checkout its file, by the shorter of its paths."""
+    """Arguments of `python` that run train or eval: the file in a checkout, else the installed module."""
     if SCRIPTS is None:
         return "-m", f"seqmodels.scripts.{name}"
     file = SCRIPTS / f"{name}.py"

@@ -1,4 +1,4 @@
-"""What a trial runs on: one GPU (or as many as its mesh asks for, or a share of one), or a share of the CPU's cores."""
+"""What a trial runs on: one GPU, several as its mesh asks, a part of a GPU, or a part of the CPU's cores."""
 
 import contextlib
 import dataclasses
@@ -22,13 +22,13 @@ MEMORY = 0.92  # of a GPU's, that trials may share
 
 @dataclasses.dataclass(frozen=True)
 class Slot:
-    """Room for one trial. What is pinned is pinned from outside, before the trial imports JAX.
+    """The devices of one trial. Environment and CPU affinity select them before the trial imports JAX.
 
     Attributes:
       environment: variables of the trial's processes.
-      cores: of the CPU; None leaves all.
-      prefix: a command that runs the trial's commands, which follow it.
-      locks: files, PARTS a device, so that no two sweeps of a user on this host take the same.
+      cores: CPU cores that the trial may use; None: all.
+      prefix: words that are put before each command of the trial.
+      locks: lock files, PARTS for each device, so that two sweeps of a user on this host never take the same part.
       sharing: how many trials share its device.
     """
 
@@ -40,7 +40,7 @@ class Slot:
 
     @contextlib.contextmanager
     def claimed(self) -> Iterator[list[int] | None]:
-        """Holds the devices and gives the descriptors of their locks, or None where another sweep has one of them."""
+        """Holds the devices and yields the descriptors of their locks; None if another sweep holds one of them."""
         claims = []
         try:
             for lock in self.locks:
@@ -55,11 +55,11 @@ class Slot:
 
 
 def slots(parallel: int, config: ConfigDict, per_gpu: int = 1) -> list[Slot]:
-    """Room for `parallel` trials at once; 0 is `per_gpu` for each GPU, or one on a CPU.
+    """Slots for `parallel` trials at once; 0: `per_gpu` for each GPU, or one on a CPU.
 
-    Trials that share a GPU have as large a part of its memory each. The slots of different GPUs come first.
+    Trials that share a GPU get equal parts of its memory. The first slots are on different GPUs.
 
-    Raises: UserError where this host has not as many GPUs, or a trial needs several and shall share them.
+    Raises: UserError if this host has too few GPUs, or if trials that need several GPUs are asked to share them.
     """
     found = [] if config.platform == "cpu" or os.environ.get("JAX_PLATFORMS") == "cpu" else gpus()
     if found:
@@ -102,7 +102,7 @@ def _gpu_slot(names: list[str], share: int, sharing: int) -> Slot:
 
     parts = range(share * PARTS // sharing, (share + 1) * PARTS // sharing)
     environment = {"CUDA_VISIBLE_DEVICES": ",".join(names)}
-    if sharing > 1:  # of JAX's two names for it only one may be set
+    if sharing > 1:  # JAX has two names for it, and only one may be set
         old, new = "XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION"
         environment[old if old in os.environ else new] = f"{MEMORY / sharing:.3f}"
     return Slot(environment, locks=tuple(lock(name, part) for name in names for part in parts), sharing=sharing)

@@ -1,10 +1,10 @@
-"""Short names of trials: what tells one from the others."""
+"""Short names of trials, of the fields in which they differ."""
 
 from collections.abc import Sequence
 
 
 def labels(trials: Sequence[dict[str, object]]) -> list[str]:
-    """`variant=read, gate=both` for each dict of overrides; the seed, and what all set alike, is left out."""
+    """A label such as `variant=read, gate=both` for each dict of overrides, without the seed and equal fields."""
     names = list(dict.fromkeys(name for overrides in trials for name in overrides if name != "seed"))
     if len({_text(overrides) for overrides in trials}) > 1:
         names = [name for name in names if len({str(overrides.get(name)) for overrides in trials}) > 1]

@@ -16,7 +16,7 @@ ORDER = ("running", "failed", "diverged", "preempted", "interrupted", "waiting",
 
 
 class Live:
-    """Shows the records of trials, whoever works on them. Use as a context; call it to bring it up to date."""
+    """Shows the records of trials, also of those that other processes run. A context; each call updates it."""
 
     def __init__(self, trials: list[Trial], slots: int) -> None:
         names = labels([trial.overrides for trial in trials])

@@ -11,19 +11,19 @@ from seqmodels.sweeps.trial import FINAL, Trial
 
 RETRIES = 3  # of a trial that was preempted or killed, by one run of the sweep
 WAIT = 0.5  # seconds between tries, where others hold what is left
-MISSES = 2  # tries before it is believed; one who only looks whether a claim is held holds it for a moment
+MISSES = 2  # failed tries before it counts as claimed: who looks whether a claim is held, holds it for a moment
 
 
 class Workers:
-    """A thread a slot, which takes one trial after another until none is left.
+    """Runs trials in one thread for each slot. A thread takes one trial after another until none is left.
 
     Args:
-      again: run the failed and diverged too, once each.
-      wait: for trials that others work on, to take them over should they be killed.
-      stop: ends it early; trials then save a checkpoint.
+      again: also run failed and diverged trials, each once more.
+      wait: wait for trials that other processes run, to take them over if those processes are killed.
+      stop: ends the work early; trials then save a checkpoint.
 
     Attributes:
-      unkept: records that could not be written where they belong, by the trial's id.
+      unkept: records that could not be written to disk, by the id of the trial.
     """
 
     def __init__(
@@ -85,7 +85,7 @@ class Workers:
                 self.stop.asked.wait(WAIT)
 
     def _take(self) -> tuple[Trial, Claim] | None:
-        """A trial to run, and the claim on it. Those that have ended are dropped on the way."""
+        """A trial to run, and the claim on it. Trials that have ended are removed from the list."""
         with self._lock:
             for trial in list(self._open):
                 if trial.id in self._active:

@@ -1,4 +1,4 @@
-"""A page in two forms: Markdown, and one HTML file that needs nothing else and fetches nothing."""
+"""A page as Markdown and as one HTML file, which loads no other file and needs no network."""
 
 import base64
 import dataclasses
@@ -33,7 +33,7 @@ class Table:
 
 @dataclasses.dataclass
 class Picture:
-    """A PNG, which Markdown takes from the file `name`."""
+    """A PNG. HTML contains it; Markdown links the file `name`."""
 
     name: str
     description: str
@@ -42,7 +42,7 @@ class Picture:
 
 @dataclasses.dataclass
 class Code:
-    """Text as it is; under a heading, HTML shows it on a click."""
+    """Text that is shown unchanged. If it has a heading, HTML shows it after a click on the heading."""
 
     text: str
     heading: str = ""

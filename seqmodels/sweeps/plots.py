@@ -1,4 +1,4 @@
-"""Pictures of a sweep. Colours and numbers are those of the groups, in every picture and table."""
+"""Pictures of a sweep. A group has the same colour and number in every picture and table."""
 
 import io
 from collections.abc import Sequence
@@ -93,7 +93,7 @@ def quality(groups: list[Group], metric: str) -> bytes | None:
 
 
 def _over_seeds(curves: Sequence):
-    """Steps that all have, and the mean and standard deviation (None for one) there."""
+    """The steps that all results have, and mean and standard deviation there; the latter is None for one result."""
     import numpy as np
 
     common = sorted(set.intersection(*(set(result.steps) for result in curves)))
@@ -103,7 +103,7 @@ def _over_seeds(curves: Sequence):
 
 
 def _limit(axes, results: Sequence) -> None:
-    """Leaves out how high the loss is before it has fallen, in the first fifth of the steps: ends are what differs."""
+    """Limits the axis to losses after the first fifth of the steps: the high ones before hide how runs differ."""
     late = [result.losses[len(result.losses) // 5 :] for result in results]
     low, high = min(map(min, late)), max(losses[0] for losses in late)
     margin = 0.05 * (high - low) or 0.1

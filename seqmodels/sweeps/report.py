@@ -1,4 +1,4 @@
-"""What a sweep leaves behind: results.csv, report.md, report.html and pictures, written whole or not at all."""
+"""The report of a sweep: results.csv, report.md, report.html and pictures, each replaced in one atomic step."""
 
 import math
 from collections import Counter
@@ -29,7 +29,7 @@ LOG_LINES = 40  # of a failed trial, in the HTML
 
 
 def write(folder: Path, *arguments: Any) -> str:
-    """`compose`, one process of a sweep at a time."""
+    """As `compose`, but only one process of a sweep writes at a time. Arguments are those of `compose`."""
     with waited(folder / "sweep.lock"):
         return compose(folder, *arguments)
 
@@ -38,7 +38,7 @@ def compose(folder: Path, title: str, results: list[Result], command: str, metri
     """Writes results.csv, report.md, report.html, losses.png, bars.png and quality.png, and returns the table.
 
     Args:
-      command: what made them.
+      command: the commands that made the results.
       metric: a figure's name, for the comparison and the plots; "" takes the first of QUALITY that is there.
 
     Raises: UserError for a metric that no result has; OSError where a file cannot be written.
@@ -98,7 +98,7 @@ def _table(groups: list[Group], metric: str) -> Table:
 
 
 def _figure(values: list[float], sign: str = "") -> str:
-    """`1.4317 ± 0.0012`; counts, and what is over a thousand, without decimals."""
+    """A figure such as `1.4317 ± 0.0012`; counts and numbers above a thousand have no decimals."""
     mean, spread = mean_and_spread(values)
     if math.isnan(mean):
         return "–"
@@ -119,7 +119,7 @@ def _note(groups: list[Group], metric: str, time: float | None) -> str:
 
 
 def _evaluations(groups: list[Group]) -> list[Block]:
-    """A table of what eval.py found: one row a figure that differs, one column a group."""
+    """A table of the figures of eval.py: a row for each figure that differs, a column for each group."""
     names = dict.fromkeys(name for g in groups for r in g.results for name in r.figures if name.startswith("eval."))
     rows = []
     for name in names:

@@ -1,4 +1,4 @@
-"""What trials and other run directories came to: figures by name, and their mean and spread over seeds."""
+"""The results of trials and other run directories: figures by name, and their mean and spread over seeds."""
 
 import csv
 import dataclasses
@@ -30,9 +30,9 @@ class Result:
       label: shared by the seeds of a trial.
       columns: fields that the sweep sets, with the values that they have in this trial.
       figures: metrics by dotted name. Those of eval.json begin with "eval.".
-      steps, seconds, losses: the training losses, each the mean of a few rows, and the time in steps until then; of a
-        trial that shared its device `seconds` is empty, or what it would have taken alone.
-      tokens: of a step.
+      steps, seconds, losses: the training loss, each value the mean of a few rows, and the training time up to there.
+        If the trial shared its device, `seconds` is empty, or the time that it would have taken alone.
+      tokens: tokens of one step.
     """
 
     id: str
@@ -61,11 +61,11 @@ class Group:
     results: list[Result]
 
     def values(self, metric: str) -> list[float]:
-        """Of the seeds that have it."""
+        """The values of a metric, of the seeds that have it."""
         return [result.figures[metric] for result in self.results if metric in result.figures]
 
     def differences(self, other: "Group", metric: str) -> list[float]:
-        """This minus the other, seed by seed."""
+        """The metric of this group minus that of the other group, seed by seed."""
         theirs = {result.seed: result.figures.get(metric) for result in other.results}
         pairs = [(result.figures.get(metric), theirs.get(result.seed)) for result in self.results]
         return [mine - its for mine, its in pairs if mine is not None and its is not None]
@@ -79,7 +79,7 @@ def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
 
 
 def of_trials(trials: list[Trial], unkept: dict[str, dict]) -> list[Result]:
-    """One result a trial, in their order. `unkept`: records that are not on disk."""
+    """A result for each trial, in the same order. unkept: records that could not be written to disk."""
     names = list(dict.fromkeys(name for trial in trials for name in trial.overrides if name != "seed"))
     results = []
     for trial, label in zip(trials, labels([trial.overrides for trial in trials]), strict=True):
@@ -90,7 +90,10 @@ def of_trials(trials: list[Trial], unkept: dict[str, dict]) -> list[Result]:
 
 
 def of_runs(folders: list[Path]) -> list[Result]:
-    """One result a run directory; a sweep's directory stands for its trials. Raises: UserError where it is neither."""
+    """A result for each run directory; for the directory of a sweep, the results of its trials.
+
+    Raises: UserError for a folder that is neither.
+    """
     results = []
     for folder in folders:
         if sweep := read_json(folder / "sweep.json"):
@@ -149,7 +152,7 @@ def _read(result: Result) -> Result:
 
 
 def _timed(results: list[Result]) -> list[Result]:
-    """Gives trials that shared their device the time that they would have taken alone, at the speed of their like."""
+    """Fills in `seconds` of trials that shared their device: the time alone, at the median speed of the group."""
     for each in group(results):
         speeds = each.values("tokens_per_second")
         for result in each.results:
@@ -171,7 +174,7 @@ def _seconds(rows: list[dict], tokens: int) -> Iterator[float]:
 
 
 def _leaves(value: object, name: str) -> Iterator[tuple[str, float]]:
-    """Numbers in nested dicts, by dotted name; lists are for plots, not for tables."""
+    """Numbers in nested dicts, by dotted name. Lists are left out."""
     if isinstance(value, dict):
         for key, inner in value.items():
             yield from _leaves(inner, f"{name}{key}.")
@@ -180,7 +183,7 @@ def _leaves(value: object, name: str) -> Iterator[tuple[str, float]]:
 
 
 def at_equal_time(results: list[Result]) -> float | None:
-    """Gives each finished run its training loss at the time when the first of them ended, and returns that time."""
+    """Adds to each finished run its training loss at the time when the first run ended; returns that time."""
     done = [result for result in results if result.status == "done" and result.seconds and result.seconds[-1]]
     if len(done) < 2:
         return None
@@ -192,7 +195,7 @@ def at_equal_time(results: list[Result]) -> float | None:
 
 
 def group(results: list[Result], key: Callable[[Result], object] = lambda result: result.label) -> list[Group]:
-    """Results of one key together, in the order in which they come."""
+    """Groups of the results with equal keys, in the order of the first result of each."""
     groups: dict[object, list[Result]] = {}
     for result in results:
         groups.setdefault(key(result), []).append(result)
@@ -200,7 +203,7 @@ def group(results: list[Result], key: Callable[[Result], object] = lambda result
 
 
 def write_csv(path: Path, results: list[Result]) -> None:
-    """One row a result: id, status, seed, the fields that the sweep sets, and every figure. Raises: OSError."""
+    """Writes a row for each result: id, status, seed, the fields that the sweep sets, all figures. Raises: OSError."""
     columns = list(dict.fromkeys(name for result in results for name in result.columns))
     figures = list(dict.fromkeys(name for result in results for name in result.figures))
     buffer = io.StringIO()

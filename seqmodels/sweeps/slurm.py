@@ -1,4 +1,4 @@
-"""The engine that hands trials to Slurm, as one array of jobs, through submitit (pip install submitit)."""
+"""The engine that submits trials to Slurm as one array of jobs, with submitit (pip install submitit)."""
 
 import dataclasses
 import os
@@ -26,10 +26,10 @@ DEFAULTS = {"timeout_min": 240}
 
 @dataclasses.dataclass
 class Job:
-    """What a task of the array runs: one trial, unless another has claimed or finished it.
+    """A task of the array: runs one trial, unless another process has claimed or finished it.
 
-    Before its time is up, or when it is preempted, Slurm signals it: the trial saves a checkpoint, and the task is put
-    back into the queue.
+    Before its time limit, or when it is preempted, Slurm sends it a signal. Then the trial saves a checkpoint, and the
+    task goes back into the queue.
     """
 
     trial: Trial
@@ -41,7 +41,7 @@ class Job:
         return self.trial.record()["status"]
 
     def checkpoint(self) -> "DelayedSubmission":
-        """Called by submitit on that signal, in the midst of `__call__`."""
+        """Called by submitit on that signal, while `__call__` runs. Returns the job to put back into the queue."""
         from submitit.helpers import DelayedSubmission
 
         self.workers.stop()
@@ -62,8 +62,8 @@ def run(
     """Submits the trials that are left, and waits until they have ended. On `stop` the jobs stay in the queue.
 
     Args:
-      options: of submitit's AutoExecutor.update_parameters, such as slurm_partition and timeout_min.
-      parallel: tasks at once; 0 leaves it to Slurm.
+      options: arguments of submitit's AutoExecutor.update_parameters, such as slurm_partition and timeout_min.
+      parallel: tasks at once; 0: as many as Slurm starts.
 
     Raises: UserError where submitit or Slurm is missing, or an option is not one.
     """

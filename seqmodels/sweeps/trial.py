@@ -1,4 +1,4 @@
-"""A trial: one config, the commands that train and evaluate it, and the record of how that went."""
+"""A trial: one config, the commands that train and evaluate it, and a record of their progress and result."""
 
 import dataclasses
 import json
@@ -9,22 +9,22 @@ from typing import Any
 from seqmodels.atomic import replace_file
 from seqmodels.sweeps.claim import claimed
 
-# done; diverged and failed are not run again unless asked; the others go on where they are.
+# Trials of these states are not run again; failed and diverged ones are with --retry. Others continue where they are.
 FINAL = ("done", "diverged", "failed")
 OPEN = ("waiting", "running", "preempted", "interrupted")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Trial:
-    """Plain data, so that it can be handed to other hosts.
+    """One trial. It holds plain data only, so that it can be sent to other hosts.
 
     Attributes:
       id: hash of the resolved config.
       workdir: its run directory, which also holds `trial.json` (the record), `trial.log` and `trial.lock`.
       overrides: the fields that the sweep sets for it, the seed among them.
       fields: every field of its config, by dotted name.
-      commands: stage ("train", "eval") to what is run, one after another.
-      evals: evaluators by name; "" for those that eval.py takes by itself, "none" where there is no evaluation.
+      commands: stage ("train", "eval") to the command of the stage; they are run in this order.
+      evals: names of evaluators. "": those that eval.py chooses. "none": there is no evaluation.
     """
 
     id: str
@@ -44,16 +44,16 @@ class Trial:
 
     @property
     def compiled(self) -> Path:
-        """Of the sweep: programs that JAX keeps for the next trial, by host, as CPUs differ."""
+        """Folder of compiled programs that the trials of the sweep share; one for each host, as CPUs differ."""
         return self.workdir.parent.parent / "compiled"
 
     @property
     def line(self) -> str:
-        """The commands as one would type them."""
+        """The commands as one line for a shell."""
         return " && ".join(map(shlex.join, self.commands.values()))
 
     def record(self) -> dict:
-        """What is known of the trial, `status` among it: one of FINAL and OPEN."""
+        """The record of the trial. Its `status` is one of FINAL or OPEN."""
         record = read_json(self.workdir / "trial.json")
         if record.get("status") == "running" and not claimed(self.lock):
             record |= {"status": "interrupted"}
@@ -66,7 +66,7 @@ class Trial:
         return {"status": "waiting"} | record
 
     def write(self, record: dict) -> None:
-        """Keeps a record, whole or not at all. Raises: OSError."""
+        """Writes the record in one atomic step. Raises: OSError."""
         head = {"id": self.id, "overrides": self.overrides, "evals": self.evals}
         head["commands"] = [shlex.join(command) for command in self.commands.values()]
         replace_file(self.workdir / "trial.json", json.dumps(head | record, indent=2) + "\n")
@@ -76,13 +76,13 @@ class Trial:
         return read_json(self.workdir / "summary.json").get("steps", -1) >= self.fields["steps"]
 
     def _ran_by_hand(self) -> bool:
-        """Whether the printed commands were run by somebody else, who left no record."""
+        """Whether the printed commands were run by hand, which leaves no record."""
         summary, evaluation = (read_json(self.workdir / name) for name in ("summary.json", "eval.json"))
         return self.trained() and (self.evals == "none" or evaluation.get("step") == summary["steps"])
 
 
 def read_json(path: Path) -> dict:
-    """The object in a file; empty where there is none or it is not whole."""
+    """The object in a JSON file; empty if there is no such file or if it is damaged."""
     try:
         value = json.loads(path.read_text())
     except (OSError, ValueError):

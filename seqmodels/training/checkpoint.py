@@ -1,4 +1,4 @@
-"""Checkpoints: saved in the background, found again after any crash, checked bit for bit.
+"""Checkpoints: saved in the background, complete after any crash, checked bit for bit.
 
 A checkpoint is a directory named by its step, with one Orbax item for each part of the state: `params`, `ema` where
 there is one, and `rest` (optimizer, step, carry). Every item carries a fingerprint of its own bits, made on the device
@@ -55,7 +55,7 @@ class Checkpoints:
         return None
 
     def save(self, step: int, state: TrainState, metrics: dict[str, float] | None = None) -> None:
-        """Saves in the background; waits first for the save before. A step that is there already stays as it is."""
+        """Saves in the background, after the last save has ended. Does nothing if the step was saved before."""
         if step == self._saved or step in steps(self.directory):
             return
         if self._checkpointer is None:
@@ -67,7 +67,7 @@ class Checkpoints:
         self._saved = step
 
     def close(self) -> None:
-        """Waits for what is being saved."""
+        """Waits until the last save has ended."""
         if self._checkpointer is not None:
             self._checkpointer.close()
             self._checkpointer = None
@@ -102,13 +102,15 @@ class Checkpoints:
 def restore_params(
     directory: Path, abstract_params: Any, *, step: int | None = None, ema: bool = False
 ) -> tuple[int, Any]:
-    """The parameters alone, for evaluation: (step, params), from the newest whole checkpoint or from that of `step`.
+    """Reads only the parameters, for evaluation, from the checkpoint of `step` or the newest that is not damaged.
 
     Args:
       directory: the run's `checkpoints/`.
       abstract_params: tree of jax.ShapeDtypeStruct, with shardings.
       ema: the averaged parameters, where the run keeps them.
-    Raises: UserError where there is none.
+
+    Returns: (step, params).
+    Raises: UserError if there is no such checkpoint, or none can be read.
     """
     directory = Path(directory).absolute()
     there = steps(directory)

@@ -1,4 +1,4 @@
-"""How good a model is: figures of held-out splits, and at the end of a run evaluators, a sample and a picture."""
+"""Measures a model: figures of held-out splits; at the end of a run also evaluators, a sample and a picture."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -27,7 +27,7 @@ REPORTED = {  # of the figures of a split, those that a run reports; of a head a
 
 
 def check(config: ConfigDict, dataset: Any) -> None:
-    """Whether a run of `config` on `dataset` can be measured as it asks. Raises UserError before anything is made."""
+    """Raises UserError if a run of `config` on `dataset` cannot be measured as it asks; nothing is compiled."""
     _check_best(config, dataset)
     _check_sample(config, dataset)
     # Evaluators look at the config and the dataset of a run that is yet to come.
@@ -58,7 +58,7 @@ def _check_sample(config: ConfigDict, dataset: Any) -> None:
 
 
 def _tokenizer(dataset: Any) -> Any:
-    """The tokenizer of data that a model can continue, else None."""
+    """The tokenizer, if the data are texts or tokens that a model can continue; else None."""
     return getattr(dataset, "tokenizer", None) if dataset.objective == "next_token" else None
 
 
@@ -77,7 +77,7 @@ class Finish:
         self.model, self.mesh, self.say = model, mesh, say
 
     def figures(self, params: Any, split: str, rows: int | None) -> dict[str, float]:
-        """What the model makes of a split, "loss" first; `rows` to stop after, None reads all."""
+        """The figures of a split, "loss" first. rows: the most rows that are read; None: all."""
         config, by = self.config, self.dataset.measured_by
         options = dict(batch_size=config.evaluation.batch_size or config.batch_size, limit=rows, mesh=self.mesh)
         part = self.dataset[split]
@@ -91,7 +91,7 @@ class Finish:
         return {name: float(found[name]) for name in REPORTED[by]}
 
     def run(self, state: TrainState, metrics: Metrics, between: Callable[[], None]) -> dict:
-        """Figures of all held-out splits, evaluators, a sample and a picture, and the summary, which is written.
+        """Measures all held-out splits, runs the evaluators, draws a sample and a picture, and writes the summary.
 
         Args:
           between: is called after each part; it may end the process.
@@ -119,7 +119,7 @@ class Finish:
         return summary
 
     def _run_evaluators(self, evaluators: dict, params: Any, step: int, metrics: Metrics) -> None:
-        """What `eval.py` would say of this run: eval.json and eval.png, and the numbers in the metrics."""
+        """Does what `eval.py` does: writes eval.json and eval.png. The numbers go into the metrics too."""
         config = self.config
         trained = Run(config, step, self.dataset, self.model, params, self.mesh, rows_at_once(config))
         found, failed = evaluation.evaluate(
@@ -136,7 +136,7 @@ class Finish:
         metrics.write(step, dict(evaluation.scalars(found)))
 
     def _sample(self, params: Any) -> str:
-        """The prompt and what the model makes of it, as far as its context goes; "" where it continues no text."""
+        """The prompt and its continuation by the model, within its context; "" for data that cannot be continued."""
         sample, tokenizer = self.config.sample, _tokenizer(self.dataset)
         limit = context(self.config)
         if not sample.tokens or tokenizer is None:

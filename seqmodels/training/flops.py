@@ -1,8 +1,8 @@
-"""Floating-point operations of a training step, counted from the model, and what a device can do.
+"""Floating-point operations of a training step, counted from the model, and the peak of a device.
 
-A multiply-add counts as two operations. Counted are the operations that the mathematics needs, once forward and twice
-backward; what rematerialisation does again is not, so that model FLOPs utilisation (MFU: Chowdhery et al. 2022,
-appendix B) says how much of the device served the model.
+A multiply-add counts as two operations. The operations that the mathematics needs are counted, once for the forward
+pass and twice for the backward pass. What rematerialisation repeats does not count, so that model FLOPs utilisation
+(MFU: Chowdhery et al. 2022, appendix B) says which share of the device served the model.
 """
 
 import math
@@ -41,9 +41,9 @@ def peak_flops(device_kind: str, dtype: str) -> float | None:
 def forward_flops_per_token(boxed: Any, config: Any, length: int) -> float:
     """Operations a token of the forward pass, at rows of `length` tokens.
 
-    A parameter that is no vector is a matrix product or a depthwise convolution, two operations for each number. A
-    table of the vocabulary is a look-up, and a product where it makes the logits. What else a branch or a connection
-    across depth does, it says itself (`Branch.flops`).
+    A parameter that is not a vector is used in a matrix product or a depthwise convolution: two operations for each
+    number. A table of the vocabulary counts only where it makes the logits, not where it is looked up. A branch or a connection
+    across depth says how many more operations it has (`Branch.flops`).
 
     Args:
         boxed: parameters, abstract or concrete, with their declarations.
@@ -61,7 +61,7 @@ def forward_flops_per_token(boxed: Any, config: Any, length: int) -> float:
 
 
 def beyond_products(config: Any, length: int) -> dict[str, float]:
-    """Operations a token of the forward pass beyond two for each parameter, in "branches" and across "depth"."""
+    """Operations a token of the forward pass that `Branch.flops` counts, for "branches" and across "depth"."""
     total = {"branches": 0.0, "depth": 0.0}
     for spec in plan(config):
         branches = (branch_of(config, word, parent=None) for word in spec.names().values())

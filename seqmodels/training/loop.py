@@ -1,4 +1,4 @@
-"""The whole of a run: data, model, mesh, state and the steps; `finish.py` measures what comes of it."""
+"""A training run: data, model, mesh, state and the steps. `finish.py` measures the model."""
 
 import contextlib
 import time
@@ -27,7 +27,7 @@ from seqmodels.training.step import lower_train_step, make_train_step
 
 
 def train(config: ConfigDict, workdir: str | Path, dataset: data.BatchSource | None = None) -> dict:
-    """Trains `config` in the run directory `workdir`, going on from its newest checkpoint, and returns its summary.
+    """Trains `config` in the run directory `workdir`, from its newest checkpoint if there is one; returns the summary.
 
     Args:
       dataset: your own, see `seqmodels.data.contract`; None: what `config.data` names.
@@ -54,7 +54,7 @@ def train(config: ConfigDict, workdir: str | Path, dataset: data.BatchSource | N
 
 
 class Trainer:
-    """One process's part in the steps of a run."""
+    """Runs the steps of a run, as one process of the job."""
 
     def __init__(self, config: ConfigDict, workdir: Path, stop: StopSignal, dataset: data.BatchSource | None) -> None:
         self.config, self.workdir, self.stop = config, workdir, stop
@@ -79,7 +79,7 @@ class Trainer:
 
     @contextlib.contextmanager
     def on_mesh(self) -> Iterator[None]:
-        """Under this, the logical axis names of activations mean the mesh's."""
+        """A context in which the logical axis names of activations are mapped to the axes of the mesh."""
         with jax.set_mesh(self.mesh), nn.logical_axis_rules(sharding.RULES):
             yield
 
@@ -191,7 +191,7 @@ class Trainer:
         return row
 
     def _end(self, state: TrainState) -> dict:
-        """What is measured and drawn when the last step is done."""
+        """Measures and draws what is due after the last step."""
         self.checkpoints.close()
         return self.finish.run(state, self.metrics, between=lambda: self._exit_if_noted(int(state.step)))
 

@@ -1,4 +1,4 @@
-"""Metrics of a run: metrics.jsonl, one row a step, and the same to TensorBoard and W&B."""
+"""Metrics of a run: metrics.jsonl with one row for each step, and the same numbers in TensorBoard and W&B."""
 
 import json
 from pathlib import Path
@@ -11,11 +11,11 @@ from seqmodels.errors import UserError
 
 
 class Metrics:
-    """Writes rows. A row is on disk when `write` returns, so a killed run loses none that its checkpoint counts on.
+    """Writes rows. A row is on disk when `write` returns, so a crash loses no row before the newest checkpoint.
 
     Args:
       workdir: the run directory.
-      step: rows after this step are dropped; the run that goes on writes them again.
+      step: rows after this step are removed; the run, which continues from there, writes them again.
       config: the run's whole config.
       enabled: False on all processes but the first.
     """
@@ -68,7 +68,7 @@ def read(path: Path) -> list[dict]:
 
 
 def drop_after(path: Path, step: int) -> None:
-    """Takes the rows after `step`, and what a crash cut short, out of a metrics.jsonl, in one atomic replacement."""
+    """Removes the rows after `step`, and a row that a crash cut short, by one atomic replacement of the file."""
     if path.exists():
         kept = [json.dumps(row) + "\n" for row in read(path) if row["step"] <= step]
         replace_file(path, "".join(kept))

@@ -1,4 +1,4 @@
-"""Asked to stop: by Ctrl-C, by a scheduler's SIGTERM, or on another machine of the same job."""
+"""Notices requests to stop: Ctrl-C, SIGTERM of a scheduler, or either of them on another machine of the job."""
 
 import signal
 import sys
@@ -19,8 +19,8 @@ class Preempted(SystemExit):
 class StopSignal:
     """Notes the first SIGINT or SIGTERM, so that the step under way can finish; a second one ends the process at once.
 
-    `noted` says whether this process got one. In a job of several processes JAX's own coordinator listens, and all
-    processes agree on one step.
+    `noted` says whether this process got one. In a job of several processes JAX's coordinator handles the signals, and
+    all processes stop after the same step.
     """
 
     def __init__(self) -> None:

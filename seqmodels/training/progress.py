@@ -1,4 +1,4 @@
-"""How far the run is: a bar on a terminal, a line now and then in a log."""
+"""Progress of a run: a bar on a terminal, else a line in the log every few seconds."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from typing import Any, Self
 
 
 class Progress:
-    """Shows loss, tokens/s and time left. On a terminal a bar; else one line at most every `seconds`."""
+    """Shows loss, tokens/s and time left: as a bar on a terminal, else as a line at most every `seconds` seconds."""
 
     def __init__(self, first: int, last: int, *, enabled: bool = True, seconds: float = 10.0) -> None:
         self._last, self._seconds = last, seconds
@@ -40,7 +40,7 @@ class Progress:
             )
 
     def write(self, text: str) -> None:
-        """A line that does not tear the bar."""
+        """Prints a line above the bar."""
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         elif self._enabled:
@@ -55,7 +55,7 @@ class Progress:
 
 
 def clock(seconds: float) -> str:
-    """1:02:03 or 2:03."""
+    """A time such as 1:02:03, or 2:03 if it is under an hour."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -1,4 +1,4 @@
-"""What a run says of itself at the start and at the end."""
+"""What a run prints at the start and at the end."""
 
 import json
 import math
@@ -60,7 +60,7 @@ def _placement(placed) -> str:
 def state_bytes(model: nn.Module, length: int) -> int:
     """Bytes of recurrent state (or cache for `length` tokens) that one sequence needs in decoding.
 
-    A model in which positions know of later ones has none.
+    A model in which outputs depend on later positions has no state: 0.
     """
     if not model.causal:
         return 0
@@ -99,7 +99,7 @@ def read_summary(workdir: Path) -> dict | None:
 
 
 def headline(figures: dict[str, float]) -> str:
-    """The figures of a split in a line: of a text, of a synthetic task, or of the model's head."""
+    """The figures of a split in one line: those of a text, of a synthetic task, or of the model's head."""
     if "bits_per_byte" not in figures and "sequence_accuracy" not in figures:
         return "   ".join(f"{name} {value:.4f}" for name, value in figures.items())
     if "accuracy" in figures:

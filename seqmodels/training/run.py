@@ -1,4 +1,4 @@
-"""A run directory: what is in it, and whether a command belongs to it."""
+"""A run directory: its config, and whether a command may continue the run in it."""
 
 import json
 from pathlib import Path
@@ -21,14 +21,14 @@ FREE = (
 
 
 def is_free(field: str) -> bool:
-    """Whether a field (its dotted name) may differ when a run goes on."""
+    """Whether a field, given by its dotted name, may differ when a run is continued."""
     return any(field.startswith(name) if name.endswith(".") else field == name for name in FREE)
 
 
 def check_run(workdir: Path, config: ConfigDict) -> None:
-    """Checks that what is in the run directory, if anything, belongs to this config.
+    """Checks that the run in the run directory, if there is one, belongs to this config.
 
-    A run that neither wrote a metric nor saved a checkpoint has nothing to lose, and any config may take its place.
+    A run that has neither written a metric nor saved a checkpoint may be replaced by any config.
     Raises: UserError naming the fields that differ.
     """
     workdir = Path(workdir)
@@ -60,7 +60,7 @@ def write_config(workdir: Path, config: ConfigDict) -> None:
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config of a run, locked; what an older run lacks has its default. Raises: UserError where there is none."""
+    """The config of a run, locked. Fields that an older run lacks get defaults. Raises: UserError if there is none."""
     path = Path(workdir) / "config.json"
     try:
         config = json.loads(path.read_text())

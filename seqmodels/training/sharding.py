@@ -63,7 +63,7 @@ def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Me
 
 
 def row_shards(sizes: Mapping[str, int]) -> int:
-    """Into how many parts rows are split on a mesh whose axes have these `sizes`."""
+    """Number of parts that rows are split into on a mesh whose axes have these `sizes`."""
     return math.prod(sizes[axis] for axis in BATCH_AXES)
 
 
@@ -80,7 +80,10 @@ def _check_divides(config: ConfigDict, sizes: dict[str, int]) -> None:
 
 
 def spec_of(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
-    """PartitionSpec of an array with these logical axis names: RULES, each mesh axis once, only where it divides."""
+    """PartitionSpec of an array with these logical axis names.
+
+    It follows RULES, but uses each axis of the mesh once, and only if it divides the axis of the array.
+    """
     rules: dict[str | None, str | tuple[str, ...] | None] = dict(RULES)
     used: set[str] = set()
     entries: list[str | tuple[str, ...] | None] = []
@@ -135,7 +138,7 @@ def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
 
 
 def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """A batch, the same on every process, as global arrays of which each process keeps its part.
+    """Makes global arrays of a batch. Every process passes the whole batch and keeps its own part.
 
     Args:
         batch: arrays [B], [B, T] or [B, T, C].

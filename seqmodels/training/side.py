@@ -1,7 +1,7 @@
-"""What branches report beside their output: losses, which are added to the objective, and figures, which are watched.
+"""Side outputs of branches: losses, which are added to the objective, and figures, which are only logged.
 
 A branch says `self.sow("losses", name, value)` or `self.sow("figures", name, value)`, with a float scalar. A loss is a
-mean over tokens and already weighted by its coefficient. Only the training step listens.
+mean over tokens and already weighted by its coefficient. Only the training step reads them.
 """
 
 from typing import Any, NamedTuple
@@ -18,17 +18,17 @@ Values = dict[str, jax.Array]
 
 
 class SideOutputs(NamedTuple):
-    """Values by "name/layer", the number of the block in the whole stack; by "name" where no block reported them."""
+    """Values by "name/layer", where layer is the block's number in the whole stack; by "name" outside of blocks."""
 
     losses: Values
     figures: Values
 
 
 def collect(reported: dict[str, Any], model_config: ConfigDict) -> SideOutputs:
-    """Scalars out of the collections that a call of the model filled.
+    """The scalars in the collections that a call of the model filled.
 
     Args:
-        reported: collections of the model's variables, those of COLLECTIONS that there are.
+        reported: those of COLLECTIONS that are among the model's variables.
         model_config: config.model, which says how many blocks a scan goes over.
 
     Losses of one name and layer are added up, figures averaged. Raises: ValueError for a value that is not a scalar.
@@ -42,12 +42,12 @@ def collect(reported: dict[str, Any], model_config: ConfigDict) -> SideOutputs:
 
 
 def weighted(side: SideOutputs, count: jax.Array) -> SideOutputs:
-    """All values times a count, so that those of micro-batches add up; divided by the whole count they are means."""
+    """All values times a count, so that micro-batches can be added up. The sum over the whole count is the mean."""
     return jax.tree.map(lambda value: value.astype(jnp.float32) * count, side)
 
 
 def metrics(sums: SideOutputs, count: jax.Array) -> Values:
-    """Means by name and layer; of losses also the sum over the layers, by name.
+    """Means by name and layer; for losses also the sum over the layers, by name.
 
     Args:
         sums: of `weighted`, added up.
@@ -65,7 +65,7 @@ def metrics(sums: SideOutputs, count: jax.Array) -> Values:
 
 
 def join(first: Values, second: Values) -> Values:
-    """Both. Raises: ValueError where they share a name."""
+    """Both dicts in one. Raises: ValueError if they share a name."""
     if shared := sorted(first.keys() & second.keys()):
         raise ValueError(f"a branch reports {shared[0]!r}, which is the name of another metric")
     return first | second

@@ -1,4 +1,4 @@
-"""All that a run needs to go on where it stopped."""
+"""The state of a run: all that it needs to continue where it stopped."""
 
 from typing import Any
 
@@ -28,7 +28,7 @@ class TrainState(struct.PyTreeNode):
 def abstract_state(
     model: nn.Module, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
 ) -> TrainState:
-    """The state's shapes, dtypes and shardings (jax.ShapeDtypeStruct), with no memory taken."""
+    """The state as jax.ShapeDtypeStruct with shardings: nothing is allocated."""
     boxed = abstract_params(model, config)
     shardings = sharding.param_shardings(boxed, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
@@ -75,7 +75,7 @@ def abstract_carry(model: nn.Module, config: ConfigDict, mesh: Mesh) -> Any:
 def init_state(
     model: nn.Module, optimizer: optax.GradientTransformation, config: ConfigDict, abstract: TrainState
 ) -> TrainState:
-    """A fresh state, each device making its own part: the same values on every mesh."""
+    """A fresh state. Each device makes its own part; the values are the same on every mesh."""
     return lower_init(model, optimizer, config, abstract).compile()(jax.random.key(config.seed))
 
 

@@ -64,9 +64,9 @@ def make_train_step(
     batch: arrays as `dataset.spec` says (see `seqmodels.data.contract`). metrics: float32 scalars, "loss" among them,
     and what branches report (see `seqmodels.training.side`).
 
-    A step whose loss or gradient is not finite changes neither parameters, optimizer, average nor carry. Under
-    `training.nan="skip"` it counts as a step, and the next one goes on. Under "stop" the state stays at the last good
-    step from then on, whatever else was dispatched before the host saw the metric.
+    A step whose loss or gradient is not finite changes neither parameters, optimizer state, average nor carry. With
+    `training.nan="skip"` it counts as a step, and training continues. With "stop" the state stays at the last good
+    step, also in steps that were dispatched before the host saw the metric.
     """
     accumulate, head = config.training.accumulate, head_of(config.model)
     options, groups = head.options(config.training), config.optimizer.groups
@@ -139,7 +139,7 @@ def make_train_step(
 
 
 def random_streams(config: ConfigDict, step: jax.Array | int) -> dict[str, jax.Array]:
-    """Keys of what is random at a step: dropout, and features that a branch draws again every so many steps."""
+    """The random keys of a step: for dropout, and for features that a branch draws again every so many steps."""
     key = jax.random.key(config.seed)
     redraw = redraw_every(config.model)
     features = {"features": jax.random.fold_in(jax.random.fold_in(key, 1), step // redraw)} if redraw else {}
@@ -149,7 +149,7 @@ def random_streams(config: ConfigDict, step: jax.Array | int) -> dict[str, jax.A
 def lower_train_step(
     train_step: Callable, abstract: TrainState, config: ConfigDict, mesh: Mesh, spec: Spec | None = None
 ) -> jax.stages.Lowered:
-    """`train_step` traced for the mesh. The state is donated, and keeps its shardings, so it compiles only once.
+    """`train_step`, traced for the mesh. The state is donated. It keeps its shardings, so one program serves all steps.
 
     Args:
         spec: the dataset's; None: of text.
@@ -172,7 +172,7 @@ def lower_train_step(
 
 
 def split_rows(tree: Any, pieces: int) -> Any:
-    """[B, ...] -> [pieces, B / pieces, ...]. Piece i takes every pieces-th row, so that no row changes its device."""
+    """[B, ...] to [pieces, B / pieces, ...]. Piece i has the rows i, i + pieces, ...: no row changes its device."""
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1), tree)
 
 

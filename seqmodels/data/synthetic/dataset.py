@@ -1,4 +1,4 @@
-"""Batches of a task, generated as they are asked for: a batch is a pure function of (seed, step)."""
+"""Batches of a task, generated on demand. A batch is a pure function of (seed, step)."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ ATTEMPTS = 4096  # to find the rows of a split
 
 
 def fold(tokens: np.ndarray) -> np.ndarray:
-    """[n] int: a part, below FOLDS, that depends on nothing but the tokens [n, T] of a row."""
+    """[n] int, the part below FOLDS that each row belongs to: a hash of its tokens [n, T]."""
     place = np.arange(1, tokens.shape[1] + 1, dtype=np.uint64)
     weight = mix(place * np.uint64(0x9E3779B97F4A7C15))
     total = (tokens.astype(np.uint64) + np.uint64(1)) * weight
@@ -55,14 +55,14 @@ def sample(task: Task, rng: np.random.Generator, count: int, length: int, held_o
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticSplit:
-    """The rows of one split. Row i of a length is the same however many are asked for at once.
+    """The rows of one split. Row i of a length does not depend on how many rows are asked for at once.
 
     Attributes:
-      task: what the rows are of.
-      name: of SPLITS.
+      task: the task that makes the rows.
+      name: one of SPLITS.
       seed: of the dataset.
       train_length: T in training. At this length rows of "train" and of the other splits differ by their hash.
-      count: rows of validation and test.
+      count: number of rows of validation, and of test.
     """
 
     task: Task
@@ -104,13 +104,13 @@ class SyntheticSplit:
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticDataset(BatchSource):
-    """A task, in the place of a `seqmodels.data.Dataset`. Made by `seqmodels.data.load`.
+    """A task as a dataset, with the interface of `seqmodels.data.Dataset`. Made by `seqmodels.data.load`.
 
     Attributes:
       task: see `seqmodels.data.synthetic.TASKS`.
       seq_len, batch_size: T and B of a (global) batch.
       seed: of all rows.
-      loss: training counts the "answers", or "all" positions that have a target.
+      loss: what training counts: "answers", or "all" positions that have a target.
       count: rows of validation, and of test.
       lengths: T at which a trained model is measured besides its own, in tokens.
     """

@@ -1,4 +1,4 @@
-"""The tokenizer of a task: every id has a name, and a text is names apart by spaces."""
+"""The tokenizer of a task: every id has a name; a text is a sequence of names, separated by spaces."""
 
 import difflib
 from collections.abc import Iterable

@@ -1,4 +1,4 @@
-"""What a synthetic task is: settings, and rows that are a pure function of a random generator."""
+"""Base of synthetic tasks: settings, and rows that are a pure function of a random generator."""
 
 import dataclasses
 from typing import ClassVar, NamedTuple
@@ -14,9 +14,9 @@ class Rows(NamedTuple):
     """Rows of a task.
 
     tokens: [n, T] int32, what the model reads.
-    targets: [n, T] int32, what it should say after reading a token: NOTHING, or an id. Never to be shifted again.
-    answers: [n, T] bool, the loss mask: True at the positions that the task is about, each of which has a target. Where
-      targets go on beyond the answers, they are the next tokens.
+    targets: [n, T] int32, the id that it should predict after reading a token, or NOTHING. They are shifted already.
+    answers: [n, T] bool, the loss mask: True at the positions that the task asks about, which all have a target.
+      Targets at other positions are the next tokens.
     """
 
     tokens: np.ndarray
@@ -29,7 +29,7 @@ class Task:
     """Settings of a task; subclasses add fields, which come from `config.data.task`.
 
     Attributes:
-      has_depth: whether its rows hide something at a share `depth` of their length, a field of the task.
+      has_depth: whether the task has a field `depth`: where in a row, as a share of its length, something is hidden.
     """
 
     has_depth: ClassVar[bool] = False
@@ -43,10 +43,10 @@ class Task:
         raise NotImplementedError
 
     def check(self, length: int) -> None:
-        """Raises UserError where there are no rows of `length` tokens."""
+        """Raises UserError if the task has no rows of `length` tokens."""
 
     def rows(self, rng: np.random.Generator, count: int, length: int) -> Rows:
-        """`count` rows of `length` tokens, which `check` has let pass."""
+        """`count` rows of `length` tokens, a length that `check` accepts."""
         raise NotImplementedError
 
     def tests(self, lengths: tuple[int, ...]) -> dict[str, tuple["Task", int]]:
@@ -64,7 +64,7 @@ def refuse_length(length: int, allowed: str) -> None:
 
 
 def next_tokens(tokens: np.ndarray, last: np.ndarray) -> np.ndarray:
-    """Targets [n, T] of rows [n, T] that `last` [n] goes on."""
+    """Targets [n, T] of rows [n, T]: the next tokens, and `last` [n] after the end."""
     return np.concatenate([tokens[:, 1:], last[:, None]], axis=1)
 
 
