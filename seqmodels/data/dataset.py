@@ -27,7 +27,7 @@ class TokenSplit:
       tokens: [tokens] uint16 or uint32, mapped from disk. Every document begins with the separator.
       documents: [documents] int64, index into `tokens` at which each begins.
       bytes: UTF-8 bytes of the raw text, separators not counted.
-      separate: whether each document has its own segment id (`config.data.reset`); else all tokens have 0.
+      separate: whether documents have segment ids of their own (`config.data.reset`); else all tokens have 0.
     """
 
     tokens: np.ndarray

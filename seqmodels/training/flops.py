@@ -42,8 +42,8 @@ def forward_flops_per_token(boxed: Any, config: Any, length: int) -> float:
     """Operations a token of the forward pass, at rows of `length` tokens.
 
     A parameter that is not a vector is used in a matrix product or a depthwise convolution: two operations for each
-    number. A table of the vocabulary counts only where it makes the logits, not where it is looked up. A branch or a connection
-    across depth says how many more operations it has (`Branch.flops`).
+    number. A table of the vocabulary counts only where it makes the logits, not where it is looked up. A branch or a
+    connection across depth says how many more operations it has (`Branch.flops`).
 
     Args:
         boxed: parameters, abstract or concrete, with their declarations.
