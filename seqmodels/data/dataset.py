@@ -36,7 +36,7 @@ class TokenSplit:
     separate: bool = True
 
     def rows(self, length: int) -> int:
-        """Number of whole rows. Row r is `tokens[r * length : (r + 1) * length + 1]`; its last token is only a target."""
+        """Number of whole rows. Row r is `tokens[r * length : (r + 1) * length + 1]`; the last one is only a target."""
         return (len(self.tokens) - 1) // length
 
     def segment_ids(self, start: int, stop: int) -> np.ndarray:
