@@ -55,6 +55,7 @@ def quick(monkeypatch):
     monkeypatch.setattr(script, "measure", lambda run, sets, repeat: float(run(sets[0]) is not None))
 
 
+@pytest.mark.slow
 def test_results_have_the_fields_and_replace_their_own_kind(tmp_path, capsys):
     path = tmp_path / "results.json"
     assert run(path, f"--shapes={SHAPE},1x5x3x2:read3", "--implementations=xla") == 0
@@ -75,6 +76,7 @@ def test_results_have_the_fields_and_replace_their_own_kind(tmp_path, capsys):
     assert [row["implementation"] for row in again[3:]] == ["reference", "xla"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "op, shapes",
     [

@@ -77,8 +77,16 @@ def close(ours, reference, tolerance=2e-5):
         assert error < tolerance, f"{jax.tree_util.keystr(path)}: relative error {error:.1e}"
 
 
-every_branch = pytest.mark.parametrize("name", BRANCHES)
-both_ways = pytest.mark.parametrize("name", [*BRANCHES, *(BOTH_WAYS + name for name in BRANCHES if name != "mlp")])
+QUICK = ("attention", "mamba", "mlp")  # of make test-fast: a cache, a recurrence, a branch without a state
+
+
+def marked(words):
+    return [word if word in QUICK else pytest.param(word, marks=pytest.mark.slow) for word in words]
+
+
+every_branch = pytest.mark.parametrize("name", marked(BRANCHES))
+reversible = [BOTH_WAYS + name for name in BRANCHES if name != "mlp"]
+both_ways = pytest.mark.parametrize("name", marked([*BRANCHES, *reversible]))
 
 
 @every_branch

@@ -73,6 +73,7 @@ def test_first_value_that_is_not_finite(text, fields):
     )
 
 
+@pytest.mark.slow
 def test_gradient_that_is_not_finite(text, monkeypatch):
     monkeypatch.setitem(BRANCHES, "kink", Kink)
     trainer, state = trainer_and_state(text, model__pattern="mamba kink mamba")
@@ -97,6 +98,7 @@ def test_nans_needs_a_run_that_stops(tmp_path, text):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_table_of_shapes(tmp_path, text, capsys):
     loop.train(tiny(text, steps=1, training__debug="shapes", model__scan_blocks=1), tmp_path / "run")
     said = capsys.readouterr().out

@@ -206,6 +206,7 @@ def test_recurrent_equals_parallel(name, variant):
     np.testing.assert_allclose(jnp.where(keep, jnp.concatenate(ys, 1), 0), jnp.where(keep, whole, 0), atol=3e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["retnet", "mamba2"])
 def test_fresh_links_do_nothing(name):
     """The last gate matrix starts at zero, or, with `gate_std`, does not."""
@@ -219,6 +220,7 @@ def test_fresh_links_do_nothing(name):
         assert difference < 2e-6 if std == 0 else difference > 1e-3
 
 
+@pytest.mark.slow
 def test_variants_differ():
     """Guards against one variant computed under another's name."""
     for name in ("retnet", "mamba2"):
@@ -237,9 +239,12 @@ def test_variants_differ():
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        (dict(variant="carry"), "variant is 'carry'; allowed with a matrix state: read, input, output, rank"),
-        (dict(projection="linear"), "projection is 'linear'; allowed with a matrix state: identity"),
-        (dict(variant="rank", norm=True), "norm is True"),
+        (
+            dict(variant="carry"),
+            "variant='carry': must be one of 'read', 'input', 'output', 'rank'",
+        ),
+        (dict(projection="linear"), "projection='linear': must be 'identity' with a matrix state"),
+        (dict(variant="rank", norm=True), "norm=True: must be False with variant='rank'"),
     ],
 )
 def test_bad_fields_are_named(fields, message):
@@ -247,6 +252,7 @@ def test_bad_fields_are_named(fields, message):
         make("mamba2", **fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, variant", [("retnet", "input"), pytest.param("mamba2", "read", marks=pytest.mark.slow)])
 def test_scan_over_blocks_equals_unrolled(name, variant):
     """As the large presets run: streams in the carry of the scan, blocks computed again in the backward pass."""
@@ -265,6 +271,7 @@ def test_scan_over_blocks_equals_unrolled(name, variant):
     assert jax.eval_shape(half.apply, stacked, tokens())[0].dtype == jnp.bfloat16
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 @pytest.mark.parametrize("name, variant", [("retnet", "input"), pytest.param("mamba2", "read", marks=pytest.mark.slow)])
 def test_mesh_changes_nothing(name, variant):

@@ -18,6 +18,7 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text"))
 
 
+@pytest.mark.slow
 def test_evaluators_at_the_end_of_training(tmp_path, text, capsys):
     (tmp_path / "clock.jsonl").write_text(ENDINGS)
     fields = dict(evaluation__lengths=(1, 2), evaluation__classification=str(tmp_path / "clock.jsonl"))

@@ -55,6 +55,7 @@ def greedy_by_full_passes(model, params, prompt, tokens):
     return ids[len(prompt) :]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["densemamba", "transformer"])
 def test_greedy_decoding_of_prompts_of_different_lengths_equals_full_passes(name):
     model, params = tiny(name)
@@ -85,6 +86,7 @@ def test_chunks_are_few_powers_of_two_that_sum_up(monkeypatch):
         assert sizes == sorted(sizes, reverse=True)
 
 
+@pytest.mark.slow
 def test_lengths_do_not_recompile():
     model, params = tiny("densemamba")
     run = functools.partial(decode, model, params, vocab_size=VOCAB)
@@ -238,6 +240,7 @@ def test_empty_prompts():
 # Rounded parameters
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name, scan_blocks", [("densemamba", 0), ("densemamba", 1), ("transformer", 0)])
 def test_rounded_parameters_give_the_same_results(name, scan_blocks):
     config = {"densemamba": densemamba, "transformer": transformer}[name].get_config().model.unlock()
@@ -274,6 +277,7 @@ def test_plain_sampling_draws_what_sorting_would():
         np.testing.assert_array_equal(draw(keys, logits, sampling, method), draw(keys, logits, sampling))
 
 
+@pytest.mark.slow
 def test_a_lone_row_on_a_gpu_is_run_twice(monkeypatch):
     model, params = tiny("densemamba")
     run = functools.partial(decode, model, params, [text(5)], tokens=3, vocab_size=VOCAB, seed=2)

@@ -96,6 +96,7 @@ def test_rolling_loglikelihoods(recurrent, attention):
     np.testing.assert_allclose(value, -sum(alone(*attention, request)[0] for request in requests), rtol=2e-5)
 
 
+@pytest.mark.slow
 def test_generated_texts_are_those_of_each_prompt_alone(recurrent, monkeypatch):
     monkeypatch.setattr("seqmodels.generation.BLOCK", 4)
     prompts = ["line 7", "a", "the quick brown fox jumps"]

@@ -38,6 +38,7 @@ def losses(workdir):
     return [row["loss"] for row in metrics.read(workdir / "metrics.jsonl") if "loss" in row]
 
 
+@pytest.mark.slow
 def test_classify_tokens_resumes_bit_for_bit(tmp_path):
     """With validations, and stopped in the middle; then read again by an evaluation."""
     data = ArrayDataset("classify", which_token, 16, {"tokens": 3, "labels": 2})
@@ -99,6 +100,7 @@ def letters(rng, count, length=12):
     return {name: array.astype(np.int32) for name, array in arrays.items()} | {"mask": mask}
 
 
+@pytest.mark.slow
 def test_next_tokens_with_padding(tmp_path):
     """One-hot letters. What stands in the padding before a row changes nothing in it."""
     data = ArrayDataset("next_token", letters, 16, {"tokens": 2, "targets": 2})
@@ -113,6 +115,7 @@ def test_next_tokens_with_padding(tmp_path):
     assert float(sums[0].nats) == float(sums[1].nats) and float(sums[0].count) == batch["mask"].sum()
 
 
+@pytest.mark.slow
 def test_example_of_the_page(tmp_path, monkeypatch):
     """docs/training.md's dataset of one's own."""
     page = (Path(__file__).parents[1] / "docs" / "training.md").read_text()

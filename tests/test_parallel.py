@@ -104,6 +104,7 @@ def assert_mesh_changes_nothing(name, mesh, masked):
         assert error < 1e-4, f"{jax.tree_util.keystr(path)}: relative error {error:.1e}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [pytest.param(n, marks=[] if n in QUICK else pytest.mark.slow) for n in MODELS])
 def test_mesh_changes_nothing(name):
     assert_mesh_changes_nothing(name, make_mesh(data=2, tensor=2, sequence=2), masked=False)

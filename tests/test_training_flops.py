@@ -44,12 +44,14 @@ def test_transformer_step_is_within_six_percent_of_xla():
     assert scans == 0 and 0.94 * xla < ours < xla
 
 
+@pytest.mark.slow
 def test_mamba_step_without_its_scans_is_within_eight_percent_of_xla():
     """XLA counts one token of every scan, which is nearly nothing."""
     ours, scans, xla = counts(small(mamba))
     assert 0 < scans < 0.2 * ours and 0.92 * xla < ours - scans < xla
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", [mamba2, pytest.param(performer, marks=pytest.mark.slow)])
 def test_matrix_state_step_without_its_recurrence_is_within_eight_percent_of_xla(module):
     """Token by token, XLA counts one token of the recurrence, which is nearly nothing."""

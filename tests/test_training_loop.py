@@ -21,6 +21,7 @@ def rows(workdir, name="loss"):
     return {row["step"]: row[name] for row in metrics.read(workdir / "metrics.jsonl") if name in row}
 
 
+@pytest.mark.slow
 def test_a_run_and_the_same_command_again(tmp_path, text, capsys):
     config = tiny(text, sample__tokens=5, evaluation__every=2, evaluation__rows=4, optimizer__ema=0.5, steps=5)
     summary = loop.train(config, tmp_path / "run")

@@ -23,6 +23,7 @@ def batch(n):
     return dict(tokens=tokens, targets=np.roll(tokens, -1, 1), segment_ids=np.zeros_like(tokens))
 
 
+@pytest.mark.slow
 def test_figures(monkeypatch):
     config = densemamba.get_config().unlock()
     config.update(seq_len=LENGTH, batch_size=ROWS)

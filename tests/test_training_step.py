@@ -179,6 +179,7 @@ def test_every_device_has_rows_of_its_own():
         assert places == [(n, n + 1) for n in range(8)], name
 
 
+@pytest.mark.slow
 def test_fresh_state_is_the_same_on_every_mesh():
     one, _ = trainer(small_config())
     many, _ = trainer(small_config(mesh__data=2, mesh__fsdp=2, mesh__tensor=2))
