@@ -63,6 +63,14 @@ def test_a_group_checks_configs_and_modules_alike():
         MAMBA2.validate(SimpleNamespace(groups=3), 32)
 
 
+def test_a_misspelt_choice_names_the_nearest():
+    field = Field("none", "...", one_of("none", "block", "dots"))
+    with pytest.raises(UserError, match=r"^config.model.remat='blocks': must be .*'dots'; did you mean 'block'\?$"):
+        field.check("model.remat", "blocks")
+    with pytest.raises(UserError, match=r"'dots'$"):
+        field.check("model.remat", "everything")
+
+
 def test_defaults_of_a_group():
     options = MAMBA2.defaults(state=64)
     assert options.state == 64 and options.head_dim == 8 and set(options) == set(MAMBA2.fields)

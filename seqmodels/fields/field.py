@@ -54,7 +54,7 @@ class Field:
         if not KINDS[type(self.default)][0](value):
             refuse(path, value, self.words())
         if not self.allowed.test(value):
-            refuse(path, value, self.allowed.words)
+            refuse(path, value, self.allowed.advice(value))
 
 
 def refuse(field: str, value: Any, allowed: str) -> NoReturn:

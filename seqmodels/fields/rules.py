@@ -4,6 +4,7 @@ import dataclasses
 import math
 import numbers
 from collections.abc import Callable
+from difflib import get_close_matches
 from typing import Any
 
 
@@ -14,10 +15,18 @@ class Rule:
     Attributes:
         test: whether a value, which has the right type already, is allowed.
         words: what is allowed, so that "must be <words>" is a sentence; "" where any value is.
+        choices: the values that are allowed, where they are a list.
     """
 
     test: Callable[[Any], bool]
     words: str
+    choices: tuple[Any, ...] = ()
+
+    def advice(self, value: Any) -> str:
+        """What is allowed, and the allowed name that `value` may have been meant to be."""
+        names = [name for name in self.choices if isinstance(name, str)]
+        near = get_close_matches(value, names, n=1) if isinstance(value, str) else []
+        return f"{self.words}; did you mean {near[0]!r}?" if near else self.words
 
 
 any_value = Rule(lambda value: True, "")
@@ -26,7 +35,7 @@ share = Rule(lambda value: 0 <= value < 1, "at least 0 and less than 1")
 
 def one_of(*values: Any) -> Rule:
     """One of these values."""
-    return Rule(lambda value: value in values, "one of " + ", ".join(map(repr, values)))
+    return Rule(lambda value: value in values, "one of " + ", ".join(map(repr, values)), values)
 
 
 def at_least(smallest: float) -> Rule:
