@@ -1,4 +1,4 @@
-"""A trained model, read from its run directory. Nothing else is needed to evaluate it."""
+"""A trained model, read from its run directory; with the token cache and the tokenizer it is ready to be evaluated."""
 
 import dataclasses
 from collections.abc import Mapping

@@ -82,10 +82,14 @@ def rate_factors(groups: str, boxed: Any) -> Any:
             factor = -1.0
         if not (equals and 0 <= factor < math.inf):
             refuse(
-                "optimizer.groups", groups, f"GROUP=FACTOR, apart by commas, each factor at least 0; {text!r} is not"
+                "optimizer.groups",
+                groups,
+                f"GROUP=FACTOR, separated by commas, each factor at least 0; {text!r} is not",
             )
         if name not in there:
-            known = f"groups of this model, which are {', '.join(there)}{nearest(name, there)}" if there else "empty"
+            near = nearest(name, there)
+            guess = near if "did you mean" in near else ""
+            known = f"of this model's groups, {', '.join(there)}{guess}" if there else "'', as this model has no groups"
             refuse("optimizer.groups", groups, known)
         factors[name] = factor
     return jax.tree.unflatten(jax.tree.structure(unbox(boxed)), [factors.get(leaf.group, 1.0) for leaf in declared])
