@@ -177,6 +177,9 @@ def _build(config, spec: Spec, objective: str) -> SequenceModel:
         for i in vocabularies:
             sizes[i] = config.vocab_size
     scanned(config)
+    if config.bias and config.norm == "rms" and not any(BRANCHES[name].biased for name in names(config.pattern)):
+        allowed = f"False with model.norm='rms' and model.pattern={config.pattern!r}, where nothing has a bias"
+        refuse("model.bias", True, allowed)
     for operation, name in config.implementation.items():
         if name and name not in OPERATIONS[operation].IMPLEMENTATIONS:
             allowed = ", ".join(map(repr, OPERATIONS[operation].IMPLEMENTATIONS))

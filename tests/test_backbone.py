@@ -82,6 +82,15 @@ def test_layer_norm_and_biases():
     assert not dead, dead
 
 
+def test_biases_that_nothing_has_are_refused():
+    with pytest.raises(
+        UserError, match=r"config.model.bias=True: must be False with .*'mamba', where nothing has a bias"
+    ):
+        build(config_of("mamba", bias=True), 11)
+    build(config_of("mamba", bias=True, norm="layer"), 11)
+    build(config_of("mamba+mlp", bias=True), 11)
+
+
 def test_norm_without_biases_has_none():
     _, variables, *_ = make("mamba", norm="layer")
     assert set(variables["params"]["final_norm"]) == {"scale"}
