@@ -71,7 +71,7 @@ def test_classify_tokens_resumes_bit_for_bit(tmp_path):
     "objective, make, fields, falls",
     [
         ("classify", which_channel, dict(model__pool="attention"), 0.6),
-        ("regress", channel_means, dict(model__pool="mean", training__accumulate=2), 0.5),
+        ("regress", channel_means, dict(model__pattern="bi:mamba", training__accumulate=2), 0.5),
         ("forecast", waves, dict(model__horizon=3), 0.3),
     ],
 )
