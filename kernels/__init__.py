@@ -8,12 +8,12 @@ from typing import Any
 
 
 class Operations(Mapping[str, ModuleType]):
-    """Name of each operation to its module, which is imported when it is first asked for.
+    """Maps the name of each operation to its module, which is imported at the first access.
 
-    The module has the operation as a function of its own name, `BACKENDS` and `IMPLEMENTATIONS`, `choose(platform,
-    **facts)`, which says what is taken by default, and `axes(**arrays)`, the logical axes of its arrays (see
-    `seqmodels.kernels.axes`). Where "length" is one of them, its module `sharded` has the same function of one device's
-    piece of time.
+    Each module defines a function with the operation's name, `BACKENDS` and `IMPLEMENTATIONS`. `choose(platform,
+    **facts)` returns the name of the default implementation and the reason. `axes(**arrays)` returns the logical axes
+    of the arrays (see `seqmodels.kernels.axes`). If "length" is one of these axes, the submodule `sharded` defines the
+    same function for one device's piece of time.
     """
 
     def __init__(self, *names: str) -> None:
@@ -41,7 +41,7 @@ def interpret(**options: Any) -> contextlib.AbstractContextManager[None]:
     return interpreter.interpret(**options)
 
 
-if __name__ == "kernels":  # by the folder's name, as old scripts in a checkout do: the same modules, no copies of them
+if __name__ == "kernels":  # old scripts in a checkout import the folder by this name: give them the same modules
     from seqmodels.alias import alias
 
     alias("kernels", "seqmodels.kernels")

@@ -1,4 +1,4 @@
-"""Shapes of arrays on their way into kernels and out of them."""
+"""Changes of shape for arrays that go into kernels and come out of them."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -8,11 +8,11 @@ import jax.numpy as jnp
 
 
 def pad(x: jax.Array | None, sizes: Mapping[int, int], fill: float = 0) -> jax.Array | None:
-    """`x` with `fill` at the end of axes.
+    """Pad axes of `x` at their end with the value `fill`.
 
     Args:
-        x: None is returned as it is.
-        sizes: for each axis to be padded its new size, at least the old one; -1 is the last axis, and so on.
+        x: None is returned unchanged.
+        sizes: maps each axis to its new size, which is at least the old one. Negative axes count from the end.
     """
     if x is None:
         return None
@@ -23,25 +23,25 @@ def pad(x: jax.Array | None, sizes: Mapping[int, int], fill: float = 0) -> jax.A
 
 
 def round_up(x: int, multiple: int) -> int:
-    """The least multiple of `multiple` that is not less than `x`."""
+    """The smallest multiple of `multiple` that is at least `x`."""
     return -(-x // multiple) * multiple
 
 
 def expand_to(x: jax.Array, ndim: int) -> jax.Array:
-    """`x` with axes of size one at its end, `ndim` in all: a mask [B, T] as it is broadcast over [B, T, ...]."""
+    """Append axes of size one until `x` has `ndim` axes, so that a mask [B, T] broadcasts over [B, T, ...]."""
     return x.reshape(*x.shape, *[1] * (ndim - x.ndim))
 
 
 def zero_padding(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """`x` [B, T, ...] with zeros where `mask` [B, T] is False, whatever is there, NaN even."""
+    """Replace `x` [B, T, ...] by zeros where `mask` [B, T] is False, even where `x` is NaN."""
     return x if mask is None else jnp.where(expand_to(mask, x.ndim), x, 0)
 
 
 def split_time(tree: Any, size: int, *, time_first: bool = False) -> Any:
-    """Arrays [B, T, ...] in pieces of time for `lax.scan`, the last of which ends in zeros.
+    """Split arrays [B, T, ...] into pieces of time for `lax.scan`. The last piece is padded with zeros at its end.
 
     Returns:
-        [T / size, B, size, ...] each, or, with `time_first`, [T / size, size, B, ...].
+        Arrays [T / size, B, size, ...], or [T / size, size, B, ...] with `time_first`; T / size is rounded up.
     """
 
     def split(x):
@@ -54,7 +54,7 @@ def split_time(tree: Any, size: int, *, time_first: bool = False) -> Any:
 
 
 def join_time(x: jax.Array, length: int, *, time_first: bool = False) -> jax.Array:
-    """[B, T, ...] with T = `length`, of what `split_time` gives."""
+    """Join the pieces that `split_time` returns to an array [B, T, ...] with T = `length`."""
     if time_first:
         return jnp.moveaxis(x.reshape(-1, *x.shape[2:])[:length], 0, 1)
     x = jnp.moveaxis(x, 0, 1)
@@ -62,8 +62,9 @@ def join_time(x: jax.Array, length: int, *, time_first: bool = False) -> jax.Arr
 
 
 def mapped(kernel: Callable[..., Any], **static: Any) -> Callable[[Mapping[str, Any]], Any]:
-    """`kernel` as a function of one dict of arrays, by the names of its arguments.
+    """Wrap `kernel` as a function of one dict, which maps the names of its arguments to arrays.
 
-    `jax.vmap` runs it once for each row, since Pallas's own rule for vmap does not serve these kernels.
+    Under `jax.vmap` the kernel runs once for each row, because Pallas's own rule for vmap does not support these
+    kernels.
     """
     return jax.custom_batching.sequential_vmap(lambda arrays: kernel(**arrays, **static))

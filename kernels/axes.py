@@ -1,4 +1,4 @@
-"""Logical names of the axes of an operation's arrays, from which `seqmodels.parallel` splits them over a mesh."""
+"""Logical names for the axes of an operation's arrays. `seqmodels.parallel` uses them to split arrays over a mesh."""
 
 from collections.abc import Mapping
 from typing import NamedTuple
@@ -10,13 +10,13 @@ DOCUMENTS: Mapping[str, Axes] = dict(segment_ids=TOKENS, mask=TOKENS, initial_se
 
 
 class Layout(NamedTuple):
-    """Axes of every array that an operation takes and gives.
+    """Axes of every array that an operation takes and returns.
 
     Attributes:
-        arrays: of each array argument, by name.
-        results: of each result.
-        together: names that must be split alike or not at all, as those of keys and of the values that go with them;
-            one whose size is 1 belongs to all and stays out of it.
+        arrays: axes of each array argument, by name.
+        results: axes of each result.
+        together: names of axes that must be split in the same way or not at all, such as the heads of keys and of the
+            values that belong to them. An axis of size 1 is shared by all devices, and this rule does not apply to it.
     """
 
     arrays: Mapping[str, Axes]

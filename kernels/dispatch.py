@@ -1,4 +1,4 @@
-"""Choosing the implementation of an operation: by name, or the measured winner of the platform it is lowered for."""
+"""Choice of an operation's implementation: by name, or the measured winner on the platform it is lowered for."""
 
 import functools
 import logging
@@ -14,10 +14,11 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")
 
 
 def platforms() -> tuple[str, ...]:
-    """Those that a computation traced here can be lowered for.
+    """The platforms that a computation traced here can be lowered for.
 
-    With a mesh it is the mesh's own, else the CPU and the accelerator at hand. Each more costs time to trace, and
-    memory: what the backward pass on one keeps is kept as zeros on the others.
+    With a mesh this is the mesh's platform. Without one it is the CPU and the available accelerator. Each additional
+    platform costs time to trace. It also costs memory: the residuals that one platform's implementation saves for the
+    backward pass are stored as zeros on the others.
     """
     device = jax.sharding.get_abstract_mesh().abstract_device
     if device is not None:
@@ -46,12 +47,13 @@ def choose(
     platform: str,
     **facts: object,
 ) -> tuple[str, str]:
-    """The implementation that `None` takes on a platform, and why.
+    """The implementation that `None` selects on a platform, and the reason.
 
     Args:
-        backends: implementations by name; each has `supports(platform=..., **facts) -> reason | None`. Asked for by
-            name, it finds `named=True` among the facts, and then serves what another would serve faster too.
-        winners: names by platform, fastest first, as measured; the last one serves everything.
+        backends: implementations by name. Each has `supports(platform=..., **facts) -> reason | None`. If the user
+            requested it by name, the facts include `named=True`; then it also accepts calls for which another
+            implementation is faster.
+        winners: names by platform, fastest first as measured. The last one supports every call.
         platform: "cpu", "cuda", "rocm" or "tpu" ("gpu" means "cuda").
         **facts: static facts of the call that `supports` judges, such as shapes and dtypes.
     """
@@ -67,10 +69,10 @@ def choose(
 
 
 def require(operation: str, backends: Mapping[str, ModuleType], name: str, **facts: object) -> ModuleType:
-    """The backend of that name.
+    """The backend named `name`.
 
     Raises:
-        UnsupportedError: there is none of that name, or it cannot serve the call.
+        UnsupportedError: there is no backend of this name, or it does not support the call.
     """
     if name not in backends:
         raise UnsupportedError(f"{operation}: implementation {name!r} is unknown; there are {', '.join(backends)}")
@@ -89,7 +91,7 @@ def dispatch(
     call: Callable,
     *arrays: Any,
 ) -> Any:
-    """Run `call(backend, *arrays)` on the named backend, or on the winner of the platform that this is lowered for."""
+    """Run `call(backend, *arrays)` with the named backend, or the winner on the platform that this is lowered for."""
     if implementation:
         return call(require(operation, backends, implementation, **facts), *arrays)
     chosen = {p: choose(operation, backends, winners, p, **facts)[0] for p in platforms()}

@@ -1,4 +1,4 @@
-"""Running the Pallas kernels without their accelerator, in jax's interpreters, on a CPU."""
+"""Runs the Pallas kernels on a CPU, without their accelerator, in jax's interpreters."""
 
 import contextlib
 from collections.abc import Iterator
@@ -16,8 +16,8 @@ class _Interpreters(NamedTuple):
     tpu: Any = None
 
 
-# jax compares the value of a user context when it looks for a function that is traced or compiled already, so what was
-# compiled for a device is never taken for what is interpreted, nor the other way round.
+# The value of a user context is part of jax's cache key for traced and compiled functions. So a function compiled for a
+# device is never reused in the interpreter, nor the reverse.
 _current = jax.make_user_context(_Interpreters())
 
 
@@ -25,8 +25,8 @@ _current = jax.make_user_context(_Interpreters())
 def interpret(**options: Any) -> Iterator[None]:
     """Within this context, Pallas kernels for GPUs and TPUs run in jax's interpreters, on any platform.
 
-    The interpreters are slow, and exact to the last detail that they model: asynchronous copies, barriers, memory that
-    starts as NaN. jax 0.10 has none for GPU kernels; they stay as unavailable there as without this context.
+    The interpreters are slow but detailed: they model asynchronous copies, barriers and uninitialised memory (as NaN).
+    jax 0.10 has no interpreter for GPU kernels; with it, these kernels stay unavailable within this context.
 
     Args:
         **options: fields of `pltpu.InterpretParams` and `plgpu.InterpretGPUParams`, such as `detect_races=True`.
@@ -37,10 +37,10 @@ def interpret(**options: Any) -> Iterator[None]:
 
 
 def gpu_interpreter() -> Any:
-    """What `plgpu.kernel(interpret=...)` takes: None outside `interpret`."""
+    """The argument `interpret` of `plgpu.kernel`: None outside the context `interpret`."""
     return _current.value.gpu
 
 
 def tpu_interpreter() -> Any:
-    """What `pl.pallas_call(interpret=...)` takes: False outside `interpret`."""
+    """The argument `interpret` of `pl.pallas_call`: False outside the context `interpret`."""
     return _current.value.tpu or False

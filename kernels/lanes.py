@@ -1,8 +1,9 @@
-"""One value a thread: the vocabulary in which the Mosaic GPU kernels are written.
+"""One value per thread: the operations from which the Mosaic GPU kernels are built.
 
-A warpgroup is 128 threads; an array of shape (128,) in the layout `LANES` is one register of each. Arithmetic on such
-arrays is plain jax.numpy. What Pallas lacks is here: loads and stores at an offset of each thread's own, 16 bytes at a
-time, and the hardware's reciprocal. In the interpreter the same functions are indexing and arithmetic.
+A warpgroup has 128 threads. An array of shape (128,) in the layout `LANES` takes one register of each thread.
+Arithmetic on such arrays is plain jax.numpy. This module adds what Pallas lacks: loads and stores of 16 bytes at a
+separate offset for each thread, and the hardware's reciprocal. In the interpreter the same functions use indexing and
+arithmetic.
 """
 
 import functools
@@ -24,7 +25,7 @@ THREADS = 128
 LANES = plgpu.Layout.WG_STRIDED((THREADS,), vec_size=1)
 LOG2E = 1.4426950408889634
 LN2 = 0.6931471805599453
-# Of e in log(1 + e) / e for e in [0, 1], to 1e-7: the polynomial that meets it at the Chebyshev nodes
+# Approximates log(1 + e) / e for e in [0, 1] to 1e-7: the polynomial that interpolates it at the Chebyshev nodes
 _nearest = Chebyshev.interpolate(lambda e: np.log1p(e) / e, 8, domain=[0, 1])
 LOG1P = tuple(_nearest.convert(kind=Polynomial).coef.tolist())
 
@@ -32,21 +33,21 @@ H100_PROCESSORS = 132
 
 
 def compute_capability() -> float | None:
-    """Of the GPU at hand; None where there is none: compiling ahead of time, or interpreting."""
+    """Compute capability of the GPU. None if there is no GPU: when compiling ahead of time, or interpreting."""
     if gpu_interpreter() or jax.default_backend() != "gpu":
         return None
     return float(jax.devices()[0].compute_capability)
 
 
 def processors() -> int:
-    """Multiprocessors of the GPU at hand; an H100's where there is none: compiling ahead of time, or interpreting."""
+    """Multiprocessors of the GPU. Without a GPU (compiling ahead of time, or interpreting), those of an H100."""
     if gpu_interpreter() or jax.default_backend() != "gpu":
         return H100_PROCESSORS
     return jax.devices()[0].core_count
 
 
 def warpgroups(most: int) -> int:
-    """How many warpgroups may store to one array: `most`, but one in the interpreter, which stores whole arrays."""
+    """How many warpgroups may store to one array: `most`, or 1 in the interpreter, which stores whole arrays."""
     return 1 if gpu_interpreter() else most
 
 
@@ -56,12 +57,12 @@ def thread_index() -> jax.Array:
 
 
 def kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
-    """`plgpu.kernel` of a body that is written in this vocabulary; run by the interpreter within `interpret`."""
+    """`plgpu.kernel` of a body that uses this module's operations; interpreted within the context `interpret`."""
     return plgpu.kernel(body, compiler_params=compiler_params(), interpret=gpu_interpreter(), **options)
 
 
 def compiler_params() -> plgpu.CompilerParams:
-    """One register a thread and array; barriers by hand: the automatic ones, around each store, cost a quarter more."""
+    """One register per thread for each array, and manual barriers: automatic ones around each store cost 25 % more."""
     from jax.experimental.mosaic.gpu.core import LoweringSemantics
 
     return plgpu.CompilerParams(
@@ -72,16 +73,17 @@ def compiler_params() -> plgpu.CompilerParams:
 def in_place(
     kernel: Any, arrays: Iterable[jax.Array], state: jax.Array, out: jax.ShapeDtypeStruct
 ) -> tuple[jax.Array, jax.Array]:
-    """A kernel's output and the new state, which takes the place of `state` in memory if that is donated.
+    """Run a kernel and return its output and the new state, which reuses the memory of `state` if that is donated.
 
     Args:
-        kernel: of `plgpu.kernel`; its body gets references of arrays, of the state, which it updates, and of `out`.
-        arrays: what it only reads. out: shape and dtype of its output.
+        kernel: made by `plgpu.kernel`. Its body gets references to the arrays, to the state, which it updates, and to
+            the output.
+        arrays: arrays that the kernel only reads. out: shape and dtype of its output.
     """
 
     def run(refs):
         state, output = refs
-        # Without its rule for jax.vmap, for which jax 0.10 takes no references
+        # `fun` leaves out the rule for jax.vmap, because that rule takes no references in jax 0.10
         output[...] = kernel.fun(*arrays, state)
 
     state, output = pl.run_state(run)((state, jnp.zeros(out.shape, out.dtype)))
@@ -98,7 +100,7 @@ def load_vector(ref: Any, offset: jax.Array, width: int, *, at: int = 0) -> Lane
         at: static distance added to offset.
 
     Returns:
-        tuple of width arrays [128] float32.
+        Tuple of `width` arrays [128] float32.
     """
     if gpu_interpreter():
         flat = ref[...].reshape(-1)
@@ -107,7 +109,7 @@ def load_vector(ref: Any, offset: jax.Array, width: int, *, at: int = 0) -> Lane
 
 
 def store_vector(ref: Any, offset: jax.Array, values: Lanes, *, at: int = 0) -> None:
-    """The counterpart of `load_vector`: values, a tuple of [128] float32, in ref's dtype."""
+    """The counterpart of `load_vector`: store `values`, a tuple of arrays [128] float32, in ref's dtype."""
     if gpu_interpreter():
         flat = ref[...].reshape(-1)
         for i, value in enumerate(values):
@@ -123,12 +125,12 @@ def zeros(count: int) -> Lanes:
 
 
 def reciprocal(x: jax.Array) -> jax.Array:
-    """1 / x to a unit in the last place, [128] float32."""
+    """1 / x, [128] float32, with an error of one unit in the last place."""
     return 1 / x if gpu_interpreter() else _reciprocal()(x)
 
 
 def exchange(x: jax.Array, distance: int) -> jax.Array:
-    """x of the thread whose index differs in the bit `distance`, a power of two below 32; [128] float32."""
+    """The x of the thread whose index differs in the bit `distance`, a power of two below 32; [128] float32."""
     if gpu_interpreter():
         return x[jnp.arange(THREADS) ^ distance]
     return _exchange(distance)(x)
@@ -145,7 +147,7 @@ def sigmoid(x: jax.Array) -> jax.Array:
 
 
 def softplus(x: jax.Array) -> jax.Array:
-    """log(1 + e^x) to float32's precision: max(x, 0) + log(1 + e) with e = exp(-|x|) <= 1, and that by a polynomial."""
+    """log(1 + e^x) to float32 precision, as max(x, 0) + log(1 + e) with e = exp(-|x|) <= 1; the log by a polynomial."""
     e = exp(-jnp.abs(x))
     series = jnp.full_like(e, LOG1P[-1])
     for coefficient in LOG1P[-2::-1]:
@@ -161,7 +163,7 @@ def _scalar(array):
 
 
 def _array(scalar, like):
-    """The array of which each thread holds its scalar."""
+    """The array in which each thread holds the one element `scalar`."""
     from jax.experimental.mosaic import gpu as mgpu
     from jaxlib.mlir import ir
     from jaxlib.mlir.dialects import vector
@@ -172,7 +174,7 @@ def _array(scalar, like):
 
 
 def _pointer(ref, offset, at):
-    """Address of the element that a thread asked for, and the element type."""
+    """Address of the element that a thread reads or writes, and the element type."""
     from jax.experimental.mosaic.gpu import utils
     from jaxlib.mlir import ir
 

@@ -1,19 +1,19 @@
-"""Packed documents and padding, as every kernel sees them."""
+"""Packed documents and padding, in the form that every kernel uses."""
 
 import jax
 import jax.numpy as jnp
 
 
 def previous_segment(segment_ids: jax.Array, initial_segment: jax.Array | None, mask: jax.Array | None) -> jax.Array:
-    """Segment of the last real token before each position, and after the last one.
+    """Segment of the last real token before each position, and before the end of the sequence.
 
     Args:
         segment_ids: [B, T] int32.
-        initial_segment: [B] int32, segment that the incoming state belongs to; None: that of the first real token.
-        mask: [B, T] bool, False on padding; None: every token is real.
+        initial_segment: [B] int32, segment of the incoming state. None: the segment of the first real token.
+        mask: [B, T] bool, False on padding. None: every token is real.
 
     Returns:
-        [B, T + 1] int32; the last column is the segment that the outgoing state belongs to.
+        [B, T + 1] int32; the last column is the segment of the outgoing state.
     """
     batch, length = segment_ids.shape
     if mask is None:
@@ -31,7 +31,7 @@ def previous_segment(segment_ids: jax.Array, initial_segment: jax.Array | None, 
 def resets(
     segment_ids: jax.Array | None, initial_segment: jax.Array | None, mask: jax.Array | None
 ) -> jax.Array | None:
-    """[B, T] bool: True on a real token whose segment is not that of the real token before it. None: there is none."""
+    """[B, T] bool: True on a real token whose segment differs from the real token before it. None: no segments."""
     if segment_ids is None:
         return None
     changed = segment_ids != previous_segment(segment_ids, initial_segment, mask)[:, :-1]
@@ -41,15 +41,16 @@ def resets(
 def segment_before(
     segment_ids: jax.Array, initial_segment: jax.Array | None, mask: jax.Array | None, axis: str | tuple[str, ...]
 ) -> jax.Array:
-    """Segment of the last real token before this device's piece of time; to be called inside shard_map.
+    """Segment of the last real token before this device's piece of time. Call it inside shard_map.
 
     Args:
         segment_ids, mask: [B, T], this device's piece of time.
-        initial_segment: [B] int32, segment that the state before the first piece belongs to, or None.
+        initial_segment: [B] int32, segment of the state before the first piece, or None.
         axis: mesh axis that time is split over, in order.
 
     Returns:
-        [B] int32. Where nothing comes before and initial_segment is None, that of the piece's own first real token.
+        [B] int32. If no real token precedes the piece and initial_segment is None, the segment of the piece's own
+        first real token.
     """
     around = previous_segment(segment_ids, None, mask)
     real = jnp.ones(segment_ids.shape[:1], bool) if mask is None else jnp.any(mask, axis=1)

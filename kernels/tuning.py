@@ -1,3 +1,3 @@
 """Sizes that several operations share."""
 
-UNROLLED = 8  # tokens of a call up to which, as in decoding, recurrences are written out token by token
+UNROLLED = 8  # recurrences over at most so many tokens, as in decoding, are unrolled token by token

@@ -53,8 +53,8 @@ def attention(
 ) -> jax.Array:
     """o_t = sum_s softmax_s(scale q_t . k_s) v_s over the keys s that query t sees.
 
-    Query t sees a key that is in its document, not later than it, within the window, and not masked. The keys may stand
-    in any order, as in a cache that is used as a ring: which is later is a matter of positions alone.
+    Query t sees a key if the key is in the same document, not later than the query, within the window, and not masked.
+    The keys may come in any order, as in a ring-buffer cache: only the positions decide which token is later.
 
     Args:
         q: [B, T, H, d].
@@ -62,17 +62,18 @@ def attention(
         causal: query t sees no key s with key_positions[s] > positions[t].
         segment_ids: [B, T] int32, document of each query, which sees the keys of equal id only.
         key_segment_ids: [B, S] int32. None: the queries' (then S = T).
-        key_mask: [B, S] bool, False on keys that no query sees, such as empty slots. What stands there, NaN even,
-            reaches no output and no gradient.
+        key_mask: [B, S] bool, False on keys that no query sees, such as empty slots. Values there, even NaN, affect
+            no output and no gradient.
         positions: [B, T] int32, position of each query in its document, or in its row (only the differences between
             tokens of one document count). None: query t is at t, and key s at s.
-        key_positions: [B, S] int32, position of each key, counted as the queries'. None: the queries' (then S = T).
+        key_positions: [B, S] int32, position of each key, counted as for queries. None: the queries' (then S = T).
         scale: None: d**-0.5.
-        window: how many positions back a query sees, its own included (key_positions[s] > positions[t] - window).
+        window: how many positions a query sees, counted back from and including its own (key_positions[s] >
+            positions[t] - window).
         implementation: one of `IMPLEMENTATIONS`. None: the fastest on the platform.
 
     Returns:
-        o [B, T, H, d] in the dtype of q; zero for a query that sees no key. The softmax is float32 at least.
+        o [B, T, H, d] in the dtype of q; zero for a query that sees no key. The softmax has at least float32 precision.
 
     Raises:
         ValueError: shapes that do not fit.
@@ -83,7 +84,7 @@ def attention(
     if positions is not None and key_positions is None:
         key_positions = positions
     check(q, k, v, segment_ids, key_segment_ids, key_mask, positions, key_positions, window)
-    if key_mask is not None:  # whatever stands in unseen keys must not reach a gradient either
+    if key_mask is not None:  # the values of unseen keys must not reach a gradient either
         k, v = (jnp.where(key_mask[..., None, None], x, 0) for x in (k, v))
     facts = dict(
         dtype=str(q.dtype),

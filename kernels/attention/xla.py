@@ -1,4 +1,4 @@
-"""Softmax attention by `jax.nn.dot_product_attention`, whose scores [B, H, T, S] live in memory."""
+"""Softmax attention by `jax.nn.dot_product_attention`, which stores the scores [B, H, T, S] in memory."""
 
 from typing import Any
 
@@ -19,5 +19,5 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, **rules
     if seen is None:
         return jax.nn.dot_product_attention(q, k, v, scale=scale, implementation="xla")
     o = jax.nn.dot_product_attention(q, k, v, mask=seen[:, None], scale=scale, implementation="xla")
-    # Upstream gives a query without a visible key the mean of all values.
+    # jax.nn.dot_product_attention returns the mean of all values for a query that sees no key.
     return jnp.where(jnp.any(seen, axis=-1)[..., None, None], o, 0)

@@ -1,11 +1,14 @@
-"""Linear attention: a matrix state with decay, written by outer products of keys and values, read by queries.
+"""Linear attention: a matrix state with decay, updated by outer products of keys and values, read by queries.
 
     S_t = a_t S_{t-1} + k_t v_t^T          [K, V] for each head
     y_t = scale q_t S_t                    or, read exclusively, scale q_t (S_{t-1} + (u * k_t) v_t^T)
 
-The decay a_t = exp(log_decay_t) is one (linear attention, Katharopoulos et al. 2020; Performer), a constant of the head
-(RetNet, Sun et al. 2023), a number for each token and head (Mamba-2, Dao & Gu 2024; Mamba-3 with keys rescaled) or a
-vector over K (GLA, Yang et al. 2024; RWKV-6, which reads exclusively with the bonus u).
+The decay is a_t = exp(log_decay_t). It is
+
+- one in linear attention (Katharopoulos et al. 2020) and Performer;
+- a constant for each head in RetNet (Sun et al. 2023);
+- a number for each token and head in Mamba-2 (Dao & Gu 2024), and in Mamba-3 with rescaled keys;
+- a vector over K in GLA (Yang et al. 2024) and in RWKV-6, which reads exclusively with the bonus u.
 """
 
 from typing import Any
@@ -23,17 +26,17 @@ BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu, "mosai
 WINNERS = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}
 IMPLEMENTATIONS = tuple(BACKENDS)
 
-EPSILON = 1e-10  # a normaliser nearer to zero than this counts as this, with its sign
+EPSILON = 1e-10  # a normaliser nearer to zero than this is replaced by this value with the normaliser's sign
 
 
 def choose(platform: str, shape: tuple[int, ...] = (8, 2048, 1, 32, 128, 64), **facts: object) -> tuple[str, str]:
-    """Name of the implementation that `None` takes on a platform for a shape [B, T, Hk, H, K, V], and why."""
+    """Name of the default implementation on a platform for a shape [B, T, Hk, H, K, V], and the reason."""
     usual = dict(dtype=jnp.dtype("bfloat16"), decay="head", read="inclusive", bonus=False, chunk=None)
     return dispatch.choose("linear_attention", BACKENDS, WINNERS, platform, shape=shape, **usual | facts)
 
 
 def axes(log_decay: jax.Array | None = None, **others: object) -> Layout:
-    """Logical axes of the arrays and results of `linear_attention`; those of log_decay follow from its rank."""
+    """Logical axes of the arrays and results of `linear_attention`; the axes of log_decay depend on its rank."""
     keys, heads, state = (*TOKENS, "kv_heads", None), (*TOKENS, "heads", None), ("batch", "heads", None, None)
     decay = () if log_decay is None else ("heads",) if log_decay.ndim == 1 else heads[: log_decay.ndim]
     arrays = dict(q=keys, k=keys, v=heads, log_decay=decay, bonus=("heads", None), initial_state=state, **DOCUMENTS)
@@ -57,34 +60,34 @@ def linear_attention(
     chunk: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Attend over time; differentiable in q, k, v, log_decay, bonus and initial_state, through both results.
+    """Linear attention over time. Both results are differentiable in q, k, v, log_decay, bonus and initial_state.
 
     Args:
         q, k: [B, T, Hk, K] queries and keys; float32, bfloat16, float16 or float64.
-        v: [B, T, H, V] values; H is a multiple of Hk, and value head h goes with query and key head h // (H / Hk).
+        v: [B, T, H, V] values; H is a multiple of Hk, and value head h uses query and key head h // (H / Hk).
         log_decay: logarithm of the decay, at most 0 (-1e4 is fine), float32: None (no decay), [H], [B, T, H], or
-            [B, T, H, K] with one for each row of the state.
+            [B, T, H, K] with one decay for each row of the state.
         scale: factor of the readout.
-        read: "inclusive", y_t = scale q_t S_t; or "exclusive", y_t = scale q_t S_{t-1}, which token t neither decays
-            nor adds to.
+        read: "inclusive", y_t = scale q_t S_t, or "exclusive", y_t = scale q_t S_{t-1}. In an exclusive read, token t
+            sees the state before its own decay and its own write.
         bonus: [H, K] u, weight of a token's own key in an exclusive read: adds scale (q_t . (u * k_t)) v_t.
-        normalise: divide y_t by what the same read gives for values of one (scale cancels). This normaliser is one
-            more column of the state. Where it is nearer to zero than 1e-10, it counts as 1e-10 of its sign: a token
-            that reads nothing gets zero.
-        initial_state: [B, H, K, V] float32, with `normalise` [B, H, K, V + 1], normaliser last. None: zeros.
+        normalise: divide y_t by the result of the same read for values of one (scale cancels). This normaliser is one
+            more column of the state. If its absolute value is below 1e-10, it is replaced by 1e-10 with its sign: a
+            token that reads nothing gets zero.
+        initial_state: [B, H, K, V] float32, or with `normalise` [B, H, K, V + 1], normaliser last. None: zeros.
         segment_ids: [B, T] int32; a change of id resets the state, at any position.
-        initial_segment: [B] int32, segment that initial_state belongs to; None: that of the first real token.
-        mask: [B, T] bool; a token with False leaves the state as it is, and what stands there (NaN even) is not read;
-            its output is unspecified but finite.
-        chunk: tokens that are worked on at once; None: what the implementation finds best. Changes rounding alone.
-        implementation: one of `IMPLEMENTATIONS`; None: the fastest that serves.
+        initial_segment: [B] int32, segment of initial_state. None: the segment of the first real token.
+        mask: [B, T] bool. A token with False does not change the state, and its inputs (even NaN) are ignored. Its
+            output is unspecified but finite.
+        chunk: tokens that are processed together. None: the implementation chooses. Affects only rounding.
+        implementation: one of `IMPLEMENTATIONS`. None: the fastest that supports the call.
 
     Returns:
-        y [B, T, H, V] in v's dtype, and the final state, of initial_state's shape, in float32 (float64 if an argument
-        is). Sums and decays are float32; products of bfloat16 arrays take bfloat16 factors.
+        y [B, T, H, V] in v's dtype, and the final state, in the shape of initial_state and in float32 (float64 if an
+        argument is float64). Sums and decays are float32; products of bfloat16 arrays take bfloat16 factors.
 
     Raises:
-        UnsupportedError: the named implementation is unknown or cannot serve.
+        UnsupportedError: the named implementation is unknown or does not support the call.
         ValueError: shapes disagree, or an option is unknown.
     """
     documents = dict(segment_ids=segment_ids, initial_segment=initial_segment, mask=mask)
@@ -92,7 +95,7 @@ def linear_attention(
     options: dict[str, Any] = dict(scale=scale, read=read, chunk=chunk, implementation=implementation, **documents)
     if not normalise:
         return readouts(q, k, v, log_decay, bonus, initial_state, **options, dtype=v.dtype)
-    dtype = jnp.result_type(q, k, v, jnp.float32)  # a quotient of rounded numbers would be rounded twice over
+    dtype = jnp.result_type(q, k, v, jnp.float32)  # dividing rounded numbers would round twice
     y, state = readouts(q, k, append_ones(v), log_decay, bonus, initial_state, **options, dtype=dtype)
     return divide(y).astype(v.dtype), state
 
@@ -138,18 +141,18 @@ def readouts(
 
 
 def append_ones(v: jax.Array) -> jax.Array:
-    """v [..., V] with a column of ones [..., V + 1], whose readout is the normaliser."""
+    """v [..., V] with a column of ones appended, [..., V + 1]. The readout of this column is the normaliser."""
     return jnp.concatenate([v, jnp.ones_like(v[..., :1])], axis=-1)
 
 
 def divide(y: jax.Array) -> jax.Array:
-    """Readouts [..., V + 1] divided by their last column: [..., V]."""
+    """Divide readouts [..., V + 1] by their last column: [..., V]."""
     total = y[..., -1:]
     return y[..., :-1] / jnp.where(jnp.abs(total) > EPSILON, total, jnp.where(total < 0, -EPSILON, EPSILON))
 
 
 def _kind(log_decay: jax.Array | None) -> str:
-    """What `supports` knows of the decay: none, constant [H], head [B, T, H], channel [B, T, H, K]."""
+    """Kind of the decay, as an argument of `supports`: none, constant [H], head [B, T, H] or channel [B, T, H, K]."""
     return "none" if log_decay is None else {1: "constant", 3: "head", 4: "channel"}[log_decay.ndim]
 
 

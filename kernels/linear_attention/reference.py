@@ -1,4 +1,4 @@
-"""The definition of linear attention: one token after the other, float64 if an argument is."""
+"""The definition of linear attention: one token after the other, in float64 if an argument is float64."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ from jax.typing import DTypeLike
 
 
 def supports(**facts: object) -> str | None:
-    """Serves everything, slowly."""
+    """Supports every call, slowly."""
     return None
 
 
@@ -26,9 +26,9 @@ def linear_attention(
     chunk: int | None,
     dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `kernels.linear_attention.linear_attention`, padding zeroed, a normaliser among the values; y in `dtype`.
+    """As `kernels.linear_attention.linear_attention`, with padding set to zero and the normaliser as a column of v.
 
-    On padding log_decay is zero too, so that only segment_ids are left to be judged with the mask.
+    y is in `dtype`. log_decay is zero on padding, too, so the mask matters only for the segment_ids.
     """
     (batch, length, heads, _), keys = v.shape, k.shape[3]
     accumulator = jnp.result_type(q, k, v, jnp.float32)

@@ -1,21 +1,27 @@
 """Linear attention with time split over devices, for use inside `jax.shard_map`.
 
-A piece of time maps the state at its start to that at its end by S -> a S + E: a is the product of its decays, zero if
-a reset is inside, and E its end from a zero start, which needs no recurrence,
+A piece of time maps the state S at its start to the state a S + E at its end. Here a is the product of the piece's
+decays, or zero if the piece contains a reset. E is the state at the end if the start is zero. It needs no recurrence:
 
     E = sum_t exp(log_decay_(t+1) + .. + log_decay_T) k_t v_t^T          over the tokens after its last reset.
 
-So each device makes (a, E) of its piece, gathers those of all pieces, chains them, which gives the state at its own
-start and at the very end, and attends over its piece from there. Backwards the pieces are chained the other way round:
-what a piece's own outputs send to its start,
+In the forward pass each device
 
-    scale sum_t exp(log_decay_1 + .. + log_decay_t) q_t dy_t^T           over the tokens before its first reset,
+1. computes (a, E) of its piece;
+2. gathers (a, E) of all pieces and applies these maps in order, which gives the state at its own start and at the end
+   of the whole sequence;
+3. runs linear attention over its piece from the state at its start.
 
-gives, chained, the gradient at each piece's end, and the backward pass over the piece the rest. (An exclusive read is
-not decayed by its own token.)
+In the backward pass the maps are applied in reverse order. The outputs of a piece contribute to the gradient of the
+state at its start
 
-Cost on each of S devices, beyond its share of the work: two such products, and gathers of S states [B, H, K, V] each
-way. Activations never leave their device.
+    scale sum_t exp(log_decay_1 + .. + log_decay_t) q_t dy_t^T           over the tokens before its first reset.
+
+(In an exclusive read, token t's own decay is left out.) From these terms follows the gradient of the state at each
+piece's end. The ordinary backward pass over the piece then gives all other gradients.
+
+Cost on each of S devices, beyond its share of the work: two such sums of products, and a gather of S states
+[B, H, K, V] in each direction. Activations never leave their device.
 """
 
 import functools
@@ -33,7 +39,7 @@ from seqmodels.kernels.segments import resets, segment_before
 
 
 class Options(NamedTuple):
-    """What is static: the mesh axis that time is split over, and options of the operation."""
+    """Static options: the mesh axis that time is split over, and the options of the operation."""
 
     axis: str | tuple[str, ...]
     scale: float
@@ -61,16 +67,17 @@ def linear_attention(
     chunk: int | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `kernels.linear_attention.linear_attention` of the whole; arrays with a time axis hold this device's piece.
+    """As `kernels.linear_attention.linear_attention` of the whole time.
 
     Args:
-        axis: mesh axis (or axes) that time is split over, pieces in the order of the axis, all of one length.
-        initial_state, initial_segment: what comes before the first piece, the same on every device.
-        implementation: of what is done with each piece.
+        axis: mesh axis (or axes) that time is split over. Pieces follow the order of the axis and have equal lengths.
+        arrays with a time axis: this device's piece.
+        initial_state, initial_segment: state and segment before the first piece, the same on every device.
+        implementation: implementation of the operation on each piece.
 
     Returns:
         y of this device's piece, and the state after the last piece, the same on every device. The enclosing shard_map
-        needs check_vma=False; it sums the gradients of what is the same on every device.
+        needs check_vma=False. It sums the gradients of arguments that are the same on every device.
     """
     documents = dict(segment_ids=segment_ids, initial_segment=initial_segment, mask=mask)
     op.check(q, k, v, log_decay, read, bonus, normalise, initial_state, **documents, chunk=chunk)
@@ -93,7 +100,7 @@ def _attend(options, arrays, documents):
 
 
 def _attend_fwd(options, arrays, documents):
-    # a policy that keeps the backends' "scan" spares the pass that leads to these, too
+    # a checkpoint policy that saves "scan" in the backends also saves these, so they are not recomputed
     start, end, factors = (checkpoint_name(x, "scan") for x in _chained(options, arrays, documents))
     run = functools.partial(_piece, options, documents)
     (y, _), transpose = jax.vjp(run, arrays | dict(initial_state=start))
@@ -103,7 +110,7 @@ def _attend_fwd(options, arrays, documents):
 def _attend_bwd(options, residuals, cotangents):
     arrays, documents, factors, transpose = residuals
     dy, dend = cotangents
-    dend = jax.lax.psum(dend, options.axis)  # the end is one value, of which every device holds a copy
+    dend = jax.lax.psum(dend, options.axis)  # every device holds a copy of the end; their gradients add up
     dstart = jax.lax.all_gather(_start_gradient(options, arrays, documents, dy), options.axis)
     dends, _ = chain(factors, dstart, dend, reverse=True)
     index = jax.lax.axis_index(options.axis)
@@ -116,13 +123,13 @@ _attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def _piece(options, documents, arrays):
-    """The operation on this device's piece by itself."""
+    """The operation on this device's piece alone."""
     static = dict(scale=options.scale, read=options.read, chunk=options.chunk, dtype=options.dtype)
     return op.readouts(**arrays, **documents, **static, implementation=options.implementation)
 
 
 def _chained(options, arrays, documents):
-    """The state at this piece's start, that at the very end, and every piece's factor [S, B, H, K or 1, 1]."""
+    """The state at this piece's start, the state after the last piece, and all pieces' factors [S, B, H, K or 1, 1]."""
     logs, reset = _log_decays(arrays, documents["mask"]), resets(**documents)
     total, added = jnp.sum(logs, axis=1), _end(arrays, documents["mask"], logs, reset)
     reset = None if reset is None else jnp.any(reset, axis=1)
@@ -135,7 +142,7 @@ def _chained(options, arrays, documents):
 
 
 def _end(arrays, mask, logs, reset):
-    """The state [B, H, K, V] at the piece's end from zero at its start."""
+    """The state [B, H, K, V] at the piece's end if it is zero at the piece's start."""
     later = jax.lax.cumsum(logs, axis=1, reverse=True)
     later = jnp.concatenate([later[:, 1:], jnp.zeros_like(later[:, :1])], axis=1)
     v = zero_padding(arrays["v"], mask)
@@ -146,7 +153,7 @@ def _end(arrays, mask, logs, reset):
 
 
 def _start_gradient(options, arrays, documents, dy):
-    """What the outputs' gradient dy [B, T, H, V] sends to the state at the piece's start: [B, H, K, V]."""
+    """Gradient of the state at the piece's start through the piece's outputs: [B, H, K, V], from dy [B, T, H, V]."""
     mask, reset = documents["mask"], resets(**documents)
     elapsed = jnp.cumsum(_log_decays(arrays, mask), axis=1)
     if options.read == "exclusive":
@@ -158,7 +165,7 @@ def _start_gradient(options, arrays, documents, dy):
 
 
 def _sum_of_outer_products(keys, logs, values):
-    """sum_t exp(logs_t) keys_t values_t^T [B, H, K, V] of keys [B, T, Hk, K], logs [B, T, H, K or 1], values."""
+    """sum_t exp(logs_t) keys_t values_t^T [B, H, K, V] from keys [B, T, Hk, K], logs [B, T, H, K or 1] and values."""
     factors = xla.factors_dtype(keys, values)
     keys = jnp.repeat(keys, values.shape[2] // keys.shape[2], axis=2) * jnp.exp(logs)
     return xla.product(factors, "bthk,bthv->bhkv", keys, values)

@@ -1,20 +1,22 @@
-"""Linear attention in plain XLA: chunks of time by matrix products, states kept at chunk boundaries only.
+"""Linear attention in plain XLA: matrix products over chunks of time; states are kept only at chunk boundaries.
 
-Inside a block of C tokens the incoming state is one more token before the first, and the outgoing state one more read
-after the last. Then one matrix holds all decays,
+Inside a block of C tokens, the incoming state counts as one more token before the first. The outgoing state counts as
+one more read after the last. Then one matrix holds all decays,
 
     D[i, j] = exp(sum of log_decay over the tokens l that read i sees after token j)          [C + 1, C + 1]
 
-zero where i does not see j, and the block is (written for one head)
+which is zero where i does not see j. For one head, the block computes
 
     y_i = sum_j (q_i . k_j) D[i, j] v_j + D[i, start] q_i S,     S' = D[end, start] S + sum_j D[end, j] k_j v_j^T.
 
-A sum is taken over just the tokens it is made of: the difference of two running sums would cancel, and no exponent is
-ever above zero. Decays of the head make D one matrix for all K, and the blocks are the chunks. Decays of the channel
-make one for each k, so blocks are shorter, and a chunk is several of them: the backward pass starts from the states at
-the chunks' boundaries and computes those of its blocks again.
+Each sum of log decays is computed directly over its own tokens. The difference of two running sums would suffer from
+cancellation. No exponent is above zero.
 
-A few tokens, as in decoding, are written out one after the other on the state as it comes.
+If all channels of a head share one decay, D is the same matrix for all K, and each chunk is one block. With a decay for
+each channel, there is a matrix D for each k. Blocks are then shorter, and a chunk consists of several blocks: the
+backward pass starts from the states at the chunks' boundaries and recomputes the states of the blocks.
+
+Calls with a few tokens, as in decoding, are unrolled token by token, on the state in its given layout.
 """
 
 import functools
@@ -30,11 +32,11 @@ from seqmodels.kernels.segments import resets
 from seqmodels.kernels.tuning import UNROLLED
 
 CHUNK = 64  # tokens between the states that are kept
-BLOCK = 16  # tokens of a block where every channel has a decay of its own
+BLOCK = 16  # tokens of a block if every channel has its own decay
 
 
 class Options(NamedTuple):
-    """What is static. dtype: of y; factors: of what is multiplied; chunk, block: tokens."""
+    """Static options. dtype: of y; factors: dtype of the factors in products; chunk, block: lengths in tokens."""
 
     scale: float
     read: str
@@ -45,7 +47,7 @@ class Options(NamedTuple):
 
 
 def supports(**facts: object) -> str | None:
-    """Serves everything, everywhere."""
+    """Supports every call on every platform."""
     return None
 
 
@@ -65,7 +67,10 @@ def linear_attention(
     chunk: int | None,
     dtype: DTypeLike,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `kernels.linear_attention.linear_attention`, padding zeroed, a normaliser among the values; y in `dtype`."""
+    """As `kernels.linear_attention.linear_attention`, with padding set to zero and the normaliser as a column of v.
+
+    y is in `dtype`.
+    """
     accumulator = jnp.result_type(q, k, v, jnp.float32)
     state = initial_state.astype(accumulator)
     bonus = None if bonus is None else bonus.astype(accumulator)
@@ -74,10 +79,10 @@ def linear_attention(
         y, state = _few_tokens(scale, read, (q, k, v, log_decay, reset), bonus, state)
         return y.astype(dtype), state
 
-    # from here on heads are [G, R]: those of keys, and those of values for each
+    # from here on heads have two axes [G, R]: key heads, and the value heads that share each of them
     (batch, length, heads, values), (groups, keys) = v.shape, k.shape[2:]
     each = heads // groups
-    if log_decay is None:  # sizes of one stand for all rows and heads: their decays are computed once
+    if log_decay is None:  # axes of size one are broadcast over rows and heads: decays are computed once
         decay = jnp.zeros((1, length, 1, 1, 1), accumulator)
     elif log_decay.ndim == 1:
         decay = jnp.broadcast_to(log_decay.reshape(1, 1, groups, each, 1), (1, length, groups, each, 1))
@@ -97,9 +102,9 @@ def _few_tokens(scale, read, tokens, bonus, state):
     """y [B, T, H, V] and the final state [B, H, K, V], token by token.
 
     Args:
-        tokens: q, k [B, T, Hk, K], v [B, T, H, V], log decays as they come, and resets [B, T] bool or None.
+        tokens: q, k [B, T, Hk, K], v [B, T, H, V], log decays in any of their shapes, and resets [B, T] bool or None.
         bonus: [H, K] or None.
-        state: [B, H, K, V]; its layout is kept, so that a donated one is updated in place.
+        state: [B, H, K, V]; its layout is kept, so that a donated state is updated in place.
     """
     q, k, v, decay, reset = tokens
     q, k = (jnp.repeat(x.astype(state.dtype), v.shape[2] // x.shape[2], axis=2)[..., None] for x in (q, k))
@@ -113,13 +118,13 @@ def _few_tokens(scale, read, tokens, bonus, state):
         if read == "exclusive":
             seen = old if bonus is None else old + bonus[..., None] * write
         readouts.append(scale * jnp.sum(q[:, t] * seen, axis=-2))
-    # one kernel for all sums and the new state, so that the state is read once
+    # makes XLA compute all sums and the new state in one kernel, which reads the state once
     readouts, state = jax.lax.optimization_barrier((readouts, state))
     return jnp.stack(readouts, axis=1), state
 
 
 def _decay_of(log_decay, t):
-    """The decay of token t, to multiply a state [B, H, K, V] with, of log decays [H], [B, T, H] or [B, T, H, K]."""
+    """Factor of a state [B, H, K, V] at token t, from log decays [H], [B, T, H] or [B, T, H, K]."""
     if log_decay.ndim == 1:
         return jnp.exp(log_decay)[:, None, None]
     log_decay = log_decay[:, t]
@@ -172,7 +177,7 @@ def _forward(options, tokens, bonus, state):
 
 
 def _in_pieces(forward, size, tokens, state):
-    """`forward(tokens, state) -> y, state` piece after piece: y, the last state, and that before each piece."""
+    """Apply `forward(tokens, state) -> y, state` piece by piece: y, the last state, and the state before each piece."""
 
     def body(state, piece):
         y, new = forward(piece, state)
@@ -183,10 +188,11 @@ def _in_pieces(forward, size, tokens, state):
 
 
 def _back_in_pieces(backward, size, tokens, dy, states, dstate):
-    """`backward(tokens, dy, state, dstate) -> gradients of tokens, bonus and state`, from the last piece to the first.
+    """Apply `backward` from the last piece to the first.
 
     Args:
-        states: before each piece.
+        backward: `backward(tokens, dy, state, dstate) -> gradients of tokens, bonus and state`.
+        states: the state before each piece.
         dstate: gradient of the last state.
     """
 
@@ -201,37 +207,37 @@ def _back_in_pieces(backward, size, tokens, dy, states, dstate):
 
 
 def factors_dtype(*arrays: jax.Array) -> jnp.dtype:
-    """bfloat16 for bfloat16 arrays, else that of sums: float16 would overflow with the state."""
+    """Dtype of factors: bfloat16 for bfloat16 arrays, else the dtype of sums (the state would overflow in float16)."""
     dtype = jnp.result_type(*arrays)
     return dtype if dtype == jnp.bfloat16 else jnp.promote_types(jnp.float32, dtype)
 
 
 def product(factors: DTypeLike, spec: str, *arrays: jax.Array) -> jax.Array:
-    """einsum of arrays as factors of that dtype, summed in float32 at least; float32 is not rounded on the way."""
+    """einsum with factors of dtype `factors`, summed at least in float32. Float32 factors are not rounded (no TF32)."""
     arrays = tuple(x.astype(factors) for x in arrays)
     if factors != jnp.bfloat16:
         return jnp.einsum(spec, *arrays, precision="highest")
-    # XLA's CPU has no such product of bfloat16 in every layout
+    # XLA's CPU backend does not support this product of bfloat16 arrays in every layout
     exact = lambda *x: jnp.einsum(spec, *(y.astype(jnp.float32) for y in x))  # noqa: E731
     rounded = functools.partial(jnp.einsum, spec, preferred_element_type=jnp.float32)
     return jax.lax.platform_dependent(*arrays, cpu=exact, default=rounded)
 
 
 def _sees(length, read):
-    """[C + 1, C] bool: the tokens before each token's read, and all before the outgoing state."""
+    """[C + 1, C] bool: the tokens that each token's read sees; for the last row, the outgoing state, all tokens."""
     own = 0 if read == "inclusive" else -1
     return jnp.tril(jnp.ones((length + 1, length), bool), own).at[-1].set(True)
 
 
 def _after(length):
-    """[C, C + 1] bool: the tokens after the incoming state (all), and after each token."""
+    """[C, C + 1] bool: the tokens after the incoming state (that is, all), and the tokens after each token."""
     return jnp.tril(jnp.ones((length, length + 1), bool))
 
 
 def _decays(options, decay, reset):
-    """D [B, G, R, C + 1, C + 1, K] of the reads (rows) and writes (columns) of a block; reads are scaled.
+    """D [B, G, R, C + 1, C + 1, K] from the writes (columns) to the reads (rows) of a block; reads are scaled.
 
-    Sizes of one are left as they are. The first column is the incoming state, the last row the outgoing one.
+    Axes of size one stay so. The first column belongs to the incoming state, the last row to the outgoing state.
     """
     length = decay.shape[1]
     sees, after = _sees(length, options.read), _after(length)
@@ -311,7 +317,7 @@ def _block_gradients(options, tokens, bonus, state, dy, dstate):
         scores = scores + own[..., None] * jnp.eye(q.shape[1], dtype=own.dtype)
     dv = times("bgrij,bigrp->bjgrp", scores, dy)
 
-    # through the incoming state's readout, and what is written into the outgoing state
+    # through the readout of the incoming state, and through the writes into the outgoing state
     read, written = _by_head(q) * D[..., :-1, 0, :], k_ * D[..., -1, 1:, :]
     dread = times("bigrp,bgrnp->bgrin", dy, state) * D[..., :-1, 0, :]
     dwritten = times("bjgrp,bgrnp->bgrjn", v, dstate) * D[..., -1, 1:, :]
@@ -331,13 +337,13 @@ def _block_gradients(options, tokens, bonus, state, dy, dstate):
 
 
 def _decay_gradients(options, within, read, written, through, shape):
-    """Gradients of the log decays, of `shape`, from those of the exponents of D.
+    """Gradients of the log decays, of shape `shape`, from the gradients of the exponents of D.
 
     Args:
-        within: [B, G, R, C, C, K] of reads of the block's own tokens.
-        read: [B, G, R, C, K] of reads of the incoming state.
-        written: [B, G, R, C, K] of what the tokens write into the outgoing state.
-        through: [B, G, R, K] of the incoming state's part in the outgoing one.
+        within: [B, G, R, C, C, K], from each of the block's tokens to each read.
+        read: [B, G, R, C, K], from the incoming state to each read.
+        written: [B, G, R, C, K], from each token to the outgoing state.
+        through: [B, G, R, K], from the incoming state to the outgoing state.
     """
     rows = jnp.concatenate([read[..., None, :], within], axis=-2)
     last = jnp.concatenate([through[..., None, :], written], axis=-2)

@@ -1,10 +1,10 @@
-"""Selective scan: Mamba's diagonal recurrence (Gu & Dao 2023, algorithm 2), with groups of states read into one output.
+"""Selective scan: Mamba's diagonal recurrence (Gu & Dao 2023, algorithm 2), with groups of states that share an output.
 
     s_t = exp(dt_t A) s_{t-1} + (dt_t u_t) B_t          [E, N] for each group
     y_t = (sum_g w_{t,g} * (s_{t,g} C_{t,g}) + D u_{t,0}) * silu(z_t)
 
-One group is Mamba. The m + 1 groups of DenseMamba's READ (arXiv 2403.00818) are a layer's own state and those of the m
-layers below, which are recomputed here from what was written into them, so that no state a token is ever kept.
+Mamba has one group. DenseMamba's READ (arXiv 2403.00818) has m + 1 groups: a layer's own state and the states of the m
+layers below. The states of the layers below are recomputed here from their inputs, so no state per token is stored.
 """
 
 import jax
@@ -21,12 +21,12 @@ IMPLEMENTATIONS = tuple(BACKENDS)
 
 
 def choose(platform: str, shape: tuple[int, ...] = (8, 2048, 1, 1536, 16), **facts: object) -> tuple[str, str]:
-    """Name of the implementation that `None` takes on a platform for a shape [B, T, G, E, N], and why."""
+    """Name of the default implementation on a platform for a shape [B, T, G, E, N], and the reason."""
     return dispatch.choose("selective_scan", BACKENDS, WINNERS, platform, shape=shape, **facts)
 
 
 def axes(u: jax.Array, **others: object) -> Layout:
-    """Logical axes of the arrays and results of `selective_scan`, which have a group axis if u has one."""
+    """Logical axes of the arrays and results of `selective_scan`. They have a group axis if u has one."""
     group = (None,) * (u.ndim - 3)
     wide, narrow, state = (*TOKENS, *group, "inner"), (*TOKENS, *group, None), ("batch", *group, "inner", None)
     arrays = dict(
@@ -63,9 +63,9 @@ def selective_scan(
     mask: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """Scan over time; differentiable in every array, states included.
+    """Selective scan over time, differentiable in every array, including the states.
 
-    The group axis G may be left out of all arrays together (one group).
+    If there is one group, the group axis G may be left out, but only from all arrays together.
 
     Args:
         u: [B, T, (G,) E] input; float32, bfloat16, float16 or float64.
@@ -73,24 +73,24 @@ def selective_scan(
         A: [(G,) E, N] float32, negative.
         B: [B, T, (G,) N] input matrix (key).
         C: [B, T, (G,) N] output matrix (query).
-        D: [E] skip of the first group's input.
+        D: [E] skip connection from the first group's input.
         z: [B, T, E] output gate.
         dt_bias: [(G,) E] float32.
-        dt_softplus: False if dt is a step already.
-        weights: [B, T, G - 1, E] or [B, T, 1, E], weights of the readouts of groups 1..G-1, in the second form shared;
-            the first group's weight is 1. None: all are 1.
-        initial_state: [B, (G,) E, N] float32; None: zeros.
+        dt_softplus: False if dt is already the step itself.
+        weights: [B, T, G - 1, E], weights of the readouts of groups 1..G-1, or [B, T, 1, E], one weight shared by all
+            of them. The first group's weight is 1. None: all weights are 1.
+        initial_state: [B, (G,) E, N] float32. None: zeros.
         segment_ids: [B, T] int32; a change of id resets the state, at any position.
-        initial_segment: [B] int32, segment that initial_state belongs to; None: that of the first real token.
-        mask: [B, T] bool; a token with False leaves the state as it is, and what stands there (NaN even) is not read;
-            its output is unspecified but finite.
-        implementation: "reference", "xla", "mosaic_gpu", "mosaic_tpu"; None: the fastest that serves.
+        initial_segment: [B] int32, segment of initial_state. None: the segment of the first real token.
+        mask: [B, T] bool. A token with False does not change the state, and its inputs (even NaN) are ignored. Its
+            output is unspecified but finite.
+        implementation: "reference", "xla", "mosaic_gpu", "mosaic_tpu". None: the fastest that supports the call.
 
     Returns:
         y [B, T, E] in u's dtype, and the final state [B, (G,) E, N] in float32 (float64 for float64 input).
 
     Raises:
-        UnsupportedError: the named implementation is unknown or cannot serve.
+        UnsupportedError: the named implementation is unknown or does not support the call.
         ValueError: shapes disagree.
     """
     grouped = u.ndim == 4
@@ -119,7 +119,7 @@ def selective_scan(
 
 
 def _check(u, dt, A, B, C, weights, initial_state):
-    """Shapes, before anything is compiled."""
+    """Raise a ValueError for shapes that do not fit, before anything is compiled."""
     if u.ndim != 4 or A.ndim != 3:
         raise ValueError(
             f"selective_scan: u has shape {u.shape} and A {A.shape}; allowed: [B, T, (G,) E] and [(G,) E, N]"

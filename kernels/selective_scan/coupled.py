@@ -1,7 +1,7 @@
-"""DenseSSM's RANK and CARRY: one layer's state into which other layers write at every token.
+"""DenseSSM's RANK and CARRY: at every token, other layers write into one layer's state.
 
-Ablations beside READ, which needs no more than `selective_scan`. Plain XLA: chunks of time under `jax.checkpoint`, so
-that states are kept at chunk boundaries only.
+Both are ablations of READ, which needs only `selective_scan`. Plain XLA: chunks of time run under `jax.checkpoint`, so
+that states are kept only at chunk boundaries.
 """
 
 import jax
@@ -13,7 +13,7 @@ from seqmodels.kernels.selective_scan import xla
 
 
 def _chunked(body, state, tokens, reset, length):
-    """Scan `body(state, tokens, reset) -> (state, y)` over chunks of time, recomputing each in the backward pass."""
+    """Scan `body(state, tokens, reset) -> (state, y)` over chunks of time. The backward pass recomputes each chunk."""
     chunks = split_time((tokens, reset), min(xla.CHUNK, length), time_first=True)
     state, y = jax.lax.scan(lambda state, chunk: jax.checkpoint(body)(state, *chunk), state, chunks)
     return state, join_time(y, length, time_first=True)
@@ -49,7 +49,7 @@ def rank_scan(
         dt: [B, T, E] step, after softplus.
         A: [E, N] float32, negative.
         writes: [B, T, G, E] what each layer writes (its dt u), gated.
-        B: [B, T, G, N] keys under which it is written.
+        B: [B, T, G, N] keys of the writes.
         C: [B, T, N].
         state: [B, E, N] float32.
         segment_ids, initial_segment, mask: as in `selective_scan`.

@@ -1,11 +1,11 @@
-"""The definition of the selective scan: one token after the other, float64 if the inputs are."""
+"""The definition of the selective scan: one token after the other, in float64 if the inputs are float64."""
 
 import jax
 import jax.numpy as jnp
 
 
 def supports(**facts: object) -> str | None:
-    """Serves everything, slowly."""
+    """Supports every call, slowly."""
     return None
 
 
@@ -25,7 +25,7 @@ def selective_scan(
     mask: jax.Array | None,
     dt_softplus: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `kernels.selective_scan.selective_scan`, groups given, padding zeroed."""
+    """As `kernels.selective_scan.selective_scan`, with the group axis present and padding set to zero."""
     batch, length, groups, width = u.shape
     dtype = jnp.promote_types(jnp.float32, u.dtype)
     if segment_ids is None:

@@ -1,21 +1,25 @@
 """The selective scan with time split over devices, for use inside `jax.shard_map`.
 
-A piece of time maps the state at its start to that at its end by s -> exp(A tau) s + e: tau is the sum of its steps, e
-its end from a zero start, and a reset inside makes the factor zero. So each device
+A piece of time maps the state s at its start to the state exp(A tau) s + e at its end. Here tau is the sum of the
+piece's steps, and e is the state at the end if the start is zero. If the piece contains a reset, the factor is zero. So
+in the forward pass each device
 
 1. scans its piece from zero, which gives e, and sums its steps;
-2. gathers (tau, e) of all pieces and chains them, which gives the state at its own start and at the very end;
-3. scans its piece again from there.
+2. gathers (tau, e) of all pieces and applies these maps in order, which gives the state at its own start and at the end
+   of the whole sequence;
+3. scans its piece again from the state at its start.
 
-Backwards the pieces are chained the other way round. The gradient that a piece's own outputs send to its start,
+In the backward pass the maps are applied in reverse order. The outputs of a piece contribute to the gradient of the
+state at its start
 
     sum_t exp(A (dt_1 + .. + dt_t)) C_t dy_t          over the tokens before its first reset,
 
-needs no recurrence; chained, it gives the gradient at each piece's end, and one backward scan the rest.
+which needs no recurrence. From these terms follows the gradient of the state at each piece's end. One backward scan of
+the piece then gives all other gradients.
 
 Cost on each of S devices, beyond its share of the work: one more forward scan (without skip and gate); in the backward
-pass one more reduction over [B, T, E, N], at one exponential an element; and gathers of S states [B, E, N] each way.
-Activations never leave their device.
+pass one more reduction over [B, T, E, N], with one exponential per element; and a gather of S states [B, E, N] in each
+direction. Activations never leave their device.
 """
 
 import functools
@@ -32,7 +36,7 @@ from seqmodels.kernels.segments import resets, segment_before
 
 
 class Options(NamedTuple):
-    """What is static: the mesh axis that time is split over, and two options of the scan."""
+    """Static options: the mesh axis that time is split over, and two options of the scan."""
 
     axis: str | tuple[str, ...]
     dt_softplus: bool
@@ -55,17 +59,18 @@ def selective_scan(
     implementation: str | None = None,
     **optional: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `kernels.selective_scan.selective_scan` of the whole; arrays with a time axis hold this device's piece of it.
+    """As `kernels.selective_scan.selective_scan` of the whole time.
 
     Args:
-        axis: mesh axis (or axes) that time is split over, pieces in the order of the axis, all of one length.
-        initial_state, initial_segment: what comes before the first piece, the same on every device.
-        implementation: of the scan of each piece.
+        axis: mesh axis (or axes) that time is split over. Pieces follow the order of the axis and have equal lengths.
+        arrays with a time axis: this device's piece.
+        initial_state, initial_segment: state and segment before the first piece, the same on every device.
+        implementation: implementation of the scan of each piece.
         **optional: D, z, dt_bias, weights.
 
     Returns:
         y of this device's piece, and the state after the last piece, the same on every device. The enclosing shard_map
-        needs check_vma=False; it sums the gradients of what is the same on every device.
+        needs check_vma=False. It sums the gradients of arguments that are the same on every device.
     """
     if initial_state is None:
         initial_state = jnp.zeros((u.shape[0], *A.shape), jnp.promote_types(jnp.float32, u.dtype))
@@ -83,7 +88,7 @@ def _scan(options, arrays, documents):
 
 
 def _scan_fwd(options, arrays, documents):
-    # a policy that keeps the backends' "scan" spares the pass that leads to these, too
+    # a checkpoint policy that saves "scan" in the backends also saves these, so they are not recomputed
     start, end, factors = (checkpoint_name(x, "scan") for x in _chained(options, arrays, documents))
     run = functools.partial(_piece, options, documents)
     (y, _), transpose = jax.vjp(run, arrays | dict(initial_state=start))
@@ -93,7 +98,7 @@ def _scan_fwd(options, arrays, documents):
 def _scan_bwd(options, residuals, cotangents):
     arrays, documents, factors, transpose = residuals
     dy, dend = cotangents
-    dend = jax.lax.psum(dend, options.axis)  # the end is one value, of which every device holds a copy
+    dend = jax.lax.psum(dend, options.axis)  # every device holds a copy of the end; their gradients add up
     dstart = jax.lax.all_gather(_start_gradient(options, arrays, documents, dy), options.axis)
     dends, _ = chain(factors, dstart, dend, reverse=True)
     index = jax.lax.axis_index(options.axis)
@@ -106,14 +111,14 @@ _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
 def _piece(options, documents, arrays):
-    """The scan of this device's piece by itself."""
+    """The scan of this device's piece alone."""
     return op.selective_scan(
         **arrays, **documents, dt_softplus=options.dt_softplus, implementation=options.implementation
     )
 
 
 def _chained(options, arrays, documents):
-    """The state at this piece's start, that at the very end, and every piece's factor [S, B, (G,) E, N]."""
+    """The state at this piece's start, the state after the last piece, and all pieces' factors [S, B, (G,) E, N]."""
     fresh = dict(initial_state=jnp.zeros_like(arrays["initial_state"]), D=None, z=None, weights=None)
     _, local = _piece(options, documents, arrays | fresh)
     total = jnp.sum(_steps(options, arrays, documents), axis=1)
@@ -137,7 +142,7 @@ def _steps(options, arrays, documents):
 
 
 def _start_gradient(options, arrays, documents, dy):
-    """What the outputs' gradient dy [B, T, E] sends to the state at the piece's start: [B, (G,) E, N]."""
+    """Gradient of the state at the piece's start through the piece's outputs: [B, (G,) E, N], from dy [B, T, E]."""
     elapsed = jnp.cumsum(_steps(options, arrays, documents), axis=1)
     dtype, mask = elapsed.dtype, documents["mask"]
     C = zero_padding(arrays["C"], mask).astype(dtype)
@@ -151,6 +156,6 @@ def _start_gradient(options, arrays, documents, dy):
         dy = jnp.broadcast_to(dy[:, :, None], elapsed.shape)
         if arrays.get("weights") is not None:
             dy = jnp.concatenate([dy[:, :, :1], arrays["weights"].astype(dtype) * dy[:, :, 1:]], axis=2)
-    # a reduction that XLA fuses, so that nothing of this size is ever in memory
+    # XLA fuses this reduction, so no array of this size is stored in memory
     decay = jnp.exp(elapsed[..., None] * arrays["A"].astype(dtype))
     return jnp.sum(decay * dy[..., None] * C[..., None, :], axis=1)

@@ -1,9 +1,11 @@
-"""The selective scan in plain XLA: chunks of time, states kept at chunk boundaries only, backward by recomputation.
+"""The selective scan in plain XLA, by chunks of time. States are kept only at chunk boundaries, others are recomputed.
 
-Inside a chunk the recurrence is a sequential scan on CPU, where it is 10 times faster than an associative one, and an
-associative scan elsewhere, where 2048 small steps would be launches. States are laid out [B, G, N, E] there, so that
-the innermost axis is long. A few tokens, as in decoding, are written out one after the other on states as they come:
-then a GPU reads and writes a state once for one token, in place if it is donated.
+Inside a chunk, the recurrence is a sequential scan on CPU, where that is 10 times faster than an associative scan.
+On other platforms it is an associative scan, because each of 2048 small steps would be a kernel launch. States have the
+layout [B, G, N, E] in both, so that the innermost axis is long.
+
+Calls with a few tokens, as in decoding, are unrolled token by token, on states in their given layout: for one token, a
+GPU then reads and writes the state once, in place if it is donated.
 """
 
 import functools
@@ -20,7 +22,7 @@ CHUNK = 64  # tokens; the states of one chunk are held while it is differentiate
 
 
 def supports(**facts: object) -> str | None:
-    """Serves everything, everywhere."""
+    """Supports every call on every platform."""
     return None
 
 
@@ -40,7 +42,7 @@ def selective_scan(
     mask: jax.Array | None,
     dt_softplus: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `kernels.selective_scan.selective_scan`, groups given, padding zeroed."""
+    """As `kernels.selective_scan.selective_scan`, with the group axis present and padding set to zero."""
     dtype = jnp.promote_types(jnp.float32, u.dtype)
     dt = dt.astype(dtype) + (0 if dt_bias is None else dt_bias.astype(dtype))
     dt = jax.nn.softplus(dt) if dt_softplus else dt
@@ -73,7 +75,8 @@ def _few_tokens(u, dt, A, B, C, weights, reset, state):
             decay = jnp.where(reset[:, t, None, None, None], 0, decay)
         state = decay * state + (dt[:, t] * u[:, t])[..., None] * B[:, t, :, None]
         readouts.append(jnp.sum(state * C[:, t, :, None], axis=-1))
-    # One kernel for all sums and the new state: XLA would give some to y's kernel, which would then read states again.
+    # Makes XLA compute all sums and the new state in one kernel. Otherwise the kernel of y would compute some of the
+    # sums, and read the states again.
     readouts, state = jax.lax.optimization_barrier((readouts, state))
     y = jnp.stack(readouts, axis=1)
     return jnp.sum(y if weights is None else weights * y, axis=2), state
@@ -115,7 +118,7 @@ def _forward(u, dt, A, B, C, weights, reset, state):
 
 
 def _backward(u, dt, A, B, C, weights, reset, state, boundaries, dy, dstate):
-    """Gradients of the inputs; each chunk computes its states again from the one at its start."""
+    """Gradients of the inputs. Each chunk recomputes its states from the state at its start."""
 
     split = functools.partial(split_time, size=min(CHUNK, u.shape[1]), time_first=True)
 
@@ -138,7 +141,7 @@ def _backward(u, dt, A, B, C, weights, reset, state, boundaries, dy, dstate):
 
 
 def _by_platform(sequential, associative, *arguments):
-    """Sequential on CPU, associative elsewhere; decided when this is lowered."""
+    """Sequential on CPU, associative elsewhere; chosen at lowering."""
     return jax.lax.platform_dependent(*arguments, cpu=sequential, default=associative)
 
 
@@ -167,7 +170,7 @@ def _reduce_states(x):
 
 
 def _add_states(x):
-    """The same, term by term: in the CPU's loop over tokens a reduction would be a call of its own, 4 times slower."""
+    """As `_reduce_states`, term by term: in the CPU's loop over tokens a reduction is a separate call, 4 times slower."""
     return sum(x[..., n, :] for n in range(x.shape[-2]))
 
 
@@ -183,7 +186,7 @@ def _sequential_forward(tokens, A, state):
 
 
 def _sequential_backward(tokens, A, state, dy, dstate):
-    """Gradients of one chunk: its states forwards, then the adjoint recurrence backwards."""
+    """Gradients of one chunk: recompute its states forwards, then run the adjoint recurrence backwards."""
 
     def forward(state, token):
         u, dt, B, _, _, reset = token
@@ -211,14 +214,14 @@ def _token_gradients(token, A, kept, dreadout, dy, dstate, sum_states):
     """Gradients of u, dt, B, C, weights, and of A by token, at one token or at many ([..., B, G, N, E]).
 
     Args:
-        kept: exp(dt A) s_{t-1}, what is left of the old state.
+        kept: exp(dt A) s_{t-1}, the decayed old state.
         dreadout: gradient of each group's readout, [..., B, G, E].
-        dstate: gradient of the state after the token, through this token's readout and all that follows.
-        sum_states: sums over N.
+        dstate: gradient of the state after the token, through this token's readout and all later tokens.
+        sum_states: function that sums over N.
     """
     u, dt, B, C, weights, _ = token
     new = kept + _write(u, dt, B)
-    # a product in TF32 or bfloat16, the default on accelerators, would be wrong in the third digit
+    # a product in TF32 or bfloat16, the default on accelerators, would have errors in the third digit
     dC = jnp.einsum("...ne,...e->...n", new, dreadout, precision="highest")
     dB = jnp.einsum("...ne,...e->...n", dstate, dt * u, precision="highest")
     dwrite = sum_states(dstate * B[..., None])
@@ -232,7 +235,7 @@ def _token_gradients(token, A, kept, dreadout, dy, dstate, sum_states):
 def linear_recurrence(decay: jax.Array, write: jax.Array, state: jax.Array, reverse: bool = False) -> jax.Array:
     """s_t = decay_t s_{t-1} + write_t by an associative scan over the leading axis; [T, ...] each, state [...].
 
-    Reversed, s_t = decay_t s_{t+1} + write_t.
+    With `reverse`, s_t = decay_t s_{t+1} + write_t.
     """
     edge = -1 if reverse else 0
     write = write.at[edge].add(decay[edge] * state)
@@ -258,7 +261,7 @@ def _associative_backward(tokens, A, state, dy, dstate):
     kept = decay * jnp.concatenate([state[None], states[:-1]])
     dreadout = dy[:, :, None] if weights is None else weights * dy[:, :, None]
     dreadout = jnp.broadcast_to(dreadout, u.shape)
-    later = jnp.concatenate([decay[1:], jnp.ones_like(decay[:1])])  # the last token's state goes out as it is
+    later = jnp.concatenate([decay[1:], jnp.ones_like(decay[:1])])  # no decay after the last token
     dstates = linear_recurrence(later, dreadout[..., None, :] * C[..., None], dstate, reverse=True)
     gradients, dA = _token_gradients(tokens, A, kept, dreadout, dy, dstates, _reduce_states)
     return decay[0] * dstates[0], jnp.sum(dA, axis=(0, 1)), gradients

@@ -42,19 +42,19 @@ def short_conv(
 
     Args:
         x: [B, T, E].
-        weight: [W, E] with W from 2 to 8; the last row belongs to the token itself.
+        weight: [W, E] with W from 2 to 8; the last row multiplies the current token.
         bias: [E] or None.
         activation: None or "silu".
         initial_state: [B, W-1, E], the real inputs before the first token, oldest first. None: zeros.
         segment_ids: [B, T] int32; tokens see only their own document, which ends at any change of id.
-        initial_segment: [B] int32, document of the state. None: that of the first real token.
+        initial_segment: [B] int32, document of the state. None: the document of the first real token.
         mask: [B, T] bool. A token with False is skipped: no later token sees it, and its own output is zero.
         implementation: one of `IMPLEMENTATIONS`. None: the fastest on the platform.
 
     Returns:
         y [B, T, E] in the dtype of x, and the final state [B, W-1, E]: the last W-1 real inputs of the last real
-        token's document, zeros where it has fewer. States and sums are float32 (float64 with float64 arguments).
-        Differentiable in x, weight, bias and initial_state.
+        token's document, with zeros if the document has fewer. States and sums are float32 (float64 with float64
+        arguments). Differentiable in x, weight, bias and initial_state.
 
     Raises:
         ValueError: shapes that do not fit, an unknown activation.
@@ -85,7 +85,7 @@ choose = functools.partial(dispatch.choose, "short_conv", BACKENDS, WINNERS)
 def check(
     x: jax.Array, weight: jax.Array, bias: jax.Array | None, activation: str | None, initial_state: jax.Array | None
 ) -> dict[str, Any]:
-    """The static facts of a call that fits together; a ValueError if it does not."""
+    """Raise a ValueError unless the arguments fit together; return the static facts of the call."""
     if x.ndim != 3 or weight.ndim != 2 or weight.shape[1] != x.shape[2]:
         raise ValueError(f"short_conv: x must be [B, T, E] and weight [W, E], got {x.shape} and {weight.shape}")
     batch, length, channels = x.shape

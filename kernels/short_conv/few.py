@@ -1,7 +1,8 @@
-"""A few tokens of the short convolution on Hopper, as in decoding: one kernel, the state updated in place.
+"""The short convolution of a few tokens on Hopper, as in decoding: one kernel that updates the state in place.
 
-A thread has 4 neighbouring channels of a row. It loads the state and the tokens, and then stores the outputs and, where
-the state was, the last W - 1 inputs. XLA takes three kernels: outputs, new state, and a copy to where the old one was.
+A thread processes 4 neighbouring channels of a row. It loads the state and the tokens. Then it stores the outputs, and
+overwrites the state with the last W - 1 inputs. XLA needs three kernels: for the outputs, for the new state, and for a
+copy of the new state over the old one.
 """
 
 import functools
@@ -30,7 +31,7 @@ def supports(batch: int, length: int, channels: int, documents: bool) -> str | N
 def few(
     x: jax.Array, weight: jax.Array, bias: jax.Array | None, state: jax.Array, *, activation: str | None
 ) -> tuple[jax.Array, jax.Array]:
-    """y [B, T, E] and the final state, which takes the place of `state` where that is donated.
+    """y [B, T, E] and the final state, which reuses the memory of `state` if that is donated.
 
     Args:
         x: [B, T, E]. weight: [W, E]; bias: [E] or None; state: [B, W - 1, E]; float32. activation: "silu" or None.

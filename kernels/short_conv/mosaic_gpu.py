@@ -1,10 +1,12 @@
 """Short causal convolution as Pallas Mosaic GPU kernels, for Hopper and later: each array is read or written once.
 
-A thread has `CHANNELS` neighbouring channels of a piece of time, and walks its tokens with the last W - 1 inputs in
-registers. Nothing is shared among threads. The backward pass is one such walk, too: token s computes the gradient g_s
-of its sum again, and adds it to the gradients of the inputs s, s - 1, .., s - W + 1, of which the last is then whole
-and the others wait in registers. So do the sums over tokens that are the gradients of weight and bias. A few tokens, as
-in decoding, have a kernel of their own.
+A thread processes `CHANNELS` neighbouring channels of a piece of time. It goes through the tokens and keeps the last
+W - 1 inputs in registers. Threads share nothing.
+
+The backward pass goes through the tokens once, too. At token s a thread recomputes the sum before the activation, and
+the gradient g_s of that sum. It adds the contributions of g_s to the gradients of the inputs s, s - 1, .., s - W + 1.
+The gradient of input s - W + 1 is then complete; the others stay in registers. The gradients of weight and bias are
+sums over tokens, and stay in registers, too. Calls with a few tokens, as in decoding, use a kernel of their own.
 """
 
 import dataclasses
@@ -29,7 +31,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 def supports(
     platform, batch=8, length=2048, channels=1536, dtype="bfloat16", documents=False, named=False, **facts
 ) -> str | None:
-    """Why this backend cannot serve the call, or should not where it is not asked for by name; None: it can."""
+    """Why this backend cannot serve the call, or, unless requested by name, why another is faster. None: it can."""
     if platform != "cuda" and not gpu_interpreter():
         return "it needs an NVIDIA GPU"
     if length <= UNROLLED and not named and (reason := few.supports(batch, length, channels, documents)):
@@ -60,7 +62,7 @@ def short_conv(x, weight, bias, *, activation, initial_state, segment_ids, initi
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def few_tokens(activation, x, weight, bias, state):
-    """y and the final state; what is differentiated is XLA's convolution, since nobody trains on so few tokens."""
+    """y and the final state. Gradients are those of XLA's convolution: training on so few tokens is rare."""
     given = dict(x=x, weight=weight.astype(f32), bias=None if bias is None else bias.astype(f32), state=state)
     return mapped(few.few, activation=activation)(given)
 
@@ -82,7 +84,7 @@ few_tokens.defvjp(_few_tokens_fwd, _few_tokens_bwd)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def convolve(activation, x, weight, bias, state, reach):
-    """As `xla.convolve`, without the final state: y [B, T, E]."""
+    """y [B, T, E] as of `xla.convolve`, without the final state."""
     return mapped(forward, activation=activation)(arrays(x, weight, bias, state, reach))
 
 
@@ -103,7 +105,7 @@ convolve.defvjp(_convolve_fwd, _convolve_bwd)
 
 
 def arrays(x, weight, bias, state, reach):
-    """The kernels' arguments by name; reach becomes float32, as all that they read does."""
+    """The kernels' arguments by name. `reach` becomes float32, because the kernels load every array as float32."""
     optional = dict(bias=bias, state=state, reach=reach)
     return dict(x=x, weight=weight.astype(f32)) | {n: None if v is None else v.astype(f32) for n, v in optional.items()}
 
@@ -114,7 +116,7 @@ def forward(x, weight, bias, state, reach, *, activation):
 
     Args:
         x: [B, T, E] with E a multiple of CHANNELS. weight: [W, E]; bias: [E] or None, float32.
-        state: [B, W - 1, E] float32 or None. reach: [B, T] float32, how many earlier inputs a token sees, or None: all.
+        state: [B, W - 1, E] float32 or None. reach: [B, T] float32, how many earlier inputs a token sees. None: all.
     """
     walk = Walk("forward", *x.shape, weight.shape[0])
     inputs = given(x=x, weight=weight, bias=bias, state=state, reach=reach)
@@ -142,9 +144,9 @@ def forward(x, weight, bias, state, reach, *, activation):
 
 @functools.partial(jax.jit, static_argnames="activation")
 def backward(x, weight, bias, state, reach, dy, *, activation):
-    """dx [B, T, E], and parts [B, pieces, W + 1, E] float32 of the sums that are the gradients of weight and bias.
+    """dx [B, T, E], and partial sums [B, pieces, W + 1, E] float32 of the gradients of weight and bias.
 
-    Args: as of `forward`; dy [B, T, E].
+    Args: as for `forward`; dy [B, T, E].
     """
     taps = weight.shape[0]
     walk = Walk("backward", *x.shape, taps)
@@ -155,12 +157,12 @@ def backward(x, weight, bias, state, reach, dy, *, activation):
         thread = walk.thread(refs)
 
         def tokens(first, count, carry, finish, past_end, counted=None):
-            """`count` tokens from `first` on; with `finish` each writes the gradient that is whole then.
+            """Process `count` tokens from `first` on. With `finish`, each writes the gradient that is then complete.
 
             Args:
-                carry: history, gradients that wait for more, and sums.
-                past_end: whether some may be past the end.
-                counted: [128] int32, the first token that goes into the sums; None: this one.
+                carry: history, gradients that are not complete yet, and sums.
+                past_end: whether some tokens may be past the end.
+                counted: [128] int32, the first token that is added to the sums. None: `first`.
             """
             history, waiting, sums = carry
             xs, dys = (thread.tokens(name, first, count, past_end) for name in ("x", "dy"))
@@ -172,7 +174,7 @@ def backward(x, weight, bias, state, reach, dy, *, activation):
                 if past_end:
                     g = tuple(jnp.where(first + at < walk.length, v, 0) for v in g)
                 own = g if counted is None else tuple(jnp.where(first + at >= counted, v, 0) for v in g)
-                # weight[k] is that of the input W - 1 - k tokens before
+                # weight[k] multiplies the input W - 1 - k tokens earlier
                 products = [tuple(a * b for a, b in zip(own, seen[taps - 1 - k], strict=True)) for k in range(taps)]
                 sums = tuple(add(s, v) for s, v in zip(sums, (*products, own), strict=True))
                 back = [tuple(a * b for a, b in zip(g, thread.weight[taps - 1], strict=True))]
@@ -187,8 +189,8 @@ def backward(x, weight, bias, state, reach, dy, *, activation):
                     store_vector(refs["dx"], thread.place(first - (taps - 1)), last, at=at * walk.channels)
             return history, tuple(waiting), sums
 
-        # The gradients of tokens start .. start + piece - 1 are this thread's to write, those of weight and bias the
-        # sums over the W - 1 tokens after, and, for the first piece, over the very first tokens too.
+        # This thread writes the gradients of the tokens start .. start + piece - 1. Its sums for weight and bias begin
+        # W - 1 tokens after `start`; in the first piece they include those first W - 1 tokens, too.
         zeros = lanes.zeros(CHANNELS)
         carry = thread.history(), (zeros,) * (taps - 1), (zeros,) * (taps + 1)
         never = jnp.int32(walk.length)
@@ -221,7 +223,7 @@ def backward(x, weight, bias, state, reach, dy, *, activation):
 
 
 def given(**arrays):
-    """Those that there are."""
+    """The arrays that are not None."""
     return {name: x for name, x in arrays.items() if x is not None}
 
 
@@ -237,9 +239,9 @@ def slope(total, dy):
 
 @dataclasses.dataclass(frozen=True)
 class Walk:
-    """How rows, time and channels are dealt out to threads.
+    """How rows, time and channels are assigned to threads.
 
-    Pieces of time are equally long; the last one is moved back to end with the row, so it may overlap the one before.
+    All pieces of time have the same length. The last piece ends with the row, so it may overlap the piece before it.
     """
 
     kind: str
@@ -255,7 +257,7 @@ class Walk:
 
     @property
     def piece(self) -> int:
-        """Tokens of a thread."""
+        """Tokens per thread."""
         return tuning.piece(self.kind, self.batch, self.length, self.channels)
 
     @property
@@ -283,17 +285,17 @@ class Walk:
 
 
 class Thread:
-    """Inside a kernel: a thread's place, and what it reads. All are [128], one value a thread.
+    """Inside a kernel: which elements a thread processes, and what it reads. All are [128], one value per thread.
 
     Attributes:
-        row, piece: of its tokens; start: its first token; channel: its first channel.
+        row, piece: row and piece of its tokens; start: its first token; channel: its first channel.
         weight: W tuples of its channels' taps; bias: a tuple or None.
     """
 
     def __init__(self, walk: Walk, refs):
         self.walk, self.refs = walk, refs
         lane = thread_index()
-        number = jnp.minimum(lax.axis_index("block") * THREADS + lane, walk.threads - 1)  # some do the last one's work
+        number = jnp.minimum(lax.axis_index("block") * THREADS + lane, walk.threads - 1)  # spare threads repeat it
         quads = walk.channels // CHANNELS
         self.channel = lax.rem(number, quads) * CHANNELS
         self.piece = lax.rem(lax.div(number, quads), walk.pieces)
@@ -305,11 +307,11 @@ class Thread:
         self.bias = load_vector(refs["bias"], self.channel, CHANNELS) if "bias" in refs else None
 
     def place(self, token):
-        """Where a token is in arrays [B, T, E]."""
+        """Offset of a token in arrays [B, T, E]."""
         return (self.row * self.walk.length + token) * self.walk.channels + self.channel
 
     def tokens(self, name, first, count=None, past_end=False):
-        """`count` tokens of an array from `first` on; those past the end are the last one."""
+        """`count` tokens of an array from `first` on. Tokens past the end are replaced by the last one."""
         ref, step = self.refs[name], self.walk.channels
         offsets = range(count or self.walk.together)
         if past_end:
@@ -329,7 +331,7 @@ class Thread:
         return [load_vector(ref, row + first, 1, at=at)[0] for at in offsets]
 
     def history(self):
-        """The W - 1 inputs before `start`, the newest first; before the row they are the state's, or zeros."""
+        """The W - 1 inputs before `start`, newest first. Before the first token they are the state's, or zeros."""
         rows, inputs = self.walk.taps - 1, []
         for distance in range(1, rows + 1):
             token = self.start - distance
@@ -342,7 +344,7 @@ class Thread:
         return tuple(inputs)
 
     def sum(self, x, history, reach):
-        """bias + sum_k weight[W-1-k] x_{t-k}, and the inputs that are seen: x and the history, or zeros."""
+        """bias + sum_k weight[W-1-k] x_{t-k}, and the inputs in the sum: x and the history, zero where not seen."""
         seen = [x] + [self.within(v, reach, distance) for distance, v in enumerate(history, start=1)]
         total = self.bias
         for distance, v in enumerate(seen):
@@ -351,5 +353,5 @@ class Thread:
         return total, seen
 
     def within(self, x, reach, distance):
-        """x where the token sees as far as `distance` tokens back, else 0."""
+        """x where the token sees the input `distance` tokens earlier, else 0."""
         return x if reach is None else tuple(jnp.where(reach >= distance, v, 0) for v in x)

@@ -1,12 +1,12 @@
 """Short causal convolution as two Pallas TPU kernels, forward and backward: each array is read or written once.
 
-The grid is (sequence, block of channels, chunk of time), time innermost. Inside, a column of 128 channels is copied to
-a window of VMEM in float32, with the few inputs before the chunk in front of it. As the window is one register wide, a
-load at any row is a plain load, and an input some tokens earlier is the same load some rows earlier.
+The grid is (sequence, block of channels, chunk of time), time innermost. Each step copies columns of 128 channels to a
+window in VMEM, in float32. The few inputs before the chunk are stored in front of it. The window is one register wide,
+so a load at any row is a plain load: an earlier input is read by the same load at an earlier row.
 
-The backward kernel goes from the last chunk to the first. It computes the gradient g of each sum before the activation
-again and keeps it in a second window, behind which are the first gradients of the chunk after. The sums over tokens
-that are the gradients of weight and bias stay in VMEM, float32, always in the same order.
+The backward kernel goes from the last chunk to the first. It recomputes the sum before the activation, and stores the
+gradient g of each sum in a second window. The first gradients of the following chunk are stored behind this chunk's.
+The gradients of weight and bias are sums over tokens. They stay in VMEM in float32, always added in the same order.
 """
 
 import functools
@@ -23,10 +23,10 @@ from seqmodels.kernels.short_conv import xla
 
 f32 = jnp.float32
 LANES, SUBLANES = 128, 8
-BEFORE = 16  # tokens that are read from before a chunk: the rows of a bfloat16 tile
-TILE = 64  # tokens worked on together
-TOKENS, WIDTH = 512, 2048  # of a chunk and channels of a block, at most
-VMEM_LIMIT = 32 * 2**20  # bytes; two of each block of float32 take 24 MiB
+BEFORE = 16  # tokens that are read before a chunk: the rows of a bfloat16 tile
+TILE = 64  # tokens processed together
+TOKENS, WIDTH = 512, 2048  # most tokens per chunk and channels per block
+VMEM_LIMIT = 32 * 2**20  # bytes; two buffers for each float32 block take 24 MiB
 DTYPES = ("bfloat16", "float16", "float32")
 
 
@@ -42,7 +42,7 @@ def supports(platform: str, batch=8, length=2048, channels=1536, dtype="bfloat16
 def short_conv(x, weight, bias, *, activation, initial_state, segment_ids, initial_segment, mask):
     """See `kernels.short_conv.short_conv`. Sums in float32."""
     channels, dtype = x.shape[-1], x.dtype
-    if dtype == jnp.float16:  # unknown to the compiler
+    if dtype == jnp.float16:  # the compiler does not support it
         x = x.astype(f32)
 
     wide = {-1: round_up(channels, LANES)}
@@ -55,7 +55,7 @@ def short_conv(x, weight, bias, *, activation, initial_state, segment_ids, initi
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def convolve(activation, x, weight, bias, state, reach):
-    """As `xla.convolve`, without the final state: y [B, T, E]; E in whole lanes."""
+    """y [B, T, E] as of `xla.convolve`, without the final state. E is a multiple of the number of lanes."""
     return forward(activation, arrays(x, weight, bias, state, reach))[:, : x.shape[1]]
 
 
@@ -79,10 +79,10 @@ def arrays(x, weight, bias, state, reach):
     """The kernels' arguments by name.
 
     Returns:
-        x, before: [B, T, E], the same array, T in whole chunks; zeros after the end change no gradient.
+        x, before: [B, T, E], the same array, with T padded to whole chunks. The zeros at the end change no gradient.
         taps: [W + 1, E] float32, the rows of weight and the bias.
-        state: [B, 8, E] float32, its last rows the W - 1 inputs before the first token, or None.
-        reach: [B, T, 1] float32, how many earlier inputs a token sees, or None: all.
+        state: [B, 8, E] float32 or None; its last rows are the W - 1 inputs before the first token.
+        reach: [B, T, 1] float32, how many earlier inputs a token sees. None: all.
     """
     x = whole_chunks(x)
     bias = jnp.zeros(x.shape[-1:], f32) if bias is None else bias
@@ -94,28 +94,28 @@ def arrays(x, weight, bias, state, reach):
 
 
 def chunk_tokens(length):
-    """Tokens of a chunk; all chunks are of one length."""
+    """Tokens per chunk; all chunks have the same length."""
     return round_up(-(-length // -(-length // TOKENS)), TILE)
 
 
 def whole_chunks(x):
-    """x [B, T, ..] with zeros up to whole chunks."""
+    """x [B, T, ..], with time padded by zeros to whole chunks."""
     return pad(x, {1: round_up(x.shape[1], chunk_tokens(x.shape[1]))})
 
 
 def block_width(channels):
-    """Channels of a block: whole lanes, and a divisor of all."""
+    """Channels per block: a multiple of the number of lanes that divides the number of channels."""
     return max(w for w in range(LANES, min(channels, WIDTH) + 1, LANES) if channels % w == 0)
 
 
 def forward(activation, arrays):
-    """y [B, T, E] in the dtype of x, of `arrays`."""
+    """y [B, T, E] in the dtype of x, from `arrays`."""
     out = dict(y=jax.ShapeDtypeStruct(arrays["x"].shape, arrays["x"].dtype))
     return _run("short_conv_forward", _forward_kernel, activation, arrays, out, {})["y"]
 
 
 def backward(activation, arrays):
-    """dx [B, T, E], and each sequence's gradients of `taps`, [B, W + 1, E] float32, of `arrays` and dy."""
+    """dx [B, T, E], and each sequence's gradients of `taps`, [B, W + 1, E] float32, from `arrays` with dy."""
     x, taps = arrays["x"], arrays["taps"].shape[0]
     width = block_width(x.shape[-1])
     out = dict(
@@ -131,7 +131,7 @@ def backward(activation, arrays):
 
 
 def _run(name, kernel, activation, arrays, outputs, scratch, reverse=False):
-    """Calls a kernel on dicts of arrays; outputs give shapes and dtypes, scratch shapes."""
+    """Call a kernel on dicts of arrays. `outputs` gives shapes and dtypes, `scratch` gives shapes."""
     batch, length, channels = arrays["x"].shape
     tokens, width = chunk_tokens(length), block_width(channels)
     chunks = length // tokens
@@ -143,7 +143,7 @@ def _run(name, kernel, activation, arrays, outputs, scratch, reverse=False):
         rows = arrays["taps"].shape[0]
         of_tokens = pl.BlockSpec((None, tokens, width), lambda b, e, c: (b, time(c), e))
         return dict(
-            # What is read before the first chunk is not used.
+            # The rows that are read before the first chunk are not used.
             before=pl.BlockSpec(
                 (None, BEFORE, width), lambda b, e, c: (b, jnp.maximum(time(c) * (tokens // BEFORE) - 1, 0), e)
             ),
@@ -169,7 +169,7 @@ def _run(name, kernel, activation, arrays, outputs, scratch, reverse=False):
         ),
         interpret=tpu_interpreter(),
     )
-    # Pallas's own rule for vmap adds an axis to the grid, but not to dimension_semantics
+    # Pallas's own rule for vmap adds an axis to the grid but not to dimension_semantics
     return jax.custom_batching.sequential_vmap(call)(arrays)
 
 
@@ -247,7 +247,7 @@ def _backward_kernel(x, out, scratch, *, activation):
 
 
 def _each_column(column, x):
-    """Calls `column` with the lanes of each column of the block."""
+    """Call `column` with the lanes of each column of the block."""
 
     def body(i, _):
         column(pl.ds(pl.multiple_of(i * LANES, LANES), LANES))
@@ -257,13 +257,13 @@ def _each_column(column, x):
 
 
 def _spread_reach(x, scratch):
-    """Repeats each token's reach over the lanes, for all columns."""
+    """Broadcast each token's reach over the lanes, for all columns."""
     tokens = x["x"].shape[0]
     scratch["reach"][:tokens, :] = jnp.broadcast_to(x["reach"][...], (tokens, LANES))
 
 
 def _fill_window(x, scratch, lanes, first):
-    """Copies a column of the chunk, behind the 8 inputs before it: the state's before the first chunk, or zeros."""
+    """Copy a column of the chunk, behind the 8 inputs before it: the state's for the first chunk, or zeros."""
     state = jnp.zeros((SUBLANES, LANES), f32) if x["state"] is None else x["state"][:, lanes]
     before = x["before"][:, lanes].astype(f32)[BEFORE - SUBLANES :]
     scratch["window"][:SUBLANES, :] = jnp.where(first, state, before)
@@ -271,12 +271,12 @@ def _fill_window(x, scratch, lanes, first):
 
 
 def _taps(x, lanes):
-    """The W taps and the bias of a column, each [TILE, LANES], one row repeated."""
+    """The W taps and the bias of a column, each one row broadcast to [TILE, LANES]."""
     return [jnp.broadcast_to(x["taps"][k : k + 1, lanes], (TILE, LANES)) for k in range(x["taps"].shape[0])]
 
 
 def _sum(taps, scratch, start):
-    """bias + sum_d weight[W-1-d] x_{t-d} of a tile [TILE, LANES], and the inputs seen, the token's own first."""
+    """bias + sum_d weight[W-1-d] x_{t-d} of a tile [TILE, LANES], and the inputs in the sum, newest first."""
     *weight, total = taps
     seen = []
     for d, tap in enumerate(reversed(weight)):
@@ -287,14 +287,14 @@ def _sum(taps, scratch, start):
 
 
 def _within(x, scratch, rows, distance):
-    """x where the tokens of these rows see as far as `distance` tokens back, else 0."""
+    """x where the tokens of these rows see the input `distance` tokens earlier, else 0."""
     return jnp.where(scratch["reach"][rows, :] >= distance, x, 0) if "reach" in scratch else x
 
 
 def _fold(x):
-    """[TILE, LANES] to [SUBLANES, LANES], summed."""
+    """Sum [TILE, LANES] to [SUBLANES, LANES]."""
     return sum(x[row : row + SUBLANES] for row in range(0, TILE, SUBLANES))
 
 
 def _sigmoid(x):
-    return 0.5 * jnp.tanh(0.5 * x) + 0.5  # tanh is one instruction; its error is 1e-7 of 1, not of the result
+    return 0.5 * jnp.tanh(0.5 * x) + 0.5  # tanh is one instruction; the absolute error is 1e-7

@@ -1,4 +1,4 @@
-"""Short causal convolution, one token after another: the definition that every other backend is held to."""
+"""Short causal convolution, one token after another: the definition that every other backend is tested against."""
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +22,7 @@ def short_conv(
     initial_segment: jax.Array | None,
     mask: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """See `kernels.short_conv.short_conv`. Runs in the widest dtype of its arguments, float64 included."""
+    """See `kernels.short_conv.short_conv`. Computes in the widest dtype of its arguments, including float64."""
     batch, length, channels = x.shape
     taps = weight.shape[0]
     dtype = jnp.result_type(x, weight, jnp.float32)
@@ -33,7 +33,7 @@ def short_conv(
     if segment_ids is None:
         segment_ids = jnp.zeros((batch, length), jnp.int32)
         initial_segment = None
-    if initial_segment is None:  # the first real token goes on from the state
+    if initial_segment is None:  # the state belongs to the document of the first real token
         initial_segment = previous_segment(segment_ids, None, mask)[:, 0]
 
     def step(carry, token):

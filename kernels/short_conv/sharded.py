@@ -1,9 +1,9 @@
 """The short convolution with time split over devices, for use inside `jax.shard_map`.
 
-A piece of time needs the W - 1 real inputs before it. Each device sends its own last ones, the pieces' are chained (one
-may hold fewer real tokens than W - 1, or none, and a document may begin inside it), and the convolution starts from
-there. Cost on each of S devices: a gather of S (W - 1) rows, a few per cent of what its piece reads where that has
-thousands.
+A piece of time needs the W - 1 real inputs before it. Each device gathers the last real inputs of all pieces and
+combines those of the pieces before its own. A piece may hold fewer than W - 1 real tokens, or none, and a document may
+begin inside it. The convolution of the piece starts from the combined inputs. Cost on each of S devices: a gather of
+S (W - 1) rows. This is a few per cent of what the device reads for a piece of thousands of tokens.
 """
 
 import jax
@@ -26,16 +26,16 @@ def short_conv(
     mask: jax.Array | None = None,
     implementation: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `kernels.short_conv.short_conv` of the whole; x, segment_ids and mask hold this device's piece of time.
+    """As `kernels.short_conv.short_conv` of the whole time; x, segment_ids and mask hold this device's piece of it.
 
     Args:
-        axis: mesh axis (or axes) that time is split over, pieces in the order of the axis, all of one length.
-        initial_state, initial_segment: what comes before the first piece, the same on every device.
-        implementation: of the convolution of each piece.
+        axis: mesh axis (or axes) that time is split over. Pieces follow the order of the axis and have equal lengths.
+        initial_state, initial_segment: state and segment before the first piece, the same on every device.
+        implementation: implementation of the convolution of each piece.
 
     Returns:
         y of this device's piece, and the state after the last piece, the same on every device. The enclosing shard_map
-        needs check_vma=False; it sums the gradients of what is the same on every device.
+        needs check_vma=False. It sums the gradients of arguments that are the same on every device.
     """
     rows = weight.shape[0] - 1
     dtype = jnp.result_type(x, weight, jnp.float32)
@@ -69,7 +69,8 @@ def _last_inputs(x, rows, segment_ids, initial_segment, mask):
     """The piece's last real inputs of its last document.
 
     Returns:
-        [B, W - 1, E], the newest last, zeros where there are none; how many [B]; whether their document began here [B].
+        The inputs [B, W - 1, E], newest last, padded with zeros; their number [B]; and whether their document began in
+        this piece [B].
     """
     reset = resets(segment_ids, initial_segment, mask)
     reset = jnp.zeros(x.shape[:2], bool) if reset is None else reset

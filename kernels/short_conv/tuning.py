@@ -2,14 +2,14 @@
 
 from seqmodels.kernels.lanes import THREADS, processors
 
-CHANNELS = 4  # of a thread
-LONGEST = {"forward": 64, "backward": 128}  # tokens of a thread; longer ones read less twice and write fewer sums
+CHANNELS = 4  # per thread
+LONGEST = {"forward": 64, "backward": 128}  # most tokens per thread; longer pieces reread less and write fewer sums
 SHORTEST = 16
 TOGETHER = 4  # tokens loaded before the first of them is worked on
 
 
 def piece(kind: str, batch: int, length: int, channels: int) -> int:
-    """Tokens of a thread, `length` at most: as many as leave two blocks for each multiprocessor.
+    """Tokens per thread, at most `length`: as many as possible with two blocks or more for each multiprocessor.
 
     Args:
         kind: "forward" or "backward".

@@ -1,7 +1,7 @@
 """Short causal convolution as W shifted multiply-adds, which XLA fuses into one pass over the tokens.
 
-The backward pass keeps x alone, in its own dtype, and computes the sum before the activation again. Every shift is a
-padding with negative room at the other end: a fusion reads through it, where a concatenation would be a copy in memory.
+Only x is saved for the backward pass, in its own dtype; the sum before the activation is recomputed. Every shift is a
+`lax.pad` with negative padding at the other end. XLA can fuse such a pad; a concatenation would be a copy in memory.
 """
 
 import functools
@@ -12,11 +12,11 @@ import jax.numpy as jnp
 
 from seqmodels.kernels.segments import resets
 
-CHUNK = 16  # tokens of the first sums of the weights' gradients; from 32 on XLA would reduce in another way
+CHUNK = 16  # tokens in the first stage of the sums for the weights' gradients; from 32 on XLA reduces differently
 
 
 class Convolution(Protocol):
-    """y [B, T, E] of x without padding, from a state [B, W - 1, E] or zeros; `reach` is that of `tokens_in_reach`."""
+    """y [B, T, E] of x without padding, from a state [B, W - 1, E] or zeros; `reach` as of `tokens_in_reach`."""
 
     def __call__(
         self,
@@ -66,7 +66,7 @@ def convolve_real(
     if mask is None:
         return convolve(kernel, x, weight, bias, activation, initial_state, *documents, last=None)
 
-    # Padding is the identity: move the real tokens to the front, convolve them as one sequence, move the results back.
+    # Padding has no effect: move the real tokens to the front, convolve them as one sequence, move the results back.
     order = jnp.argsort(~mask, axis=1, stable=True)
     x = jnp.take_along_axis(jnp.where(mask[..., None], x, 0), order[..., None], axis=1)
     if segment_ids is not None:
@@ -90,7 +90,7 @@ def convolve(
     initial_segment: jax.Array | None,
     last: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """The convolution without padding; `last [B]` is the number of tokens after which the final state is taken."""
+    """The convolution without padding. `last` [B] is the number of tokens after which the final state is taken."""
     rows = weight.shape[0] - 1
     dtype = jnp.result_type(x, weight, jnp.float32)
     reset = resets(segment_ids, initial_segment, mask=None)
@@ -103,7 +103,7 @@ def convolve(
 
 
 def tokens_in_reach(reset: jax.Array, rows: int) -> jax.Array:
-    """How many earlier inputs [B, T] of its own document each token sees, W - 1 at most; the state's rows count."""
+    """[B, T]: how many earlier inputs of its own document each token sees, at most W - 1, the state's rows included."""
     index = jnp.arange(reset.shape[1], dtype=jnp.int32)
     start = jax.lax.cummax(jnp.where(reset, index, -rows), axis=1)
     return jnp.minimum(index - start, rows)
@@ -116,11 +116,11 @@ def final_history(x: jax.Array, state: jax.Array, reach: jax.Array | None, last:
         history = jnp.concatenate([state, x[:, -rows:].astype(state.dtype)], axis=1)[:, -rows:]
         reach = None if reach is None else reach[:, -1:]
     else:
-        index = last[:, None] + jnp.arange(rows)  # among the state's rows and then the tokens
+        index = last[:, None] + jnp.arange(rows)  # into the state's rows followed by the tokens
         old = jnp.take_along_axis(state, jnp.minimum(index, rows - 1)[..., None], axis=1)
         new = jnp.take_along_axis(x, jnp.maximum(index - rows, 0)[..., None], axis=1)
         history = jnp.where((index < rows)[..., None], old, new.astype(state.dtype))
-        if reach is not None:  # before the first token, the state sees itself
+        if reach is not None:  # before the first token, all rows of the state are in reach
             reach = jnp.take_along_axis(jnp.pad(reach, ((0, 0), (1, 0)), constant_values=rows), last[:, None], axis=1)
     return history if reach is None else _within(history, reach, jnp.arange(rows)[::-1])
 
@@ -142,7 +142,8 @@ def _convolve_bwd(activation, inputs, dy):
     dsum = _sum_gradient(activation, *inputs, dy)
     dstate = None if state is None else state_gradient(activation, *inputs, dy).astype(state.dtype)
     taps = weight.astype(dsum.dtype)
-    # Rounded like x, it is the one array that this pass writes beside dx; the barrier is against a float32 one.
+    # This is the only array besides dx that this pass writes. It has the dtype of x; without the barrier XLA would
+    # write it in float32.
     rounded = jax.lax.optimization_barrier(dsum.astype(x.dtype))
     dx = taps[rows] * rounded
     for d in range(1, rows + 1):
@@ -150,7 +151,7 @@ def _convolve_bwd(activation, inputs, dy):
         dx = _add_within(dx, taps[rows - d] * _shift(rounded, -d, d), later, d)
     dsum = rounded.astype(dsum.dtype)
     products = [dsum * x]
-    for d in range(1, rows + 1):  # a factor will do for "else 0": an x that is not finite spoils these sums anyway
+    for d in range(1, rows + 1):  # a product with 0 is safe: a non-finite x spoils these sums anyway
         seen = 1 if reach is None else (reach >= d)[..., None].astype(dsum.dtype)
         products.insert(0, dsum * _earlier(x, state, d) * seen)
     *dweight, dbias = _sums([*products, dsum])
@@ -203,12 +204,12 @@ def _sums(arrays):
 
 
 def _sums_apart(*arrays):
-    """A CPU does not vectorise the other way."""
+    """One reduction for each array: a CPU vectorises this, but not `_sums_together`."""
     return [jnp.sum(v, axis=(0, 1)) for v in arrays]
 
 
 def _sums_together(*arrays):
-    """One reduction of them all, over few tokens first: a GPU or TPU reads what they share once."""
+    """One reduction of all arrays, over a few tokens first: a GPU or TPU then reads shared inputs only once."""
     batch, length, channels = arrays[0].shape
     chunk = min(CHUNK, length)
     arrays = [_shift(v, 0, -length % chunk).reshape(batch, -1, chunk, channels) for v in arrays]
@@ -222,7 +223,7 @@ def _reduce(arrays, axes):
 
 
 def _earlier(x, state, distance):
-    """The input `distance` tokens before each token, [B, T, E]: x, or before its start the state."""
+    """The input `distance` tokens before each token, [B, T, E], from x or, before its start, from the state."""
     earlier = _shift(x, distance, -distance)
     if state is not None:
         rows, length = state.shape[1], x.shape[1]
@@ -231,20 +232,21 @@ def _earlier(x, state, distance):
 
 
 def _add_within(total, term, reach, distance):
-    """total + term where a token sees as far as `distance` tokens back, else total.
+    """total + term where a token sees the input `distance` tokens earlier, else total.
 
-    Not total + where(.., term, 0): XLA would write the zeros to memory, once for all layers, and read them in each.
+    This is not total + where(.., term, 0): XLA would write the zeros to memory once for all layers, and every layer
+    would read them.
     """
     added = total + term
     return added if reach is None else jnp.where((reach >= distance)[..., None], added, total)
 
 
 def _within(x, reach, distance):
-    """x where a token sees as far as `distance` tokens back, else 0."""
+    """x where a token sees the input `distance` tokens earlier, else 0."""
     return x if reach is None else jnp.where((reach >= distance)[..., None], x, 0)
 
 
 def _shift(x, before, after):
-    """x [B, T, ...] with so many zero rows before and after; a negative number takes rows away."""
+    """x [B, T, ...] with `before` and `after` rows of zeros added. A negative number removes rows."""
     others = [(0, 0, 0)] * (x.ndim - 2)
     return jax.lax.pad(x, jnp.zeros((), x.dtype), ((0, 0, 0), (before, after, 0), *others))

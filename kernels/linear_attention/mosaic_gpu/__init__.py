@@ -1,10 +1,13 @@
 """Linear attention as Pallas Mosaic GPU kernels, for Hopper: matrix products of 64 x 64 tiles by the tensor cores.
 
-Forward is one kernel (`walk`) in which states never leave registers, or, where K is above 256, one that writes states
-and one that reads them. Backward computes the states before each chunk
-again, walks back for the gradients of values and states, and makes those of queries, keys and decays chunk by chunk.
-Where there are too few heads to fill the GPU, time is cut into stretches that are walked at once, from states that a
-walk without readouts found before. Decays are the head's or the token's, not the channel's.
+The forward pass is one kernel (`walk`), which goes through time and keeps the states in registers. If K is above 256,
+it is two kernels: the first writes the states to memory, and the second reads them. The backward pass recomputes the
+state before each chunk. Then it goes back through time for the gradients of values and states. Last, it computes the
+gradients of queries, keys and decays for each chunk separately.
+
+If there are too few heads to fill the GPU, time is split into stretches that run in parallel. The state before each
+stretch is computed first, by a `walk` without readouts. All channels of a head share one decay, which may depend on the
+token.
 """
 
 import functools
@@ -24,14 +27,14 @@ from seqmodels.kernels.linear_attention.mosaic_gpu.tile import SIDE
 from seqmodels.kernels.linear_attention.mosaic_gpu.walk import walk
 from seqmodels.kernels.segments import resets
 
-WIDEST = 256  # K whose states one warpgroup holds while it reads them
-LEAST = 16  # tokens: so many, or fewer, are not worth a chunk
-FACTORS = jnp.bfloat16  # of products: states and scores of float16 numbers may be beyond float16's range
+WIDEST = 256  # largest K for which one warpgroup can hold the states while it reads them
+LEAST = 16  # up to so many tokens, a chunk is not worthwhile
+FACTORS = jnp.bfloat16  # dtype of factors in products: states and scores of float16 inputs may overflow float16
 DTYPES = ("bfloat16", "float16")
 
 
 def supports(platform, shape, dtype, decay, chunk=None, named=False, **facts) -> str | None:
-    """Why this backend cannot serve the call, or should not where it is not asked for by name; None: it can."""
+    """Why this backend cannot serve the call, or, unless requested by name, why another is faster. None: it can."""
     batch, length, _, heads, _, values = shape
     if platform != "cuda" and not gpu_interpreter():
         return "it needs an NVIDIA GPU"
@@ -64,7 +67,7 @@ def linear_attention(
     chunk,
     dtype,
 ):
-    """As `kernels.linear_attention.linear_attention`, padding zeroed; y in `dtype`. `chunk` is always 64."""
+    """As `kernels.linear_attention.linear_attention`, with padding set to zero; y in `dtype`. `chunk` is always 64."""
     batch, length, heads, values = v.shape
     keys = k.shape[-1]
     strict = read == "exclusive"
@@ -72,7 +75,7 @@ def linear_attention(
     if log_decay is not None:
         log_decay = jnp.broadcast_to(log_decay, (batch, length, heads))
     own = None if bonus is None else own_token(q, k, v, bonus, scale)
-    if scale <= 0:  # kernels have its logarithm among those of the decays
+    if scale <= 0:  # the kernels add the logarithm of the scale to those of the decays, so it must be positive
         q, scale = q * scale, 1.0
     q, k, v = (x.astype(FACTORS) for x in (q, k, v))
     pieces = stretches(batch * heads * -(-values // SIDE), length)
@@ -85,7 +88,7 @@ def linear_attention(
         g=exponents(log_decay, reset, (batch, length, heads), tokens),
         initial_state=pad(initial_state.astype(jnp.float32), {-2: deep, -1: wide}),
     )
-    once = jnp.dtype(dtype) == FACTORS and bonus is None  # rounded by the kernel; else after what is still to come
+    once = jnp.dtype(dtype) == FACTORS and bonus is None  # the kernel rounds y; otherwise y is rounded at the end
     y, state = attend(arrays, float(scale), strict, pieces, FACTORS if once else jnp.float32)
     y = y[:, :length, :, :values]
     return (y if own is None else y + own).astype(dtype), state[:, :, :keys, :values]
@@ -101,7 +104,7 @@ def own_token(q, k, v, bonus, scale):
 
 
 def stretches(blocks, length) -> int:
-    """Pieces of time that are walked at once: as few as fill the GPU, of at least 512 tokens each."""
+    """Number of stretches of time that run in parallel: as few as fill the GPU, of at least 512 tokens each."""
     pieces = 1
     while pieces * blocks < lanes.processors() * 3 // 4 and length >= 1024 * pieces:
         pieces *= 2
@@ -110,7 +113,7 @@ def stretches(blocks, length) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def attend(arrays, scale, strict, pieces, dtype):
-    """y in dtype and the final state, of whole chunks and tiles."""
+    """y in `dtype` and the final state. The arrays are padded to whole chunks and tiles."""
     return forward(arrays, scale, strict, pieces, dtype)[0]
 
 
@@ -124,7 +127,10 @@ def forward(arrays, scale, strict, pieces, dtype):
 
 
 def begin(inputs, state, g, pieces, reverse):
-    """The state before (with `reverse`, after) each stretch, [B, S, H, K, V], from the one before the first."""
+    """The state before each stretch, [B, S, H, K, V], from the state before the first stretch.
+
+    With `reverse`: the state after each stretch, from the state after the last one.
+    """
     if pieces == 1:
         return state[:, None]
     nothing = jnp.zeros((state.shape[0], pieces, *state.shape[1:]))
@@ -133,13 +139,13 @@ def begin(inputs, state, g, pieces, reverse):
 
 
 def states_of(inputs, start, reverse, save):
-    """The states after each stretch, and those before each chunk or None."""
+    """The state after each stretch; and, with `save`, the state before each chunk, else None."""
     options = dict(x=None, reverse=reverse, strict=False, save=save, dtype=None)
     return mapped(walk, **options)(inputs | dict(initial_state=start))[1:]
 
 
 def attended(x, inputs, start, *, save, **options):
-    """Results of `walk` with readouts, whatever the size of the state."""
+    """Results of `walk` with readouts, for a state of any size."""
     if x.shape[-1] <= WIDEST:
         return mapped(walk, save=save, **options)(inputs | dict(x=x, initial_state=start))
     final, states = states_of(inputs, start, options["reverse"], save=True)

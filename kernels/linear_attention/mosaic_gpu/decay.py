@@ -1,7 +1,8 @@
-"""Decays as the kernels read them: for each chunk a few vectors over its tokens.
+"""Decays in the form that the kernels read: for each chunk a few vectors over its tokens.
 
-All are powers of two of sums of log2 decays inside one chunk, so no sum is over more than 64 tokens. The beginning of a
-document is a decay too small for float32: 2^-200 is exactly 0, and a finite exponent leaves no NaN in any gradient.
+All decays are computed from sums of log2 decays inside one chunk, so no sum is over more than 64 tokens. The beginning
+of a document is represented by a decay too small for float32: 2^-200 is exactly 0. Its exponent is finite, so it causes
+no NaN in any gradient.
 """
 
 import math
@@ -14,11 +15,11 @@ from seqmodels.kernels.linear_attention.mosaic_gpu.tile import SIDE
 from seqmodels.kernels.pieces import chain_unrolled
 
 FORGET = -200.0  # log2 of a decay that is 0 in float32
-LEAST = -150.0  # of any other: 0 in float32 too, and sums over a chunk are still good to a thousandth
+LEAST = -150.0  # least log2 of any other decay: also 0 in float32, and sums over a chunk are accurate to a thousandth
 
 
 def exponents(log_decay, reset, shape, length):
-    """Log2 decays by chunk: [B, H, T' / 64, 64] float32, T' = length, 0 after T.
+    """Log2 decays by chunk: [B, H, T' / 64, 64] float32, with T' = length and zeros after T.
 
     Args:
         log_decay: [B, T, H] float32, or None. reset: [B, T] bool, where documents begin, or None. shape: (B, T, H).
@@ -32,18 +33,18 @@ def exponents(log_decay, reset, shape, length):
 
 
 def vectors(g, scale, strict):
-    """What `walk` takes of the decays, forwards and backwards.
+    """The argument `vectors` of `walk`, for the forward and the backward direction.
 
     Args:
-        g: [B, H, N, 64] of `exponents`. scale: of the readout, above 0. strict: token t reads before it decays.
+        g: [B, H, N, 64], result of `exponents`. scale: of the readout, above 0. strict: token t reads before it decays.
 
     Returns:
-        two arrays [B, H, N, 5, 64] float32: row, column, rin, wout, keep.
+        Two arrays [B, H, N, 5, 64] float32: row, column, rin, wout, keep.
     """
     triangle = jnp.tril(jnp.ones((SIDE, SIDE)))
     write = total(triangle, g)  # log2 of the decay from before the chunk to after token t
     read = write
-    if strict:  # a token that begins a document does not see the one before, though it reads before its own decay
+    if strict:  # a document's first token reads before its own decay, but must not see the document before
         read = jnp.pad(write[..., :-1], ((0, 0),) * 3 + ((1, 0),)) + jnp.where(g == FORGET, FORGET, 0)
     read = read + math.log2(scale)
     end = write[..., -1:]
@@ -60,11 +61,11 @@ def total(matrix, x):
 def gradient(sums, keep, strict):
     """Gradient of the log decays: [B, H, N, 64], for natural logarithms.
 
-    The decay of token t scales what tokens before it in the chunk, and the state before the chunk, say to tokens from
-    t on (with `strict`, after t) and to the state after the chunk.
+    The decay of token t scales the contributions of the chunk's tokens before t, and of the state before the chunk. It
+    scales their contributions to the reads from token t on (with `strict`, after t) and to the state after the chunk.
 
     Args:
-        sums: [K / 64, B, H, N, 4, 64] of `keys_gradient`. keep: [B, H, N, 64].
+        sums: [K / 64, B, H, N, 4, 64], result of `keys_gradient`. keep: [B, H, N, 64].
     """
     read, near, far, corner = jnp.moveaxis(jnp.sum(sums, axis=0), -2, 0)
     ones = jnp.ones((SIDE, SIDE))
@@ -77,8 +78,9 @@ def starts(initial_state, ends, g, pieces, reverse=False):
     """The state before (with `reverse`, after) each stretch of time: [B, S, H, K, V] float32.
 
     Args:
-        initial_state: [B, H, K, V] before the first (after the last) stretch. ends: [B, S, H, K, V], what each stretch
-            leaves if it starts from nothing. g: [B, H, N, 64] of `exponents`. pieces: S.
+        initial_state: [B, H, K, V] before the first (with `reverse`, after the last) stretch.
+        ends: [B, S, H, K, V], the state after (with `reverse`, before) each stretch from a start of zeros.
+        g: [B, H, N, 64], result of `exponents`. pieces: S.
     """
     batch, heads = g.shape[:2]
     kept = jnp.sum(g.reshape(batch, heads, pieces, -1), axis=-1)

@@ -1,11 +1,11 @@
-"""Gradients of queries, keys and decays: every chunk by itself, from the states around it.
+"""Gradients of queries, keys and decays, for each chunk separately, from the states before and after it.
 
-With dP_ij = dy_i . v_j, D the decays inside the chunk, S the state before it and dS the gradient of that after it,
+With dP_ij = dy_i . v_j, D the decays inside the chunk, S the state before it and dS the gradient of the state after it,
 
     dq_i = sum_j D_ij dP_ij k_j + rin_i S dy_i,    dk_j = sum_i D_ij dP_ij q_i + wout_j dS v_j.
 
-One warpgroup makes 64 columns of both for all value heads that share them, one head after the other, and so adds them
-up in float32 and always in the same order.
+One warpgroup computes 64 columns of dq and dk for all value heads that share them, one head after the other. So the
+sums over heads are in float32 and always in the same order.
 """
 
 import functools
@@ -33,17 +33,19 @@ from seqmodels.kernels.linear_attention.mosaic_gpu.walk import VECTORS
 SUMS = 4
 
 
-@functools.partial(jax.jit, static_argnames="strict")  # traced once a shape, not once a layer
+@functools.partial(jax.jit, static_argnames="strict")  # traced once per shape, not per layer
 def keys_gradient(q, k, v, dy, vectors, states, dstates, *, strict):
-    """Gradients of q and k, and what those of the decays are made of.
+    """Gradients of q and k, and the sums from which the gradients of the decays are computed.
 
     Args:
-        q, k: [B, T, Hk, K]. v, dy: [B, T, H, V]. vectors: as of `walk`. states: [B, H, T / 64, K, V] before each chunk.
+        q, k: [B, T, Hk, K]. v, dy: [B, T, H, V]. vectors: as for `walk`.
+        states: [B, H, T / 64, K, V], the state before each chunk.
         dstates: the gradient of the state after each chunk. strict: tokens do not see themselves.
 
     Returns:
-        (dq, dk, sums [K / 64, B, H, T / 64, 4, 64] float32: of each token and 64 columns of K, q . dq; k . dk by way of
-        the chunk's other tokens; k . dk by way of the state after it; and, of each column, dS . S).
+        dq, dk, and sums [K / 64, B, H, T / 64, 4, 64] float32. The four sums for each 64 columns of K are: q . dq of
+        each token; k . dk of each token through the chunk's reads; k . dk of each token through the state after the
+        chunk; and dS . S of each column.
     """
     batch, length, key_heads, keys = k.shape
     heads, values = v.shape[2:]
@@ -72,7 +74,7 @@ def keys_gradient(q, k, v, dy, vectors, states, dstates, *, strict):
             square = (SIDE, SIDE)
 
             def inputs(t, carry):
-                """What comes by way of the states, and dP, from 64 columns of V."""
+                """Add the terms of 64 columns of V: dP, and the parts of dq and dk through the states."""
                 dp, dq, dk, corner = carry
                 step = g * tiles + t
                 slot = lax.rem(step, SLOTS)
@@ -88,7 +90,7 @@ def keys_gradient(q, k, v, dy, vectors, states, dstates, *, strict):
                 return dp, dq, dk, corner
 
             def refill(t):
-                plgpu.commit_smem()  # all warps are through with this slot
+                plgpu.commit_smem()  # all warps have finished with this slot
                 step = g * tiles + t + SLOTS
                 pl.when(step < group * tiles)(lambda: fetch(step))
 
@@ -103,7 +105,7 @@ def keys_gradient(q, k, v, dy, vectors, states, dstates, *, strict):
             dp, dq, dk, corner = inputs(tiles - 1, carry)
             decay, seen = decays(vectors_s, lax.rem((g + 1) * tiles - 1, SLOTS), False, strict)
             dp = jnp.where(seen, dp * decay, 0).astype(v.dtype)
-            plgpu.commit_smem()  # all warps are through with the scores of the head before
+            plgpu.commit_smem()  # all warps have read the scores of the previous head
             scores_s[...] = dp
             refill(tiles - 1)
             dq, dk_near = products((dq, (dp, k_s)), (zeros(*square), (scores_s.transpose((1, 0)), q_s)))

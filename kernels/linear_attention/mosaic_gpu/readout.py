@@ -1,4 +1,4 @@
-"""Readouts of every chunk by itself, from the states before them: for states too large for one warpgroup to walk with.
+"""Readouts of each chunk separately, from the state before it. Used if one warpgroup cannot hold the state in `walk`.
 
 y_i = rin_i x_i S + sum_j exp2(row_i - col_j) (x_i . k_j) v_j, for 64 columns of V, in steps of 64 columns of K.
 """
@@ -26,7 +26,7 @@ from seqmodels.kernels.linear_attention.mosaic_gpu.tile import (
 from seqmodels.kernels.linear_attention.mosaic_gpu.walk import VECTORS
 
 
-@functools.partial(jax.jit, static_argnames=("reverse", "strict", "dtype"))  # traced once a shape, not once a layer
+@functools.partial(jax.jit, static_argnames=("reverse", "strict", "dtype"))  # traced once per shape, not per layer
 def readout(x, k, v, vectors, states, *, reverse, strict, dtype):
     """y [B, T, H, V] in dtype, as `walk` makes it; states [B, H, T / 64, K, V] as `walk` saves them."""
     batch, length, key_heads, keys = k.shape
@@ -54,7 +54,7 @@ def readout(x, k, v, vectors, states, *, reverse, strict, dtype):
             scores, y = products(
                 (scores, (x_s.at[slot], k_s.at[slot].transpose((1, 0)))), (y, (x_s.at[slot], states_s.at[slot]))
             )
-            plgpu.commit_smem()  # all warps are through with this slot
+            plgpu.commit_smem()  # all warps have finished with this slot
             pl.when(i + SLOTS < tiles)(lambda: fetch(i + SLOTS))
             return scores, y
 

@@ -1,4 +1,4 @@
-"""Tiles of 64 x 64 numbers in shared memory, in the form that the tensor cores multiply them in."""
+"""Tiles of 64 x 64 numbers in shared memory, in the layout that the tensor cores read."""
 
 import inspect
 
@@ -10,10 +10,10 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from seqmodels.kernels.interpreter import gpu_interpreter
 
 SIDE = 64  # tokens of a chunk, and columns of a tile: 128 bytes of 16-bit numbers, one swizzle
-SLOTS = 2  # chunks in shared memory: one in use, one on its way
+SLOTS = 2  # chunks in shared memory: one in use, one being copied
 
 ACCUMULATOR = plgpu.Layout.WGMMA
-ROW = plgpu.Layout.WGMMA.reduce(1)  # of a vector with a number for each row of a tile
+ROW = plgpu.Layout.WGMMA.reduce(1)  # layout of a vector with a number for each row of a tile
 COLUMN = plgpu.Layout.WGMMA.reduce(0)
 
 _index = inspect.signature(plgpu.load).parameters.get("idx")
@@ -21,7 +21,7 @@ INDEXED = _index is not None and _index.default is inspect.Parameter.empty  # in
 
 
 def shared(*shape, dtype):
-    """An array in shared memory whose last two axes wgmma takes as either operand, transposed or not."""
+    """An array in shared memory. wgmma takes its last two axes as the left or right operand, transposed or not."""
     transforms = (plgpu.TilingTransform((8, SIDE)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, dtype, transforms=() if gpu_interpreter() else transforms)
 
@@ -32,15 +32,15 @@ def zeros(rows, columns):
 
 
 def products(*sums, meanwhile=lambda: None):
-    """Matrix products by the tensor cores, all at once.
+    """Several matrix products by the tensor cores, which run at the same time.
 
     Args:
-        sums: pairs of an accumulator [M, N], float32 in registers, and factors (left [M, K], right [K, N]) of what is
-            added to it; the left one in registers or in shared memory, the right one in shared memory.
-        meanwhile: called when they are on their way; it must not write what they read.
+        sums: pairs of an accumulator [M, N], float32 in registers, and the factors (left [M, K], right [K, N]) of the
+            product that is added to it. The left factor is in registers or shared memory, the right in shared memory.
+        meanwhile: called while the products run. It must not write to their factors.
 
     Returns:
-        the accumulators.
+        The accumulators.
     """
     if gpu_interpreter():
         meanwhile()
@@ -55,27 +55,27 @@ def products(*sums, meanwhile=lambda: None):
 
 
 def load(ref, layout=ACCUMULATOR):
-    """What a reference in shared memory holds, in registers, float32."""
+    """Load a reference in shared memory into registers, as float32."""
     if layout is ACCUMULATOR:
         return plgpu.layout_cast(ref[...], layout).astype(jnp.float32)
     return gather(ref, layout).astype(jnp.float32)
 
 
 def gather(ref, layout=ACCUMULATOR):
-    """The same from anywhere, whatever the layout, in as many loads as it takes."""
+    """Load a reference in any memory and with any layout into registers, in as many loads as needed."""
     index = dict(idx=()) if INDEXED else {}
     return plgpu.load(ref, **index, layout=layout, optimized=False)
 
 
 def along(vector, axis, shape):
-    """A vector [shape[axis]] repeated over the other axis."""
+    """Broadcast a vector [shape[axis]] over the other axis."""
     return lax.broadcast_in_dim(vector, shape, (axis,))
 
 
 def decays(vectors, slot, reverse, strict):
-    """exp2(row_i - column_j) where i sees j, and a mask that says where: [64, 64] each.
+    """exp2(row_i - column_j), valid where i sees j, and the mask of these places: [64, 64] each.
 
-    i sees what comes before it (with `reverse`, after it), and itself unless `strict`.
+    Token i sees the tokens before it (with `reverse`, after it), and itself unless `strict`.
     """
     shape = (SIDE, SIDE)
     row, column = load(vectors.at[slot, 0], ROW), load(vectors.at[slot, 1], COLUMN)

@@ -1,11 +1,11 @@
-"""One warpgroup walks through time with the state [K, 64] of 64 columns of V in its registers.
+"""One warpgroup goes through time with the state [K, 64] of 64 columns of V in its registers.
 
-Of each chunk it reads the state, adds what tokens of the chunk say to each other, and updates the state:
+For each chunk it reads the state, adds the contributions of the chunk's own tokens, and updates the state:
 
     y_i = rin_i x_i S + sum_j exp2(row_i - col_j) (x_i . k_j) v_j,    S <- keep S + sum_j k_j wout_j v_j^T.
 
-Walked forwards with queries for x it is the operation. Walked backwards with keys for x, queries for k and dy for v it
-is the gradient of v, with S the gradient of the state.
+Forwards in time, with queries as x, this is the operation itself. Backwards in time, with keys as x, queries as k and
+dy as v, y is the gradient of v, and S is the gradient of the state.
 """
 
 import dataclasses
@@ -33,26 +33,26 @@ from seqmodels.kernels.linear_attention.mosaic_gpu.tile import (
 )
 
 VECTORS = 5  # row, column, rin, wout, keep
-MEANWHILE = 192  # rows of the state, up to which there are registers to weigh values while products are on their way
+MEANWHILE = 192  # most rows of the state with registers left to compute weighted values while products run
 
 
-@functools.partial(jax.jit, static_argnames=("reverse", "strict", "save", "dtype"))  # traced once a shape, not a layer
+@functools.partial(jax.jit, static_argnames=("reverse", "strict", "save", "dtype"))  # traced once per shape
 def walk(x, k, v, vectors, initial_state, *, reverse, strict, save, dtype):
-    """Chunks of time one after the other.
+    """Process the chunks of time one after the other.
 
     Args:
-        x: [B, T, Hk, K] reads the state, or None: only states are wanted.
-        k: [B, T, Hk, K], v: [B, T, H, V]; T, K and V multiples of 64.
-        vectors: [B, H, T / 64, 5, 64] float32; the last one, keep, repeated.
-        initial_state: [B, S, H, K, V] float32: before (with `reverse`, after) each of S equal stretches of time, which
-            are walked at once.
-        reverse: from the last chunk to the first. strict: tokens do not see themselves.
-        save: return states.
-        dtype: of y.
+        x: [B, T, Hk, K] reads the state. None: compute only states.
+        k: [B, T, Hk, K], v: [B, T, H, V]; T, K and V are multiples of 64.
+        vectors: [B, H, T / 64, 5, 64] float32. The last one, keep, is one number repeated 64 times.
+        initial_state: [B, S, H, K, V] float32, the state before (with `reverse`, after) each of S equally long
+            stretches of time, which run in parallel.
+        reverse: go from the last chunk to the first. strict: tokens do not see themselves.
+        save: also return the state before each chunk.
+        dtype: dtype of y.
 
     Returns:
-        (y [B, T, H, V] or None, state after each stretch as initial_state,
-        state [B, H, T / 64, K, V] before each chunk (with `reverse`, after it) in v's dtype, or None).
+        y [B, T, H, V] or None; the state after (with `reverse`, before) each stretch, in the shape of initial_state;
+        and the state [B, H, T / 64, K, V] before (with `reverse`, after) each chunk in v's dtype, or None.
     """
     batch, length, key_heads, keys = k.shape
     heads, values = v.shape[2:]
@@ -105,13 +105,13 @@ def walk(x, k, v, vectors, initial_state, *, reverse, strict, save, dtype):
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is static of a walk.
+    """Static parameters of a walk.
 
     Attributes:
-        keys: K. heads_a_key: value heads that share a key head. stretches: S. chunks: of a stretch.
-        rows: of the state, in a block.
-        reads: whether there are readouts. save, reverse, strict, dtype: as of `walk`.
-        factors: dtype of what is multiplied.
+        keys: K. heads_a_key: value heads that share a key head. stretches: S. chunks: chunks per stretch.
+        rows: rows of the state that one block holds.
+        reads: whether there are readouts. save, reverse, strict, dtype: as for `walk`.
+        factors: dtype of the factors in products.
     """
 
     keys: int
@@ -128,22 +128,22 @@ class Plan:
 
     @property
     def staged(self) -> bool:
-        """Whether y goes by way of shared memory."""
+        """Whether y is written through shared memory."""
         return self.reads and self.dtype == self.factors
 
     @property
     def kept(self) -> bool:
-        """Whether the state is in shared memory, too."""
+        """Whether shared memory holds a copy of the state."""
         return self.save or self.reads
 
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Inside the kernel: the plan, the references, and this block's place.
+    """Inside the kernel: the plan, the references, and this block's indices.
 
     Attributes:
-        x, k, v, vectors, initial, y, final, saved: in global memory, or None where there are none.
-        x_s, k_s, v_s, vectors_s: chunks of them in shared memory, filled where `full` says so.
+        x, k, v, vectors, initial, y, final, saved: references in global memory, or None.
+        x_s, k_s, v_s, vectors_s: chunks of them in shared memory; the barriers `full` signal that a slot is filled.
         weighted_s: v times its decays, and later y. state_s: the state, as a factor.
         b, s, h, hk: sequence, stretch, value head and key head. key, value: rows and columns of the state.
     """
@@ -172,12 +172,12 @@ class Block:
     value: Any
 
     def chunk(self, step: Array) -> Array:
-        """Its number in the whole of time."""
+        """Index in time of the chunk that is processed at `step`."""
         chunks = self.plan.chunks
         return self.s * chunks + (chunks - 1 - step if self.plan.reverse else step)
 
     def start_copies(self, step: Array) -> None:
-        """Send for a chunk's inputs."""
+        """Start the copies of a chunk's inputs."""
         slot, n = lax.rem(step, SLOTS), self.chunk(step)
         time = pl.ds(n * SIDE, SIDE)
         copies = [
@@ -191,7 +191,7 @@ class Block:
             plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.full.at[slot])
 
     def y_of(self, step: Array) -> tuple:
-        """Where a chunk's y belongs."""
+        """Indices of a chunk's y."""
         return self.b, pl.ds(self.chunk(step) * SIDE, SIDE), self.h, self.value
 
 
@@ -214,7 +214,7 @@ def bind(plan: Plan, refs: tuple) -> Block:
 
 
 def walk_chunks(block: Block) -> None:
-    """Through a stretch, from its initial state to the state after it."""
+    """Process the chunks of a stretch, from its initial state to the state after it."""
     plan = block.plan
     for first in range(min(SLOTS, plan.chunks)):
         block.start_copies(jnp.int32(first))
@@ -228,7 +228,7 @@ def walk_chunks(block: Block) -> None:
 
 
 def walk_chunk(block: Block, step: Array, state: Array) -> Array:
-    """One chunk: its y stored, the state before it saved; returns the state after it."""
+    """Process one chunk: store its y, save the state before it, and return the state after it."""
     plan, slot = block.plan, lax.rem(step, SLOTS)
     plgpu.barrier_wait(block.full.at[slot])
     if plan.save:
@@ -255,12 +255,12 @@ def walk_chunk(block: Block, step: Array, state: Array) -> Array:
 def weigh_values(block: Block, slot: Array, weight: Array) -> None:
     """weighted_s <- wout_j v_j."""
     if block.plan.reads:
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # y of the chunk before has left weighted_s
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # y of the previous chunk has been copied from weighted_s
     block.weighted_s[...] = (load(block.v_s.at[slot]) * weight).astype(block.plan.factors)
 
 
 def update(block: Block, slot: Array, weigh: Any, state: Array) -> Array:
-    """The state after a chunk; `state` has decayed."""
+    """The state after a chunk, from `state`, which is decayed already."""
     keys_s = block.k_s.at[slot].transpose((1, 0))
     weigh()
     plgpu.commit_smem()
@@ -269,7 +269,7 @@ def update(block: Block, slot: Array, weigh: Any, state: Array) -> Array:
 
 
 def read_and_update(block: Block, step: Array, slot: Array, weigh: Any, state: Array) -> Array:
-    """The same, with the chunk's y: stored, or, where it is staged, left in weighted_s."""
+    """As `update`, and computes the chunk's y, which is stored or, if it is staged, left in weighted_s."""
     plan = block.plan
     keys_s = block.k_s.at[slot].transpose((1, 0))
     if plan.rows > MEANWHILE:

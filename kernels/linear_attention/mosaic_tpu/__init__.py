@@ -1,12 +1,12 @@
 """Linear attention as two Pallas TPU kernels, forward and backward, whose products run on the matrix unit.
 
-A kernel walks over the grid (sequence, group of heads, chunk of time, heads of the group), heads innermost: products of
-queries and keys are made once a chunk for all heads that share them, and the gradients of both are summed over these
-heads in VMEM. The states [K, V] of a group's heads stay in VMEM from chunk to chunk. Each step of the grid takes a few
-heads together: the products of one hide the latencies of the others.
+The grid of a kernel is (sequence, group of heads, chunk of time, heads of the group), heads innermost. Products of
+queries and keys are computed once per chunk for all heads that share them. The gradients of both are summed over these
+heads in VMEM. The states [K, V] of a group's heads stay in VMEM from chunk to chunk. Each step of the grid processes a
+few heads together: the products of one head hide the latencies of the others.
 
-What a chunk needs of the log decays are a few rows of numbers, which XLA makes: see `chunk_rows`. From them a kernel
-makes all decays between two tokens of the chunk, by sums over just the tokens between.
+XLA computes from the log decays a few rows of numbers for each chunk: see `chunk_rows`. From these rows a kernel
+computes the decay between any two tokens of the chunk, as a sum over only the tokens between them.
 
 The forward kernel writes the states at the start of each chunk. The backward kernel reads them and goes through the
 chunks from the last to the first.
@@ -27,14 +27,14 @@ from seqmodels.kernels.linear_attention.mosaic_tpu.decays import ROWS, chunk_row
 from seqmodels.kernels.linear_attention.xla import factors_dtype
 from seqmodels.kernels.segments import resets
 
-TOKENS = 128  # of a chunk: one side of the matrix unit
-TOGETHER = 8  # heads of a step of the grid, at most
-FACTORS = 16  # K and V are filled up to multiples, whole registers of bfloat16
+TOKENS = 128  # per chunk: the side of the matrix unit
+TOGETHER = 8  # most heads per step of the grid
+FACTORS = 16  # K and V are padded to multiples of this: whole registers of bfloat16
 VMEM_LIMIT = 48 * 2**20  # bytes; a core has 64 MiB in a v5p, 128 MiB in a v5e or v6e
 
 
 class Options(NamedTuple):
-    """What is static: packed says whether there are resets."""
+    """Static options. packed: whether there are resets."""
 
     scale: float
     read: str
@@ -43,7 +43,7 @@ class Options(NamedTuple):
 
 
 def supports(*, platform, shape, dtype, decay, chunk, **facts) -> str | None:
-    """Serves TPUs where channels share their decay, as long as the states of a group's heads fit VMEM together."""
+    """Supports TPUs if all channels of a head share one decay and the states of a group's heads fit into VMEM."""
     if platform != "tpu" and not tpu_interpreter():
         return f"it needs a TPU; the platform is {platform}"
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
@@ -73,14 +73,17 @@ def linear_attention(
     chunk,
     dtype,
 ):
-    """As `kernels.linear_attention.linear_attention`, padding zeroed, a normaliser among the values; y in `dtype`."""
+    """As `kernels.linear_attention.linear_attention`, with padding set to zero and the normaliser as a column of v.
+
+    y is in `dtype`.
+    """
     (batch, length, heads, values), (groups, keys) = v.shape, k.shape[2:]
     each, factors = heads // groups, factors_dtype(q, k, v)
     reset = resets(segment_ids, initial_segment, mask)
     whole = dict(T=round_up(length, TOKENS), K=round_up(keys, FACTORS), V=round_up(values, FACTORS))
 
     def fill_up(x, axes):
-        """Up to whole chunks and registers."""
+        """Pad to whole chunks and registers."""
         return pad(x, {i: whole[axis] for i, axis in enumerate(axes) if axis in whole})
 
     def by_group(x):  # [B, T, G, K] to [B, G, T, K]
@@ -90,7 +93,7 @@ def linear_attention(
         x = x.reshape(*x.shape[:2], groups, each, *x.shape[3:])
         return jnp.moveaxis(x, 1, 3)
 
-    if log_decay is None:  # sizes of one stand for all rows and heads
+    if log_decay is None:  # axes of size one are broadcast over rows and heads
         decay = jnp.zeros((1, 1, 1, length))
     elif log_decay.ndim == 1:
         decay = jnp.broadcast_to(log_decay.reshape(1, groups, each, 1), (1, groups, each, length))
@@ -106,7 +109,7 @@ def linear_attention(
         state=fill_up(initial_state.astype(jnp.float32).reshape(batch, groups, each, keys, values), "BGRKV"),
     )
     own = None if bonus is None else _own(q, k, v, bonus, scale)
-    # a sum of rounded numbers would be rounded twice over
+    # adding rounded numbers would round twice
     inside = jnp.float32 if own is not None or dtype == jnp.float16 else jnp.dtype(dtype)
     y, state = _attend(Options(scale, read, reset is not None, inside), arrays)
     y = jnp.moveaxis(y[..., :length, :values], 3, 1).reshape(v.shape)
@@ -115,7 +118,7 @@ def linear_attention(
 
 
 def _own(q, k, v, bonus, scale):
-    """What each token reads of itself by the bonus, [B, T, H, V] float32: no matter of the recurrence."""
+    """The contribution of the bonus to each token's own output, [B, T, H, V] float32. It needs no recurrence."""
     groups = k.shape[2]
     q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
     bonus = bonus.astype(jnp.float32).reshape(groups, -1, k.shape[3])
@@ -128,8 +131,8 @@ def _attend(options, arrays):
     """y [B, G, R, T, V] and the final state [B, G, R, K, V].
 
     Args:
-        arrays: q, k [B, G, T, K], v [B, G, R, T, V], rows [B or 1, G or 1, R or 1, N, ROWS, C] as of `chunk_rows`, and
-            state [B, G, R, K, V] float32.
+        arrays: q, k [B, G, T, K], v [B, G, R, T, V], rows [B or 1, G or 1, R or 1, N, ROWS, C] made by `chunk_rows`,
+            and state [B, G, R, K, V] float32.
     """
     out = _forward(options, arrays, for_gradient=False)
     return out["y"], out["state"]
@@ -147,8 +150,8 @@ def _attend_bwd(options, residuals, cotangents):
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
 
-# Axes of every array that goes in or out: B, G, R, T, K, V as everywhere, N chunks, 8 and C those of a chunk's rows;
-# F and L stand for R where only the first or the last chunk that is visited needs the array. A block has a few heads.
+# Axes of every input and output. B, G, R, T, K, V are as elsewhere; N: chunks; 8 and C: the axes of a chunk's rows.
+# F and L replace R if only the first or the last visited chunk needs the array. A block has a few heads.
 AXES = dict(
     q="BGTK", k="BGTK", v="BGRTV", rows="BGRN8C", state="BGFKV", start="BGRNKV", y="BGRTV", dy="BGRTV", dstate="BGFKV"
 )
@@ -156,7 +159,7 @@ OUTPUT_AXES = AXES | dict(state="BGLKV")
 
 
 def _specs(arrays, axes, grid, heads, reverse):
-    """The block of each array of a dict at one place of the grid (sequence, group, chunk, block of heads)."""
+    """The block of each array of a dict at each step of the grid (sequence, group, chunk, block of heads)."""
     _, _, chunks, blocks = grid
 
     def spec(name, shape):
@@ -174,13 +177,13 @@ def _specs(arrays, axes, grid, heads, reverse):
 
 
 def together(heads, keys, values):
-    """Heads of a step of the grid: a divisor of a group's heads."""
-    most = min(TOGETHER, max(1, 2**17 // (keys * values)))  # large products keep the matrix unit busy by themselves
+    """Heads per step of the grid: a divisor of the number of heads in a group."""
+    most = min(TOGETHER, max(1, 2**17 // (keys * values)))  # large products alone keep the matrix unit busy
     return max(n for n in range(1, most + 1) if heads % n == 0)
 
 
 def backward_vmem(heads, keys, values):
-    """Bytes of VMEM of the backward kernel, which needs the more: scratch, two of each block, values between."""
+    """Bytes of VMEM for the backward kernel, which needs more: scratch, two buffers per block, and temporaries."""
     keys, values = round_up(keys, FACTORS), round_up(values, TOKENS)
     state, lanes = keys * values, round_up(keys, TOKENS)
     scratch = heads * state + 2 * TOKENS * (TOKENS + lanes)
@@ -190,7 +193,7 @@ def backward_vmem(heads, keys, values):
 
 
 def _run(name, kernel, arrays, outputs, scratch, reverse=False):
-    """Calls a kernel on dicts of arrays; outputs and scratch give shapes and dtypes."""
+    """Call a kernel on dicts of arrays. `outputs` and `scratch` give shapes and dtypes."""
     batch, groups, all_heads, length, values = arrays["v"].shape
     heads = together(all_heads, arrays["k"].shape[-1], values)
     grid = batch, groups, length // TOKENS, all_heads // heads
@@ -207,18 +210,18 @@ def _run(name, kernel, arrays, outputs, scratch, reverse=False):
         ),
         interpret=tpu_interpreter(),
     )
-    # Pallas's own rule for vmap adds an axis to the grid, but not to dimension_semantics
+    # Pallas's own rule for vmap adds an axis to the grid but not to dimension_semantics
     return jax.custom_batching.sequential_vmap(call)(arrays)
 
 
 def _blocks_of_heads(state):
-    """Shape of the states of all heads of a group, by step of the grid."""
+    """Shape of the states of all heads of a group, with one axis for the steps of the grid."""
     heads = together(*state[2:])
     return state[2] // heads, heads, *state[3:]
 
 
 def _forward(options, arrays, for_gradient):
-    """y, the last state, and for the gradient the states at chunk starts [B, G, R, N, K, V]."""
+    """y, the last state, and with `for_gradient` the states at the chunks' starts [B, G, R, N, K, V]."""
     state, chunks = arrays["state"].shape, arrays["rows"].shape[3]
     start = jax.ShapeDtypeStruct((*state[:3], chunks, *state[3:]), jnp.float32) if for_gradient else None
     outputs = dict(

@@ -1,4 +1,4 @@
-"""Body of the backward kernel: one chunk of time of a few heads; chunks come from the last to the first."""
+"""Body of the backward kernel: one chunk of time for a few heads. Chunks are visited from the last to the first."""
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -23,7 +23,7 @@ def kernel(x, out, scratch, *, options):
             scratch[name][...] = jnp.zeros(scratch[name].shape, jnp.float32)
 
     def gradients(head, rows, columns):
-        """Those of v and of the incoming state, and the head's part of those of the products, q, k and columns."""
+        """Gradients of v and of the incoming state, and the head's part of those of products, q, k and columns."""
         v, dy, state, dstate = x["v"][head], x["dy"][head], x["start"][head], scratch["dstate"][block, head]
         D, seen, kept, total = decays(rows, columns, options)
 
@@ -32,7 +32,7 @@ def kernel(x, out, scratch, *, options):
         dscores = product(dy, v, (1, 1), factors)
         dv = product(scores, dy, (0, 0), factors)
 
-        # through the reads of the incoming state, and what is written into the outgoing one
+        # through the reads of the incoming state, and through the writes into the outgoing state
         read, written = q_ * seen, k_ * kept
         dread = product(dy, state, (1, 1), factors)
         dwritten = product(v, dstate, (1, 1), factors)

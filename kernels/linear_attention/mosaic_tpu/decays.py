@@ -1,31 +1,35 @@
-"""The decays of a chunk: rows of numbers that XLA makes, and what kernels make of them."""
+"""The decays of a chunk: rows of numbers, computed by XLA, from which the kernels compute the decays."""
 
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
 
 SUBLANES, LANES = 8, 128
-ROWS = SUBLANES  # a register of float32; five are used
+ROWS = SUBLANES  # one float32 register; five of the rows are used
 STEP, SEEN, KEPT, TOTAL, DOCUMENT = range(5)
-NOTHING = -1e30  # the logarithm of a decay to zero
+NOTHING = -1e30  # logarithm of a decay that counts as zero
 
 
 def chunk_rows(log_decay, reset, read, tokens):
-    """Rows [B, G, R, N, ROWS, C] of N chunks, differentiable.
+    """Rows [B, G, R, N, ROWS, C] of N chunks, differentiable. The rows are
 
-    STEP: log decay of the token that a read sees last; SEEN: from the chunk's start to each read; KEPT: from each token
-    to the chunk's end; TOTAL: over all of it; DOCUMENT: how many resets there were in the chunk, up to each token.
-    The middle three are NOTHING where a reset is between.
+    - STEP: log decay of the last token that a read sees;
+    - SEEN: log decay from the chunk's start to each read;
+    - KEPT: log decay from each token to the chunk's end;
+    - TOTAL: log decay over the whole chunk;
+    - DOCUMENT: number of resets in the chunk up to and including each token.
+
+    SEEN, KEPT and TOTAL are NOTHING where a reset lies between.
 
     Args:
-        log_decay: [B, G, R, T] float32, T = N C; sizes of one stand for all.
+        log_decay: [B, G, R, T] float32, T = N C; axes of size one are broadcast.
         reset: [B, T] bool or None.
     """
 
     def chunks(x):
         return x.reshape(*x.shape[:-1], -1, tokens)
 
-    def earlier(x):  # what the token before has
+    def earlier(x):  # the value of the previous token
         return jnp.concatenate([jnp.zeros_like(x[..., :1]), x[..., :-1]], axis=-1)
 
     step = chunks(log_decay)
@@ -48,32 +52,33 @@ def chunk_rows(log_decay, reset, read, tokens):
 
 
 def places(tokens):
-    """Numbers of the row and the column of each place of [C, C]."""
+    """Row and column index of each element of [C, C]."""
     return tuple(jax.lax.broadcasted_iota(jnp.int32, (tokens, tokens), axis) for axis in (0, 1))
 
 
 def of_heads(rows, heads):
-    """For each of some heads its rows [ROWS, C], and the same as columns [C, ROWS]; `rows` [1, ROWS, C] are of all."""
+    """For each head its rows [ROWS, C], and their transpose [C, ROWS]. `rows` [1, ROWS, C] are shared by all heads."""
     columns = rows.reshape(-1, rows.shape[-1]).T
     each = [(rows[n], columns[:, n * ROWS : (n + 1) * ROWS]) for n in range(rows.shape[0])]
     return each if len(each) == heads else each * heads
 
 
 def between(tokens, options):
-    """Where STEP of read i lies between token j and read i: j < i - 1, or j < i for reads of the token itself."""
+    """Where STEP of read i lies between token j and read i: j < i for inclusive reads, j < i - 1 for exclusive ones."""
     i, j = places(tokens)
     return j < (i if options.read == "inclusive" else i - 1)
 
 
 def decays(rows, columns, options):
-    """The decays of a chunk, reads scaled.
+    """The decays of a chunk, with reads scaled.
 
     Args:
-        rows, columns: [ROWS, C] and [C, ROWS], the same numbers.
+        rows, columns: [ROWS, C] and its transpose [C, ROWS].
 
     Returns:
-        D [C, C] from token j to read i, zero where it is not seen; from the incoming state to each read [C, 1]; from
-        each token to the outgoing state [C, 1]; and from state to state [1, 1].
+        The decays from token j to read i, D [C, C], zero where the read does not see the token; from the incoming
+        state to each read [C, 1]; from each token to the outgoing state [C, 1]; and from the incoming to the outgoing
+        state [1, 1].
     """
     tokens = rows.shape[1]
     i, j = places(tokens)
@@ -95,7 +100,7 @@ def decays(rows, columns, options):
 
 
 def column_gradients(head, options, exponents, seen, kept, total):
-    """Gradients of a head's columns, in their places of [C, LANES], from those of the exponents in `decays`."""
+    """Gradients of a head's columns, as columns of [C, LANES], from the gradients of the exponents in `decays`."""
     tokens = exponents.shape[0]
     i, _ = places(tokens)
     distance = 1
@@ -113,7 +118,7 @@ def column_gradients(head, options, exponents, seen, kept, total):
 
 
 def product(x, y, axes, factors):
-    """x and y as factors of that dtype, multiplied over one axis of each, summed in float32."""
+    """Product of x and y over one axis of each, with factors of dtype `factors`, summed in float32."""
     exact = None if factors == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     over = (((axes[0],), (axes[1],)), ((), ()))
     return jax.lax.dot_general(

@@ -1,4 +1,4 @@
-"""Body of the forward kernel: one chunk of time of a few heads."""
+"""Body of the forward kernel: one chunk of time for a few heads."""
 
 import jax.numpy as jnp
 from jax.experimental import pallas as pl

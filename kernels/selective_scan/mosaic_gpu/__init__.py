@@ -1,8 +1,8 @@
-"""The selective scan as Pallas Mosaic GPU kernels, for Hopper and later: forward, backward, states in and out.
+"""The selective scan as Pallas Mosaic GPU kernels, for Hopper and later: forward and backward, with initial states.
 
-The kernels want whole blocks of channels and a padded number of states; that is seen to here. Between forward and
-backward pass only the inputs and the states at the start of every chunk are kept. A few tokens, as in decoding, have a
-kernel of their own.
+This module pads the arrays as the kernels require: to whole blocks of channels and to a supported number of states.
+Only the inputs and the state at the start of each chunk are saved for the backward pass. Calls with a few tokens, as in
+decoding, use a kernel of their own.
 """
 
 import functools
@@ -32,7 +32,7 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def supports(platform, shape, dtype, named=False, **facts) -> str | None:
-    """Why this backend cannot serve the call, or should not where it is not asked for by name; None: it can."""
+    """Why this backend cannot serve the call, or, unless requested by name, why another is faster. None: it can."""
     batch, length, groups, width, states = shape
     if platform != "cuda" and not gpu_interpreter():
         return "it needs an NVIDIA GPU"
@@ -56,7 +56,7 @@ def supports(platform, shape, dtype, named=False, **facts) -> str | None:
 def selective_scan(
     u, dt, A, B, C, D, z, dt_bias, weights, initial_state, segment_ids, initial_segment, mask, dt_softplus
 ):
-    """As `kernels.selective_scan.selective_scan`, groups given, padding zeroed."""
+    """As `kernels.selective_scan.selective_scan`, with the group axis present and padding set to zero."""
     _, length, groups, width = u.shape
     states = A.shape[-1]
     if few.supports((*u.shape, states)) is None:
@@ -108,7 +108,7 @@ def selective_scan(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def few_tokens(arrays, documents, softplus):
-    """y and the final state; what is differentiated is XLA's scan, since nobody trains on so few tokens."""
+    """y and the final state. Gradients are those of XLA's scan: training on so few tokens is rare."""
     given = arrays | dict(marks=marks(resets(**documents), documents["mask"], arrays["u"].shape[1]))
     return mapped(few.few, softplus=softplus)(given)
 
@@ -127,12 +127,12 @@ few_tokens.defvjp(_few_tokens_fwd, _few_tokens_bwd)
 
 
 def forward_chunks(arrays) -> dict[int, int]:
-    """By channels of a block of the forward pass, tokens of a chunk: as many as fit in shared memory."""
+    """Forward pass: maps channels per block to tokens per chunk, which are as many as fit into shared memory."""
     inputs = {name: arrays[name] for name in ("u", "dt", "B", "C", "z", "weights")}
     _, length, groups, states = inputs["B"].shape
     fit = {}
     for block in tuning.FORWARD:
-        shortest = 512 // block  # the first warpgroup takes as many tokens at once
+        shortest = 512 // block  # the first warpgroup processes this many tokens at once
         sizes = [size for size in (64, 32, 16, 8, 4) if shortest <= size <= min(tuning.CHUNK[block], length)]
         fitting = (size for size in sizes or [shortest] if forward_bytes(block=block, chunk=size, **inputs) <= SHARED)
         if (chunk := next(fitting, None)) is not None:
@@ -142,7 +142,7 @@ def forward_chunks(arrays) -> dict[int, int]:
 
 
 def backward_chunk(arrays) -> int:
-    """Tokens of a chunk of the backward pass: as many as fit. The forward pass saves states for each of them."""
+    """Tokens per chunk of the backward pass: as many as fit. The forward pass saves the states once for each chunk."""
     inputs = {name: arrays[name] for name in ("u", "dt", "B", "C", "z", "weights")}
     states = arrays["A"].shape[-1]
     return next((chunk for chunk in (8, 4) if backward_bytes(chunk=chunk, states=states, **inputs) <= SHARED), 4)
@@ -150,7 +150,7 @@ def backward_chunk(arrays) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
 def _scan(arrays, marks, softplus, block, chunk, pieces):
-    """y [b, T', E'] and the final state; the arguments of `forward`."""
+    """y [b, T', E'] and the final state; `arrays` are arguments of `forward`."""
     return _forward(arrays, marks, softplus, block, chunk, pieces[0], save=False)[0]
 
 
@@ -220,14 +220,14 @@ def _scan_bwd(softplus, block, chunk, pieces, residuals, cotangents):
 
 
 def cut(name, x, pieces):
-    """An array with its time in pieces, each a sequence: [b, T, ...] to [b pieces, T / pieces, ...]."""
+    """Split the time of an array into pieces, each its own sequence: [b, T, ...] to [b pieces, T / pieces, ...]."""
     if x is None or name not in (*OVER_TIME, "marks"):
         return x
     return x.reshape(x.shape[0] * pieces, x.shape[1] // pieces, *x.shape[2:])
 
 
 def decay_of(A, steps, marks):
-    """What is left of a state after each sequence: exp(A sum dt) [b, G, E', N], 0 where a document begins in it."""
+    """Decay over each whole sequence: exp(A sum dt) [b, G, E', N], or 0 if a document begins in the sequence."""
     decay = jnp.exp(A * steps[..., None])
     if marks is None:
         return decay
@@ -236,7 +236,10 @@ def decay_of(A, steps, marks):
 
 
 def chain(start, decay, end, pieces, reverse=False):
-    """The state before each piece [b pieces, G, E', N] (reversed: after it), from the one before the first (last)."""
+    """The state before each piece [b pieces, G, E', N], from the state before the first piece.
+
+    With `reverse`: the state after each piece, from the state after the last piece.
+    """
     decay, end = (x.reshape(-1, pieces, *x.shape[1:]) for x in (decay, end))
     states = chain_unrolled(decay, end, start, reverse)
     return states.reshape(-1, *states.shape[2:])

@@ -1,18 +1,19 @@
-"""Backward pass of the selective scan on Hopper: chunks of time from the last to the first, states computed again.
+"""Backward pass of the selective scan on Hopper: chunks of time from the last to the first, with states recomputed.
 
-With g_t the gradient of the state after token t, and per channel and state
+Let g_t be the gradient of the state after token t. For each channel and state
 
     g_t = exp(dt_{t+1} A) g_{t+1} + dy_t C_t,    q_t = g_t exp(dt_t A) s_{t-1}
     dC_t = sum_e dy_t s_t,    dB_t = sum_e g_t dt_t u_t                     (over channels)
     du_t = dt_t sum_n g_t B_t,    ddt_t = sum_n q_t A + u_t sum_n g_t B_t   (over states),    dA = sum_t q_t dt_t
 
-a block of channels of one group has four warpgroups, which hand chunks to one another:
-  prepare_and_sum_channels  dt, dt u and the gated dy in float32, some chunks ahead; sums over the block's channels: dB,
-                            dC of this block. Blocks are added outside, in order;
-  walk                      two warpgroups, each with half of the channels: forwards from the state that the forward
-                            pass saved, then back with the states and decays of four tokens in registers; each thread
-                            stores its part of the sums;
-  sum_states                sums over a channel's states: du, ddt, dz, dweights; the next chunk sent for.
+A block of channels of one group has four warpgroups, which pass chunks to one another:
+  prepare_and_sum_channels  computes dt, dt u and the gated dy in float32, some chunks ahead; sums over the block's
+                            channels, which gives dB and dC of this block. The sum over blocks is taken outside the
+                            kernel, in order;
+  walk                      two warpgroups, each with half of the channels. They go forwards from the state that the
+                            forward pass saved, then back with the states and decays of four tokens in registers; each
+                            thread stores its part of the sums;
+  sum_states                sums over a channel's states, which gives du, ddt, dz, dweights; copies the next chunk.
 """
 
 import functools
@@ -34,9 +35,9 @@ from seqmodels.kernels.selective_scan.mosaic_gpu.tile import Tile
 f32 = jnp.float32
 
 
-@functools.partial(jax.jit, static_argnames=("softplus", "chunk"))  # traced once a shape, not once a layer
+@functools.partial(jax.jit, static_argnames=("softplus", "chunk"))  # traced once per shape, not per layer
 def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *, softplus, chunk):
-    """Gradients; arguments as of `forward`, which saved the states of every chunk.
+    """Gradients; arguments as for `forward`, which saved the states of every chunk.
 
     Args:
         saved: [b, T' / chunk or more, G E' N] float32, in the order of `Tile.saved`.
@@ -44,10 +45,10 @@ def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *
         chunk: a multiple of PART.
 
     Returns:
-        dict of du, ddt [b, T', G, E'], dA [b, G, E', N], dBC [b, blocks, T', G, 2, N] to be added over blocks,
-        dD (by the first group alone), dbias [b, parts, G, E'], dz [b, T', G, E'] to be added over groups, dweights
-        [b, T', G - 1, E'] of every group, dinitial [b, G, E', N]; du, ddt, dz, dweights in their inputs' dtypes, the
-        rest float32. Without z or weights there are no dz or dweights.
+        dict of du, ddt [b, T', G, E'], dA [b, G, E', N], dBC [b, blocks, T', G, 2, N] to be summed over blocks,
+        dD (from the first group only), dbias [b, parts, G, E'], dz [b, T', G, E'] to be summed over groups, dweights
+        [b, T', G - 1, E'] of every group, dinitial [b, G, E', N]. du, ddt, dz, dweights have their inputs' dtypes, the
+        rest is float32. Without z there is no dz, and without weights no dweights.
     """
     batch, length, groups, _ = u.shape
     readout = z is not None or weights is not None

@@ -1,4 +1,4 @@
-"""How the selective scan's backward pass deals out a block of channels: sizes, parts of a chunk, shared memory."""
+"""How the selective scan's backward pass divides a block of channels: sizes, parts of a chunk, shared memory."""
 
 import dataclasses
 
@@ -9,22 +9,22 @@ from seqmodels.kernels.selective_scan.mosaic_gpu.stage import MARKED, Stage
 from seqmodels.kernels.selective_scan.mosaic_gpu.tile import CHANNELS, STATES, Tile
 
 SLOTS = 3  # chunks of inputs in shared memory
-AHEAD = 3  # chunks of dt, dt u and dy
-PART = 4  # tokens of a chunk whose states a thread holds in registers, and whose sums go to shared memory together
-BUFFERS = 2  # parts whose sums are there
+AHEAD = 3  # chunks of dt, dt u and dy in shared memory
+PART = 4  # tokens whose states a thread holds in registers, and whose sums are written to shared memory together
+BUFFERS = 2  # parts whose sums are in shared memory
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is static of a backward pass: sizes, and where a token's sums are in shared memory.
+    """Static parameters of a backward pass: sizes, and where a token's sums are in shared memory.
 
-    The sums of a token are a row: first those over states (for each share, the block's channels and a gap against bank
-    conflicts), then those over channels (for each share and row of the tile, 4 states).
+    The sums of a token form a row. First come the sums over states: for each share, the block's channels and a gap that
+    avoids bank conflicts. Then come the sums over channels: for each share and row of the tile, 4 states.
 
     Attributes:
         length, groups, padded: T, G, E' of `backward`. saved_steps: chunks whose states were saved.
-        chunk, softplus: as of `backward`.
-        readout: whether there are gradients that need each group's readout: of z or weights.
+        chunk, softplus: as for `backward`.
+        readout: whether a gradient (of z or weights) needs each group's readout.
     """
 
     tile: Tile
@@ -43,12 +43,12 @@ class Plan:
 
     @property
     def block(self) -> int:
-        """Channels of a block."""
+        """Channels per block."""
         return self.tile.channels
 
     @property
     def blocks(self) -> int:
-        """Of a group's channels."""
+        """Blocks of a group's channels."""
         return self.padded // self.block
 
     @property
@@ -58,48 +58,48 @@ class Plan:
 
     @property
     def parts(self) -> range:
-        """Of a chunk, from the last to the first."""
+        """Parts of a chunk, from the last to the first."""
         return range(self.chunk // PART)
 
     @property
     def saved_channel(self) -> int:
-        """Numbers between the states of a thread's channels, where they are saved."""
+        """Distance between the states of a thread's two channels in the saved states, in numbers."""
         return self.tile.shares * self.tile.rows * STATES
 
     @property
     def channel_share(self) -> int:
-        """Numbers of a share in the sums over states."""
+        """Size of a share in the sums over states, in numbers."""
         return self.block + self.tile.neighbours * CHANNELS
 
     @property
     def state_share(self) -> int:
-        """Numbers of a share in the sums over channels."""
+        """Size of a share in the sums over channels, in numbers."""
         return self.tile.rows * STATES
 
     @property
     def by_states(self) -> int:
-        """Where the sums over channels begin in a token's row."""
+        """Offset of the sums over channels in a token's row."""
         return (2 + self.readout) * self.tile.shares * self.channel_share
 
     @property
     def row(self) -> int:
-        """Numbers of a token's row."""
+        """Size of a token's row, in numbers."""
         return row_bytes(self.tile, self.readout) // 4
 
     def tokens(self, part: int) -> range:
-        """Of a part, in its chunk."""
+        """Tokens of a part, as indices in its chunk."""
         end = self.chunk - part * PART
         return range(end - PART, end)
 
 
 def row_bytes(tile: Tile, readout: bool) -> int:
-    """Shared memory of a token's sums."""
+    """Bytes of shared memory for a token's sums."""
     by_channel = (2 + readout) * tile.shares * (tile.channels + tile.neighbours * CHANNELS)
     return (by_channel + 2 * tile.states * tile.rows) * 4
 
 
 def backward_bytes(u, dt, B, C, z, weights, states: int, chunk: int) -> int:
-    """Shared memory of a block."""
+    """Bytes of shared memory per block."""
     tile = Tile(states)
     dy = jax.ShapeDtypeStruct((*u.shape[:2], u.shape[3]), u.dtype)
     arrays = dict(u=u, dt=dt, B=B, C=C, dy=dy, z=z, weights=weights, marks=MARKED)
@@ -108,7 +108,7 @@ def backward_bytes(u, dt, B, C, z, weights, states: int, chunk: int) -> int:
 
 
 def output_shapes(plan: Plan, u, dt, z, weights) -> dict[str, jax.ShapeDtypeStruct]:
-    """Of the kernel's results, by name; see `backward`."""
+    """Shapes and dtypes of the kernel's results, by name; see `backward`."""
     sds, f32 = jax.ShapeDtypeStruct, jnp.float32
     batch, groups, padded, states = u.shape[0], plan.groups, plan.padded, plan.states
     time, sums = plan.steps * plan.chunk, plan.tile.tokens(PART)

@@ -1,4 +1,4 @@
-"""The warpgroups beside the walk in the selective scan's backward pass; `backward` says how all work together."""
+"""Warpgroups other than the walk in the selective scan's backward pass. `backward` describes how they cooperate."""
 
 import dataclasses
 from collections.abc import Mapping, Sequence
@@ -16,22 +16,23 @@ from seqmodels.kernels.selective_scan.mosaic_gpu.backward_plan import AHEAD, BUF
 from seqmodels.kernels.selective_scan.mosaic_gpu.stage import Stage, prepare
 from seqmodels.kernels.selective_scan.mosaic_gpu.tile import COLUMN, STATES
 
-AIDE = 80  # registers of a thread that does not walk
+AIDE = 80  # registers per thread outside the walk
 G_B, Q_A, READOUT = range(3)  # sums over states
 
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """Inside the kernel: the plan, the references, and this block's place.
+    """Inside the kernel: the plan, the references, and this block's indices.
 
-    Chunks are numbered from the last one in time, as they come: an `item` is such a number.
+    Chunks are processed from the last to the first in time. An `item` is the number of a chunk in this order.
 
     Attributes:
-        b, g, e: the block's sequence, group, and number along the channels.
+        b, g, e: the block's sequence, group, and index along the channels.
         A, D, bias, saved, dfinal, outputs: in global memory; outputs by name.
-        dt_s, x_s, dy_s: dt, dt u and the gated dy, [AHEAD, chunk, block]; sums: [BUFFERS, PART, row]; in shared memory.
-        ready, spent: barriers: dt_s, x_s and dy_s of a chunk are filled; they are no longer needed.
-        done, free: barriers: the sums of a part are there; they have been read.
+        dt_s, x_s, dy_s: dt, dt u and the gated dy in shared memory, [AHEAD, chunk, block].
+        sums: in shared memory, [BUFFERS, PART, row].
+        ready, spent: barriers that signal that dt_s, x_s and dy_s of a chunk are filled, and that they may be reused.
+        done, free: barriers that signal that the sums of a part are stored, and that they have been read.
     """
 
     plan: Plan
@@ -55,27 +56,27 @@ class Scan:
     spent: Any
 
     def chunk_of(self, item: Array) -> Array:
-        """Its number in time."""
+        """Index in time of an item's chunk."""
         return self.plan.steps - 1 - item
 
     def slot_of(self, item: Array) -> Array:
-        """Where its inputs are in shared memory."""
+        """Slot of an item's inputs in shared memory."""
         return lax.rem(item, SLOTS)
 
     def place_of(self, item: Array) -> Array:
-        """Where its dt, dt u and dy are."""
+        """Slot of an item's dt, dt u and dy."""
         return lax.rem(item, AHEAD)
 
     def buffer_of(self, item: Array, part: int) -> Array:
-        """Where the sums of one of its parts are."""
+        """Buffer of the sums of one part of an item."""
         return lax.rem(item * len(self.plan.parts) + part, BUFFERS)
 
     def start_copy(self, item: Array) -> None:
-        """Send for its inputs."""
+        """Start the copies of an item's inputs."""
         self.stage.start_copy(self.slot_of(item), self.chunk_of(item), self.g)
 
     def weighted(self, slot: Array, token: Array, offset: Array, dy: Lanes) -> Lanes:
-        """dy times the group's weight; the first group has none."""
+        """dy times the group's weight. The first group has no weight."""
         if "weights" not in self.stage:
             return dy
         weights = self.stage.load_vector("weights", slot, token, offset, COLUMN)
@@ -95,13 +96,13 @@ def bind(plan: Plan, stage: Stage, outputs: Sequence[str], refs: Sequence[Any]) 
 
 
 def budget(registers: int) -> None:
-    """Ask for so many registers a thread: the walk needs more than a quarter of what there is."""
+    """Request this many registers per thread. The walk's warpgroups need more than a quarter of all registers each."""
     if not gpu_interpreter():
         plgpu.set_max_registers(registers, action="increase" if registers > 128 else "decrease")
 
 
 def prepare_and_sum_channels(scan: Scan) -> None:
-    """The first warpgroup: dt, dt u and dy of each chunk, some chunks ahead; and the sums over the block's channels."""
+    """The first warpgroup: computes dt, dt u and dy of each chunk, some chunks ahead, and sums over channels."""
     plan, stage = scan.plan, scan.stage
     budget(AIDE)
     offset, first_token = plan.tile.items(plan.chunk)
@@ -144,12 +145,12 @@ def prepare_and_sum_channels(scan: Scan) -> None:
             plgpu.barrier_arrive(scan.free.at[scan.buffer_of(item, part)])
 
     lax.fori_loop(0, plan.steps, step, None)
-    for item in range(max(0, plan.steps - AHEAD), plan.steps):  # no arrival is left unseen
+    for item in range(max(0, plan.steps - AHEAD), plan.steps):  # every arrival must be waited for
         plgpu.barrier_wait(scan.spent.at[item % AHEAD])
 
 
 def sum_channels(scan: Scan, item: Array, part: int) -> None:
-    """dB, dC of the block's channels. Blocks are added outside, in order."""
+    """dB, dC, summed over the block's channels. The sum over blocks is taken outside the kernel, in order."""
     plan = scan.plan
     tile = plan.tile
     vectors = PART * 2 * tile.shares  # sums of 4 states each
@@ -163,7 +164,7 @@ def sum_channels(scan: Scan, item: Array, part: int) -> None:
         at = token * plan.row + (which * tile.shares + share) * plan.state_share
         at += lax.rem(thread, several) * STATES
         total = None
-        for i in range(rows):  # each vector starts elsewhere, else all would read the same bank
+        for i in range(rows):  # each vector starts at another row, to avoid bank conflicts
             row = ((vector + i) & (rows - 1)) * (several * STATES)
             values = load_vector(scan.sums.at[scan.buffer_of(item, part)], at + row, STATES, at=plan.by_states)
             total = values if total is None else tuple(a + v for a, v in zip(total, values))
@@ -176,7 +177,7 @@ def sum_channels(scan: Scan, item: Array, part: int) -> None:
 
 
 def sum_states(scan: Scan) -> None:
-    """The last warpgroup: sums over a channel's states, and what they give; then the next chunk is sent for."""
+    """The last warpgroup: sums over a channel's states, and the gradients from them; then copies the next chunk."""
     plan = scan.plan
     budget(AIDE)
     channels = Channels(scan)
@@ -191,7 +192,7 @@ def sum_states(scan: Scan) -> None:
             if i + 1 == len(passes) or passes[i + 1][0] != part:
                 plgpu.barrier_arrive(scan.free.at[scan.buffer_of(item, part)])
         plgpu.barrier_arrive(scan.spent.at[scan.place_of(item)])
-        plgpu.commit_smem()  # all threads are through with this slot
+        plgpu.commit_smem()  # all threads have finished with this slot
         pl.when(item + SLOTS < plan.steps)(lambda: scan.start_copy(item + SLOTS))
         return totals
 
@@ -203,12 +204,12 @@ def sum_states(scan: Scan) -> None:
 
 
 class Channels:
-    """A thread that sums over states: its 4 channels, and what it makes of their sums at each token.
+    """A thread that sums over states: its 4 channels, and the gradients it computes from their sums at each token.
 
     Attributes:
-        offset, channel: [128] int32, the first of its channels in the block and among all.
+        offset, channel: [128] int32, index of its first channel in the block and among all channels.
         first_token: [128] int32, its first token of a part.
-        bias, D: of its channels; D is that of the first group's u.
+        bias, D: of its channels; D belongs to the first group's u.
     """
 
     def __init__(self, scan: Scan):
@@ -220,14 +221,14 @@ class Channels:
         self.D = tuple(jnp.where(scan.g == 0, d, 0) for d in load_vector(scan.D, self.channel, COLUMN))
 
     def over_shares(self, own: Any, token: Array, kind: int) -> Lanes:
-        """A sum over states of each of the channels: `G_B`, `Q_A` or `READOUT`."""
+        """One of the sums over states, for each of the channels. kind: `G_B`, `Q_A` or `READOUT`."""
         plan = self.plan
         at = [(kind * plan.tile.shares + share) * plan.channel_share for share in range(plan.tile.shares)]
         shares = [load_vector(own, token * plan.row + self.offset, COLUMN, at=a) for a in at]
         return tuple(sum(terms[1:], start=terms[0]) for terms in zip(*shares))
 
     def store_gradients(self, item: Array, part: int, number: int, dD: Lanes, dbias: Lanes) -> tuple[Lanes, Lanes]:
-        """du, ddt, dz, dweights of the tokens that come `number`th in a part; the running dD and dbias."""
+        """Store du, ddt, dz, dweights of the tokens at position `number` in a part; return the running dD and dbias."""
         scan, plan, stage = self.scan, self.plan, self.scan.stage
         slot, place, index = scan.slot_of(item), scan.place_of(item), scan.chunk_of(item)
         in_part = self.first_token + number * plan.tile.tokens(PART)
@@ -255,7 +256,7 @@ class Channels:
     def store_readout_gradients(
         self, slot: Array, token: Array, time: Array, inputs: Mapping[str, Lanes], y: Lanes
     ) -> None:
-        """dweights, and the group's part of dz."""
+        """Store dweights, and the group's part of dz."""
         scan, plan = self.scan, self.plan
         z, dy = inputs.get("z"), inputs["dy"]
         gate = None if z is None else tuple(lanes.sigmoid(z) for z in z)

@@ -1,4 +1,4 @@
-"""The walk through time of the selective scan's backward pass, by two warpgroups; `backward` says what for."""
+"""The walk of two warpgroups through time in the selective scan's backward pass. `backward` describes its purpose."""
 
 import functools
 from collections.abc import Sequence
@@ -15,11 +15,11 @@ from seqmodels.kernels.selective_scan.mosaic_gpu.backward_plan import BUFFERS
 from seqmodels.kernels.selective_scan.mosaic_gpu.backward_roles import Scan, budget
 from seqmodels.kernels.selective_scan.mosaic_gpu.tile import CHANNELS, STATES
 
-WALKER = 176  # registers of a thread that walks
+WALKER = 176  # registers per thread of the walk
 
 
 def walk(scan: Scan) -> None:
-    """Through all chunks from the last to the first, with the gradients of the states in registers."""
+    """Process all chunks from the last to the first, with the gradients of the states in registers."""
     plan = scan.plan
     budget(WALKER)
     walker = Walker(scan)
@@ -35,18 +35,18 @@ def walk(scan: Scan) -> None:
     (dinitial, dA), _ = lax.fori_loop(0, plan.steps, step, (adjoint, walker.saved_states(jnp.int32(0))))
     parts = plan.steps * len(plan.parts)
     for part in range(max(0, parts - BUFFERS), parts):
-        plgpu.barrier_wait(scan.free.at[part % BUFFERS])  # no arrival is left unseen
+        plgpu.barrier_wait(scan.free.at[part % BUFFERS])  # every arrival must be waited for
     walker.store_states(scan.outputs["dinitial"], scan.b * plan.groups + scan.g, dinitial)
     walker.store_states(scan.outputs["dA"], scan.b * plan.groups + scan.g, dA)
 
 
 class Walker:
-    """A thread that walks: its 2 channels and 4 states of each, and what it does with them in each chunk.
+    """A thread of the walk: its 2 channels with 4 states each, and its work in each chunk.
 
     Attributes:
         row, share: [128] int32, see `Tile.owner`.
-        matrix: [128] int32, where its states begin in a matrix [E', N]; place: in what the forward pass saves.
-        A: of each of its channels its states' rates, times log2(e).
+        matrix: [128] int32, offset of its states in a matrix [E', N]. place: their offset in the saved states.
+        A: for each of its channels, A of its states times log2(e).
     """
 
     def __init__(self, scan: Scan):
@@ -71,7 +71,7 @@ class Walker:
             store_vector(ref, number * self.plan.padded * states + self.matrix, values[c], at=c * states)
 
     def saved_states(self, item: Array) -> tuple[Lanes, ...]:
-        """States at the start of a chunk (of the first chunk, if there is no such item)."""
+        """States at the start of an item's chunk, or of the first chunk if there is no such item."""
         plan, scan = self.plan, self.scan
         chunk = scan.b * plan.saved_steps + jnp.maximum(scan.chunk_of(item), 0)
         at = (chunk * plan.blocks + scan.e) * plan.groups + scan.g
@@ -81,17 +81,17 @@ class Walker:
         )
 
     def of_channels(self, ref: Any, item: Array, t: int) -> Lanes:
-        """A token's number of each of the thread's channels."""
+        """A token's value of each of the thread's channels."""
         place = self.scan.place_of(item)
         return load_vector(ref.at[place], self.row * CHANNELS, CHANNELS, at=t * self.plan.block)
 
     def of_states(self, name: str, item: Array, t: int) -> Lanes:
-        """A token's B or C of each of the thread's states."""
+        """A token's B or C for each of the thread's states."""
         scan = self.scan
         return scan.stage.load_vector(name, scan.slot_of(item), 0, self.share * STATES, STATES, ahead=t)
 
     def walk_chunk(self, item: Array, h: Sequence[Lanes], dstate: Sequence[Lanes], dA: Sequence[Lanes]) -> tuple:
-        """The chunk from its first part to its last but one, then back from its last to its first."""
+        """Go forwards from the chunk's first part to its last but one, then back from its last part to its first."""
         scan, parts = self.scan, self.plan.parts
         starts, known = [h], []
         for part in reversed(parts[1:]):
@@ -109,7 +109,7 @@ class Walker:
         return tuple(tuple(row) for row in dstate), tuple(tuple(row) for row in dA)
 
     def forwards(self, item: Array, h: Sequence[Lanes], tokens: range, decays: list | None = None) -> tuple[list, list]:
-        """Of each token the decays; the states before the first token, after it, and so on to the last."""
+        """The decays of each token; and the states before the first token, after it, and so on to the last."""
         scan, channels = self.scan, range(CHANNELS)
         loaded = [
             (self.of_channels(scan.dt_s, item, t), self.of_channels(scan.x_s, item, t), self.of_states("B", item, t))
@@ -136,14 +136,14 @@ class Walker:
         dstate: Sequence[Lanes],
         dA: Sequence[Lanes],
     ) -> tuple[list, list]:
-        """The adjoint recurrence; sums over a thread's own states and channels go to `own`."""
+        """The adjoint recurrence. Sums over a thread's own states and channels are stored in `own`."""
         dstate, dA = list(dstate), list(dA)
         following = self.operands(item, tokens[-1])
         for t in reversed(tokens):
             number = t - tokens[0]
             current = following
             if number > 0:
-                following = self.operands(item, t - 1)  # before anything is stored
+                following = self.operands(item, t - 1)  # load before anything is stored
             sums = self.token_gradients(current, decays[number], kept[number], kept[number + 1], dstate, dA)
             self.store_sums(own, number, *sums)
         return dstate, dA
@@ -157,7 +157,7 @@ class Walker:
         """A token's sums over the thread's states (g B, q A, readout) and over its channels (dB, dC).
 
         Args:
-            operands: of `operands`. left: decays. old, new: states before and after the token.
+            operands: result of `operands`. left: decays. old, new: states before and after the token.
             dstate, dA: running gradients, changed in place.
         """
         dt, x, dy, B, C = operands
@@ -175,7 +175,7 @@ class Walker:
         return [g_B, q_A, y], [dB, dC]
 
     def store_sums(self, own: Any, number: int, over_states: list, over_channels: list) -> None:
-        """Where the other warpgroups find the sums of the `number`th token of a part."""
+        """Store the sums of token `number` of a part for the other warpgroups."""
         plan, shares = self.plan, self.plan.tile.shares
         for kind, values in enumerate(over_states[: 2 + plan.readout]):
             at = number * plan.row + kind * shares * plan.channel_share
@@ -195,5 +195,5 @@ def add(total: Array | None, term: Array) -> Array:
 
 
 def sum_of(terms) -> Array:
-    """One after another, for products fuse with the addition that follows."""
+    """Add the terms one after another, so that each product fuses with the following addition."""
     return functools.reduce(lambda a, b: a + b, terms)

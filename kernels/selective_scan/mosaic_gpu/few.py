@@ -1,8 +1,7 @@
-"""A few tokens of the selective scan on Hopper, as in decoding: the state is read once and written once, in place.
+"""The selective scan of a few tokens on Hopper, as in decoding: the state is read once and written once, in place.
 
-A thread has 4 neighbouring states of a channel, of every group. It loads them, walks through the tokens with them in
-registers, and stores them where they were. Nothing is shared among threads but the sum over a channel's states, by
-exchanges within a warp.
+A thread processes 4 neighbouring states of a channel in every group. It loads them, goes through the tokens with them
+in registers, and stores them in place. Threads share only the sum over a channel's states, by exchanges within a warp.
 """
 
 import functools
@@ -32,13 +31,14 @@ def supports(shape) -> str | None:
     return None
 
 
-@functools.partial(jax.jit, static_argnames="softplus")  # traced once a shape, not once a layer
+@functools.partial(jax.jit, static_argnames="softplus")  # traced once per shape, not per layer
 def few(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, softplus):
-    """y [b, T, E] in u's dtype and the final state, which takes the place of initial_state where that is donated.
+    """y [b, T, E] in u's dtype and the final state, which reuses the memory of initial_state if that is donated.
 
     Args:
         u, dt: [b, T, G, E]. A: [G, E, N] float32. B, C: [b, T, G, N]. D: [E], z: [b, T, E], dt_bias: [G, E] or None.
-        weights: [b, T, G - 1 or 1, E] or None. initial_state: [b, G, E, N] float32. marks: of `stage.marks` or None.
+        weights: [b, T, G - 1 or 1, E] or None. initial_state: [b, G, E, N] float32.
+        marks: result of `stage.marks`, or None.
         softplus: dt + dt_bias goes through softplus.
     """
     batch, length, groups, width = u.shape
@@ -74,7 +74,7 @@ def few(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, softplu
             return jnp.where(mark(t, 1) > 0, dt, 0) if "marks" in sources else dt
 
         def advance(t, g, state):
-            """The state after token t, and the part of its readout that the thread's states make."""
+            """The state after token t, and the contribution of the thread's states to its readout."""
             dt, u = step(t, g), of_channel("u", t, g, groups)
             exponents = [(dt * LOG2E) * a for a in A[g]]
             if "marks" in sources:
@@ -105,8 +105,8 @@ def few(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, softplu
         for t in range(length):
             state, readouts = zip(*(advance(t, g, of_group) for g, of_group in enumerate(state)))
             ys.append(finish(t, sum(readouts)))
-        for t, y in enumerate(ys):  # nothing is stored before all is loaded, for loads do not overtake stores
-            store_vector(y_g, row * (length * width) + channel, (y,), at=t * width)  # the same by all shares
+        for t, y in enumerate(ys):  # all loads come before the first store, since loads do not overtake stores
+            store_vector(y_g, row * (length * width) + channel, (y,), at=t * width)  # all shares store the same
         for g, of_group in enumerate(state):
             store_vector(state_g, start, of_group, at=g * matrix)
 

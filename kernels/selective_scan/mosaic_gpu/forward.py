@@ -1,12 +1,13 @@
-"""Forward pass of the selective scan on Hopper: three to six warpgroups walk a block of channels through time.
+"""Forward pass of the selective scan on Hopper: three to six warpgroups take a block of channels through time.
 
-Chunks of tokens go from one to the next through shared memory; each role is a function of `forward_roles`:
-  prepare_steps  dt and dt u in float32;
-  recur          token by token: a thread has some states of a channel in registers. Of several groups each has a
-                 warpgroup, a single one has two where blocks are wide, each with half of the states;
-  store_outputs  sum over groups, skip and gate, y stored, the next chunk sent for.
-In shared memory 4 tokens of a channel are side by side, so that who recurs loads and stores 16 bytes at a time.
-Where there are few sequences and channels, blocks are narrow: more threads then share the states of a channel.
+The warpgroups pass chunks of tokens on through shared memory. Each role is a function of `forward_roles`:
+  prepare_steps  computes dt and dt u in float32;
+  recur          runs the recurrence token by token, with some states of a channel in each thread's registers. With
+                 several groups, each has a warpgroup. A single group has two warpgroups if blocks are wide, each with
+                 half of the states;
+  store_outputs  sums over groups, applies skip and gate, stores y, and copies the next chunk.
+In shared memory 4 tokens of a channel are adjacent, so that `recur` loads and stores 16 bytes at a time.
+If there are few sequences and channels, blocks are narrow: more threads then share the states of a channel.
 """
 
 import functools
@@ -28,7 +29,7 @@ f32 = jnp.float32
 
 @functools.partial(
     jax.jit, static_argnames=("softplus", "block", "chunk", "save")
-)  # traced once a shape, not once a layer
+)  # traced once per shape, not per layer
 def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, softplus, block, chunk, save):
     """y, the final state, and the states at the start of every `save` tokens.
 
@@ -36,10 +37,10 @@ def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, sof
         u, dt: [b, T, G, E] with E * itemsize a multiple of 16. z: [b, T, E] or None.
         A: [G, E', N] float32, N one of tile.SIZES, E' = E padded to whole blocks. D: [E'], dt_bias: [G, E'] float32.
         B, C: [b, T, G, N] float32. weights: [b, T, G - 1 or 1, E] or None.
-        initial_state: [b, G, E', N] float32. marks: [b, T', 8] of `stage.marks`, T' is T padded to whole chunks.
+        initial_state: [b, G, E', N] float32. marks: [b, T', 8], result of `stage.marks`; T' is T padded to chunks.
         softplus: dt + dt_bias goes through softplus.
-        block: channels of a block: 128, 64, 32 or 16, with at least 128 states in all.
-        chunk: tokens a step, a multiple of save; times block it is 512, 1024 or 2048. save: 0 saves no states.
+        block: channels per block: 128, 64, 32 or 16, with at least 128 states in all.
+        chunk: tokens per step, a multiple of save; chunk * block is 512, 1024 or 2048. save: 0 saves no states.
 
     Returns:
         y [b, T', E'] in u's dtype, final state [b, G, E', N] float32, states [b, T' / save, G E' N] float32

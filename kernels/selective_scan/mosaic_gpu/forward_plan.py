@@ -1,4 +1,4 @@
-"""How the selective scan's forward pass deals out a block of channels: sizes, threads, shared memory."""
+"""How the selective scan's forward pass divides a block of channels: sizes, threads, shared memory."""
 
 import dataclasses
 
@@ -11,23 +11,23 @@ from seqmodels.kernels.selective_scan.mosaic_gpu.stage import MARKED, SHARED, St
 from seqmodels.kernels.selective_scan.mosaic_gpu.tile import STATES, Tile
 
 f32 = jnp.float32
-MOST, FEWEST = 4, 3  # chunks in shared memory: the more if they fit
-WORKERS = 5  # warpgroups that recur, at most
-TOKENS = 4  # of a channel, side by side in shared memory
-HELD = {128: 8, 64: 8, 32: 4, 16: 2}  # states of a channel that each thread takes, by channels of a block; see WORKERS
-# By states a thread: tokens by which operands are loaded before they are worked on, and tokens written out
+MOST, FEWEST = 4, 3  # chunks in shared memory: MOST if they fit
+WORKERS = 5  # most warpgroups that run the recurrence
+TOKENS = 4  # tokens of a channel that are adjacent in shared memory
+HELD = {128: 8, 64: 8, 32: 4, 16: 2}  # states of a channel per thread, by channels per block; see WORKERS
+# By states per thread: how many tokens ahead operands are loaded, and how many tokens are unrolled
 AHEAD, STRETCH = {1: 8, 2: 8, 4: 4, 8: 4, 16: 1}, {1: 64, 2: 64, 4: 16, 8: 16, 16: 8}
-EARLY = {1: 1, 2: 2, 4: 2, 8: 1, 16: 1}  # tokens by which decays are made before they are needed
-BRIDGED = 8  # up to so many states a thread, the first operands of a chunk are loaded during the one before it
+EARLY = {1: 1, 2: 2, 4: 2, 8: 1, 16: 1}  # how many tokens ahead decays are computed
+BRIDGED = 8  # with at most so many states per thread, a chunk's first operands are loaded during the previous chunk
 
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What is static of a forward pass: sizes, and how a block of channels is dealt out to its threads.
+    """Static parameters of a forward pass: sizes, and how a block of channels is assigned to its threads.
 
     Attributes:
         batch, length, groups, padded, states: b, T, G, E', N of `forward`.
-        block, chunk, save, softplus: as of `forward`.
+        block, chunk, save, softplus: as for `forward`.
         slots: chunks in shared memory.
     """
 
@@ -49,22 +49,22 @@ class Plan:
 
     @property
     def workers(self) -> int:
-        """Warpgroups that recur."""
+        """Warpgroups that run the recurrence."""
         return workers_of(self.block, self.states, self.groups)
 
     @property
     def of_worker(self) -> int:
-        """Groups of each."""
+        """Groups per such warpgroup."""
         return -(-self.groups // self.workers)
 
     @property
     def shares(self) -> int:
-        """Threads that share a channel and group."""
+        """Threads that share the states of a channel and group."""
         return shares_of(self.block, self.states, self.groups)
 
     @property
     def own(self) -> int:
-        """States of each of them."""
+        """States per thread."""
         return self.states // self.shares
 
     @property
@@ -74,37 +74,37 @@ class Plan:
 
     @property
     def tile(self) -> Tile:
-        """How the backward pass deals out the states, which are saved in its order."""
+        """How the backward pass assigns the states to threads. They are saved in that order."""
         return Tile(self.states)
 
     @property
     def stretch(self) -> int:
-        """Tokens written out."""
+        """Tokens that are unrolled."""
         return min(STRETCH.get(self.own, 8), self.chunk)
 
     @property
     def ahead(self) -> int:
-        """Tokens by which operands are loaded before they are worked on."""
+        """How many tokens ahead operands are loaded."""
         return min(AHEAD.get(self.own, 1), self.stretch)
 
     @property
     def early(self) -> int:
-        """Tokens by which decays are made before they are needed."""
+        """How many tokens ahead decays are computed."""
         return min(EARLY.get(self.own, 0), self.ahead)
 
     @property
     def bridged(self) -> bool:
-        """Whether the first operands of a chunk are loaded during the one before it."""
+        """Whether the first operands of a chunk are loaded during the previous chunk."""
         return self.own <= BRIDGED
 
     @property
     def columns(self) -> int:
-        """Threads side by side where work is not shared over states."""
+        """Threads along the channels where the states of a channel are not split over threads."""
         return THREADS * TOKENS // self.chunk
 
     @property
     def wide(self) -> int:
-        """Channels of each of them."""
+        """Channels of each of these threads."""
         return self.block // self.columns
 
 
@@ -114,7 +114,7 @@ def slots_of(u, dt, B, C, z, weights, block: int, chunk: int) -> int:
 
 
 def workers_of(block: int, states: int, groups: int) -> int:
-    """Warpgroups that recur: one for each of several groups; of a single one, as many as its states want."""
+    """Warpgroups that run the recurrence: one for each of several groups; for a single group, as its states need."""
     most = lanes.warpgroups(WORKERS)
     if groups > 1:
         return groups if groups <= most else 1
@@ -127,12 +127,12 @@ def shares_of(block: int, states: int, groups: int) -> int:
 
 
 def affordable(block: int, states: int, groups: int) -> bool:
-    """Whether the registers of so many warpgroups hold a thread's states and operands."""
+    """Whether the states and operands of every thread fit into registers with this number of warpgroups."""
     return groups == 1 or states // shares_of(block, states, groups) <= (16 if groups <= 4 else 8)
 
 
 def forward_bytes(u, dt, B, C, z, weights, block: int, chunk: int, slots: int = FEWEST) -> int:
-    """Shared memory of a block."""
+    """Bytes of shared memory per block."""
     groups, states = u.shape[2], B.shape[3]
     BC = jax.ShapeDtypeStruct((*B.shape[:3], 2 * states), f32)
     stage = Stage(dict(u=u, dt=dt, BC=BC, z=z, weights=weights, marks=MARKED), chunk, block, groups, slots)

@@ -1,4 +1,4 @@
-"""What each warpgroup of the selective scan's forward pass does; `forward` says how they work together."""
+"""What each warpgroup of the selective scan's forward pass does. `forward` describes how they cooperate."""
 
 import dataclasses
 import functools
@@ -17,21 +17,22 @@ from seqmodels.kernels.selective_scan.mosaic_gpu.forward_plan import TOKENS, Pla
 from seqmodels.kernels.selective_scan.mosaic_gpu.stage import Stage, prepare
 from seqmodels.kernels.selective_scan.mosaic_gpu.tile import STATES
 
-# Registers of a thread that recurs and of another, by workers: in all what 5 warpgroups of 96, 6 of 80 begin with
+# Registers per thread of a worker and of another warpgroup, by the number of workers. The totals equal the registers at
+# the start: 96 per thread with 5 warpgroups, 80 with 6
 WORKER, AIDE = {3: 112, 4: 88}, {3: 72, 4: 64}
 
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """Inside the kernel: the plan, the references, and this block's place.
+    """Inside the kernel: the plan, the references, and this block's indices.
 
     Attributes:
-        b, e: the block's sequence and its number along the channels.
-        A, D, bias, initial, y, final, saved: in global memory; saved is None where no states are.
-        dt_s, x_s: dt and dt u, y_s: parts of s C, in shared memory: [slots, rows, chunk / 4, block, 4].
-        ready, done: barriers: dt_s and x_s are filled; y_s is.
-        column, offset: [128] int32: of the threads side by side, and of its first channel in the block.
-        first_token: [128] int32, and tokens, 4 of those: a thread's tokens of a chunk.
+        b, e: the block's sequence and its index along the channels.
+        A, D, bias, initial, y, final, saved: in global memory; saved is None if no states are saved.
+        dt_s, x_s, y_s: dt, dt u and parts of s C in shared memory, [slots, rows, chunk / 4, block, 4].
+        ready, done: barriers that signal that dt_s and x_s are filled, and that y_s is filled.
+        column, offset: [128] int32, a thread's index along the channels, and its first channel in the block.
+        first_token, tokens: [128] int32 and 4 such arrays, a thread's tokens in a chunk.
     """
 
     plan: Plan
@@ -56,14 +57,14 @@ class Scan:
     tokens: Sequence[Array]
 
     def place(self, row, first, position):
-        """Of 4 tokens of a channel in row `row` of [rows, chunk / 4, block, 4]."""
+        """Offset of 4 tokens of a channel in row `row` of [rows, chunk / 4, block, 4]."""
         return (row * self.plan.chunk + first) * self.plan.block + position * TOKENS
 
     def budget(self, registers: dict[int, int]) -> None:
-        """Ask for so many registers a thread, by workers."""
+        """Request registers for each thread. `registers` maps the number of workers to registers per thread."""
         workers = self.plan.workers
         if not gpu_interpreter() and workers in registers:
-            most = 65536 // (THREADS * (2 + workers)) // 8 * 8  # of each thread at the start
+            most = 65536 // (THREADS * (2 + workers)) // 8 * 8  # per thread at the start
             action = "increase" if registers[workers] > most else "decrease"
             plgpu.set_max_registers(registers[workers], action=action)
 
@@ -85,7 +86,7 @@ def bind(plan: Plan, stage: Stage, refs: Sequence[Any]) -> Scan:
 
 
 def prepare_steps(scan: Scan) -> None:
-    """The first warpgroup: dt and dt u of each chunk in float32."""
+    """The first warpgroup: computes dt and dt u of each chunk in float32."""
     plan, stage = scan.plan, scan.stage
     scan.budget(AIDE)
     bias = [
@@ -101,7 +102,7 @@ def prepare_steps(scan: Scan) -> None:
         for g in range(plan.groups):
             us = zip(*(stage.load_vector("u", slot, token, scan.offset, plan.wide, g) for token in scan.tokens))
             dts = prepare(stage, slot, index, scan.tokens, scan.offset, bias[g], plan.softplus, plan.length, g)
-            for c, (u, dt) in enumerate(zip(us, zip(*(dt for _, dt in dts)))):  # of a channel, 4 tokens
+            for c, (u, dt) in enumerate(zip(us, zip(*(dt for _, dt in dts)))):  # 4 tokens of one channel
                 at = scan.place(g, scan.first_token, c * plan.columns + scan.column)
                 store_vector(scan.dt_s.at[slot], at, dt)
                 store_vector(scan.x_s.at[slot], at, tuple(d * u for d, u in zip(dt, u)))
@@ -111,7 +112,7 @@ def prepare_steps(scan: Scan) -> None:
 
 
 def recur(scan: Scan) -> None:
-    """A warpgroup that walks through time with the states of its channels, and of its groups, in registers."""
+    """A warpgroup that goes through time with the states of its channels and groups in registers."""
     plan = scan.plan
     scan.budget(WORKER)
     recurrence = Recurrence(scan)
@@ -130,13 +131,13 @@ def recur(scan: Scan) -> None:
 
 
 class Recurrence:
-    """A thread that recurs: which channel and states are its own, and what it does with them at each token.
+    """A thread that runs the recurrence: its channel and states, and its work at each token.
 
     Attributes:
-        channel: [128] int32, among all; position: of the channel in a row of shared memory.
-        share: [128] int32, of those that share the channel's states; first: its first state.
+        channel: [128] int32, index among all channels. position: of the channel in a row of shared memory.
+        share: [128] int32, index among the threads that share the channel's states. first: its first state.
         first_group: its first group.
-        A: of each of its groups its states' rates, times log2(e).
+        A: for each of its groups, A of its states times log2(e).
     """
 
     def __init__(self, scan: Scan):
@@ -178,15 +179,15 @@ class Recurrence:
                 store_vector(self.scan.saved, at + state, h[g][n : n + plan.vector])
 
     def wait(self, index: Array) -> None:
-        """Until a chunk's operands are in shared memory."""
+        """Wait until a chunk's operands are in shared memory."""
         slot = lax.rem(index, self.plan.slots)
         plgpu.barrier_wait(self.scan.ready.at[slot])
         self.scan.stage.wait(lax.rem(index, self.plan.slots))
 
     def load_operands(self, coming: list, rest: list, index: Array, start: Array, k: int) -> None:
-        """Append to `coming`, of token start + k: of each group dt, dt u and pairs B, C; and the reset.
+        """Append the operands of token start + k to `coming`: for each group dt, dt u and pairs (B, C); and the reset.
 
-        rest: dt and dt u of tokens that follow, for these are loaded 4 at a time.
+        rest: dt and dt u of the following tokens, since these are loaded for 4 tokens at a time.
         """
         plan, scan = self.plan, self.scan
         slot = lax.rem(index, plan.slots)
@@ -205,7 +206,7 @@ class Recurrence:
         coming.append((rest.pop(0), pairs, reset))
 
     def load_pairs(self, slot: Array, start: Array, k: int, g: int) -> list[tuple[Array, Array]]:
-        """(B, C) of each of the thread's states and token start + k."""
+        """(B, C) of each of the thread's states at token start + k."""
         plan = self.plan
         at, step = (self.first_group * plan.states + self.first) * 2, min(2 * plan.own, 4)
         offsets = range(0, 2 * plan.own, step)
@@ -214,7 +215,7 @@ class Recurrence:
         return list(zip(flat[::2], flat[1::2]))
 
     def first_operands(self, index: Array) -> tuple[list, list, list]:
-        """What a chunk begins with: operands and decays of its first tokens."""
+        """Operands and decays of a chunk's first tokens."""
         coming, near, rest = [], [], []
         self.wait(index)
         for k in range(self.plan.ahead):
@@ -224,7 +225,7 @@ class Recurrence:
         return coming, near, rest
 
     def make_factors(self, operands: tuple) -> list[tuple]:
-        """Of each of the groups exp(dt A), dt u B and C."""
+        """exp(dt A), dt u B and C for each of the groups."""
         made, (steps, pairs, reset) = [], operands
         for A_group, (dt, x), BC in zip(self.A, steps, pairs):
             exponents = [dt * a for a in A_group]
@@ -233,17 +234,17 @@ class Recurrence:
         return made
 
     def walk_chunk(self, index: Array, carry: tuple) -> tuple:
-        """A chunk: operands are loaded, and then decays made, while tokens before are worked on.
+        """Process a chunk. Operands are loaded, and decays computed, while earlier tokens are processed.
 
-        carry: states, and what is loaded and made of the tokens that come next; the last of these are in the next chunk
-        (which is there long before).
+        carry: states, and the operands and decays of the tokens that come next. The last of these tokens are in the
+        next chunk, which is in shared memory long before.
         """
         stretches = self.plan.chunk // self.plan.stretch
         carry = lax.fori_loop(0, stretches - 1, functools.partial(self.walk_stretch, index), carry)
         return self.walk_stretch(index, stretches - 1, carry, last=True)
 
     def walk_stretch(self, index: Array, i: Any, carry: tuple, last: bool = False) -> tuple:
-        """As many tokens as are written out; `last`: of the chunk."""
+        """Process one stretch of unrolled tokens; `last`: it is the last stretch of the chunk."""
         plan, scan = self.plan, self.scan
         h, coming, near, rest = carry
         start, coming, near, rest, four = i * plan.stretch, list(coming), list(near), list(rest), []
@@ -270,7 +271,7 @@ class Recurrence:
 
 
 def store_outputs(scan: Scan) -> None:
-    """The last warpgroup: y = (s C + D u) silu(z) of each chunk; then its place is filled again."""
+    """The last warpgroup: stores y = (s C + D u) silu(z) of each chunk, then refills the chunk's slot."""
     plan, stage = scan.plan, scan.stage
     scan.budget(AIDE)
     channel = scan.e * plan.block + scan.offset
@@ -291,20 +292,20 @@ def store_outputs(scan: Scan) -> None:
         slot = lax.rem(index, plan.slots)
         plgpu.barrier_wait(scan.done.at[slot])
         store_chunk(index)
-        plgpu.commit_smem()  # all threads are through with this slot
+        plgpu.commit_smem()  # all threads have finished with this slot
         pl.when(index + plan.slots < plan.steps)(lambda: stage.start_copy(slot, index + plan.slots))
 
     lax.fori_loop(0, plan.steps, step, None)
 
 
 def load_tokens(scan: Scan, name: str, slot: Array, group: int = 0) -> list[Lanes]:
-    """Of each of the thread's channels 4 tokens."""
+    """4 tokens of each of the thread's channels."""
     wide = scan.plan.wide
     return list(zip(*(scan.stage.load_vector(name, slot, t, scan.offset, wide, group) for t in scan.tokens)))
 
 
 def load_readouts(scan: Scan, slot: Array) -> list[Lanes]:
-    """s C of the groups, each times its weight, summed: of each of the thread's channels 4 tokens."""
+    """Weighted sum of s C over the groups: 4 tokens of each of the thread's channels."""
     plan = scan.plan
     total = [None] * plan.wide
     for g in range(plan.groups):
@@ -319,13 +320,13 @@ def load_readouts(scan: Scan, slot: Array) -> list[Lanes]:
 
 
 def advance(h: Sequence[Lanes], factors: list[tuple]) -> tuple[tuple[Lanes, ...], list[Array]]:
-    """s = exp(dt A) s + dt u B and s C, of each of the groups."""
+    """s = exp(dt A) s + dt u B, and s C, for each of the groups."""
     new = tuple(tuple(a * s + b for a, s, b in zip(decays, s, added)) for s, (decays, added, _) in zip(h, factors))
     return new, [dot(s, C) for s, (_, _, C) in zip(new, factors)]
 
 
 def dot(a: Sequence[Array], b: Sequence[Array]) -> Array:
-    """sum_n a_n b_n in four chains, for each addition waits for the one before it."""
+    """sum_n a_n b_n in four independent chains, because each addition waits for the previous one in its chain."""
     chains = [None] * 4
     for n, (x, y) in enumerate(zip(a, b)):
         chains[n % 4] = x * y if chains[n % 4] is None else chains[n % 4] + x * y

@@ -1,4 +1,4 @@
-"""The inputs of a block on their way to shared memory: chunk by chunk, several of them at a time."""
+"""Copies of a block's inputs to shared memory: chunk by chunk, several chunks at a time."""
 
 import math
 
@@ -11,15 +11,15 @@ from seqmodels.kernels import lanes
 from seqmodels.kernels.lanes import load_vector
 
 SHARED = 226 * 1024  # bytes of shared memory that a block may take, barriers aside
-MARKS = 8  # numbers a token in `marks`, for copies must be multiples of 128 bytes
+MARKS = 8  # numbers per token in `marks`, because copies must be multiples of 128 bytes
 MARKED = jax.ShapeDtypeStruct((1, 1, MARKS), jnp.float32)
 
 
 def marks(reset, mask, length):
-    """What the kernels know of documents and padding: [b, length, 8] float32, or None if there is neither.
+    """Documents and padding as the kernels read them: [b, length, 8] float32, or None if there are neither.
 
-    Column 0 is -1e30 where a document begins (added to the exponent, it makes the decay exactly 0), else 0. Column 1 is
-    0 on padding, else 1. reset, mask: [b, T] bool or None, T <= length.
+    Column 0 is -1e30 where a document begins, else 0. It is added to the exponent, which makes the decay exactly 0.
+    Column 1 is 0 on padding, else 1. reset, mask: [b, T] bool or None, T <= length.
     """
     if reset is None and mask is None:
         return None
@@ -35,7 +35,7 @@ class Stage:
 
     Args:
         arrays: by name: u, dt, weights [b, T, G, E]; z, dy [b, T, E]; B, C [b, T, G, N]; BC [b, T, G, 2 N];
-            marks [b, T', 8]. None is left out.
+            marks [b, T', 8]. Entries that are None are left out.
         chunk: tokens. block: channels.
         groups: groups in a slot: all, or 1 for one after another.
         slots: chunks in shared memory at a time.
@@ -49,16 +49,16 @@ class Stage:
         return name in self.arrays
 
     def scratch(self):
-        """What `plgpu.kernel` allocates for it: buffers, and barriers that say when a slot is full."""
+        """Scratch that `plgpu.kernel` allocates: buffers, and barriers that signal when a slot is full."""
         buffers = [plgpu.SMEM((self.slots, *self._shape(name)), x.dtype) for name, x in self.arrays.items()]
         return [*buffers, plgpu.Barrier(num_arrivals=len(buffers), num_barriers=self.slots)]
 
     def bytes(self) -> int:
-        """Shared memory of the buffers."""
+        """Bytes of shared memory for the buffers."""
         return sum(self.slots * math.prod(self._shape(name)) * x.dtype.itemsize for name, x in self.arrays.items())
 
     def bind(self, sources, scratch, b, e):
-        """Inside the kernel: the references of the arrays and of `scratch`, and the block's indices."""
+        """Inside the kernel: set the references of the arrays and of `scratch`, and the block's indices."""
         *buffers, self.full = scratch
         self.sources, self.buffers = dict(zip(self.arrays, sources)), dict(zip(self.arrays, buffers))
         self.b, self.e = b, e
@@ -82,18 +82,18 @@ class Stage:
         plgpu.barrier_wait(self.full.at[slot])
 
     def load_vector(self, name, slot, token, offset, width, group=0, ahead=0):
-        """`width` numbers a thread of `name`, from `offset` on in the row of a token (and group) or one `ahead`."""
+        """`width` numbers of `name` per thread, from `offset` on in the row of a token (and group), `ahead` rows on."""
         _, *inner = self._shape(name)
         row = math.prod(inner)
         group = min(group, inner[0] - 1) * inner[-1] if len(inner) == 2 else 0
         return load_vector(self.buffers[name].at[slot], token * row + offset, width, at=ahead * row + group)
 
     def reset(self, slot, t):
-        """What is added to the exponent at token t: a scalar, 0 or -1e30."""
+        """The number that is added to the exponent at token t: a scalar, 0 or -1e30."""
         return self.buffers["marks"][slot, t, 0]
 
     def real(self, slot, token, index, length):
-        """[128] bool, or None where all are: tokens that are neither padding nor past the end."""
+        """[128] bool: tokens that are neither padding nor past the end. None: all tokens are real."""
         valid = token + index * self.chunk < length if length % self.chunk else None
         if "marks" in self:
             mark = self.load_vector("marks", slot, token, 1, 1)[0] > 0
@@ -116,13 +116,14 @@ class Stage:
 
 
 def prepare(stage, slot, index, tokens, offset, bias, softplus, length, group=0):
-    """The steps dt of a chunk, float32, zero on padding: softplus once a channel, not once a state.
+    """The steps dt of a chunk, float32, zero on padding. softplus is computed once per channel, not once per state.
 
     Args:
-        tokens: [128] int32 each; offset: [128] int32, first of the thread's channels in the block; bias: of each.
+        tokens: [128] int32 each. offset: [128] int32, first of the thread's channels in the block. bias: of each
+            channel.
 
     Returns:
-        list of (token, dt), one for each of `tokens`. Everything is loaded before anything is used.
+        List of (token, dt), one for each of `tokens`. Everything is loaded before anything is used.
     """
     loaded = [
         (stage.load_vector("dt", slot, t, offset, len(bias), group), stage.real(slot, t, index, length)) for t in tokens

@@ -1,8 +1,9 @@
-"""What a stretch of time does to a state, and to a state's gradient: for scans with too few channels to fill the GPU.
+"""Effect of a stretch of time on the state and on the state's gradient, for scans with too few channels for the GPU.
 
-Such a scan is cut into stretches that run at once. A stretch maps the state before it to decay * state + end, with
-decay = exp(A sum_t dt_t) and end the state after it from a start of zeros; the gradient of the state after it goes to
-that of the state before it by the same decay and another end. Both ends are made here, by recurrences without readout:
+Such a scan is split into stretches that run in parallel. A stretch maps the state before it to decay * state + end.
+Here decay = exp(A sum_t dt_t), and end is the state after the stretch if it starts from zero. In the backward pass, the
+gradient of the state after the stretch is mapped to the gradient of the state before it, by the same decay and another
+end. This module computes both ends, by recurrences without readout:
 
     forwards   s = exp(dt_t A) s + dt_t u_t B_t
     backwards  s = exp(dt_t A) (s + dy_t C_t)
@@ -22,17 +23,17 @@ from seqmodels.kernels.selective_scan.mosaic_gpu.stage import SHARED, Stage, pre
 
 f32 = jnp.float32
 BLOCK = 128  # channels
-CHUNKS = (16, 8, 4)  # tokens, as many as fit in shared memory
+CHUNKS = (16, 8, 4)  # tokens, as many as fit into shared memory
 SLOTS = 3  # chunks in shared memory
-AHEAD = 4  # tokens by which operands are loaded before they are worked on
+AHEAD = 4  # how many tokens ahead operands are loaded
 WORKERS = 2  # warpgroups that share the states of a channel
 
 
 @functools.partial(jax.jit, static_argnames="softplus")
 def end_of_state(u, dt, A, B, dt_bias, marks, *, softplus):
-    """The state after each sequence from a start of zeros, and the sum of its steps.
+    """The state after each sequence if it starts from zero, and the sum of its steps.
 
-    Args: as of `forward.forward`.
+    Args: as for `forward.forward`.
 
     Returns:
         [b, G, E', N] and [b, G, E'], float32.
@@ -42,9 +43,9 @@ def end_of_state(u, dt, A, B, dt_bias, marks, *, softplus):
 
 @functools.partial(jax.jit, static_argnames="softplus")
 def end_of_gradient(dt, A, C, z, dt_bias, weights, marks, dy, *, softplus):
-    """The gradient of the state before each sequence, by its outputs alone, and the sum of its steps.
+    """The gradient of the state before each sequence through the sequence's outputs only, and the sum of its steps.
 
-    Args: as of `backward.backward`.
+    Args: as for `backward.backward`.
 
     Returns:
         [b, G, E', N] and [b, G, E'], float32.
@@ -59,7 +60,7 @@ def _summary(arrays, A, dt_bias, softplus, reverse):
     workers = lanes.warpgroups(WORKERS)
     stage, own = staged(arrays), states // workers
     chunk, steps = stage.chunk, -(-length // stage.chunk)
-    passes = THREADS * 4 // BLOCK  # tokens that the first warpgroup takes at once
+    passes = THREADS * 4 // BLOCK  # tokens that the first warpgroup processes at once
 
     def body(*refs):
         b, g, e = (lax.axis_index(name) for name in "bge")
@@ -114,7 +115,7 @@ def _summary(arrays, A, dt_bias, softplus, reverse):
                 return totals
 
             totals = lax.fori_loop(0, steps, start, lanes.zeros(4))
-            for index in range(max(0, steps - SLOTS), steps):  # no barrier is left with an arrival that none has seen
+            for index in range(max(0, steps - SLOTS), steps):  # every arrival must be waited for
                 plgpu.barrier_wait(done.at[index % SLOTS])
             store_vector(steps_g, ((b * passes + first_token) * groups + g) * padded + channel, totals)
 
@@ -180,11 +181,11 @@ def _summary(arrays, A, dt_bias, softplus, reverse):
 
 
 def staged(arrays) -> Stage:
-    """The inputs in the longest chunks that fit in shared memory."""
+    """The inputs in the longest chunks that fit into shared memory."""
     stages = [Stage(arrays, chunk, BLOCK, groups=1, slots=SLOTS) for chunk in CHUNKS]
     return next((stage for stage in stages if summary_bytes(stage) <= SHARED), stages[-1])
 
 
 def summary_bytes(stage) -> int:
-    """Shared memory of a block."""
+    """Bytes of shared memory per block."""
     return stage.bytes() + 2 * SLOTS * stage.chunk * BLOCK * 4

@@ -1,26 +1,27 @@
-"""Block sizes of the GPU kernels: for a shape, those whose measured speed promises the shortest time.
+"""Block sizes of the GPU kernels: for each shape, the sizes with the shortest time predicted from measured speeds.
 
-A block of channels goes through time token by token, so a kernel takes the tokens times the nanoseconds a token takes
-one block, for each wave of as many blocks as the GPU has multiprocessors. Where channels and sequences are few, time is
-short of blocks: then narrow blocks, or time in pieces that run at once, at the cost of a summary of each piece first.
+A block of channels goes through time token by token. So a kernel's time is the number of tokens, times the nanoseconds
+per token and block, times the number of waves. A wave has as many blocks as the GPU has multiprocessors. If channels
+and sequences are few, there are too few blocks to fill the GPU. Then the plan uses narrow blocks, or splits time into
+pieces that run in parallel. Pieces cost an additional summary pass over each piece.
 """
 
 from seqmodels.kernels.selective_scan.mosaic_gpu.tile import Tile
 
-# One H100, bfloat16, N = 16, 2026-11-22 (benchmarks/notes/selective_scan_gpu.md): nanoseconds a token and block.
-FORWARD = {128: 102, 64: 59, 32: 29.5, 16: 17.5}  # by channels of a block
-CHUNK = {128: 16, 64: 16, 32: 64, 16: 64}  # tokens of a step of these, at most
-BACKWARD = 285  # a block of 128 channels
-SUMMARY = {"forward": 104, "backward": 111}  # a block of 128 channels
-SHORTEST = 256  # tokens of a piece
-MOST = 32  # pieces, which fill the GPU well enough: their states are chained one by one, in code written out
+# One H100, bfloat16, N = 16, 2026-11-22 (benchmarks/notes/selective_scan_gpu.md): nanoseconds per token and block.
+FORWARD = {128: 102, 64: 59, 32: 29.5, 16: 17.5}  # by channels per block
+CHUNK = {128: 16, 64: 16, 32: 64, 16: 64}  # most tokens per step, by channels per block
+BACKWARD = 285  # for a block of 128 channels
+SUMMARY = {"forward": 104, "backward": 111}  # for a block of 128 channels
+SHORTEST = 256  # least tokens per piece
+MOST = 32  # most pieces; these fill the GPU well enough, and their states are chained one by one in unrolled code
 WIDEST = max(FORWARD)
 
 
 def plan_forward(batch, length, width, count, blocks=tuple(FORWARD)) -> tuple[int, int]:
-    """Channels of a block, one of `blocks`, and pieces of time.
+    """Channels per block, one of `blocks`, and number of pieces of time.
 
-    Args: as of the scan; width: a multiple of 128. count: multiprocessors.
+    Args: as for the scan; width: a multiple of 128. count: multiprocessors.
     """
     costs = {
         (block, pieces): cost(batch, length, width, count, block, FORWARD[block], pieces, SUMMARY["forward"])
@@ -31,7 +32,7 @@ def plan_forward(batch, length, width, count, blocks=tuple(FORWARD)) -> tuple[in
 
 
 def plan_backward(batch, length, width, states, count) -> int:
-    """Pieces of time; arguments as of `plan_forward`."""
+    """Number of pieces of time; arguments as for `plan_forward`."""
     block = Tile(states).channels
     costs = {
         pieces: cost(batch, length, width, count, block, BACKWARD, pieces, SUMMARY["backward"])
@@ -41,7 +42,7 @@ def plan_backward(batch, length, width, states, count) -> int:
 
 
 def pieces_of(length):
-    """1, 2, 4 and so on, while pieces are not too short or too many."""
+    """Possible numbers of pieces: 1, 2, 4 and so on, while pieces are not too short or too many."""
     pieces = [1]
     while pieces[-1] < MOST and length >= 2 * SHORTEST * pieces[-1]:
         pieces.append(2 * pieces[-1])
@@ -49,7 +50,7 @@ def pieces_of(length):
 
 
 def cost(batch, length, width, count, block, nanoseconds, pieces, summary) -> float:
-    """Nanoseconds of a kernel with blocks of `block` channels, and of the summaries if time is in pieces."""
+    """Nanoseconds of a kernel with blocks of `block` channels, plus the summaries if time is split into pieces."""
 
     def waves(channels):
         return -(-(batch * pieces * width) // (channels * count))

@@ -1,12 +1,12 @@
 """The selective scan as two Pallas TPU kernels, forward and backward.
 
-A kernel walks over the grid (sequence, chunk of time, block of channels), channels innermost. A state is held as
-[N, channels]: states in sublanes, channels in lanes. A token's step and input are rows, which a load repeats over the
-sublanes for nothing; its B and C are columns, which are repeated over the lanes once a chunk, for all blocks of
-channels. The sums over states, which lie across sublanes, are taken for 8 tokens at a time.
+The grid of a kernel is (sequence, chunk of time, block of channels), channels innermost. A state has the layout
+[N, channels]: states in sublanes, channels in lanes. A token's step and input are rows; a load broadcasts them over the
+sublanes at no cost. Its B and C are columns; they are broadcast over the lanes once per chunk, for all blocks of
+channels. Sums over states are sums across sublanes. They are computed for 8 tokens at a time.
 
 The forward kernel writes the states at the start of each chunk. The backward kernel goes through the chunks from the
-last to the first, computes the states of one again in VMEM, and follows the adjoint recurrence backwards. As channels
+last to the first. It recomputes the states of a chunk in VMEM, and runs the adjoint recurrence backwards. As channels
 are innermost, the gradients of B and C are summed over them in VMEM, in float32 and always in the same order.
 """
 
@@ -23,16 +23,16 @@ from seqmodels.kernels.segments import resets
 from seqmodels.kernels.selective_scan.mosaic_tpu import backward, forward
 from seqmodels.kernels.selective_scan.mosaic_tpu.tiles import LANES, LOG2_E, STRIDE, SUBLANES, TILE, parts_shape
 
-TOKENS = 128  # of a chunk, at most
-WIDTH, STATES = 512, 12288  # channels of a block, and numbers of their states (12 registers), at most
+TOKENS = 128  # most tokens per chunk
+WIDTH, STATES = 512, 12288  # most channels per block, and most numbers in their states (12 registers)
 VMEM_LIMIT = 48 * 2**20  # bytes; a core has 64 MiB in a v5p, 128 MiB in a v5e or v6e
 
 NO_STEP = -1e30  # step before softplus whose softplus is 0
-SLOWEST = -1e-30  # A that forgets nothing, but in a step of FORGET
+SLOWEST = -1e-30  # A that decays nothing, except in a step of FORGET
 
 
 def supports(*, platform, shape, dtype, **facts) -> str | None:
-    """Serves TPUs, as long as the states of all channels fit VMEM together."""
+    """Supports TPUs if the states of all channels fit into VMEM."""
     if platform != "tpu" and not tpu_interpreter():
         return f"it needs a TPU; the platform is {platform}"
     if dtype not in (jnp.float32, jnp.bfloat16, jnp.float16):
@@ -45,10 +45,10 @@ def supports(*, platform, shape, dtype, **facts) -> str | None:
 def selective_scan(
     u, dt, A, B, C, D, z, dt_bias, weights, initial_state, segment_ids, initial_segment, mask, dt_softplus
 ):
-    """As `kernels.selective_scan.selective_scan`, groups given, padding zeroed."""
+    """As `kernels.selective_scan.selective_scan`, with the group axis present and padding set to zero."""
     batch, length, groups, width = u.shape
     state, dtype = A.shape[-1], u.dtype
-    if dtype == jnp.float16:  # unknown to the compiler
+    if dtype == jnp.float16:  # the compiler does not support it
         u, dt, z, weights = (None if x is None else x.astype(jnp.float32) for x in (u, dt, z, weights))
     if not dt_softplus:
         dt = dt if dt_bias is None else dt + dt_bias.astype(jnp.float32)
@@ -62,7 +62,7 @@ def selective_scan(
     whole = dict(T=round_up(length, tokens), E=round_up(width, LANES), N=round_up(state, SUBLANES))
 
     def fill_up(x, axes, fill=0):
-        """Up to whole chunks, lanes and sublanes."""
+        """Pad to whole chunks, lanes and sublanes."""
         return pad(x, {i: whole[axis] for i, axis in enumerate(axes) if axis in whole}, fill)
 
     def groups_first(x):
@@ -98,7 +98,7 @@ def _scan(softplus, arrays, reset):
     """y [B, T, E] and the final state [B, G, N, E].
 
     Args:
-        softplus: whether dt is before bias and softplus.
+        softplus: whether bias and softplus are still to be applied to dt.
         arrays: u, dt [B, G, T, E], A [G, N, E], B, C [B, G, T, N], D [1, E], z [B, T, E] or None, bias [G, 1, E] or
             None, weights [B, G - 1, T, E] or None, state [B, G, N, E].
         reset: [B, T, 1] float32, 1 where the state is reset, or None.
@@ -121,8 +121,8 @@ def _scan_bwd(softplus, residuals, cotangents):
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
-# Axes of every array that goes in or out: B, G, T, E, N as everywhere; K chunks, L tokens of a chunk in whole lanes;
-# F and Z stand for E where only the first or the last chunk that is visited needs the array; other axes are whole.
+# Axes of every input and output. B, G, T, E, N are as elsewhere; K: chunks; L: tokens of a chunk, padded to full lanes.
+# F and Z replace E if only the first or the last visited chunk needs the array. Other axes are whole in each block.
 AXES = dict(
     u="BGTE",
     dt="BGTE",
@@ -145,7 +145,7 @@ BACKWARD_AXES = AXES | dict(A="BGNZ", B="BGTN", C="BGTN", D="B8Z", bias="BG8Z", 
 
 
 def _specs(arrays, axes, grid, tokens, width, reverse):
-    """The block of each array of a dict at one place of the grid (sequence, chunk, block of channels)."""
+    """The block of each array of a dict at each step of the grid (sequence, chunk, block of channels)."""
     _, chunks, blocks = grid
 
     def spec(name, shape):
@@ -162,19 +162,19 @@ def _specs(arrays, axes, grid, tokens, width, reverse):
 
 
 def chunk_tokens(length, groups, state):
-    """Tokens of a chunk: fewer where states are large; all chunks of one length."""
+    """Tokens per chunk: fewer if states are large. All chunks have the same length."""
     most = max(TILE, min(TOKENS, 8192 // (groups * round_up(state, SUBLANES)) // TILE * TILE))
     return round_up(-(-length // -(-length // most)), TILE)
 
 
 def block_width(channels, groups, state):
-    """Channels of a block: whole registers, and a divisor of all."""
+    """Channels per block: whole registers, and a divisor of the number of channels."""
     most = min(WIDTH, channels, STATES // (groups * round_up(state, SUBLANES)))
     return max(w for w in range(LANES, max(LANES, most) + 1, LANES) if channels % w == 0)
 
 
 def backward_vmem(length, groups, channels, state, itemsize):
-    """Bytes of VMEM of the backward kernel, which needs the more: its scratch, and two of each block."""
+    """Bytes of VMEM for the backward kernel, which needs more: its scratch, and two buffers per block."""
     channels, state = round_up(channels, LANES), round_up(state, SUBLANES)
     tokens, width = chunk_tokens(length, groups, state), block_width(channels, groups, state)
     carried = 2 * (state + SUBLANES) * channels
@@ -184,7 +184,7 @@ def backward_vmem(length, groups, channels, state, itemsize):
 
 
 def _run(name, kernel, arrays, outputs, output_axes, scratch, grid, tokens, width, reverse=False):
-    """Calls a kernel on dicts of arrays; outputs and scratch give shapes and dtypes."""
+    """Call a kernel on dicts of arrays. `outputs` and `scratch` give shapes and dtypes."""
     specs = functools.partial(_specs, grid=grid, tokens=tokens, width=width, reverse=reverse)
     call = pl.pallas_call(
         kernel,
@@ -199,19 +199,19 @@ def _run(name, kernel, arrays, outputs, output_axes, scratch, grid, tokens, widt
         ),
         interpret=tpu_interpreter(),
     )
-    # Pallas's own rule for vmap adds an axis to the grid, but not to dimension_semantics
+    # Pallas's own rule for vmap adds an axis to the grid but not to dimension_semantics
     return jax.custom_batching.sequential_vmap(call)(arrays)
 
 
 def _columns(x, tokens):
-    """[B, G, T, N] to columns by chunk [B, K, G, N, L], tokens filled up to whole lanes."""
+    """[B, G, T, N] to columns by chunk [B, K, G, N, L], with tokens padded to whole lanes."""
     batch, groups, length, state = x.shape
     x = x.reshape(batch, groups, length // tokens, tokens, state).transpose(0, 2, 1, 4, 3)
     return pad(x, {-1: round_up(tokens, LANES)})
 
 
 def _inputs(arrays, reset, tokens, **more):
-    """What both kernels read; decays are powers of 2."""
+    """Inputs of both kernels. Decays are computed as powers of 2."""
     A = arrays["A"]
     A = jnp.where(jnp.abs(A) < -SLOWEST, SLOWEST, A) if reset is not None else A
     columns = {name: _columns(arrays[name], tokens) for name in "BC"}
@@ -219,7 +219,7 @@ def _inputs(arrays, reset, tokens, **more):
 
 
 def _forward(softplus, arrays, reset, for_gradient):
-    """y and the last state, and for the gradient the states at chunk starts [B, K, G, N, E] and y before the gate."""
+    """y, the last state, and with `for_gradient` the states at the chunks' starts [B, K, G, N, E] and the ungated y."""
     batch, groups, length, channels = arrays["u"].shape
     state, dtype = arrays["A"].shape[1], arrays["u"].dtype
     tokens, width = chunk_tokens(length, groups, state), block_width(channels, groups, state)

@@ -1,4 +1,4 @@
-"""Body of the backward kernel: one chunk of time of one block of channels."""
+"""Body of the backward kernel: one chunk of time for one block of channels."""
 
 import jax
 import jax.numpy as jnp
@@ -74,7 +74,7 @@ def kernel(x, out, scratch, *, softplus):
                 scratch["dC"][g, start + t] += fold_lanes(states[g] * dreadout)
                 scratch["dB"][g, start + t] += fold_lanes(dstates[g] * row(scratch["write"].at[g], start + t))
                 put(fold_rows(dstates[g] * B), scratch["dwrite"].at[g], t)
-                dstates[g] *= jnp.exp2(step * x["A"][g])  # now of the state before the token
+                dstates[g] *= jnp.exp2(step * x["A"][g])  # now the gradient of the state before the token
                 dexponent = dstates[g] * old
                 put(fold_rows(dexponent * x["A"][g]), scratch["dstep"].at[g], t)
                 dA[g] += dexponent * step

@@ -1,4 +1,4 @@
-"""Body of the forward kernel: one chunk of time of one block of channels."""
+"""Body of the forward kernel: one chunk of time for one block of channels."""
 
 import jax
 import jax.numpy as jnp

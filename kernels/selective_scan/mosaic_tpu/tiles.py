@@ -1,4 +1,4 @@
-"""What both kernels do with a tile of tokens."""
+"""Operations on a tile of tokens that both kernels use."""
 
 import math
 
@@ -9,13 +9,13 @@ from jax.experimental.pallas import tpu as pltpu
 
 LANES, SUBLANES = 128, 8
 TILE = 16  # tokens that are loaded together: the rows of a bfloat16 tile
-STRIDE = SUBLANES + 1  # rows between parts of sums: if 8, all that a load takes would lie in one sublane
-FORGET = 1e33  # step after which nothing is left of a state
+STRIDE = SUBLANES + 1  # rows between parts of sums: with 8, all rows of a load would be in one sublane
+FORGET = 1e33  # step that decays a state to zero
 LOG2_E = math.log2(math.e)
 
 
 def spread(x, scratch):
-    """Repeats the columns of B and C [G, N, L] over the lanes, [G, T, N, LANES]; clears what sums their gradients."""
+    """Broadcast the columns of B and C [G, N, L] over the lanes, [G, T, N, LANES]; zero the sums of their gradients."""
     groups, tokens, state, _ = scratch["B"].shape
     lanes = x["B"].shape[-1]
     columns = [(g, name) for g in range(groups) for name in "BC"]
@@ -33,7 +33,7 @@ def spread(x, scratch):
 
 
 def steps(x, group, tile, softplus):
-    """Steps of a tile [TILE, E], and their derivative by what they were made from."""
+    """Steps of a tile [TILE, E], and their derivatives with respect to dt before bias and softplus."""
     raw = x["dt"][group, tile, :].astype(jnp.float32)
     if not softplus:
         return raw, jnp.ones_like(raw)
@@ -43,7 +43,7 @@ def steps(x, group, tile, softplus):
 
 
 def write_rows(x, scratch, tile, softplus):
-    """Keeps a tile's steps, and what they write into the state, as float32, of which single rows can be read."""
+    """Store a tile's steps, and the inputs that it writes into the state, as float32: rows can then be read singly."""
     for g in range(x["u"].shape[0]):
         step, slope = steps(x, g, tile, softplus)
         if "slope" in scratch:
@@ -56,7 +56,7 @@ def write_rows(x, scratch, tile, softplus):
 
 
 def store_rows(ref, tile, rows):
-    """Keeps a tile of rows [TILE, width], of which `row` reads one, in a reference [width / LANES, T, LANES]."""
+    """Store a tile of rows [TILE, width] in a reference [width / LANES, T, LANES], from which `row` reads one row."""
     for column in range(ref.shape[0]):
         ref[column, tile, :] = rows[:, column * LANES : (column + 1) * LANES]
 
@@ -67,7 +67,7 @@ def load_rows(ref, tile):
 
 
 def row(ref, token):
-    """One row, [1, width]. Loads of LANES repeat it over the sublanes; in a wider one that would take instructions."""
+    """One row, [1, width]. Loads of LANES broadcast it over the sublanes; for a wider load that takes instructions."""
     return jnp.concatenate([ref[column, pl.ds(token, 1), :] for column in range(ref.shape[0])], axis=1)
 
 
@@ -76,29 +76,29 @@ def sigmoid(x):
 
 
 def widen(x, width):
-    """[N, LANES] to [N, width] by repetition: the same registers, several times."""
+    """Repeat [N, LANES] to [N, width]: the same registers are used several times."""
     return jnp.concatenate([x] * (width // LANES), axis=1)
 
 
 def fold_lanes(x):
-    """[N, width] to [N, LANES], summed."""
+    """Sum [N, width] to [N, LANES]."""
     return sum(x[:, lane : lane + LANES] for lane in range(0, x.shape[1], LANES))
 
 
 def fold_rows(x):
-    """[rows, width] to [SUBLANES, width], summed."""
+    """Sum [rows, width] to [SUBLANES, width]."""
     return sum(x[row : row + SUBLANES] for row in range(0, x.shape[0], SUBLANES))
 
 
 def put(part, ref, token):
-    """Keeps a token's part of a sum over states, [SUBLANES, width], in a reference of shape `parts_shape(width)`."""
+    """Store a token's part of a sum over states, [SUBLANES, width], in a reference of shape `parts_shape(width)`."""
     for column in range(ref.shape[0]):
         lanes = slice(column * LANES, (column + 1) * LANES)
         ref[column, pl.ds(token * STRIDE, SUBLANES), :] = part[:, lanes]
 
 
 def take_sums(ref):
-    """[TILE, width]: of each token's part the sum over its rows. A load takes one row of 8 tokens."""
+    """[TILE, width]: the sum over the rows of each token's part. A load reads one row of 8 tokens."""
 
     def of_column(column, first):
         starts = range(first * STRIDE, first * STRIDE + SUBLANES)
@@ -110,5 +110,5 @@ def take_sums(ref):
 
 
 def parts_shape(width):
-    """What `put` fills and `take_sums` reads."""
+    """Shape of the reference that `put` writes and `take_sums` reads."""
     return (width // LANES, TILE * STRIDE, LANES)
