@@ -197,20 +197,21 @@ class Block:
 
 def bind(plan: Plan, refs: tuple) -> Block:
     """The references in the order of the kernel's arguments, outputs and scratch, by name."""
-    refs = list(refs)
+    left = list(refs)
 
     def take(given: bool = True) -> Any:
-        return refs.pop(0) if given else None
+        return left.pop(0) if given else None
 
     x, k, v, vectors, initial = take(plan.reads), take(), take(), take(), take()
     y, final, saved = take(plan.reads), take(), take(plan.save)
-    scratch = take(plan.reads), *refs
+    given: Any = (x, k, v, vectors, initial, y, final, saved, take(plan.reads), *left)
     b, s = lax.div(lax.axis_index("bs"), plan.stretches), lax.rem(lax.axis_index("bs"), plan.stretches)
     h, hk = lax.axis_index("h"), lax.div(lax.axis_index("h"), plan.heads_a_key)
     tile, tiles = lax.axis_index("tile"), plan.keys // plan.rows
     key = pl.ds(lax.rem(tile, tiles) * plan.rows, plan.rows)
     value = pl.ds(lax.div(tile, tiles) * SIDE, SIDE)
-    return Block(plan, x, k, v, vectors, initial, y, final, saved, *scratch, b, s, h, hk, key, value)
+    place: Any = (b, s, h, hk, key, value)
+    return Block(plan, *given, *place)
 
 
 def walk_chunks(block: Block) -> None:

@@ -88,11 +88,12 @@ def bind(plan: Plan, stage: Stage, outputs: Sequence[str], refs: Sequence[Any]) 
     b, g, e = (lax.axis_index(name) for name in "bge")
     count = len(stage.arrays)
     sources, refs = refs[:count], refs[count:]
-    inputs, refs = refs[:5], refs[5:]
-    outputs, refs = dict(zip(outputs, refs)), refs[len(outputs) :]
+    (A, D, bias, saved, dfinal), refs = refs[:5], refs[5:]
+    named, refs = dict(zip(outputs, refs)), refs[len(outputs) :]
     *buffers, dt_s, x_s, dy_s, sums, ready, done, free, spent = refs
     stage.bind(sources, buffers, b, e)
-    return Scan(plan, stage, b, g, e, *inputs, outputs, dt_s, x_s, dy_s, sums, ready, done, free, spent)
+    shared: Any = (dt_s, x_s, dy_s, sums, ready, done, free, spent)
+    return Scan(plan, stage, b, g, e, A, D, bias, saved, dfinal, named, *shared)
 
 
 def budget(registers: int) -> None:
@@ -163,7 +164,7 @@ def sum_channels(scan: Scan, item: Array, part: int) -> None:
         token = lax.div(vector, 2 * tile.shares)
         at = token * plan.row + (which * tile.shares + share) * plan.state_share
         at += lax.rem(thread, several) * STATES
-        total = None
+        total: Any = None
         for i in range(rows):  # each vector starts at another row, to avoid bank conflicts
             row = ((vector + i) & (rows - 1)) * (several * STATES)
             values = load_vector(scan.sums.at[scan.buffer_of(item, part)], at + row, STATES, at=plan.by_states)
@@ -234,7 +235,7 @@ class Channels:
         in_part = self.first_token + number * plan.tile.tokens(PART)
         token, own = plan.tokens(part)[0] + in_part, scan.sums.at[scan.buffer_of(item, part)]
         g_B, q_A = self.over_shares(own, in_part, G_B), self.over_shares(own, in_part, Q_A)
-        y = self.over_shares(own, in_part, READOUT) if plan.readout else None
+        y: Any = self.over_shares(own, in_part, READOUT) if plan.readout else None
         step, dy = (load_vector(x.at[place], token * plan.block + self.offset, COLUMN) for x in (scan.dt_s, scan.dy_s))
         names = [name for name in ("u", "dt", "dy", "z") if name in stage]
         inputs = {name: stage.load_vector(name, slot, token, self.offset, COLUMN) for name in names}
@@ -259,7 +260,7 @@ class Channels:
         """Store dweights, and the group's part of dz."""
         scan, plan = self.scan, self.plan
         z, dy = inputs.get("z"), inputs["dy"]
-        gate = None if z is None else tuple(lanes.sigmoid(z) for z in z)
+        gate: Any = None if z is None else tuple(lanes.sigmoid(z) for z in z)
         if "dweights" in scan.outputs:
             dw = dy if z is None else tuple(d * z * k for d, z, k in zip(dy, z, gate))
             at = (time * (plan.groups - 1) + jnp.maximum(scan.g - 1, 0)) * plan.padded + self.channel

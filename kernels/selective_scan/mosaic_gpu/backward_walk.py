@@ -93,7 +93,8 @@ class Walker:
     def walk_chunk(self, item: Array, h: Sequence[Lanes], dstate: Sequence[Lanes], dA: Sequence[Lanes]) -> tuple:
         """Go forwards from the chunk's first part to its last but one, then back from its last part to its first."""
         scan, parts = self.scan, self.plan.parts
-        starts, known = [h], []
+        starts: list = [h]
+        known: list = []
         for part in reversed(parts[1:]):
             decays, kept = self.forwards(item, starts[-1], self.plan.tokens(part))
             starts.append(kept[-1])
@@ -103,7 +104,11 @@ class Walker:
             tokens = self.plan.tokens(part)
             decays, kept = self.forwards(item, starts.pop(), tokens, known.pop())
             number, buffer = item * len(parts) + part, scan.buffer_of(item, part)
-            pl.when(number >= BUFFERS)(lambda buffer=buffer: plgpu.barrier_wait(scan.free.at[buffer]))
+
+            def wait(buffer: Array = buffer) -> None:
+                plgpu.barrier_wait(scan.free.at[buffer])
+
+            pl.when(number >= BUFFERS)(wait)
             dstate, dA = self.backwards(item, tokens, decays, kept, scan.sums.at[buffer], dstate, dA)
             plgpu.barrier_arrive(scan.done.at[buffer])
         return tuple(tuple(row) for row in dstate), tuple(tuple(row) for row in dA)
@@ -121,7 +126,7 @@ class Walker:
                 [[decay(dt[c], a, reset) for a in self.A[c]] for c in channels]
                 for (dt, _, _), reset in zip(loaded, resets)
             ]
-        kept = [h]
+        kept: list = [h]
         for left, (_, x, B) in zip(decays, loaded):
             kept.append([[a * s + x[c] * b for a, s, b in zip(left[c], kept[-1][c], B)] for c in channels])
         return decays, kept
@@ -161,7 +166,9 @@ class Walker:
             dstate, dA: running gradients, changed in place.
         """
         dt, x, dy, B, C = operands
-        dB, dC, g_B, q_A, y = [None] * STATES, [None] * STATES, [], [], []
+        dB: list[Any] = [None] * STATES
+        dC: list[Any] = [None] * STATES
+        g_B, q_A, y = [], [], []
         for c in range(CHANNELS):
             grad = [d + dy[c] * k for d, k in zip(dstate[c], C)]
             dstate[c] = [g * a for g, a in zip(grad, left[c])]

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jax import Array, lax
@@ -65,7 +65,7 @@ class Scan:
         workers = self.plan.workers
         if not gpu_interpreter() and workers in registers:
             most = 65536 // (THREADS * (2 + workers)) // 8 * 8  # per thread at the start
-            action = "increase" if registers[workers] > most else "decrease"
+            action: Literal["increase", "decrease"] = "increase" if registers[workers] > most else "decrease"
             plgpu.set_max_registers(registers[workers], action=action)
 
 
@@ -74,15 +74,17 @@ def bind(plan: Plan, stage: Stage, refs: Sequence[Any]) -> Scan:
     b, e = lax.axis_index("b"), lax.axis_index("e")
     count, outputs = len(stage.arrays), 6 + bool(plan.save)
     sources, refs = refs[:count], refs[count:]
-    (A, D, bias, initial, y, final, *saved), refs = refs[:outputs], refs[outputs:]
+    (A, D, bias, initial, y, final, *states), refs = refs[:outputs], refs[outputs:]
     *buffers, dt_s, x_s, y_s, ready, done = refs
     stage.bind(sources, buffers, b, e)
     column = lax.rem(thread_index(), plan.columns)
     first_token = lax.div(thread_index(), plan.columns) * TOKENS
     offset, tokens = column * plan.wide, [first_token + i for i in range(TOKENS)]
-    saved = saved[0] if saved else None
-    shared = (dt_s, x_s, y_s, ready, done)
-    return Scan(plan, stage, b, e, A, D, bias, initial, y, final, saved, *shared, column, first_token, offset, tokens)
+    saved = states[0] if states else None
+    outside: Any = (A, D, bias, initial, y, final, saved)
+    shared: Any = (dt_s, x_s, y_s, ready, done)
+    threads: Any = (column, first_token, offset, tokens)
+    return Scan(plan, stage, b, e, *outside, *shared, *threads)
 
 
 def prepare_steps(scan: Scan) -> None:
@@ -147,6 +149,7 @@ class Recurrence:
         self.position, self.share = lax.rem(thread_index(), plan.block), lax.div(thread_index(), plan.block)
         first_of_column = scan.e * plan.block + lax.rem(self.position, plan.columns) * plan.wide
         self.channel = first_of_column + lax.div(self.position, plan.columns)
+        self.first_group: Array | int
         if plan.groups == 1:
             self.first_group, self.share = 0, self.share + worker * (plan.shares // plan.workers)
         else:
@@ -154,7 +157,7 @@ class Recurrence:
         self.first = self.share * plan.own
         self.A = [self.load_states(scan.A, self.first_group + g) for g in range(plan.of_worker)]
 
-    def load_states(self, ref: Any, number: Array) -> Lanes:
+    def load_states(self, ref: Any, number: Array | int) -> Lanes:
         """The thread's states of its channel in matrix `number` of [..., E', N]."""
         start = (number * self.plan.padded + self.channel) * self.plan.states + self.first
         vectors = range(0, self.plan.own, self.plan.vector)
@@ -184,7 +187,7 @@ class Recurrence:
         plgpu.barrier_wait(self.scan.ready.at[slot])
         self.scan.stage.wait(lax.rem(index, self.plan.slots))
 
-    def load_operands(self, coming: list, rest: list, index: Array, start: Array, k: int) -> None:
+    def load_operands(self, coming: list, rest: list, index: Array, start: Array | int, k: int) -> None:
         """Append the operands of token start + k to `coming`: for each group dt, dt u and pairs (B, C); and the reset.
 
         rest: dt and dt u of the following tokens, since these are loaded for 4 tokens at a time.
@@ -205,18 +208,20 @@ class Recurrence:
         reset = scan.stage.reset(slot, start + k) if "marks" in scan.stage else None
         coming.append((rest.pop(0), pairs, reset))
 
-    def load_pairs(self, slot: Array, start: Array, k: int, g: int) -> list[tuple[Array, Array]]:
+    def load_pairs(self, slot: Array, start: Array | int, k: int, g: int) -> list[tuple[Array, Array]]:
         """(B, C) of each of the thread's states at token start + k."""
         plan = self.plan
         at, step = (self.first_group * plan.states + self.first) * 2, min(2 * plan.own, 4)
         offsets = range(0, 2 * plan.own, step)
-        flat = (self.scan.stage.load_vector("BC", slot, start, at + n, step, g, k) for n in offsets)
-        flat = sum(flat, start=())
+        quads = (self.scan.stage.load_vector("BC", slot, start, at + n, step, g, k) for n in offsets)
+        flat: Lanes = sum(quads, start=())
         return list(zip(flat[::2], flat[1::2]))
 
     def first_operands(self, index: Array) -> tuple[list, list, list]:
         """Operands and decays of a chunk's first tokens."""
-        coming, near, rest = [], [], []
+        coming: list = []
+        near: list = []
+        rest: list = []
         self.wait(index)
         for k in range(self.plan.ahead):
             self.load_operands(coming, rest, index, 0, k)
@@ -307,7 +312,7 @@ def load_tokens(scan: Scan, name: str, slot: Array, group: int = 0) -> list[Lane
 def load_readouts(scan: Scan, slot: Array) -> list[Lanes]:
     """Weighted sum of s C over the groups: 4 tokens of each of the thread's channels."""
     plan = scan.plan
-    total = [None] * plan.wide
+    total: list[Any] = [None] * plan.wide
     for g in range(plan.groups):
         weights = load_tokens(scan, "weights", slot, g - 1) if g > 0 and "weights" in scan.stage else None
         for c in range(plan.wide):
@@ -327,7 +332,7 @@ def advance(h: Sequence[Lanes], factors: list[tuple]) -> tuple[tuple[Lanes, ...]
 
 def dot(a: Sequence[Array], b: Sequence[Array]) -> Array:
     """sum_n a_n b_n in four independent chains, because each addition waits for the previous one in its chain."""
-    chains = [None] * 4
+    chains: list[Any] = [None] * 4
     for n, (x, y) in enumerate(zip(a, b)):
         chains[n % 4] = x * y if chains[n % 4] is None else chains[n % 4] + x * y
     first, *rest = (chain for chain in chains if chain is not None)

@@ -76,7 +76,7 @@ class Tile:
         columns, thread = self.channels // COLUMN, thread_index()
         return lax.rem(thread, columns) * COLUMN, lax.rem(lax.div(thread, columns), chunk)
 
-    def saved(self, channel: Array, group: Array, groups: int) -> Array:
+    def saved(self, channel: Array, group: Array | int, groups: int) -> Array:
         """Offset of a channel's states among the states of [E', G] that were saved at one token: [128] int32.
 
         The order is that of the threads that read them: [blocks, groups, 2 (channel), shares, rows, 4 (state)]. The
