@@ -170,7 +170,7 @@ def _reduce_states(x):
 
 
 def _add_states(x):
-    """As `_reduce_states`, term by term: in the CPU's loop over tokens a reduction is a call of its own, 4 times slower."""
+    """As `_reduce_states`, term by term: on the CPU a reduction is a separate call for each token, 4 times slower."""
     return sum(x[..., n, :] for n in range(x.shape[-2]))
 
 
