@@ -27,7 +27,7 @@ def supports(batch: int, length: int, channels: int, documents: bool) -> str | N
     return None
 
 
-@functools.partial(jax.jit, static_argnames="activation")  # traced once a shape, not once a layer
+@functools.partial(jax.jit, static_argnames="activation")  # traced once per shape, not per layer
 def few(
     x: jax.Array, weight: jax.Array, bias: jax.Array | None, state: jax.Array, *, activation: str | None
 ) -> tuple[jax.Array, jax.Array]:

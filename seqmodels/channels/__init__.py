@@ -1,1 +1,1 @@
-"""Branches that mix channels: what stands behind a mixer in a block."""
+"""Branches that mix channels. In a block they follow a mixer."""

@@ -1,4 +1,4 @@
-"""Channel mixers of two or three matrices: SwiGLU and its kin (Shazeer 2020, arXiv 2002.05202, eq. 5 and 6)."""
+"""Channel mixers of two or three matrices: SwiGLU and its variants (Shazeer 2020, arXiv 2002.05202, eq. 5 and 6)."""
 
 from collections.abc import Callable
 
@@ -16,7 +16,7 @@ ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate
 
 
 def affine(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
-    """x weight + bias, or without it."""
+    """x weight + bias, or x weight if `bias` is None."""
     y = x @ weight
     return y if bias is None else y + bias
 
@@ -28,16 +28,16 @@ def gated_mlp(
     down: Weights,
     activation: Callable[[jax.Array], jax.Array] = jax.nn.silu,
 ) -> jax.Array:
-    """(activation(x gate) * (x up)) down, with x [..., D]. Each weight comes with a bias, or None.
+    """(activation(x gate) * (x up)) down, with x [..., D]. Each weight is a pair of a matrix and its bias or None.
 
-    gate and up are [D, F], up None: without that factor; down is [F, D].
+    gate and up are [D, F], down is [F, D]. If up is None, the factor (x up) is left out.
     """
     hidden = activation(affine(x, *gate))
     return affine(hidden if up is None else hidden * affine(x, *up), *down)
 
 
 class Mlp(Branch):
-    """SwiGLU and its kin. Its options are declared in seqmodels/fields/mlp.py."""
+    """SwiGLU and its variants. The options are declared in seqmodels/fields/mlp.py."""
 
     hidden: int = MLP["hidden"]
     activation: str = MLP["activation"]

@@ -13,7 +13,7 @@ PLAIN, DENSE = "plain", "dense"
 
 
 def kind(config: Any) -> str:
-    """Name of the connection that a model has: that of the module's place in the tree of parameters, too."""
+    """Name of the model's connection. The module has the same name in the tree of parameters."""
     return PLAIN if config.dense.variant == "none" else DENSE
 
 
@@ -22,7 +22,7 @@ def connection_of(config: Any, branches: list[Branch], sources: int, **parent: A
 
     Args:
         config: config.model.
-        branches: those of the block, in order. DenseSSM links the first that has a stream.
+        branches: the block's branches, in order. DenseSSM links the first that has a stream.
         sources: how many streams below it reads.
     """
     if kind(config) == PLAIN:

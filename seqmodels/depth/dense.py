@@ -16,14 +16,14 @@ from seqmodels.sequence import Sequence
 
 
 class Dense(Connection):
-    """The carry is the streams of the last `options.depth` blocks that have one, the nearest first.
+    """The carry holds the streams of the last `options.depth` blocks that have one, the nearest first.
 
     Attributes:
         options: config.model.dense.
         width: D.
-        sources: how many of the streams below this block reads.
-        link: "vector" or "matrix", of the block's branch; "" where it has no stream.
-        sizes: fields of VectorFusion or MatrixFusion that say how large the branch's state is.
+        sources: how many of the streams below it this block reads.
+        link: kind of the block's branch, "vector" or "matrix"; "" if it has no stream.
+        sizes: fields of VectorFusion or MatrixFusion that give the size of the branch's state.
     """
 
     options: Any
@@ -36,7 +36,7 @@ class Dense(Connection):
 
     @property
     def fuses(self) -> bool:
-        """Whether there is something to fuse; OUTPUT hands up what the branch read, also at the bottom."""
+        """Whether there is something to fuse. OUTPUT passes up the branch's readout, also from the bottom layer."""
         return bool(self.link) and (self.sources > 0 or self.options.variant == "output")
 
     @nn.nowrap
@@ -54,7 +54,7 @@ class Dense(Connection):
     def run(
         self, branch: Branch, x: jax.Array, seq: Sequence, state: State, carry: Carry, own: State
     ) -> tuple[jax.Array, State, Carry, State]:
-        """A branch that writes a stream, fused with the streams below; other branches as they are."""
+        """Run a branch. If it writes a stream, fuse it with the streams below."""
         if not isinstance(branch, Linked):
             return super().run(branch, x, seq, state, carry, own)
         stream, readout = branch.stream_and_readout(x, seq, state)
@@ -74,5 +74,5 @@ class Dense(Connection):
 
     @nn.nowrap
     def flops(self) -> float:
-        """Operations a token of the forward pass in the states of the layers below."""
+        """Operations per token of the forward pass in the states of the layers below."""
         return self.fusion_module(parent=None).flops() if self.fuses else 0.0

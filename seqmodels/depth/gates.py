@@ -1,4 +1,4 @@
-"""The gates of DenseSSM, and what else its links learn: made of a layer's input, for each channel and each state."""
+"""Parameters of DenseSSM's links: gates for each channel and state, computed from a layer's input, and others."""
 
 from collections.abc import Callable
 from typing import Any
@@ -25,7 +25,7 @@ def gated(gate: jax.Array | None, values: list[jax.Array]) -> jax.Array:
 
 
 def eye(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:
-    """The identity, as an initialiser."""
+    """An initialiser that returns the identity matrix."""
     return jnp.eye(shape[0], dtype=dtype)
 
 
@@ -34,8 +34,8 @@ class Gates(nn.Module):
 
     Attributes:
         options: config.model.dense.
-        width, inner, state: D, E, N. For a matrix state E is the channels of all values, N those of all keys.
-        sources: m, layers below that are read.
+        width, inner, state: D, E, N. For a matrix state E counts the channels of all values, N those of all keys.
+        sources: m, the number of layers below that are read.
     """
 
     options: Any
@@ -54,7 +54,7 @@ class Gates(nn.Module):
         if has_state_gate:
             bottleneck = options.bottleneck_state or options.bottleneck
             self.state_gate = self._gate("gate_state", self.state, "state", bottleneck)
-        elif both:  # 1 + x W: the channel gate, a factor beside it, must not be starved
+        elif both:  # 1 + x W: a gate that starts at zero would make the channel gate's gradient zero
             shape, axes = (self.width, self.count, self.state), ("embed", None, "state")
             self.state_gain = self._matrix("gain_state", shape, axes, normal(0.0))
         if options.projection == "linear":
@@ -70,14 +70,14 @@ class Gates(nn.Module):
 
     @nn.nowrap
     def _gate(self, name: str, size: int, axis: str, bottleneck: int) -> tuple[jax.Array, jax.Array]:
-        """W1 [D, r] and W2 [r, S, size]; W2 starts at zero, so the gate does (sigmoid: at a half)."""
+        """W1 [D, r] and W2 [r, S, size]. W2 starts at zero, so the gate starts at zero (with sigmoid at a half)."""
         hidden, std = max(1, self.width // bottleneck), self.options.gate_std
         inward = self._matrix(f"{name}_in", (self.width, hidden), ("embed", "rank"), normal(std or self.width**-0.5))
         shape, axes = (hidden, self.count, size), ("rank", None, axis)
         return inward, self._matrix(f"{name}_out", shape, axes, normal(std))
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
-        """g_E [B, T, S, E] and g_N [B, T, S, N], of the layer's normalised input x [B, T, D]; None stands for ones."""
+        """g_E [B, T, S, E] and g_N [B, T, S, N] from the layer's normalised input x [B, T, D]. None stands for ones."""
         x, options = x.astype(self.dtype), self.options
 
         def mlp(weights: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -1,15 +1,15 @@
-"""DenseSSM for mixers with a matrix state (RetNet, Mamba-2), as seqmodels/depth/vector.py has it for Mamba.
+"""DenseSSM for mixers with a matrix state (RetNet, Mamba-2). seqmodels/depth/vector.py is the same for Mamba.
 
 Layer l writes keys k and values v into S_t = a_t S_{t-1} + k_t v_t^T and reads y = q S. "past" are the m layers below:
 
-    read    y^l = q^l S^l + g_V sum_past (g_K q^l) S^i: the lower states, read by this layer's query
-    input   k' = norm(k + g_K sum_past k^i), v' = norm(v + g_V sum_past v^i): what is written is mixed (DenseRetNet)
-    output  y^l = q^l S^l + g_V sum_past q^i S^i: a control, the lower layers' own readouts
-    rank    S_t = a S_{t-1} + k v^T + sum_past (g_K k^i) (g_V v^i)^T: kept with this layer's decay
+    read    y^l = q^l S^l + g_V sum_past (g_K q^l) S^i: this layer's query also reads the lower states
+    input   k' = norm(k + g_K sum_past k^i), v' = norm(v + g_V sum_past v^i): this layer writes a mixture (DenseRetNet)
+    output  y^l = q^l S^l + g_V sum_past q^i S^i: a control, adds the lower layers' own readouts
+    rank    S_t = a S_{t-1} + k v^T + sum_past (g_K k^i) (g_V v^i)^T: lower writes, with this layer's decay
 
-g_K and g_V depend on the token and have a number for each channel of all heads' keys and values. READ and RANK are one
-linear attention, with the heads of all layers side by side. "input" with both gates and norms is what the authors'
-DenseRetNet does.
+g_K and g_V depend on the token. They have one number for each channel of the keys and values of all heads. READ and
+RANK run as one linear attention over the heads of all layers. "input" with both gates and norms is the DenseRetNet of
+the authors' code.
 """
 
 import math
@@ -32,7 +32,7 @@ def flat(x: jax.Array) -> jax.Array:
 
 
 class MatrixFusion(nn.Module):
-    """Fuses a layer with the streams of the layers below it. No "carry", no projection P.
+    """Fuses a layer with the streams of the layers below it. There is no "carry" and no projection P.
 
     Attributes:
         options: config.model.dense.
@@ -56,12 +56,12 @@ class MatrixFusion(nn.Module):
 
     @nn.nowrap
     def init_state(self, batch: int) -> None:
-        """No variant keeps more than the layer's own state."""
+        """None: no variant has a state besides the layer's own."""
         return None
 
     @nn.nowrap
     def flops(self) -> float:
-        """Operations a token of the forward pass in the lower states: READ computes them again, RANK writes to them."""
+        """Operations per token of the forward pass in the lower states: READ recomputes them, RANK writes to them."""
         each = {"read": state_flops(self.shape, decays=True), "rank": 2 * math.prod(self.shape)}
         return self.sources * each.get(self.options.variant, 0)
 
@@ -74,7 +74,11 @@ class MatrixFusion(nn.Module):
         seq: Sequence,
         carried: None = None,
     ) -> tuple[jax.Array, jax.Array, None, Stream]:
-        """As VectorFusion: y as the mixer's `project` takes it, the layer's own new state, None, the layer's stream."""
+        """As VectorFusion.
+
+        Returns:
+            y as the mixer's `project` takes it, the layer's own new state, None, and the layer's stream.
+        """
         if seq.mask is not None:
             x = jnp.where(seq.mask[..., None], x, 0)
         values, keys = self.gates(x) if sources else (None, None)
@@ -85,7 +89,7 @@ class MatrixFusion(nn.Module):
         return read_states(streams, queries, seq, self.implementation.get("linear_attention"))
 
     def _add(self, y, lower: list[jax.Array], gate):
-        """y + g_V sum lower, each [B, T, H, V], normed first where the config says so."""
+        """y + g_V sum lower, each [B, T, H, V]. The lower ones are normed first if the config says so."""
         lower = [flat(v) for v in lower]
         lower = [self.gates.norm_channel(v) for v in lower] if self.options.norm else lower
         return y + gated(gate, lower).reshape(y.shape).astype(y.dtype)
@@ -113,7 +117,7 @@ class MatrixFusion(nn.Module):
     def _output(self, own, q, sources, seq, values, keys):
         y, state = self._states([own], [q], seq)
         y = y[:, :, 0]
-        fused = self._add(y, [s.y for s in sources], values) if sources else y  # the bottom only hands its readout up
+        fused = self._add(y, [s.y for s in sources], values) if sources else y  # the bottom only passes its readout up
         return fused, state[:, 0], own.replace(y=y)
 
     def _rank(self, own, q, sources, seq, values, keys):
@@ -133,4 +137,4 @@ class MatrixFusion(nn.Module):
             for i, s in enumerate(sources)
         ]
         y, state = self._states([own, *writes], [q] * (1 + len(sources)), seq)
-        return jnp.sum(y, axis=2), jnp.sum(state, axis=1), own  # one state, which is the sum: the recurrence is linear
+        return jnp.sum(y, axis=2), jnp.sum(state, axis=1), own  # linear: the states add up

@@ -1,18 +1,18 @@
 """DenseSSM: layers that use the hidden states of the layers below (He et al. 2024, arXiv 2403.00818), for Mamba.
 
-seqmodels/depth/matrix.py has the same for mixers whose state is a matrix.
+seqmodels/depth/matrix.py is the same for mixers whose state is a matrix.
 
-Let s^l be layer l's own state, and "past" the m layers below that have a state. The published text and figures leave
-open where the lower states enter, and no code of DenseMamba was published; so each reading has a name:
+Let s^l be layer l's own state, and "past" the m layers below that have a state. The published text and figures do not
+say where the lower states enter, and no code of DenseMamba was published. So each interpretation has a name:
 
-    read    y^l = s^l C^l + sum_past g_E (s^i P^T (g_N C^l)): the lower states, read by this layer's query
-    input   u' = u + g_E sum_past u^i, B' = B + g_N sum_past P B^i: what is written is mixed, as in DenseRetNet
-    output  y^l = s^l C^l + g_E sum_past s^i C^i: a control, the lower layers' own readouts
-    rank    s_t = a s_{t-1} + (dt u) B + sum_past (g_E dt^i u^i) (g_N P B^i): kept with this layer's decay
-    carry   h_t = a h_{t-1} + (dt u) B + sum_past g_E g_N P s^i, y = h C: the lower states are added, and carried on
+    read    y^l = s^l C^l + sum_past g_E (s^i P^T (g_N C^l)): this layer's query also reads the lower states
+    input   u' = u + g_E sum_past u^i, B' = B + g_N sum_past P B^i: this layer writes a mixture, as in DenseRetNet
+    output  y^l = s^l C^l + g_E sum_past s^i C^i: a control, adds the lower layers' own readouts
+    rank    s_t = a s_{t-1} + (dt u) B + sum_past (g_E dt^i u^i) (g_N P B^i): lower writes, with this layer's decay
+    carry   h_t = a h_{t-1} + (dt u) B + sum_past g_E g_N P s^i, y = h C: adds the lower states at every token
 
-g_E [E] and g_N [N] depend on the token. READ runs as one grouped selective scan, which computes the lower states again
-(those beyond the third in a scan each).
+g_E [E] and g_N [N] depend on the token. READ runs as one grouped selective scan, which recomputes the lower states. A
+grouped scan holds three lower states; each further one has a scan of its own.
 """
 
 from collections.abc import Mapping
@@ -29,10 +29,10 @@ from seqmodels.mixers.mamba import SCAN_FLOPS, Readout, Stream, skip_and_gate, s
 from seqmodels.parallel import selective_scan
 from seqmodels.sequence import Sequence
 
-GROUPS = 4  # states of one grouped scan: the GPU kernels hold no more in registers
+GROUPS = 4  # most states of one grouped scan: the GPU kernels cannot hold more in registers
 
-# Operations of one token and element of state for each lower state: READ scans it again and reads it; CARRY scans it,
-# gates it twice and adds it; RANK writes it, as a product and a sum. INPUT and OUTPUT mix tokens, not states.
+# Operations per token and state element for each lower state. READ scans the state again and reads it; CARRY scans it,
+# gates it twice and adds it; RANK writes it, by a product and a sum. INPUT and OUTPUT do not touch the lower states.
 FLOPS = {"read": SCAN_FLOPS, "carry": 4 + 2 + 1, "rank": 2, "input": 0, "output": 0}
 
 
@@ -49,8 +49,9 @@ class VectorFusion(nn.Module):
 
     Attributes:
         options: config.model.dense.
-        width, inner, state: D, E, N. sources: how many layers below are read, m or fewer near the bottom; OUTPUT also
-            has none, to hand its readout up.
+        width, inner, state: D, E, N.
+        sources: how many layers below are read: m, or fewer near the bottom. It may be 0 with OUTPUT, where the layer
+            only passes its readout up.
     """
 
     options: Any
@@ -68,12 +69,12 @@ class VectorFusion(nn.Module):
 
     @nn.nowrap
     def flops(self) -> float:
-        """Operations a token of the forward pass in the lower states."""
+        """Operations per token of the forward pass in the lower states."""
         return self.sources * FLOPS[self.options.variant] * self.inner * self.state
 
     @nn.nowrap
     def init_state(self, batch: int) -> jax.Array | None:
-        """CARRY's extra state [B, E, N] float32, what the layers below have added to this layer's; else None."""
+        """CARRY's extra state [B, E, N] float32: the part of the state that the layers below added. Else None."""
         if self.options.variant != "carry":
             return None
         return jnp.zeros((batch, self.inner, self.state), jnp.float32)
@@ -90,13 +91,13 @@ class VectorFusion(nn.Module):
         """The layer's scan, fused.
 
         Args:
-            x: [B, T, D] normalised input of the layer, of which the gates are made.
-            own, readout: what the layer itself writes and reads.
+            x: [B, T, D] normalised input of the layer, from which the gates are computed.
+            own, readout: the layer's own stream and readout.
             sources: streams of the layers below, the nearest first.
             carried: CARRY's extra state.
 
         Returns:
-            y [B, T, E] with skip and gate, the layer's own (unfused) new state, the new `carried`, the layer's stream.
+            y [B, T, E] with skip and gate; the layer's own (unfused) new state; the new `carried`; the layer's stream.
         """
         if seq.mask is not None:
             x = jnp.where(seq.mask[..., None], x, 0)
@@ -147,7 +148,7 @@ class VectorFusion(nn.Module):
     def _output(self, own, readout, sources, seq, channel, state, P, carried):
         y, new = self._plain(own, readout.C, seq)
         lower = [self.gates.norm_channel(s.y) if self.options.norm else s.y for s in sources]
-        fused = y + gated(channel, lower) if lower else y  # the bottom layer only hands its readout up
+        fused = y + gated(channel, lower) if lower else y  # the bottom layer only passes its readout up
         return skip_and_gate(fused, own.u, readout), new, None, own.replace(y=y)
 
     def _rank(self, own, readout, sources, seq, channel, state, P, carried):

@@ -1,4 +1,4 @@
-"""What a model predicts from its hidden states, and the loss it is trained by, by name (`config.model.head`).
+"""Heads by name (`config.model.head`): what a model predicts from its hidden states, and its training loss.
 
 A new head is one file, a subclass of `Head`, one line here, and its name in seqmodels/fields/model.py.
 """

@@ -44,5 +44,5 @@ class Classify(Pooled):
 
     @staticmethod
     def figures(sums: ClassifySums) -> dict[str, jax.Array]:
-        """loss: nats a row. accuracy: share of the rows whose likeliest class is the label."""
+        """loss: nats per row. accuracy: share of the rows whose likeliest class is the label."""
         return {"loss": sums.nats / sums.count, "accuracy": sums.right / sums.count}

@@ -14,7 +14,7 @@ from seqmodels.layers.parameter import normal, parameter, zeros
 
 @struct.dataclass
 class ForecastSums:
-    """Sums over predicted values that are there. Scalars, float32."""
+    """Sums over the predicted values that count. Scalars, float32."""
 
     squared: jax.Array  # sum of squared errors
     absolute: jax.Array  # sum of absolute errors
@@ -32,13 +32,13 @@ def future(
         segment_ids: [B, T] int32; a value of another segment does not count. None: each row is one.
 
     Returns:
-        targets [B, T, horizon, C], 0 where they do not count, and counts [B, T, horizon] bool: both the position and
-        the predicted one are in the row, real, and of one segment.
+        targets [B, T, horizon, C], 0 where they do not count; and counts [B, T, horizon] bool, True if the position and
+        the predicted position are both in the row, real, and in the same segment.
     """
     length = values.shape[1]
     values = jnp.where(mask[..., None], values, 0)
 
-    def later(x, steps):  # position t holds what was at t + steps, and zeros at the end
+    def later(x, steps):  # position t gets the value at t + steps; zeros at the end
         return jnp.pad(x[:, steps:], ((0, 0), (0, min(steps, length))) + ((0, 0),) * (x.ndim - 2))
 
     steps = range(1, horizon + 1)

@@ -12,11 +12,11 @@ Batch = dict[str, jax.Array]
 
 
 class Sums(Protocol):
-    """Sums over what counts, so that those of micro-batches add up exactly. Scalars, float32, without gradient."""
+    """Sums over the items that count, so that micro-batches add up exactly. Scalars, float32, without gradient."""
 
     @property
     def count(self) -> jax.Array:
-        """How much counts."""
+        """Number of items that count."""
         ...
 
 
@@ -25,15 +25,15 @@ class Head(nn.Module):
 
     Attributes:
         width: D, of the hidden states.
-        size: of the prediction: the padded vocabulary, classes, targets, channels.
-        dtype: of the matrix product.
+        size: size of the prediction: of the padded vocabulary, or number of classes, targets or channels.
+        dtype: dtype of the matrix product.
 
     Class attributes:
-        at_root: whether its parameters lie at the root of the tree, and not under the head's name.
-        method: method of the model that gives what the loss reads.
-        target: array of a batch that it is trained on; its ids or its last axis say the size.
+        at_root: whether its parameters are at the root of the tree, not under the head's name.
+        method: method of the model that computes the outputs for the loss.
+        target: array of a batch that it is trained on. The size follows from its ids or its last axis.
         needs: other arrays that a batch must have, besides those of the input.
-        causal: whether no hidden state may know of later positions.
+        causal: whether hidden states must not depend on later positions.
     """
 
     width: int
@@ -47,7 +47,7 @@ class Head(nn.Module):
     causal: ClassVar[bool] = False
 
     def declare(self) -> None:
-        """Declares the parameters, which Flax would not do before the head is called."""
+        """Declare the parameters. Without this, Flax would declare them only when the head is called."""
 
     def __call__(self, hidden: jax.Array, mask: jax.Array | None = None, table: jax.Array | None = None) -> jax.Array:
         """Predictions in float32.
@@ -68,9 +68,10 @@ class Head(nn.Module):
     def loss(
         outputs_of: Callable[..., jax.Array], hidden: jax.Array, batch: Batch, *args: Any, **options: Any
     ) -> tuple[Any, Any]:
-        """The loss summed over what counts, which is differentiated, and the `Sums`.
+        """The loss, summed over the items that count, and the `Sums`. The loss is differentiated.
 
-        The gradient is divided by `sums.count` at the end: the mean over the whole batch, however it was cut.
+        The gradient is divided by `sums.count` at the end. So it is the mean over the whole batch, however the batch
+        was split into micro-batches.
 
         Args:
             outputs_of: (hidden, mask) -> predictions.
@@ -81,5 +82,5 @@ class Head(nn.Module):
 
     @staticmethod
     def figures(sums: Any, *args: Any, **options: Any) -> dict[str, jax.Array]:
-        """What is reported of the sums, "loss" first."""
+        """The reported figures, computed from the sums; "loss" comes first."""
         raise NotImplementedError

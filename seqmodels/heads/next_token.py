@@ -1,4 +1,4 @@
-"""The token after each position: next-token cross-entropy, without ever holding the logits of a whole row."""
+"""The token after each position: next-token cross-entropy, which never stores the logits of a whole row."""
 
 from collections.abc import Callable
 from typing import Any, ClassVar
@@ -40,7 +40,8 @@ def token_nats(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Ar
 def log_sum_exp(x: jax.Array) -> jax.Array:
     """log sum exp of float32 x over the last axis, not differentiable.
 
-    One pass, of the largest so far and the sum relative to it, where memory is what takes time; two on the CPU.
+    On accelerators, where memory traffic dominates, one pass updates the maximum so far and the sum relative to it.
+    On the CPU there are two passes.
     """
 
     def one_pass(x):
@@ -66,17 +67,17 @@ def next_token_loss(
 ) -> tuple[jax.Array, LossSums]:
     """Cross-entropy of a batch, computed `chunk` tokens of each row at a time.
 
-    Only one chunk's logits [B, chunk, V] live at once. Where the loss is differentiated, each chunk's gradients are
-    made right after its value, from the same logits: the loss is a sum over tokens, so the backward pass has no more to
-    do than to scale them.
+    Only one chunk's logits [B, chunk, V] are in memory at a time. If the loss is differentiated, each chunk's gradients
+    are computed right after its value, from the same logits. The loss is a sum over tokens, so the backward pass only
+    scales these gradients.
 
     Args:
-      logits_of: hidden [B, t, D] -> logits [B, t, V]; the loss is differentiable in what it closes over, too.
+      logits_of: hidden [B, t, D] -> logits [B, t, V]. The loss is also differentiable in the arrays it closes over.
       hidden: [B, T, D].
       targets: [B, T] int32; -1 where there is nothing to predict.
-      weights: [B, T] float, 0 where a token does not count; None counts all targets that are not negative.
-      chunk: 0, or a chunk as long as the row, computes all tokens together.
-      z_weight: of the squared log-denominators.
+      weights: [B, T] float, 0 where a token does not count. None: all targets that are not negative count.
+      chunk: tokens per chunk. With 0, or a chunk as long as the row, all tokens are computed together.
+      z_weight: weight of the squared log-denominators.
 
     Returns:
       nats + z_weight * z_squared, float32; and the sums, which carry no gradient.
@@ -137,7 +138,7 @@ class NextToken(Head):
     """Logits [B, T, V] of the token after each position, V = `size` the padded vocabulary.
 
     Attributes:
-        tied: the table of the input makes the logits, too; else the head has a matrix `head` [D, V] of its own.
+        tied: whether the input's table is the matrix of the logits, too. Else the head has a matrix `head` [D, V].
     """
 
     tied: bool = True
@@ -154,7 +155,7 @@ class NextToken(Head):
             self.kernel = parameter(self, "head", shape, axes, init, dtype=self.dtype, group="head")
 
     def __call__(self, hidden: jax.Array, mask: jax.Array | None = None, table: jax.Array | None = None) -> jax.Array:
-        """[B, T, D], and the input's table [V, D] if tied, to [B, T, V] float32. The mask is not read."""
+        """[B, T, D], and the input's table [V, D] if tied, to [B, T, V] float32. The mask is not used."""
         kernel = table.T if self.tied and table is not None else self.kernel
         return wide_matmul(hidden.astype(self.dtype), kernel.astype(self.dtype))
 
@@ -171,12 +172,12 @@ class NextToken(Head):
         chunk: int = 0,
         z_weight: float = 0.0,
     ) -> tuple[jax.Array, LossSums]:
-        """`next_token_loss` of a batch's `targets` [B, T] int32, of which those of -1 do not count."""
+        """`next_token_loss` of a batch's `targets` [B, T] int32. Targets of -1 do not count."""
         return next_token_loss(outputs_of, hidden, batch["targets"], chunk=chunk, z_weight=z_weight)
 
     @staticmethod
     def figures(sums: LossSums, chunk: int = 0, z_weight: float = 0.0) -> dict[str, jax.Array]:
-        """loss: nats a token. z_loss, where it has a weight: what it adds to them."""
+        """loss: nats per token. z_loss, if it has a weight: the nats per token that it adds."""
         figures = {"loss": sums.nats / sums.count}
         if z_weight:
             figures["z_loss"] = z_weight * sums.z_squared / sums.count

@@ -1,4 +1,4 @@
-"""One output a row: hidden states are pooled over the positions that the mask leaves, then multiplied by a matrix."""
+"""One output per row: hidden states are pooled over the unmasked positions, then multiplied by a matrix."""
 
 import jax
 import jax.numpy as jnp
@@ -40,7 +40,7 @@ class Pooled(Head):
     """Hidden states to [B, size] float32.
 
     Attributes:
-        pool: of POOLS; "attention" has a query [D] of its own, zero at first, so that it starts as the mean.
+        pool: a name in POOLS. "attention" has a learned query [D]. It starts at zero, so the pool starts as the mean.
     """
 
     pool: str = "mean"
@@ -53,7 +53,7 @@ class Pooled(Head):
             self.pool_query = parameter(self, "pool_query", shape[:1], axes[:1], zeros, group="head")
 
     def __call__(self, hidden: jax.Array, mask: jax.Array | None = None, table: jax.Array | None = None) -> jax.Array:
-        """[B, T, D] and a mask [B, T], None where all positions are real, to [B, size] float32."""
+        """[B, T, D] and a mask [B, T] (None: all positions are real) to [B, size] float32."""
         mask = jnp.ones(hidden.shape[:2], bool) if mask is None else mask
         if self.pool == "attention":
             pooled = attention_pool(hidden, mask, self.pool_query)

@@ -35,7 +35,7 @@ class Regress(Pooled):
         """
         predicted, targets = outputs_of(hidden, batch["mask"]), batch["targets"]
         known = ~jnp.isnan(targets)
-        # The target is replaced before the difference is taken: a NaN would get into the gradient otherwise.
+        # The target is replaced before the difference is taken; otherwise a NaN would reach the gradient.
         error = jnp.where(known, predicted - jnp.where(known, targets, 0.0), 0.0)
         squared = jnp.square(error).sum()
         return squared, jax.lax.stop_gradient(RegressSums(squared, jnp.sum(known, dtype=jnp.float32)))

@@ -1,4 +1,4 @@
-"""What turns a batch into the stream [B, T, D] that the blocks read, by name (`config.model.input`).
+"""Inputs by name (`config.model.input`): they turn a batch into the stream [B, T, D] that the blocks read.
 
 A new input is one file, a subclass of `Input`, one line here, and its name in seqmodels/fields/model.py.
 """

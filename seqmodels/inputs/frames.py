@@ -22,7 +22,7 @@ class Frames(Input):
         self.bias = parameter(self, "bias", shape[1:], axes[1:], zeros, group="embedding")
 
     def __call__(self, values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """[B, T, C] to [B, T, D]. Frames where the mask [B, T] is False may hold anything, NaN included."""
+        """[B, T, C] to [B, T, D]. Frames may hold anything, even NaN, where the mask [B, T] is False."""
         if mask is not None:
             values = jnp.where(mask[..., None], values, 0)
         x = wide_matmul(values.astype(self.dtype), self.kernel) + self.bias

@@ -21,7 +21,7 @@ class Input(nn.Module):
     Class attributes:
         key: name of its array in a batch, and so in `dataset.spec`.
         ids: whether that array holds ids [B, T] int32; else it holds values [B, T, C].
-        at_root: whether its parameters lie at the root of the tree, and not under the input's name.
+        at_root: whether its parameters are at the root of the tree, not under the input's name.
     """
 
     width: int
@@ -39,5 +39,5 @@ class Input(nn.Module):
         return None
 
     def __call__(self, array: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """The array of a batch to [B, T, D]. mask [B, T] bool is False on padding; None: there is none."""
+        """The array of a batch to [B, T, D]. mask [B, T] bool is False on padding. None: there is no padding."""
         raise NotImplementedError

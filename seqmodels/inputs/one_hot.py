@@ -12,7 +12,7 @@ from seqmodels.layers.parameter import normal, parameter
 class OneHot(Input):
     """Ids [B, T] to [B, T, D] by a linear layer without a bias; an id outside the alphabet becomes the zero vector.
 
-    So an unknown base, such as the N of DNA, says nothing. Tokens would have a row for it.
+    So an unknown base, such as the N of DNA, adds nothing to the stream. `Tokens` would have a row for it.
     """
 
     key: ClassVar[str] = "tokens"
@@ -23,6 +23,6 @@ class OneHot(Input):
         self.kernel = parameter(self, "kernel", shape, axes, normal(self.std), dtype=self.dtype, group="embedding")
 
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """[B, T] int32 to [B, T, D]. The mask is not read: the blocks leave padding out."""
+        """[B, T] int32 to [B, T, D]. The mask is not used, because the blocks ignore padding."""
         letters = jax.nn.one_hot(tokens, self.size, dtype=self.dtype)  # all zeros outside the alphabet
         return wide_matmul(letters, self.kernel).astype(self.residual_dtype)

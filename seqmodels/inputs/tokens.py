@@ -10,7 +10,7 @@ from seqmodels.layers.parameter import normal, parameter
 
 
 class Tokens(Input):
-    """Tokens [B, T] int32 to their rows of a table [size, D], whose size is the padded vocabulary."""
+    """Looks up tokens [B, T] int32 in a table [size, D]. The size is that of the padded vocabulary."""
 
     key: ClassVar[str] = "tokens"
     ids: ClassVar[bool] = True
@@ -25,5 +25,5 @@ class Tokens(Input):
         return self.embedding
 
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """[B, T] int32 to [B, T, D]. The mask is not read: the blocks leave padding out."""
+        """[B, T] int32 to [B, T, D]. The mask is not used, because the blocks ignore padding."""
         return jnp.take(self.embedding, tokens, axis=0).astype(self.residual_dtype)

@@ -1,14 +1,15 @@
-"""Matrix products whose result is wider than their factors."""
+"""Matrix products: several products kept separate, and products with a wider dtype than their factors."""
 
 import jax
 import jax.numpy as jnp
 
 
 def separate_matmuls(x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
-    """x [B, T, D] times each weight [D, E], as products of their own.
+    """x [B, T, D] times each weight [D, E], as separate products.
 
-    XLA would make one product of them, and then copy its result apart, which costs more than the product saves.
-    Barriers hide that the left factors are the same: one more for each weight, else they would be equal again.
+    XLA would merge them into one product and then copy its result apart. The copies cost more than the merge saves.
+    Optimization barriers hide from XLA that the left factors are equal. Each weight gets one barrier more than the one
+    before it; with equal numbers of barriers, the factors would be equal again.
     """
     products = [x @ weights[0]]
     for weight in weights[1:]:
@@ -19,7 +20,7 @@ def separate_matmuls(x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]
 
 @jax.custom_vjp
 def wide_matmul(x: jax.Array, w: jax.Array) -> jax.Array:
-    """x [B, T, D] times w [D, V] in float32; the gradient of y is rounded to the dtype of x on its way."""
+    """x [B, T, D] times w [D, V] in float32. The backward pass rounds the gradient of y to the dtype of x."""
     return jnp.einsum("btd,dv->btv", x, w, preferred_element_type=jnp.float32)
 
 

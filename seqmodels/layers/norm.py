@@ -15,8 +15,8 @@ from seqmodels.layers.parameter import ones, parameter, zeros
 def rms_norm(x: jax.Array, scale: jax.Array | None = None, eps: float = 1e-5) -> jax.Array:
     """Divide x [..., D] by its root mean square over D, then multiply by `scale` [D] if there is one.
 
-    The statistics are float32 (float64 for float64); the result has the dtype of x. Of all that is as large as x, the
-    backward pass keeps x alone, which a residual stream keeps anyway.
+    The statistics are float32 (float64 for float64); the result has the dtype of x. The only array of the size of x
+    that is saved for the backward pass is x itself, which a residual stream saves anyway.
     """
     return _forward(x, scale, eps)[0]
 
@@ -51,8 +51,8 @@ rms_norm.defvjp(_forward, _backward)
 def gated_norm(x: jax.Array, z: jax.Array, scale: jax.Array, groups: int = 1, eps: float = 1e-5) -> jax.Array:
     """x silu(z) over its root mean square of each group of channels, times scale (Dao and Gu 2024, section 7).
 
-    x, z are [..., E], scale [E]; all is float32 but the result, which has the dtype of x. The backward pass keeps x, z
-    and the result.
+    x and z are [..., E], scale is [E]. The computation is float32; the result has the dtype of x. The backward pass
+    needs x, z and the result.
     """
     return _gated_forward(x, z, scale, groups, eps)[0]
 
@@ -74,7 +74,7 @@ def _gated_forward(x, z, scale, groups, eps):
 
 
 def _gated_backward(groups, eps, kept, dy):
-    """As `_backward`; the mean of g n is that of dy y, which are half as many bytes to read as x, z, dy in float32."""
+    """As `_backward`. The mean of g n is computed as that of dy y, which reads half the bytes of x, z, dy in float32."""
     x, z, scale, reciprocal, y = kept
     gated, pullback = jax.vjp(_gated, x, z)
     normed = _grouped(gated, groups) * reciprocal

@@ -1,4 +1,4 @@
-"""How a parameter is declared: once, with all that the rest of the code has to know of it."""
+"""Declaration of parameters: each is declared once, with everything that other code must know about it."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -14,11 +14,11 @@ Init = Callable[..., jax.Array]  # (key, shape, dtype) -> array
 
 
 class Parameter(nn.LogicallyPartitioned):
-    """A float32 parameter in the tree that `init` returns, with what was declared of it. `unbox` gives the array.
+    """A float32 parameter in the tree that `init` returns, with its declaration. `unbox` returns the array.
 
     Attributes:
-        names: logical axes. Under a scan over blocks "layers" stands in front.
-        decay: whether weight decay applies; None: to matrices, not to vectors.
+        names: logical axes. Under a scan over blocks "layers" is the first.
+        decay: whether weight decay applies. None: it applies to matrices, not to vectors.
         group: of the learning rate; "" is the rest.
         read: dtype that the model reads it in.
     """
@@ -29,7 +29,7 @@ class Parameter(nn.LogicallyPartitioned):
 
     @property
     def axes(self) -> int:
-        """Axes of one layer's parameter: a vector has one, also where a scan stacks the layers' in front."""
+        """Number of axes of one layer's parameter. A vector has one, even if a scan adds an axis for the layers."""
         return sum(name != "layers" for name in self.names)
 
     @property
@@ -49,13 +49,13 @@ def parameter(
     decay: bool | None = None,
     group: str = "",
 ) -> jax.Array:
-    """Declares a float32 parameter of a module and returns it as `dtype`, in which the module computes.
+    """Declare a float32 parameter of a module, and return it as `dtype`, in which the module computes.
 
     Args:
-        axes: logical name of each axis, of `seqmodels.training.sharding.RULES`; None for one that is never split.
+        axes: logical name of each axis, from `seqmodels.training.sharding.RULES`; None for an axis that is never split.
         init: (key, shape, dtype) -> array.
-        decay: weight decay; None: for matrices and larger, not for vectors.
-        group: of the learning rate (`config.optimizer.groups`), such as "ssm".
+        decay: whether weight decay applies. None: it applies to matrices and larger arrays, not to vectors.
+        group: group of the learning rate (`config.optimizer.groups`), such as "ssm".
     """
     read = jnp.dtype(dtype)
 
@@ -68,7 +68,7 @@ def parameter(
 def declarations(boxed: Any) -> list[Parameter]:
     """Every parameter of a tree, as `init` returns it, with its declaration, in the order of `jax.tree.leaves`.
 
-    A module that declares its parameters by Flax alone has the defaults.
+    Parameters that a module declares by Flax alone get the default declaration.
     """
 
     def declared(leaf: Any) -> Parameter:
@@ -88,12 +88,12 @@ def normal(std: float) -> Init:
 
 
 def uniform(bound: float) -> Init:
-    """Uniform on [-bound, bound], as torch.nn.Linear and Conv1d are with bound = fan_in^-1/2."""
+    """Uniform on [-bound, bound]. torch.nn.Linear and Conv1d use this with bound = fan_in^-1/2."""
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, -bound, bound)
 
 
 def residual_std(layers: int, std: float = 0.02) -> float:
-    """Standard deviation of a projection onto the residual stream, which `layers` layers of two branches write to.
+    """Standard deviation of a projection onto the residual stream of `layers` layers with two branches each.
 
     Radford et al. 2019 (GPT-2), section 2.3.
     """

@@ -12,7 +12,7 @@ def rope(x: jax.Array, positions: jax.Array, theta: float = 10_000.0) -> jax.Arr
         positions: [B, T] int32.
 
     Returns:
-        As x; the angles and the rotation are float32 (float64 for float64).
+        Shape and dtype of x. The angles and the rotation are float32 (float64 for float64).
     """
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     half = x.shape[-1] // 2
@@ -27,7 +27,7 @@ def rotate_pairs(x: jax.Array, angle: jax.Array) -> jax.Array:
     """Rotate channels 2i and 2i + 1 (neighbours) of x [..., d] by angle [..., d/2].
 
     Returns:
-        As x; the rotation is float32 (float64 for float64).
+        Shape and dtype of x. The rotation is float32 (float64 for float64).
     """
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     cos, sin = jnp.cos(angle), jnp.sin(angle)

@@ -16,14 +16,14 @@ from seqmodels.layers.rope import rope
 from seqmodels.sequence import Sequence
 
 EMPTY = -1  # document of a cache slot that holds no key
-PADDING = -2  # document of a padding token, which sees nothing
+PADDING = -2  # document of a padding token, which sees no key
 
 
 def empty_cache(batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> dict[str, jax.Array]:
-    """A cache of `slots` keys and values a row.
+    """A cache of `slots` keys and values per row.
 
-    An empty slot holds zeros until a real token takes it: no query sees it, but XLA multiplies what it holds by a
-    weight of zero. Selecting would write the whole cache again for each token.
+    An empty slot holds zeros until a real token takes it. No query sees an empty slot, but XLA multiplies its contents
+    by a weight of zero, so they must be finite. Masking them instead would write the whole cache for each token.
 
     Returns:
         k, v: [B, S, Hkv, d], keys already rotated.
@@ -40,16 +40,16 @@ def empty_cache(batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTy
 
 
 def key_positions(cache: dict[str, jax.Array]) -> jax.Array:
-    """[B, S] int32: how many real tokens of the row came before the key in each slot; of an empty slot no such number.
+    """[B, S] int32: how many real tokens of the row came before the key in each slot; meaningless for an empty slot.
 
-    The token at `position` took the slot position % S. To compute this costs less than a further array to update.
+    The token at `position` took the slot position % S. Computing this costs less than updating one more array.
     """
     last, slots = cache["length"][:, None] - 1, cache["k"].shape[1]
     return last - (last - jnp.arange(slots)) % slots
 
 
 def document_numbers(seq: Sequence, batch: int, length: int, last: jax.Array) -> jax.Array:
-    """[B, T] int32: `last` [B], the number of the document that the state ends in, plus the resets so far."""
+    """[B, T] int32: document of each token: `last` [B], the last document in the state, plus the resets so far."""
     changed = resets(**seq.documents())
     if changed is None:
         return jnp.broadcast_to(last[:, None], (batch, length))
@@ -68,12 +68,12 @@ def put_keys(
 ) -> dict[str, jax.Array]:
     """Put the real tokens into the cache.
 
-    With a window the cache is a ring: the token at `position` takes the slot position % S, from the token S before it.
-    Without one it takes the slot `position`, and a token beyond the last slot is lost.
+    With a window the cache is a ring buffer: the token at `position` replaces the token S before it, in the slot
+    position % S. Without a window it takes the slot `position`, and a token beyond the last slot is lost.
 
     Args:
         new: k and v [B, T, Hkv, d] and document [B, T] of the tokens.
-        position: [B, T] int32, number of real tokens of the row before each.
+        position: [B, T] int32, number of real tokens of the row before each token.
         mask: [B, T] bool, False on padding.
         window: 0 for none.
     """
@@ -85,18 +85,18 @@ def put_keys(
     if window:
         kept &= (
             position >= total[:, None] - slots
-        )  # of a chunk longer than the ring only the end, for a slot has one writer
+        )  # keep only the end of a chunk longer than the ring, so that each slot has one writer
         slot = position % slots
-    place = jnp.arange(batch)[:, None], jnp.where(kept, slot, slots)  # what is not kept falls off the end
+    place = jnp.arange(batch)[:, None], jnp.where(kept, slot, slots)  # an index past the end is dropped
     put = {name: cache[name].at[place].set(x.astype(cache[name].dtype), mode="drop") for name, x in new.items()}
     return dict(put, length=total)
 
 
 def check_slots(tokens: int, slots: int, window: int) -> None:
-    """Raise a ValueError where so many tokens cannot be kept, whatever the cache holds.
+    """Raise a ValueError if this number of tokens does not fit even into an empty cache.
 
-    Only sizes are known here. How many slots are in use, and how many tokens are padding, is known when the computation
-    runs, where nothing can be raised: the caller sees to it that a row has at most `max_length` tokens
+    Only sizes are known here. The number of used slots and of padding tokens is known only when the computation runs,
+    and a running computation cannot raise. So the caller must make sure that a row has at most `max_length` tokens
     (`seqmodels.generation` does).
     """
     if tokens > slots and not 0 < window <= slots:
@@ -109,7 +109,7 @@ def check_slots(tokens: int, slots: int, window: int) -> None:
 def attend_within(
     q: jax.Array, k: jax.Array, v: jax.Array, seq: Sequence, *, window: int, implementation: str | None
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Attention of whole rows to themselves, and the cache that holds them; as `attend_from_cache` of an empty one."""
+    """Attention of whole rows to themselves, and their cache. As `attend_from_cache` with an empty cache."""
     batch, length, kv_heads, head_dim = k.shape
     options: dict[str, Any] = dict(window=window or None, implementation=implementation)
     document = document_numbers(seq, batch, length, jnp.zeros((batch,), jnp.int32))
@@ -128,7 +128,7 @@ def attend_within(
         )
     new = dict(k=k, v=v, document=document)
     slots = min(window or length, length)
-    if seq.mask is None and slots == length:  # every token is where it belongs
+    if seq.mask is None and slots == length:  # every token is in its slot already
         return o, dict(new, length=jnp.full((batch,), length, jnp.int32))
     return o, put_keys(empty_cache(batch, slots, kv_heads, head_dim, k.dtype), new, position, seq.mask, window)
 
@@ -152,7 +152,7 @@ def attend_from_cache(
         o [B, T, H, d], zero on padding, and the new cache.
 
     Raises:
-        ValueError: T tokens without padding are more than fit into the cache.
+        ValueError: T tokens without padding do not fit into the cache.
     """
     batch, length = q.shape[:2]
     slots = cache["k"].shape[1]
@@ -187,8 +187,8 @@ def attend_from_cache(
 class Attention(Branch):
     """Attention mixer. Its options are declared in seqmodels/fields/attention.py.
 
-    Its state is a cache of `max_length` tokens a row; the caller sees to it that they suffice. With a window
-    it is a ring of at most so many slots.
+    Its state is a cache of `max_length` tokens per row; the caller must make this large enough. With a window
+    the cache is a ring buffer with at most as many slots as the window.
     """
 
     heads: int = ATTENTION["heads"]
@@ -203,24 +203,24 @@ class Attention(Branch):
 
     @property
     def sizes(self) -> tuple[int, int, int]:
-        """Heads, key heads, channels of a head."""
+        """Number of heads, number of key heads, channels per head."""
         return self.heads, self.kv_heads or self.heads, self.head_dim or self.width // self.heads
 
     @nn.nowrap
     def init_state(self, batch: int, max_length: int = 0) -> dict[str, jax.Array]:
-        """An empty cache of `max_length` slots, or of no more than the window: see `empty_cache`."""
+        """An empty cache of `max_length` slots, or of the window's size if that is smaller: see `empty_cache`."""
         _, kv_heads, head_dim = self.sizes
         return empty_cache(batch, min(self.window or max_length, max_length), kv_heads, head_dim, self.dtype)
 
     @nn.nowrap
     def flops(self, length: int) -> float:
-        """Scores and sums over `length` keys, in full, as they are computed, though half of them are masked."""
+        """Scores and sums over all `length` keys. Half of them are masked, but all are computed."""
         heads, _, head_dim = self.sizes
         return 4 * length * heads * head_dim
 
     @nn.compact
     def __call__(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[jax.Array, State]:
-        """x [B, T, D] to y [B, T, D] and the cache with these tokens. Without a state the cache holds just them."""
+        """x [B, T, D] to y [B, T, D] and the cache with these tokens. Without a state it holds only these tokens."""
         heads, kv_heads, head_dim = self.sizes
         x = real(x, seq, self.dtype)
 

@@ -1,7 +1,7 @@
-"""A branch in both directions of time: one copy reads ahead, one backwards, and their outputs are added.
+"""A branch in both directions of time: one copy reads forwards, one backwards, and their outputs are added.
 
-y = f(x) + reverse(g(reverse(x))), where f and g have parameters of their own. Documents and padding are reversed with
-the tokens, so packed documents equal separate ones in both directions.
+y = f(x) + reverse(g(reverse(x))), where f and g have separate parameters. Documents and padding are reversed together
+with the tokens, so packed documents give the same results as separate ones in both directions.
 """
 
 from typing import ClassVar
@@ -24,7 +24,7 @@ class Bidirectional(Branch, kw_only=True):
 
     @nn.nowrap
     def init_state(self, batch: int, max_length: int = 0) -> State:
-        """Raises UserError: an output depends on all later tokens, so nothing can be carried from token to token."""
+        """Raises UserError: an output depends on all later tokens, so there is no state from token to token."""
         raise UserError(
             "config.model.pattern: 'bi:' reads both directions of time and has no state; such a model can neither "
             "continue a prompt nor read a sequence in pieces"
@@ -40,12 +40,12 @@ class Bidirectional(Branch, kw_only=True):
 
     @nn.nowrap
     def flops(self, length: int) -> float:
-        """Of both copies."""
+        """Operations of both copies."""
         return self.ahead.flops(length) + self.back.flops(length)
 
 
 def reversed_in_time(seq: Sequence) -> Sequence:
-    """The same tokens from the last to the first."""
+    """The same tokens in reverse order."""
     segment_ids, mask = (None if x is None else x[:, ::-1] for x in (seq.segment_ids, seq.mask))
     batch, length = seq.positions.shape
     return make_sequence(batch, length, segment_ids, mask)[0]

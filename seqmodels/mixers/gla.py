@@ -1,4 +1,4 @@
-"""Gated linear attention (Yang et al. 2024, arXiv 2312.06635): every row of the matrix state has a decay of its own.
+"""Gated linear attention (Yang et al. 2024, arXiv 2312.06635): every row of the matrix state has its own decay.
 
 S_t = diag(exp g_t) S_{t-1} + k_t v_t^T,  o_t = q_t S_t,  g_t = log sigmoid(x_t W_1 W_2 + b) / 16
 y = (norm_head(o) * silu(x W_g)) W_o
@@ -43,7 +43,7 @@ class Gla(Branch):
 
     @nn.nowrap
     def flops(self, length: int) -> float:
-        """Of the matrix state."""
+        """Operations of the matrix state."""
         return state_flops(self.state_shape, decays=True)
 
     @nn.compact

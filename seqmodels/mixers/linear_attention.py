@@ -19,16 +19,17 @@ RELU_FLOOR = 1e-3  # keeps the normaliser away from zero
 
 
 def taylor(x: jax.Array) -> jax.Array:
-    """[1, x, x x^T / sqrt(2)] of x K^-1/4: the product of two is 1 + s + s^2 / 2 with s = q.k / sqrt(K) (Based).
+    """[1, x', x' x'^T / sqrt(2)] with x' = x K^-1/4, the feature map of Based: x [..., K] to [..., 1 + K + K^2].
 
-    x [..., K] to [..., 1 + K + K^2]. Source: Arora et al. 2024, arXiv 2402.18668, section 4.1.
+    The inner product of two features is 1 + s + s^2 / 2 with s = q . k / sqrt(K). Source: Arora et al. 2024, arXiv
+    2402.18668, section 4.1.
     """
     x = x * x.shape[-1] ** -0.25
     square = (x[..., :, None] * x[..., None, :]).reshape(*x.shape[:-1], -1)
     return jnp.concatenate([jnp.ones_like(x[..., :1]), x, square * 2**-0.5], axis=-1)
 
 
-FEATURE_MAPS = {  # [..., K] to [..., K'], none negative in its products
+FEATURE_MAPS = {  # [..., K] to [..., K']; inner products of features are not negative
     "elu": lambda x: jax.nn.elu(x) + 1,
     "relu": lambda x: jax.nn.relu(x) + RELU_FLOOR,
     "softmax": lambda x: jax.nn.softmax(x, axis=-1),
@@ -47,12 +48,12 @@ class LinearAttention(Branch):
 
     @property
     def head_dim(self) -> int:
-        """Channels of a head."""
+        """Channels per head."""
         return self.width // self.heads
 
     @property
     def feature_count(self) -> int:
-        """K', features of a query or key."""
+        """K', the number of features of a query or key."""
         return 1 + self.head_dim + self.head_dim**2 if self.feature_map == "taylor" else self.head_dim
 
     @property
@@ -72,7 +73,7 @@ class LinearAttention(Branch):
 
     @nn.nowrap
     def flops(self, length: int) -> float:
-        """Of the matrix state."""
+        """Operations of the matrix state."""
         return state_flops(self.state_shape, decays=False)
 
     @nn.compact

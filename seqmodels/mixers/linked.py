@@ -1,4 +1,4 @@
-"""What branches have in common whose hidden state DenseSSM can reach: their work in four parts."""
+"""Base of the branches whose hidden state DenseSSM can access: their computation is split into four parts."""
 
 from typing import Any
 
@@ -10,10 +10,10 @@ from seqmodels.sequence import Sequence
 
 
 class Linked(Branch):
-    """A branch that says what it writes into its state apart from how it reads it.
+    """A branch that separates what it writes into its state from how it reads the state.
 
-    A subclass sets `link` ("vector" or "matrix") and defines the methods below. Between the first two, a connection
-    across depth can put the streams of lower layers beside the layer's own (`seqmodels.depth`).
+    A subclass sets `link` ("vector" or "matrix") and defines the methods below. A connection across depth can combine
+    the streams of lower layers with the layer's own between `stream_and_readout` and `scan` (`seqmodels.depth`).
     """
 
     def __call__(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[jax.Array, State]:
@@ -24,11 +24,11 @@ class Linked(Branch):
 
     @property
     def stream_sizes(self) -> tuple[int, int]:
-        """Channels of what is written, and of its keys, over all heads: what the links' gates are as wide as."""
+        """Channels of the values and of the keys that are written, over all heads: the widths of the links' gates."""
         raise NotImplementedError
 
     def stream_and_readout(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[Any, Any]:
-        """What x [B, T, D] writes into the state, and what reads it: all that comes before the recurrence."""
+        """Everything before the recurrence: what x [B, T, D] writes into the state, and what reads the state."""
         raise NotImplementedError
 
     def scan(self, stream: Any, readout: Any, seq: Sequence) -> tuple[jax.Array, Any]:
@@ -41,5 +41,5 @@ class Linked(Branch):
 
     @nn.nowrap
     def new_state(self, readout: Any, state: Any) -> State:
-        """The branch's state after the tokens, of the recurrence's final state."""
+        """The branch's state after the tokens, from the recurrence's final state."""
         raise NotImplementedError

@@ -18,23 +18,23 @@ from seqmodels.mixers.linked import Linked
 from seqmodels.parallel import selective_scan, short_conv
 from seqmodels.sequence import Sequence
 
-# Operations of one token, channel and state of the scan: dt A, (dt x) B, a h + b, and h C summed over the state.
+# Operations of the scan per token, channel and state: dt A, (dt x) B, a h + b, and h C summed over the state.
 SCAN_FLOPS = 1 + 1 + 2 + 2
 
 
 @struct.dataclass
 class Stream:
-    """What a layer writes into its hidden state: enough for another layer to compute that state again.
+    """What a layer writes into its hidden state. From this another layer can recompute the state.
 
     s_t = exp(dt_t A) s_{t-1} + (dt_t u_t) B_t with dt = softplus(delta dt_proj + dt_bias), from `state` on.
 
     Attributes:
         u: [B, T, E].
-        delta: [B, T, R] low-rank step; with dt_proj [R, E] a fraction of dt's bytes.
+        delta: [B, T, R] low-rank step. Together with dt_proj [R, E] it takes a fraction of the bytes of dt.
         dt_proj: [R, E]; dt_bias: [E] float32; A: [E, N] float32.
         B: [B, T, N].
         state: [B, E, N] float32, before the first token.
-        y: [B, T, E] the layer's own readout s_t C_t, where DenseSSM's OUTPUT asks for it.
+        y: [B, T, E] the layer's own readout s_t C_t, if DenseSSM's OUTPUT needs it.
     """
 
     u: jax.Array
@@ -72,7 +72,7 @@ def init_A_log(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.fl
 
 
 def init_dt_bias(smallest: float, largest: float, floor: float) -> Init:
-    """softplus^-1 of a step that is log-uniform in [smallest, largest], and floor at least."""
+    """softplus^-1 of a step that is log-uniform in [smallest, largest], and at least `floor`."""
 
     def init(key, shape, dtype=jnp.float32):
         log_step = jax.random.uniform(key, shape, dtype, math.log(smallest), math.log(largest))
@@ -106,7 +106,7 @@ class Mamba(Linked):
 
     @property
     def stream_sizes(self) -> tuple[int, int]:
-        """Channels of what is written, and of its key: what DenseSSM's gates are as wide as."""
+        """Channels of the input and of its key: the widths of DenseSSM's gates."""
         return self.inner, self.state
 
     @property
@@ -125,7 +125,7 @@ class Mamba(Linked):
         self.x_proj = self.matrix("x_proj", (inner, rank + 2 * state), ("inner", None), uniform(inner**-0.5))
         self.dt_proj = self.matrix("dt_proj", (rank, inner), ("rank", "inner"), uniform(rank**-0.5))
         self.dt_bias = parameter(self, "dt_bias", (inner,), ("inner",), dt_bias, group="ssm")
-        # Weight decay would pull every A towards -1, which is a value like any other and not a small one.
+        # No weight decay: it would pull every A towards -1, and A = -1 is not simpler than any other value.
         self.A_log = parameter(self, "A_log", (inner, state), ("inner", "state"), init_A_log, decay=False, group="ssm")
         self.D = parameter(self, "D", (inner,), ("inner",), ones, group="ssm")
         self.out_proj = self.matrix("out_proj", (inner, width), ("inner", "embed"), out)
@@ -148,7 +148,7 @@ class Mamba(Linked):
         if state is None:
             state = self.init_state(x.shape[0])
         x = real(x, seq, self.dtype)
-        if x.shape[1] == 1:  # here copies of the weights' halves would cost the most
+        if x.shape[1] == 1:  # for one token, copying the weights' halves would cost the most
             a, z = jnp.moveaxis(jnp.einsum("btd,dce->btce", x, self.in_proj), 2, 0)
         else:
             a, z = separate_matmuls(x, self.in_proj[:, 0], self.in_proj[:, 1])
@@ -190,13 +190,13 @@ class Mamba(Linked):
                 **documents,
             )
 
-        # dt is as wide as u, and one thin product away: made again in the backward pass, not kept for it.
+        # dt is as large as u, and one low-rank product computes it. So the backward pass recomputes it.
         keep = jax.checkpoint_policies.save_only_these_names("scan")
         return jax.checkpoint(scan, policy=keep)(stream, readout, seq.documents())
 
     @nn.nowrap
     def flops(self, length: int) -> float:
-        """The scan's operations, in place of the two for each element of A."""
+        """The scan's operations, less the two counted for each element of A."""
         return (SCAN_FLOPS - 2) * self.inner * self.state
 
     def project(self, y: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): a matrix state for each head, whose decay is a number for each token."""
+"""Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): a matrix state for each head, with one decay per token and head."""
 
 import flax.linen as nn
 import jax
@@ -25,8 +25,8 @@ class Readout:
 
     Attributes:
         q: [B, T, G, N], the paper's C.
-        x: [B, T, H, P] and D [H] float32, of the skip.
-        z: [B, T, E] gate; scale [E] float32, of the norm behind it, in `groups` groups with epsilon `eps`.
+        x: [B, T, H, P], and D [H] float32: the skip connection.
+        z: [B, T, E] gate. scale: [E] float32, of the norm after the gate, with `groups` groups and epsilon `eps`.
         conv: the convolutions' new states.
     """
 
@@ -46,7 +46,7 @@ class Readout:
 
 
 def init_A_log(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
-    """log of A uniform in [1, 16], one a head, as in the authors' code."""
+    """log of A, one per head, with A uniform in [1, 16], as in the authors' code."""
     return jnp.log(jax.random.uniform(key, shape, dtype, 1, 16))
 
 
@@ -79,7 +79,7 @@ class Mamba2(Linked):
 
     @property
     def stream_sizes(self) -> tuple[int, int]:
-        """Channels of values and of keys, over all heads: what DenseSSM's gates are as wide as."""
+        """Channels of values and of keys, over all heads: the widths of DenseSSM's gates."""
         return self.inner, self.groups * self.state
 
     @property
@@ -121,7 +121,7 @@ class Mamba2(Linked):
         if state is None:
             state = self.init_state(x.shape[0])
         x = real(x, seq, self.dtype)
-        if x.shape[1] == 1:  # here copies of the weights' halves would cost the most
+        if x.shape[1] == 1:  # for one token, copying the weights' halves would cost the most
             z, inputs = jnp.moveaxis(jnp.einsum("btd,dce->btce", x, self.in_proj), 2, 0)
             apart = jax.lax.optimization_barrier(jax.lax.optimization_barrier(x))
             BC = apart @ self.BC_proj
@@ -140,7 +140,7 @@ class Mamba2(Linked):
         batch, length = x.shape[:2]
         B, C = jnp.split(BC.reshape(batch, length, 2 * self.groups, self.state), 2, axis=2)
         u = u.reshape(batch, length, self.heads, self.head_dim)
-        # The step and the decay are float32 whatever the rest is: their sums over time are what the state depends on.
+        # The step and the decay are always float32, because the state depends on their sums over time.
         step = jax.nn.softplus(wide_matmul(x, self.dt_proj) + self.dt_bias)
         stream = Stream(k=B, v=u, log_decay=-jnp.exp(self.A_log) * step, state=state["ssm"], step=step)
         conv_state = dict(conv=past, BC_conv=BC_past)
@@ -153,7 +153,7 @@ class Mamba2(Linked):
 
     @nn.nowrap
     def flops(self, length: int) -> float:
-        """Of the matrix state."""
+        """Operations of the matrix state."""
         return state_flops(self.state_shape, decays=True)
 
     def project(self, y: jax.Array) -> jax.Array:

@@ -1,12 +1,13 @@
 """Mamba-3 (ICLR 2026, arXiv 2603.15569), one input and output a head: trapezoidal steps and rotating states.
 
     S_t = a_t S_{t-1} + (1 - lambda_t) dt_t a_t k_{t-1} x_{t-1}^T + lambda_t dt_t k_t x_t^T,  y_t = q_t S_t + D x_t
-    q_t, k_t: C_t, B_t, normed and biased, turned by angles that dt_t theta_t adds up to
+    q_t, k_t: C_t, B_t, normed, biased, and rotated by angles that are the running sums of dt_t theta_t
 
-A token's key is written twice, at its own time and at the next token's. Both writes are one if the key is scaled by
-s_t = lambda_t dt_t + (1 - lambda_{t+1}) dt_{t+1}, without the second part for a document's last token. So this runs on
-`kernels.linear_attention` as it is. A query must not read its own token so, as that knows the next: it reads the state
-before, decayed once more, and its own token beside it.
+A token's key is written twice, at its own time and at the next token's time. Both writes become one if the key is
+scaled by s_t = lambda_t dt_t + (1 - lambda_{t+1}) dt_{t+1}, without the second term for a document's last token. So
+`kernels.linear_attention` computes the recurrence unchanged. But s_t depends on the next token, so a query must not
+read its own token's key with this scale. Instead it reads the state before its token, decayed once more, and adds its
+own token separately.
 """
 
 import flax.linen as nn
@@ -29,7 +30,7 @@ SLOWEST_DECAY = 1e-4  # -A is at least this
 
 
 def heavy_tail(x: jax.Array) -> jax.Array:
-    """1 + x from zero on, 1 / (1 - x) below: positive, and slower to vanish than softplus."""
+    """1 + x for x >= 0, else 1 / (1 - x): positive, and approaches zero more slowly than softplus."""
     return jnp.where(x >= 0, 1 + x, 1 / (1 - jnp.minimum(x, 0)))
 
 
@@ -42,10 +43,10 @@ def wrapped(angle: jax.Array) -> jax.Array:
 
 
 def angles(turn: jax.Array, start: jax.Array, reset: jax.Array | None) -> jax.Array:
-    """Sums of `turn` [B, T, H, R] over the tokens of a document, as angles in [-pi, pi), from `start` [B, H, R] on.
+    """Running sums of `turn` [B, T, H, R] over a document, as angles in [-pi, pi), from `start` [B, H, R] on.
 
-    reset [B, T] is True on tokens that begin a document. Summed in a tree whose partial sums are wrapped, so that the
-    rounding does not grow with the length.
+    reset [B, T] is True on tokens that begin a document. The sums are computed in a tree, and partial sums are wrapped,
+    so that the rounding error does not grow with the length.
     """
     reset = jnp.zeros(turn.shape[:2], bool) if reset is None else reset
     turn = turn.at[:, 0].add(jnp.where(reset[:, 0, None, None], 0, start))
@@ -58,7 +59,7 @@ def angles(turn: jax.Array, start: jax.Array, reset: jax.Array | None) -> jax.Ar
 
 
 def at_next(x: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """x [B, T, H] at the next real token, zero where there is none."""
+    """x [B, T, H] at the next real token, or zero if there is none."""
     after = jnp.concatenate([x[:, 1:], jnp.zeros_like(x[:, :1])], axis=1)
     if mask is None:
         return after
@@ -71,7 +72,7 @@ def at_next(x: jax.Array, mask: jax.Array | None) -> jax.Array:
 
 
 def at_last(x: jax.Array, before: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """x [B, T, ...] at the last real token; `before` [B, ...] where there is none."""
+    """x [B, T, ...] at the last real token, or `before` [B, ...] if there is none."""
     if mask is None:
         return x[:, -1].astype(before.dtype)
     last = jnp.max(jnp.where(mask, jnp.arange(1, mask.shape[1] + 1), 0), axis=1)
@@ -103,7 +104,7 @@ class Mamba3(Branch):
 
     @property
     def turned(self) -> int:
-        """Channels of a key that are turned, two for each angle."""
+        """Number of rotated channels of a key, two for each angle."""
         return int(self.state * self.rotated)
 
     @property
@@ -129,7 +130,7 @@ class Mamba3(Branch):
 
     @nn.nowrap
     def init_state(self, batch: int, max_length: int = 0) -> dict[str, jax.Array]:
-        """ssm [B, H, N, P]; of the last token angle [B, H, R / 2], turned key [B, H, N], value [B, H, P]; float32."""
+        """ssm [B, H, N, P]; the last token's angle [B, H, R / 2], rotated key [B, H, N], value [B, H, P]; float32."""
         heads, state, head_dim = self.state_shape
         shapes = dict(ssm=(heads, state, head_dim), angle=(heads, self.turned // 2), key=(heads, state))
         shapes["value"] = (heads, head_dim)
@@ -146,21 +147,21 @@ class Mamba3(Branch):
         u = u.reshape(batch, length, self.heads, self.head_dim)
         B, C = jnp.moveaxis((x @ self.BC_proj).reshape(batch, length, 2, self.groups, -1), 2, 0)
 
-        # Steps, decays and angles are float32 whatever the rest is: their sums over time are what the state depends on.
+        # Steps, decays and angles are always float32, because the state depends on their sums over time.
         wide = dict(preferred_element_type=jnp.float32)
         numbers = jnp.einsum("btd,dch->btch", x, self.head_proj, **wide)
         theta = jnp.pi * jnp.tanh(jnp.einsum("btd,dr->btr", x, self.angle_proj, **wide))
         dt = jax.nn.softplus(numbers[:, :, 0] + self.dt_bias)
         log_decay = -dt * jnp.maximum(A_ACTIVATIONS[self.A_activation](numbers[:, :, 1]), SLOWEST_DECAY)
-        share = jax.nn.sigmoid(numbers[:, :, 2])  # lambda: of a token's step that its own input takes
+        share = jax.nn.sigmoid(numbers[:, :, 2])  # lambda: share of a token's step for its own input
         dt = dt if mask is None else jnp.where(mask[..., None], dt, 0)
 
         reset = resets(**seq.documents())
         angle = angles(dt[..., None] * theta[:, :, None], state["angle"], reset)
         q, k = self._turned(C, self.C_norm, self.C_bias, angle), self._turned(B, self.B_norm, self.B_bias, angle)
-        late = (1 - share) * dt  # weight of the token before, at this one
+        late = (1 - share) * dt  # weight of the previous token's write, at this token
         late = late if reset is None else jnp.where(reset[..., None], 0, late)
-        again = at_next(late, mask)  # weight of this token, at the next one
+        again = at_next(late, mask)  # weight of this token's write, at the next token
         y, ssm = linear_attention(
             (jnp.exp(log_decay)[..., None] * q).astype(self.dtype),
             ((share * dt + again)[..., None] * k).astype(self.dtype),
@@ -180,19 +181,19 @@ class Mamba3(Branch):
 
     @nn.nowrap
     def flops(self, length: int) -> float:
-        """Of the matrix state."""
+        """Operations of the matrix state."""
         return state_flops(self.state_shape, decays=True)
 
     def _turned(self, x, scale, bias, angle):
-        """B or C [B, T, G, N], normed, with the heads' biases and turned: [B, T, H, N] float32."""
+        """B or C [B, T, G, N], normed, with the heads' biases added, and rotated: [B, T, H, N] float32."""
         x = rms_norm(x.astype(jnp.float32), scale, self.norm_eps)
         x = jnp.repeat(x, self.heads // self.groups, axis=2) + bias.reshape(self.heads, self.state)
         return jnp.concatenate([rotate_pairs(x[..., : self.turned], angle), x[..., self.turned :]], axis=-1)
 
     def _late_write(self, late, state, mask):
-        """[B, H, N, P]: what the first real token writes of the token before it, which the state remembers.
+        """[B, H, N, P]: the first real token's write of the key and value of the token before it, kept in the state.
 
-        `late` is zero where that token begins a document, and on padding.
+        `late` is zero if the first real token begins a document, and on padding.
         """
         weight = late[:, 0]
         if mask is not None:

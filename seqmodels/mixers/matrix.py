@@ -1,4 +1,4 @@
-"""What mixers with a matrix state have in common: the stream that they write, and how queries read several at once."""
+"""Shared parts of mixers with a matrix state: the stream that they write, and how queries read several at once."""
 
 import math
 from typing import Any
@@ -14,18 +14,18 @@ from seqmodels.sequence import Sequence
 
 @struct.dataclass
 class Stream:
-    """What a layer writes into its matrix state: enough for another layer to compute that state again.
+    """What a layer writes into its matrix state. From this another layer can recompute the state.
 
-    S_t = exp(log_decay_t) S_{t-1} + k_t (step_t v_t)^T, from `state` on, with k_t turned by `angle_t` first.
+    S_t = exp(log_decay_t) S_{t-1} + k_t (step_t v_t)^T, from `state` on, with k_t rotated by `angle_t` first.
 
     Attributes:
-        k: [B, T, Hk, K] keys before rotation; value head h goes with key head h // (H / Hk).
+        k: [B, T, Hk, K] keys before rotation; value head h uses key head h // (H / Hk).
         v: [B, T, H, V] values.
         log_decay: [H] or [B, T, H] float32; None: no decay.
         state: [B, H, K, V] float32, before the first token.
         step: [B, T, H] float32 factor of the values; None: one.
-        angle: [B, T, K / 2] float32, by which channels 2i and 2i + 1 of keys and queries are turned; None: not turned.
-        y: [B, T, H, V] the layer's own readout S_t q_t, where DenseSSM's OUTPUT asks for it.
+        angle: [B, T, K / 2] float32, rotates channels 2i and 2i + 1 of keys and queries. None: no rotation.
+        y: [B, T, H, V] the layer's own readout S_t q_t, if DenseSSM's OUTPUT needs it.
     """
 
     k: jax.Array
@@ -43,17 +43,17 @@ class Stream:
         return rotate_pairs(x, self.angle.reshape(*x.shape[:2], *[1] * (x.ndim - 3), -1))
 
     def written(self) -> jax.Array:
-        """[B, T, H, V] values as they are written."""
+        """[B, T, H, V] values as they are written, that is, times the step."""
         if self.step is None:
             return self.v
         return (self.v * self.step[..., None]).astype(self.v.dtype)
 
 
 def state_flops(shape: tuple[int, ...], decays: bool) -> float:
-    """Operations a token of a matrix state [H, K, V], as the recurrence needs them.
+    """Operations per token of a matrix state [H, K, V], as the recurrence needs them.
 
-    k v and the sum, and q S summed over the keys, are two each for an element; a decay is one more. Chunks of matrix
-    products, which is how it runs, do more of them, at the speed of a matrix product.
+    Per element, k v with its sum takes two, q S summed over the keys takes two, and a decay takes one. The chunked
+    matrix products that are run in fact take more operations, at the speed of matrix products.
     """
     return (2 + 2 + decays) * math.prod(shape)
 
@@ -61,10 +61,10 @@ def state_flops(shape: tuple[int, ...], decays: bool) -> float:
 def read_states(
     streams: list[Stream], queries: list[jax.Array], seq: Sequence, implementation: str | None = None
 ) -> tuple[jax.Array, jax.Array]:
-    """Each stream's state, read by its query [B, T, Hk, K]: one linear attention, the streams' heads side by side.
+    """Read each stream's state by its query [B, T, Hk, K], in one linear attention over the heads of all streams.
 
     Returns:
-        y [B, T, G, H, V], one readout a stream, and the streams' new states [B, G, H, K, V].
+        y [B, T, G, H, V], one readout per stream, and the streams' new states [B, G, H, K, V].
     """
     decays = [s.log_decay for s in streams if s.log_decay is not None]  # of all streams, or of none
     heads = streams[0].v.shape[2]
@@ -82,6 +82,6 @@ def read_states(
 
 
 def gate_and_norm(readout: Any, y: jax.Array) -> jax.Array:
-    """readout.gate_and_norm(y), made again in the backward pass rather than kept for it in float32."""
+    """readout.gate_and_norm(y). The backward pass recomputes it, so that no float32 array is saved."""
     kept = jax.checkpoint_policies.save_only_these_names("readout", "statistics")
     return jax.checkpoint(type(readout).gate_and_norm, policy=kept)(readout, y)

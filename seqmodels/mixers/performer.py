@@ -2,7 +2,7 @@
 
     phi(x) = exp(w_i . x - |x|^2 / 2) / sqrt(m), i = 1..m, x = K^-1/4 times a query or key, w_i normal
 
-The expectation of phi(q) . phi(k) is exp(q . k / sqrt(K)), and the rest is linear attention.
+The expectation of phi(q) . phi(k) is exp(q . k / sqrt(K)). Everything else is linear attention.
 """
 
 import flax.linen as nn
@@ -13,15 +13,16 @@ from seqmodels.fields.performer import PERFORMER
 from seqmodels.layers.norm import rms_norm
 from seqmodels.mixers.linear_attention import LinearAttention
 
-# An exponent is |w|^2 / 2 at most, K / 2 or a little more: the bound holds for heads of up to 64 channels without this
-# one, and beyond it keeps sums over long rows finite.
+# An exponent is at most |w|^2 / 2, which is K / 2 or a little more. So heads of up to 64 channels stay below this limit
+# by themselves. For wider heads the limit keeps sums over long rows finite.
 LARGEST_EXPONENT = 60.0
 
 
 def draw_features(key: jax.Array, heads: int, features: int, width: int, orthogonal: bool = True) -> jax.Array:
-    """Directions w [H, m, K] float32, each normal; `orthogonal`: in blocks of K at right angles, which estimate better.
+    """Directions w [H, m, K] float32, each normally distributed.
 
-    The length of an orthogonal one is that of an independent normal vector (section 2.4).
+    With `orthogonal`, blocks of K directions are orthogonal, which gives better estimates. The length of each is then
+    the length of an independent normal vector (section 2.4).
     """
     blocks = -(-features // width)
     directions, lengths = jax.random.split(key)
@@ -37,8 +38,8 @@ def draw_features(key: jax.Array, heads: int, features: int, width: int, orthogo
 def positive_features(x: jax.Array, w: jax.Array, query: bool) -> jax.Array:
     """phi of x [B, T, H, K] with directions w [H, m, K]: [B, T, H, m] float32.
 
-    A query's largest exponent is taken off, which its normaliser undoes. Nothing is taken off keys: what they had in
-    common would have to be known before the last of them, and a causal model must not know it.
+    The largest exponent of each query is subtracted; the normaliser cancels this factor. Nothing is subtracted from
+    keys: a factor common to all keys depends on the later ones, which a causal model must not know.
     """
     x = x.astype(jnp.float32) * x.shape[-1] ** -0.25
     exponent = jnp.einsum("bthk,hmk->bthm", x, w, precision="highest") - jnp.sum(x * x, axis=-1, keepdims=True) / 2
@@ -50,9 +51,9 @@ def positive_features(x: jax.Array, w: jax.Array, query: bool) -> jax.Array:
 class Performer(LinearAttention):
     """Performer mixer, causal: LinearAttention with random features.
 
-    Its options are declared in seqmodels/fields/performer.py. New directions come from the random stream "features",
-    where there is one, which changes every `redraw` steps of training; evaluation and generation always use those of
-    `seed`, which are constants, the same in all layers and runs, and no parameters.
+    Its options are declared in seqmodels/fields/performer.py. In training, the directions come from the random stream
+    "features" if there is one; it changes every `redraw` steps. Evaluation and generation always use the directions of
+    `seed`. These are constants, not parameters, and equal in all layers and runs.
     """
 
     random_features: int = PERFORMER["random_features"]
@@ -65,7 +66,7 @@ class Performer(LinearAttention):
 
     @property
     def feature_count(self) -> int:
-        """m, features of a query or key."""
+        """m, the number of features of a query or key."""
         return self.random_features
 
     @property
@@ -75,7 +76,7 @@ class Performer(LinearAttention):
 
     @nn.nowrap
     def flops(self, length: int) -> float:
-        """Of the matrix state, and of the directions' products with queries and keys."""
+        """Operations of the matrix state, and of the directions' products with queries and keys."""
         return super().flops(length) + 2 * 2 * self.heads * self.random_features * self.head_dim
 
     def directions(self) -> jax.Array:
@@ -91,6 +92,6 @@ class Performer(LinearAttention):
         if self.qk_norm:
             q, k = rms_norm(q), rms_norm(k)
         w = self.directions()
-        # half precision has no room for the exponentials; bfloat16 has
+        # the exponentials may overflow float16, but not bfloat16
         dtype = jnp.float32 if self.dtype == jnp.float16 else self.dtype
         return positive_features(q, w, True).astype(dtype), positive_features(k, w, False).astype(dtype)

@@ -1,9 +1,10 @@
-"""RetNet (Sun et al. 2023, arXiv 2307.08621): attention without a softmax, whose heads forget at fixed rates.
+"""RetNet (Sun et al. 2023, arXiv 2307.08621): attention without a softmax, with a fixed decay for each head.
 
     S_t = gamma S_{t-1} + k_t v_t^T,  o_t = q_t S_t,  y = (norm_head(o) * gate) W_o,  q and k rotated by position
 
-Parallel, recurrent and chunkwise forms are one function, `kernels.linear_attention`. With `activation="silu"`, weights
-in the norm and no MLP behind it this is the block of DenseRetNet (He et al. 2024, arXiv 2403.00818, the authors' code).
+The parallel, recurrent and chunkwise forms are one function, `kernels.linear_attention`. With `activation="silu"`, with
+weights in the norm, and without an MLP after it, this is the block of DenseRetNet (He et al. 2024, arXiv 2403.00818,
+the authors' code).
 """
 
 import flax.linen as nn
@@ -31,7 +32,7 @@ def octaves(heads: int) -> np.ndarray:
 
 
 def spread(heads: int) -> np.ndarray:
-    """1 - gamma of each head: from 1/32 to 1/512 in equal ratios, whatever the heads (section 3.1, the experiments)."""
+    """1 - gamma of each head: geometric from 1/32 to 1/512 for any number of heads (section 3.1, the experiments)."""
     return np.exp(np.linspace(np.log(1 / 32), np.log(1 / 512), heads))
 
 
@@ -44,7 +45,7 @@ def log_decay(heads: int, schedule: str) -> jax.Array:
 
 
 def rotation(positions: jax.Array, keys: int) -> jax.Array:
-    """Angles [B, T, K / 2] float32 of keys at positions [B, T]: the slowest turns by exactly 1 / base a token."""
+    """Angles [B, T, K / 2] float32 of keys at positions [B, T]. The slowest rotates by exactly 1 / base per token."""
     frequency = ROTATION_BASE ** -np.linspace(0, 1, keys // 2)
     return positions[..., None].astype(jnp.float32) * frequency.astype(np.float32)
 
@@ -110,7 +111,7 @@ class RetNet(Linked):
 
     @property
     def stream_sizes(self) -> tuple[int, int]:
-        """Channels of values and of keys, over all heads: what DenseSSM's gates are as wide as."""
+        """Channels of values and of keys, over all heads: the widths of DenseSSM's gates."""
         heads, keys, values = self.state_shape
         return heads * values, heads * keys
 
@@ -163,7 +164,7 @@ class RetNet(Linked):
 
     @nn.nowrap
     def flops(self, length: int) -> float:
-        """Of the matrix state."""
+        """Operations of the matrix state."""
         return state_flops(self.state_shape, decays=True)
 
     def project(self, y: jax.Array) -> jax.Array:
