@@ -1,7 +1,7 @@
-"""The stack of blocks after a layer pattern, between a model's input and its head.
+"""The stack of blocks that a layer pattern describes, between a model's input and its head.
 
-seqmodels/pattern.py has the language of patterns. A connection across depth (seqmodels/depth) is handed from block to
-block beside the residual stream.
+seqmodels/pattern.py defines the pattern language. The carry of a connection across depth (seqmodels/depth) is passed
+from block to block beside the residual stream.
 """
 
 import dataclasses
@@ -24,15 +24,15 @@ from seqmodels.nearest import nearest
 from seqmodels.pattern import BOTH_WAYS, Step, name_of, names, parse
 from seqmodels.sequence import Sequence
 
-REMAT = {  # what of a block is kept for the backward pass; the rest is computed again
+REMAT = {  # the activations of a block that are saved for the backward pass; the others are recomputed
     "block": None,
     "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
-    "mixer": jax.checkpoint_policies.save_only_these_names("projected", "stream"),  # again: norms, the scan
-    "projected": jax.checkpoint_policies.save_only_these_names("projected"),  # again: norms, convolutions, the scan
-    "rescan": jax.checkpoint_policies.save_only_these_names(  # again: the scan over time, casts, gates
+    "mixer": jax.checkpoint_policies.save_only_these_names("projected", "stream"),  # recomputes norms, the scan
+    "projected": jax.checkpoint_policies.save_only_these_names("projected"),  # recomputes norms, convolutions, the scan
+    "rescan": jax.checkpoint_policies.save_only_these_names(  # recomputes the scan over time, casts, gates
         "normed", "projected", "stream", "readout", "statistics"
     ),
-    "scan": jax.checkpoint_policies.save_only_these_names("scan"),  # again: all but the scan over time
+    "scan": jax.checkpoint_policies.save_only_these_names("scan"),  # recomputes all but the scan over time
     "streams": jax.checkpoint_policies.save_only_these_names("stream"),
 }
 
@@ -42,8 +42,8 @@ class BlockSpec:
     """One block of the stack.
 
     Attributes:
-        steps: one after the other; each is the words of the branches side by side, such as (("mamba",), ("mlp",)).
-        sources: DenseSSM: how many hidden streams below it reads.
+        steps: run one after the other. Each step is the words of its parallel branches, such as (("mamba",), ("mlp",)).
+        sources: for DenseSSM: how many hidden streams below the block it reads.
     """
 
     steps: tuple[Step, ...]
@@ -52,7 +52,7 @@ class BlockSpec:
     def names(self) -> dict[str, str]:
         """Place of each branch in the tree of parameters, and its word: {"mixer": "mamba", "mlp": "mlp"}.
 
-        The first two steps have their names from the time when a block was a mixer and an MLP.
+        The names of the first two steps date from the time when every block was a mixer and an MLP.
         """
         return {
             step_name(i) + (f"_{j}" if j else ""): word
@@ -72,7 +72,7 @@ def norm_name(step: int) -> str:
 
 
 def linked(spec: BlockSpec) -> list[str]:
-    """Words of the block's branches whose hidden state DenseSSM can read."""
+    """Words of the block's branches whose hidden state DenseSSM can access."""
     words = spec.names().values()
     return [word for word in words if not word.startswith(BOTH_WAYS) and BRANCHES[word].link]
 
@@ -135,7 +135,7 @@ def scanned(config: Any) -> tuple[int, int]:
 
 
 def branch_of(config: Any, word: str, **parent: Any) -> Branch:
-    """The branch of a word of the pattern: its own fields are those of config.model.<name>."""
+    """The branch of a word of the pattern. Its own fields come from config.model.<name>."""
     name, dtype = name_of(word), jnp.dtype(config.dtype)
     kind, options = BRANCHES[name], dict(config.get(name, {}))
     for option in options:
@@ -164,7 +164,7 @@ def connection_of(config: Any, spec: BlockSpec, **parent: Any) -> depth.Connecti
 
 
 def block_state(config: Any, spec: BlockSpec, batch: int, max_length: int) -> dict[str, State]:
-    """A block's state before the first token, by branch; what has no state is left out. Needs no parameters."""
+    """A block's state before the first token, by branch. Branches without a state are left out. Needs no parameters."""
     states = {
         name: branch_of(config, word, parent=None).init_state(batch, max_length) for name, word in spec.names().items()
     }
@@ -173,7 +173,7 @@ def block_state(config: Any, spec: BlockSpec, batch: int, max_length: int) -> di
 
 
 def with_leaves(states: dict[str, State]) -> dict[str, State]:
-    """Those that hold arrays."""
+    """The states that contain arrays."""
     return {name: state for name, state in states.items() if jax.tree.leaves(state)}
 
 
@@ -195,7 +195,7 @@ class Block(nn.Module):
     def __call__(
         self, x: jax.Array, seq: Sequence, state: dict[str, State] | None, carry: depth.Carry, deterministic: bool
     ) -> tuple[jax.Array, dict[str, State], depth.Carry]:
-        """x [B, T, D], state and carry to the new ones."""
+        """Maps x [B, T, D], state and carry to their new values."""
         dtype, kind = jnp.dtype(self.config.dtype), depth.kind(self.config)
         connection: depth.Connection = getattr(self, kind)
         old = state or {}
@@ -226,7 +226,7 @@ class SuperBlock(nn.Module):
         self.block = [rematerialised(self.config)(self.config, spec) for spec in self.specs]
 
     def __call__(self, carry: tuple[jax.Array, Any], state: Any, seq: Sequence) -> tuple[tuple[jax.Array, Any], Any]:
-        """carry (x, what the connection across depth carries), with this super-block's states, to the new ones."""
+        """Maps carry (x, carry of the connection across depth) and this super-block's states to their new values."""
         x, below = carry
         new_state = {}
         for i, block in enumerate(self.block):
@@ -237,7 +237,7 @@ class SuperBlock(nn.Module):
 
 
 def rematerialised(config: Any, index: int = 0) -> Callable[..., Block]:
-    """Block that keeps for the backward pass only what `remat` says, if it is among the first `remat_blocks`."""
+    """Block class. If `index` is among the first `remat_blocks`, the block saves only what `remat` names."""
     if config.remat == "none" or 0 < config.remat_blocks <= index:
         return Block
     return nn.remat(Block, policy=REMAT[config.remat], static_argnums=(5,), prevent_cse=True)
@@ -250,15 +250,15 @@ def causal(config: Any) -> bool:
 
 
 def redraw_every(config: Any) -> int:
-    """Training steps after which the random stream "features" changes, 0: there is none; `config` is config.model."""
+    """Training steps after which the random stream "features" changes; 0: there is none. `config` is config.model."""
     branches = (branch_of(config, name, parent=None) for name in names(config.pattern))
     return max(branch.redraw_every for branch in branches)
 
 
 def context(config: Any) -> int | None:
-    """Tokens that the model can see: `seq_len` where a state is a cache of what came before, None (any) where none is.
+    """Number of tokens that the model can see: `seq_len` if a state is a cache of earlier tokens, else None (any).
 
-    `config` is that of the whole run.
+    `config` is the config of the whole run.
     """
     branches = (branch_of(config.model, name, parent=None) for name in names(config.model.pattern))
     growing = any(grows(branch, config.seq_len) for branch in branches)
@@ -279,7 +279,7 @@ class Backbone(nn.Module):
         self.super_specs = tuple(specs[unrolled : unrolled + (len(specs) - unrolled) // max(self.repeats, 1)])
 
     def blocks(self, deterministic: bool) -> nn.Module:
-        """The scan over super-blocks, whose parameters are stacked in front; states are stacked behind the batch."""
+        """The scan over super-blocks. Their parameters are stacked on the first axis, their states after the batch."""
         scan = nn.scan(
             SuperBlock,
             variable_axes={"params": 0, "losses": 0, "figures": 0},

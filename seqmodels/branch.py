@@ -18,19 +18,19 @@ State = Any  # a pytree of arrays whose first axis is the batch; {} where there 
 
 
 class Branch(nn.Module):
-    """Base of all branches. docs/architecture.md says what the contract asks for; tests/test_branches.py tests it.
+    """Base of all branches. docs/architecture.md describes the contract; tests/test_branches.py tests it.
 
     Attributes:
         width: D, of the input and the output.
         dtype: of matrix products and activations; parameters and states are float32.
-        implementation: operation to the name of its implementation in `seqmodels.kernels`; one that is left out is
-            chosen by the device.
+        implementation: maps an operation to the name of its implementation in `seqmodels.kernels`. For operations left
+            out, the device decides.
         layers: depth of the whole model, for the scale of fresh output projections.
         bias: biases in the projections (`config.model.bias`), in branches that have them.
 
     Class attributes:
-        options: the branch's own fields, from `config.model.<name>`, with their rules; None where it has none, or
-            declares them in the class alone.
+        options: the branch's own fields, from `config.model.<name>`, with their rules. None if it has no fields, or
+            declares them only in the class.
         operations: the operations of `seqmodels.kernels` that it calls.
         causal: whether an output depends on no later token.
         biased: whether `bias` may be True.
@@ -56,12 +56,12 @@ class Branch(nn.Module):
 
     @property
     def redraw_every(self) -> int:
-        """Training steps after which the random stream "features" changes, which the branch draws from; 0: never."""
+        """Training steps after which the random stream "features", used by the branch, changes; 0: never."""
         return 0
 
     @nn.nowrap
     def init_state(self, batch: int, max_length: int = 0) -> State:
-        """The state before the first token; it needs no parameters. Every leaf has the batch first.
+        """The state before the first token. It needs no parameters. The first axis of every leaf is the batch.
 
         Args:
             max_length: tokens that a cache has room for; states of constant size do not depend on it.
@@ -74,21 +74,21 @@ class Branch(nn.Module):
     def __call__(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[jax.Array, State]:
         """x [B, T, D] to y [B, T, D] and the new state; `state=None` is the state before the first token.
 
-        T is a whole sequence, a chunk of one, or a token.
+        The T tokens are a whole sequence, a chunk of one, or a single token.
         """
         raise NotImplementedError
 
     @nn.nowrap
     def matrix(self, name: str, shape: Seq[int], axes: Seq[str | None], init: Init, group: str = "") -> jax.Array:
-        """Declares a parameter that the branch reads in its `dtype`; see `seqmodels.layers.parameter.parameter`."""
+        """Declare a parameter that the branch reads in its `dtype`; see `seqmodels.layers.parameter.parameter`."""
         return parameter(self, name, shape, axes, init, dtype=self.dtype, group=group)
 
     @nn.nowrap
     def flops(self, length: int) -> float:
-        """Operations a token of the forward pass, at rows of `length` tokens, beyond two for each parameter.
+        """Operations per token of the forward pass, in rows of `length` tokens, beyond two for each parameter.
 
-        Counted as two for each parameter are all that are no vectors. So scores and states count here; and what a
-        parameter is used for less often, as an expert's, is taken off.
+        The caller counts two operations for each parameter that is not a vector. So this method adds the operations of
+        scores and states. It subtracts the operations of parameters that not every token uses, such as an expert's.
         """
         return 0.0
 
@@ -100,7 +100,7 @@ def real(x: jax.Array, seq: Sequence, dtype: DTypeLike) -> jax.Array:
 
 
 def grows(branch: nn.Module, length: int) -> bool:
-    """Whether the state of more than `length` tokens is larger: whether it is a cache of all that came before."""
+    """Whether the state grows with more than `length` tokens, that is, whether it is a cache of all earlier tokens."""
 
     def shapes(length: int) -> list[tuple[int, ...]]:
         return [x.shape for x in jax.tree.leaves(jax.eval_shape(lambda: branch.init_state(1, length)))]

@@ -1,8 +1,8 @@
 """Continue a prompt: read it in chunks, then draw one token after another.
 
 Both use the model's ordinary call with an explicit state. The state is donated from call to call, so only one copy of
-it exists. In recurrent models its size does not depend on how much text was read. Every leaf of it has the batch first:
-`jax.tree.map(lambda x: x[rows], state)` picks, repeats or reorders rows.
+it exists. In recurrent models its size does not depend on how much text was read. The first axis of every leaf is the
+batch: `jax.tree.map(lambda x: x[rows], state)` selects, repeats or reorders rows.
 """
 
 import functools
@@ -19,7 +19,7 @@ from seqmodels.errors import UserError
 from seqmodels.rounding import rounded
 
 LARGEST_CHUNK = 512  # tokens prefilled at once
-BLOCK = 32  # tokens drawn before a caller is asked whether they are enough
+BLOCK = 32  # tokens drawn between two calls of the caller's `enough`
 
 
 class Sampling(NamedTuple):
@@ -42,7 +42,7 @@ FROM_ALL = Sampling()  # the model's own distribution
 def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
     """Logits [B, V] at the temperature, with -inf for the tokens that top_k and top_p leave out.
 
-    A token that is as likely as the last one that is kept is kept too.
+    Tokens with the same probability as the last token that is kept are kept, too.
 
     Args:
       logits: [B, V] float32.
@@ -60,10 +60,10 @@ def filtered(logits: jax.Array, sampling: Sampling) -> jax.Array:
 
 
 def cheapest_method(sampling: Sampling) -> str:
-    """The cheapest method of `draw` that is enough for a sampling; it must be known before compiling.
+    """The cheapest method of `draw` that suffices for a sampling. It must be known before compiling.
 
-    "greedy" takes the likeliest token, without random numbers. "plain" draws from all tokens. "filtered" sorts the
-    vocabulary first, for top_k and top_p, and on a GPU that takes as long as many layers.
+    "greedy" takes the likeliest token, without random numbers. "plain" draws from all tokens. "filtered" first sorts
+    the vocabulary, for top_k and top_p; on a GPU this takes as long as many layers.
     """
     if np.all(np.asarray(sampling.temperature) == 0):
         return "greedy"
@@ -78,7 +78,7 @@ def draw(keys: jax.Array, logits: jax.Array, sampling: Sampling, method: str = "
     Args:
       keys: [B] typed random keys.
       logits: [B, V] float32.
-      method: of `cheapest_method`, or a more expensive one, which draws the same tokens.
+      method: result of `cheapest_method`, or a more expensive method, which draws the same tokens.
 
     Returns:
       [B] int32.
@@ -92,7 +92,7 @@ def draw(keys: jax.Array, logits: jax.Array, sampling: Sampling, method: str = "
 
 
 def scaled(logits: jax.Array, temperature: float | jax.Array) -> jax.Array:
-    """logits [B, V] at a temperature, a scalar or [B]; as they are at 0."""
+    """logits [B, V] divided by a temperature, a scalar or [B]. At temperature 0 they are unchanged."""
     temperature = jnp.broadcast_to(jnp.asarray(temperature), logits.shape[:1])[:, None]
     return logits / jnp.where(temperature > 0, temperature, 1.0)
 
@@ -113,7 +113,7 @@ def power_of_two(n: int) -> int:
 def read_chunk(
     model: nn.Module, params: Any, tokens: jax.Array | np.ndarray, mask: jax.Array | np.ndarray | None, state: Any
 ) -> tuple[jax.Array, Any]:
-    """Takes the next [B, T] tokens of the prompts into the state, as `prefill` does with each of `chunks`."""
+    """Read the next [B, T] tokens of the prompts into the state. `prefill` does so for each of `chunks`."""
     hidden, state = model.apply({"params": params}, tokens, mask=mask, state=state)
     return hidden[:, -1:], state
 
@@ -159,21 +159,21 @@ def draw_tokens(
     """Draws `tokens` new tokens for each row. Only `method`, `room` and the shapes decide what is compiled.
 
     Args:
-      params: as `rounded` returns them.
-      hidden, state: as `prefill` or the last call returned them; the state is consumed.
+      params: result of `rounded`.
+      hidden, state: results of `prefill` or of the last call; the state is consumed.
       keys: [B] typed random keys, one for each row.
       done: [B] bool, the rows that have already reached `stop`.
-      first: how many tokens were drawn before.
+      first: how many tokens were drawn in earlier calls.
       method: as in `draw`.
       room: length of the array that the tokens are written to, at least `tokens`.
 
     Returns:
-      The tokens [B, room] int32, and the hidden state and state from which the next call may go on.
+      The tokens [B, room] int32, and the hidden state and state for the next call.
     """
     params, head = ({"params": tree} for tree in params)
     rows = hidden.shape[0]
     if rows == 1 and jax.default_backend() == "gpu":
-        # Twice the same row: with one alone XLA multiplies each matrix by it in memory, and then sums up.
+        # Repeat a single row: with one row XLA does not use a matrix product, but writes products to memory and sums.
         hidden, state, keys, done = jax.tree.map(lambda x: jnp.concatenate([x, x]), (hidden, state, keys, done))
 
     def unfinished(carry):
@@ -211,20 +211,20 @@ def decode(
 ) -> np.ndarray:
     """Continue a batch of token sequences.
 
-    A row depends on its own prompt, its number and the seed, not on the other rows.
+    A row's result depends on its prompt, its index and the seed, not on the other rows.
 
     Args:
       model, params: as in docs/architecture.md; params unboxed.
       prompts: B lists of token ids, of any lengths of at least 1.
       tokens: how many to add to each.
-      vocab_size: of the tokenizer. The model's vocabulary is padded beyond it; these ids are never drawn.
+      vocab_size: of the tokenizer. The model's vocabulary is padded beyond it; the added ids are never drawn.
       stop: id that ends a row; the rest of the row is filled with it. -1: none.
       enough: called after every BLOCK tokens with all tokens so far [B, n]; all rows end when it returns True.
 
     Returns:
       [B, tokens] int32; fewer tokens if `enough` ended the rows.
 
-    Raises: UserError on an empty prompt or numbers that make no sense.
+    Raises: UserError for an empty prompt or numbers out of range.
     """
     _check(tokens, sampling)
     if not prompts or not all(len(prompt) for prompt in prompts):
@@ -235,7 +235,8 @@ def decode(
     for row, prompt in enumerate(prompts):
         ids[row, length - len(prompt) :] = prompt
         mask[row, length - len(prompt) :] = True
-    # Only the cache of an attention model depends on this number. Rounded up to a power of two, few programs serve all.
+    # Only the cache of an attention model depends on this number. It is rounded up to a power of two, so that few
+    # programs are compiled.
     state = fresh_state(model, batch, power_of_two(length + tokens))
     params = rounded(model, params)
     hidden, state = prefill(model, params[0], ids, None if mask.all() else mask, state)
@@ -252,7 +253,7 @@ def decode(
     return out
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # gives each leaf a buffer of its own, as the state is donated
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # gives each leaf its own buffer, as the state is donated
 def fresh_state(model: nn.Module, batch: int, max_length: int) -> Any:
     """The state of `batch` rows before their first token; attention caches have room for `max_length` tokens."""
     return model.init_state(batch, max_length)
@@ -281,7 +282,7 @@ def generate(
       context: tokens that the model can see, prompt and answer together (`seqmodels.backbone.context`); None: any
         number.
 
-    Raises: UserError on numbers that make no sense, or where prompt and answer exceed the context.
+    Raises: UserError for numbers out of range, or if prompt and answer exceed the context.
     """
     sampling = Sampling(temperature, top_k, top_p)
     _check(tokens, sampling)

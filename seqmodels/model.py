@@ -1,4 +1,4 @@
-"""A model: an input, the backbone, and a head. With tokens and the next token it is a language model."""
+"""A model: an input, the backbone, and a head. With token input and a next-token head it is a language model."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ class SequenceModel(nn.Module):
 
     Attributes:
         config: config.model, with vocab_size filled in.
-        input_size: rows of the input's table, letters of its alphabet, or its channels.
+        input_size: number of rows of the input's table, of letters of its alphabet, or of its channels.
         output_size: padded vocabulary, classes, targets or channels that the head predicts.
     """
 
@@ -40,7 +40,7 @@ class SequenceModel(nn.Module):
         _attach(self, config.input, reader)
         _attach(self, config.head, predictor)
         self.reader, self.predictor = reader, predictor
-        # Parameters are declared here, in this order, whatever is called first: their values depend on the order.
+        # Parameters are declared here, always in this order, because their initial values depend on the order.
         self.table = reader.table()
         predictor.declare()
         self.dropout = nn.Dropout(config.dropout)
@@ -73,14 +73,14 @@ class SequenceModel(nn.Module):
 
     @nn.nowrap
     def init_state(self, batch: int, max_length: int = 0) -> dict[str, Any]:
-        """The state before the first token; call it on the module itself, it needs no parameters.
+        """The state before the first token. Call it on the module itself; it needs no parameters.
 
         Args:
-            max_length: slots of attention caches, in tokens; other mixers' states are constant in size.
+            max_length: slots of attention caches, in tokens. The states of other mixers have constant size.
 
         Returns:
-            segment [B] and position [B] int32: document of the last token and tokens of it so far; layers: states of
-            the blocks. Every leaf has batch first.
+            segment [B] and position [B] int32: document of the last token, and number of its tokens so far; layers:
+            states of the blocks. The first axis of every leaf is the batch.
         """
         layers = Backbone(self.config, parent=None).init_state(batch, max_length)
         zeros = jnp.zeros((batch,), jnp.int32)
@@ -88,7 +88,7 @@ class SequenceModel(nn.Module):
 
     @nn.nowrap
     def example_input(self, length: int) -> jax.Array:
-        """One row of `length` positions of what the model reads, of zeros."""
+        """One row of `length` positions of the model's input, filled with zeros."""
         if input_of(self.config).ids:
             return jnp.zeros((1, length), jnp.int32)
         return jnp.zeros((1, length, self.input_size), jnp.float32)
@@ -101,13 +101,13 @@ class SequenceModel(nn.Module):
         state: Any = None,
         deterministic: bool = True,
     ) -> tuple[jax.Array, dict[str, Any]]:
-        """Hidden states, of which the head predicts.
+        """Hidden states, from which the head predicts.
 
         Args:
-            tokens: [B, T] int32; of an input of frames, values [B, T, C] float32.
+            tokens: [B, T] int32, or, for an input of frames, values [B, T, C] float32.
             segment_ids: [B, T] int32, document of each token; None: one document.
             mask: [B, T] bool, False on padding.
-            state: of `init_state` or an earlier call; None: nothing came before.
+            state: result of `init_state` or of an earlier call. None: nothing came before.
 
         Returns:
             hidden [B, T, D] after the last norm, and the new state.
@@ -121,11 +121,11 @@ class SequenceModel(nn.Module):
         return hidden, dict(segment=segment, position=position, layers=layers)
 
     def outputs(self, hidden: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """What the head makes of hidden states [B, T, D] and a mask [B, T]; float32, its shape is the head's."""
+        """The head's predictions from hidden states [B, T, D] and a mask [B, T]: float32, in the head's shape."""
         return self.predictor(hidden, mask, self.table)
 
     def logits(self, hidden: jax.Array) -> jax.Array:
-        """Of a head that predicts the next token: [B, T, D] to [B, T, V] float32, V the padded vocabulary."""
+        """Logits of a next-token head: [B, T, D] to [B, T, V] float32, with V the padded vocabulary."""
         return self.predictor(hidden, None, self.table)
 
 
@@ -186,7 +186,7 @@ def _build(config, spec: Spec, objective: str) -> SequenceModel:
             raise UserError(f"config.model.implementation.{operation}={name!r}: must be '' or one of {allowed}")
     kind = LanguageModel if len(vocabularies) == 2 else SequenceModel
     model = kind(FrozenConfigDict(config), *sizes)
-    # Either declares every branch, which checks its fields.
+    # Both cases declare every branch, which checks the branch's fields.
     if causal(config):
         jax.eval_shape(lambda: model.init_state(1, 1))
     else:
@@ -195,7 +195,7 @@ def _build(config, spec: Spec, objective: str) -> SequenceModel:
 
 
 def _check_both_ways(config: Any, head: type[Head]) -> None:
-    """Checks a stack in which positions know of later ones, and which therefore has no state."""
+    """Check a model in which positions depend on later ones, and which therefore has no state."""
     if head.causal:
         allowed = " or ".join(repr(name) for name, other in HEADS.items() if not other.causal)
         refuse("model.head", config.head, f"{allowed} with model.pattern={config.pattern!r}, which reads ahead")
@@ -205,7 +205,7 @@ def _check_both_ways(config: Any, head: type[Head]) -> None:
 
 
 def check_parts(config: ConfigDict, spec: Spec, objective: str) -> None:
-    """Whether the input and head of config.model fit the batches of a dataset.
+    """Check that the input and head of config.model fit the batches of a dataset.
 
     Raises: UserError in one line with the field, its value and what is allowed.
     """
@@ -225,21 +225,21 @@ def check_parts(config: ConfigDict, spec: Spec, objective: str) -> None:
 
 
 def _attach(model: nn.Module, name: str, part: Input | Head) -> None:
-    """Makes `part` a submodule: its parameters lie under `name`, or at the root of the tree."""
+    """Make `part` a submodule. Its parameters are placed under `name`, or at the root of the tree."""
     setattr(model, name, part)
     if part.at_root:
         nn.share_scope(model, part)
 
 
 def _size(name: str, array: ArraySpec) -> int:
-    """Ids of an array of a batch, or the size of its last axis where it holds numbers."""
+    """Number of different ids in an array of a batch, or the size of its last axis if it holds numbers."""
     if np.issubdtype(array.dtype, np.integer) and array.count < 1:
         raise UserError(f"dataset.spec[{name!r}].count={array.count}: must be the number of different ids, at least 1")
     return array.count or array.shape[-1]
 
 
 def describe_kernels(config: ConfigDict, platform: str) -> list[str]:
-    """One line an operation of the model: the implementation it runs on `platform` ("cpu", "gpu", "tpu"), and why."""
+    """One line per operation of the model: its implementation on `platform` ("cpu", "gpu", "tpu"), and the reason."""
     branches = [BRANCHES[name] for name in names(config.pattern)]
     lines = []
     for operation in dict.fromkeys(operation for branch in branches for operation in branch.operations):

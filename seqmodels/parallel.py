@@ -1,9 +1,9 @@
 """The kernels on the devices of the current mesh: each device runs them on its rows, channels and piece of time.
 
-The mesh is that of `jax.set_mesh`, and Flax's logical axis rules say which of its axes the logical axes of a kernel's
-arrays are split over; `axes` in the kernel's module names them. Each device then runs the kernel on its part, inside
-one shard_map: the compiler cannot split a Pallas kernel by itself. Without a mesh of several devices, or without rules,
-the kernel is called as it is.
+`jax.set_mesh` sets the mesh. `axes` in the kernel's module names the logical axes of the kernel's arrays. Flax's
+logical axis rules map them to the mesh axes that they are split over. Each device then runs the kernel on its part,
+inside one shard_map, because the compiler cannot split a Pallas kernel itself. Without a mesh of several devices, or
+without rules, the kernel is called directly.
 
 Every operation of `seqmodels.kernels.OPERATIONS` is a function of this module, with the arguments of the kernel:
 
@@ -24,7 +24,7 @@ from jax.sharding import AxisType, PartitionSpec
 from seqmodels.kernels import OPERATIONS
 from seqmodels.kernels.axes import Axes, Layout
 
-if TYPE_CHECKING:  # what `__getattr__` gives has the signatures of the kernels
+if TYPE_CHECKING:  # the functions that `__getattr__` returns have the signatures of the kernels
     from seqmodels.kernels.attention import attention as attention
     from seqmodels.kernels.linear_attention import linear_attention as linear_attention
     from seqmodels.kernels.selective_scan import selective_scan as selective_scan
@@ -77,7 +77,7 @@ def run(operation: str, **arguments: Any) -> Any:
 
     inputs = {name: spec(layout.arrays[name]) for name in given}
     outputs = tuple(spec(axes) for axes in layout.results)
-    out_specs = outputs if len(outputs) > 1 else outputs[0]  # a kernel gives a lone result as it is
+    out_specs = outputs if len(outputs) > 1 else outputs[0]  # a kernel returns a single result without a tuple
     return jax.shard_map(part, in_specs=(inputs,), out_specs=out_specs, check_vma=False)(given)
 
 
@@ -85,20 +85,22 @@ def axis_sizes(layout: Layout, arrays: Mapping[str, jax.Array]) -> dict[str, int
     """Size of each logical axis of the arrays."""
     sizes: dict[str, int] = {}
     for name, x in arrays.items():
-        # not strict: what does not fit is for the kernel to say
+        # not strict: the kernel reports shapes that do not fit
         sizes |= {axis: size for axis, size in zip(layout.arrays[name], x.shape, strict=False) if axis is not None}
     return sizes
 
 
 def mesh_axes(together: tuple[str, ...] = (), **sizes: int) -> dict[str | None, tuple[str, ...]] | None:
-    """Mesh axes that each logical axis is split over; one that its size does not divide into is left out, and whole.
+    """Mesh axes that each logical axis is split over.
+
+    A logical axis whose size is not a multiple of the number of devices is left out, and stays whole.
 
     Args:
-        together: logical axes that are split alike or not at all; those of size 1 stay out of it.
+        together: logical axes that are split in the same way or not at all. This does not apply to axes of size 1.
         **sizes: size of each logical axis.
 
     Returns:
-        None where there is nothing to split: no mesh of several devices, no rules, or already inside a shard_map.
+        None if there is nothing to split: no mesh of several devices, no rules, or already inside a shard_map.
     """
     mesh, rules = jax.sharding.get_abstract_mesh(), dict(nn.get_logical_axis_rules())
     axes = zip(mesh.axis_names, mesh.axis_sizes, mesh.axis_types, strict=True)

@@ -1,6 +1,6 @@
-"""Parameters cast once for many calls. A model in bfloat16 casts its float32 matrices again in every call.
+"""Parameters that are cast once for many calls. A model in bfloat16 casts its float32 matrices in every call.
 
-A training step has to. But each token of a generated text would read them all, in twice as many bytes as need be.
+A training step must do so. But in generation, each token would read all matrices in float32: twice the bytes needed.
 """
 
 import functools
@@ -14,9 +14,9 @@ from seqmodels.layers.parameter import declarations
 
 
 def rounded(model: nn.Module, params: Any) -> tuple[Any, Any]:
-    """`params` for `model(...)`, and for `model.logits`: each cast to the dtype that the model reads it in.
+    """`params` for `model(...)`, and `params` for `model.logits`, cast to the dtypes that the model reads them in.
 
-    A model gives the same results with them as with `params`.
+    The model's results are the same as with the original `params`.
     """
     leaves, tree = jax.tree.flatten(params)
     return tuple(jax.tree.unflatten(tree, _cast(leaves, dtypes)) for dtypes in _dtypes(model))
@@ -35,6 +35,6 @@ def _dtypes(model: nn.Module) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
     dtype = jnp.dtype(model.config.dtype)
     return (
         tuple(parameter.read for parameter in declared),
-        # the table that embeds tokens may also make the logits, where it is cast
+        # the embedding table may also be the matrix of the logits, which casts it
         tuple(dtype if "vocab" in parameter.names else parameter.read for parameter in declared),
     )

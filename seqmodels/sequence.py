@@ -1,4 +1,4 @@
-"""What the tokens of a batch are: which are real, which document each belongs to, where it stands there."""
+"""Description of a batch's tokens: which are real, and each token's document and position in it."""
 
 from typing import Any
 
@@ -11,13 +11,13 @@ from seqmodels.kernels.segments import previous_segment, resets
 
 @struct.dataclass
 class Sequence:
-    """Handed to every mixer beside its input [B, T, D].
+    """Passed to every mixer beside its input [B, T, D].
 
     Attributes:
         positions: [B, T] int32, number of real tokens before this one in its document.
         segment_ids: [B, T] int32, document of each token; a change resets the state. None: one document a row.
         mask: [B, T] bool, False on padding. None: every token is real.
-        initial_segment: [B] int32, document that the incoming state belongs to. None: that of the first real token.
+        initial_segment: [B] int32, document of the incoming state. None: the document of the first real token.
     """
 
     positions: jax.Array
@@ -26,7 +26,7 @@ class Sequence:
     initial_segment: jax.Array | None = None
 
     def documents(self) -> dict[str, Any]:
-        """The keyword arguments of a kernel that say what is packed and what is padding."""
+        """The keyword arguments of a kernel that describe packed documents and padding."""
         return dict(segment_ids=self.segment_ids, initial_segment=self.initial_segment, mask=self.mask)
 
 
@@ -51,7 +51,7 @@ def make_sequence(
     real = jnp.ones((batch, length), bool) if mask is None else mask
     before = jnp.zeros((batch,), jnp.int32) if position is None else position
     count = jnp.cumsum(real, axis=1, dtype=jnp.int32) - real  # real tokens before this one in the row
-    start = -before[:, None]  # of the current document, in the same count
+    start = -before[:, None]  # start of the current document, in the same count
     if segment_ids is not None:
         changed = resets(segment_ids, segment, mask)
         assert changed is not None  # it is None only without segment_ids

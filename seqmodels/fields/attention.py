@@ -6,7 +6,7 @@ from seqmodels.fields import Field, Group, above, at_least, refuse
 
 
 def check(options: Any, width: int) -> None:
-    """Whether the options fit each other and the model's width."""
+    """Check that the options fit each other and the model's width."""
     heads, kv_heads = options.heads, options.kv_heads
     if not options.head_dim and width % heads:
         refuse("model.attention.heads", heads, f"a divisor of model.width={width}, or head_dim must be set")

@@ -29,12 +29,12 @@ class Field:
     """A field's declaration.
 
     Attributes:
-        default: the value where nobody sets it. Its type is the field's type: bool, int, float (which takes integers
-            too, but not NaN), str or tuple.
+        default: the value if the field is not set. Its type is the field's type: bool, int, float (which also takes
+            integers, but not NaN), str or tuple.
         meaning: what the field does, for `--help`: a plain phrase, with the unit.
         allowed: which values are allowed.
-        since: version of the list of fields that brought this one. From 2 on the default means "as before", so that a
-            config that lacks the field means the same as one that has the default.
+        since: version of the list of fields that introduced this field. From version 2 on, the default means "as
+            before": a config without the field means the same as a config with the default.
     """
 
     default: Any
@@ -43,14 +43,14 @@ class Field:
     since: int = 1
 
     def words(self) -> str:
-        """What is allowed, the type included, so that "must be <words>" is a sentence."""
+        """Description of the allowed values, with the type, for the sentence "must be <words>"."""
         kind, rule = KINDS[type(self.default)][1], self.allowed.words
         if rule.startswith("one of"):
             return rule
         return f"{kind}, {rule}" if rule else kind
 
     def check(self, path: str, value: Any) -> None:
-        """Raises UserError where `value` has another type, or is not allowed. `path`: dotted name, for the message."""
+        """Raises UserError if `value` has another type, or is not allowed. `path`: dotted name, for the message."""
         if not KINDS[type(self.default)][0](value):
             refuse(path, value, self.words())
         if not self.allowed.test(value):
@@ -58,5 +58,5 @@ class Field:
 
 
 def refuse(field: str, value: Any, allowed: str) -> NoReturn:
-    """Raises UserError: one line with the dotted field as it stands on the command line, its value, what is allowed."""
+    """Raises UserError: one line with the field's dotted name as on the command line, its value, what is allowed."""
     raise UserError(f"config.{field}={value!r}: must be {allowed}")

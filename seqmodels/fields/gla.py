@@ -6,7 +6,7 @@ from seqmodels.fields import Field, Group, above, at_least, refuse
 
 
 def check(options: Any, width: int) -> None:
-    """Whether the options fit the model's width."""
+    """Check that the options fit the model's width."""
     if width % (2 * options.heads) and not (options.key_dim and options.value_dim):
         allowed = f"half a divisor of model.width={width}, or key_dim and value_dim must be set"
         refuse("model.gla.heads", options.heads, allowed)

@@ -17,14 +17,14 @@ from seqmodels.nearest import nearest
 
 @dataclasses.dataclass(frozen=True)
 class Group:
-    """Fields that stand together.
+    """Fields that belong together.
 
     Attributes:
-        name: of the branch, or of the part of the config.
+        name: name of the branch, or of the part of the config.
         fields: name of each field, and its declaration.
-        check: `check(options, width)` raises UserError (by `refuse`) where the fields do not fit each other or the
-            model's width. It may rely on every field: `options` has them all, each with an allowed value.
-        path: dotted place in a config. None: `model.<name>`, where the options of branches are.
+        check: `check(options, width)` raises UserError (by `refuse`) if the fields do not fit each other or the model's
+            width. `options` always has all fields, each with an allowed value.
+        path: dotted place in a config. None: `model.<name>`, the place of a branch's options.
     """
 
     name: str
@@ -38,15 +38,15 @@ class Group:
 
     @property
     def home(self) -> str:
-        """Dotted place of the group in a config: "model.mamba"; "" for the fields that are in no group."""
+        """Dotted place of the group in a config, such as "model.mamba"; "" for the fields at the top level."""
         return f"model.{self.name}" if self.path is None else self.path
 
     def place(self, field: str) -> str:
-        """Dotted name of a field of this group in a config: "model.mamba.state"."""
+        """Dotted name of a field of this group in a config, such as "model.mamba.state"."""
         return f"{self.home}.{field}" if self.home else field
 
     def defaults(self, **values: Any) -> ConfigDict:
-        """A ConfigDict with every field in the declared order: the values given, and the defaults of all others.
+        """A ConfigDict with every field in the declared order: the given values, and defaults for all others.
 
         Raises: UserError for a name that is not declared.
         """
@@ -61,7 +61,7 @@ class Group:
         return {**{name: field.default for name, field in self.fields.items()}, **options}
 
     def check_fields(self, options: Any) -> None:
-        """Checks each field alone. `options` has fields as attributes, a ConfigDict or a module; it may lack some.
+        """Check each field by itself. `options` is a ConfigDict or a module that has some or all fields as attributes.
 
         Raises: UserError for the first value that is not allowed.
         """
@@ -69,7 +69,7 @@ class Group:
             field.check(self.place(name), getattr(options, name, field.default))
 
     def validate(self, options: Any, width: int) -> None:
-        """Checks each field alone, and then whether they fit each other and the model's width.
+        """Check each field by itself, and then whether they fit each other and the model's width.
 
         Raises: UserError for the first mistake.
         """

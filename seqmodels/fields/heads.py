@@ -1,4 +1,4 @@
-"""Rules that Mamba-2 and Mamba-3 have in common: the inner channels are split into heads, and the heads into groups."""
+"""Rules shared by Mamba-2 and Mamba-3: the inner channels are split into heads, and the heads into groups."""
 
 from typing import Any
 
@@ -6,7 +6,7 @@ from seqmodels.fields.field import refuse
 
 
 def check_heads(name: str, options: Any, width: int) -> None:
-    """Raises UserError where heads of `head_dim` channels, or groups of heads, do not come out even."""
+    """Raises UserError unless the inner channels divide into heads of `head_dim`, and the heads into groups."""
     inner = options.expand * width
     if inner % options.head_dim:
         refuse(f"model.{name}.head_dim", options.head_dim, f"a divisor of expand * model.width = {inner}")

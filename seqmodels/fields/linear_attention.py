@@ -6,7 +6,7 @@ from seqmodels.fields import Field, Group, at_least, one_of, refuse
 
 
 def check(options: Any, width: int) -> None:
-    """Whether the options fit the model's width."""
+    """Check that the options fit the model's width."""
     if width % options.heads:
         refuse("model.linear_attention.heads", options.heads, f"a divisor of model.width={width}")
 

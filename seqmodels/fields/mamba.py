@@ -7,7 +7,7 @@ from seqmodels.fields.steps import STEPS, check_steps
 
 
 def check(options: Any, width: int) -> None:
-    """Whether the options fit each other."""
+    """Check that the options fit each other."""
     check_steps("mamba", options)
 
 

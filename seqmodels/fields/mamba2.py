@@ -8,7 +8,7 @@ from seqmodels.fields.steps import STEPS, check_steps
 
 
 def check(options: Any, width: int) -> None:
-    """Whether the options fit each other and the model's width."""
+    """Check that the options fit each other and the model's width."""
     check_heads("mamba2", options, width)
     check_steps("mamba2", options)
 

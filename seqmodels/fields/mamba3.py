@@ -8,7 +8,7 @@ from seqmodels.fields.steps import STEPS, check_steps
 
 
 def check(options: Any, width: int) -> None:
-    """Whether the options fit each other and the model's width."""
+    """Check that the options fit each other and the model's width."""
     check_heads("mamba3", options, width)
     if options.state * options.rotated % 2:
         allowed = f"a share that makes an even number of the state={options.state} channels rotate"

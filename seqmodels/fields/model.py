@@ -1,4 +1,4 @@
-"""Fields of every model: `config.model` but for the options of its branches."""
+"""Fields of every model: `config.model` without the options of its branches."""
 
 from typing import Any
 

@@ -6,7 +6,7 @@ from seqmodels.fields import Field, Group, above, at_least, one_of, refuse
 
 
 def check(options: Any, width: int) -> None:
-    """Whether the options fit each other and the model's width."""
+    """Check that the options fit each other and the model's width."""
     heads = options.heads
     if width % heads and not (options.key_dim and options.value_dim):
         allowed = f"a divisor of model.width={width}, or key_dim and value_dim must be set"

@@ -14,8 +14,8 @@ class Rule:
 
     Attributes:
         test: whether a value, which has the right type already, is allowed.
-        words: what is allowed, so that "must be <words>" is a sentence; "" where any value is.
-        choices: the values that are allowed, where they are a list.
+        words: what is allowed, for the sentence "must be <words>"; "" if any value is allowed.
+        choices: the allowed values, if they are a list.
     """
 
     test: Callable[[Any], bool]
@@ -23,7 +23,7 @@ class Rule:
     choices: tuple[Any, ...] = ()
 
     def advice(self, value: Any) -> str:
-        """What is allowed, and the allowed name that `value` may have been meant to be."""
+        """What is allowed, and the allowed name that is most similar to `value`."""
         names = [name for name in self.choices if isinstance(name, str)]
         near = get_close_matches(value, names, n=1) if isinstance(value, str) else []
         return f"{self.words}; did you mean {near[0]!r}?" if near else self.words
@@ -54,7 +54,7 @@ def above(bound: float) -> Rule:
 
 
 def each_at_least(smallest: int, what: str) -> Rule:
-    """A list with one integer or more, each `smallest` or larger. `what`: what the numbers are, in words."""
+    """A list of one or more integers, each at least `smallest`. `what` describes the numbers in words."""
     return Rule(
         lambda values: len(values) > 0 and all(isinstance(n, numbers.Integral) and int(n) >= smallest for n in values),
         f"{what}, each at least {smallest}",

@@ -1,4 +1,4 @@
-"""Fields of a run: everything in a config but the options of the branches."""
+"""Fields of a run: everything in a config except the options of the branches."""
 
 import re
 
@@ -44,7 +44,7 @@ DATA = Group(
     path="data",
 )
 
-# of configs whose rows are generated (docs/synthetic.md); the fields of `data.task` are those of the task's class
+# for configs whose rows are generated (docs/synthetic.md); the fields of `data.task` are those of the task's class
 TASK_DATA = Group(
     "data",
     {
@@ -221,7 +221,7 @@ def defaults() -> ConfigDict:
 
 
 def groups_of(config: ConfigDict) -> tuple[Group, ...]:
-    """GROUPS as they are for this config: its data are a text, or a task where `data.task` is there."""
+    """GROUPS for this config, whose data are a task if `data.task` exists, else a text."""
     data = config.get("data")
     task = isinstance(data, ConfigDict) and "task" in data
     return tuple(TASK_DATA if group is DATA and task else group for group in GROUPS)

@@ -1,4 +1,4 @@
-"""Fields of the first step sizes, which Mamba, Mamba-2 and Mamba-3 have in common."""
+"""Fields of the initial step sizes, shared by Mamba, Mamba-2 and Mamba-3."""
 
 from typing import Any
 
@@ -13,6 +13,6 @@ STEPS = {
 
 
 def check_steps(name: str, options: Any) -> None:
-    """Raises UserError where the range of step sizes of the branch `name` is empty."""
+    """Raises UserError if the range of step sizes of the branch `name` is empty."""
     if options.dt_max < options.dt_min:
         refuse(f"model.{name}.dt_max", options.dt_max, f"at least dt_min={options.dt_min}")

@@ -74,7 +74,7 @@ def _gated_forward(x, z, scale, groups, eps):
 
 
 def _gated_backward(groups, eps, kept, dy):
-    """As `_backward`. The mean of g n is computed as that of dy y, which reads half the bytes of x, z, dy in float32."""
+    """As `_backward`. The mean of g n is computed as that of dy y: it reads half the bytes of x, z, dy in float32."""
     x, z, scale, reciprocal, y = kept
     gated, pullback = jax.vjp(_gated, x, z)
     normed = _grouped(gated, groups) * reciprocal
