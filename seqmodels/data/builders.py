@@ -2,7 +2,7 @@
 
 They write ArrayRecord files, which allow random access and need no TensorFlow.
 
-Imported only to build or read a dataset: a finished token cache needs neither this file nor the library.
+This module is imported only to build or read a dataset. A finished token cache needs neither it nor the library.
 """
 
 import functools
@@ -35,11 +35,11 @@ class ShakespeareAusten(tfds.core.GeneratorBasedBuilder):
 
 
 class TextFiles(tfds.core.GeneratorBasedBuilder):
-    """Documents of .txt and .jsonl files, cut into splits as `seqmodels.data.text.cut` says.
+    """Documents of .txt and .jsonl files, cut into splits by `seqmodels.data.text.cut`.
 
     Args:
       files, text_key: see `seqmodels.data.text.read_documents`.
-      **kwargs: arguments of tfds. Each set of files needs a data directory of its own.
+      **kwargs: arguments of tfds. Each set of files needs its own data directory.
     """
 
     VERSION = tfds.core.Version("1.0.0")

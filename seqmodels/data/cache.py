@@ -1,11 +1,12 @@
 """The token cache: text that was tokenised once, in flat files that NumPy maps into memory.
 
-`<cache>/tokens/<label>-<request>-<text>/`, where request and text are fingerprints, holds
-- `<split>/tokens.bin`: ids of all documents one after another, each begun by the separator; uint16 or uint32;
-- `<split>/documents.npy`: int64, where in `tokens.bin` each document begins;
+The folder `<cache>/tokens/<label>-<request>-<text>/`, where request and text are fingerprints, contains
+- `<split>/tokens.bin`: ids of all documents one after another, each preceded by the separator; uint16 or uint32;
+- `<split>/documents.npy`: int64, index in `tokens.bin` at which each document begins;
 - `meta.json`: tokenizer, dtype and, by split, tokens, documents, bytes of text and their size under `xz -9`.
 
-It is written under another name and renamed at the end, so a cache is always complete. Other processes wait for a lock.
+The folder is written under another name and renamed at the end, so a cache is always complete. Other processes wait for
+a lock.
 """
 
 import array
@@ -26,17 +27,17 @@ from seqmodels.data.sources import Documents, Source, fingerprint
 from seqmodels.data.tokenizer import Tokenizer
 from seqmodels.errors import UserError
 
-FORMAT = 1  # goes up when the files change, which makes older caches unknown
+FORMAT = 1  # increases when the format of the files changes; caches of an older format are not found
 BATCH_CHARACTERS = 2**20  # tokenised at once
-XZ_BYTES = 2**26  # the xz figure is taken on the first 64 MiB of a split: as far as xz -9 looks back
+XZ_BYTES = 2**26  # the xz figure is measured on the first 64 MiB of a split: the dictionary size of xz -9
 
 
 def find_or_build(source: Source, tokenizer: Tokenizer, root: Path) -> Path:
     """Directory of the finished cache for a source and a tokenizer, built if there is none.
 
     Args:
-      source: the text; it is opened only if there is no cache.
-      tokenizer: what it is tokenised with.
+      source: the text. It is opened only if there is no cache.
+      tokenizer: the tokenizer of the text.
       root: `config.data.cache`.
 
     Raises:
@@ -55,7 +56,7 @@ def find_or_build(source: Source, tokenizer: Tokenizer, root: Path) -> Path:
 
 
 def _find(folder: Path, stem: str, content: str | None) -> Path | None:
-    """The newest finished cache of a request; if the fingerprint of the text is known, only of that text."""
+    """The newest finished cache of a request. If the fingerprint of the text is known, only a cache of that text."""
     found = folder.glob(f"{stem}-{content or '*'}/meta.json")
     return max((path.parent for path in found if not path.parent.name.endswith(".partial")), key=_age, default=None)
 
@@ -76,7 +77,7 @@ def _build(source: Source, tokenizer: Tokenizer, folder: Path, stem: str) -> Pat
     content, splits = source.open()
     target = folder / f"{stem}-{content}"
     partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed: we hold the lock
+    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed: this process holds the lock
     meta: dict[str, Any] = {
         "source": source.key,
         "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
@@ -97,7 +98,7 @@ def _build(source: Source, tokenizer: Tokenizer, folder: Path, stem: str) -> Pat
 
 
 def _write_split(documents: Documents, tokenizer: Tokenizer, folder: Path) -> dict:
-    """Tokenises one split into a folder; returns its part of `meta.json`."""
+    """Tokenise one split into a folder, and return its part of `meta.json`."""
     folder.mkdir(parents=True)
     starts, tokens, size = array.array("q"), 0, 0
     xz, xz_in, xz_out = lzma.LZMACompressor(preset=9), 0, 0
@@ -134,7 +135,7 @@ def read_meta(folder: Path) -> dict:
     """`meta.json` of a finished cache, checked against the files beside it.
 
     Raises:
-      UserError: files that were cut short or are missing.
+      UserError: files are truncated or missing.
     """
     meta = json.loads((folder / "meta.json").read_text())
     width = np.dtype(meta["dtype"]).itemsize

@@ -1,7 +1,7 @@
-"""What training needs of a dataset: batches, the arrays in them, and the objective that they are for.
+"""What training requires of a dataset: batches, a description of their arrays, and the training objective.
 
-A dataset of your own is a subclass of `BatchSource`, handed to `seqmodels.training.loop.train(config, workdir,
-dataset)`.
+To use your own dataset, write a subclass of `BatchSource` and pass it to `seqmodels.training.loop.train(config,
+workdir, dataset)`.
 """
 
 import dataclasses
@@ -21,8 +21,8 @@ class ArraySpec:
 
     Attributes:
       shape: of the whole batch over all hosts, B first: [B] labels, [B, T] tokens or a mask, [B, T, C] values.
-      dtype: of its elements.
-      count: how many different ids it may hold, from 0 up (tokens: the vocabulary; labels: the classes); 0 for numbers.
+      dtype: dtype of its elements.
+      count: number of different ids, counted from 0 (tokens: the vocabulary; labels: the classes); 0 for real numbers.
     """
 
     shape: tuple[int, ...]
@@ -34,7 +34,7 @@ Spec = Mapping[str, ArraySpec]
 
 
 class BatchSplit(Protocol):
-    """Rows that are not trained on."""
+    """Rows that are not used for training."""
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """The rows in order, as batches of the dataset's spec with `batch_size` rows.
@@ -51,9 +51,9 @@ class BatchSource:
     """Base class of all datasets.
 
     Attributes:
-      objective: what the batches are for, a name in `seqmodels.heads.HEADS`.
-      measured_by: how a split is measured: "head", by the figures of the model's head; "perplexity", as text with its
-        bytes; "accuracy", by the answers of a synthetic task.
+      objective: training objective of the batches, a name in `seqmodels.heads.HEADS`.
+      measured_by: how a split is evaluated: "head", by the figures of the model's head; "perplexity", as text with its
+        number of bytes; "accuracy", by the answers of a synthetic task.
       tokenizer: only in datasets of text or of synthetic tasks; a run then ends with a sample of text.
       held_out: names of the splits other than train, each of which `dataset[name]` gives as a `BatchSplit`.
     """
@@ -89,14 +89,14 @@ class BatchSource:
         raise NotImplementedError
 
     def describe(self) -> str:
-        """A line on the data, which a run prints."""
+        """One line that describes the data, which a run prints."""
         return ", ".join(f"{name} {list(array.shape)}" for name, array in self.spec.items())
 
 
 def check_spec(spec: Spec, batch_size: int, seq_len: int) -> None:
-    """Checks that the arrays of a spec have the rows and positions that a config asks for.
+    """Check that the arrays of a spec have the numbers of rows and positions that a config demands.
 
-    Raises: UserError that names the first array that does not.
+    Raises: UserError that names the first array that does not fit.
     """
     for name, array in spec.items():
         over_time = name in ("tokens", "values", "mask", "segment_ids") or len(array.shape) == 3

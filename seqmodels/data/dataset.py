@@ -25,9 +25,9 @@ class TokenSplit:
 
     Attributes:
       tokens: [tokens] uint16 or uint32, mapped from disk. Every document begins with the separator.
-      documents: [documents] int64, index into `tokens` at which each begins.
-      bytes: UTF-8 bytes of the raw text, separators not counted.
-      separate: whether documents have segment ids of their own (`config.data.reset`); else all tokens have 0.
+      documents: [documents] int64, index into `tokens` at which each document begins.
+      bytes: UTF-8 bytes of the raw text, without separators.
+      separate: whether each document has its own segment id (`config.data.reset`). Else all segment ids are 0.
     """
 
     tokens: np.ndarray
@@ -40,13 +40,13 @@ class TokenSplit:
         return (len(self.tokens) - 1) // length
 
     def segment_ids(self, start: int, stop: int) -> np.ndarray:
-        """[stop - start] int32: number in the split of the document that each token belongs to, or 0."""
+        """[stop - start] int32: index in the split of each token's document, or 0."""
         if not self.separate:
             return np.zeros(stop - start, np.int32)
         return (np.searchsorted(self.documents, np.arange(start, stop), side="right") - 1).astype(np.int32)
 
     def read(self, rows: np.ndarray, length: int) -> Batch:
-        """Whole rows: `tokens`, `targets`, `segment_ids`, each [len(rows), length] int32."""
+        """Read whole rows: `tokens`, `targets`, `segment_ids`, each [len(rows), length] int32."""
         starts = [int(row) * length for row in rows]
         text = np.stack([self.tokens[s : s + length + 1] for s in starts]).astype(np.int32)
         segment_ids = np.stack([self.segment_ids(s, s + length) for s in starts])
@@ -86,11 +86,11 @@ class Dataset(BatchSource):
     """A tokenised dataset, and the training batches drawn from it. Made by `load`.
 
     Attributes:
-      folder: its token cache.
-      tokenizer: what it was tokenised with.
+      folder: folder of its token cache.
+      tokenizer: tokenizer of the text.
       seq_len, batch_size: T and B of a (global) batch.
-      seed: of the order of rows.
-      bptt: whether the rows of a batch continue those of the batch before.
+      seed: seed of the order of rows.
+      bptt: whether the rows of a batch continue those of the previous batch.
       separate: see `TokenSplit`.
     """
 
@@ -130,7 +130,7 @@ class Dataset(BatchSource):
         return self._splits[split]
 
     def describe(self) -> str:
-        """What a run says of its data."""
+        """One line that describes the data."""
         return (
             f"tokenizer {self.tokenizer.name}, {len(self['train'].tokens):,} training tokens, "
             f"{self.steps_per_epoch:.1f} steps an epoch"
@@ -142,22 +142,22 @@ class Dataset(BatchSource):
         return [split for split in ("validation", "test") if split in self.meta["splits"]]
 
     def xz_bits_per_byte(self, split: str) -> float:
-        """Bits a byte that `xz -9` needs for the split's raw text (for its first 64 MiB, if it is longer)."""
+        """Bits per byte that `xz -9` needs for the split's raw text (for its first 64 MiB, if it is longer)."""
         part = self.meta["splits"][split]
         return 8 * part["xz_bytes"] / part["xz_of_bytes"]
 
     @property
     def steps_per_epoch(self) -> float:
-        """Steps after which every row of the training split was read once."""
+        """Steps in which every row of the training split is read once."""
         rows = self["train"].rows(self.seq_len)
         return rows // self.batch_size if self.bptt else rows / self.batch_size
 
     def batch(self, n: int, rows: slice | None = None) -> Batch:
-        """Training batch of step n, the same whenever and wherever it is asked for.
+        """Training batch of step n. It depends only on n and the dataset, not on the host or earlier calls.
 
-        Rows come in a new random order every epoch, each exactly once. With `bptt` the split is B contiguous streams
-        instead: row b of batch n + 1 goes on where row b of batch n ended, and when the streams begin anew all segment
-        ids change, so that the carried state is reset.
+        Every epoch reads each row exactly once, in a new random order. With `bptt` the split is B contiguous streams
+        instead: row b of batch n + 1 continues row b of batch n. When the streams start again, all segment ids change,
+        so that the carried state is reset.
 
         Args:
           n: step, from 0.
@@ -181,17 +181,17 @@ class Dataset(BatchSource):
 def load(
     config: ConfigDict, *, seq_len: int, batch_size: int, seed: int = 0, bptt: bool = False
 ) -> Dataset | synthetic.SyntheticDataset:
-    """The dataset that a config names. Text is tokenised on first use. With a `config.task` the dataset is generated.
+    """The dataset that a config names. Text is tokenised on first use. With a `config.task` the data are generated.
 
     Args:
       config: `config.data`, see seqmodels/fields/run.py.
-      seq_len: tokens a row.
-      batch_size: rows a step, over all hosts.
-      seed: of the order of rows.
+      seq_len: tokens per row.
+      batch_size: rows per step, over all hosts.
+      seed: seed of the order of rows.
       bptt: contiguous streams in place of shuffled rows (truncated backpropagation through time).
 
     Raises:
-      UserError: a name, path, tokenizer or size that cannot be used; the message says which and why.
+      UserError: a name, path, tokenizer or size cannot be used; the message says which and why.
     """
     if seq_len < 1:
         raise UserError(f"config.seq_len={seq_len}: must be at least 1")
@@ -216,8 +216,8 @@ def load(
 class prefetch:
     """Iterator over `dataset.batch(start)`, `dataset.batch(start + 1)`, ..., which a thread reads a few steps ahead.
 
-    Close it, or use it in a `with`: the thread has ended when `close` returns. An error in the thread is raised by
-    `next`.
+    Close it, or use it in a `with` statement: the thread has ended when `close` returns. `next` raises errors of the
+    thread.
 
     Args:
       dataset: anything with `batch(n, rows)`.
@@ -244,7 +244,7 @@ class prefetch:
             n += 1
 
     def _put(self, item):
-        """Waits for room in the queue, but not beyond `close`."""
+        """Wait for room in the queue, at most until `close`."""
         while not self._closed.is_set():
             try:
                 return self._queue.put(item, timeout=0.1)
@@ -264,7 +264,7 @@ class prefetch:
         return item
 
     def close(self) -> None:
-        """Ends the thread. May be called again."""
+        """End the thread. This may be called several times."""
         self._closed.set()
         self._thread.join()
 

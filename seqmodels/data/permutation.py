@@ -1,9 +1,9 @@
 """A random order of any number of rows, computed from the position, so that it needs no memory.
 
-A Feistel network permutes the numbers below a power of four, whatever its round function (Luby & Rackoff, 1988, "How to
-construct pseudorandom permutations from pseudorandom functions"). Numbers that fall outside the range are sent through
-again until they fall inside ("cycle walking": Black & Rogaway, 2002, "Ciphers with arbitrary finite domains"). That
-leaves a permutation of the range.
+With any round function, a Feistel network permutes the numbers below a power of four (Luby & Rackoff, 1988, "How to
+construct pseudorandom permutations from pseudorandom functions"). The network is applied again to results outside the
+range, until they are inside ("cycle walking": Black & Rogaway, 2002, "Ciphers with arbitrary finite domains"). The
+result is a permutation of the range.
 The order does not depend on the version of a library, so a resumed run sees the same rows.
 """
 
@@ -19,7 +19,7 @@ def permute(position: np.ndarray | int, size: int, seed: int, epoch: np.ndarray 
       position: [...] integers in [0, size).
       size: number of rows, at least 1.
       seed: seed of the run.
-      epoch: [...] integers, the epoch that each position belongs to; every epoch has an order of its own.
+      epoch: [...] integers, the epoch of each position; every epoch has its own order.
 
     Returns:
       [...] int64: for a fixed epoch, position -> row is one-to-one on [0, size).

@@ -21,7 +21,7 @@ from seqmodels.data import text
 from seqmodels.errors import UserError
 
 SPLITS = ("train", "validation", "test")
-# How a set without validation or test split gets them, from the end of its train split.
+# For a dataset without a validation or test split: how these are cut from the end of its train split.
 CUTS = {
     ("validation", "test"): {"train": "train[:-10%]", "validation": "train[-10%:-5%]", "test": "train[-5%:]"},
     ("validation",): {"train": "train[:-5%]", "validation": "train[-5%:]"},
@@ -48,9 +48,9 @@ class Source:
 
     Attributes:
       label: readable name, safe in a file name.
-      key: what identifies the request, JSON.
-      content: what identifies the text itself; None when the text is not at hand or its name identifies it.
-      open: () -> (content, {split: Documents}); it prepares the dataset if that was not done before.
+      key: JSON value that identifies the request.
+      content: identifies the text itself. None if the text is not available, or if its name identifies it.
+      open: () -> (content, {split: Documents}). It prepares the dataset if that was not done before.
     """
 
     label: str
@@ -68,7 +68,7 @@ def find_source(config: ConfigDict) -> Source:
     """The source that `config.data` names. This is fast: nothing is prepared, tensorflow-datasets is not imported.
 
     Raises:
-      UserError: fields that do not go together, or a file of an unknown kind.
+      UserError: fields do not fit together, or a file is of an unknown kind.
     """
     root = Path(config.cache).expanduser() / "tensorflow_datasets"
     if config.name == "shakespeare_austen":
@@ -96,7 +96,7 @@ def _text_source(config, root: Path) -> Source:
     files = text.find_files(config.path)
     key = {"name": "text", "path": config.path, "text_key": config.text_key, "held_out": text.HELD_OUT_SHARE}
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    content = fingerprint(stats) if files else None  # no files: a finished cache will do
+    content = fingerprint(stats) if files else None  # without files, a finished cache suffices
 
     def open_files():
         if not files:
@@ -125,12 +125,12 @@ def _open_embedded(root: Path, content: str):
 
 
 def _prepare_local(builder) -> dict[str, Documents]:
-    """Writes a dataset of our own if it is not there yet, and opens its splits."""
+    """Write one of our own datasets if it does not exist yet, and open its splits."""
     import tensorflow_datasets as tfds
 
     if not sys.stderr.isatty():
         tfds.disable_progress_bar()
-    with contextlib.redirect_stdout(io.StringIO()):  # it would say that it downloads
+    with contextlib.redirect_stdout(io.StringIO()):  # it would print that it downloads
         builder.download_and_prepare()
     return _open_splits(builder, "text")
 
@@ -196,7 +196,7 @@ def _open_public(config, root: Path):
 
 
 def _check_network(builder):
-    """Fails at once if there is no network; a download would fail only after minutes of retries.
+    """Fail at once if there is no network. A download would fail only after minutes of retries.
 
     Raises:
       ConnectionError: no host of the dataset's downloads has an address, and no proxy is set that might reach one.

@@ -15,23 +15,23 @@ from seqmodels.errors import UserError
 EMBEDDED = Path(__file__).with_name("shakespeare_austen.txt.xz")
 ENDINGS = (".txt", ".jsonl")
 OPENERS: dict[str, Callable[..., Any]] = {".xz": lzma.open, ".gz": gzip.open}
-LARGEST = 2**30  # bytes of one document; a record of a dataset may not pass 2 GiB
+LARGEST = 2**30  # most bytes of one document; a record of a dataset must be smaller than 2 GiB
 
-# The title page that each work begins with: its name, perhaps a year, and the author.
+# The title page at the beginning of each work: its name, perhaps a year, and the author.
 TITLE_PAGE = re.compile(
     r"^(?=([A-Z][^\n]*)\n+(?:\(\d{4}\)\n+)?[Bb]y\s+(?:William Shakespeare|Jane Austen)\b)", re.MULTILINE
 )
 HELD_OUT = {"NORTHANGER ABBEY": "validation", "MACBETH": "validation", "Persuasion": "test", "THE TEMPEST": "test"}
 
-HELD_OUT_SHARE = 0.05  # of a text of one's own: the last twentieth is the test, the one before it the validation split
+HELD_OUT_SHARE = 0.05  # of a local text: the last twentieth is the test split, the one before it the validation split
 
 
 def works() -> Iterator[tuple[str, str, str]]:
     """The embedded corpus: 42 works of Shakespeare and 6 of Austen, in the public domain.
 
-    A document is a whole work. For each held-out split one whole work of each author is left out of training, so that
-    no character, plot or sentence of it was trained on: Northanger Abbey and Macbeth (validation, 5.9% of the bytes),
-    Persuasion and The Tempest (test, 6.2%).
+    A document is a whole work. Each held-out split has one whole work of each author, which is left out of training. So
+    the model is not trained on any character, plot or sentence of it. The works are Northanger Abbey and Macbeth
+    (validation, 5.9% of the bytes), and Persuasion and The Tempest (test, 6.2%).
 
     Yields:
       (split, title, text)
@@ -109,9 +109,9 @@ def _json_text(line: bytes, where: str, text_key: str) -> str:
 def cut(documents: Iterable[str], total: int, split: str) -> Iterator[str]:
     """The part of a text that belongs to a split. The splits are contiguous and share no text.
 
-    The last `HELD_OUT_SHARE` of the text is the test split; as much before it is the validation split. A document that
-    lies across a border is cut at the end of a line, or of a word if there is no line end. If it is shorter than a
-    hundredth of the text, it stays whole, in the earlier split.
+    The last `HELD_OUT_SHARE` of the text is the test split. The part of the same size before it is the validation
+    split. A document that crosses a border is cut at the end of a line, or at the end of a word if there is no line
+    end. If it is shorter than a hundredth of the text, it stays whole, in the earlier split.
 
     Args:
       documents: the whole text, document by document.
@@ -138,5 +138,5 @@ def _cut_at(document: str, border: int, total: int) -> int:
         return 0
     if border >= len(document) or len(document) < total / 100:
         return len(document)
-    nearest = max(0, border - total // 100)  # not to give a split away for want of line ends
+    nearest = max(0, border - total // 100)  # do not search further back, so that no split becomes too small
     return document.rfind("\n", nearest, border) + 1 or document.rfind(" ", nearest, border) + 1 or border

@@ -8,7 +8,7 @@ import numpy as np
 
 from seqmodels.errors import UserError
 
-# Names of the token that ends (or else begins) a text, in the order in which they are looked for.
+# Names of the token that ends (or else begins) a text, in order of preference.
 SEPARATORS = (
     "<|endoftext|>",
     "<|end_of_text|>",
@@ -29,7 +29,7 @@ class Tokenizer:
       name: "bytes" or the path of the file.
       fingerprint: str that changes whenever an encoding may change.
       vocab_size: number of ids, the separator included.
-      separator: id that begins each document. It is never the encoding of text. -1: there is none.
+      separator: id at the beginning of each document. No text is encoded to it. -1: there is none.
     """
 
     name: str
@@ -46,7 +46,7 @@ class Tokenizer:
         raise NotImplementedError
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Text of a sequence of ids. Separators, and ids of the model's padding beyond the vocabulary, are left out."""
+        """Text of a sequence of ids. Separators, and ids that the model's padded vocabulary adds, are left out."""
         raise NotImplementedError
 
     @property
@@ -65,12 +65,12 @@ class ByteTokenizer(Tokenizer):
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
 
     def decode(self, ids: Iterable[int]) -> str:
-        """Bytes that are not valid UTF-8, such as half a character at either end, give nothing."""
+        """Bytes that are not valid UTF-8, such as half a character at either end, are left out."""
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="ignore")
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece `.model`. The separator is its eos; without one its bos; without both a new id at the end."""
+    """A sentencepiece `.model`. The separator is its eos; without eos its bos; without both a new id at the end."""
 
     def __init__(self, path: Path) -> None:
         import sentencepiece
@@ -96,7 +96,7 @@ class SentencePieceTokenizer(Tokenizer):
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json` of the `tokenizers` library. Its separator is the first of SEPARATORS, else one id more."""
+    """A `tokenizer.json` of the `tokenizers` library. Its separator is the first of SEPARATORS, else an added id."""
 
     def __init__(self, path: Path) -> None:
         import tokenizers
@@ -130,7 +130,7 @@ def load_tokenizer(name: str) -> Tokenizer:
       name: "bytes", or the path of a sentencepiece `.model` or a Hugging Face `tokenizer.json`.
 
     Raises:
-      UserError: another name, no such file, or a file that is not of the kind that its name says.
+      UserError: another name, no such file, or a file whose contents do not match its name.
     """
     if name == "bytes":
         return ByteTokenizer()

@@ -1,7 +1,7 @@
 """Converts weights of DenseRetNet from the code of its authors (arXiv 2403.00818) into ours.
 
-Their checkpoints are called DenseMamba-350M and -1.3B, and their class LlamaForCausalLM. They are DenseRetNets
-nevertheless, neither Mamba nor Llama models.
+Their checkpoints are called DenseMamba-350M and -1.3B, and their class is called LlamaForCausalLM. In fact they are
+DenseRetNets, neither Mamba nor Llama models.
 """
 
 from collections.abc import Mapping
@@ -61,7 +61,7 @@ def weights(model: Mapping) -> list[Weight]:
 
 
 def config_of(tensors: Mapping, config: Mapping) -> dict:
-    """Fields of config.model. All sizes come from the shapes of the tensors; their config gives the depth of the links.
+    """Fields of config.model. All sizes come from the tensors' shapes; the depth of the links comes from the config.
 
     Raises:
         UserError: the config has no `dense_block_layers`.

@@ -1,6 +1,7 @@
 """Converts Mamba, Mamba-2, FalconMamba and Llama models from the format of Hugging Face, and back.
 
-Names are those in the files. Files of Mamba's authors have `backbone.embedding`, and `lm_head` even if it is tied.
+Names are those in the files. Files of Mamba's authors name the embedding `backbone.embedding`, and have `lm_head` even
+if it is tied.
 """
 
 from collections.abc import Mapping
@@ -147,16 +148,16 @@ def llama_config(config: Mapping, vocab_size: int) -> dict:
 
 
 def from_huggingface(tensors: Mapping[str, np.ndarray], config: Mapping) -> tuple[dict, dict]:
-    """Converts a model that others trained into ours.
+    """Convert a pretrained model from other code into ours.
 
     Args:
-        tensors: by name in the file, of model_type mamba, mamba2, falcon_mamba, llama or mistral, or those of
-            Mamba's or DenseRetNet's authors.
+        tensors: tensors by their names in the file, of model_type mamba, mamba2, falcon_mamba, llama or mistral, or
+            from Mamba's or DenseRetNet's authors.
         config: their config.json.
 
     Returns:
-        Fields of `config.model` (nested, to be put over the defaults), and the parameters, unrolled and float32: what
-        `LanguageModel.apply` takes as {"params": parameters}.
+        Fields of `config.model` (nested, they replace the defaults), and the parameters, unrolled and float32, as
+        `LanguageModel.apply` takes them in {"params": parameters}.
 
     Raises:
         UserError: another kind of model, or tensors that are missing, unexpected or of the wrong shape.
@@ -169,7 +170,7 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: Mapping) -> tupl
     found = [name for name in vocabularies if name in tensors]
     if not found:
         raise UserError(f"Hugging Face weights: no embedding; one of {', '.join(vocabularies)} is needed")
-    vocab_size = tensors[found[0]].shape[0]  # of the tensor: Mamba's authors give the unpadded number
+    vocab_size = tensors[found[0]].shape[0]  # from the tensor: the config of Mamba's authors has the unpadded number
     kind = config.get("model_type", "original mamba" if "d_model" in config else None)
     try:
         if kind == "original mamba":
@@ -247,7 +248,7 @@ def mamba_options(model: Mapping) -> dict:
 
 
 def mamba_fields(model: Mapping) -> dict:
-    """What config.json says of the Mamba mixer."""
+    """Fields of config.json for the Mamba mixer."""
     options = model["mamba"]
     kinds = {"none": "mamba", "rms": "falcon_mamba"}
     if options["norms"] not in kinds:
@@ -269,7 +270,7 @@ def mamba_fields(model: Mapping) -> dict:
 
 
 def llama_options(model: Mapping, params: Mapping) -> dict:
-    """config.model.attention and .mlp with every default filled in; the sizes are the parameters'."""
+    """config.model.attention and .mlp with every default filled in. The sizes come from the parameters."""
     _, heads, head_dim = np.shape(find(params, ("block_0", "mixer", "query")))
     _, kv_heads, _ = np.shape(find(params, ("block_0", "mixer", "key")))
     options = ATTENTION.complete(model.get("attention", {}))
@@ -280,7 +281,7 @@ def llama_options(model: Mapping, params: Mapping) -> dict:
 
 
 def llama_fields(model: Mapping) -> dict:
-    """What config.json says of attention and MLP."""
+    """Fields of config.json for attention and MLP."""
     options = model["attention"]
     mistral = bool(options["window"])
     return dict(

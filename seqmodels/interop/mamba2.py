@@ -76,7 +76,7 @@ def config_of(config: Mapping, vocab_size: int) -> dict:
 
 
 def original_options(ssm: Mapping) -> dict:
-    """config.model.mamba2 of `ssm_cfg` in a config of Mamba's authors."""
+    """Fields of config.model.mamba2, from `ssm_cfg` in a config of Mamba's authors."""
     demand(ssm, rmsnorm=(True,), norm_before_gate=(False,), D_has_hdim=(False,), d_ssm=(None,), dt_limit=UNLIMITED)
     return dict(
         state=ssm.get("d_state", 128),
@@ -94,7 +94,7 @@ def options(model: Mapping) -> dict:
 
 
 def fields(model: Mapping) -> dict:
-    """What config.json says of the Mamba-2 mixer."""
+    """Fields of config.json for the Mamba-2 mixer."""
     chosen = model["mamba2"]
     if chosen["norm_eps"] != model["norm_eps"]:
         raise UserError(

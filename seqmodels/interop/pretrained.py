@@ -15,7 +15,7 @@ def load(directory: str | Path) -> tuple[dict, dict]:
     """`from_huggingface` of a directory with config.json and *.safetensors, or pytorch_model.bin (which needs torch).
 
     Raises:
-        UserError: files are missing, or hold a model that cannot be converted.
+        UserError: files are missing, or contain a model that cannot be converted.
     """
     directory = Path(directory)
     if not (directory / "config.json").is_file():
@@ -44,7 +44,7 @@ def save(directory: str | Path, params: Mapping, model: Mapping) -> None:
 
 
 def read_safetensors(file: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a .safetensors file; bfloat16 too."""
+    """Every tensor of a .safetensors file, including bfloat16 ones."""
     import ml_dtypes  # noqa: F401  gives numpy its bfloat16
     from safetensors import SafetensorError
     from safetensors.numpy import load_file

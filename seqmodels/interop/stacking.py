@@ -11,7 +11,7 @@ def stack(params: Mapping, size: int, unrolled: int = 0) -> dict:
 
     Args:
         size: blocks in a super-block.
-        unrolled: blocks at the bottom that stay as they are, as `seqmodels.model.scanned` says.
+        unrolled: number of blocks at the bottom that stay unrolled, the first result of `seqmodels.backbone.scanned`.
     """
     count = sum(name.startswith("block_") for name in params)
     rows = range(unrolled, count, size)

@@ -21,7 +21,7 @@ class Weight:
         theirs, their_shape: name in the file, and shape of the whole tensor there.
         ours, our_shape: path in our parameters, and shape there.
         turned: whether the tensor is transposed: their first axis is our last axes, in the same order.
-        rows: first and last + 1 of their rows that this parameter holds; other rows are of another Weight. None: all.
+        rows: first and last + 1 of their rows that this parameter holds; others belong to another Weight. None: all.
     """
 
     theirs: str
@@ -67,7 +67,7 @@ def parts(theirs: str, rest: tuple[int, ...], *ours: tuple[tuple[str, ...], int,
 
 
 def demand(config: Mapping, **wanted: Any) -> None:
-    """Raises UserError if a field of their config has a value that our models do not support."""
+    """Raise a UserError if a field of their config has a value that our models do not support."""
     for field, allowed in wanted.items():
         if field in config and config[field] not in allowed:
             values = " or ".join(repr(value) for value in allowed)
@@ -85,7 +85,7 @@ def check_names(tensors: Mapping, weights: list[Weight]) -> None:
 
 
 def convert(tensors: Mapping, weights: list[Weight]) -> dict:
-    """Our parameters of their tensors; a UserError names those missing, unexpected or of the wrong shape."""
+    """Our parameters from their tensors. A UserError names tensors that are missing, unexpected or wrongly shaped."""
     check_names(tensors, weights)
     params: dict[str, Any] = {}
     for weight in weights:
@@ -98,7 +98,7 @@ def convert(tensors: Mapping, weights: list[Weight]) -> dict:
 
 
 def export(params: Mapping, weights: list[Weight]) -> dict[str, np.ndarray]:
-    """Their tensors of our parameters."""
+    """Their tensors from our parameters."""
     rows: dict[str, list[np.ndarray]] = {}
     for weight in weights:
         rows.setdefault(weight.theirs, []).append(weight.back(find(params, weight.ours)))

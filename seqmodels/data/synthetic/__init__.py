@@ -1,4 +1,4 @@
-"""Tasks that are generated, by name. A new one is a file here, a line in this table and one in configs/synthetic.py.
+"""Generated tasks, by name. A new task is a file here, a line in this table and a line in configs/synthetic.py.
 
 A task is a frozen dataclass of settings (the fields of `config.data.task`) whose `rows` is a pure function of a random
 generator. See docs/synthetic.md.
@@ -36,13 +36,13 @@ TASKS: dict[str, type[Task]] = {
     "listops": ListOps,
     "passkey": Passkey,
 }
-GOES_ON = ("induction", "recall", "passkey")  # tasks that have next tokens as targets besides the answers
+GOES_ON = ("induction", "recall", "passkey")  # tasks whose targets are next tokens in addition to the answers
 
 __all__ = ["GOES_ON", "TASKS", "Rows", "SyntheticDataset", "Task", "load", "make_task"]
 
 
 def make_task(name: str, settings: dict) -> Task:
-    """The task `name` with these settings. Raises UserError for a name, field or value that cannot serve."""
+    """The task `name` with these settings. Raises UserError for a name, field or value that is not allowed."""
     if name not in TASKS:
         near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.3)
         guess = f"did you mean {near[0]!r}? " if near else ""

@@ -1,4 +1,4 @@
-"""Rows of random bits with one answer at the end, or one at every bit: what parity and majority share."""
+"""Rows of random bits with one answer at the end, or one at every bit: the base of parity and majority."""
 
 import dataclasses
 
@@ -55,10 +55,10 @@ class Bits(Task):
 
 
 def with_answer(text: np.ndarray, sizes: np.ndarray, answer: np.ndarray, end: int, pad: int) -> tuple:
-    """Rows of a text of any length, the end, at which the answer is asked, and padding.
+    """Rows that consist of a text of any length, the end, at which the answer is the target, and padding.
 
     Args:
-      text: [n, T] int; of row i the first sizes[i] count, which is less than T.
+      text: [n, T] int. Of row i, the first sizes[i] tokens count; sizes[i] is less than T.
       sizes, answer: [n, 1] int.
 
     Returns: tokens, targets and answers, as `Rows` has them.

@@ -1,7 +1,8 @@
 """Copying and selective copying (Arjovsky et al. 2016; Gu and Dao 2023, section 4.1.1), as in the S4 repository.
 
-Tokens are to be remembered over a delay and said in order. Copying has them at the start, so that a fixed convolution
-can do it; selective copying has them at random places among blanks, so that what to remember depends on the content.
+The model must remember tokens over a delay, and then output them in order. In copying, they are at the start, so a
+fixed convolution can solve the task. In selective copying, they are at random places among blanks, so the model must
+decide from the content what to remember.
 """
 
 import dataclasses
@@ -41,7 +42,7 @@ class Copying(Task):
             refuse_length(length, f"at least 2 * config.data.task.tokens, {2 * self.tokens}")
 
     def places(self, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
-        """[count, M] int, rising: where the tokens stand among the first `length`."""
+        """[count, M] int, increasing: positions of the tokens among the first `length`."""
         return np.broadcast_to(np.arange(self.tokens), (count, self.tokens))
 
     def rows(self, rng: np.random.Generator, count: int, length: int) -> Rows:
@@ -57,7 +58,7 @@ class Copying(Task):
 
 @dataclasses.dataclass(frozen=True)
 class SelectiveCopying(Copying):
-    """The same with the tokens at random places, in order, among the first L + M. Mamba: L + M = 4096, M = A = 16."""
+    """Copying with the tokens at random places, in order, among the first L + M. Mamba: L + M = 4096, M = A = 16."""
 
     def places(self, rng: np.random.Generator, count: int, length: int) -> np.ndarray:
         chosen = np.argpartition(rng.random((count, length)), self.tokens - 1, axis=1)[:, : self.tokens]

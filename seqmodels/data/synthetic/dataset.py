@@ -13,12 +13,12 @@ from seqmodels.data.synthetic.task import NOTHING, Rows, Task
 from seqmodels.errors import UserError
 
 SPLITS = ("train", "validation", "test")
-FOLDS = 8  # a row whose hash falls into one of so many parts is held out: never trained on
-ATTEMPTS = 4096  # to find the rows of a split
+FOLDS = 8  # hashes of rows have this many values; rows with one of the values are held out of training
+ATTEMPTS = 4096  # most attempts to find the rows of a split
 
 
 def fold(tokens: np.ndarray) -> np.ndarray:
-    """[n] int, the part below FOLDS that each row belongs to: a hash of its tokens [n, T]."""
+    """[n] int, the fold of each row, from 0 to FOLDS - 1: a hash of its tokens [n, T]."""
     place = np.arange(1, tokens.shape[1] + 1, dtype=np.uint64)
     weight = mix(place * np.uint64(0x9E3779B97F4A7C15))
     total = (tokens.astype(np.uint64) + np.uint64(1)) * weight
@@ -36,9 +36,9 @@ def sample(task: Task, rng: np.random.Generator, count: int, length: int, held_o
     """Draws `count` rows of a task.
 
     Args:
-      held_out: True: only rows that are held out of training. False: only the others. None: any.
+      held_out: True: only rows that are held out of training. False: only the other rows. None: any rows.
 
-    Raises: UserError where there are hardly any such rows.
+    Raises: UserError if there are hardly any such rows.
     """
     if held_out is None:
         return task.rows(rng, count, length)
@@ -55,13 +55,13 @@ def sample(task: Task, rng: np.random.Generator, count: int, length: int, held_o
 
 @dataclasses.dataclass(frozen=True)
 class SyntheticSplit:
-    """The rows of one split. Row i of a length does not depend on how many rows are asked for at once.
+    """The rows of one split. Row i of a length does not depend on how many rows are requested together.
 
     Attributes:
-      task: the task that makes the rows.
+      task: the task that generates the rows.
       name: one of SPLITS.
-      seed: of the dataset.
-      train_length: T in training. At this length rows of "train" and of the other splits differ by their hash.
+      seed: seed of the dataset.
+      train_length: T in training. At this length, the rows of "train" have other hashes than those of other splits.
       count: number of rows of validation, and of test.
     """
 
@@ -72,7 +72,7 @@ class SyntheticSplit:
     count: int
 
     def row(self, number: int, length: int) -> Rows:
-        """Row `number` as Rows of one."""
+        """Row `number`, as `Rows` with a single row."""
         rng = np.random.default_rng([self.seed, SPLITS.index(self.name), length, number])
         held_out = None if length != self.train_length else self.name != "train"
         return sample(self.task, rng, 1, length, held_out)
@@ -85,8 +85,8 @@ class SyntheticSplit:
           limit: rows to stop after; None reads `count`.
 
         Yields:
-          `tokens`, `targets`, `segment_ids` [B, T] int32 and `mask` [B, T] bool, True at answers, the targets that
-          count; other targets are -1.
+          `tokens`, `targets`, `segment_ids` [B, T] int32 and `mask` [B, T] bool. The mask is True at answers, which are
+          the targets that count; other targets are -1.
         """
         self.task.check(length)
         rows = self.count if limit is None else min(limit, self.count)
@@ -109,10 +109,10 @@ class SyntheticDataset(BatchSource):
     Attributes:
       task: see `seqmodels.data.synthetic.TASKS`.
       seq_len, batch_size: T and B of a (global) batch.
-      seed: of all rows.
-      loss: what training counts: "answers", or "all" positions that have a target.
-      count: rows of validation, and of test.
-      lengths: T at which a trained model is measured besides its own, in tokens.
+      seed: seed of all rows.
+      loss: positions that count in training: "answers", or "all" positions that have a target.
+      count: number of rows of validation, and of test.
+      lengths: further lengths T, in tokens, at which a trained model is evaluated.
     """
 
     task: Task
@@ -141,11 +141,11 @@ class SyntheticDataset(BatchSource):
         return SyntheticSplit(self.task, split, self.seed, self.seq_len, self.count)
 
     def other(self, split: str, task: Task) -> SyntheticSplit:
-        """A split with rows of another task of the same tokens, as `Task.tests` gives them."""
+        """A split with rows of another task with the same tokens, as `Task.tests` returns them."""
         return dataclasses.replace(self[split], task=task)
 
     def describe(self) -> str:
-        """What a run says of its data."""
+        """One line that describes the data."""
         return f"{self.tokenizer.vocab_size:,} symbols, generated, 1/{FOLDS} of all rows held out"
 
     @property
@@ -154,7 +154,7 @@ class SyntheticDataset(BatchSource):
         return list(SPLITS[1:])
 
     def batch(self, n: int, rows: slice | None = None) -> dict[str, np.ndarray]:
-        """Training batch of step n, the same whenever and wherever it is asked for; no row is one of another split.
+        """Training batch of step n. It depends only on n and the dataset. None of its rows is in another split.
 
         Args:
           n: step, from 0.

@@ -10,7 +10,7 @@ from seqmodels.errors import UserError
 
 
 def permutations(points: int, even: bool = False) -> np.ndarray:
-    """[order, points] int: all permutations in lexicographic order, or the even ones; the first changes nothing."""
+    """[order, points] int: all permutations in lexicographic order, or the even ones. The first is the identity."""
     every = np.array(list(itertools.permutations(range(points))))
     if not even:
         return every
@@ -19,7 +19,7 @@ def permutations(points: int, even: bool = False) -> np.ndarray:
 
 
 def table_of_permutations(group: np.ndarray) -> np.ndarray:
-    """[order, order] int: the index of x y, which moves a point first by y and then by x. [order, points] in."""
+    """[order, order] int: index of the product x y, which applies y first and then x; from `group` [order, points]."""
     number = {tuple(element): i for i, element in enumerate(group.tolist())}
     return np.array([[number[tuple(x[y].tolist())] for y in group] for x in group])
 

@@ -9,10 +9,10 @@ from seqmodels.data.synthetic.task import Rows, Task, next_tokens, refuse_length
 
 @dataclasses.dataclass(frozen=True)
 class Induction(Task):
-    """Random tokens with the trigger at a random place, and again at the end: say what followed it before.
+    """Random tokens with the trigger at a random place, and again at the end. The answer is the token after the first.
 
-    Ids: 0 to V - 2 random tokens, V - 1 the trigger. The first trigger stands uniformly at 0 to T - 4. Loss mask: the
-    last position. Everywhere else the next token is a target too, for `config.data.loss = "all"`.
+    Ids: 0 to V - 2 random tokens, V - 1 the trigger. The position of the first trigger is uniform on 0 to T - 4. Loss
+    mask: the last position. At all other positions the next token is a target, too, for `config.data.loss = "all"`.
 
     Attributes:
       vocab: V, with the trigger.

@@ -10,22 +10,22 @@ from seqmodels.data.synthetic.task import Rows, Task, refuse_length
 
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")  # ids 10 to 13
 CLOSE, END, PAD = 14, 15, 16
-OPERATOR_SHARE = 0.25  # of the nodes above the deepest level
+OPERATOR_SHARE = 0.25  # share of operators among the nodes above the deepest level
 
 
 @dataclasses.dataclass(frozen=True)
 class ListOps(Task):
     """The value, a digit, of nested minimum, maximum, median (rounded down) and sum modulo 10.
 
-    A node is a digit, or with probability 1/4, above the deepest level, an operator with 2 to `arguments` nodes; all
-    uniform. Trees are drawn until one has more than `shortest` and fewer than `longest` tokens, where an operator
-    counts two: itself and its "]". There are no other brackets. Then comes the end, then padding. Loss mask: the end,
-    whose target is the value.
+    A node above the deepest level is an operator with probability 1/4; all other nodes are digits. An operator has 2 to
+    `arguments` nodes. All choices are uniform. Trees are drawn until one has more than `shortest` and fewer than
+    `longest` tokens, where an operator counts as two tokens: itself and its "]". There are no other brackets. After the
+    tree come the end and padding. Loss mask: the end, whose target is the value.
 
     Ids: 0 to 9 digits, 10 to 13 operators, 14 "]", 15 the end, 16 padding.
 
     Attributes:
-      depth: levels of nodes at most. arguments: of an operator at most. shortest, longest: see above.
+      depth: most levels of nodes. arguments: most arguments of an operator. shortest, longest: see above.
     """
 
     depth: int = 10
@@ -73,10 +73,10 @@ class ListOps(Task):
         return {}
 
     def _tree(self, rng) -> list[int]:
-        """Ids of a random tree; it is cut off when it is too long to be taken."""
+        """Ids of a random tree. The tree is cut off as soon as it is too long to be accepted."""
         numbers: Iterator[float] = iter(())
 
-        def random() -> float:  # one at a time is what takes the time
+        def random() -> float:  # drawing them one by one would be slow
             nonlocal numbers
             if (number := next(numbers, None)) is None:
                 numbers = iter(rng.random(256).tolist())
@@ -99,7 +99,7 @@ class ListOps(Task):
 
 
 def value(tokens: list[int]) -> int:
-    """The digit that a tree, written out, stands for."""
+    """The value, a digit, of a tree that is given by its tokens."""
     stack: list[tuple[str, list[int]]] = []  # operators that are open, each with its arguments so far
     for token in tokens:
         if 10 <= token < CLOSE:

@@ -1,4 +1,4 @@
-"""Majority: are there more ones than zeros? Counting, without any order."""
+"""Majority: are there more ones than zeros? The model must count; the order does not matter."""
 
 import dataclasses
 
@@ -9,7 +9,7 @@ from seqmodels.data.synthetic.bits import Bits
 
 @dataclasses.dataclass(frozen=True)
 class Majority(Bits):
-    """1 where more than half of the bits are ones; a tie is 0, as in the Zoology repository."""
+    """The answer is 1 if more than half of the bits are ones. A tie is 0, as in the Zoology repository."""
 
     def running(self, bits: np.ndarray) -> np.ndarray:
         return 2 * np.cumsum(bits, axis=1) > np.arange(1, bits.shape[1] + 1)

@@ -14,17 +14,19 @@ OPERATORS = "+-*"
 class ModularArithmetic(Task):
     """The value of an expression modulo m.
 
-    Plain: numbers and operators by turns, an odd number of tokens, products before sums. With brackets: an expression
-    of n >= 5 tokens is "(left operator right)" with the n - 3 other tokens split uniformly; of 1 to 4 tokens it is d,
-    -d, (d) or (-d). Numbers and operators are uniform. A row is an expression of `shortest` to T - 1 tokens, uniformly
-    long (plain: among the odd lengths), "=", and padding. Loss mask: the "="; the target there is the value.
+    Plain: numbers and operators alternate, the number of tokens is odd, and products come before sums. With brackets:
+    an expression of n >= 5 tokens is "(left operator right)", and the n - 3 other tokens are split uniformly; an
+    expression of 1 to 4 tokens is d, -d, (d) or (-d). Numbers and operators are uniform. A row is an expression, "=",
+    and padding. The expression's length is uniform on `shortest` to T - 1 tokens (plain: on the odd lengths). Loss
+    mask: the "="; the target there is the value.
 
     Ids: 0 to m - 1 numbers, then + - * ( ) = and padding.
 
     Attributes:
       modulus: m.
       brackets: with brackets.
-      operators: those that occur, of + - *. The paper: all in plain expressions, + and - within brackets.
+      operators: the operators that occur, out of + - *. The paper has all of them in plain expressions, and + and -
+        in expressions with brackets.
       shortest: fewest tokens of an expression; 0 makes all as long as fits.
     """
 
@@ -81,7 +83,7 @@ class ModularArithmetic(Task):
         return text, sizes, results
 
     def _expression(self, rng, size: int) -> tuple[list[int], int]:
-        """Ids and value of one expression with brackets. A stack, not recursion: long ones nest deeply."""
+        """Ids and value of one expression with brackets. A stack replaces recursion: long expressions nest deeply."""
         m = self.modulus
         plus, minus, opening, closing = m, m + 1, m + 3, m + 4
         symbols: list[int] = []
@@ -113,7 +115,7 @@ def values(numbers: np.ndarray, operators: np.ndarray, modulus: int) -> np.ndarr
     """[n, k] int32: value of each expression up to its 1st, 2nd, ..., k-th number, products before sums.
 
     Args:
-      numbers: [n, k]. operators: [n, k - 1], index in OPERATORS of the one before each but the first number.
+      numbers: [n, k]. operators: [n, k - 1], index in OPERATORS of the operator before each number but the first.
     """
     done, term = np.zeros_like(numbers[:, 0]), numbers[:, 0]  # sum of the finished terms, product of the open one
     running = [term]

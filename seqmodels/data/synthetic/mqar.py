@@ -11,20 +11,20 @@ FILLER = 0
 
 @dataclasses.dataclass(frozen=True)
 class Mqar(Task):
-    """Pairs of key and value first; then every key once more, at a gap that is short more often than long.
+    """Pairs of key and value come first. Then every key comes again, after a gap that is short more often than long.
 
-    Ids: 0 filler, 1 to V/2 - 1 keys, V/2 to V - 1 values. In a row of n tokens with p pairs, keys differ from each
-    other, values too. After the 2 p tokens of the pairs come (n - 2 p) / 2 slots of two tokens; key i is asked at the
-    first token of slot g_i, where the g are drawn without replacement with P(g) proportional to (g + 1)^(a - 1): a = 1
-    is uniform. Loss mask: the p queries, each with its value as target, at the query itself (nothing is shifted; the
-    value does not follow). A row shorter than T is filled up with filler, at which nothing is asked.
+    Ids: 0 filler, 1 to V/2 - 1 keys, V/2 to V - 1 values. In a row of n tokens with p pairs, all keys differ, and all
+    values differ. After the 2 p tokens of the pairs come (n - 2 p) / 2 slots of two tokens. Key i is queried at the
+    first token of slot g_i. The g are drawn without replacement, with P(g) proportional to (g + 1)^(a - 1); a = 1 is
+    uniform. Loss mask: the p queries. The target is at the query itself, and is the key's value (nothing is shifted;
+    the value does not follow). A row shorter than T is padded with filler, which has no targets.
 
     Attributes:
       vocab: V.
-      shapes: (n, p, share) of each kind of row; a row is of a kind in proportion to its share.
-      test_shapes: (n, p) to measure a trained model by.
+      shapes: (n, p, share) of each kind of row. The kinds occur in proportion to their shares.
+      test_shapes: (n, p) of further rows to evaluate a trained model on.
       power: a.
-      random_filler: what is neither pair nor query is a random id (harder), not 0.
+      random_filler: whether the filler is random ids (harder) in place of 0.
     """
 
     vocab: int = 8192
@@ -98,7 +98,7 @@ class Mqar(Task):
 def gaps(rng: np.random.Generator, count: int, space: int, size: int, power: float) -> np.ndarray:
     """[count, size] int: in each row different g < space, drawn one after another with P(g) ~ (g + 1)^(power - 1).
 
-    The largest of log P + Gumbel noise are such a draw (Efraimidis and Spirakis 2006).
+    The indices of the largest values of log P + Gumbel noise are such a draw (Efraimidis and Spirakis 2006).
     """
     noisy = (power - 1) * np.log(np.arange(1, space + 1)) + rng.gumbel(size=(count, space))
     return np.argsort(-noisy, axis=1)[:, :size]

@@ -1,4 +1,4 @@
-"""Passkey retrieval (Mohtashami and Jaggi 2023), with the sentences of the LongMamba repository, a token a word."""
+"""Passkey retrieval (Mohtashami and Jaggi 2023), with the sentences of the LongMamba repository; one token per word."""
 
 import dataclasses
 from typing import ClassVar
@@ -10,7 +10,7 @@ from seqmodels.data.synthetic.task import Rows, Task, next_tokens, refuse_length
 HAY = "the grass is green . the sky is blue . the sun is yellow . here we go . there and back again ."
 NEEDLE = "the pass key is {key} . remember it . {key} is the pass key ."
 QUESTION = "what is the pass key ? the pass key is"
-DIGITS = 5  # of keys from 1 to 50,000, with zeros in front
+DIGITS = 5  # of keys from 1 to 50,000, with leading zeros
 
 WORDS = [*map(str, range(10)), *dict.fromkeys(f"{HAY} {NEEDLE} {QUESTION}".replace("{key}", ".").split())]
 
@@ -22,11 +22,11 @@ def ids(text: str) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Passkey(Task):
-    """A number once among many words of filler, and the question for it at the end.
+    """A number is given once among many words of filler, and the question for it comes at the end.
 
-    A row is filler, the needle, filler, the question, and the first four digits of the key; the filler is the same
-    sentences again and again, from their start both times. Loss mask: the last word of the question and the four
-    digits, each with the next digit as target. Everywhere else the next word is a target too, for
+    A row is filler, the needle, filler, the question, and the first four digits of the key. The filler repeats the same
+    sentences; both parts start with the first sentence. Loss mask: the last word of the question and the four digits,
+    each with the next digit as target. At all other positions the next word is a target, too, for
     `config.data.loss = "all"`.
 
     Attributes:

@@ -9,12 +9,12 @@ from seqmodels.data.synthetic.task import Rows, Task, next_tokens, refuse_length
 
 @dataclasses.dataclass(frozen=True)
 class AssociativeRecall(Task):
-    """Each row has a random map from keys to values. It shows pairs of it, a marker, and a key that it has shown.
+    """Each row has a random map from keys to values. It shows pairs of this map, a marker, and a key shown before.
 
-    Ids: of the V - 1 symbols the first half are keys and the others values; V - 1 is the marker. Pairs are drawn with
-    repetition; the last key uniformly among those shown. T = 2 pairs + 2. Loss mask: the last position, that of the
-    last key. Everywhere else the next token is a target too, for `config.data.loss = "all"`: the value of a key that
-    was shown before can be known there.
+    Ids: the first half of the V - 1 symbols are keys and the others values; V - 1 is the marker. Pairs are drawn with
+    repetition. The last key is uniform among the keys shown. T = 2 pairs + 2. Loss mask: the last position, that of the
+    last key. At all other positions the next token is a target, too, for `config.data.loss = "all"`: the value after a
+    key that was shown before is predictable.
 
     Attributes:
       vocab: V, with the marker.
@@ -28,7 +28,7 @@ class AssociativeRecall(Task):
 
     @property
     def keys(self) -> int:
-        """How many keys there are."""
+        """Number of keys."""
         return (self.vocab - 1) // 2
 
     @property

@@ -1,4 +1,4 @@
-"""The tokenizer of a task: every id has a name; a text is a sequence of names, separated by spaces."""
+"""The tokenizer of a task. Every id has a name, and a text is a sequence of names separated by spaces."""
 
 import difflib
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from seqmodels.errors import UserError
 
 
 class SymbolTokenizer(Tokenizer):
-    """Names to ids and back. A row is no document, so there is no separator."""
+    """Maps names to ids and back. Rows are not documents, so there is no separator."""
 
     name = "symbols"
     separator = -1
@@ -22,7 +22,7 @@ class SymbolTokenizer(Tokenizer):
         self._ids = {symbol: i for i, symbol in enumerate(symbols)}
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
-        """Raises UserError for a name that is not there."""
+        """Raises UserError for an unknown name."""
         for word in (word for text in texts for word in text.split() if word not in self._ids):
             near = difflib.get_close_matches(word, self._symbols, n=3, cutoff=0) if len(word) < 20 else []
             raise UserError(f"{word!r} is no symbol of this task; there are {', '.join(near)} and the like")

@@ -7,15 +7,16 @@ import numpy as np
 
 from seqmodels.errors import UserError
 
-NOTHING = -1  # target of a position at which nothing is to be predicted
+NOTHING = -1  # target at positions without a prediction
 
 
 class Rows(NamedTuple):
     """Rows of a task.
 
     tokens: [n, T] int32, what the model reads.
-    targets: [n, T] int32, the id that it should predict after reading a token, or NOTHING. They are shifted already.
-    answers: [n, T] bool, the loss mask: True at the positions that the task asks about, which all have a target.
+    targets: [n, T] int32, the id that the model should predict after reading a token, or NOTHING. They are already
+      shifted.
+    answers: [n, T] bool, the loss mask: True at the positions of the task's answers, which all have a target.
       Targets at other positions are the next tokens.
     """
 
@@ -29,13 +30,13 @@ class Task:
     """Settings of a task; subclasses add fields, which come from `config.data.task`.
 
     Attributes:
-      has_depth: whether the task has a field `depth`: where in a row, as a share of its length, something is hidden.
+      has_depth: whether the task has a field `depth`: the position of the hidden item, as a share of the row's length.
     """
 
     has_depth: ClassVar[bool] = False
 
     def __post_init__(self) -> None:
-        """Refuses settings that do not fit. Raises UserError."""
+        """Raises UserError for settings that do not fit."""
 
     @property
     def symbols(self) -> list[str]:
@@ -50,7 +51,7 @@ class Task:
         raise NotImplementedError
 
     def tests(self, lengths: tuple[int, ...]) -> dict[str, tuple["Task", int]]:
-        """What to measure a trained model by besides its own task: name -> task and length of a row in tokens."""
+        """Further tests of a trained model besides its own task: name -> task and length of a row in tokens."""
         return {str(length): (self, length) for length in lengths}
 
     def refuse(self, field: str, allowed: str) -> None:
@@ -76,6 +77,6 @@ def only(answers: np.ndarray, targets: np.ndarray) -> np.ndarray:
 def draw(rng: np.random.Generator, count: int, choices: int, size: int) -> np.ndarray:
     """[count, size] int: in each row, different numbers below `choices`, in random order."""
     numbers = rng.random((count, choices))
-    first = np.argpartition(numbers, size - 1, axis=1)[:, :size]  # the smallest, but in no random order
+    first = np.argpartition(numbers, size - 1, axis=1)[:, :size]  # the smallest, but not in random order
     order = np.argsort(np.take_along_axis(numbers, first, axis=1), axis=1)
     return np.take_along_axis(first, order, axis=1)

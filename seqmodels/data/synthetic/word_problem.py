@@ -10,11 +10,12 @@ from seqmodels.data.synthetic.task import Rows, Task, only, refuse_length
 
 @dataclasses.dataclass(frozen=True)
 class WordProblem(Task):
-    """Uniform elements g_1 ... g_k of a group; after each the product g_1 g_2 ... g_t so far is asked.
+    """Uniform elements g_1 ... g_k of a group. The target at g_t is the product g_1 g_2 ... g_t.
 
-    S5 and A5 are complete for NC1, and no model of constant depth whose states only decay tracks them at all lengths;
-    Z60 has as many elements as A5, and commutes. Ids: 0 to |G| - 1 the elements (0 the identity), |G| padding. Loss
-    mask: all k positions. A row is a word of `shortest` to T elements, uniformly long, and padding.
+    The word problems of S5 and A5 are complete for NC1. No model of constant depth whose states only decay solves them
+    at all lengths. Z60 has as many elements as A5, but is commutative. Ids: 0 to |G| - 1 the elements (0 the identity),
+    |G| padding. Loss mask: all k positions. A row is a word and padding; the word's length is uniform on `shortest` to
+    T.
 
     Attributes:
       group: "s3", "s5", "a5", "z60", "a4xz5", ...: see `group_table`.
