@@ -1,10 +1,10 @@
-"""Accuracy on a synthetic task against the bytes of state that a row needs, over any finished and evaluated runs.
+"""Plots accuracy on a synthetic task against the bytes of state per row, for any finished and evaluated runs.
 
     python benchmarks/accuracy_by_state.py sweeps/mqar/trials/* --out=docs/results/mqar_by_state
 
-writes docs/results/mqar_by_state.png and .md from the runs' config.json, summary.json and eval.json. Runs of one model
-(pattern and dense links) are joined, from the smallest state to the largest; several of one size, such as seeds, stand
-at their mean, with a bar from the worst to the best.
+writes docs/results/mqar_by_state.png and .md from the runs' config.json, summary.json and eval.json. A line joins the
+runs of one model (pattern and dense links), from the smallest state to the largest. Several runs of one size, such as
+seeds, are plotted at their mean, with a bar from the worst to the best.
 """
 
 import argparse
@@ -20,11 +20,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from benchmarks.record import commit
 from seqmodels.sweeps.trial import read_json
 
-MADE = ("device", "commit")  # of a sweep's trials, that they say themselves
+MADE = ("device", "commit")  # fields that the trials of a sweep record themselves
 
 
 def read(folder: Path, split: str) -> dict:
-    """Figures of one run. Raises ValueError where it has no accuracy."""
+    """Figures of one run. Raises ValueError if it has no accuracy."""
     try:
         config, summary, figures = (
             json.loads((folder / f"{name}.json").read_text()) for name in ("config", "summary", "eval")
@@ -43,12 +43,12 @@ def read(folder: Path, split: str) -> dict:
         parameters=summary["parameters"],
         state_bytes=figures["state_bytes"],
         **accuracy,
-        record=read_json(folder / "trial.json"),  # empty for what train.py and eval.py ran alone
+        record=read_json(folder / "trial.json"),  # empty for runs outside a sweep
     )
 
 
 def grouped(runs: list[dict]) -> dict[str, dict[int, list[dict]]]:
-    """Model -> bytes of state, rising -> runs."""
+    """Maps model to bytes of state, in increasing order, to runs."""
     groups = defaultdict(lambda: defaultdict(list))
     for run in sorted(runs, key=lambda run: (run["model"], run["state_bytes"], run["seed"])):
         groups[run["model"]][run["state_bytes"]].append(run)
@@ -56,7 +56,7 @@ def grouped(runs: list[dict]) -> dict[str, dict[int, list[dict]]]:
 
 
 def table(runs: list[dict]) -> str:
-    """Markdown, one row a model and size."""
+    """Markdown table, one row per model and size."""
     lines = ["| model | width | parameters | state bytes | runs | accuracy | rows all right |"]
     lines += ["|---|---|---|---|---|---|---|"]
     for model, sizes in grouped(runs).items():
@@ -73,7 +73,7 @@ def table(runs: list[dict]) -> str:
 
 
 def plot(runs: list[dict], path: Path) -> None:
-    """One line a model."""
+    """Plot one line per model."""
     import matplotlib
 
     matplotlib.use("Agg")

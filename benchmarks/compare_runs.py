@@ -1,4 +1,4 @@
-"""Puts finished runs side by side: a table in Markdown and a picture of their losses.
+"""Compares finished runs: a Markdown table and a plot of their losses.
 
     python benchmarks/compare_runs.py runs/densemamba runs/mamba runs/transformer --out=docs/results/small
 
@@ -36,7 +36,7 @@ def read(folder: Path) -> dict:
 
 
 def table(runs: list[dict]) -> str:
-    """Markdown, one row a run."""
+    """Markdown table, one row per run."""
     lines = [
         "| model | parameters | training tokens | last 50 losses | validation bits/byte | test bits/byte | tokens/s |",
         "|---|---|---|---|---|---|---|",
@@ -53,7 +53,7 @@ def table(runs: list[dict]) -> str:
 
 
 def plot(runs: list[dict], path: Path) -> None:
-    """Losses by step, each the mean of 20 steps."""
+    """Plot losses by step, each the mean of 20 steps."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,13 +1,14 @@
-r"""Times the generation of text by configs with random weights, and keeps the figures.
+r"""Times the generation of text by configs with random weights, and records the figures.
 
-    python benchmarks/generation.py                              # the rows of ROWS, each in a process of its own
+    python benchmarks/generation.py                              # the rows of ROWS, each in its own process
     python benchmarks/generation.py --rows=130m-1,130m-64
     python benchmarks/generation.py --config=configs/mamba.py:130m --batch=64 --prompt=512 --tokens=128
     python benchmarks/generation.py --config=configs/mamba.py --config.model.vocab_size=256 --prompt=32 --tokens=16
 
-As `seqmodels.generation.decode` does it, greedily: random prompts into the state, then a token at a time. Each time is
-the median over --repeats, after one run that compiles. Results go to benchmarks/results/generation_<device>.json, one
-object for each config, batch, prompt and number of new tokens; a new figure takes the place of an old one.
+Generation is greedy and works as in `seqmodels.generation.decode`: it reads random prompts into the state, then draws
+one token at a time. Each time is the median over --repeats, after one run that compiles. Results are written to
+benchmarks/results/generation_<device>.json, one object for each config, batch, prompt and number of new tokens. A new
+figure replaces the old one.
 """
 
 import datetime
@@ -67,7 +68,7 @@ def main(flag_values: flags.FlagValues) -> int:
 
 
 def measure_rows(flag_values: flags.FlagValues) -> int:
-    """Each of the rows in a process of its own, so that its peak memory is its own."""
+    """Measure each row in a separate process, so that its peak memory is measured separately."""
     rows = flag_values.rows.split(",")
     for row in rows:
         if row not in ROWS:
@@ -84,10 +85,10 @@ def measure_rows(flag_values: flags.FlagValues) -> int:
 
 
 def measure(config, batch: int, prompt: int, tokens: int, repeats: int, profile: str = "") -> dict:
-    """Tokens/s with the prompt's time in it, milliseconds of the prompt and of each new token, and peak memory.
+    """Tokens/s including the prompt's time, milliseconds of the prompt and of each new token, and peak memory.
 
     Args:
-        profile: folder for a trace of one run more, whose longest kernels are printed; "": none.
+        profile: folder for a trace of one additional run, whose longest kernels are printed. "": no trace.
     """
     import jax
     import jax.numpy as jnp
@@ -102,7 +103,7 @@ def measure(config, batch: int, prompt: int, tokens: int, repeats: int, profile:
     model = build(config.model, vocabulary)
     shapes = unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
     keys = iter(jax.random.split(jax.random.key(0), len(jax.tree.leaves(shapes))))
-    # Not as a model starts, which takes long to compile; the numbers only have to stay finite.
+    # Not the model's own initialisation, which takes long to compile. The numbers only have to stay finite.
     params = jax.tree.map(
         lambda x: 0.02 * jax.random.normal(next(keys), x.shape) if x.ndim > 1 else jnp.ones(x.shape), shapes
     )

@@ -1,31 +1,34 @@
-"""Checks every implementation of an operation against float64, times it, and keeps the figures.
+"""Checks every implementation of an operation against float64, times it, and records the figures.
 
     python benchmarks/kernels.py                                        # selective_scan at the shapes for this device
     python benchmarks/kernels.py --shapes=table,decode --implementations=mosaic_gpu --repeat=30
     python benchmarks/kernels.py --op=short_conv --shapes=8x2048x2048x4:silu --dtypes=float32
     python benchmarks/kernels.py --op=linear_attention --shapes=table
 
-A shape is its sizes (B x T x E x N for the selective scan, B x T x E x W for the short convolution, B x T x H x K x V
-for linear attention), a colon, and a variant; a name such as "table" stands for several. The variants of the selective
-scan are "full" (softplus, bias, D, z), "bare" (none of these) and "readG" (full, with G groups of states read into one
-output, each with weights a channel); of linear attention "ssd" (Mamba-2: a decay a token and head, keys shared by all
-heads), "retention" (RetNet: constant decays), "linear" (no decay) and "gla" (decays of each channel).
+A shape consists of its sizes (B x T x E x N for the selective scan, B x T x E x W for the short convolution,
+B x T x H x K x V for linear attention), a colon, and a variant. A name such as "table" stands for several shapes. The
+variants of the selective scan are "full" (softplus, bias, D, z), "bare" (none of these) and "readG" (full, with G
+groups of states read into one output, each group with one weight per channel). The variants of linear attention are
+"ssd" (Mamba-2: one decay per token and head, keys shared by all heads), "retention" (RetNet: constant decays), "linear"
+(no decay) and "gla" (a decay for each channel).
 
-Checked are the outputs, the final state and the gradient of every argument, at the very shape that is timed. The
-outputs' gradients are zero but for some rows and channels, scattered over the arrays, and of these the sequential
-reference in float64 makes all that there is to compare. The error is the largest relative one of an array, in the
-Frobenius norm; one above the dtype's tolerance fails the run, and is recorded all the same.
+The outputs, the final state and the gradient of every argument are checked, at the same shape that is timed. The
+outputs' gradients are zero except for some rows and channels, scattered over the arrays. For these rows and channels,
+the sequential reference in float64 computes everything that is compared. The error is the largest relative error of an
+array, in the Frobenius norm. An error above the dtype's tolerance fails the run, but is recorded too.
 
-A time is the median over --repeat timings, each of as many calls in a row as fill 30 ms, rotating over input sets
-larger than the caches. On accelerators, calls too short to be dispatched one by one run 16 to a program. A few tokens
-forward are a step of decoding: it updates the state in place, 64 times in a loop on the device (so input sets are 16,
-which one sequence alone does not make larger than the caches; in a model the weights are). A floor is the
-time of a pass that does nothing but move its bytes at the copy bandwidth measured here, nothing but take its
-exponentials at 16 a clock and multiprocessor, or nothing but its matrix products (of 16-bit factors) at the rate that
-large ones reach on the tensor cores, whichever is longest; GB/s, Gexp/s and Tflop/s count the same. The floor of
-forward+backward is the sum of both passes' floors.
+A time is the median over --repeat timings. Each timing has as many consecutive calls as take 30 ms, and the calls
+rotate over input sets larger than the caches. On accelerators, calls too short to be dispatched one by one are compiled
+into programs of 16 calls. A forward pass over a few tokens is a step of decoding: it updates the state in place, 64
+times in a loop on the device. So there are 16 input sets for it; with a single sequence these are not larger than the
+caches, although in a model the weights are.
 
-Rows go to benchmarks/results/kernels_<device>.json as they come, each in place of an older one of the same kind.
+A floor is the time of a pass that does only one of the following, whichever takes longest: move its bytes at the copy
+bandwidth measured here; compute its exponentials at 16 per clock and multiprocessor; or compute its matrix products (of
+16-bit factors) at the rate that large products reach on the tensor cores. GB/s, Gexp/s and Tflop/s count the same bytes
+and operations. The floor of forward+backward is the sum of both passes' floors.
+
+Rows are written to benchmarks/results/kernels_<device>.json one by one, and replace older rows of the same kind.
 """
 
 import dataclasses
@@ -59,12 +62,12 @@ from seqmodels.kernels.dispatch import UnsupportedError
 PASSES = ("forward", "forward+backward")
 TOLERANCE = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1e-2}  # the last two round their outputs
 KEY = ("op", "implementation", "shape", "variant", "dtype", "pass", "device")
-SHORT = 0.6  # ms of floor under which dispatching a call shows beside running it
-TOGETHER = 16  # calls a program for those
-FEW = 8  # tokens, up to which a forward pass is a step of decoding
+SHORT = 0.6  # ms of floor below which the time to dispatch a call matters
+TOGETHER = 16  # calls per program for those
+FEW = 8  # most tokens of a forward pass that counts as a step of decoding
 ROUNDS = 64  # such steps on each input set
-CACHE = 2**28  # bytes that the input sets exceed together
-CHECKED = 2**22  # numbers of the float64 reference: tokens times channels times states
+CACHE = 2**28  # bytes; all input sets together are larger
+CHECKED = 2**22  # most numbers of the float64 reference: tokens times channels times states
 ROW = "{:26} {:9} {:12} {:17} {:>10} {:>9} {:>7} {:>7} {:>7} {:>8} {:>9} {:>4}"
 
 
@@ -95,7 +98,7 @@ class Case:
         return f"{'x'.join(map(str, self.shape))}:{self.variant}"
 
     def bytes_of(self, arrays: dict[str, Argument]) -> int:
-        """Bytes of arrays of these axes."""
+        """Bytes of arrays with these axes."""
         low = 4 if self.dtype == "float32" else 2
         return sum(math.prod(self.sizes[a] for a in x.axes) * (low if x.low else 4) for x in arrays.values())
 
@@ -107,8 +110,8 @@ class Case:
     def costs(self, kind: str) -> list[tuple[int, float, float]]:
         """(bytes, exponentials, flops) of the forward and, with kind "forward+backward", of the backward pass.
 
-        Forward every argument is read and every output written, once. Backward the arguments and the outputs' gradients
-        are read and the arguments' gradients written, once, and the exponentials taken again.
+        The forward pass reads every argument and writes every output once. The backward pass reads the arguments and
+        the outputs' gradients once, writes the arguments' gradients once, and computes the exponentials again.
         """
         arguments, outputs = self.bytes_of(self.arguments), self.bytes_of(self.outputs)
         gradients = self.bytes_of(self.differentiated)
@@ -118,7 +121,7 @@ class Case:
 
     @functools.cached_property
     def draw(self) -> Callable[[int], tuple[dict, dict]]:
-        """The function from a seed to random arguments, and gradients of the outputs."""
+        """A function from a seed to random arguments and gradients of the outputs."""
 
         def array(key, number, axes: Argument):
             values = axes.draw(jax.random.fold_in(key, number), tuple(self.sizes[a] for a in axes.axes))
@@ -134,7 +137,7 @@ class Case:
 
     @functools.cached_property
     def chosen(self) -> dict[str, np.ndarray]:
-        """Indices of each axis in `operation.apart` that are checked: all, or some scattered from first to last."""
+        """Indices that are checked for each axis in `operation.apart`: all, or some scattered from first to last."""
         budget = CHECKED // math.prod(self.sizes[a] for a in self.operation.work if a not in self.operation.apart)
         chosen = {}
         others = len(self.operation.apart) - 1
@@ -145,7 +148,7 @@ class Case:
 
     @property  # not kept: large shapes need the memory
     def checked(self) -> tuple[dict, dict]:
-        """Random arguments, and gradients of the outputs that are zero but at the chosen indices."""
+        """Random arguments, and gradients of the outputs that are zero except at the chosen indices."""
         arguments, cotangents = self.draw(1)
         return arguments, {n: keep(x, self.outputs[n].axes, self.chosen) for n, x in cotangents.items()}
 
@@ -168,7 +171,7 @@ class Case:
 
     @functools.cached_property
     def truth(self) -> tuple[dict, dict]:
-        """`picked` as the float64 reference makes it from the chosen indices of the arguments."""
+        """`picked`, computed by the float64 reference from the chosen indices of the arguments."""
         arguments, cotangents = self.checked
         cotangents, arguments = self.picked(cotangents, arguments)
 
@@ -181,7 +184,7 @@ class Case:
 
 
 def host():
-    """The CPU, or what there is if JAX was told to leave that out."""
+    """The CPU, or the available device if JAX has no CPU backend."""
     try:
         return jax.devices("cpu")[0]
     except RuntimeError:
@@ -189,7 +192,7 @@ def host():
 
 
 def parse_shapes(operation: Operation, text: str, dtypes: list[str]) -> list[Case]:
-    """The cases that --shapes and --dtypes ask for. Raises UserError."""
+    """The cases that --shapes and --dtypes request. Raises UserError."""
     specs = [spec for word in text.split(",") for spec in operation.shapes.get(word, (word,))]
     cases = []
     for spec in dict.fromkeys(specs):
@@ -216,13 +219,13 @@ def decodes(case: Case, kind: str) -> bool:
 
 
 def program(case: Case, implementation: str, kind: str, together: int, rounds: int = 1) -> Callable:
-    """A compiled function of a list of `together` pairs (arguments, gradients of the outputs), one after another.
+    """A compiled function of a list of `together` pairs (arguments, gradients of the outputs), run one after another.
 
-    It returns for each the outputs and, with kind "forward+backward", the gradients of the arguments, else None. A step
-    of decoding updates the state in place: the arguments get the new one.
+    For each pair it returns the outputs and, with kind "forward+backward", the gradients of the arguments, else None. A
+    step of decoding updates the state in place: the new state becomes an argument.
 
     Args:
-        rounds: times that steps of decoding go through the list, each from the state of the last.
+        rounds: how often steps of decoding go through the list, each from the state of the previous one.
     """
     carried = case.operation.carried if decodes(case, kind) else {}
 
@@ -236,7 +239,7 @@ def program(case: Case, implementation: str, kind: str, together: int, rounds: i
         results = []
         for state, (arguments, cotangents) in zip(states, sets, strict=True):
             inputs = (arguments | state, cotangents)
-            if results:  # in order, as a model's layers are, and never merged into one kernel
+            if results:  # run in order, as a model's layers, and never merge into one kernel
                 inputs, results[-1] = jax.lax.optimization_barrier((inputs, results[-1]))
             results.append(one(*inputs))
         return results
@@ -249,7 +252,7 @@ def program(case: Case, implementation: str, kind: str, together: int, rounds: i
             return [{argument: outputs[output] for argument, output in carried.items()} for outputs, _ in results]
 
         def again(_, results):
-            given, results = jax.lax.optimization_barrier((sets, results))  # nothing of a step is taken out of the loop
+            given, results = jax.lax.optimization_barrier((sets, results))  # move nothing of a step out of the loop
             return once(states_of(results), given)
 
         shapes = jax.eval_shape(once, states, sets)
@@ -276,7 +279,7 @@ def program(case: Case, implementation: str, kind: str, together: int, rounds: i
 
 
 def check(case: Case, run: Callable, together: int) -> float:
-    """Largest relative error of the outputs, and of the gradients if `run` makes them, against float64."""
+    """Largest relative error of the outputs, and of the gradients if `run` computes them, against float64."""
     got = case.picked(*run([case.checked for _ in range(together)])[0])
     worst = 0.0
     for ours, truth in zip(got, case.truth, strict=True):
@@ -295,7 +298,7 @@ def take(array, axes: str, chosen: dict[str, list[int]]):
 
 
 def keep(array, axes: str, chosen: dict[str, list[int]]):
-    """The array with zeros at all indices but the chosen ones."""
+    """The array with zeros at all indices except the chosen ones."""
     for axis, letter in enumerate(axes):
         if letter in chosen:
             kept = jnp.zeros(array.shape[axis], bool).at[jnp.asarray(chosen[letter])].set(True)
@@ -306,10 +309,10 @@ def keep(array, axes: str, chosen: dict[str, list[int]]):
 def floor_ms(
     case: Case, kind: str, copy: float, exps_per_second: float | None, flops_per_second: float | None
 ) -> float:
-    """Milliseconds that a pass takes at least; see the top of this file.
+    """Least milliseconds of a pass; see the top of this file.
 
     Args:
-        copy: bytes a second. exps_per_second, flops_per_second: None where it is not known; it does not count then.
+        copy: bytes per second. exps_per_second, flops_per_second: None if unknown; then they do not count.
     """
     rates = copy, exps_per_second or math.inf, flops_per_second or math.inf
     return 1e3 * sum(max(map(operator.truediv, costs, rates)) for costs in case.costs(kind))
@@ -374,7 +377,7 @@ def main(flag_values: flags.FlagValues) -> int:
             failed += bool(flag_values.implementations)
             print(ROW.format(*label, *"-" * 8), reason, flush=True)
             continue
-        except Exception as problem:  # out of memory, say; the other rows are wanted all the same
+        except Exception as problem:  # such as out of memory; the other rows are still measured
             failed += 1
             message = " ".join(str(problem).split())[:300]
             print(ROW.format(*label, *"!" * 8), f"{type(problem).__name__}: {message}", flush=True)
@@ -398,7 +401,7 @@ def main(flag_values: flags.FlagValues) -> int:
 
 
 def figures(case: Case, implementation: str, kind: str, floor: float, repeat: int, checked: bool):
-    """Median milliseconds of one call, and its error, None if it is not to be checked."""
+    """Median milliseconds of one call, and its error, or None if it is not checked."""
     together = TOGETHER if floor < SHORT and jax.default_backend() != "cpu" else 1
     rounds = ROUNDS if together > 1 and decodes(case, kind) else 1
     run = program(case, implementation, kind, together if rounds == 1 else 1)

@@ -1,16 +1,16 @@
-r"""Times training steps of configs on random tokens, and keeps the figures.
+r"""Times training steps of configs on random tokens, and records the figures.
 
-    python benchmarks/models.py                                  # the rows of ROWS, each in a process of its own
+    python benchmarks/models.py                                  # the rows of ROWS, each in its own process
     python benchmarks/models.py --rows=130m,370m --profile=/tmp/profile
     python benchmarks/models.py --config=configs/mamba.py:130m --config.batch_size=8 --config.seq_len=2048
     python benchmarks/models.py --config=configs/mamba.py --config.batch_size=2 --config.seq_len=512 \
         --config.model.vocab_size=256
 
-Whole steps: forward, backward, optimizer, with the state donated, as train.py runs them. Rows compile beside each other
-(so their compile_seconds are long), and run one after another. Each figure is the median over --repeats timings, each
-of as many steps as take --seconds, after compiling and a warm-up. They go to benchmarks/results/models_<device>.json,
-one object for each config, batch and length; a new figure takes the place of an old one. With --profile, some steps
-more are traced, and the kernels that take longest on the device are listed.
+Steps are complete, as in train.py: forward pass, backward pass and optimizer, with the state donated. Rows compile in
+parallel (so their compile_seconds are long), and run one after another. Each figure is the median over --repeats
+timings, after compiling and a warm-up; each timing has as many steps as take --seconds. The figures are written to
+benchmarks/results/models_<device>.json, one object for each config, batch and length. A new figure replaces the old
+one. With --profile, some additional steps are traced, and the kernels that take longest on the device are listed.
 """
 
 import datetime
@@ -80,7 +80,7 @@ def main(flag_values: flags.FlagValues) -> int:
 
 
 def measure_rows(rows: list[str], options: dict) -> int:
-    """Each of ROWS in a process of its own, for the sake of its peak memory: all compile at once, then run in turn."""
+    """Measure each of ROWS in a separate process, to get its peak memory. All compile at once, then run in turn."""
     processes = []
     for row in rows:
         if row not in ROWS:
@@ -92,7 +92,7 @@ def measure_rows(rows: list[str], options: dict) -> int:
         command += [f"--config.{name}={value}" for name, value in fields.items()]
         command += [f"--{name}={value}" for name, value in options.items() if name != "profile"]
         command += [f"--profile={options['profile']}/{row}"] if options["profile"] else []
-        # Of the GPU's memory: the longest rows need it, and none may take it before its turn
+        # The longest rows need this share of the GPU's memory, and no row may allocate it before its turn
         memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
         processes.append(subprocess.Popen([*command, "--turn"], env={**memory, **os.environ}, stdin=subprocess.PIPE))
     for row, process in zip(rows, processes, strict=True):
@@ -104,12 +104,12 @@ def measure_rows(rows: list[str], options: dict) -> int:
 def measure(
     config, seconds: float, repeats: int, profile: str = "", kernels: int = 40, turn: Callable[[], object] | None = None
 ) -> dict:
-    """Seconds a step, tokens/s, MFU and peak memory of `config` on the devices at hand.
+    """Seconds per step, tokens/s, MFU and peak memory of `config` on the available devices.
 
     Args:
-        seconds: of one of `repeats` timings, at least.
-        profile: folder for a trace of some steps more, of which the `kernels` longest are printed; "": none.
-        turn: called when all is compiled; returns when this process may use the device.
+        seconds: least duration of each of `repeats` timings.
+        profile: folder for a trace of some additional steps, whose `kernels` longest kernels are printed. "": no trace.
+        turn: called when everything is compiled; returns when this process may use the device.
     """
     import jax
     import numpy as np

@@ -22,9 +22,9 @@ class Argument:
     """An array of an operation.
 
     Attributes:
-        axes: a letter an axis, whose size `Operation.sizes` gives.
-        draw: random values from a key and a shape, float32.
-        low: whether it has the dtype under test; else it is float32.
+        axes: one letter per axis; `Operation.sizes` gives its size.
+        draw: function from a key and a shape to random float32 values.
+        low: whether it has the dtype under test. Else it is float32.
         fixed: whether it has no gradient.
     """
 
@@ -36,21 +36,21 @@ class Argument:
 
 @dataclasses.dataclass(frozen=True)
 class Operation:
-    """What there is to know of an operation to check and to time it.
+    """Description of an operation, as needed to check and to time it.
 
     Attributes:
-        letters: of the numbers in a shape, such as "BTEN".
-        apart: axes along which the operation works for each index by itself, so that some of them can be checked alone;
-            the longest last.
-        sizes: (shape, variant) to the size of each letter. Raises ValueError for an unknown variant.
-        arguments: variant to its arrays by name; all are differentiated but fixed ones.
-        outputs: variant to the axes of each output by name.
-        call: (arguments, variant, implementation) to the outputs by name.
-        exps: sizes to exponentials of the forward pass; the backward pass, which keeps none, takes them again.
-        flops: sizes to those of the matrix products of the forward and of the backward pass.
-        shapes: names of shapes that are asked for together. "small" is for CPUs, "table" for accelerators.
-        carried: argument to the output that takes its place in the next call: the state.
-        work: letters whose sizes multiplied are the work of the reference.
+        letters: letters of the numbers in a shape, such as "BTEN".
+        apart: axes whose indices the operation processes independently, so that some of them can be checked alone;
+            the longest axis comes last.
+        sizes: maps (shape, variant) to the size of each letter. Raises ValueError for an unknown variant.
+        arguments: maps a variant to its arrays by name. All are differentiated except fixed ones.
+        outputs: maps a variant to the axes of each output by name.
+        call: maps (arguments, variant, implementation) to the outputs by name.
+        exps: maps sizes to the exponentials of the forward pass. The backward pass saves none and computes them again.
+        flops: maps sizes to the flops of the matrix products in the forward and in the backward pass.
+        shapes: names of groups of shapes. "small" is for CPUs, "table" for accelerators.
+        carried: maps an argument to the output that replaces it in the next call: the state.
+        work: letters whose sizes, multiplied, are the work of the reference.
     """
 
     letters: str
@@ -72,17 +72,17 @@ def normal(key, shape, scale=1.0):
 
 
 def log_steps(key, shape):
-    """Logarithms of Mamba's first steps dt, log-uniform in [1e-3, 1e-1]."""
+    """Logarithms of Mamba's initial steps dt, log-uniform in [1e-3, 1e-1]."""
     return jax.random.uniform(key, shape, minval=math.log(1e-3), maxval=math.log(1e-1))
 
 
 def steps(key, shape):
-    """Mamba's first steps dt."""
+    """Mamba's initial steps dt."""
     return jnp.exp(log_steps(key, shape))
 
 
 def step_biases(key, shape):
-    """softplus^-1 of Mamba's first steps dt."""
+    """softplus^-1 of Mamba's initial steps dt."""
     step = steps(key, shape)
     return step + jnp.log(-jnp.expm1(-step))
 
@@ -153,17 +153,17 @@ HEAD_VARIANTS = ("ssd", "retention", "linear", "gla")
 
 
 def head_decays(key, shape):
-    """Mamba-2's first log decays: -dt A, with A in [1, 16] for each head."""
+    """Mamba-2's initial log decays: -dt A, with A in [1, 16] for each head."""
     return -steps(key, shape) * jax.random.uniform(jax.random.fold_in(key, 1), shape[-1:], minval=1, maxval=16)
 
 
 def channel_decays(key, shape):
-    """GLA's: log sigmoid of a normal number, over 16."""
+    """GLA's log decays: log sigmoid of a normal number, divided by 16."""
     return jax.nn.log_sigmoid(normal(key, shape)) / 16
 
 
 def retention_decays(key, shape):
-    """RetNet's: log(1 - 2^(-5 - h)) of head h."""
+    """RetNet's log decays: log(1 - 2^(-5 - h)) of head h."""
     return jnp.log1p(-(2.0 ** (-5 - jnp.arange(shape[0], dtype=jnp.float32))))
 
 
@@ -193,10 +193,11 @@ def attention_call(arguments, variant, implementation):
 
 
 def attention_flops(sizes):
-    """Two for each multiply-add, over chunks of 64 tokens, the rows of one instruction of the tensor cores.
+    """Two for each multiply-add, over chunks of 64 tokens, which is the number of rows of one tensor core instruction.
 
-    Forwards scores of the groups (K) and their products with values (V), and reads and writes of the state (K V).
-    Backwards scores again and the gradients of both factors of each product; states are not made again.
+    The forward pass has the scores of the groups (K), their products with values (V), and reads and writes of the state
+    (K V). The backward pass has the scores again, and the gradients of both factors of each product. Recomputing states
+    does not count.
     """
     tokens, chunk = sizes["B"] * sizes["T"], min(64, sizes["T"])
     scores, values = chunk * sizes["G"] * sizes["K"], chunk * sizes["H"] * sizes["V"]
@@ -212,7 +213,7 @@ OPERATIONS = {
         arguments=scan_arguments,
         outputs=lambda variant: dict(y="BTE", state="BGEN" if scan_groups(variant) > 1 else "BEN"),
         call=scan_call,
-        # decays of every state, one of softplus, one of the gate
+        # one for the decay of every state, one for softplus, one for the gate
         exps=lambda s: s["B"] * s["T"] * s["E"] * (s["G"] * (s["N"] + 1) + 1),
         shapes=dict(
             table=(
@@ -255,7 +256,7 @@ OPERATIONS = {
         arguments=attention_arguments,
         outputs=lambda variant: dict(y="BTHV", state="BHKV"),
         call=attention_call,
-        exps=lambda s: 0,  # one a token at the least
+        exps=lambda s: 0,  # at least one per token; not counted
         flops=attention_flops,
         shapes=dict(
             table=(

@@ -1,11 +1,11 @@
-"""Puts a sweep's results into docs/results, and its table into a page between two marks.
+"""Copies a sweep's results into docs/results, and writes its table into a page between two marks.
 
     python benchmarks/publish.py sweeps/densemamba --out=docs/results/densemamba
     python benchmarks/publish.py sweeps/densemamba --out=docs/results/densemamba --page=README.md
 
-copies results.csv, report.md and the pictures of a sweep as sweep.py wrote them. With --page it writes a short table of
-results.csv in place of what stands between <!-- NAME --> and <!-- /NAME --> there, NAME being that of --out. --figures
-are further columns of results.csv for that table, such as eval.context_lengths.test.65536.loss.
+copies results.csv, report.md and the pictures of a sweep, which sweep.py wrote. With --page it writes a short table of
+results.csv into that page, in place of the text between <!-- NAME --> and <!-- /NAME -->, where NAME is the last part
+of --out. --figures adds columns of results.csv to the table, such as eval.context_lengths.test.65536.loss.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from seqmodels.sweeps.results import EQUAL_TIME, mean_and_spread
 from seqmodels.sweeps.trial import read_json
 
 FILES = ("results.csv", "report.md", "losses.png", "bars.png", "quality.png")
-FIGURES = {  # of the short table: column to its heading and format
+FIGURES = {  # columns of the short table, with their headings and formats
     "parameters": ("parameters", ",.0f"),
     "validation.loss": ("validation loss, nats a token", ".4f"),
     "validation.bits_per_byte": ("bits a byte", ".4f"),
@@ -34,7 +34,7 @@ FIGURES = {  # of the short table: column to its heading and format
 
 
 def read(sweep: Path) -> dict[str, list[dict]]:
-    """Rows of a sweep's results.csv that are done, the seeds of a trial together by its label."""
+    """Finished rows of a sweep's results.csv by label, so that the seeds of a trial are together."""
     with (sweep / "results.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["status"] == "done"]
     set_fields = [read_json(sweep / "trials" / row["id"] / "trial.json").get("overrides", {}) for row in rows]
@@ -45,7 +45,7 @@ def read(sweep: Path) -> dict[str, list[dict]]:
 
 
 def table(groups: dict[str, list[dict]], metric: str = "validation.loss", further: Sequence[str] = ()) -> str:
-    """Markdown, one row a trial; after the metric, what it has less than the first, seed by seed.
+    """Markdown table, one row per trial. After the metric comes its difference below the first trial's, seed by seed.
 
     Raises: ValueError for further figures that no trial has.
     """
@@ -78,7 +78,7 @@ def figure(values: list[float], form: str) -> str:
 
 
 def insert(page: Path, name: str, text: str) -> None:
-    """Replaces what stands between the marks of `name`. Raises ValueError where they are not there once each."""
+    """Replace the text between the marks of `name`. Raises ValueError unless each mark occurs exactly once."""
     before = page.read_text()
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if before.count(begin) != 1 or before.count(end) != 1 or before.index(begin) > before.index(end):

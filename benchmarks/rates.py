@@ -8,7 +8,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-EXPS_PER_SECOND = {  # 16 a clock and multiprocessor, at the clock in the device's description
+EXPS_PER_SECOND = {  # 16 per clock and multiprocessor, at the clock in the device's description
     "NVIDIA H100 80GB HBM3": 16 * 132 * 1.98e9,
     "NVIDIA H200": 16 * 132 * 1.98e9,
 }
@@ -18,7 +18,7 @@ FLOPS_PER_SECOND = {  # a product of bfloat16 matrices of 8192 x 8192 reached 70
 
 
 def measure(run: Callable, sets: list, repeat: int, fill: float = 0.03) -> float:
-    """Median seconds of a call of `run`, which are queued in rows of about `fill` seconds, over sets in rotation."""
+    """Median seconds of a call of `run`. Series of calls of about `fill` seconds are queued, with the sets in rotation."""
 
     def timing(calls: int) -> float:
         start = time.perf_counter()
@@ -34,7 +34,7 @@ def measure(run: Callable, sets: list, repeat: int, fill: float = 0.03) -> float
 
 
 def bandwidth(device) -> float:
-    """Bytes a second that a copy reads and writes."""
+    """Bytes per second that a copy reads and writes."""
     size = 2**28 if device.platform != "cpu" else 2**25
     sets = [jnp.full(size, i, jnp.float32) for i in range(2)]
     add = jax.jit(lambda x: x + 1)

@@ -1,4 +1,4 @@
-"""Where measured figures are kept: lists of JSON objects in benchmarks/results, one file for each device."""
+"""Storage of measured figures: lists of JSON objects in benchmarks/results, one file for each device."""
 
 import json
 import os
@@ -10,7 +10,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def device_name(device) -> str:
-    """A JAX device's name in results; a CPU's says how many cores this process may use."""
+    """A JAX device's name in results. For a CPU it includes the number of cores that this process may use."""
     if device.platform != "cpu":
         return device.device_kind
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
@@ -33,10 +33,10 @@ def commit() -> str:
 
 
 def record(path: Path, result: dict, key: tuple[str, ...]) -> None:
-    """Put `result` into the list in `path`, in place of the one that agrees with it in `key`."""
+    """Put `result` into the list in `path`. It replaces the result with equal values of `key`."""
     path.parent.mkdir(parents=True, exist_ok=True)
     results = json.loads(path.read_text()) if path.exists() else []
     results = [r for r in results if any(r.get(k) != result.get(k) for k in key)]
-    new = path.with_suffix(".new")  # a run that is killed here leaves the old file whole
+    new = path.with_suffix(".new")  # a run that is killed here leaves the old file complete
     new.write_text(json.dumps([*results, result], indent=1) + "\n")
     new.replace(path)

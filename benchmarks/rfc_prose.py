@@ -2,14 +2,15 @@
 
     python benchmarks/rfc_prose.py FOLDER --out=data/rfc
 
-FOLDER is searched for rfc<number>.txt and .txt.gz: those of Debian's packages doc-rfc-* (non-free), unpacked with
-`dpkg-deb --extract`, or of rfc-editor.org. Writes prose.jsonl.xz, a document a line in the order of their numbers,
-which config.data.name=text reads: its held-out text are then the newest documents, as RFCs repeat their predecessors.
-Writes bpe<size>.json, trained on documents that are not held out. The same files and flags give the same bytes.
+FOLDER is searched for rfc<number>.txt and .txt.gz: from Debian's packages doc-rfc-* (non-free), unpacked with
+`dpkg-deb --extract`, or from rfc-editor.org. The script writes prose.jsonl.xz, one document per line in the order of
+their numbers, which config.data.name=text reads. Its held-out text then consists of the newest documents; this matters
+because RFCs repeat their predecessors. It also writes bpe<size>.json, trained on documents that are not held out. The
+same files and flags give the same bytes.
 
-What counts as prose is a paragraph of at least 12 words, most of them in lower case and nearly all of it letters; page
-headers and footers are taken out, and a paragraph that was there before is dropped. RFCs may be copied whole, but not
-changed and passed on: do not publish what this makes.
+A paragraph counts as prose if it has at least 12 words, most of them in lower case, and nearly all of it is letters.
+Page headers and footers are removed, and repeated paragraphs are dropped. RFCs may be copied whole, but modified copies
+may not be distributed: do not publish the output of this script.
 """
 
 import argparse
@@ -25,14 +26,14 @@ NUMBER = re.compile(r"rfc0*([1-9]\d*)\.txt(\.gz)?$")
 PAGE = re.compile(r"^(?:.*\[Page [\divxlc]+\]|RFC \d+ .*\b\d{4})[ \t]*$", re.IGNORECASE | re.MULTILINE)
 GAP = re.compile(r"\n[ \t]*\n\s*")
 PLAIN = re.compile(r"[^\W\d_]|[\s,.;:'\"()-]")  # letters, space and the marks of sentences
-WORDS, CHARACTERS = 12, 80  # of a paragraph, at least
-LOWER, LETTERS = 0.6, 0.93  # shares of its words in lower case, and of PLAIN
-SHORTEST = 500  # characters of a document
+WORDS, CHARACTERS = 12, 80  # least words and characters of a paragraph
+LOWER, LETTERS = 0.6, 0.93  # least shares of its words in lower case, and of PLAIN characters
+SHORTEST = 500  # least characters of a document
 HELD_OUT = 0.1  # share of the text that config.data.name=text holds out, at its end
 
 
 def find(folder: Path) -> list[tuple[int, Path]]:
-    """(number, file), by number. A document that is there more than once counts once."""
+    """(number, file), sorted by number. A document that is found more than once counts once."""
     found = {}
     for path in sorted(folder.rglob("rfc*.txt*")):
         if match := NUMBER.fullmatch(path.name):
@@ -41,7 +42,7 @@ def find(folder: Path) -> list[tuple[int, Path]]:
 
 
 def read(path: Path) -> str:
-    """The text of a file, UTF-8 or (the oldest) Latin-1, without control characters that some have."""
+    """The text of a file in UTF-8 or (the oldest files) Latin-1, without control characters."""
     content = path.read_bytes()
     content = gzip.decompress(content) if path.suffix == ".gz" else content
     try:
@@ -64,7 +65,7 @@ def paragraphs(text: str) -> Iterator[str]:
 
 
 def documents(files: Iterable[tuple[int, Path]]) -> Iterator[tuple[int, str]]:
-    """(number, prose) of those that have some."""
+    """(number, prose) of the documents that contain prose."""
     seen = set()
     for number, path in files:
         fresh = [paragraph for paragraph in paragraphs(read(path)) if paragraph not in seen]
@@ -74,9 +75,9 @@ def documents(files: Iterable[tuple[int, Path]]) -> Iterator[tuple[int, str]]:
 
 
 def sample(corpus: list[tuple[int, str]], size: int, whole: int) -> list[tuple[int, str]]:
-    """About `size` characters: every document from number `whole` on, and of the older ones as many as fit.
+    """About `size` characters: every document from number `whole` on, and as many older documents as fit.
 
-    The older are drawn by a hash of their number, so a smaller sample is part of a larger one.
+    The older documents are drawn by a hash of their number, so a smaller sample is a subset of a larger one.
     """
     old = sorted((zlib.crc32(str(number).encode()), number, text) for number, text in corpus if number < whole)
     room = size - sum(len(text) for number, text in corpus if number >= whole)

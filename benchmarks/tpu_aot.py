@@ -1,4 +1,4 @@
-"""Compiles kernels for TPUs that are not at hand, and reads off the schedule what they will cost at least.
+"""Compiles kernels for TPUs that are not available here, and computes a lower bound of their time from the schedule.
 
     python benchmarks/tpu_aot.py                                   # v5e, v5p, v6e; needs libtpu, no TPU
     python benchmarks/tpu_aot.py --chips=v5e --shapes=8x2048x2048x16:read3 --dtypes=float32
@@ -6,22 +6,26 @@
     python benchmarks/tpu_aot.py --chips=v5e --try=WIDTH=256 --try=TOKENS=64    # prints only
 
 A shape of the selective scan is B x T x E x N, a colon, and "full" (softplus, bias, D, z) or "readG" (the same, with G
-groups of states, each with weights a channel); of linear attention B x T x H x K x V, a colon, and "ssd" (a decay a
-token and head, keys shared by all heads), "retention" (constant decays) or "linear" (none), as in kernels.py. Documents
-are packed. libtpu dumps the final bundles of both kernels. A core issues at most one bundle a cycle, so bundles times
-trips are cycles, if nothing ever stalls. Late, the compiler takes out the empty bundles that wait for the latencies of
-units; "scheduled" counts these too. Waits for copies and conflicts in VMEM are in neither. Counted are, for a chunk of
-time, the scan's loops by their trips, its code outside of loops (less empty bundles) at every block of channels, and
-what runs only at a chunk's first or last block once; of linear attention, which has no loops, every step of the grid,
-less what only some steps do: state in and out, products that heads share, copies to start.
+groups of states, each with one weight per channel). A shape of linear attention is B x T x H x K x V, a colon, and
+"ssd" (one decay per token and head, keys shared by all heads), "retention" (constant decays) or "linear" (no decay), as
+in kernels.py. Documents are packed.
 
-estimated_ms is the larger of cycles and of the bytes of the kernel's arrays, as they lie in HBM, at its bandwidth:
-below it the kernel as built cannot go; nothing says that it gets there. floor_ms has, in place of these, the bytes of
-the operation's arguments and results, and the exponentials of the selective scan alone, one register of 1024 a cycle,
-or the matrix products of linear attention alone at the chip's peak. A v5p counts as two cores, each with half of the
-batch.
+libtpu dumps the final bundles of both kernels. A core issues at most one bundle per cycle. So bundles times trips are
+the cycles, if nothing ever stalls. Late in compilation, the compiler removes the empty bundles that wait for the
+latencies of units; "scheduled" includes these bundles. Neither count includes waits for copies or conflicts in VMEM.
 
-Rows go to benchmarks/results/<operation>_tpu_aot.json, each in place of an older one of the same kind.
+The counts are for one chunk of time. For the selective scan they include the loops, by their trips; the code outside of
+loops (less empty bundles), for every block of channels; and once the code that runs only at a chunk's first or last
+block. Linear attention has no loops: every step of the grid counts, without the code that only some steps run (state in
+and out, products that heads share, starts of copies).
+
+estimated_ms is the larger of two times: of the cycles, and of the bytes of the kernel's arrays, in their layout in HBM,
+at its bandwidth. The compiled kernel cannot be faster, but may be slower. floor_ms is the larger of two other times:
+of the bytes of the operation's arguments and results, and of the necessary arithmetic. For the selective scan this is
+the exponentials, one register of 1024 per cycle; for linear attention it is the matrix products, at the chip's peak. A
+v5p counts as two cores, each with half of the batch.
+
+Rows are written to benchmarks/results/<operation>_tpu_aot.json, and replace older rows of the same kind.
 """
 
 import argparse
@@ -43,11 +47,11 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 os.environ.update(
     JAX_PLATFORMS="cpu",
-    TPU_SKIP_MDS_QUERY="1",  # looks for no TPU on the network
-    TPU_ACCELERATOR_TYPE="v5litepod-4",  # any; else libtpu complains
+    TPU_SKIP_MDS_QUERY="1",  # do not look for a TPU on the network
+    TPU_ACCELERATOR_TYPE="v5litepod-4",  # any type; without one libtpu complains
     TPU_WORKER_HOSTNAMES="localhost",
     TPU_WORKER_ID="0",
-    ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # or one process at a time may compile
+    ALLOW_MULTIPLE_LIBTPU_LOAD="1",  # otherwise only one process at a time may compile
     TPU_LOG_DIR="disabled",
 )
 
@@ -67,10 +71,10 @@ class Chip(NamedTuple):
 
     topology: str
     cores: int
-    clock: float  # cycles/s: flops over those in a cycle of a core's matrix units, 4 x 128 x 128 or 2 x 256 x 256
-    flops: float  # of bfloat16 a second
+    clock: float  # cycles/s: flops divided by those per cycle of a core's matrix units, 4 x 128 x 128 or 2 x 256 x 256
+    flops: float  # bfloat16 flops per second
     bandwidth: float  # bytes/s of HBM
-    vmem: int  # bytes of a core
+    vmem: int  # bytes per core
 
 
 CHIPS = dict(
@@ -78,12 +82,12 @@ CHIPS = dict(
     v5p=Chip("v5p:2x2x1", 2, 1.75e9, 459e12, 2765e9, 64 * 2**20),
     v6e=Chip("v6e:2x2", 1, 1.75e9, 918e12, 1640e9, 128 * 2**20),
 )
-PRODUCTS = dict(bfloat16=1, float16=6, float32=6)  # of bfloat16, for one with all bits of its factors
+PRODUCTS = dict(bfloat16=1, float16=6, float32=6)  # bfloat16 products for one product with all bits of its factors
 KEY = ("op", "implementation", "pass", "chip", "shape", "variant", "dtype", "jax")
 
 
 class Bundle(NamedTuple):
-    """A line of a schedule: its label, loops around it, the region that it branches past, what it says."""
+    """A line of a schedule: its label, the loops around it, the region that it branches past, and its text."""
 
     label: str
     depth: int
@@ -92,16 +96,16 @@ class Bundle(NamedTuple):
 
 
 class Case(NamedTuple):
-    """An operation at one shape, and how its kernels walk over it.
+    """An operation at one shape, and how its kernels process it.
 
     Attributes:
-        call: what makes y and the final state.
+        call: function that computes y and the final state.
         arguments: arrays by name.
-        y: shape and dtype; the state's are those of the initial one.
-        chunk: tokens of a chunk.
-        block: channels or heads of a step of the grid.
-        count: bundles to those that a chunk of a sequence issues, lengths of loops, and places of the main ones.
-        seconds: (chip, pass) to those of the arithmetic that there is no way around.
+        y: shape and dtype of y. The final state has those of the initial state.
+        chunk: tokens per chunk.
+        block: channels or heads per step of the grid.
+        count: maps bundles to those that a chunk of a sequence issues, lengths of loops, and places of the main ones.
+        seconds: maps (chip, pass) to the seconds of the necessary arithmetic.
     """
 
     call: Callable
@@ -126,7 +130,7 @@ def selective_scan(shape, variant, dtype):
     batch, length, width, state = shape
     groups = 1 if variant == "full" else int(variant.removeprefix("read"))
     sizes = OPERATIONS["selective_scan"].sizes(shape, variant)
-    arguments = arrays("selective_scan", "read2", sizes, dtype)  # whose arrays have an axis of groups, as kernels want
+    arguments = arrays("selective_scan", "read2", sizes, dtype)  # it has the group axis that the kernels require
     arguments |= dict(weights=arguments["weights"] if groups > 1 else None)
     channels = -(-width // LANES) * LANES
     chunk, block = scan.chunk_tokens(length, groups, state), scan.block_width(channels, groups, state)
@@ -159,7 +163,7 @@ def linear_attention(shape, variant, dtype):
 
 
 def attention_flops(sizes, chunk):
-    """Those of the matrix products of each pass, two a multiply-add; as in operations.py, for chunks of that length."""
+    """Flops of the matrix products of each pass, two per multiply-add, as in operations.py for this chunk length."""
     tokens, chunk = sizes["B"] * sizes["T"], min(chunk, sizes["T"])
     scores, values = chunk * sizes["G"] * sizes["K"], chunk * sizes["H"] * sizes["V"]
     states = sizes["H"] * sizes["K"] * sizes["V"]
@@ -174,13 +178,13 @@ KERNELS = dict(  # case, module of the kernels, shapes
 
 
 def sharding(chip):
-    """One chip of that kind, to compile for."""
+    """A sharding on one chip of this kind, to compile for."""
     device = topologies.get_topology_desc(platform="tpu", topology_name=CHIPS[chip].topology).devices[0]
     return jax.sharding.SingleDeviceSharding(device)
 
 
 def compile_gradient(chip, case):
-    """Compiles value and gradients of an operation for one chip."""
+    """Compile value and gradients of an operation for one chip."""
 
     def gradients(arguments, segments, cotangents):
         call = functools.partial(case.call, segment_ids=segments, initial_segment=None, mask=None)
@@ -205,13 +209,13 @@ def read_bundles(text):
 
 
 def count_loops(bundles, trips, blocks):
-    """What a kernel with loops over tiles of time issues for a chunk of `blocks` steps: see `Case.count`."""
+    """Bundles that a kernel with loops over tiles of time issues for a chunk of `blocks` steps: see `Case.count`."""
     loops = []
     for start in [i for i, x in enumerate(bundles) if "LB" in x.label and x.depth == 2]:
         loops.append((start, next(i for i in range(start, len(bundles)) if bundles[i].target)))
     inside = {i for start, end in loops for i in range(start, end + 1)}
     ends = {end for _, end in loops}
-    once = set()  # places in branches that only the first or the last block of a chunk takes
+    once = set()  # places in branches that are taken only by the first or the last block of a chunk
     for i, x in enumerate(bundles):
         if x.target and x.depth == 1 and i not in ends and i not in inside:
             body = range(i + 1, next((j for j in range(i + 1, len(bundles)) if "PF" in bundles[j].label), i))
@@ -225,10 +229,10 @@ def count_loops(bundles, trips, blocks):
 
 
 def count_steps(bundles, steps):
-    """What a kernel without loops issues for a chunk of `steps` steps, less what only some of them do: `Case.count`."""
+    """Bundles that a kernel without loops issues in every one of the `steps` steps of a chunk: see `Case.count`."""
     first = next(i for i, x in enumerate(bundles) if x.label)
     last = max(i for i, x in enumerate(bundles) if x.target)
-    at_some = set()  # the innermost branches, but for one around all that a step does
+    at_some = set()  # the innermost branches, except one around the whole step
     for i in range(first, last):
         joins = (j for j in range(i, last) if f"empty region {bundles[i].target} " in bundles[j].text)
         body = range(i + 1, next(joins, i))
@@ -239,7 +243,7 @@ def count_steps(bundles, steps):
 
 
 def read_dump(folder, name):
-    """Of the kernel of that name: bundles, those with empty ones, utilization, bytes of VMEM and of arrays in HBM."""
+    """Figures of a kernel: bundles without and with empty ones, utilization, bytes of VMEM and of arrays in HBM."""
 
     def text(ending):
         (path,) = (p for p in glob.glob(f"{folder}/*{name}*-{ending}.txt") if re.search(rf"\d-{ending}.txt$", p))
@@ -255,13 +259,13 @@ def read_dump(folder, name):
     arrays = re.findall(r"inlined_call_operand\.hbm \[shape: [a-z]+(\d+)\[([\d,]+)\], index: (\d+)", final)
     for bits, shape, _ in set(arrays):
         *outer, lanes = map(int, shape.split(","))
-        moved += math.prod(outer) * -(-lanes // LANES) * LANES * int(bits) // 8  # rows are filled up to whole registers
+        moved += math.prod(outer) * -(-lanes // LANES) * LANES * int(bits) // 8  # rows are padded to whole registers
     schedules = read_bundles(final), read_bundles(text("packed-bundles-post-ra"))
     return *schedules, (units, capacity, used), sum(int(size, 16) for size in sizes), moved
 
 
 def measure(op, chip, shape, dtype, folder):
-    """Rows of the forward and of the backward kernel."""
+    """Rows for the forward and the backward kernel."""
     sizes, variant = shape.split(":")
     sizes = tuple(int(n) for n in sizes.split("x"))
     case, kind = KERNELS[op][0](sizes, variant, jnp.dtype(dtype)), CHIPS[chip]
@@ -305,7 +309,7 @@ def measure(op, chip, shape, dtype, folder):
 
 @contextlib.contextmanager
 def constants(module, settings):
-    """Runs with "NAME=number,..." set in the kernels' module."""
+    """A context in which the constants "NAME=number,..." are set in the kernels' module."""
     new = {k: int(v) for k, v in (s.split("=") for s in settings.split(",") if s)}
     old = {k: getattr(module, k) for k in new}
     try:

@@ -7,13 +7,13 @@ from pathlib import Path
 
 
 def kernel_times(folder: str | Path, hlo: str = "") -> dict[str, tuple[int, float]]:
-    """Kernel to (runs, milliseconds in all), the longest first.
+    """Maps each kernel to (runs, total milliseconds), the longest first.
 
-    Kernels are named by what they compute, as far as `hlo` (the compiled program's text) knows it: the module's path in
-    the model with numbers left out, so that all layers count together, and the operation.
+    Kernels are named by what they compute, if `hlo` (the compiled program's text) contains that: the module's path in
+    the model and the operation. Numbers are left out of the path, so that all layers count together.
 
     Args:
-        folder: where jax.profiler.trace wrote; the newest trace in it counts.
+        folder: folder of jax.profiler.trace. The newest trace in it is used.
     """
     import jax
 
@@ -29,7 +29,7 @@ def kernel_times(folder: str | Path, hlo: str = "") -> dict[str, tuple[int, floa
                     continue
                 for event in line.events:
                     operation = dict(event.stats).get("hlo_op", "")
-                    if not (device or operation):  # on the CPU, what the host does besides
+                    if not (device or operation):  # on the CPU, other work of the host
                         continue
                     total = totals[label(event.name, meanings.get(operation, ""))]
                     total[0] += 1
@@ -49,7 +49,7 @@ def label(kernel: str, meaning: str) -> str:
 
 
 def table(times: dict[str, tuple[int, float]], steps: int, rows: int) -> list[str]:
-    """Lines with the longest kernels of a step, and what the others take together."""
+    """Lines with the longest kernels of a step, and the total time of the others."""
     total = sum(ms for _, ms in times.values())
     lines = [f"{'ms/step':>9} {'%':>5} {'runs':>6}  kernel"]
     for name, (runs, ms) in list(times.items())[:rows]:
