@@ -18,7 +18,7 @@ FLOPS_PER_SECOND = {  # a product of bfloat16 matrices of 8192 x 8192 reached 70
 
 
 def measure(run: Callable, sets: list, repeat: int, fill: float = 0.03) -> float:
-    """Median seconds of a call of `run`. Series of calls of about `fill` seconds are queued, with the sets in rotation."""
+    """Median seconds of a call of `run`. Series of calls of about `fill` seconds are queued, rotating over the sets."""
 
     def timing(calls: int) -> float:
         start = time.perf_counter()
