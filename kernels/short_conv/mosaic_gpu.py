@@ -110,7 +110,7 @@ def arrays(x, weight, bias, state, reach):
     return dict(x=x, weight=weight.astype(f32)) | {n: None if v is None else v.astype(f32) for n, v in optional.items()}
 
 
-@functools.partial(jax.jit, static_argnames="activation")  # traced once a shape, not once a layer
+@functools.partial(jax.jit, static_argnames="activation")  # traced once per shape, not per layer
 def forward(x, weight, bias, state, reach, *, activation):
     """y [B, T, E].
 
