@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 
-def pad(x: jax.Array | None, sizes: Mapping[int, int], fill: float = 0) -> jax.Array | None:
+def pad(x: jax.Array | None, sizes: Mapping[int, int], fill: float = 0) -> Any:
     """Pad axes of `x` at their end with the value `fill`.
 
     Args:

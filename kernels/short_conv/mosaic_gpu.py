@@ -11,15 +11,18 @@ sums over tokens, and stay in registers, too. Calls with a few tokens, as in dec
 
 import dataclasses
 import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from seqmodels.kernels import lanes
 from seqmodels.kernels.arrays import mapped, pad, round_up
 from seqmodels.kernels.interpreter import gpu_interpreter
-from seqmodels.kernels.lanes import THREADS, load_vector, store_vector, thread_index
+from seqmodels.kernels.lanes import THREADS, Lanes, load_vector, store_vector, thread_index
 from seqmodels.kernels.short_conv import few, tuning, xla
 from seqmodels.kernels.short_conv.tuning import CHANNELS
 from seqmodels.kernels.tuning import UNROLLED
@@ -29,7 +32,14 @@ DTYPES = ("bfloat16", "float16", "float32")
 
 
 def supports(
-    platform, batch=8, length=2048, channels=1536, dtype="bfloat16", documents=False, named=False, **facts
+    platform: str,
+    batch: int = 8,
+    length: int = 2048,
+    channels: int = 1536,
+    dtype: DTypeLike = "bfloat16",
+    documents: bool = False,
+    named: bool = False,
+    **facts: object,
 ) -> str | None:
     """Why this backend cannot serve the call, or, unless requested by name, why another is faster. None: it can."""
     if platform != "cuda" and not gpu_interpreter():
@@ -45,11 +55,21 @@ def supports(
     return None
 
 
-def short_conv(x, weight, bias, *, activation, initial_state, segment_ids, initial_segment, mask):
+def short_conv(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    *,
+    activation: str | None,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    initial_segment: jax.Array | None,
+    mask: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     """See `kernels.short_conv.short_conv`. Sums in float32."""
-    channels = x.shape[-1]
+    batch, length, channels = x.shape
     documents = segment_ids is not None or mask is not None
-    if few.supports(*x.shape, documents) is None:
+    if few.supports(batch, length, channels, documents) is None:
         state = jnp.zeros((x.shape[0], weight.shape[0] - 1, channels)) if initial_state is None else initial_state
         return few_tokens(activation, x, weight, bias, state.astype(f32))
     wide = {-1: round_up(channels, CHANNELS)}
@@ -61,7 +81,9 @@ def short_conv(x, weight, bias, *, activation, initial_state, segment_ids, initi
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def few_tokens(activation, x, weight, bias, state):
+def few_tokens(
+    activation: str | None, x: jax.Array, weight: jax.Array, bias: jax.Array | None, state: jax.Array
+) -> tuple[jax.Array, jax.Array]:
     """y and the final state. Gradients are those of XLA's convolution: training on so few tokens is rare."""
     given = dict(x=x, weight=weight.astype(f32), bias=None if bias is None else bias.astype(f32), state=state)
     return mapped(few.few, activation=activation)(given)
@@ -83,7 +105,14 @@ few_tokens.defvjp(_few_tokens_fwd, _few_tokens_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def convolve(activation, x, weight, bias, state, reach):
+def convolve(
+    activation: str | None,
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    state: jax.Array | None,
+    reach: jax.Array | None,
+) -> jax.Array:
     """y [B, T, E] as of `xla.convolve`, without the final state."""
     return mapped(forward, activation=activation)(arrays(x, weight, bias, state, reach))
 
@@ -104,21 +133,32 @@ def _convolve_bwd(activation, inputs, dy):
 convolve.defvjp(_convolve_fwd, _convolve_bwd)
 
 
-def arrays(x, weight, bias, state, reach):
+def arrays(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None, state: jax.Array | None, reach: jax.Array | None
+) -> dict[str, jax.Array | None]:
     """The kernels' arguments by name. `reach` becomes float32, because the kernels load every array as float32."""
     optional = dict(bias=bias, state=state, reach=reach)
     return dict(x=x, weight=weight.astype(f32)) | {n: None if v is None else v.astype(f32) for n, v in optional.items()}
 
 
 @functools.partial(jax.jit, static_argnames="activation")  # traced once per shape, not per layer
-def forward(x, weight, bias, state, reach, *, activation):
+def forward(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    state: jax.Array | None,
+    reach: jax.Array | None,
+    *,
+    activation: str | None,
+) -> jax.Array:
     """y [B, T, E].
 
     Args:
         x: [B, T, E] with E a multiple of CHANNELS. weight: [W, E]; bias: [E] or None, float32.
         state: [B, W - 1, E] float32 or None. reach: [B, T] float32, how many earlier inputs a token sees. None: all.
     """
-    walk = Walk("forward", *x.shape, weight.shape[0])
+    batch, length, channels = x.shape
+    walk = Walk("forward", batch, length, channels, weight.shape[0])
     inputs = given(x=x, weight=weight, bias=bias, state=state, reach=reach)
 
     def body(*refs):
@@ -143,13 +183,22 @@ def forward(x, weight, bias, state, reach, *, activation):
 
 
 @functools.partial(jax.jit, static_argnames="activation")
-def backward(x, weight, bias, state, reach, dy, *, activation):
+def backward(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    state: jax.Array | None,
+    reach: jax.Array | None,
+    dy: jax.Array,
+    *,
+    activation: str | None,
+) -> tuple[jax.Array, jax.Array]:
     """dx [B, T, E], and partial sums [B, pieces, W + 1, E] float32 of the gradients of weight and bias.
 
     Args: as for `forward`; dy [B, T, E].
     """
-    taps = weight.shape[0]
-    walk = Walk("backward", *x.shape, taps)
+    (batch, length, channels), taps = x.shape, weight.shape[0]
+    walk = Walk("backward", batch, length, channels, taps)
     inputs = given(x=x, weight=weight, bias=bias, state=state, reach=reach, dy=dy)
 
     def body(*refs):
@@ -222,16 +271,16 @@ def backward(x, weight, bias, state, reach, dy, *, activation):
     return walk.kernel(body, out)(*inputs.values())
 
 
-def given(**arrays):
+def given(**arrays: jax.Array | None) -> dict[str, jax.Array]:
     """The arrays that are not None."""
     return {name: x for name, x in arrays.items() if x is not None}
 
 
-def add(first, second):
+def add(first: Lanes, second: Lanes) -> Lanes:
     return tuple(a + b for a, b in zip(first, second, strict=True))
 
 
-def slope(total, dy):
+def slope(total: jax.Array, dy: jax.Array) -> jax.Array:
     """The gradient of a sum, given that of its SiLU."""
     gate = lanes.sigmoid(total)
     return dy * gate * (1 + total * (1 - gate))
@@ -272,7 +321,7 @@ class Walk:
     def threads(self) -> int:
         return self.batch * self.pieces * (self.channels // CHANNELS)
 
-    def kernel(self, body, out):
+    def kernel(self, body: Callable[..., None], out: Any) -> Callable[..., Any]:
         return lanes.kernel(
             body,
             out_type=out,
@@ -280,7 +329,7 @@ class Walk:
             grid_names=("block",),
         )
 
-    def thread(self, refs):
+    def thread(self, refs: Mapping[str, Any]) -> "Thread":
         return Thread(self, refs)
 
 
@@ -292,7 +341,7 @@ class Thread:
         weight: W tuples of its channels' taps; bias: a tuple or None.
     """
 
-    def __init__(self, walk: Walk, refs):
+    def __init__(self, walk: Walk, refs: Mapping[str, Any]) -> None:
         self.walk, self.refs = walk, refs
         lane = thread_index()
         number = jnp.minimum(lax.axis_index("block") * THREADS + lane, walk.threads - 1)  # spare threads repeat it
@@ -306,11 +355,11 @@ class Thread:
         ]
         self.bias = load_vector(refs["bias"], self.channel, CHANNELS) if "bias" in refs else None
 
-    def place(self, token):
+    def place(self, token: jax.Array) -> jax.Array:
         """Offset of a token in arrays [B, T, E]."""
         return (self.row * self.walk.length + token) * self.walk.channels + self.channel
 
-    def tokens(self, name, first, count=None, past_end=False):
+    def tokens(self, name: str, first: jax.Array, count: int | None = None, past_end: bool = False) -> list[Lanes]:
         """`count` tokens of an array from `first` on. Tokens past the end are replaced by the last one."""
         ref, step = self.refs[name], self.walk.channels
         offsets = range(count or self.walk.together)
@@ -320,7 +369,7 @@ class Thread:
             ]
         return [load_vector(ref, self.place(first), CHANNELS, at=at * step) for at in offsets]
 
-    def reaches(self, first, count=None, past_end=False):
+    def reaches(self, first: jax.Array, count: int | None = None, past_end: bool = False) -> list[jax.Array | None]:
         """How many earlier inputs each of these tokens sees, or None."""
         offsets = range(count or self.walk.together)
         if "reach" not in self.refs:
@@ -330,7 +379,7 @@ class Thread:
             return [load_vector(ref, row + jnp.minimum(first + at, self.walk.length - 1), 1)[0] for at in offsets]
         return [load_vector(ref, row + first, 1, at=at)[0] for at in offsets]
 
-    def history(self):
+    def history(self) -> tuple[Lanes, ...]:
         """The W - 1 inputs before `start`, newest first. Before the first token they are the state's, or zeros."""
         rows, inputs = self.walk.taps - 1, []
         for distance in range(1, rows + 1):
@@ -343,15 +392,15 @@ class Thread:
             inputs.append(tuple(jnp.where(token >= 0, a, b) for a, b in zip(x, before, strict=True)))
         return tuple(inputs)
 
-    def sum(self, x, history, reach):
+    def sum(self, x: Lanes, history: Sequence[Lanes], reach: jax.Array | None) -> tuple[Lanes, list[Lanes]]:
         """bias + sum_k weight[W-1-k] x_{t-k}, and the inputs in the sum: x and the history, zero where not seen."""
         seen = [x] + [self.within(v, reach, distance) for distance, v in enumerate(history, start=1)]
-        total = self.bias
+        total: Any = self.bias
         for distance, v in enumerate(seen):
             products = tuple(a * b for a, b in zip(self.weight[self.walk.taps - 1 - distance], v, strict=True))
             total = products if total is None else add(total, products)
         return total, seen
 
-    def within(self, x, reach, distance):
+    def within(self, x: Lanes, reach: jax.Array | None, distance: int) -> Lanes:
         """x where the token sees the input `distance` tokens earlier, else 0."""
         return x if reach is None else tuple(jnp.where(reach >= distance, v, 0) for v in x)

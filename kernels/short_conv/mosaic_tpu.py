@@ -10,12 +10,14 @@ The gradients of weight and bias are sums over tokens. They stay in VMEM in floa
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from seqmodels.kernels.arrays import pad, round_up
 from seqmodels.kernels.interpreter import tpu_interpreter
@@ -30,7 +32,14 @@ VMEM_LIMIT = 32 * 2**20  # bytes; two buffers for each float32 block take 24 MiB
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def supports(platform: str, batch=8, length=2048, channels=1536, dtype="bfloat16", **facts) -> str | None:
+def supports(
+    platform: str,
+    batch: int = 8,
+    length: int = 2048,
+    channels: int = 1536,
+    dtype: DTypeLike = "bfloat16",
+    **facts: object,
+) -> str | None:
     """Why this backend cannot serve the call; None: it can."""
     if platform != "tpu" and not tpu_interpreter():
         return f"it needs a TPU; the platform is {platform}"
@@ -39,7 +48,17 @@ def supports(platform: str, batch=8, length=2048, channels=1536, dtype="bfloat16
     return "x is empty" if min(batch, length, channels) < 1 else None
 
 
-def short_conv(x, weight, bias, *, activation, initial_state, segment_ids, initial_segment, mask):
+def short_conv(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    *,
+    activation: str | None,
+    initial_state: jax.Array | None,
+    segment_ids: jax.Array | None,
+    initial_segment: jax.Array | None,
+    mask: jax.Array | None,
+) -> tuple[jax.Array, jax.Array]:
     """See `kernels.short_conv.short_conv`. Sums in float32."""
     channels, dtype = x.shape[-1], x.dtype
     if dtype == jnp.float16:  # the compiler does not support it
@@ -54,7 +73,14 @@ def short_conv(x, weight, bias, *, activation, initial_state, segment_ids, initi
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def convolve(activation, x, weight, bias, state, reach):
+def convolve(
+    activation: str | None,
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    state: jax.Array | None,
+    reach: jax.Array | None,
+) -> jax.Array:
     """y [B, T, E] as of `xla.convolve`, without the final state. E is a multiple of the number of lanes."""
     return forward(activation, arrays(x, weight, bias, state, reach))[:, : x.shape[1]]
 
@@ -75,7 +101,9 @@ def _convolve_bwd(activation, inputs, dy):
 convolve.defvjp(_convolve_fwd, _convolve_bwd)
 
 
-def arrays(x, weight, bias, state, reach):
+def arrays(
+    x: jax.Array, weight: jax.Array, bias: jax.Array | None, state: jax.Array | None, reach: jax.Array | None
+) -> dict[str, jax.Array | None]:
     """The kernels' arguments by name.
 
     Returns:
@@ -93,28 +121,28 @@ def arrays(x, weight, bias, state, reach):
     return dict(x=x, before=x, taps=taps, state=state, reach=reach)
 
 
-def chunk_tokens(length):
+def chunk_tokens(length: int) -> int:
     """Tokens per chunk; all chunks have the same length."""
     return round_up(-(-length // -(-length // TOKENS)), TILE)
 
 
-def whole_chunks(x):
+def whole_chunks(x: jax.Array) -> jax.Array:
     """x [B, T, ..], with time padded by zeros to whole chunks."""
     return pad(x, {1: round_up(x.shape[1], chunk_tokens(x.shape[1]))})
 
 
-def block_width(channels):
+def block_width(channels: int) -> int:
     """Channels per block: a multiple of the number of lanes that divides the number of channels."""
     return max(w for w in range(LANES, min(channels, WIDTH) + 1, LANES) if channels % w == 0)
 
 
-def forward(activation, arrays):
+def forward(activation: str | None, arrays: dict[str, Any]) -> jax.Array:
     """y [B, T, E] in the dtype of x, from `arrays`."""
     out = dict(y=jax.ShapeDtypeStruct(arrays["x"].shape, arrays["x"].dtype))
     return _run("short_conv_forward", _forward_kernel, activation, arrays, out, {})["y"]
 
 
-def backward(activation, arrays):
+def backward(activation: str | None, arrays: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
     """dx [B, T, E], and each sequence's gradients of `taps`, [B, W + 1, E] float32, from `arrays` with dy."""
     x, taps = arrays["x"], arrays["taps"].shape[0]
     width = block_width(x.shape[-1])

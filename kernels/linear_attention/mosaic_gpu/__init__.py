@@ -11,10 +11,12 @@ token.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from seqmodels.kernels import lanes
 from seqmodels.kernels.arrays import mapped, pad, round_up
@@ -33,7 +35,15 @@ FACTORS = jnp.bfloat16  # dtype of factors in products: states and scores of flo
 DTYPES = ("bfloat16", "float16")
 
 
-def supports(platform, shape, dtype, decay, chunk=None, named=False, **facts) -> str | None:
+def supports(
+    platform: str,
+    shape: tuple[int, ...],
+    dtype: DTypeLike,
+    decay: str,
+    chunk: int | None = None,
+    named: bool = False,
+    **facts: object,
+) -> str | None:
     """Why this backend cannot serve the call, or, unless requested by name, why another is faster. None: it can."""
     batch, length, _, heads, _, values = shape
     if platform != "cuda" and not gpu_interpreter():
@@ -52,21 +62,21 @@ def supports(platform, shape, dtype, decay, chunk=None, named=False, **facts) ->
 
 
 def linear_attention(
-    q,
-    k,
-    v,
-    log_decay,
-    bonus,
-    initial_state,
-    segment_ids,
-    initial_segment,
-    mask,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None,
+    bonus: jax.Array | None,
+    initial_state: jax.Array,
+    segment_ids: jax.Array | None,
+    initial_segment: jax.Array | None,
+    mask: jax.Array | None,
     *,
-    scale,
-    read,
-    chunk,
-    dtype,
-):
+    scale: float,
+    read: str,
+    chunk: int | None,
+    dtype: DTypeLike,
+) -> tuple[jax.Array, jax.Array]:
     """As `kernels.linear_attention.linear_attention`, with padding set to zero; y in `dtype`. `chunk` is always 64."""
     batch, length, heads, values = v.shape
     keys = k.shape[-1]
@@ -94,7 +104,7 @@ def linear_attention(
     return (y if own is None else y + own).astype(dtype), state[:, :, :keys, :values]
 
 
-def own_token(q, k, v, bonus, scale):
+def own_token(q: jax.Array, k: jax.Array, v: jax.Array, bonus: jax.Array, scale: float) -> jax.Array:
     """scale (q_t . (u * k_t)) v_t: [B, T, H, V] float32."""
     batch, length, heads, keys = q.shape
     group = v.shape[2] // heads
@@ -103,7 +113,7 @@ def own_token(q, k, v, bonus, scale):
     return scale * weight.reshape(batch, length, heads * group, 1) * v
 
 
-def stretches(blocks, length) -> int:
+def stretches(blocks: int, length: int) -> int:
     """Number of stretches of time that run in parallel: as few as fill the GPU, of at least 512 tokens each."""
     pieces = 1
     while pieces * blocks < lanes.processors() * 3 // 4 and length >= 1024 * pieces:
@@ -112,12 +122,16 @@ def stretches(blocks, length) -> int:
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
-def attend(arrays, scale, strict, pieces, dtype):
+def attend(
+    arrays: dict[str, jax.Array], scale: float, strict: bool, pieces: int, dtype: DTypeLike
+) -> tuple[jax.Array, jax.Array]:
     """y in `dtype` and the final state. The arrays are padded to whole chunks and tiles."""
     return forward(arrays, scale, strict, pieces, dtype)[0]
 
 
-def forward(arrays, scale, strict, pieces, dtype):
+def forward(
+    arrays: dict[str, jax.Array], scale: float, strict: bool, pieces: int, dtype: DTypeLike
+) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """(y, final state), and the states before each stretch."""
     ahead, _ = vectors(arrays["g"], scale, strict)
     inputs = dict(k=arrays["k"], v=arrays["v"], vectors=ahead)
@@ -126,7 +140,7 @@ def forward(arrays, scale, strict, pieces, dtype):
     return (y, final[:, -1]), start
 
 
-def begin(inputs, state, g, pieces, reverse):
+def begin(inputs: dict[str, jax.Array], state: jax.Array, g: jax.Array, pieces: int, reverse: bool) -> jax.Array:
     """The state before each stretch, [B, S, H, K, V], from the state before the first stretch.
 
     With `reverse`: the state after each stretch, from the state after the last one.
@@ -138,13 +152,17 @@ def begin(inputs, state, g, pieces, reverse):
     return starts(state, ends, g, pieces, reverse)
 
 
-def states_of(inputs, start, reverse, save):
+def states_of(
+    inputs: dict[str, jax.Array], start: jax.Array, reverse: bool, save: bool
+) -> tuple[jax.Array, jax.Array | None]:
     """The state after each stretch; and, with `save`, the state before each chunk, else None."""
     options = dict(x=None, reverse=reverse, strict=False, save=save, dtype=None)
     return mapped(walk, **options)(inputs | dict(initial_state=start))[1:]
 
 
-def attended(x, inputs, start, *, save, **options):
+def attended(
+    x: jax.Array, inputs: dict[str, jax.Array], start: jax.Array, *, save: bool, **options: Any
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Results of `walk` with readouts, for a state of any size."""
     if x.shape[-1] <= WIDEST:
         return mapped(walk, save=save, **options)(inputs | dict(x=x, initial_state=start))
@@ -153,12 +171,21 @@ def attended(x, inputs, start, *, save, **options):
     return y, final, states
 
 
-def attend_forward(arrays, *options):
+def attend_forward(
+    arrays: dict[str, jax.Array], *options: Any
+) -> tuple[tuple[jax.Array, jax.Array], tuple[dict[str, jax.Array], jax.Array]]:
     out, start = jax.tree.map(lambda x: checkpoint_name(x, "scan"), forward(arrays, *options))
     return out, (arrays, start)
 
 
-def attend_backward(scale, strict, pieces, dtype, residuals, cotangents):
+def attend_backward(
+    scale: float,
+    strict: bool,
+    pieces: int,
+    dtype: DTypeLike,
+    residuals: tuple[dict[str, jax.Array], jax.Array],
+    cotangents: tuple[jax.Array, jax.Array],
+) -> tuple[dict[str, jax.Array]]:
     arrays, start = residuals
     dy, dfinal = cotangents
     q, k, v, g = (arrays[name] for name in ("q", "k", "v", "g"))

@@ -8,7 +8,7 @@ no NaN in any gradient.
 import math
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
 from seqmodels.kernels.lanes import LOG2E
 from seqmodels.kernels.linear_attention.mosaic_gpu.tile import SIDE
@@ -18,7 +18,7 @@ FORGET = -200.0  # log2 of a decay that is 0 in float32
 LEAST = -150.0  # least log2 of any other decay: also 0 in float32, and sums over a chunk are accurate to a thousandth
 
 
-def exponents(log_decay, reset, shape, length):
+def exponents(log_decay: Array | None, reset: Array | None, shape: tuple[int, int, int], length: int) -> Array:
     """Log2 decays by chunk: [B, H, T' / 64, 64] float32, with T' = length and zeros after T.
 
     Args:
@@ -32,7 +32,7 @@ def exponents(log_decay, reset, shape, length):
     return g.reshape(batch, heads, length // SIDE, SIDE)
 
 
-def vectors(g, scale, strict):
+def vectors(g: Array, scale: float, strict: bool) -> tuple[Array, Array]:
     """The argument `vectors` of `walk`, for the forward and the backward direction.
 
     Args:
@@ -53,12 +53,12 @@ def vectors(g, scale, strict):
     return jnp.stack([read, write, rin, wout, keep], -2), jnp.stack([-write, -read, wout, rin, keep], -2)
 
 
-def total(matrix, x):
+def total(matrix: Array, x: Array) -> Array:
     """sum_j matrix[i, j] x[..., j] in float32."""
     return jnp.einsum("ij,...j->...i", matrix, x, precision=lax.Precision.HIGHEST)
 
 
-def gradient(sums, keep, strict):
+def gradient(sums: Array, keep: Array, strict: bool) -> Array:
     """Gradient of the log decays: [B, H, N, 64], for natural logarithms.
 
     The decay of token t scales the contributions of the chunk's tokens before t, and of the state before the chunk. It
@@ -74,7 +74,7 @@ def gradient(sums, keep, strict):
     return total(after if strict else later, read) - total(later, near) + total(before, far) + through
 
 
-def starts(initial_state, ends, g, pieces, reverse=False):
+def starts(initial_state: Array, ends: Array, g: Array, pieces: int, reverse: bool = False) -> Array:
     """The state before (with `reverse`, after) each stretch of time: [B, S, H, K, V] float32.
 
     Args:

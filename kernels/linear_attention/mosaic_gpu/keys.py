@@ -34,7 +34,17 @@ SUMS = 4
 
 
 @functools.partial(jax.jit, static_argnames="strict")  # traced once per shape, not per layer
-def keys_gradient(q, k, v, dy, vectors, states, dstates, *, strict):
+def keys_gradient(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    dy: jax.Array,
+    vectors: jax.Array,
+    states: jax.Array,
+    dstates: jax.Array,
+    *,
+    strict: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Gradients of q and k, and the sums from which the gradients of the decays are computed.
 
     Args:

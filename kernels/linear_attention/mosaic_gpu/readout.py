@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from seqmodels.kernels import lanes
 from seqmodels.kernels.linear_attention.mosaic_gpu.tile import (
@@ -27,7 +28,17 @@ from seqmodels.kernels.linear_attention.mosaic_gpu.walk import VECTORS
 
 
 @functools.partial(jax.jit, static_argnames=("reverse", "strict", "dtype"))  # traced once per shape, not per layer
-def readout(x, k, v, vectors, states, *, reverse, strict, dtype):
+def readout(
+    x: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    vectors: jax.Array,
+    states: jax.Array,
+    *,
+    reverse: bool,
+    strict: bool,
+    dtype: DTypeLike,
+) -> jax.Array:
     """y [B, T, H, V] in dtype, as `walk` makes it; states [B, H, T / 64, K, V] as `walk` saves them."""
     batch, length, key_heads, keys = k.shape
     heads, values = v.shape[2:]

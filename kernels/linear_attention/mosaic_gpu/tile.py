@@ -1,11 +1,14 @@
 """Tiles of 64 x 64 numbers in shared memory, in the layout that the tensor cores read."""
 
 import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from seqmodels.kernels.interpreter import gpu_interpreter
 
@@ -20,18 +23,18 @@ _index = inspect.signature(plgpu.load).parameters.get("idx")
 INDEXED = _index is not None and _index.default is inspect.Parameter.empty  # in jax 0.10
 
 
-def shared(*shape, dtype):
+def shared(*shape: int, dtype: DTypeLike) -> Any:
     """An array in shared memory. wgmma takes its last two axes as the left or right operand, transposed or not."""
     transforms = (plgpu.TilingTransform((8, SIDE)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, dtype, transforms=() if gpu_interpreter() else transforms)
 
 
-def zeros(rows, columns):
+def zeros(rows: int, columns: int) -> Array:
     """[rows, columns] float32 in registers."""
     return plgpu.layout_cast(jnp.zeros((rows, columns), jnp.float32), ACCUMULATOR)
 
 
-def products(*sums, meanwhile=lambda: None):
+def products(*sums: tuple[Array, tuple[Any, Any]], meanwhile: Callable[[], None] = lambda: None) -> Sequence[Array]:
     """Several matrix products by the tensor cores, which run at the same time.
 
     Args:
@@ -54,25 +57,25 @@ def products(*sums, meanwhile=lambda: None):
     return pl.run_state(run)(tuple(plgpu.ACC.init(x) for x, _ in sums))
 
 
-def load(ref, layout=ACCUMULATOR):
+def load(ref: Any, layout: Any = ACCUMULATOR) -> Array:
     """Load a reference in shared memory into registers, as float32."""
     if layout is ACCUMULATOR:
         return plgpu.layout_cast(ref[...], layout).astype(jnp.float32)
     return gather(ref, layout).astype(jnp.float32)
 
 
-def gather(ref, layout=ACCUMULATOR):
+def gather(ref: Any, layout: Any = ACCUMULATOR) -> Array:
     """Load a reference in any memory and with any layout into registers, in as many loads as needed."""
     index = dict(idx=()) if INDEXED else {}
     return plgpu.load(ref, **index, layout=layout, optimized=False)
 
 
-def along(vector, axis, shape):
+def along(vector: Array, axis: int, shape: tuple[int, int]) -> Array:
     """Broadcast a vector [shape[axis]] over the other axis."""
     return lax.broadcast_in_dim(vector, shape, (axis,))
 
 
-def decays(vectors, slot, reverse, strict):
+def decays(vectors: Any, slot: Array | int, reverse: bool, strict: bool) -> tuple[Array, Array]:
     """exp2(row_i - column_j), valid where i sees j, and the mask of these places: [64, 64] each.
 
     Token i sees the tokens before it (with `reverse`, after it), and itself unless `strict`.

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jax.typing import DTypeLike
 
 from seqmodels.kernels import lanes
 from seqmodels.kernels.linear_attention.mosaic_gpu.tile import (
@@ -37,7 +38,18 @@ MEANWHILE = 192  # most rows of the state with registers left to compute weighte
 
 
 @functools.partial(jax.jit, static_argnames=("reverse", "strict", "save", "dtype"))  # traced once per shape
-def walk(x, k, v, vectors, initial_state, *, reverse, strict, save, dtype):
+def walk(
+    x: Array | None,
+    k: Array,
+    v: Array,
+    vectors: Array,
+    initial_state: Array,
+    *,
+    reverse: bool,
+    strict: bool,
+    save: bool,
+    dtype: DTypeLike | None,
+) -> tuple[Array | None, Array, Array | None]:
     """Process the chunks of time one after the other.
 
     Args:

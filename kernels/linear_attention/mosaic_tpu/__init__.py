@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from seqmodels.kernels.arrays import pad, round_up
 from seqmodels.kernels.interpreter import tpu_interpreter
@@ -42,7 +43,9 @@ class Options(NamedTuple):
     dtype: jnp.dtype
 
 
-def supports(*, platform, shape, dtype, decay, chunk, **facts) -> str | None:
+def supports(
+    *, platform: str, shape: tuple[int, ...], dtype: DTypeLike, decay: str, chunk: int | None, **facts: object
+) -> str | None:
     """Supports TPUs if all channels of a head share one decay and the states of a group's heads fit into VMEM."""
     if platform != "tpu" and not tpu_interpreter():
         return f"it needs a TPU; the platform is {platform}"
@@ -58,21 +61,21 @@ def supports(*, platform, shape, dtype, decay, chunk, **facts) -> str | None:
 
 
 def linear_attention(
-    q,
-    k,
-    v,
-    log_decay,
-    bonus,
-    initial_state,
-    segment_ids,
-    initial_segment,
-    mask,
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    log_decay: jax.Array | None,
+    bonus: jax.Array | None,
+    initial_state: jax.Array,
+    segment_ids: jax.Array | None,
+    initial_segment: jax.Array | None,
+    mask: jax.Array | None,
     *,
-    scale,
-    read,
-    chunk,
-    dtype,
-):
+    scale: float,
+    read: str,
+    chunk: int | None,
+    dtype: DTypeLike,
+) -> tuple[jax.Array, jax.Array]:
     """As `kernels.linear_attention.linear_attention`, with padding set to zero and the normaliser as a column of v.
 
     y is in `dtype`.
@@ -176,13 +179,13 @@ def _specs(arrays, axes, grid, heads, reverse):
     return {name: None if x is None else spec(name, x.shape) for name, x in arrays.items()}
 
 
-def together(heads, keys, values):
+def together(heads: int, keys: int, values: int) -> int:
     """Heads per step of the grid: a divisor of the number of heads in a group."""
     most = min(TOGETHER, max(1, 2**17 // (keys * values)))  # large products alone keep the matrix unit busy
     return max(n for n in range(1, most + 1) if heads % n == 0)
 
 
-def backward_vmem(heads, keys, values):
+def backward_vmem(heads: int, keys: int, values: int) -> int:
     """Bytes of VMEM for the backward kernel, which needs more: scratch, two buffers per block, and temporaries."""
     keys, values = round_up(keys, FACTORS), round_up(values, TOKENS)
     state, lanes = keys * values, round_up(keys, TOKENS)

@@ -1,12 +1,18 @@
 """Body of the backward kernel: one chunk of time for a few heads. Chunks are visited from the last to the first."""
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from seqmodels.kernels.linear_attention.mosaic_tpu.decays import ROWS, column_gradients, decays, of_heads, product
 
+if TYPE_CHECKING:
+    from seqmodels.kernels.linear_attention.mosaic_tpu import Options
 
-def kernel(x, out, scratch, *, options):
+
+def kernel(x: Mapping[str, Any], out: Mapping[str, Any], scratch: Mapping[str, Any], *, options: "Options") -> None:
     chunk, block = pl.program_id(2), pl.program_id(3)
     q, k = x["q"][...], x["k"][...]
     factors, heads = q.dtype, x["v"].shape[0]
@@ -45,6 +51,7 @@ def kernel(x, out, scratch, *, options):
         return (dv, dstate), (dscores * D, dread * seen, dwritten * kept, dcolumns)
 
     logs = enumerate(of_heads(x["rows"][...], heads))
+    shared: Any
     own, shared = zip(*[gradients(head, *both) for head, both in logs], strict=True)
     *shared, columns = (sum(parts) for parts in zip(*shared, strict=True))
     rows = columns.T

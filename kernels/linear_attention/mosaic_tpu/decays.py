@@ -1,8 +1,14 @@
 """The decays of a chunk: rows of numbers, computed by XLA, from which the kernels compute the decays."""
 
+from typing import TYPE_CHECKING, Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
+
+if TYPE_CHECKING:
+    from seqmodels.kernels.linear_attention.mosaic_tpu import Options
 
 SUBLANES, LANES = 8, 128
 ROWS = SUBLANES  # one float32 register; five of the rows are used
@@ -10,7 +16,7 @@ STEP, SEEN, KEPT, TOTAL, DOCUMENT = range(5)
 NOTHING = -1e30  # logarithm of a decay that counts as zero
 
 
-def chunk_rows(log_decay, reset, read, tokens):
+def chunk_rows(log_decay: jax.Array, reset: jax.Array | None, read: str, tokens: int) -> jax.Array:
     """Rows [B, G, R, N, ROWS, C] of N chunks, differentiable. The rows are
 
     - STEP: log decay of the last token that a read sees;
@@ -46,30 +52,32 @@ def chunk_rows(log_decay, reset, read, tokens):
         seen = jnp.where(document == 0, seen, NOTHING)
         kept = jnp.where(document == last, kept, NOTHING)
         total = jnp.where(last == 0, total, NOTHING)
-    rows = jnp.broadcast_arrays(step, seen, kept, total, document)
+    rows: Any = jnp.broadcast_arrays(step, seen, kept, total, document)
     rows = jnp.stack(rows, axis=-2)
     return jnp.pad(rows, [(0, 0)] * (rows.ndim - 2) + [(0, ROWS - rows.shape[-2]), (0, 0)])
 
 
-def places(tokens):
+def places(tokens: int) -> tuple[jax.Array, ...]:
     """Row and column index of each element of [C, C]."""
     return tuple(jax.lax.broadcasted_iota(jnp.int32, (tokens, tokens), axis) for axis in (0, 1))
 
 
-def of_heads(rows, heads):
+def of_heads(rows: jax.Array, heads: int) -> list[tuple[jax.Array, jax.Array]]:
     """For each head its rows [ROWS, C], and their transpose [C, ROWS]. `rows` [1, ROWS, C] are shared by all heads."""
     columns = rows.reshape(-1, rows.shape[-1]).T
     each = [(rows[n], columns[:, n * ROWS : (n + 1) * ROWS]) for n in range(rows.shape[0])]
     return each if len(each) == heads else each * heads
 
 
-def between(tokens, options):
+def between(tokens: int, options: "Options") -> jax.Array:
     """Where STEP of read i lies between token j and read i: j < i for inclusive reads, j < i - 1 for exclusive ones."""
     i, j = places(tokens)
     return j < (i if options.read == "inclusive" else i - 1)
 
 
-def decays(rows, columns, options):
+def decays(
+    rows: jax.Array, columns: jax.Array, options: "Options"
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
     """The decays of a chunk, with reads scaled.
 
     Args:
@@ -99,7 +107,9 @@ def decays(rows, columns, options):
     return D, seen, kept, jnp.exp(rows[TOTAL : TOTAL + 1, :1])
 
 
-def column_gradients(head, options, exponents, seen, kept, total):
+def column_gradients(
+    head: int, options: "Options", exponents: jax.Array, seen: jax.Array, kept: jax.Array, total: jax.Array
+) -> jax.Array:
     """Gradients of a head's columns, as columns of [C, LANES], from the gradients of the exponents in `decays`."""
     tokens = exponents.shape[0]
     i, _ = places(tokens)
@@ -117,7 +127,7 @@ def column_gradients(head, options, exponents, seen, kept, total):
     return columns + jnp.where((place == TOTAL) & (token == 0), total, 0)
 
 
-def product(x, y, axes, factors):
+def product(x: jax.Array, y: jax.Array, axes: tuple[int, int], factors: DTypeLike) -> jax.Array:
     """Product of x and y over one axis of each, with factors of dtype `factors`, summed in float32."""
     exact = None if factors == jnp.bfloat16 else jax.lax.Precision.HIGHEST
     over = (((axes[0],), (axes[1],)), ((), ()))

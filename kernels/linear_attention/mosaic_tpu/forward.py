@@ -1,12 +1,18 @@
 """Body of the forward kernel: one chunk of time for a few heads."""
 
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
 from seqmodels.kernels.linear_attention.mosaic_tpu.decays import decays, of_heads, product
 
+if TYPE_CHECKING:
+    from seqmodels.kernels.linear_attention.mosaic_tpu import Options
 
-def kernel(x, out, scratch, *, options):
+
+def kernel(x: Mapping[str, Any], out: Mapping[str, Any], scratch: Mapping[str, Any], *, options: "Options") -> None:
     chunk, block = pl.program_id(2), pl.program_id(3)
     q, k = x["q"][...], x["k"][...]
     factors, heads = q.dtype, x["v"].shape[0]

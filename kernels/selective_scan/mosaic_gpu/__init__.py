@@ -6,10 +6,13 @@ decoding, use a kernel of their own.
 """
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
+from jax.typing import DTypeLike
 
 from seqmodels.kernels import lanes
 from seqmodels.kernels.arrays import mapped, pad, round_up
@@ -31,7 +34,9 @@ OVER_TIME = ("u", "dt", "B", "C", "z", "weights", "dy", "du", "ddt", "dz", "dwei
 DTYPES = ("bfloat16", "float16", "float32")
 
 
-def supports(platform, shape, dtype, named=False, **facts) -> str | None:
+def supports(
+    platform: str, shape: tuple[int, ...], dtype: DTypeLike, named: bool = False, **facts: object
+) -> str | None:
     """Why this backend cannot serve the call, or, unless requested by name, why another is faster. None: it can."""
     batch, length, groups, width, states = shape
     if platform != "cuda" and not gpu_interpreter():
@@ -54,8 +59,21 @@ def supports(platform, shape, dtype, named=False, **facts) -> str | None:
 
 
 def selective_scan(
-    u, dt, A, B, C, D, z, dt_bias, weights, initial_state, segment_ids, initial_segment, mask, dt_softplus
-):
+    u: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None,
+    z: jax.Array | None,
+    dt_bias: jax.Array | None,
+    weights: jax.Array | None,
+    initial_state: jax.Array,
+    segment_ids: jax.Array | None,
+    initial_segment: jax.Array | None,
+    mask: jax.Array | None,
+    dt_softplus: bool,
+) -> tuple[jax.Array, jax.Array]:
     """As `kernels.selective_scan.selective_scan`, with the group axis present and padding set to zero."""
     _, length, groups, width = u.shape
     states = A.shape[-1]
@@ -90,7 +108,7 @@ def selective_scan(
     )
     reset = resets(segment_ids, initial_segment, mask)
     count = lanes.processors()
-    chunk = forward_chunks(arrays)
+    chunk: Any = forward_chunks(arrays)
     block, ahead = tuning.plan_forward(u.shape[0], length, padded, count, tuple(chunk))
     back = tuning.plan_backward(u.shape[0] * groups, length, padded, size, count)
     chunk, pieces = chunk[block], max(ahead, back)
@@ -107,7 +125,9 @@ def selective_scan(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def few_tokens(arrays, documents, softplus):
+def few_tokens(
+    arrays: dict[str, Any], documents: dict[str, jax.Array | None], softplus: bool
+) -> tuple[jax.Array, jax.Array]:
     """y and the final state. Gradients are those of XLA's scan: training on so few tokens is rare."""
     given = arrays | dict(marks=marks(resets(**documents), documents["mask"], arrays["u"].shape[1]))
     return mapped(few.few, softplus=softplus)(given)
@@ -126,7 +146,7 @@ def _few_tokens_bwd(softplus, residuals, cotangents):
 few_tokens.defvjp(_few_tokens_fwd, _few_tokens_bwd)
 
 
-def forward_chunks(arrays) -> dict[int, int]:
+def forward_chunks(arrays: Mapping[str, Any]) -> dict[int, int]:
     """Forward pass: maps channels per block to tokens per chunk, which are as many as fit into shared memory."""
     inputs = {name: arrays[name] for name in ("u", "dt", "B", "C", "z", "weights")}
     _, length, groups, states = inputs["B"].shape
@@ -141,7 +161,7 @@ def forward_chunks(arrays) -> dict[int, int]:
     return good or fit
 
 
-def backward_chunk(arrays) -> int:
+def backward_chunk(arrays: Mapping[str, Any]) -> int:
     """Tokens per chunk of the backward pass: as many as fit. The forward pass saves the states once for each chunk."""
     inputs = {name: arrays[name] for name in ("u", "dt", "B", "C", "z", "weights")}
     states = arrays["A"].shape[-1]
@@ -219,14 +239,14 @@ def _scan_bwd(softplus, block, chunk, pieces, residuals, cotangents):
     return gradients, None
 
 
-def cut(name, x, pieces):
+def cut(name: str, x: jax.Array | None, pieces: int) -> jax.Array | None:
     """Split the time of an array into pieces, each its own sequence: [b, T, ...] to [b pieces, T / pieces, ...]."""
     if x is None or name not in (*OVER_TIME, "marks"):
         return x
     return x.reshape(x.shape[0] * pieces, x.shape[1] // pieces, *x.shape[2:])
 
 
-def decay_of(A, steps, marks):
+def decay_of(A: jax.Array, steps: jax.Array, marks: jax.Array | None) -> jax.Array:
     """Decay over each whole sequence: exp(A sum dt) [b, G, E', N], or 0 if a document begins in the sequence."""
     decay = jnp.exp(A * steps[..., None])
     if marks is None:
@@ -235,7 +255,7 @@ def decay_of(A, steps, marks):
     return jnp.where(begins[:, None, None, None], 0, decay)
 
 
-def chain(start, decay, end, pieces, reverse=False):
+def chain(start: jax.Array, decay: jax.Array, end: jax.Array, pieces: int, reverse: bool = False) -> jax.Array:
     """The state before each piece [b pieces, G, E', N], from the state before the first piece.
 
     With `reverse`: the state after each piece, from the state after the last piece.

@@ -36,7 +36,24 @@ f32 = jnp.float32
 
 
 @functools.partial(jax.jit, static_argnames=("softplus", "chunk"))  # traced once per shape, not per layer
-def backward(u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, *, softplus, chunk):
+def backward(
+    u: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array,
+    z: jax.Array | None,
+    dt_bias: jax.Array,
+    weights: jax.Array | None,
+    marks: jax.Array | None,
+    saved: jax.Array,
+    dy: jax.Array,
+    dfinal: jax.Array,
+    *,
+    softplus: bool,
+    chunk: int,
+) -> dict[str, jax.Array]:
     """Gradients; arguments as for `forward`, which saved the states of every chunk.
 
     Args:

@@ -98,7 +98,16 @@ def row_bytes(tile: Tile, readout: bool) -> int:
     return (by_channel + 2 * tile.states * tile.rows) * 4
 
 
-def backward_bytes(u, dt, B, C, z, weights, states: int, chunk: int) -> int:
+def backward_bytes(
+    u: jax.Array,
+    dt: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    z: jax.Array | None,
+    weights: jax.Array | None,
+    states: int,
+    chunk: int,
+) -> int:
     """Bytes of shared memory per block."""
     tile = Tile(states)
     dy = jax.ShapeDtypeStruct((*u.shape[:2], u.shape[3]), u.dtype)
@@ -107,7 +116,9 @@ def backward_bytes(u, dt, B, C, z, weights, states: int, chunk: int) -> int:
     return inputs + AHEAD * 3 * chunk * tile.channels * 4 + BUFFERS * PART * row_bytes(tile, True)
 
 
-def output_shapes(plan: Plan, u, dt, z, weights) -> dict[str, jax.ShapeDtypeStruct]:
+def output_shapes(
+    plan: Plan, u: jax.Array, dt: jax.Array, z: jax.Array | None, weights: jax.Array | None
+) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of the kernel's results, by name; see `backward`."""
     sds, f32 = jax.ShapeDtypeStruct, jnp.float32
     batch, groups, padded, states = u.shape[0], plan.groups, plan.padded, plan.states

@@ -213,7 +213,7 @@ class Channels:
         bias, D: of its channels; D belongs to the first group's u.
     """
 
-    def __init__(self, scan: Scan):
+    def __init__(self, scan: Scan) -> None:
         plan = scan.plan
         self.scan, self.plan = scan, plan
         self.offset, self.first_token = plan.tile.items(PART)

@@ -1,7 +1,7 @@
 """The walk of two warpgroups through time in the selective scan's backward pass. `backward` describes its purpose."""
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -49,7 +49,7 @@ class Walker:
         A: for each of its channels, A of its states times log2(e).
     """
 
-    def __init__(self, scan: Scan):
+    def __init__(self, scan: Scan) -> None:
         plan = scan.plan
         self.scan, self.plan = scan, plan
         self.row, self.share = plan.tile.owner(lax.axis_index("role") - 1)
@@ -158,7 +158,15 @@ class Walker:
         of_channels = [self.of_channels(x, item, t) for x in (self.scan.dt_s, self.scan.x_s, self.scan.dy_s)]
         return of_channels + [self.of_states(name, item, t) for name in "BC"]
 
-    def token_gradients(self, operands, left, old, new, dstate: list, dA: list) -> tuple[list, list]:
+    def token_gradients(
+        self,
+        operands: Sequence[Lanes],
+        left: Sequence[Sequence[Array]],
+        old: Sequence[Sequence[Array]],
+        new: Sequence[Sequence[Array]],
+        dstate: list,
+        dA: list,
+    ) -> tuple[list, list]:
         """A token's sums over the thread's states (g B, q A, readout) and over its channels (dB, dC).
 
         Args:
@@ -201,6 +209,6 @@ def add(total: Array | None, term: Array) -> Array:
     return term if total is None else total + term
 
 
-def sum_of(terms) -> Array:
+def sum_of(terms: Iterable[Array]) -> Array:
     """Add the terms one after another, so that each product fuses with the following addition."""
     return functools.reduce(lambda a, b: a + b, terms)

@@ -5,6 +5,7 @@ in registers, and stores them in place. Threads share only the sum over a channe
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,7 +18,7 @@ from seqmodels.kernels.selective_scan.mosaic_gpu.tile import STATES
 from seqmodels.kernels.tuning import UNROLLED
 
 
-def supports(shape) -> str | None:
+def supports(shape: tuple[int, ...]) -> str | None:
     """Why the kernel cannot serve a shape [B, T, G, E, N]; None: it can."""
     batch, length, groups, width, states = shape
     if length > UNROLLED:
@@ -32,7 +33,21 @@ def supports(shape) -> str | None:
 
 
 @functools.partial(jax.jit, static_argnames="softplus")  # traced once per shape, not per layer
-def few(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, softplus):
+def few(
+    u: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None,
+    z: jax.Array | None,
+    dt_bias: jax.Array | None,
+    weights: jax.Array | None,
+    initial_state: jax.Array,
+    marks: jax.Array | None,
+    *,
+    softplus: bool,
+) -> tuple[jax.Array, jax.Array]:
     """y [b, T, E] in u's dtype and the final state, which reuses the memory of initial_state if that is donated.
 
     Args:
@@ -44,7 +59,7 @@ def few(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, softplu
     batch, length, groups, width = u.shape
     states = A.shape[-1]
     shares = states // STATES
-    arrays = dict(u=u, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, weights=weights, marks=marks)
+    arrays: dict[str, Any] = dict(u=u, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, weights=weights, marks=marks)
     arrays = {name: x for name, x in arrays.items() if x is not None}
 
     def body(*refs):

@@ -30,7 +30,24 @@ f32 = jnp.float32
 @functools.partial(
     jax.jit, static_argnames=("softplus", "block", "chunk", "save")
 )  # traced once per shape, not per layer
-def forward(u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, *, softplus, block, chunk, save):
+def forward(
+    u: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array,
+    z: jax.Array | None,
+    dt_bias: jax.Array,
+    weights: jax.Array | None,
+    initial_state: jax.Array,
+    marks: jax.Array | None,
+    *,
+    softplus: bool,
+    block: int,
+    chunk: int,
+    save: int,
+) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """y, the final state, and the states at the start of every `save` tokens.
 
     Args:

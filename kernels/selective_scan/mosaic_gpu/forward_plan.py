@@ -108,7 +108,16 @@ class Plan:
         return self.block // self.columns
 
 
-def slots_of(u, dt, B, C, z, weights, block: int, chunk: int) -> int:
+def slots_of(
+    u: jax.Array,
+    dt: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    z: jax.Array | None,
+    weights: jax.Array | None,
+    block: int,
+    chunk: int,
+) -> int:
     """Chunks in shared memory."""
     return MOST if forward_bytes(u, dt, B, C, z, weights, block, chunk, MOST) <= SHARED else FEWEST
 
@@ -131,7 +140,17 @@ def affordable(block: int, states: int, groups: int) -> bool:
     return groups == 1 or states // shares_of(block, states, groups) <= (16 if groups <= 4 else 8)
 
 
-def forward_bytes(u, dt, B, C, z, weights, block: int, chunk: int, slots: int = FEWEST) -> int:
+def forward_bytes(
+    u: jax.Array,
+    dt: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    z: jax.Array | None,
+    weights: jax.Array | None,
+    block: int,
+    chunk: int,
+    slots: int = FEWEST,
+) -> int:
     """Bytes of shared memory per block."""
     groups, states = u.shape[2], B.shape[3]
     BC = jax.ShapeDtypeStruct((*B.shape[:3], 2 * states), f32)

@@ -56,7 +56,7 @@ class Scan:
     offset: Array
     tokens: Sequence[Array]
 
-    def place(self, row, first, position):
+    def place(self, row: Array | int, first: Array | int, position: Array) -> Array:
         """Offset of 4 tokens of a channel in row `row` of [rows, chunk / 4, block, 4]."""
         return (row * self.plan.chunk + first) * self.plan.block + position * TOKENS
 
@@ -142,7 +142,7 @@ class Recurrence:
         A: for each of its groups, A of its states times log2(e).
     """
 
-    def __init__(self, scan: Scan):
+    def __init__(self, scan: Scan) -> None:
         plan = scan.plan
         self.scan, self.plan = scan, plan
         worker = lax.axis_index("role") - 1

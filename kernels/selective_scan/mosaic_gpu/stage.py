@@ -1,6 +1,8 @@
 """Copies of a block's inputs to shared memory: chunk by chunk, several chunks at a time."""
 
 import math
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +10,14 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from seqmodels.kernels import lanes
-from seqmodels.kernels.lanes import load_vector
+from seqmodels.kernels.lanes import Lanes, load_vector
 
 SHARED = 226 * 1024  # bytes of shared memory that a block may take, barriers aside
 MARKS = 8  # numbers per token in `marks`, because copies must be multiples of 128 bytes
 MARKED = jax.ShapeDtypeStruct((1, 1, MARKS), jnp.float32)
 
 
-def marks(reset, mask, length):
+def marks(reset: Any, mask: jax.Array | None, length: int) -> jax.Array | None:
     """Documents and padding as the kernels read them: [b, length, 8] float32, or None if there are neither.
 
     Column 0 is -1e30 where a document begins, else 0. It is added to the exponent, which makes the decay exactly 0.
@@ -41,14 +43,14 @@ class Stage:
         slots: chunks in shared memory at a time.
     """
 
-    def __init__(self, arrays, chunk, block, groups, slots):
+    def __init__(self, arrays: Mapping[str, Any], chunk: int, block: int, groups: int, slots: int) -> None:
         self.arrays = {name: x for name, x in arrays.items() if x is not None}
         self.chunk, self.block, self.groups, self.slots = chunk, block, groups, slots
 
-    def __contains__(self, name):
+    def __contains__(self, name: str) -> bool:
         return name in self.arrays
 
-    def scratch(self):
+    def scratch(self) -> list[Any]:
         """Scratch that `plgpu.kernel` allocates: buffers, and barriers that signal when a slot is full."""
         buffers = [plgpu.SMEM((self.slots, *self._shape(name)), x.dtype) for name, x in self.arrays.items()]
         return [*buffers, plgpu.Barrier(num_arrivals=len(buffers), num_barriers=self.slots)]
@@ -57,13 +59,13 @@ class Stage:
         """Bytes of shared memory for the buffers."""
         return sum(self.slots * math.prod(self._shape(name)) * x.dtype.itemsize for name, x in self.arrays.items())
 
-    def bind(self, sources, scratch, b, e):
+    def bind(self, sources: Sequence[Any], scratch: Sequence[Any], b: jax.Array, e: jax.Array) -> None:
         """Inside the kernel: set the references of the arrays and of `scratch`, and the block's indices."""
         *buffers, self.full = scratch
         self.sources, self.buffers = dict(zip(self.arrays, sources)), dict(zip(self.arrays, buffers))
         self.b, self.e = b, e
 
-    def start_copy(self, slot, index, group=0):
+    def start_copy(self, slot: jax.Array | int, index: jax.Array, group: jax.Array | int = 0) -> None:
         """Start copying chunk `index` into a slot."""
         time, channels = pl.ds(index * self.chunk, self.chunk), pl.ds(self.e * self.block, self.block)
         for name in self.arrays:
@@ -78,21 +80,30 @@ class Stage:
                 source = source.at[self.b, time]
             plgpu.copy_gmem_to_smem(source, self.buffers[name].at[slot], self.full.at[slot])
 
-    def wait(self, slot):
+    def wait(self, slot: jax.Array | int) -> None:
         plgpu.barrier_wait(self.full.at[slot])
 
-    def load_vector(self, name, slot, token, offset, width, group=0, ahead=0):
+    def load_vector(
+        self,
+        name: str,
+        slot: jax.Array | int,
+        token: jax.Array | int,
+        offset: jax.Array | int,
+        width: int,
+        group: int = 0,
+        ahead: int = 0,
+    ) -> Lanes:
         """`width` numbers of `name` per thread, from `offset` on in the row of a token (and group), `ahead` rows on."""
         _, *inner = self._shape(name)
         row = math.prod(inner)
         group = min(group, inner[0] - 1) * inner[-1] if len(inner) == 2 else 0
         return load_vector(self.buffers[name].at[slot], token * row + offset, width, at=ahead * row + group)
 
-    def reset(self, slot, t):
+    def reset(self, slot: jax.Array | int, t: jax.Array | int) -> jax.Array:
         """The number that is added to the exponent at token t: a scalar, 0 or -1e30."""
         return self.buffers["marks"][slot, t, 0]
 
-    def real(self, slot, token, index, length):
+    def real(self, slot: jax.Array | int, token: jax.Array, index: jax.Array, length: int) -> jax.Array | None:
         """[128] bool: tokens that are neither padding nor past the end. None: all tokens are real."""
         valid = token + index * self.chunk < length if length % self.chunk else None
         if "marks" in self:
@@ -115,7 +126,17 @@ class Stage:
         return self.chunk, MARKS if name == "marks" else self.block
 
 
-def prepare(stage, slot, index, tokens, offset, bias, softplus, length, group=0):
+def prepare(
+    stage: Stage,
+    slot: jax.Array | int,
+    index: jax.Array,
+    tokens: Sequence[jax.Array],
+    offset: jax.Array,
+    bias: Lanes,
+    softplus: bool,
+    length: int,
+    group: int = 0,
+) -> list[tuple[jax.Array, Lanes]]:
     """The steps dt of a chunk, float32, zero on padding. softplus is computed once per channel, not once per state.
 
     Args:

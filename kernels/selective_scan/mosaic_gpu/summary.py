@@ -10,6 +10,8 @@ end. This module computes both ends, by recurrences without readout:
 """
 
 import functools
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,7 +32,16 @@ WORKERS = 2  # warpgroups that share the states of a channel
 
 
 @functools.partial(jax.jit, static_argnames="softplus")
-def end_of_state(u, dt, A, B, dt_bias, marks, *, softplus):
+def end_of_state(
+    u: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    dt_bias: jax.Array,
+    marks: jax.Array | None,
+    *,
+    softplus: bool,
+) -> tuple[jax.Array, jax.Array]:
     """The state after each sequence if it starts from zero, and the sum of its steps.
 
     Args: as for `forward.forward`.
@@ -42,7 +53,18 @@ def end_of_state(u, dt, A, B, dt_bias, marks, *, softplus):
 
 
 @functools.partial(jax.jit, static_argnames="softplus")
-def end_of_gradient(dt, A, C, z, dt_bias, weights, marks, dy, *, softplus):
+def end_of_gradient(
+    dt: jax.Array,
+    A: jax.Array,
+    C: jax.Array,
+    z: jax.Array | None,
+    dt_bias: jax.Array,
+    weights: jax.Array | None,
+    marks: jax.Array | None,
+    dy: jax.Array,
+    *,
+    softplus: bool,
+) -> tuple[jax.Array, jax.Array]:
     """The gradient of the state before each sequence through the sequence's outputs only, and the sum of its steps.
 
     Args: as for `backward.backward`.
@@ -180,12 +202,12 @@ def _summary(arrays, A, dt_bias, softplus, reverse):
     return end, jnp.sum(total, axis=1)
 
 
-def staged(arrays) -> Stage:
+def staged(arrays: Mapping[str, Any]) -> Stage:
     """The inputs in the longest chunks that fit into shared memory."""
     stages = [Stage(arrays, chunk, BLOCK, groups=1, slots=SLOTS) for chunk in CHUNKS]
     return next((stage for stage in stages if summary_bytes(stage) <= SHARED), stages[-1])
 
 
-def summary_bytes(stage) -> int:
+def summary_bytes(stage: Stage) -> int:
     """Bytes of shared memory per block."""
     return stage.bytes() + 2 * SLOTS * stage.chunk * BLOCK * 4

@@ -6,6 +6,8 @@ and sequences are few, there are too few blocks to fill the GPU. Then the plan u
 pieces that run in parallel. Pieces cost an additional summary pass over each piece.
 """
 
+from collections.abc import Sequence
+
 from seqmodels.kernels.selective_scan.mosaic_gpu.tile import Tile
 
 # One H100, bfloat16, N = 16, 2026-11-22 (benchmarks/notes/selective_scan_gpu.md): nanoseconds per token and block.
@@ -18,7 +20,9 @@ MOST = 32  # most pieces; these fill the GPU well enough, and their states are c
 WIDEST = max(FORWARD)
 
 
-def plan_forward(batch, length, width, count, blocks=tuple(FORWARD)) -> tuple[int, int]:
+def plan_forward(
+    batch: int, length: int, width: int, count: int, blocks: Sequence[int] = tuple(FORWARD)
+) -> tuple[int, int]:
     """Channels per block, one of `blocks`, and number of pieces of time.
 
     Args: as for the scan; width: a multiple of 128. count: multiprocessors.
@@ -31,7 +35,7 @@ def plan_forward(batch, length, width, count, blocks=tuple(FORWARD)) -> tuple[in
     return min(costs, key=costs.__getitem__)
 
 
-def plan_backward(batch, length, width, states, count) -> int:
+def plan_backward(batch: int, length: int, width: int, states: int, count: int) -> int:
     """Number of pieces of time; arguments as for `plan_forward`."""
     block = Tile(states).channels
     costs = {
@@ -41,7 +45,7 @@ def plan_backward(batch, length, width, states, count) -> int:
     return min(costs, key=costs.__getitem__)
 
 
-def pieces_of(length):
+def pieces_of(length: int) -> list[int]:
     """Possible numbers of pieces: 1, 2, 4 and so on, while pieces are not too short or too many."""
     pieces = [1]
     while pieces[-1] < MOST and length >= 2 * SHORTEST * pieces[-1]:
@@ -49,7 +53,9 @@ def pieces_of(length):
     return pieces
 
 
-def cost(batch, length, width, count, block, nanoseconds, pieces, summary) -> float:
+def cost(
+    batch: int, length: int, width: int, count: int, block: int, nanoseconds: float, pieces: int, summary: float
+) -> float:
     """Nanoseconds of a kernel with blocks of `block` channels, plus the summaries if time is split into pieces."""
 
     def waves(channels):

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import tpu as pltpu
+from jax.typing import DTypeLike
 
 from seqmodels.kernels.arrays import pad, round_up
 from seqmodels.kernels.interpreter import tpu_interpreter
@@ -31,7 +32,7 @@ NO_STEP = -1e30  # step before softplus whose softplus is 0
 SLOWEST = -1e-30  # A that decays nothing, except in a step of FORGET
 
 
-def supports(*, platform, shape, dtype, **facts) -> str | None:
+def supports(*, platform: str, shape: tuple[int, ...], dtype: DTypeLike, **facts: object) -> str | None:
     """Supports TPUs if the states of all channels fit into VMEM."""
     if platform != "tpu" and not tpu_interpreter():
         return f"it needs a TPU; the platform is {platform}"
@@ -43,13 +44,27 @@ def supports(*, platform, shape, dtype, **facts) -> str | None:
 
 
 def selective_scan(
-    u, dt, A, B, C, D, z, dt_bias, weights, initial_state, segment_ids, initial_segment, mask, dt_softplus
-):
+    u: jax.Array,
+    dt: jax.Array,
+    A: jax.Array,
+    B: jax.Array,
+    C: jax.Array,
+    D: jax.Array | None,
+    z: jax.Array | None,
+    dt_bias: jax.Array | None,
+    weights: jax.Array | None,
+    initial_state: jax.Array,
+    segment_ids: jax.Array | None,
+    initial_segment: jax.Array | None,
+    mask: jax.Array | None,
+    dt_softplus: bool,
+) -> tuple[jax.Array, jax.Array]:
     """As `kernels.selective_scan.selective_scan`, with the group axis present and padding set to zero."""
     batch, length, groups, width = u.shape
     state, dtype = A.shape[-1], u.dtype
     if dtype == jnp.float16:  # the compiler does not support it
-        u, dt, z, weights = (None if x is None else x.astype(jnp.float32) for x in (u, dt, z, weights))
+        u, dt = u.astype(jnp.float32), dt.astype(jnp.float32)
+        z, weights = (None if x is None else x.astype(jnp.float32) for x in (z, weights))
     if not dt_softplus:
         dt = dt if dt_bias is None else dt + dt_bias.astype(jnp.float32)
     no_step = NO_STEP if dt_softplus else 0
@@ -161,19 +176,19 @@ def _specs(arrays, axes, grid, tokens, width, reverse):
     return {name: None if x is None else spec(name, x.shape) for name, x in arrays.items()}
 
 
-def chunk_tokens(length, groups, state):
+def chunk_tokens(length: int, groups: int, state: int) -> int:
     """Tokens per chunk: fewer if states are large. All chunks have the same length."""
     most = max(TILE, min(TOKENS, 8192 // (groups * round_up(state, SUBLANES)) // TILE * TILE))
     return round_up(-(-length // -(-length // most)), TILE)
 
 
-def block_width(channels, groups, state):
+def block_width(channels: int, groups: int, state: int) -> int:
     """Channels per block: whole registers, and a divisor of the number of channels."""
     most = min(WIDTH, channels, STATES // (groups * round_up(state, SUBLANES)))
     return max(w for w in range(LANES, max(LANES, most) + 1, LANES) if channels % w == 0)
 
 
-def backward_vmem(length, groups, channels, state, itemsize):
+def backward_vmem(length: int, groups: int, channels: int, state: int, itemsize: int) -> int:
     """Bytes of VMEM for the backward kernel, which needs more: its scratch, and two buffers per block."""
     channels, state = round_up(channels, LANES), round_up(state, SUBLANES)
     tokens, width = chunk_tokens(length, groups, state), block_width(channels, groups, state)

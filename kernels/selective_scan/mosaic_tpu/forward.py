@@ -1,5 +1,8 @@
 """Body of the forward kernel: one chunk of time for one block of channels."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -18,7 +21,7 @@ from seqmodels.kernels.selective_scan.mosaic_tpu.tiles import (
 )
 
 
-def kernel(x, out, scratch, *, softplus):
+def kernel(x: Mapping[str, Any], out: Mapping[str, Any], scratch: Mapping[str, Any], *, softplus: bool) -> None:
     groups, tokens, width = x["u"].shape
     chunk, block = pl.program_id(1), pl.program_id(2)
 

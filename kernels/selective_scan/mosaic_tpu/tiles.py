@@ -1,6 +1,8 @@
 """Operations on a tile of tokens that both kernels use."""
 
 import math
+from collections.abc import Mapping
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ FORGET = 1e33  # step that decays a state to zero
 LOG2_E = math.log2(math.e)
 
 
-def spread(x, scratch):
+def spread(x: Mapping[str, Any], scratch: Mapping[str, Any]) -> None:
     """Broadcast the columns of B and C [G, N, L] over the lanes, [G, T, N, LANES]; zero the sums of their gradients."""
     groups, tokens, state, _ = scratch["B"].shape
     lanes = x["B"].shape[-1]
@@ -32,7 +34,7 @@ def spread(x, scratch):
     jax.lax.fori_loop(0, tokens // TILE, body, 0)
 
 
-def steps(x, group, tile, softplus):
+def steps(x: Mapping[str, Any], group: int, tile: pl.Slice, softplus: bool) -> tuple[jax.Array, jax.Array]:
     """Steps of a tile [TILE, E], and their derivatives with respect to dt before bias and softplus."""
     raw = x["dt"][group, tile, :].astype(jnp.float32)
     if not softplus:
@@ -42,7 +44,7 @@ def steps(x, group, tile, softplus):
     return jnp.maximum(raw, 0) + rest, jnp.exp(jnp.minimum(raw, 0) - rest)  # softplus(raw), sigmoid(raw)
 
 
-def write_rows(x, scratch, tile, softplus):
+def write_rows(x: Mapping[str, Any], scratch: Mapping[str, Any], tile: pl.Slice, softplus: bool) -> None:
     """Store a tile's steps, and the inputs that it writes into the state, as float32: rows can then be read singly."""
     for g in range(x["u"].shape[0]):
         step, slope = steps(x, g, tile, softplus)
@@ -55,49 +57,49 @@ def write_rows(x, scratch, tile, softplus):
         store_rows(scratch["step"].at[g], tile, step)
 
 
-def store_rows(ref, tile, rows):
+def store_rows(ref: Any, tile: pl.Slice, rows: jax.Array) -> None:
     """Store a tile of rows [TILE, width] in a reference [width / LANES, T, LANES], from which `row` reads one row."""
     for column in range(ref.shape[0]):
         ref[column, tile, :] = rows[:, column * LANES : (column + 1) * LANES]
 
 
-def load_rows(ref, tile):
+def load_rows(ref: Any, tile: pl.Slice) -> jax.Array:
     """The tile [TILE, width]."""
     return jnp.concatenate([ref[column, tile, :] for column in range(ref.shape[0])], axis=1)
 
 
-def row(ref, token):
+def row(ref: Any, token: jax.Array | int) -> jax.Array:
     """One row, [1, width]. Loads of LANES broadcast it over the sublanes; for a wider load that takes instructions."""
     return jnp.concatenate([ref[column, pl.ds(token, 1), :] for column in range(ref.shape[0])], axis=1)
 
 
-def sigmoid(x):
+def sigmoid(x: jax.Array) -> jax.Array:
     return jnp.exp2(-jnp.log2(1 + jnp.exp(-x)))  # a third of the instructions of a division
 
 
-def widen(x, width):
+def widen(x: jax.Array, width: int) -> jax.Array:
     """Repeat [N, LANES] to [N, width]: the same registers are used several times."""
     return jnp.concatenate([x] * (width // LANES), axis=1)
 
 
-def fold_lanes(x):
+def fold_lanes(x: jax.Array) -> Any:
     """Sum [N, width] to [N, LANES]."""
     return sum(x[:, lane : lane + LANES] for lane in range(0, x.shape[1], LANES))
 
 
-def fold_rows(x):
+def fold_rows(x: jax.Array) -> Any:
     """Sum [rows, width] to [SUBLANES, width]."""
     return sum(x[row : row + SUBLANES] for row in range(0, x.shape[0], SUBLANES))
 
 
-def put(part, ref, token):
+def put(part: jax.Array, ref: Any, token: int) -> None:
     """Store a token's part of a sum over states, [SUBLANES, width], in a reference of shape `parts_shape(width)`."""
     for column in range(ref.shape[0]):
         lanes = slice(column * LANES, (column + 1) * LANES)
         ref[column, pl.ds(token * STRIDE, SUBLANES), :] = part[:, lanes]
 
 
-def take_sums(ref):
+def take_sums(ref: Any) -> jax.Array:
     """[TILE, width]: the sum over the rows of each token's part. A load reads one row of 8 tokens."""
 
     def of_column(column, first):
@@ -109,6 +111,6 @@ def take_sums(ref):
     return jnp.concatenate(octets, axis=0)
 
 
-def parts_shape(width):
+def parts_shape(width: int) -> tuple[int, int, int]:
     """Shape of the reference that `put` writes and `take_sums` reads."""
     return (width // LANES, TILE * STRIDE, LANES)
