@@ -42,7 +42,9 @@ def label(kernel: str, meaning: str) -> str:
     kernel = re.sub(r"[._]?\d+", "", kernel)
     backward = "backward " if "transpose(" in meaning else ""
     meaning = re.sub(
-        r"jit\(\w+\)/|checkpoint/|rematted_computation/|eval_jaxpr/|(transpose|jvp)\(|LanguageModel|\)", "", meaning
+        r"jit\(\w+\)/|checkpoint/|rematted_computation/|eval_jaxpr/|(transpose|jvp)\(|LanguageModel|\)|backbone/|\w+\.run/",
+        "",
+        meaning,
     )
     meaning = re.sub(r"_\d+", "_*", meaning).strip("/")
     return f"{kernel}  {backward}{meaning}".strip()

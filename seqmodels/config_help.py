@@ -19,12 +19,14 @@ def describe(config: ConfigDict, columns: int) -> Iterator[str]:
     A field that nobody declared, such as an option of a branch without a file in `seqmodels/fields`, has no meaning.
     """
     for group in groups(config):
-        yield ""
         values = part(config, group.home)
-        for name, field in group.fields.items():
+        there = {name: field for name, field in group.fields.items() if name in values}  # eval.py takes a part of them
+        if there:
+            yield ""
+        for name, field in there.items():
             yield from _field(group.place(name), values[name], field, columns)
         if group.home == "model":
-            yield from _undeclared(config.model, [other.home for other in groups(config)], columns)
+            yield from _undeclared(values, [other.home for other in groups(config)], columns)
         if group.home == "data" and "task" in values:
             yield from _undeclared(ConfigDict({"task": values.task}), [], columns, "data")
 

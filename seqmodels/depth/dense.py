@@ -60,7 +60,7 @@ class Dense(Connection):
         stream, readout = branch.stream_and_readout(x, seq, state)
         if self.fuses:
             sources = carry[: self.sources]
-            y, ssm, own, stream = self.fusion(x, stream, readout, sources, seq, own or None)
+            y, ssm, own, stream = self.fusion(x, stream, readout, sources, seq, own if jax.tree.leaves(own) else None)
         else:
             y, ssm = branch.scan(stream, readout, seq)
         carry = (stream, *carry)[: self.options.depth]
