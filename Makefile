@@ -12,6 +12,8 @@ VENV ?= .venv
 REQUIREMENTS ?= requirements.txt
 WORKERS ?= 2
 BIN := $(VENV)/bin
+# left out by make test-fast: kernels in an interpreter, on several devices, and on random shapes
+LONG_KERNELS := $(foreach kind,tpu gpu sharded random,--ignore-glob=tests/kernels/*_$(kind).py)
 
 train: $(VENV)/.installed
 	$(BIN)/python train.py --config=configs/densemamba.py --workdir=runs/densemamba
@@ -20,7 +22,7 @@ test: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST)
 
 test-fast: $(VENV)/.installed-test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(LONG_KERNELS) $(PYTEST)
 
 smoke: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) -m smoke $(PYTEST)

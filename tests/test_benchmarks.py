@@ -21,6 +21,8 @@ from seqmodels.kernels.linear_attention import mosaic_tpu as tpu
 from seqmodels.kernels.selective_scan import xla
 from seqmodels.model import build
 
+pytestmark = pytest.mark.slow
+
 SHAPE = "2x6x4x2:full"
 FIELDS = [
     "op",

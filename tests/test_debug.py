@@ -18,6 +18,8 @@ from seqmodels.training import debug, loop, metrics
 from seqmodels.training.state import init_state
 from tests.run_fixtures import tiny, write_text
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "debugging.md").read_text()
 FORMS = {

@@ -15,6 +15,8 @@ from seqmodels.interop.stacking import stack
 from seqmodels.model import build
 from seqmodels.training.sharding import AXES, RULES, param_shardings, tokens_sharding, unbox
 
+pytestmark = pytest.mark.slow
+
 B, T, D, LAYERS, VOCABULARY = 2, 7, 8, 3, 11
 HEADS, KEYS, VALUES, GROUPS = 4, 2, 4, 2  # of Mamba-2 with E = 16; RetNet has half the heads and twice their width
 VARIANTS = ("read", "input", "output", "rank")

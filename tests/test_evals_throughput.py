@@ -13,6 +13,8 @@ from seqmodels.evals import memory, report, throughput
 from seqmodels.model import build
 from seqmodels.training.sharding import unbox
 
+pytestmark = pytest.mark.slow
+
 
 def run_of(module):
     config = module.get_config().unlock()

@@ -10,6 +10,8 @@ from seqmodels.scripts import eval as eval_script
 from seqmodels.training import loop, metrics
 from tests.run_fixtures import tiny, write_text
 
+pytestmark = pytest.mark.slow
+
 ENDINGS = '{"prompt": "It is 3", "choices": [" o\'clock", " x"], "answer": 0}\n'
 
 

@@ -28,6 +28,8 @@ from seqmodels.scripts import eval as eval_script
 from tests.likelihood_models import BYTES, alone, model_and_params, step
 from tests.run_fixtures import config_for, make_run
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def recurrent():

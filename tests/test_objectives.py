@@ -19,6 +19,8 @@ from seqmodels.training import loop, metrics, sharding
 from seqmodels.training.state import abstract_params
 from tests.array_data import ArrayDataset, channel_means, lengths, waves, which_channel, which_token
 
+pytestmark = pytest.mark.slow
+
 
 def tiny(**overrides):
     config = mamba.get_config().unlock()

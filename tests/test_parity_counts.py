@@ -9,6 +9,8 @@ import pytest
 from seqmodels.configs import mamba, mamba2
 from seqmodels.model import build
 
+pytestmark = pytest.mark.slow
+
 PUBLISHED = {  # of state-spaces/mamba-*, and of the same sizes in transformers (checked below)
     "130m": 129_135_360,
     "370m": 371_516_416,

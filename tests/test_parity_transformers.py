@@ -22,6 +22,8 @@ from seqmodels.interop.pretrained import load, save
 from seqmodels.interop.stacking import stack, unstack
 from seqmodels.model import build
 
+pytestmark = pytest.mark.slow
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")

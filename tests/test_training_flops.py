@@ -17,6 +17,8 @@ from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedu
 from seqmodels.training.state import abstract_params, abstract_state
 from seqmodels.training.step import lower_train_step, make_train_step
 
+pytestmark = pytest.mark.slow
+
 
 def small(module):
     config = module.get_config().unlock()

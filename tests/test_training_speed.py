@@ -15,6 +15,8 @@ from seqmodels.evals import training_speed
 from seqmodels.model import build
 from seqmodels.training import sharding
 
+pytestmark = pytest.mark.slow
+
 ROWS, LENGTH = 2, 8
 
 
