@@ -1,5 +1,5 @@
 # make train       train the default model, on the text that ships with the project
-# make test        all tests; make test-fast: without the slow ones; make smoke: the least that must work, in two minutes
+# make test        all tests; make test-fast: without the slow ones and the longest of the kernels; make smoke: the least that must work, in two minutes
 # make lint        style and types
 # make clean       remove the virtual environment and caches; runs/ and data/ stay
 #
