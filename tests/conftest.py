@@ -1,10 +1,21 @@
-"""Eight CPU devices in every test process, so that sharding is tested wherever the tests run."""
+"""What holds for every test process: eight CPU devices, so that sharding is tested wherever the tests run, and less
+time for compiling, which takes longer here than computing."""
 
 import os
+import socket
+from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-# Tests compile more than they compute: without LLVM's optimisations that takes a third of the time.
+# Without LLVM's optimisations the tests take a third of the time.
 os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0")
+# What JAX compiles is kept for the other tests, the commands that they start, and the next run. A key is the program
+# with its compiler, flags and devices, so nothing stale is found. Code is made for the host's CPU: a directory by host.
+# JAX's warning about an entry that another process has not yet written to its end is ignored (pyproject.toml): the
+# program is then compiled again.
+os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", str(Path(__file__).parents[1] / ".pytest_cache" / "compiled" / socket.gethostname())
+)
+os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
 

@@ -110,11 +110,12 @@ class Fakes:
         (folder / "driver.py").write_text(DRIVER.format(root=str(ROOT), fakes=str(folder), pictures=pictures))
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
-        """The sweep, in a session of its own."""
+        """The sweep, in a session of its own, with a compilation cache of its own."""
+        outside = {name: value for name, value in os.environ.items() if name != "JAX_COMPILATION_CACHE_DIR"}
         return subprocess.Popen(
             [sys.executable, "driver.py", "--config=fake.py", "--out=out", *arguments],
             cwd=self.folder,
-            env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | environment,
+            env=outside | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)} | environment,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,

@@ -67,8 +67,15 @@ def zero_padding(y, mask):
     return y if mask is None else jnp.where(mask[..., None], y, 0)
 
 
-@pytest.mark.parametrize("cuts", CUTS)
-@pytest.mark.parametrize("segment_ids, mask", [(None, None), (SEGMENTS, MASK)], ids=["plain", "packed and padded"])
+@pytest.mark.parametrize(
+    "cuts",
+    [pytest.param("tokens", marks=pytest.mark.slow), "shorter than the ring", "longer than the ring"],
+)
+@pytest.mark.parametrize(
+    "segment_ids, mask",
+    [pytest.param(None, None, marks=pytest.mark.slow), (SEGMENTS, MASK)],
+    ids=["plain", "packed and padded"],
+)
 def test_a_ring_equals_the_whole_row(cuts, segment_ids, mask):
     """In value, last state, and gradients of the input and the parameters, whatever stands in the padding."""
     module, params = attention(), parameters()

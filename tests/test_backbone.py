@@ -168,7 +168,13 @@ def from_below(monkeypatch):
     monkeypatch.setattr(depth, "connection_of", lambda config, branches, sources, **parent: FromBelow(**parent))
 
 
-@pytest.mark.parametrize("fields", [{}, dict(scan_blocks=1), dict(scan_blocks=2), dict(remat="block")])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        dict(scan_blocks=2),
+        *[pytest.param(v, marks=pytest.mark.slow) for v in ({}, dict(scan_blocks=1), dict(remat="block"))],
+    ],
+)
 def test_a_connection_across_depth(from_below, fields):
     """By hand from the blocks' parts, however the stack runs."""
     stack, variables, x, seq = make("mamba+mlp", **{"repeats": 4, **fields})

@@ -278,7 +278,9 @@ def test_a_branch_in_both_directions_is_its_two_copies():
         module.init_state(B, T)
 
 
-@pytest.mark.parametrize("side", PADDING)
+@pytest.mark.parametrize(
+    "side", [pytest.param(side, marks=pytest.mark.slow) if side != "interior" else side for side in PADDING]
+)
 def test_padding_is_nothing_in_both_directions(side):
     """Values and gradients, whatever the padding holds."""
     _, params = branch("bi:mamba")

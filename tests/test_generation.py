@@ -66,7 +66,7 @@ def test_greedy_decoding_of_prompts_of_different_lengths_equals_full_passes(name
     assert expected[0] != expected[1]  # or the test shows nothing
 
 
-@pytest.mark.parametrize("name", ["densemamba", "transformer"])
+@pytest.mark.parametrize("name", [pytest.param("densemamba", marks=pytest.mark.slow), "transformer"])
 def test_prefill_in_chunks_gives_the_hidden_state_of_a_full_pass(name, monkeypatch):
     model, params = tiny(name)
     monkeypatch.setattr(generation, "LARGEST_CHUNK", 4)

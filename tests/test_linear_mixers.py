@@ -211,7 +211,8 @@ def mamba3_step_by_step(p, x, H, P, N, G, turned, activation):
 
 
 @pytest.mark.parametrize(
-    "activation, rotated", [("heavy_tail", 0.5), pytest.param("softplus", 1.0, marks=pytest.mark.slow)]
+    "activation, rotated",
+    [pytest.param("heavy_tail", 0.5, marks=pytest.mark.slow), pytest.param("softplus", 1.0, marks=pytest.mark.slow)],
 )
 def test_mamba3_is_its_recurrence(activation, rotated):
     H, P, N, G = 4, 4, 8, 2

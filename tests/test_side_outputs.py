@@ -116,10 +116,10 @@ def expected(batch):
 @pytest.mark.parametrize(
     "overrides",
     [
-        {},
-        dict(model__scan_blocks=1),
-        dict(model__remat="block"),
-        dict(model__scan_blocks=1, model__remat="block"),
+        pytest.param({}, marks=pytest.mark.slow),
+        pytest.param(dict(model__scan_blocks=1), marks=pytest.mark.slow),
+        pytest.param(dict(model__remat="block"), marks=pytest.mark.slow),
+        pytest.param(dict(model__scan_blocks=1, model__remat="block"), marks=pytest.mark.slow),
         dict(mesh__data=2, mesh__expert=2, model__scan_blocks=2),
     ],
     ids=["unrolled", "scanned", "remat", "scanned remat", "mesh"],
@@ -135,7 +135,10 @@ def test_a_loss_and_a_figure_by_layer(overrides):
     assert len({found[f"size/{i}"] for i in range(4)}) == 4  # or layers could be taken for one another
 
 
-@pytest.mark.parametrize("overrides", [{}, dict(model__scan_blocks=1, model__remat="block", mesh__fsdp=2)])
+@pytest.mark.parametrize(
+    "overrides",
+    [pytest.param({}, marks=pytest.mark.slow), dict(model__scan_blocks=1, model__remat="block", mesh__fsdp=2)],
+)
 def test_micro_batches_are_averaged_by_their_tokens(overrides):
     """Of which they have different numbers: micro-batch i has the rows i, i + 2, ..."""
     config = settings(training__accumulate=2, **overrides)

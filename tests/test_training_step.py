@@ -153,9 +153,17 @@ def test_without_bptt_no_carry_is_kept():
 
 
 @pytest.mark.parametrize(
-    "mesh", [dict(data=8), dict(fsdp=8, data=1), dict(data=2, tensor=4), dict(data=2, fsdp=2, tensor=2),
-             dict(data=2, sequence=4), dict(data=2, expert=4)]
-)  # fmt: skip
+    "mesh",
+    [
+        *[
+            pytest.param(mesh, marks=pytest.mark.slow)
+            for mesh in (dict(data=8), dict(fsdp=8, data=1), dict(data=2, tensor=4))
+        ],
+        dict(data=2, fsdp=2, tensor=2),
+        dict(data=2, sequence=4),
+        pytest.param(dict(data=2, expert=4), marks=pytest.mark.slow),
+    ],
+)
 def test_eight_devices_train_as_one(mesh):
     alone, losses = run(small_config(training__loss_chunk=4))
     many, losses_of_many = run(
