@@ -75,7 +75,6 @@ class Run:
                 batch_size=self.batch_size,
                 limit=limit,
                 mesh=self.mesh,
-                tokenizer=self.dataset.tokenizer,
             )
         return self._sums[split, limit]
 

@@ -87,7 +87,7 @@ class Finish:
         if by == "accuracy":
             found = accuracy.evaluate(self.model, params, part, **options)
         else:
-            found = perplexity.evaluate(self.model, params, part, tokenizer=self.dataset.tokenizer, **options)
+            found = perplexity.evaluate(self.model, params, part, **options)
         return {name: float(found[name]) for name in REPORTED[by]}
 
     def run(self, state: TrainState, metrics: Metrics, between: Callable[[], None]) -> dict:
