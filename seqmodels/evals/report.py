@@ -1,9 +1,10 @@
 """The results of an evaluation: tables on the terminal, a JSON file and a picture."""
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
+from typing import Any
 
 from seqmodels.atomic import replace_file
 from seqmodels.errors import UserError
@@ -21,6 +22,7 @@ def evaluate(
     out: Path,
     say: Callable[[str], None] = print,
     write: bool = True,
+    about: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[dict, list[str]]:
     """Runs evaluators one after another.
 
@@ -31,12 +33,13 @@ def evaluate(
       out: JSON file; the picture has the same name with .png.
       say: called with each table when it is ready.
       write: False on all processes but the first.
+      about: more that the file says, such as which other data were read.
 
     Returns: the figures of all evaluators, as in the file; and a message for each that could not be run.
     """
     title = f"{run.config.name}, step {run.step:,}"
     say(f"{title}, contexts of {run.config.seq_len} tokens")
-    figures, done, failed = {"name": run.config.name, "step": run.step, "limit": limit}, {}, []
+    figures, done, failed = {"name": run.config.name, "step": run.step, "limit": limit, **about}, {}, []
     for name, evaluator in evaluators.items():
         try:
             result = evaluator.evaluate_run(run, splits, limit)

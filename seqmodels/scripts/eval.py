@@ -44,9 +44,9 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens that have this probability.", **values)
     flags.DEFINE_integer("seed", 0, "Of sampling.", **values)
     flags.DEFINE_string("stop", None, "Text at which the continuation ends.", **values)
-    options = ConfigDict({"evaluation": defaults().evaluation})
+    options = ConfigDict({"evaluation": defaults().evaluation, "data": defaults().data})
     cli.check_overrides(options, argv)
-    config_flags.DEFINE_config_dict("config", options, "Evaluation fields, in place of the run's.",
+    config_flags.DEFINE_config_dict("config", options, "Fields of evaluation and data, in place of the run's.",
                                     flag_values=flag_values, sys_argv=argv)  # fmt: skip
 
 
@@ -99,7 +99,9 @@ def evaluate(run: "Run", flag_values: flags.FlagValues) -> None:
     for split in flag_values.splits:
         run.dataset[split]  # a UserError now rather than after the first split
     out = Path(flag_values.out or Path(flag_values.workdir) / "eval.json")
-    options = dict(splits=flag_values.splits, limit=flag_values.limit, out=out)
+    options: dict[str, Any] = dict(splits=flag_values.splits, limit=flag_values.limit, out=out)
+    if any(name.startswith("data.") for name in config_flags.get_override_values(flag_values["config"])):
+        options["about"] = {"data": {"name": run.config.data.name, "path": run.config.data.get("path", "")}}
     _, failed = report.evaluate(run, evaluators, **options, say=say)
     if failed:
         raise UserError("; ".join(failed))

@@ -17,7 +17,7 @@ from seqmodels.data.contract import check_spec
 from seqmodels.errors import UserError
 from seqmodels.kernels.dispatch import UnsupportedError
 from seqmodels.model import build_for, describe_kernels
-from seqmodels.training import checkpoint, debug, finish, flops, report, run, sharding
+from seqmodels.training import checkpoint, debug, finish, flops, identity, report, run, sharding
 from seqmodels.training.metrics import Metrics
 from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
 from seqmodels.training.preemption import Preempted, StopSignal
@@ -61,6 +61,8 @@ class Trainer:
         self.mesh: Mesh = sharding.make_mesh(config)
         self.source = config.data.name if dataset is None else type(dataset).__name__
         self.dataset = _load(config) if dataset is None else dataset
+        if run.begun(workdir):
+            identity.check(workdir, self.dataset, config.data, "restore it, or name another --workdir")
         _check_objective(config, self.dataset)
         finish.check(config, self.dataset)
         self.model = build_for(config.model, self.dataset)
@@ -87,6 +89,7 @@ class Trainer:
         config = self.config
         state = self.checkpoints.restore(self.abstract)
         run.write_config(self.workdir, config)
+        identity.write(self.workdir, self.dataset)
         self._announce(state)
         if state is None:
             state = init_state(self.model, self.optimizer, config, self.abstract)

@@ -34,8 +34,7 @@ def check_run(workdir: Path, config: ConfigDict) -> None:
     workdir = Path(workdir)
     if workdir.exists() and not workdir.is_dir():
         raise UserError(f"--workdir={workdir}: is a file; name a directory")
-    begun = (workdir / "checkpoints").exists() or (workdir / "metrics.jsonl").exists()
-    if not begun:
+    if not begun(workdir):
         return
     stored, asked = (dict(fields(ConfigDict(_plain(c)))) for c in (read_config(workdir), upgrade(config)))
     missing = "(not there)"
@@ -50,6 +49,11 @@ def check_run(workdir: Path, config: ConfigDict) -> None:
             f"--workdir={workdir}: holds a run of another config: {', '.join(differ[:5])}{more}; "
             "name another --workdir, or set these as they were"
         )
+
+
+def begun(workdir: Path) -> bool:
+    """Whether a run in this directory has written a metric or saved a checkpoint."""
+    return (workdir / "checkpoints").exists() or (workdir / "metrics.jsonl").exists()
 
 
 def write_config(workdir: Path, config: ConfigDict) -> None:
