@@ -104,7 +104,7 @@ def _run(trials: list[Trial], folder: Path, flag_values: flags.FlagValues, stop:
 def _write(folder: Path, title: str, lined: list[results.Result], command: str, metric: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        print("\n" + report.write(folder, title, lined, command, metric))
+        print("\n" + report.write(folder, title, results.distinct(lined), command, metric))
     except OSError as error:
         raise UserError(f"--out={folder}: cannot write the report ({error.strerror})") from error
     print(f"\nwritten {', '.join(str(folder / name) for name in ('results.csv', 'report.md', 'report.html'))}")
