@@ -9,19 +9,25 @@ from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from seqmodels import pattern
+from seqmodels import pattern, plausible
 from seqmodels.branches import BRANCHES
 from seqmodels.errors import UserError
 from seqmodels.fields import Field, Group, group, refuse
 from seqmodels.fields.model import DENSE, MODEL
 from seqmodels.fields.run import groups_of
+from seqmodels.kernels import OPERATIONS
 from seqmodels.nearest import nearest
 
 OPEN = "data.task"  # whose fields are those of the task's class, which checks them (seqmodels/data/synthetic)
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: ConfigDict, begun: bool = False) -> None:
     """Check every field that can be checked without a device, a tokenizer or data. Fields may be missing.
+
+    Args:
+        config: of a run that is to be trained.
+        begun: the run or sweep was begun, perhaps under an earlier version. Then a config that can be computed is
+            allowed, though it may be hardly meant (`seqmodels.plausible`).
 
     Raises UserError: one line with the field, its value and what is allowed.
     """
@@ -29,6 +35,7 @@ def validate(config: ConfigDict) -> None:
     config = upgrade(config)
     for declared in groups(config):
         declared.check_fields(part(config, declared.home))
+    check_depth(config.model)
     for name in pattern.names(config.model.pattern):
         if options := group(name):
             options.validate(config.model[name], config.model.width)
@@ -37,8 +44,34 @@ def validate(config: ConfigDict) -> None:
         refuse("batch_size", config.batch_size, f"a multiple of training.accumulate={accumulate}")
     if scan and repeats % scan:
         refuse("model.scan_blocks", scan, f"0, or a divisor of model.repeats={repeats}")
+    if "task" in config.data:
+        from seqmodels.data import synthetic
+
+        sizes = dict(seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
+        synthetic.load(config.data, **sizes, bptt=config.training.bptt)
+    check_implementation(config.model.implementation)
     _check_branches(config)
     DENSE.validate(config.model.dense, config.model.width)
+    if not begun:
+        plausible.check(config)
+
+
+def check_depth(model: ConfigDict) -> None:
+    """Raises UserError for more blocks than a model can have; `model` is config.model with all fields."""
+    blocks = len(pattern.parse(model.pattern))
+    if model.repeats * blocks > pattern.MOST_BLOCKS:
+        allowed = f"at most {pattern.MOST_BLOCKS // blocks}, which makes {pattern.MOST_BLOCKS} blocks"
+        refuse("model.repeats", model.repeats, allowed)
+
+
+def check_implementation(implementation: ConfigDict) -> None:
+    """Raises UserError for a backend that an operation does not have; `implementation` is config.model.implementation.
+
+    Imports JAX where a backend is named.
+    """
+    for operation, name in implementation.items():
+        if name and name not in (there := OPERATIONS[operation].IMPLEMENTATIONS):
+            refuse(f"model.implementation.{operation}", name, f"'' or one of {', '.join(map(repr, there))}")
 
 
 def upgrade(stored: ConfigDict | Mapping[str, Any]) -> ConfigDict:
@@ -69,6 +102,7 @@ def complete_model(model: ConfigDict | Mapping[str, Any]) -> ConfigDict:
     check_names(config)
     complete = upgrade(config).model
     MODEL.check_fields(complete)
+    check_depth(complete)
     DENSE.validate(complete.dense, complete.width)
     return complete
 

@@ -23,6 +23,7 @@ Step = tuple[str, ...]  # branches side by side, such as ("attention", "mlp") or
 Block = tuple[Step, ...]  # steps one after the other
 
 BOTH_WAYS = "bi:"
+MOST_BLOCKS = 10_000  # of a model
 TOKEN = re.compile(r"[()]|[^\s()]+")
 
 
@@ -78,8 +79,10 @@ class _Parser:
                 if not new:
                     self.refuse(token, "before at least one block")
             elif re.fullmatch(r"x\d+", token):
-                if not last or int(token[1:]) < 1:
-                    self.refuse(token, "behind the block that it repeats, and at least x1")
+                if not last or not token[1:].isascii() or not 1 <= int(token[1:8]) <= MOST_BLOCKS or len(token) > 7:
+                    self.refuse(token, f"behind the block that it repeats, and from x1 to x{MOST_BLOCKS}")
+                if len(blocks) + last * int(token[1:]) > MOST_BLOCKS:
+                    self.refuse(token, f"in a pattern of at most {MOST_BLOCKS} blocks")
                 new = blocks[-last:] * (int(token[1:]) - 1)
                 last = 0
                 blocks += new

@@ -75,7 +75,7 @@ def test_changed_data_are_refused_by_an_evaluation(trained, changed):
 
 
 def test_a_touched_or_moved_text_is_the_same_text(trained, tmp_path):
-    config, text, workdir = trained
+    _, text, workdir = trained
     (text / "corpus.txt").touch()
     assert load_run(workdir).step == 2
     (tmp_path / "bpe.json").write_bytes((text / "bpe.json").read_bytes())
@@ -99,7 +99,7 @@ def test_other_text_needs_the_tokenizer_of_the_run(trained, tmp_path):
     _, _, workdir = trained
     save_tokenizer(tmp_path / "bpe.json", "xyz xyz yzx zyx zzz")
     (tmp_path / "poem.txt").write_text(POEM)
-    with pytest.raises(UserError, match="config.data.tokenizer="):
+    with pytest.raises(UserError, match=r"config\.data\.tokenizer="):
         load_run(
             workdir,
             overrides={"data.path": str(tmp_path / "poem.txt"), "data.tokenizer": str(tmp_path / "bpe.json")},

@@ -67,7 +67,11 @@ def _example(line: str, where: str) -> Example:
 def files(config: ConfigDict) -> list[Path]:
     """Files that `config.evaluation.classification` names. Raises: UserError where there are none."""
     pattern = config.evaluation.get("classification", "")
-    paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))] if pattern else [DEFAULT]
+    paths = (
+        [Path(path) for path in sorted(glob.glob(str(Path(pattern).expanduser()), recursive=True))]
+        if pattern
+        else [DEFAULT]
+    )
     if not paths:
         raise UserError(f"config.evaluation.classification={pattern!r}: matches no file")
     return paths

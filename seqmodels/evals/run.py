@@ -21,7 +21,6 @@ from seqmodels.training.checkpoint import restore_params, steps
 from seqmodels.training.run import read_config
 from seqmodels.training.state import abstract_params
 
-
 PLACES = ("data.cache", "data.tokenizer")  # of an evaluation: the same data may lie elsewhere
 
 

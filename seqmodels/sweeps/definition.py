@@ -34,7 +34,8 @@ def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path, e
 
     Raises: UserError for a sweep, field or value that is not there.
     """
-    validate(config)
+    begun = (folder / "sweep.json").exists()
+    validate(config, begun)
     listed: list[dict] = []
     _find(spec, config, name)(listed.append, spec.partition(":")[2] or None)
     if not listed:
@@ -44,7 +45,7 @@ def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path, e
     for overrides in listed:
         first = overrides.get("seed", config.seed)
         for seed in range(first, first + seeds):
-            trial = _trial(spec, config, name, overrides | {"seed": seed}, written, folder, evals)
+            trial = _trial(spec, config, name, overrides | {"seed": seed}, written, folder, evals, begun)
             trials.setdefault(trial.id, trial)
     return list(trials.values())
 
@@ -93,8 +94,8 @@ def _find(spec: str, config: ConfigDict, name: str) -> Callable:
     return sweeps[name]
 
 
-def _trial(spec, config, name, overrides, written, folder, evals) -> Trial:
-    resolved = resolve(config, overrides, name)
+def _trial(spec, config, name, overrides, written, folder, evals, begun) -> Trial:
+    resolved = resolve(config, overrides, name, begun)
     fields = dict(cli.fields(resolved))
     identity = identify(resolved, written)
     # what the command would have without flags but for the pattern, which may bring in branches
@@ -131,8 +132,11 @@ def identify(resolved: ConfigDict, written: ConfigDict) -> str:
     return hashlib.sha256(json.dumps(_plain(fields), sort_keys=True).encode()).hexdigest()[:10]
 
 
-def resolve(config: ConfigDict, overrides: dict[str, object], name: str) -> ConfigDict:
-    """`config` with a trial's fields set. Raises: UserError for one that is not there, or a value that does not fit."""
+def resolve(config: ConfigDict, overrides: dict[str, object], name: str, begun: bool = False) -> ConfigDict:
+    """`config` with a trial's fields set. Raises: UserError for one that is not there, or a value that does not fit.
+
+    begun: as in `seqmodels.config.validate`.
+    """
     resolved = copy.deepcopy(config)
     if isinstance(pattern := overrides.get("model.pattern"), str):
         try:
@@ -148,7 +152,7 @@ def resolve(config: ConfigDict, overrides: dict[str, object], name: str) -> Conf
         except TypeError:
             raise UserError(f"--sweep={name}: {field}={value!r}: must be {_kind(resolved, field)}") from None
     try:
-        validate(resolved)
+        validate(resolved, begun)
     except UserError as error:
         raise UserError(f"--sweep={name}: {error}") from None
     return resolved

@@ -1,5 +1,6 @@
 """The results of trials and other run directories: figures by name, and their mean and spread over seeds."""
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -138,10 +139,8 @@ def _run(folder: Path, label: str, home: Path) -> Result:
 
 def _kind(folder: Path, config: dict) -> str:
     """The config of a run without its seed and without what changes no figure, and the fingerprints of its data."""
-    try:
+    with contextlib.suppress(UserError, TypeError, ValueError, AttributeError):  # else only an equal one is of its kind
         config = upgrade(config).to_dict()  # an older run lacks fields
-    except (UserError, TypeError, ValueError, AttributeError):
-        pass  # not a config of this project: only an equal one is of its kind
     counted = {name: value for name, value in config.items() if name not in ("seed", *UNCOUNTED)}
     if isinstance(data := counted.get("data"), dict):
         counted["data"] = {name: value for name, value in data.items() if name != "cache"}

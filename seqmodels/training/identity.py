@@ -55,4 +55,3 @@ def read(workdir: Path) -> dict[str, str]:
 def fingerprints(dataset: Any) -> dict[str, str]:
     """Those of a dataset; empty where it has none."""
     return dict(getattr(dataset, "fingerprints", None) or {})
-

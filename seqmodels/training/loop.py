@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from seqmodels import data
+from seqmodels import data, plausible
 from seqmodels.config import upgrade, validate
 from seqmodels.data.contract import check_spec
 from seqmodels.errors import UserError
@@ -38,12 +38,15 @@ def train(config: ConfigDict, workdir: str | Path, dataset: data.BatchSource | N
       Preempted: SIGINT or SIGTERM, after a checkpoint.
     """
     workdir = Path(workdir)
-    validate(config)
+    begun = run.begun(workdir)
+    validate(config, begun)
     config = upgrade(config).lock()
     run.check_run(workdir, config)
     with StopSignal() as stop:
         summary = report.read_summary(workdir)
         if summary is None or summary["steps"] < config.steps:
+            for line in plausible.doubts(config, begun):
+                _say(line)
             try:
                 trainer = Trainer(config, workdir, stop, dataset)
             except UnsupportedError as error:  # a named kernel that cannot serve these shapes
