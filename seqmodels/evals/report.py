@@ -7,7 +7,7 @@ from types import MappingProxyType, ModuleType
 from typing import Any
 
 from seqmodels.atomic import replace_file
-from seqmodels.errors import UserError
+from seqmodels.errors import UserError, describe
 from seqmodels.evals.run import Run
 
 COLUMNS = 3  # of panels in a picture
@@ -43,17 +43,22 @@ def evaluate(
     for name, evaluator in evaluators.items():
         try:
             result = evaluator.evaluate_run(run, splits, limit)
-        except UserError as error:
-            failed.append(f"{name}: {error}")
+            text = evaluator.table(result)
+        except Exception as error:  # of any type: the figures of the other evaluators are as good without
+            failed.append(f"{name}: {describe(error)}")
             continue
         done[name] = evaluator
         figures |= result
-        say("\n" + evaluator.table(result))
+        say("\n" + text)
     if write:
         write_json(out, figures)
         say(f"\nwritten {out}")
-        if plot(picture := out.with_suffix(".png"), done, figures, title):
-            say(f"written {picture}")
+        picture = out.with_suffix(".png")
+        try:
+            if plot(picture, done, figures, title):
+                say(f"written {picture}")
+        except Exception as error:  # of the library of pictures, or of the disk
+            failed.append(f"{picture}: {describe(error)}")
     return figures, failed
 
 

@@ -56,14 +56,19 @@ class Field:
             return rule
         return f"{kind}, {rule}" if rule else kind
 
-    def check(self, path: str, value: Any) -> None:
-        """Raises UserError if `value` has another type, or is not allowed. `path`: dotted name, for the message."""
+    def check(self, path: str, value: Any, prefix: str = "config.") -> None:
+        """Raises UserError if `value` has another type, or is not allowed.
+
+        Args:
+            path: dotted name, for the message.
+            prefix: what stands before it there; "--" for a flag.
+        """
         if not KINDS[type(self.default)][0](value):
-            refuse(path, value, self.words())
+            refuse(path, value, self.words(), prefix)
         if size := self._size(value):
-            refuse(path, value, f"{self.words()}, and {size}")
+            refuse(path, value, f"{self.words()}, and {size}", prefix)
         if not self.allowed.test(value):
-            refuse(path, value, self.allowed.advice(value))
+            refuse(path, value, self.allowed.advice(value), prefix)
 
     def _size(self, value: Any) -> str:
         """What is wrong with a value of the right type that no program can use; "" if nothing is."""
@@ -80,9 +85,9 @@ class Field:
         return ""
 
 
-def refuse(field: str, value: Any, allowed: str) -> NoReturn:
+def refuse(field: str, value: Any, allowed: str, prefix: str = "config.") -> NoReturn:
     """Raises UserError: one line with the field's dotted name as on the command line, its value, what is allowed."""
-    raise UserError(f"config.{field}={shown(value)}: must be {allowed}")
+    raise UserError(f"{prefix}{field}={shown(value)}: must be {allowed}")
 
 
 def shown(value: Any) -> str:

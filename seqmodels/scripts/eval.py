@@ -9,6 +9,7 @@ the run's config.evals names), and writes them to eval.json and eval.png in the 
 mistake in the command, or an evaluator that cannot serve.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,12 @@ from ml_collections import ConfigDict, config_flags
 
 from seqmodels import cli
 from seqmodels.errors import UserError
-from seqmodels.fields.run import defaults
+from seqmodels.fields import Field
+from seqmodels.fields.run import ROOT, defaults
 from seqmodels.scripts import as_typed
+
+OF_PROMPT = ("tokens", "temperature", "top_k", "top_p", "seed", "stop")
+OF_EVALUATION = ("out", "splits", "evals", "tasks", "limit")
 
 if TYPE_CHECKING:  # it imports JAX, which comes after use_platform
     from seqmodels.evals.run import Run
@@ -53,6 +58,7 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
 def main(flag_values: flags.FlagValues) -> None:
     if flag_values.workdir is None:
         raise UserError("--workdir is missing; for example --workdir=runs/densemamba")
+    check(flag_values)
     cli.use_platform(flag_values.platform)
 
     import jax
@@ -70,6 +76,37 @@ def main(flag_values: flags.FlagValues) -> None:
             evaluate(run, flag_values)
         else:
             print(flag_values.prompt + continuation(run, flag_values))
+
+
+def check(flag_values: flags.FlagValues) -> None:
+    """Checks the flags by themselves, before anything is loaded. Raises: UserError."""
+    prompted = flag_values.prompt is not None
+    for name in OF_EVALUATION if prompted else OF_PROMPT:
+        if flag_values[name].present:
+            what = "is for an evaluation, not for --prompt" if prompted else "is for --prompt, which is missing"
+            raise UserError(f"--{name}={flag_values[name].value}: {what}")
+    for name, value in (("prompt", flag_values.prompt), ("stop", flag_values.stop)):
+        if value is not None:
+            Field("", "").check(name, value, prefix="--")
+    for name in ("splits", "evals"):
+        values = getattr(flag_values, name)
+        if (flag_values[name].present or name == "splits") and not all(map(str.strip, values or [""])):
+            raise UserError(f"--{name}={','.join(values)}: must be one or more names, apart by commas")
+    ROOT.fields["seed"].check("seed", flag_values.seed, prefix="--")
+    for name in ("tokens", "top_k", "limit", "batch_size"):
+        if getattr(flag_values, name) is not None:
+            Field(0, "").check(name, getattr(flag_values, name), prefix="--")
+    out = Path(flag_values.out or Path(flag_values.workdir) / "eval.json")
+    if not prompted:
+        check_writable(out)
+
+
+def check_writable(out: Path) -> None:
+    """Raises UserError if a file cannot be written, as far as the system says without writing it."""
+    folder = next(folder for folder in (out.parent, *out.absolute().parents) if folder.exists())
+    if out.is_dir() or not folder.is_dir() or not os.access(out if out.exists() else folder, os.W_OK):
+        reason = "is a folder" if out.is_dir() else "cannot be written"
+        raise UserError(f"--out={out}: {reason}; name another file")
 
 
 def continuation(run: "Run", flag_values: flags.FlagValues) -> str:
@@ -95,6 +132,8 @@ def evaluate(run: "Run", flag_values: flags.FlagValues) -> None:
 
     field = "--evals" if flag_values.evals else "config.evals"
     evaluators = evals.find(flag_values.evals or evals.named(run.config) or evals.default(run), field)
+    if flag_values.tasks is not None and "lm_eval" not in evaluators:
+        raise UserError(f"--tasks={flag_values.tasks}: is for --evals=lm_eval, which is not among the evaluators")
     evals.check(evaluators, run, field)
     for split in flag_values.splits:
         run.dataset[split]  # a UserError now rather than after the first split

@@ -21,6 +21,7 @@ from seqmodels.errors import UserError
 from seqmodels.scripts import as_typed, command_line
 from seqmodels.sweeps import definition, devices, report, results, slurm
 from seqmodels.sweeps.attempt import Stop
+from seqmodels.sweeps.checks import check_metric
 from seqmodels.sweeps.live import Live
 from seqmodels.sweeps.local import Workers
 from seqmodels.sweeps.trial import Trial
@@ -61,10 +62,7 @@ def main(flag_values: flags.FlagValues) -> int:
         return 0
     config = flag_values.config
     folder = Path(flag_values.out or f"sweeps/{config.name}-{flag_values.sweep}")
-    if flag_values.evals and flag_values.evals != ["none"]:
-        from seqmodels import evals  # imports JAX
-
-        evals.find(flag_values.evals)
+    check_metric(flag_values.metric, config, ",".join(flag_values.evals), compared)
     trials = definition.define(
         flag_values.spec, config, flag_values.sweep, flag_values.seeds, folder, ",".join(flag_values.evals)
     )

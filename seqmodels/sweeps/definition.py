@@ -13,8 +13,11 @@ from seqmodels import cli
 from seqmodels.atomic import replace_file
 from seqmodels.config import declared_fields, upgrade, validate, with_pattern
 from seqmodels.errors import UserError
+from seqmodels.fields.field import shown
+from seqmodels.fields.run import ROOT
 from seqmodels.nearest import nearest
 from seqmodels.scripts import CHECKOUT
+from seqmodels.sweeps.checks import check_evaluators
 from seqmodels.sweeps.claim import waited
 from seqmodels.sweeps.trial import Trial, read_json
 
@@ -37,9 +40,17 @@ def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path, e
     begun = (folder / "sweep.json").exists()
     validate(config, begun)
     listed: list[dict] = []
-    _find(spec, config, name)(listed.append, spec.partition(":")[2] or None)
+    sweep = _find(spec, config, name)
+    try:
+        sweep(listed.append, spec.partition(":")[2] or None)
+    except Exception as error:  # the file is a program of the user's
+        raise cli.mistake(spec, cli.find_config(spec), error) from error
     if not listed:
         raise UserError(f"--sweep={name}: adds no trial")
+    for overrides in listed:
+        if not isinstance(overrides, dict) or not all(isinstance(field, str) for field in overrides):
+            raise UserError(f"--sweep={name}: adds {shown(overrides)}: must be a dict of dotted fields and values")
+        ROOT.fields["seed"].check("seed", overrides.get("seed", config.seed))
     written = cli.written_config(spec)
     trials: dict[str, Trial] = {}
     for overrides in listed:
@@ -101,7 +112,10 @@ def _trial(spec, config, name, overrides, written, folder, evals, begun) -> Tria
     # what the command would have without flags but for the pattern, which may bring in branches
     default = dict(cli.fields(with_pattern(written, resolved.model.pattern)))
     default["model.pattern"] = upgrade(written).model.pattern
-    workdir, evals = folder / "trials" / identity, evals or fields["evals"]
+    field, evals = ("--evals", evals) if evals else ("config.evals", str(fields["evals"]))
+    if evals and evals != "none":
+        check_evaluators(resolved, evals.split(","), field)
+    workdir = folder / "trials" / identity
     given = fields | {"evals": ""}  # eval.py's work, not train.py's as well
     flags = [f"--config.{field}={value}" for field, value in given.items() if value != default[field]]
     commands = {"train": ("python", *_script("train"), f"--config={spec}", *flags, f"--workdir={workdir}")}

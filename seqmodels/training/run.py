@@ -70,6 +70,8 @@ def read_config(workdir: Path) -> ConfigDict:
         config = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(f"--workdir={workdir}: no config.json there; it is not a run directory") from None
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: {path} cannot be read ({error.strerror})") from None
     except ValueError as error:
         raise UserError(f"{path} is not JSON ({error})") from error
     return upgrade(config).lock()
