@@ -4,6 +4,7 @@ The fields themselves are declared in `seqmodels/fields`; here are the rules bet
 """
 
 import copy
+import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -13,6 +14,7 @@ from seqmodels import pattern, plausible
 from seqmodels.branches import BRANCHES
 from seqmodels.errors import UserError
 from seqmodels.fields import Field, Group, group, refuse
+from seqmodels.fields.field import HUGE, LARGEST
 from seqmodels.fields.model import DENSE, MODEL
 from seqmodels.fields.run import groups_of
 from seqmodels.kernels import OPERATIONS
@@ -117,15 +119,26 @@ def with_pattern(config: ConfigDict, text: str) -> ConfigDict:
 
 
 def _fill(config: ConfigDict) -> None:
-    """Sets the declared fields that are missing to their defaults, in place, and makes tuples of lists (of JSON)."""
+    """Sets the declared fields that are missing to their defaults, in place."""
     for declared in groups(config):
         options = part(config, declared.home, create=True)
         for name, field in declared.fields.items():
             if name not in options:
                 options[name] = field.default
-            elif isinstance(field.default, tuple) and isinstance(value := options[name], list):
+            elif (value := _stored(field, options[name])) is not options[name]:
                 del options[name]  # or the type of the old value would stay
-                options[name] = tuple(value)
+                options[name] = value
+
+
+def _stored(field: Field, value: Any) -> Any:
+    """The value as a config stores it: tuples for lists (of JSON), Python's numbers for NumPy's, floats for huge ones."""
+    if isinstance(field.default, tuple) and isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, numbers.Number) and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(field.default, float) and isinstance(value, int) and LARGEST < abs(value) <= HUGE:
+        return float(value)  # no program takes it as an integer
+    return value
 
 
 def groups(config: ConfigDict) -> tuple[Group, ...]:

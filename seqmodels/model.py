@@ -170,9 +170,7 @@ def _build(config, spec: Spec, objective: str) -> SequenceModel:
     if vocabularies:
         vocab_size = max(sizes[i] for i in vocabularies)
         if config.vocab_size and config.vocab_size < vocab_size:
-            raise UserError(
-                f"model.vocab_size is {config.vocab_size}; the tokenizer has {vocab_size} tokens (0 follows it)"
-            )
+            refuse("model.vocab_size", config.vocab_size, f"0, or at least {vocab_size}, as the tokenizer has so many")
         config.vocab_size = config.vocab_size or -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
         for i in vocabularies:
             sizes[i] = config.vocab_size

@@ -18,6 +18,7 @@ from typing import NoReturn
 
 from seqmodels.branches import BRANCHES
 from seqmodels.errors import UserError
+from seqmodels.fields.field import shown
 
 Step = tuple[str, ...]  # branches side by side, such as ("attention", "mlp") or ("bi:mamba",)
 Block = tuple[Step, ...]  # steps one after the other
@@ -40,6 +41,8 @@ def names(pattern: str) -> list[str]:
 
 def parse(pattern: str) -> list[Block]:
     """Blocks of one group, from bottom to top. Raises UserError that points at the word that is wrong."""
+    if not isinstance(pattern, str):
+        raise UserError(f"config.model.pattern={shown(pattern)}: must be a text, such as 'mamba'")
     return _Parser(pattern).blocks()
 
 
@@ -55,7 +58,7 @@ class _Parser:
         where = (
             f"{part!r} of word {self.place}, {token!r}," if part != token and part else f"word {self.place}, {token!r},"
         )
-        raise UserError(f"config.model.pattern={self.pattern!r}: {where if token else 'it'} must be {allowed}")
+        raise UserError(f"config.model.pattern={shown(self.pattern)}: {where if token else 'it'} must be {allowed}")
 
     def blocks(self) -> list[Block]:
         blocks = self.group(closing=False)

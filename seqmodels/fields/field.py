@@ -93,7 +93,7 @@ def refuse(field: str, value: Any, allowed: str, prefix: str = "config.") -> NoR
 def shown(value: Any) -> str:
     """A value as a message shows it, in one line, without the end of a long one."""
     try:
-        text = repr(value)
+        text = " ".join(repr(value).split()) if not isinstance(value, str) else repr(value)
     except ValueError:  # Python writes no integers of thousands of digits
         text = f"<{type(value).__name__} of more digits than can be shown>"
     return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"

@@ -104,7 +104,7 @@ def make_schedule(config: ConfigDict, steps: int) -> Callable[[jax.Array | int],
       wsd:      peak, and over the last `decay` of the steps linearly down to peak x floor (Hu et al. 2024)
       constant: peak
     """
-    warmup = warmup_steps(config.warmup, steps)
+    warmup = float(warmup_steps(config.warmup, steps))  # no program takes a huge integer
     last, peak, floor = steps - 1, config.learning_rate, config.floor
 
     def schedule(step):
