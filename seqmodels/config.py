@@ -131,7 +131,7 @@ def _fill(config: ConfigDict) -> None:
 
 
 def _stored(field: Field, value: Any) -> Any:
-    """The value as a config stores it: tuples for lists (of JSON), Python's numbers for NumPy's, floats for huge ones."""
+    """A value as a config stores it: tuples for lists (of JSON), Python's numbers for NumPy's, floats for huge ones."""
     if isinstance(field.default, tuple) and isinstance(value, list):
         return tuple(value)
     if isinstance(value, numbers.Number) and hasattr(value, "item"):

@@ -3,7 +3,6 @@
 The rules look at several fields together. Those without which nothing can be computed are in `seqmodels/config.py`.
 """
 
-import glob
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from seqmodels import pattern
 from seqmodels.errors import UserError
 from seqmodels.fields import refuse
 from seqmodels.fields.field import shown
+from seqmodels.globs import matching
 
 ENOUGH = 0.9  # of the peak learning rate, that a run should reach
 
@@ -91,7 +91,7 @@ def _best(config: ConfigDict) -> None:
 def _files(config: ConfigDict) -> None:
     """Files that only evaluators read."""
     files, folder = config.evaluation.classification, config.evaluation.task_folder
-    if files and not glob.glob(str(Path(files).expanduser()), recursive=True):
+    if files and not matching(files):
         raise UserError(f"config.evaluation.classification={shown(files)}: matches no file")
     if folder and not Path(folder).expanduser().is_dir():
         raise UserError(f"config.evaluation.task_folder={shown(folder)}: is no folder")

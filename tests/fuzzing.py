@@ -17,7 +17,17 @@ from ml_collections import ConfigDict
 
 from seqmodels import cli
 from seqmodels.config import declared_fields, upgrade, validate
-from seqmodels.configs import densemamba, gla, linear_attention, mamba2, mamba3, performer, retnet, synthetic, transformer
+from seqmodels.configs import (
+    densemamba,
+    gla,
+    linear_attention,
+    mamba2,
+    mamba3,
+    performer,
+    retnet,
+    synthetic,
+    transformer,
+)
 from seqmodels.data.contract import BatchSource, text_spec
 from seqmodels.fields import Field
 from seqmodels.model import build_for

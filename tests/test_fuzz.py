@@ -11,7 +11,7 @@ import io
 import json
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 from seqmodels import cli
@@ -23,7 +23,13 @@ from seqmodels.scripts import train as train_script
 from seqmodels.training.run import write_config
 from tests import fuzzing
 
-OPTIONS = dict(derandomize=True, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+OPTIONS = dict(
+    derandomize=True,
+    deadline=None,
+    database=None,
+    suppress_health_check=list(HealthCheck),
+    phases=(Phase.generate,),  # a smaller example takes minutes to find
+)
 
 
 def cases(name):
@@ -105,8 +111,8 @@ def flag_values():
 
 FLAGS = {
     "train": ("workdir", "distributed", "config"),
-    "eval": ("workdir", "step", "platform", "out", "splits", "evals", "tasks", "limit", "batch_size", "prompt", "tokens",
-             "temperature", "top_k", "top_p", "seed", "stop"),
+    "eval": ("workdir", "step", "platform", "out", "splits", "evals", "tasks", "limit", "batch_size", "prompt",
+             "tokens", "temperature", "top_k", "top_p", "seed", "stop"),
     "sweep": ("sweep", "out", "seeds", "evals", "parallel", "per_gpu", "slurm", "retry", "metric", "compare", "config"),
 }  # fmt: skip
 
@@ -186,7 +192,12 @@ def check_line(commands, command, name, text):
     if commands.seen is None or status:
         stopped = commands.seen is not None and "stopped before loading" in said
         if not stopped:
-            assert status == 1 and said.startswith("error: ") and said.count("\n") == 1, (command, name, text[:99], said)
+            assert status == 1 and said.startswith("error: ") and said.count("\n") == 1, (
+                command,
+                name,
+                text[:99],
+                said,
+            )
             assert name.split(".")[-1] in said, (command, name, text[:99], said)
             return "refused"
     if name.startswith("config.") and isinstance(found := commands.seen.get(name[7:]), str):
