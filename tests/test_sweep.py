@@ -165,6 +165,12 @@ def test_controls_have_the_parameters_of_read(field, bound):
         (["--out=/dev/null/x"], ["--out=/dev/null/x", "cannot be written"]),
         (["--sweeps=3"], ["sweeps"]),
         (["--evals=perplexty"], ["--evals=perplexty", "must be one of perplexity"]),
+        (["--evals=accuracy"], ["--evals=accuracy", "does not fit this run; perplexity"]),
+        (["--evals=classification", "--config.evaluation.classification=/nowhere"], ["/nowhere", "matches no file"]),
+        (["--metric=bogus"], ["--metric=bogus", "no such figure"]),
+        (["--metric=validation.accuracy"], ["--metric=validation.accuracy", "no such figure"]),
+        (["--config.evaluation.lengths=abc"], ["evaluation.lengths"]),
+        (["--config.seed=18446744073709551616"], ["config.seed=18446744073709551616"]),
     ],
 )
 def test_mistakes_are_one_line_before_anything_starts(tmp_path, monkeypatch, capsys, argv, words):
