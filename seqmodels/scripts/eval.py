@@ -97,7 +97,7 @@ def check(flag_values: flags.FlagValues) -> None:
         if getattr(flag_values, name) is not None:
             Field(0, "").check(name, getattr(flag_values, name), prefix="--")
     out = Path(flag_values.out or Path(flag_values.workdir) / "eval.json")
-    if not prompted:
+    if not prompted and (flag_values.out or Path(flag_values.workdir).is_dir()):
         check_writable(out)
 
 

@@ -26,6 +26,7 @@ from seqmodels.sweeps.live import Live
 from seqmodels.sweeps.local import Workers
 from seqmodels.sweeps.trial import Trial
 
+MOST = 10_000  # seeds, or trials at once
 ENGINES = ("local", "slurm", "print", "none")
 
 
@@ -34,11 +35,17 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string("spec", cli.take_config(list(argv)), "", **values)  # of --config; no flag for users
     flags.DEFINE_string("sweep", "ablation", "Sweep of the config, by name.", **values)
     flags.DEFINE_string("out", None, "Directory of the sweep; sweeps/<config>-<sweep> if left out.", **values)
-    flags.DEFINE_integer("seeds", 1, "Seeds of every trial: seed, seed + 1, ...", lower_bound=1, **values)
+    flags.DEFINE_integer("seeds", 1, "Seeds of every trial: seed, seed + 1, ...", lower_bound=1, upper_bound=MOST,
+                         **values)  # fmt: skip
     flags.DEFINE_list("evals", [], "Evaluators of eval.py; config.evals or the usual if left out; none: no eval.py.",
                       **values)  # fmt: skip
     flags.DEFINE_integer(
-        "parallel", 0, "Trials at once; as many as fit on the GPUs, or one, if left out.", lower_bound=0, **values
+        "parallel",
+        0,
+        "Trials at once; as many as fit on the GPUs, or one, if left out.",
+        lower_bound=0,
+        upper_bound=MOST,
+        **values,
     )
     flags.DEFINE_integer("per_gpu", 1, "Trials that share a GPU; then their tokens/s are not reported.",
                          lower_bound=1, upper_bound=devices.PARTS, **values)  # fmt: skip
