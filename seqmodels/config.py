@@ -20,6 +20,7 @@ from seqmodels.fields.run import groups_of
 from seqmodels.kernels import OPERATIONS
 from seqmodels.nearest import nearest
 
+MOST_TOKENS = 2**28  # of a step; the host makes all of them at once
 OPEN = "data.task"  # whose fields are those of the task's class, which checks them (seqmodels/data/synthetic)
 
 
@@ -46,6 +47,9 @@ def validate(config: ConfigDict, begun: bool = False) -> None:
         refuse("batch_size", config.batch_size, f"a multiple of training.accumulate={accumulate}")
     if scan and repeats % scan:
         refuse("model.scan_blocks", scan, f"0, or a divisor of model.repeats={repeats}")
+    if config.batch_size * config.seq_len > MOST_TOKENS:
+        wide = "seq_len" if config.seq_len > config.batch_size else "batch_size"
+        refuse(wide, config[wide], f"smaller: a step of batch_size * seq_len has at most {MOST_TOKENS} tokens")
     if "task" in config.data:
         from seqmodels.data import synthetic
 

@@ -20,6 +20,7 @@ from ml_collections import ConfigDict, config_flags
 from seqmodels import cli
 from seqmodels.errors import UserError
 from seqmodels.fields import Field
+from seqmodels.fields.field import shown
 from seqmodels.fields.run import ROOT, defaults
 from seqmodels.scripts import as_typed
 
@@ -103,10 +104,15 @@ def check(flag_values: flags.FlagValues) -> None:
 
 def check_writable(out: Path) -> None:
     """Raises UserError if a file cannot be written, as far as the system says without writing it."""
-    folder = next(folder for folder in (out.parent, *out.absolute().parents) if folder.exists())
-    if out.is_dir() or not folder.is_dir() or not os.access(out if out.exists() else folder, os.W_OK):
-        reason = "is a folder" if out.is_dir() else "cannot be written"
-        raise UserError(f"--out={out}: {reason}; name another file")
+    try:
+        folder = next(folder for folder in (out.parent, *out.absolute().parents) if folder.exists())
+        reason = "is a folder" if out.is_dir() else ""
+        if not folder.is_dir() or not os.access(out if out.exists() else folder, os.W_OK):
+            reason = reason or "cannot be written"
+    except (OSError, ValueError) as error:  # a name that no file can have
+        reason = f"is no file name ({getattr(error, 'strerror', error)})"
+    if reason:
+        raise UserError(f"--out={shown(str(out))}: {reason}; name another file")
 
 
 def continuation(run: "Run", flag_values: flags.FlagValues) -> str:

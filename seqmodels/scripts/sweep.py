@@ -18,6 +18,7 @@ from absl import flags
 
 from seqmodels import cli
 from seqmodels.errors import UserError
+from seqmodels.fields.field import shown
 from seqmodels.scripts import as_typed, command_line
 from seqmodels.sweeps import definition, devices, report, results, slurm
 from seqmodels.sweeps.attempt import Stop
@@ -69,6 +70,10 @@ def main(flag_values: flags.FlagValues) -> int:
         return 0
     config = flag_values.config
     folder = Path(flag_values.out or f"sweeps/{config.name}-{flag_values.sweep}")
+    try:
+        folder.exists()
+    except OSError as error:
+        raise UserError(f"--out={shown(str(folder))}: is no file name ({error.strerror})") from None
     check_metric(flag_values.metric, config, ",".join(flag_values.evals), compared)
     trials = definition.define(
         flag_values.spec, config, flag_values.sweep, flag_values.seeds, folder, ",".join(flag_values.evals)
