@@ -11,7 +11,6 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from seqmodels.errors import UserError
-from seqmodels.fields import refuse
 from seqmodels.training import sharding
 
 
