@@ -154,7 +154,9 @@ def _built(key: str, config: ConfigDict) -> Any:
 def shown_in(config: ConfigDict, field: str, value: Any) -> bool:
     """Whether a config holds a value as it was given."""
     found = dict(cli.fields(upgrade(config)))[field]
-    return found == value or list(found) == list(value)
+    if isinstance(found, numbers.Real) or isinstance(value, str):
+        return type(value) is not str and float(found) == float(value) or found == value
+    return list(found) == list(value)
 
 
 __all__ = ["CONFIGS", "check_accepted", "config_of", "fields_of", "shown_in", "validate", "values_of", "with_value"]
