@@ -155,7 +155,7 @@ def shown_in(config: ConfigDict, field: str, value: Any) -> bool:
     """Whether a config holds a value as it was given."""
     found = dict(cli.fields(upgrade(config)))[field]
     if isinstance(found, numbers.Real) or isinstance(value, str):
-        return type(value) is not str and float(found) == float(value) or found == value
+        return (type(value) is not str and float(found) == float(value)) or found == value
     return list(found) == list(value)
 
 
