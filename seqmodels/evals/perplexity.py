@@ -29,7 +29,7 @@ def evaluate(
       loss: mean nats of a token. perplexity: its exponential. bits_per_byte: bits for each byte of raw text. tokens,
       bytes: how many were measured.
     """
-    options = dict(length=length, batch_size=batch_size, limit=limit, mesh=mesh)
+    options: dict[str, Any] = dict(length=length, batch_size=batch_size, limit=limit, mesh=mesh)
     return figures(position_sums(model, params, split, **options))
 
 
