@@ -276,7 +276,7 @@ def run(
       doc: the text of --help.
       argv: program name and arguments; sys.argv if None.
 
-    A UserError, and any mistake in the flags, is one line on stderr and status 1.
+    A UserError, any mistake in the flags, and a file that the system refuses is one line on stderr and status 1.
     """
     argv = list(sys.argv if argv is None else argv)
     # Scripts are quiet unless something is wrong; must be set before JAX's libraries are loaded.
@@ -295,6 +295,11 @@ def run(
         print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
         return 1
     except BrokenPipeError:  # `train.py ... | head`
+        return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         return 1
 
 
