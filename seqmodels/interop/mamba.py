@@ -14,7 +14,6 @@ from seqmodels.interop.table import (
     honoured,
     integer,
     only,
-    optional,
     positive,
     refuse,
 )
@@ -25,7 +24,7 @@ RANK = Rule(lambda value: value == "auto" or integer().test(value), "'auto' or a
 MAMBA: Table = {
     **mamba_fields(vocab_size=50280, width=768, layers=32, tied=True),
     "state_size": Honoured(16, integer()),
-    "intermediate_size": Honoured(None, optional(integer())),
+    "intermediate_size": Honoured(None, integer()),
     "time_step_rank": Honoured("auto", RANK),
     **harmless(ROUNDING, "use_associative_scan", "use_mambapy"),
 }
