@@ -32,7 +32,8 @@ COMMON: Table = {
     **harmless("for the tokenizer", "max_sequence_length", "model_max_length", "tokenizer_class"),
     **harmless(
         "id of a special token",
-        *("bos_token_id", "decoder_start_token_id", "eos_token_id", "pad_token_id", "sep_token_id"),
+        *("bos_token_id", "cls_token_id", "decoder_start_token_id", "eos_token_id", "mask_token_id", "pad_token_id"),
+        *("sep_token_id", "unk_token_id"),
     ),
     **harmless("for other heads", "finetuning_task", "id2label", "label2id", "num_labels", "problem_type"),
     **harmless(
@@ -51,7 +52,7 @@ COMMON: Table = {
         "tie_encoder_decoder",
     ),
     **harmless(FRESH, "initializer_range"),
-    **harmless(TRAINING, "neftune_noise_alpha"),
+    **harmless(TRAINING, "hidden_dropout_prob", "attention_probs_dropout_prob", "neftune_noise_alpha"),
     **harmless(
         "names the file with the weights, which seqmodels.interop.pretrained.load reads", "transformers_weights"
     ),
