@@ -207,8 +207,12 @@ def test_tied_head_and_buffers(tmp_path):
         HEAD: tensors["model.embed_tokens.weight"].copy(),
     }
     assert from_huggingface({**tensors, **more}, config)[0] == from_huggingface(tensors, config)[0]
+    head_only = {HEAD if name == "model.embed_tokens.weight" else name: tensor for name, tensor in tensors.items()}
+    jax.tree.map(np.testing.assert_array_equal, from_huggingface(head_only, config), from_huggingface(tensors, config))
     with pytest.raises(UserError, match=rf"missing {HEAD}$"):
         from_huggingface(tensors, LLAMA)
+    with pytest.raises(UserError, match=r"missing model\.embed_tokens\.weight$"):
+        from_huggingface(head_only, LLAMA)
 
 
 def write(name, content):

@@ -21,7 +21,9 @@ from seqmodels.interop.weights import Weight, convert, export, head
 
 IGNORED = ("rotary_emb.inv_freq",)  # buffers in old Llama files, which follow from the config
 HEAD = "lm_head.weight"
-EMBEDDINGS = ("backbone.embeddings.weight", "backbone.embedding.weight", "model.embed_tokens.weight")
+MAMBA_EMBEDDINGS = ("backbone.embeddings.weight", "backbone.embedding.weight")
+LLAMA_EMBEDDINGS = ("model.embed_tokens.weight",)
+FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}  # JSON does not have them
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,19 +34,21 @@ class Family:
         table: what becomes of each field of their config.
         config_of: fields of config.model from the honoured fields of their config.
         weights: every tensor but the head, from the fields of config.model.
+        embeddings: names that the embedding may have.
     """
 
     table: Table
     config_of: Callable[[Mapping[str, Any]], dict[str, Any]]
     weights: Callable[..., list[Weight]]
+    embeddings: tuple[str, ...] = MAMBA_EMBEDDINGS
 
 
 FAMILIES = {
     "mamba": Family(mamba.MAMBA, mamba.config_of, mamba.weights),
     "mamba2": Family(mamba2.MAMBA2, mamba2.config_of, mamba2.weights),
     "falcon_mamba": Family(mamba.FALCON, mamba.config_of, mamba.weights),
-    "llama": Family(llama.LLAMA, llama.config_of, llama.weights),
-    "mistral": Family(llama.MISTRAL, llama.config_of, llama.weights),
+    "llama": Family(llama.LLAMA, llama.config_of, llama.weights, LLAMA_EMBEDDINGS),
+    "mistral": Family(llama.MISTRAL, llama.config_of, llama.weights, LLAMA_EMBEDDINGS),
 }
 
 EXPORTED: Table = {  # fields of config.model itself
@@ -86,60 +90,76 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any
         model = denseretnet.config_of(tensors, config)
         return model, convert(denseretnet.without_unused(tensors, model), denseretnet.weights(model))
     tensors = with_prefix({name: tensor for name, tensor in tensors.items() if not name.endswith(IGNORED)})
-    embedding = next((name for name in EMBEDDINGS if name in tensors), None)
-    if embedding is None:
-        raise UserError(f"Hugging Face weights: no embedding; one of {', '.join(EMBEDDINGS)} is needed")
     kind = config.get("model_type")
     if kind is None and "d_model" in config:
-        model = original.config_of(config, vocab_size=tensors[embedding].shape[0])
-        family = FAMILIES[model["pattern"]]
-    elif kind in FAMILIES:
-        family = FAMILIES[kind]
-        model = family.config_of(read(config, family.table, kind))
-    else:
+        model = original.config_of(config, vocab_size=rows_of(tensors))
+        return model, converted(tensors, model, FAMILIES[model["pattern"]])
+    if kind not in FAMILIES:
         raise UserError(f"Hugging Face config: model_type is {kind!r}; allowed: {', '.join(FAMILIES)}")
-    tensors = untied(tensors, model, embedding)
-    spelling = {} if embedding == EMBEDDINGS[-1] else {"embedding": embedding.split(".")[1]}
-    weights = family.weights(model, **spelling) + head(model)
+    family = FAMILIES[kind]
+    model = family.config_of(read(config, family.table, kind))
     try:
-        return model, convert(tensors, weights)
+        return model, converted(tensors, model, family)
     except UserError as problem:
-        if kind is None or not (sizes := missing(config, family.table)):
+        if not (sizes := missing(config, family.table)):
             raise
         names, values = ", ".join(map(repr, sizes)), ", ".join(map(str, sizes.values()))
-        fields = f"{'field' if len(sizes) == 1 else 'fields'} {names} of a {kind} model"
-        default = f"with {values}, as transformers takes then, the weights do not fit: {problem}"
-        raise UserError(f"Hugging Face config: {fields} is missing, and {default}") from None
+        field = f"the field {names} of a {kind} model is missing"
+        default = f"with {values}, which transformers takes then, the weights do not fit: {problem}"
+        raise UserError(f"Hugging Face config: {field}, and {default}") from None
+
+
+def converted(tensors: Mapping[str, Any], model: Mapping[str, Any], family: Family) -> dict:
+    """Our parameters from their tensors, for the fields of config.model."""
+    rows_of(tensors)
+    embedding = next((name for name in family.embeddings if name in tensors), family.embeddings[0])
+    if model["tie_embeddings"]:
+        tensors = once(tensors, embedding)
+    spelling = dict(embedding=embedding.split(".")[1]) if len(family.embeddings) > 1 else {}
+    return convert(tensors, family.weights(model, **spelling) + head(model))
+
+
+def rows_of(tensors: Mapping[str, Any]) -> int:
+    """Size of the vocabulary. A UserError if there is no matrix with a row for each token."""
+    names = [*MAMBA_EMBEDDINGS, *LLAMA_EMBEDDINGS]
+    for name in (*names, HEAD):
+        if name in tensors:
+            return tensors[name].shape[0]
+    raise UserError(f"Hugging Face weights: no embedding; one of {', '.join(names)} is needed")
 
 
 def plain(value: Any) -> Any:
-    """A config in which numbers that JSON does not have are numbers again: transformers writes {"__float__": "NaN"}."""
+    """A config in which infinity is a number again, which transformers writes as {"__float__": "Infinity"}."""
     if isinstance(value, Mapping):
-        if set(value) == {"__float__"}:
-            return float(value["__float__"])
+        if set(value) == {"__float__"} and value["__float__"] in FLOATS:
+            return FLOATS[value["__float__"]]
         return {name: plain(field) for name, field in value.items()}
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def with_prefix(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Tensors under their names in a model with a head. The file of a model without one has no prefix."""
-    for name in EMBEDDINGS:
+    for name in (*MAMBA_EMBEDDINGS, *LLAMA_EMBEDDINGS):
         prefix, rest = name.split(".", 1)
         if rest in tensors:
             return {each if each == HEAD else f"{prefix}.{each}": tensor for each, tensor in tensors.items()}
     return dict(tensors)
 
 
-def untied(tensors: Mapping[str, Any], model: Mapping[str, Any], embedding: str) -> dict[str, Any]:
-    """The tensors without a head that is tied to the embedding. A UserError if it is not the same matrix."""
-    if not model["tie_embeddings"] or HEAD not in tensors:
+def once(tensors: Mapping[str, Any], embedding: str) -> dict[str, Any]:
+    """The tensors with a tied matrix under the name `embedding` only. A file may have it as the head, or twice.
+
+    Raises:
+        UserError: the head and the embedding differ.
+    """
+    if HEAD not in tensors:
         return dict(tensors)
-    if not np.array_equal(tensors[HEAD], tensors[embedding]):
+    if embedding in tensors and not np.array_equal(tensors[HEAD], tensors[embedding]):
         raise UserError(
             f"Hugging Face weights: {HEAD} differs from {embedding}, to which tie_word_embeddings ties it; "
             "set that field to false in config.json if both are right"
         )
-    return {name: tensor for name, tensor in tensors.items() if name != HEAD}
+    return {embedding: tensors[HEAD]} | {name: tensor for name, tensor in tensors.items() if name != HEAD}
 
 
 def to_huggingface(params: Mapping, model: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict]:

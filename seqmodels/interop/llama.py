@@ -27,6 +27,10 @@ from seqmodels.interop.weights import Weight, find, same, turned
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}  # theirs and ours
 ROTARY = Rule(lambda value: value is None or isinstance(value, Mapping), "an object, or null")
+FULL = Rule(
+    lambda value: value is None or (isinstance(value, list) and all(kind == "full_attention" for kind in value)),
+    "'full_attention' for every layer, or null",
+)
 
 ATTENTION_AND_MLP: Table = {
     **COMMON,
@@ -40,7 +44,6 @@ ATTENTION_AND_MLP: Table = {
     "rope_theta": Honoured(1e4, positive),
     "is_causal": only(True),  # false: every token sees every other
     "attention_chunk_size": only(None),  # bounds what their cache keeps
-    "layer_types": only(None),  # AutoModel takes another class for such a mistral model
     **harmless(TRAINING, "attention_dropout"),
     **harmless("default rotary positions have no end", "max_position_embeddings"),
     **harmless("default rotary positions turn the whole head", "partial_rotary_factor"),
@@ -54,6 +57,7 @@ LLAMA: Table = {
     "num_key_value_heads": Honoured(None, optional(integer())),
     "attention_bias": Honoured(False, flag),
     "mlp_bias": Honoured(False, flag),
+    "layer_types": Honoured(None, FULL),
     **harmless("their attention reads it in no call without a cache", "sliding_window"),
 }
 MISTRAL: Table = {
@@ -62,6 +66,7 @@ MISTRAL: Table = {
     "intermediate_size": Honoured(14336, integer()),
     "num_key_value_heads": Honoured(8, optional(integer())),
     "sliding_window": Honoured(4096, optional(integer())),
+    "layer_types": only(None),  # with it AutoModel takes another class
     **harmless("their class has no biases", "attention_bias", "mlp_bias"),
 }
 
