@@ -318,6 +318,12 @@ def test_no_directory(directory, place):
         load(directory / place)
 
 
+@pytest.mark.parametrize("place", ["a" * 300, "~nobody-has-this-name/model"])
+def test_places_that_cannot_be(place):
+    with pytest.raises(UserError, match="cannot be read"):
+        load(place)
+
+
 def exported(directory):
     fields, params = from_huggingface(TENSORS, CONFIG)
     return params, {**fields, "dense": {"variant": "none"}}

@@ -18,14 +18,19 @@ def load(directory: str | Path) -> tuple[dict, dict]:
     Raises:
         UserError: files are missing or damaged, or contain a model that cannot be converted.
     """
-    directory = Path(directory).expanduser()
-    if not (directory / "config.json").is_file():
-        raise UserError(f"{directory} has no config.json; a directory written by save_pretrained is needed")
-    config = read_json(directory / "config.json")
-    chosen = config.get("transformers_weights")
-    if not isinstance(chosen, str | None):
-        raise UserError(f"{directory / 'config.json'}: transformers_weights is {chosen!r}; allowed: the name of a file")
-    return from_huggingface(read_tensors(directory, chosen), config)
+    try:
+        directory = Path(directory).expanduser()
+        if not (directory / "config.json").is_file():
+            raise UserError(f"{directory} has no config.json; a directory written by save_pretrained is needed")
+        config = read_json(directory / "config.json")
+        chosen = config.get("transformers_weights")
+        if not isinstance(chosen, str | None):
+            file = directory / "config.json"
+            raise UserError(f"{file}: transformers_weights is {chosen!r}; allowed: the name of a file")
+        tensors = read_tensors(directory, chosen)
+    except (OSError, RuntimeError) as error:  # RuntimeError: no such home directory
+        raise UserError(f"{directory} cannot be read: {error}") from None
+    return from_huggingface(tensors, config)
 
 
 def save(directory: str | Path, params: Mapping, model: Mapping) -> None:
