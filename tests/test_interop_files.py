@@ -312,6 +312,17 @@ def test_damaged_files_are_named_in_one_line(directory, damage, message):
     assert "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("kind", [None, "gpt2", ["mamba"], 3])
+def test_other_models_are_named(kind):
+    with pytest.raises(UserError, match=r"model_type is .*; allowed: mamba, mamba2, falcon_mamba, llama, mistral$"):
+        from_huggingface(TENSORS, {**CONFIG, "model_type": kind})
+
+
+def test_more_layers_than_tensors():
+    with pytest.raises(UserError, match=f"only {len(TENSORS)} tensors; the config asks for 1000000000000 layers"):
+        from_huggingface(TENSORS, {**CONFIG, "num_hidden_layers": 10**12})
+
+
 @pytest.mark.parametrize("place", ["missing", "config.json"])
 def test_no_directory(directory, place):
     with pytest.raises(UserError, match=r"has no config\.json"):

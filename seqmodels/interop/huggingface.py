@@ -94,7 +94,7 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any
     if kind is None and "d_model" in config:
         model = original.config_of(config, vocab_size=rows_of(tensors))
         return model, converted(tensors, model, FAMILIES[model["pattern"]])
-    if kind not in FAMILIES:
+    if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"Hugging Face config: model_type is {kind!r}; allowed: {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
     model = family.config_of(read(config, family.table, kind))
@@ -112,6 +112,10 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any
 def converted(tensors: Mapping[str, Any], model: Mapping[str, Any], family: Family) -> dict:
     """Our parameters from their tensors, for the fields of config.model."""
     rows_of(tensors)
+    if model["repeats"] > len(tensors):  # before a list of their names is made
+        raise UserError(
+            f"Hugging Face weights: only {len(tensors)} tensors; the config asks for {model['repeats']} layers"
+        )
     embedding = next((name for name in family.embeddings if name in tensors), family.embeddings[0])
     if model["tie_embeddings"]:
         tensors = once(tensors, embedding)
