@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.kernels.arrays import join_time, split_time, zero_padding
-from seqmodels.kernels.segments import resets
+from seqmodels.kernels.segments import forget, resets
 from seqmodels.kernels.selective_scan import xla
 
 
@@ -19,17 +19,21 @@ def _chunked(body, state, tokens, reset, length):
     return state, join_time(y, length, time_first=True)
 
 
-def _recurrence(decay, write, state):
-    """s_t = decay_t s_{t-1} + write_t over the leading axis: sequential on CPU, associative elsewhere."""
+def _recurrence(decay, write, state, reset):
+    """s_t = decay_t s_{t-1} + write_t over the leading axis, from zero at a reset [T, B] (or None).
 
-    def sequential(decay, write, state):
+    Sequential on CPU, associative elsewhere.
+    """
+
+    def sequential(decay, write, state, reset):
         def step(state, token):
-            state = token[0] * state + token[1]
+            decay, write, reset = token
+            state = decay * forget(state, reset) + write
             return state, state
 
-        return jax.lax.scan(step, state, (decay, write))[1]
+        return jax.lax.scan(step, state, (decay, write, reset))[1]
 
-    return jax.lax.platform_dependent(decay, write, state, cpu=sequential, default=xla.linear_recurrence)
+    return jax.lax.platform_dependent(decay, write, state, reset, cpu=sequential, default=xla.linear_recurrence)
 
 
 def rank_scan(
@@ -62,9 +66,8 @@ def rank_scan(
 
     def body(state, tokens, reset):
         dt, writes, B, C = tokens
-        states = _recurrence(
-            xla._decay(dt, A.T, reset), jnp.einsum("tbge,tbgn->tbne", writes, B, precision="highest"), state
-        )
+        written = jnp.einsum("tbge,tbgn->tbne", writes, B, precision="highest")
+        states = _recurrence(xla._decay(dt, A.T), written, state, reset)
         return states[-1], jnp.einsum("tbne,tbn->tbe", states, C, precision="highest")
 
     reset = resets(segment_ids, initial_segment, mask)
@@ -114,13 +117,13 @@ def carry_scan(
     def body(states, tokens, reset):
         state, carried = states
         u, dt, B, C, gate_channel, gate_state = tokens
-        decay = xla._decay(dt, A, reset)
-        unfused = _recurrence(decay, xla._write(u, dt, B), state)
+        decay = xla._decay(dt, A)
+        unfused = _recurrence(decay, xla._write(u, dt, B), state, reset)
         others = unfused[:, :, 1:]
         if projection is not None:
             others = jnp.einsum("nk,tbgke->tbgne", projection, others, precision="highest")
         added = jnp.sum(gate_channel[..., None, :] * gate_state[..., None] * others, axis=2)
-        extra = _recurrence(decay[:, :, 0], added, carried)
+        extra = _recurrence(decay[:, :, 0], added, carried, reset)
         y = jnp.einsum("tbne,tbn->tbe", unfused[:, :, 0] + extra, C, precision="highest")
         return (unfused[-1], extra[-1]), y
 
