@@ -6,19 +6,22 @@ what was not finite is made NaN afterwards (`spoil`). Both leave gradients as th
 backward pass, and NaN in a gradient is not hidden.
 """
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 
 from seqmodels.kernels.arrays import expand_to
 
 
-@jax.custom_vjp
-def finite_or_zero(x: jax.Array) -> jax.Array:
-    """x, with zeros in place of infinity and NaN."""
-    return jnp.where(jnp.isfinite(x), x, 0)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def finite_or_zero(x: jax.Array, limit: float = math.inf) -> jax.Array:
+    """x, with zeros in place of NaN and of what is not below `limit` in absolute value: infinity by default."""
+    return jnp.where(jnp.abs(x) < limit, x, 0)
 
 
-finite_or_zero.defvjp(lambda x: (finite_or_zero(x), None), lambda _, dy: (dy,))
+finite_or_zero.defvjp(lambda x, limit: (finite_or_zero(x, limit), None), lambda limit, _, dy: (dy,))
 
 
 @jax.custom_vjp
@@ -30,9 +33,9 @@ def spoil(x: jax.Array, spoilt: jax.Array) -> jax.Array:
 spoil.defvjp(lambda x, spoilt: (spoil(x, spoilt), None), lambda _, dy: (dy, None))
 
 
-def not_finite(x: jax.Array) -> jax.Array:
-    """[B, T] bool: whether something in a token of x [B, T, ...] is infinite or NaN."""
-    return jnp.any(~jnp.isfinite(x), axis=range(2, x.ndim))
+def not_finite(x: jax.Array, limit: float = math.inf) -> jax.Array:
+    """[B, T] bool: whether something in a token of x [B, T, ...] is NaN or not below `limit` in absolute value."""
+    return jnp.any(~(jnp.abs(x) < limit), axis=range(2, x.ndim))
 
 
 def spoilt_so_far(bad: jax.Array, reset: jax.Array) -> jax.Array:
