@@ -256,8 +256,8 @@ def decode(
         if (drawn == NO_TOKEN).any():
             row, place = np.argwhere(drawn == NO_TOKEN)[0]
             raise UserError(
-                f"the model's logits for token {first + place + 1} of row {row + 1} are not finite (NaN or infinity): its "
-                "parameters are not finite, or numbers overflow in its dtype"
+                f"the model's logits for token {first + place + 1} of row {row + 1} are not finite (NaN or infinity): "
+                "its parameters are not finite, or numbers overflow in its dtype"
             )
         out = np.concatenate([out, drawn], axis=1)
     return out

@@ -133,9 +133,7 @@ def _attend(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, rules: d
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_apart(
-    options: Options, qkv: tuple[jax.Array, jax.Array, jax.Array], rules: dict[str, Any]
-) -> jax.Array:
+def _attend_apart(options: Options, qkv: tuple[jax.Array, jax.Array, jax.Array], rules: dict[str, Any]) -> jax.Array:
     """As `_attend`, and what is not finite in one document does not reach the others.
 
     Weights of unseen keys are zero, but the products multiply by them. So queries, keys, values and the gradient of the

@@ -3,7 +3,6 @@
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from seqmodels.kernels.finite import finite_or_zero, not_finite, spoilt_so_far
 

@@ -5,8 +5,8 @@ one more read after the last. Then one matrix holds all decays,
 
     D[i, j] = exp(sum of log_decay over the tokens l that read i sees after token j)          [C + 1, C + 1]
 
-which is zero where i does not see j. There, and where it is multiplied by something that is infinite or NaN, the product
-is zero, too: it is selected, not multiplied. For one head, the block computes
+which is zero where i does not see j. Products with these zeros are selected, not multiplied, because the other factor
+may be infinite or NaN. For one head, the block computes
 
     y_i = sum_j (q_i . k_j) D[i, j] v_j + D[i, start] q_i S,     S' = D[end, start] S + sum_j D[end, j] k_j v_j^T.
 

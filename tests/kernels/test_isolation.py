@@ -77,7 +77,9 @@ def test_attention(implementation, length, keys, bad):
 
     do = jnp.asarray(draw.normal(size=q.shape), jnp.float32)
     want = run(q, k, v, do)
-    got = run(spoil(q, of_query), spoil(k, of_key), spoil(v, of_key), jnp.where(of_query[None, :, None, None], np.nan, do))
+    got = run(
+        spoil(q, of_query), spoil(k, of_key), spoil(v, of_key), jnp.where(of_query[None, :, None, None], np.nan, do)
+    )
     for x, y, where in zip(got, want, (of_query, of_query, of_key, of_key), strict=True):
         np.testing.assert_allclose(x[:, ~where], y[:, ~where], rtol=1e-5, atol=1e-6)
     if of_query.any():

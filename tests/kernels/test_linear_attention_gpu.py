@@ -32,6 +32,7 @@ from tests.kernels.helpers import (
     value_and_gradients,
 )
 from tests.kernels.inputs import linear_attention_inputs as inputs
+from tests.kernels.isolation import check_isolation
 
 ROUNDINGS = 4 * 2**-9  # of a decayed value, a score or state made of such, its gradient's likewise, and the result
 LEAST = 1e-37  # no number of float32 is nearer to 0
@@ -93,6 +94,15 @@ def test_random_documents(interpreter):
         assert_near(run(args, static), expected(linear_attention, args, static))
 
     check()
+
+
+@pytest.mark.parametrize("length", [70, pytest.param(1030, marks=pytest.mark.slow)])
+def test_isolation(interpreter, length):
+    """What is not finite in one document, in padding or in a dropped state reaches no other; also between stretches."""
+    operation = functools.partial(linear_attention, implementation="mosaic_gpu")
+    check_isolation(
+        operation, halved(inputs(length=length, groups=1, heads=2)), ("q", "k", "v", "log_decay"), ROUNDINGS
+    )
 
 
 def test_deterministic(interpreter):

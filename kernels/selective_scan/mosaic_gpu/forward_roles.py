@@ -322,9 +322,7 @@ def load_readouts(scan: Scan, slot: Array) -> list[Lanes]:
     return total
 
 
-def advance(
-    h: Sequence[Lanes], factors: list[tuple], reset: Array | None
-) -> tuple[tuple[Lanes, ...], list[Array]]:
+def advance(h: Sequence[Lanes], factors: list[tuple], reset: Array | None) -> tuple[tuple[Lanes, ...], list[Array]]:
     """s = exp(dt A) s + dt u B, and s C, for each of the groups; from s = 0 if there is a reset."""
     new = tuple(
         tuple(a * s + b for a, s, b in zip(decays, kept(s, reset), added)) for s, (decays, added, _) in zip(h, factors)
