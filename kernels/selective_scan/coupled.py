@@ -72,7 +72,7 @@ def rank_scan(
 
     reset = resets(segment_ids, initial_segment, mask)
     state, y = _chunked(body, jnp.swapaxes(state, 1, 2), (dt, writes, B, C), reset, dt.shape[1])
-    return y, jnp.swapaxes(state, 1, 2)
+    return zero_padding(y, mask), jnp.swapaxes(state, 1, 2)
 
 
 def carry_scan(
@@ -130,4 +130,4 @@ def carry_scan(
     reset = resets(segment_ids, initial_segment, mask)
     states = (jnp.swapaxes(state, 2, 3), jnp.swapaxes(carried, 1, 2))
     (state, carried), y = _chunked(body, states, (u, dt, B, C, gate_channel, gate_state), reset, u.shape[1])
-    return y, jnp.swapaxes(state[:, 0], 1, 2), jnp.swapaxes(carried, 1, 2)
+    return zero_padding(y, mask), jnp.swapaxes(state[:, 0], 1, 2), jnp.swapaxes(carried, 1, 2)

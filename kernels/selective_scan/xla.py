@@ -277,6 +277,7 @@ def _associative_backward(tokens, A, state, dy, dstate):
     dreadout = jnp.broadcast_to(dreadout, u.shape)
     later = jnp.concatenate([decay[1:], jnp.ones_like(decay[:1])])  # no decay after the last token
     ends = None if reset is None else jnp.concatenate([reset[1:], jnp.zeros_like(reset[:1])])
+    later = forget(later, ends)  # it belongs to the next document
     dstates = linear_recurrence(later, dreadout[..., None, :] * C[..., None], dstate, ends, reverse=True)
     gradients, dA = _token_gradients(tokens, A, kept, dreadout, dy, dstates, _reduce_states)
     dfirst = forget(decay[0] * dstates[0], None if reset is None else reset[0])

@@ -84,7 +84,6 @@ def check_isolation(
 
     near(np.asarray(y)[good], np.asarray(wanted[0])[good], "y")
     near(state, wanted[1], "final state")
-    assert np.isfinite(np.asarray(y)[~static["mask"]]).all(), "output of padding"
     assert not np.isfinite(np.asarray(y)[bad & static["mask"]]).all(), "the second document hides what is not finite"
     for name in names:
         near(np.asarray(gradients[name])[good], np.asarray(wanted_gradients[name])[good], f"gradient of {name}")

@@ -12,12 +12,12 @@ import pytest
 
 from seqmodels.kernels.attention import attention
 from seqmodels.kernels.linear_attention import linear_attention
-from seqmodels.kernels.selective_scan import selective_scan
+from seqmodels.kernels.selective_scan import coupled, selective_scan, xla
 from seqmodels.kernels.short_conv import short_conv
 from tests.kernels.inputs import linear_attention_inputs, selective_scan_inputs, short_conv_inputs
 from tests.kernels.isolation import check_isolation
 
-LENGTHS = (6, 40, 150)  # token by token, one chunk, several chunks
+LENGTHS = (6, 150)  # token by token, several chunks
 both = pytest.mark.parametrize("implementation", ["reference", "xla"])
 
 
@@ -27,6 +27,40 @@ def test_selective_scan(implementation, length):
     args = selective_scan_inputs(length=length, groups=2)
     operation = functools.partial(selective_scan, implementation=implementation)
     check_isolation(operation, args, ("u", "dt", "B", "C", "z", "weights"), 1e-5)
+
+
+def test_selective_scan_by_associative_chunks(monkeypatch):
+    """As on GPUs and TPUs."""
+    monkeypatch.setattr(xla, "_by_platform", lambda sequential, associative, *arrays: associative(*arrays))
+    args = selective_scan_inputs(length=70, groups=2)
+    operation = functools.partial(selective_scan, implementation="xla")
+    check_isolation(operation, args, ("u", "dt", "B", "C", "z", "weights"), 1e-5)
+
+
+@pytest.mark.parametrize("kind", ["rank", "carry"])
+@pytest.mark.parametrize("associative", [False, True])
+def test_coupled_scans(monkeypatch, kind, associative):
+    """Token by token, and as on GPUs and TPUs."""
+    if associative:
+        monkeypatch.setattr(coupled, "_recurrence", xla.linear_recurrence)
+    groups, width, state, length = 2, 3, 4, 40
+    args = selective_scan_inputs(length=length, groups=groups, width=width, state=state)
+    args = {name: args[name] for name in ("u", "dt", "A", "B", "C", "initial_state")} | dict(dt=np.abs(args["dt"]))
+    args["C"] = args["C"][:, :, 0]
+
+    def rank(u, dt, A, B, C, initial_state, **documents):
+        return coupled.rank_scan(dt[:, :, 0], A[0], u, B, C, initial_state[:, 0], **documents)
+
+    def carry(u, dt, A, B, C, initial_state, gate_channel, gate_state, **documents):
+        arrays = (u, dt, A, B, C, gate_channel, gate_state, jnp.eye(state), initial_state, initial_state[:, 1])
+        y, *states = coupled.carry_scan(*arrays, **documents)
+        return y, jnp.stack(states, axis=1)
+
+    names = ("u", "dt", "B", "C")
+    if kind == "carry":
+        args |= dict(gate_channel=args["u"][:, :, :1] / 2, gate_state=args["B"][:, :, 1:] / 2)
+        names += ("gate_channel", "gate_state")
+    check_isolation(dict(rank=rank, carry=carry)[kind], args, names, 1e-5)
 
 
 @both
