@@ -101,6 +101,7 @@ def attention(
         return _attend_apart(options, (q, k, v), rules)
     # A single query, as in decoding: what it does not see is selected away, in the products that read the cache anyway.
     seen = visible((1, k.shape[1]), causal=causal, window=window, **rules)
+    assert seen is not None  # it is None only without segment_ids
     k, v = (jnp.where(seen[:, 0, :, None, None], x, 0) for x in (k, v))
     return _attend(options, q, k, v, rules)
 
@@ -142,6 +143,7 @@ def _attend_apart(options: Options, qkv: tuple[jax.Array, jax.Array, jax.Array],
     q, k, v = qkv
     bad = not_finite(k, LARGEST) | not_finite(v)
     seen = visible((q.shape[1], k.shape[1]), causal=options.causal, window=options.window, **rules)
+    assert seen is not None  # it is None only without segment_ids
     spoilt = not_finite(q, LARGEST) | jnp.any(seen & bad[:, None], axis=-1)
     o = _attend(options, finite_or_zero(q, LARGEST), finite_or_zero(k, LARGEST), finite_or_zero(v), rules)
     return spoil(o, spoilt)

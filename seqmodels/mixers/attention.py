@@ -164,7 +164,7 @@ def attend_from_cache(
     position = positions_in_row(cache["length"], length, seq.mask)
     new = dict(k=k, v=v, document=document)
     after = put_keys(cache, new, position, seq.mask, window)
-    keys, places = after, key_positions(after)
+    keys, places = after, key_positions(after) if window else jnp.broadcast_to(jnp.arange(slots), (batch, slots))
     if window and length > 1 and slots < window + length - 1:  # a late token may take the slot that an early one needs
         if seq.mask is not None:
             new["document"] = jnp.where(seq.mask, document, EMPTY)

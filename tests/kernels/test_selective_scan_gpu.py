@@ -72,15 +72,16 @@ def test_extreme_decays(gpu_interpreter, scale):
     assert_close(got, expected(selective_scan, args, documents(length=21)), 1e-5)
 
 
-@pytest.mark.parametrize("length", [6, 21, pytest.param(37, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", [6, pytest.param(37, marks=pytest.mark.slow)])
 def test_isolation(gpu_interpreter, monkeypatch, length):
-    """A few tokens, whole rows, and pieces of time."""
+    """A few tokens; and pieces of time, two forwards and four backwards."""
+    names, shape = ("u", "dt", "B", "C", "z", "weights"), dict(groups=2, width=32, state=16)
     if length == 37:
         monkeypatch.setattr(tuning, "plan_forward", lambda *shape: (128, 2))
         monkeypatch.setattr(tuning, "plan_backward", lambda *shape: 4)
-    shape = dict(length=6, groups=2, width=32, state=16) if length == 6 else SHAPE | dict(length=length)
+        names, shape = names[:-1], dict(groups=1, width=5)
     operation = functools.partial(selective_scan, implementation="mosaic_gpu")
-    check_isolation(operation, inputs(**shape), ("u", "dt", "B", "C", "z", "weights"), 1e-5)
+    check_isolation(operation, inputs(length=length, **shape), names, 1e-5)
 
 
 def test_poisoned_padding_never_leaks(gpu_interpreter):
