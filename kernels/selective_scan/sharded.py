@@ -76,7 +76,7 @@ def selective_scan(
         initial_state = jnp.zeros((u.shape[0], *A.shape), jnp.promote_types(jnp.float32, u.dtype))
     if segment_ids is not None:
         initial_segment = segment_before(segment_ids, initial_segment, mask, axis)
-    arrays = dict(u=u, dt=dt, A=A, B=B, C=C, initial_state=initial_state, **optional)
+    arrays = dict(u=u, dt=dt, A=jnp.maximum(A, op.LOWEST), B=B, C=C, initial_state=initial_state, **optional)
     documents = dict(segment_ids=segment_ids, initial_segment=initial_segment, mask=mask)
     return _scan(Options(axis, dt_softplus, implementation), arrays, documents)
 

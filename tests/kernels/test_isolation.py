@@ -5,11 +5,14 @@ Kernels for GPUs and TPUs have the same test beside their other ones, in Pallas'
 
 import functools
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
+from seqmodels import parallel
 from seqmodels.kernels.attention import attention
 from seqmodels.kernels.linear_attention import linear_attention
 from seqmodels.kernels.selective_scan import coupled, selective_scan, xla
@@ -79,6 +82,24 @@ def test_short_conv(implementation, length):
     args = short_conv_inputs(length=length, batch=2)
     operation = functools.partial(short_conv, activation="silu", implementation=implementation)
     check_isolation(operation, args, ("x",))
+
+
+SPLIT = {
+    "selective_scan": (selective_scan_inputs(length=40, groups=2, width=4), ("u", "dt", "B", "C", "z", "weights"), {}),
+    "linear_attention": (linear_attention_inputs(length=40), ("q", "k", "v", "log_decay"), {}),
+    "short_conv": (short_conv_inputs(length=40, batch=2, width=4), ("x",), dict(activation="silu")),
+}
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+@pytest.mark.parametrize("name", SPLIT)
+def test_time_split_over_devices(name):
+    """Documents and padding cross the cuts; most pieces hold parts of several documents."""
+    args, names, options = SPLIT[name]
+    mesh = jax.make_mesh((4,), ("sequence",), axis_types=(AxisType.Auto,), devices=jax.devices()[:4])
+    operation = functools.partial(getattr(parallel, name), implementation="xla", **options)
+    with jax.set_mesh(mesh), nn.logical_axis_rules((("length", "sequence"),)):
+        check_isolation(operation, args, names, 1e-5)
 
 
 @pytest.mark.parametrize("overflow", [1e25, 1e38])
