@@ -65,8 +65,8 @@ def rounding_of_decay_gradients(args, gradients):
 
     Where all decays are nearly zero, so are these gradients, but not the sums: each token's own term is in both.
     """
-    terms = sum(np.abs(np.sum(np.asarray(args[n], np.float64) * gradients[n], axis=-1)).sum() for n in "qk")
-    return 2**-24 * terms
+    terms = (np.sum(np.asarray(args[n], np.float64) * np.asarray(gradients[n]), axis=-1) for n in "qk")
+    return 2**-24 * sum(np.abs(x).sum() for x in terms)
 
 
 EXCLUSIVE = dict(read="exclusive", scale=0.7)
