@@ -5,6 +5,7 @@ import re
 from ml_collections import ConfigDict
 
 from seqmodels.fields import Field, Group, Rule, above, at_least, between, each_at_least, one_of, share
+from seqmodels.fields.depth import ATTNRES, HYPER
 from seqmodels.fields.model import DENSE, IMPLEMENTATION, MODEL
 
 FACTORS = re.compile(r"\w+=(\d+\.?\d*|\.\d+)(e[+-]?\d+)?")
@@ -206,7 +207,7 @@ SAMPLE = Group(
 )
 
 GROUPS: tuple[Group, ...] = (
-    *(ROOT, MODEL, IMPLEMENTATION, DENSE, DATA, OPTIMIZER, TRAINING, MESH, CHECKPOINT),
+    *(ROOT, MODEL, IMPLEMENTATION, ATTNRES, HYPER, DENSE, DATA, OPTIMIZER, TRAINING, MESH, CHECKPOINT),
     *(EVALUATION, THROUGHPUT, METRICS, SAMPLE),
 )
 
