@@ -9,9 +9,9 @@ The residual stream is n streams X [n, D], all of them the embedding at first. A
 H is doubly stochastic: the identity; the mean of all n! permutations with weights softmax(.) ("lite"); or a positive
 matrix after 20 of Sinkhorn's iterations ("sinkhorn"). The last norm reads the mean of the streams.
 
-In a fresh model W is zero and post is 1, so all streams are equal, and the norm takes the size of u away: it computes
-what the plain network computes, but for the norm's epsilon. b_p is one for a stream drawn at random for each step, else the streams would get the
-same gradients and stay equal. H starts with 0.9 on the identity, which is our choice.
+In a fresh model W is zero and post is 1, so all streams are equal, and the norm takes the size of u away: but for the
+norm's epsilon it computes what the plain network computes. b_p is one for a stream drawn at random for each step, else
+the streams would get the same gradients and stay equal. H starts with 0.9 on the identity, which is our choice.
 """
 
 import itertools
