@@ -14,6 +14,7 @@ from seqmodels import pattern, plausible
 from seqmodels.branches import BRANCHES
 from seqmodels.errors import UserError
 from seqmodels.fields import Field, Group, group, refuse
+from seqmodels.fields.depth import ATTNRES, HYPER
 from seqmodels.fields.field import HUGE, LARGEST
 from seqmodels.fields.model import DENSE, MODEL
 from seqmodels.fields.run import groups_of
@@ -57,7 +58,7 @@ def validate(config: ConfigDict, begun: bool = False) -> None:
         synthetic.load(config.data, **sizes, bptt=config.training.bptt)
     check_implementation(config.model.implementation)
     _check_branches(config)
-    DENSE.validate(config.model.dense, config.model.width)
+    _check_connections(config.model)
     if not begun:
         plausible.check(config)
 
@@ -109,7 +110,7 @@ def complete_model(model: ConfigDict | Mapping[str, Any]) -> ConfigDict:
     complete = upgrade(config).model
     MODEL.check_fields(complete)
     check_depth(complete)
-    DENSE.validate(complete.dense, complete.width)
+    _check_connections(complete)
     return complete
 
 
@@ -204,6 +205,14 @@ def _entries(config: ConfigDict, open_groups: tuple[str, ...], prefix: str = "")
             yield from _entries(value, open_groups, f"{dotted}.")
         else:
             yield dotted, value
+
+
+def _check_connections(model: ConfigDict) -> None:
+    """Check the options of connections across depth, of which a model has one."""
+    for declared in (ATTNRES, HYPER, DENSE):
+        declared.validate(model[declared.name], model.width)
+    if model.depth != "none" and model.dense.variant != "none":
+        refuse("model.depth", model.depth, f"'none' with model.dense.variant={model.dense.variant!r}")
 
 
 def _plain_dict(stored: ConfigDict | Mapping[str, Any]) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """Options of the connections across depth that `model.depth` names. DenseSSM's are `model.dense`. Imports no JAX."""
 
-from seqmodels.fields import Field, Group, at_least, one_of
+from typing import Any
+
+from seqmodels.fields import Field, Group, at_least, one_of, refuse
 
 KINDS = ("none", "denseformer", "attnres", "hyper")  # values of model.depth
 
@@ -18,6 +20,15 @@ ATTNRES = Group(
     },
 )
 
+MOST_PERMUTED = 5  # streams; they have 120 permutations
+
+
+def check_hyper(options: Any, width: int) -> None:
+    """Whether there are few enough permutations of the streams."""
+    if options.mixing == "lite" and options.streams > MOST_PERMUTED:
+        refuse(HYPER.place("streams"), options.streams, f"at most {MOST_PERMUTED} with mixing='lite'")
+
+
 HYPER = Group(
     "hyper",
     {
@@ -30,4 +41,5 @@ HYPER = Group(
             since=2,
         ),
     },
+    check_hyper,
 )

@@ -56,6 +56,7 @@ EXPORTED: Table = {  # fields of config.model itself
     "norm": only("rms"),
     "input": only("tokens"),
     "head": only("next_token"),
+    "depth": only("none"),
     **harmless(FRESH, "embedding_std"),
     **harmless(TRAINING, "dropout", "remat", "remat_blocks"),
     **harmless(ROUNDING, "dtype", "residual_dtype"),
