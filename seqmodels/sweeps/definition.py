@@ -15,7 +15,7 @@ from seqmodels.config import declared_fields, upgrade, validate, with_pattern
 from seqmodels.errors import UserError
 from seqmodels.nearest import nearest
 from seqmodels.scripts import CHECKOUT
-from seqmodels.sweeps.claim import waited
+from seqmodels.claim import waited
 from seqmodels.sweeps.trial import Trial, read_json
 
 SCRIPTS = CHECKOUT  # the folder with train.py and eval.py; None: the installed package runs its own

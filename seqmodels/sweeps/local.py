@@ -5,7 +5,7 @@ import threading
 from collections.abc import Callable
 
 from seqmodels.sweeps.attempt import Stop, attempt
-from seqmodels.sweeps.claim import Claim
+from seqmodels.claim import Claim
 from seqmodels.sweeps.devices import Slot
 from seqmodels.sweeps.trial import FINAL, Trial
 

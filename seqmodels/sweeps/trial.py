@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from seqmodels.atomic import replace_file
-from seqmodels.sweeps.claim import claimed
+from seqmodels.claim import claimed
 
 # Trials of these states are not run again; failed and diverged ones are with --retry. Others continue where they are.
 FINAL = ("done", "diverged", "failed")

@@ -1,11 +1,17 @@
 """Notices requests to stop: Ctrl-C, SIGTERM of a scheduler, or either of them on another machine of the job."""
 
+import contextlib
 import signal
 import sys
+import time
 from typing import Any, Self
 
 import jax
 from jax.experimental import multihost_utils
+
+from seqmodels import interrupt
+
+TOGETHER = 0.3  # seconds: `timeout` and some schedulers send a signal to the process and to its group, which is one request
 
 
 class Preempted(SystemExit):
@@ -19,23 +25,22 @@ class Preempted(SystemExit):
 class StopSignal:
     """Notes the first SIGINT or SIGTERM, so that the step under way can finish; a second one ends the process at once.
 
-    `noted` says whether this process got one. In a job of several processes JAX's coordinator handles the signals, and
-    all processes stop after the same step.
+    `noted` says whether this process got one. In a job of several processes JAX's coordinator handles SIGTERM, and all
+    processes stop after the same step.
     """
 
     def __init__(self) -> None:
         self.noted = False
-        self._before: dict[int, Any] = {}
+        self._first = 0.0
+        self._context = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         if jax.process_count() == 1:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+            self._context.enter_context(interrupt.told(self._note))
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._context.close()
 
     def asked(self, step: int) -> bool:
         """Whether to stop after this step; every process of a job gets the same answer."""
@@ -43,8 +48,11 @@ class StopSignal:
             return multihost_utils.reached_preemption_sync_point(step)
         return self.noted
 
-    def _note(self, number, _frame):
-        self.noted = True
-        signal.signal(number, signal.SIG_DFL)
-        print(f"\n{signal.Signals(number).name}: saving a checkpoint after this step; again to quit at once",
-              file=sys.stderr, flush=True)  # fmt: skip
+    def _note(self, number: int) -> None:
+        if self.noted and time.monotonic() - self._first > TOGETHER:
+            interrupt.leave(number, f"{signal.Signals(number).name} again: stopped at once")
+        if not self.noted:
+            self.noted, self._first = True, time.monotonic()
+            with contextlib.suppress(OSError):  # of a terminal that is gone
+                print(f"\n{signal.Signals(number).name}: saving a checkpoint after this step; again to quit at once",
+                      file=sys.stderr, flush=True)  # fmt: skip
