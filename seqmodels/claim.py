@@ -38,7 +38,7 @@ class Claim:
         """
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if lock_descriptor(descriptor, blocking=False):
+            if lock_descriptor(descriptor, blocking=False) and _is_there(descriptor, path):
                 return cls(descriptor)
         except OSError as error:
             os.close(descriptor)
@@ -64,6 +64,14 @@ class Claim:
     def release(self) -> None:
         """Releases the lock. A child process that inherited it still holds it."""
         os.close(self.descriptor)
+
+
+def _is_there(descriptor: int, path: Path) -> bool:
+    """Whether the file is still the one of that name: its holder before may have removed it."""
+    try:
+        return os.path.samestat(os.fstat(descriptor), path.stat())
+    except FileNotFoundError:
+        return False
 
 
 def holder(path: Path) -> str:

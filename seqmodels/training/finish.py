@@ -16,6 +16,7 @@ from seqmodels.evals import figures as head_figures
 from seqmodels.evals import report as evaluation
 from seqmodels.evals.run import NewRun, Run, rows_at_once
 from seqmodels.generation import generate
+from seqmodels.training import metrics as rows_of_metrics
 from seqmodels.training import report
 from seqmodels.training.metrics import Metrics
 from seqmodels.training.state import TrainState
@@ -110,13 +111,28 @@ class Finish:
         summary = {"name": config.name, "steps": step, "splits": splits, "sample": self._sample(params)}
         summary["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(params))
         summary["state_bytes_per_sequence"] = report.state_bytes(self.model, config.seq_len)
-        summary["plot"] = str(self.workdir / "loss.png")
         if jax.process_index() == 0:
-            unit = {"next_token": "nats a token", "classify": "nats a row"}.get(self.dataset.objective, "squared error")
-            report.plot_loss(self.workdir, Path(summary["plot"]), unit)
+            summary["plot"] = self._plot()
             between()
+            summary["status"] = "diverged" if report.diverged(summary) or self._ended_badly(step) else "done"
             report.write_summary(self.workdir, summary)
         return summary
+
+    def _plot(self) -> str:
+        """Draws the loss; "" where that cannot be done, as a run is as good without."""
+        unit = {"next_token": "nats a token", "classify": "nats a row"}.get(self.dataset.objective, "squared error")
+        path = self.workdir / "loss.png"
+        try:
+            report.plot_loss(self.workdir, path, unit)
+        except Exception as error:
+            self.say(f"not drawn: {path} ({type(error).__name__}: {error})")
+            return ""
+        return str(path)
+
+    def _ended_badly(self, step: int) -> bool:
+        """Whether the loss of the last step is not finite, under training.nan="skip"."""
+        rows = [row for row in rows_of_metrics.read(self.workdir / "metrics.jsonl") if "loss" in row]
+        return bool(rows) and rows[-1]["step"] == step and rows[-1]["loss"] is None
 
     def _run_evaluators(self, evaluators: dict, params: Any, step: int, metrics: Metrics) -> None:
         """Does what `eval.py` does: writes eval.json and eval.png. The numbers go into the metrics too."""

@@ -33,16 +33,16 @@ class Metrics:
         if not enabled:
             return
         again = step >= config.steps  # only the evaluation after the last step is left, and its row is written again
+        if config.metrics.wandb:
+            self._wandb = _start_wandb(Path(workdir), config, begun=step > 0)
         self._path = path = Path(workdir) / "metrics.jsonl"
         with writing(path):
             drop_after(path, step, again)
-            self._file = open(path, "a")  # noqa: SIM115 - it lives as long as the run
             if config.metrics.tensorboard:
                 from seqmodels.training.board import Board
 
                 self._board = Board(Path(workdir), step, again)
-        if config.metrics.wandb:
-            self._wandb = _start_wandb(Path(workdir), config, begun=step > 0)
+            self._file = open(path, "a")  # noqa: SIM115 - it lives as long as the run
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Appends one row. Floats are written with all their digits; what is not finite as null."""

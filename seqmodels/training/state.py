@@ -79,6 +79,18 @@ def init_state(
     return lower_init(model, optimizer, config, abstract).compile()(jax.random.key(config.seed))
 
 
+def not_finite(state: TrainState) -> str:
+    """The part of a state that holds a NaN or an infinity, such as "the parameters are"; "" if there is none."""
+    parts = {"the parameters are": state.params, "the optimizer's state is": state.opt_state}
+    parts |= {"the averaged parameters are": state.ema, "the state carried from step to step is": state.carry}
+    return next((name for name, part in parts.items() if not _all_finite(jax.tree.leaves(part))), "")
+
+
+@jax.jit
+def _all_finite(leaves: list[jax.Array]) -> jax.Array:
+    return jnp.all(jnp.array([jnp.isfinite(x).all() for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)], bool))
+
+
 def lower_init(
     model: nn.Module, optimizer: optax.GradientTransformation, config: ConfigDict, abstract: TrainState
 ) -> jax.stages.Lowered:
