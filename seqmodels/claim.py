@@ -17,6 +17,7 @@ from filelock import lock_descriptor
 from seqmodels.atomic import NO_LOCKS
 from seqmodels.errors import UserError
 
+RUN = "run.lock"  # in a run directory: of the process that trains there; says which one
 PATIENCE = 1.0  # seconds: who looks whether a claim is held, holds it for a moment
 
 

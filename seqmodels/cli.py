@@ -4,8 +4,10 @@ A script declares its flags on a `flags.FlagValues` and hands its main function 
 before the config is read, so that `config.platform` is in time.
 """
 
+import contextlib
 import importlib.machinery
 import importlib.util
+import io
 import os
 import re
 import shutil
@@ -48,14 +50,25 @@ def find_config(spec: str) -> Path:
 
     Raises: UserError where there is no such file.
     """
-    path = spec.partition(":")[0]
+    path, _ = split_spec(spec)
     if not path.endswith(".py") and path in builtin_configs():
         return CONFIGS / f"{path}.py"
+    path = str(Path(path).expanduser())
     if not Path(path).is_file():
         there = [str(file) for file in _config_files(Path(path).parent)] if path.endswith(".py") else []
         near = nearest(path, there) if there else nearest(Path(path).stem, builtin_configs())
         raise UserError(f"--config={spec}: there is no file {path}{near}")
     return Path(path)
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """Path and preset of `path/to/config.py:preset`. The path may hold a colon."""
+    ends = [match.start() for match in re.finditer(":", spec)]
+    for end in (*ends, len(spec)):
+        if Path(spec[:end]).expanduser().is_file():
+            return spec[:end], spec[end + 1 :]
+    path, _, preset = spec.partition(":")
+    return path, preset
 
 
 def _config_files(folder: Path) -> list[Path]:
@@ -83,7 +96,7 @@ def written_config(spec: str) -> ConfigDict:
 
     Raises: UserError where the file is missing or does not define get_config, or the preset is unknown.
     """
-    module, preset = load_module(spec), spec.partition(":")[2]
+    module, (_, preset) = load_module(spec), split_spec(spec)
     try:
         config = module.get_config(preset) if preset else module.get_config()
     except (AttributeError, ValueError, KeyError, TypeError) as error:
@@ -238,11 +251,14 @@ def run(
       doc: the text of --help.
       argv: program name and arguments; sys.argv if None.
 
-    A UserError, and any mistake in the flags, is one line on stderr and status 1.
+    A UserError, any mistake in the flags, and a file that the system refuses is one line on stderr and status 1.
     """
     argv = list(sys.argv if argv is None else argv)
     # Scripts are quiet unless something is wrong; must be set before JAX's libraries are loaded.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character of a sample gets its code
+            stream.reconfigure(errors="backslashreplace")
     flag_values = flags.FlagValues()
     try:
         define(flag_values, argv)
@@ -257,7 +273,25 @@ def run(
         print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
         return 1
     except BrokenPipeError:  # `train.py ... | head`
+        with contextlib.suppress(OSError, ValueError):  # or Python says at its end that it cannot flush
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except OSError as error:
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
+        return 1
+    except KeyboardInterrupt:  # where `interrupt.install` was not called
+        print("SIGINT: stopped", file=sys.stderr, flush=True)
+        return 130
+
+
+def folder_of(path: str) -> Path:
+    """A path of the command line, in which `~` is the home directory. Raises: UserError where nobody knows that."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {_one_line(error)}") from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -1,20 +1,23 @@
 """What Ctrl-C (SIGINT) and SIGTERM do to a command, from its first import on.
 
-A signal ends the command at once, with one line and the exit status 128 + its number, as shells report it. Python runs a
-signal handler between two operations of the main thread, so only after a long call, such as a compilation, has returned.
-Therefore a thread waits for the signal here. Training takes the signals over while it has something to save (`told`).
+A signal ends the command at once, with one line and the exit status 128 + its number, as shells report it. Python runs
+a signal handler between two operations of the main thread, which can be long after the signal: a compilation is one
+operation. So here a thread waits for the signal. Training takes the signals over while it has something to save.
 
 Imports nothing but the standard library: the commands install it before their imports, which take seconds.
 """
 
 import contextlib
+import math
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+TOGETHER = 0.3  # seconds: `timeout` and schedulers signal a process and then its group, which is one request
 
 _receiver: Callable[[int], None] | None = None
 _installed = False
@@ -82,10 +85,13 @@ def _take_over() -> Callable[[], None]:
 
 
 def _wait(read_end: int) -> None:
+    before = -math.inf
     while True:
-        for number in os.read(read_end, 1):
-            if number in SIGNALS:
-                (_receiver or leave)(number)
+        (number,) = os.read(read_end, 1)
+        now = time.monotonic()
+        if number in SIGNALS and now - before > TOGETHER:
+            before = now
+            (_receiver or leave)(number)
 
 
 def _nothing(*_: Any) -> None:

@@ -4,6 +4,7 @@ import copy
 import hashlib
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,11 +12,11 @@ from ml_collections import ConfigDict
 
 from seqmodels import cli
 from seqmodels.atomic import replace_file
+from seqmodels.claim import waited
 from seqmodels.config import declared_fields, upgrade, validate, with_pattern
 from seqmodels.errors import UserError
 from seqmodels.nearest import nearest
 from seqmodels.scripts import CHECKOUT
-from seqmodels.claim import waited
 from seqmodels.sweeps.trial import Trial, read_json
 
 SCRIPTS = CHECKOUT  # the folder with train.py and eval.py; None: the installed package runs its own
@@ -36,7 +37,7 @@ def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path, e
     """
     validate(config)
     listed: list[dict] = []
-    _find(spec, config, name)(listed.append, spec.partition(":")[2] or None)
+    _find(spec, config, name)(listed.append, cli.split_spec(spec)[1] or None)
     if not listed:
         raise UserError(f"--sweep={name}: adds no trial")
     written = cli.written_config(spec)
@@ -57,9 +58,12 @@ def keep(folder: Path, spec: str, name: str, trials: list[Trial], command: str =
     Raises: UserError where it is another sweep's.
     """
     before = read_json(folder / "sweep.json")
-    if before and (before["config"], before["sweep"]) != (spec, name):
+    if not before and (folder / "sweep.json").exists():
+        print(f"{folder / 'sweep.json'} is damaged; it is made anew, without the commands before", file=sys.stderr)
+    known = {"config": spec, "sweep": name} | before
+    if (known["config"], known["sweep"]) != (spec, name):
         raise UserError(
-            f"--out={folder}: holds sweep {before['sweep']} of {before['config']}, not {name} of {spec}; take another"
+            f"--out={folder}: holds sweep {known['sweep']} of {known['config']}, not {name} of {spec}; take another"
         )
     commands = list(dict.fromkeys([*before.get("commands", []), *([command] if command else [])]))
     about = {"config": spec, "sweep": name, "trials": [trial.id for trial in trials], "commands": commands}

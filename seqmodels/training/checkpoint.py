@@ -37,8 +37,8 @@ class Checkpoints:
         """The newest state that is whole, on the shardings of `abstract`; None where there is no checkpoint.
 
         Damaged newer checkpoints are reported on stderr and moved to `<directory>-damaged/`.
-        Raises: UserError where there are checkpoints, and none can be read; or where one cannot be read for a reason that
-          says nothing about it, such as too many open files. Then nothing is moved.
+        Raises: UserError where there are checkpoints, and none can be read; or where the system refuses to read one, as
+          for too many open files. Then nothing is moved.
         """
         damaged = []
         for step in steps(self.directory):

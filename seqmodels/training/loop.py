@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from seqmodels import data
 from seqmodels.config import upgrade, validate
 from seqmodels.data.contract import check_spec
-from seqmodels.errors import UserError
+from seqmodels.errors import NOT_FINITE, UserError
 from seqmodels.kernels.dispatch import UnsupportedError
 from seqmodels.model import build_for, describe_kernels
 from seqmodels.training import checkpoint, debug, finish, flops, profile, report, run, sharding
@@ -214,8 +214,8 @@ class Trainer:
             raise UserError(f"{message}: {self._broken(broken, good)}")
         self._keep(good, state, broken)
         raise UserError(
-            f"{message}; the last good state is that of step {good}, saved in {self.checkpoints.directory}. {LOWER}, go "
-            f"on with --config.training.nan=skip, or {find}"
+            f"{message}; the last good state is that of step {good}, saved in {self.checkpoints.directory}. {LOWER}, "
+            f"go on with --config.training.nan=skip, or {find}"
         )
 
     def _keep(self, step: int, state: TrainState, broken: str) -> None:
@@ -234,7 +234,7 @@ class Trainer:
         self.checkpoints.close()
         newest = next(iter(checkpoint.steps(self.checkpoints.directory)), None)
         kept = "there is no checkpoint" if newest is None else f"the newest checkpoint is that of step {newest}"
-        return f"{broken} not finite after step {step}, though its loss was; {kept}. {LOWER}, or look at the optimizer"
+        return f"{broken} {NOT_FINITE} after step {step}, though its loss was; {kept}. {LOWER}"
 
     def _validate(self, state: TrainState, step: int) -> dict[str, float]:
         params = state.params if state.ema is None else state.ema

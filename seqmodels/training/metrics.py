@@ -86,7 +86,9 @@ def read(path: Path) -> list[dict]:
         raise UserError(f"{path} cannot be read ({error.strerror})") from error
     *whole, torn = lines  # b"" behind the last line end
     rows = [_row(line) for line in whole]
-    if damaged := [number for number, (row, line) in enumerate(zip(rows, whole, strict=True), 1) if row is None and line]:
+    if damaged := [
+        number for number, (row, line) in enumerate(zip(rows, whole, strict=True), 1) if row is None and line
+    ]:
         print(f"{path}: line {damaged[0]} is no row of metrics"
               + (f", nor are {len(damaged) - 1} other lines" if len(damaged) > 1 else "") + "; left out",
               file=sys.stderr, flush=True)  # fmt: skip

@@ -3,15 +3,12 @@
 import contextlib
 import signal
 import sys
-import time
 from typing import Any, Self
 
 import jax
 from jax.experimental import multihost_utils
 
 from seqmodels import interrupt
-
-TOGETHER = 0.3  # seconds: `timeout` and some schedulers send a signal to the process and to its group, which is one request
 
 
 class Preempted(SystemExit):
@@ -31,7 +28,6 @@ class StopSignal:
 
     def __init__(self) -> None:
         self.noted = False
-        self._first = 0.0
         self._context = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -49,10 +45,9 @@ class StopSignal:
         return self.noted
 
     def _note(self, number: int) -> None:
-        if self.noted and time.monotonic() - self._first > TOGETHER:
-            interrupt.leave(number, f"{signal.Signals(number).name} again: stopped at once")
-        if not self.noted:
-            self.noted, self._first = True, time.monotonic()
-            with contextlib.suppress(OSError):  # of a terminal that is gone
-                print(f"\n{signal.Signals(number).name}: saving a checkpoint after this step; again to quit at once",
-                      file=sys.stderr, flush=True)  # fmt: skip
+        name = signal.Signals(number).name
+        if self.noted:
+            interrupt.leave(number, f"{name} again: stopped at once")
+        self.noted = True
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            print(f"\n{name}: saving a checkpoint after this step; again to quit at once", file=sys.stderr, flush=True)

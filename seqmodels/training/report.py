@@ -12,7 +12,7 @@ import flax.linen as nn
 import jax
 
 from seqmodels.atomic import json_text, replace_file, writing
-from seqmodels.errors import UserError
+from seqmodels.errors import NOT_FINITE, UserError
 from seqmodels.training import metrics
 
 
@@ -125,7 +125,7 @@ def diverged(summary: dict) -> str:
     losses = {f"{split} loss": figures.get("loss", 0.0) for split, figures in summary["splits"].items()}
     losses |= {"training loss": math.nan} if summary.get("status") == "diverged" else {}
     bad = next((name for name, loss in losses.items() if not math.isfinite(loss)), "")
-    return f"the {bad} after {summary['steps']} steps is not finite" if bad else ""
+    return f"the {bad} after {summary['steps']} steps is {NOT_FINITE}" if bad else ""
 
 
 def headline(figures: dict[str, float]) -> str:

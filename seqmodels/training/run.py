@@ -12,7 +12,7 @@ from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from seqmodels.atomic import replace_file, writing
-from seqmodels.claim import Claim, NoLocksError, holder
+from seqmodels.claim import RUN, Claim, NoLocksError, holder
 from seqmodels.cli import fields
 from seqmodels.config import upgrade
 from seqmodels.errors import UserError
@@ -24,8 +24,6 @@ FREE = (
     "training.debug", "training.profile_start", "training.profile_steps", "training.nan", "model.implementation.",
     "model.remat", "model.remat_blocks",
 )  # fmt: skip
-
-LOCK = "run.lock"  # of the process that trains; it says which one
 
 
 def is_free(field: str) -> bool:
@@ -90,16 +88,16 @@ def held(workdir: Path) -> Iterator[None]:
 
 
 def _remove_empty(workdir: Path, made: list[Path]) -> None:
-    """Removes the directories that were made for a run of which nothing was written, as after a mistake in the command."""
-    if workdir in made and [path.name for path in workdir.iterdir()] == [LOCK]:
+    """Removes the directories that were made for a run of which nothing was written, after a mistake in the command."""
+    if workdir in made and [path.name for path in workdir.iterdir()] == [RUN]:
         with contextlib.suppress(OSError):  # another process has begun there
-            (workdir / LOCK).unlink()
+            (workdir / RUN).unlink()
             for folder in made:
                 folder.rmdir()
 
 
 def _claim(workdir: Path) -> Claim | None:
-    lock = workdir / LOCK
+    lock = workdir / RUN
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         claim = Claim.named(lock)
