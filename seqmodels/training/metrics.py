@@ -11,8 +11,7 @@ from ml_collections import ConfigDict
 
 from seqmodels.atomic import replace_file, writing
 from seqmodels.errors import UserError
-
-FINAL = "eval."  # begins the names in the row of config.evals, which is written after the last checkpoint
+from seqmodels.training.board import FINAL, Board
 
 
 class Metrics:
@@ -39,8 +38,6 @@ class Metrics:
         with writing(path):
             drop_after(path, step, again)
             if config.metrics.tensorboard:
-                from seqmodels.training.board import Board
-
                 self._board = Board(Path(workdir), step, again)
             self._file = open(path, "a")  # noqa: SIM115 - it lives as long as the run
 
