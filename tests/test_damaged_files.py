@@ -224,8 +224,7 @@ def test_tokenizer(tokenizer_files, tmp_path, name, how):
     "name", ["trial.json", "summary.json", "eval.json", "metrics.jsonl", "trial.lock", "config.json"]
 )
 def test_files_of_a_trial(finished, tmp_path, name, how):
-    config, workdir = finished
-    folder = tmp_path / "sweep"
+    workdir, folder = finished[1], tmp_path / "sweep"
     trial = Trial("one", folder / "trials" / "one", {"seed": 0}, {"steps": 6}, {"train": ("python",)}, "none")
     shutil.copytree(workdir, trial.workdir)
     (trial.workdir / "eval.json").write_text('{"step": 6}')

@@ -97,7 +97,7 @@ def load_run(
 
     Raises: UserError if there is no run or no such checkpoint, or if the data is no longer there.
     """
-    workdir = Path(workdir)
+    workdir = Path(workdir).expanduser()
     config = _with_options(read_config(workdir), overrides)
     number = _checkpoint_step(workdir, config, step)
     if dataset is None:

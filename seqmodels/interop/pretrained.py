@@ -17,7 +17,7 @@ def load(directory: str | Path) -> tuple[dict, dict]:
     Raises:
         UserError: files are missing, or contain a model that cannot be converted.
     """
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     if not (directory / "config.json").is_file():
         raise UserError(f"{directory} has no config.json; a directory written by save_pretrained is needed")
     config = json.loads((directory / "config.json").read_text())
@@ -37,7 +37,7 @@ def save(directory: str | Path, params: Mapping, model: Mapping) -> None:
     from safetensors.numpy import save_file
 
     tensors, config = to_huggingface(params, model)
-    directory = Path(directory)
+    directory = Path(directory).expanduser()
     directory.mkdir(parents=True, exist_ok=True)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n")

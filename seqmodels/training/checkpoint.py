@@ -5,11 +5,14 @@ there is one, and `rest` (optimizer, step, carry). Every item carries a fingerpr
 before saving, so that damage on disk is seen and never trained on.
 """
 
+import atexit
 import contextlib
 import errno
+import functools
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -66,7 +69,7 @@ class Checkpoints:
         if self._checkpointer is None:
             with self._saving():
                 self._checkpointer = ocp.training.Checkpointer(
-                    self.directory, preservation_policy=self._preserved(), cleanup_tmp_directories=True
+                    _for_orbax(self.directory), preservation_policy=self._preserved(), cleanup_tmp_directories=True
                 )
         items = {name: {"arrays": part, "fingerprint": fingerprint(part)} for name, part in _parts(state).items()}
         with self._saving():  # the error of a save in the background comes with the next
@@ -183,7 +186,7 @@ def _load(path: Path, name: str, abstract):
         "fingerprint": jax.ShapeDtypeStruct((len(leaves),), jnp.uint32, sharding=replicated),
     }
     try:
-        item = ocp.load_checkpointables(path, {name: target})[name]
+        item = ocp.load_checkpointables(_for_orbax(path.parent) / path.name, {name: target})[name]
     except Exception as error:  # whatever Orbax and TensorStore raise for a file that is short, missing or garbled
         if reason := system_reason(error):
             raise UserError(f"{path} cannot be read ({reason}); it may be whole, and was left as it is") from error
@@ -191,6 +194,17 @@ def _load(path: Path, name: str, abstract):
     if (fingerprint(item["arrays"]) != item["fingerprint"]).any():
         raise DamagedError(f"the bits of {name} are not those that were saved")
     return item["arrays"]
+
+
+@functools.cache
+def _for_orbax(directory: Path) -> Path:
+    """The same directory without the characters that Orbax takes for patterns of file names: through a link."""
+    if not set(str(directory)) & set("[]*?\\"):
+        return directory
+    folder = Path(tempfile.mkdtemp(prefix="seqmodels-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / "run").symlink_to(directory.parent)
+    return folder / "run" / directory.name
 
 
 # What the system says of itself and not of the file, in the words of C's library, which all libraries pass on.
