@@ -4,6 +4,7 @@ The format is TensorFlow's: records of a length, a checksum of it, a serialised 
 event only a few fields are needed, so they are written here; other writers import PyTorch or TensorFlow.
 """
 
+import errno
 import os
 import socket
 import struct
@@ -51,14 +52,16 @@ class Board:
         content = b"\x09" + struct.pack("<d", time.time()) + b"\x10" + _varint(step) + content
         length = struct.pack("<Q", len(content))
         record = length + struct.pack("<I", _masked(length)) + content + struct.pack("<I", _masked(content))
-        self._file.write(record)
+        if self._file.write(record) < len(record):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), self._file.name)
 
 
 def cut_after(path: Path, step: int, again: bool) -> None:
     """Cuts an event file before the first event that comes after `step`, or that a crash cut short."""
     end = 0
     for at, values, behind in events(path):
-        if at > step or (again and at == step and any(name.startswith(FINAL) for name in values)):
+        after = at > step or (again and at == step and any(name.startswith(FINAL) for name in values))
+        if values and after:
             break
         end = behind
     if end < path.stat().st_size:
