@@ -6,7 +6,7 @@
 
 The first prints perplexity and bits per byte by split, loss by position in the context and at longer contexts (or what
 the run's config.evals names), and writes them to eval.json and eval.png in the run directory. Exit status: 0 done, 1 a
-mistake in the command, or an evaluator that cannot serve.
+mistake in the command, or an evaluator that cannot serve, 130 or 143 interrupted.
 """
 
 import sys

@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import errno
 import functools
+import logging
 import os
 import shutil
 import sys
@@ -26,6 +27,9 @@ from orbax.checkpoint import v1 as ocp
 
 from seqmodels.errors import UserError
 from seqmodels.training.state import TrainState
+
+# Orbax logs the traceback of an error in its threads several times, and raises it too, which is said here in one line.
+logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
 
 
 class Checkpoints:

@@ -79,7 +79,7 @@ class Trainer:
         _check_objective(config, self.dataset)
         finish.check(config, self.dataset)
         self.model = build_for(config.model, self.dataset)
-        self.finish = finish.Finish(config, workdir, self.dataset, self.model, self.mesh, _say)
+        self.finish = finish.Finish(config, workdir, self.dataset, self.model, self.mesh, _say_anyway)
         boxed = abstract_params(self.model, config)
         self.optimizer = make_optimizer(config.optimizer, decay_mask(boxed))
         self.abstract = abstract_state(self.model, self.optimizer, config, self.mesh)
@@ -255,7 +255,7 @@ class Trainer:
 
     def _exit(self, step: int) -> None:
         self.checkpoints.close()
-        _say(f"stopped after step {step}; the same command goes on from there")
+        _say_anyway(f"stopped after step {step}; the same command goes on from there")
         raise Preempted(step)
 
 
@@ -278,3 +278,9 @@ def _check_objective(config: ConfigDict, dataset: data.BatchSource) -> None:
 def _say(text: str) -> None:
     if jax.process_index() == 0:
         print(text, flush=True)
+
+
+def _say_anyway(text: str) -> None:
+    """As `_say`, to whoever still reads it: a training goes on without."""
+    with contextlib.suppress(OSError):
+        _say(text)

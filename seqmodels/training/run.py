@@ -132,7 +132,7 @@ def check_unstarted(workdir: Path) -> None:
 def write_config(workdir: Path, config: ConfigDict) -> None:
     """Makes the run directory, with config.json in it."""
     if jax.process_index() == 0:
-        with writing(workdir):
+        with writing(Path(workdir) / "config.json"):
             Path(workdir).mkdir(parents=True, exist_ok=True)
             replace_file(Path(workdir) / "config.json", json.dumps(_plain(config), indent=2) + "\n")
 
