@@ -119,6 +119,7 @@ class Trainer:
                 if compiled:
                     state = self._steps(compiled, state, first)
                 summary = self._end(state)
+            self.checkpoints.close()
             self.metrics.close()
             return summary
         except BaseException:

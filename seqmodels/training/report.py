@@ -122,7 +122,7 @@ def read_summary(workdir: Path) -> dict | None:
 
 def diverged(summary: dict) -> str:
     """Why a run that has all its steps is not done; "" if it is."""
-    losses = {f"{split} loss": figures.get("loss", 0.0) for split, figures in summary["splits"].items()}
+    losses = {f"{split} loss": figures.get("loss", 0.0) for split, figures in summary.get("splits", {}).items()}
     losses |= {"training loss": math.nan} if summary.get("status") == "diverged" else {}
     bad = next((name for name, loss in losses.items() if not math.isfinite(loss)), "")
     return f"the {bad} after {summary['steps']} steps is {NOT_FINITE}" if bad else ""
