@@ -12,6 +12,7 @@ import os
 import re
 import shutil
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -53,11 +54,20 @@ def find_config(spec: str) -> Path:
     path, _ = split_spec(spec)
     if not path.endswith(".py") and path in builtin_configs():
         return CONFIGS / f"{path}.py"
-    path = str(Path(path).expanduser())
-    if not Path(path).is_file():
+    path = str(Path(path).expanduser()) if path.startswith("~") else path
+    try:
+        is_file, is_folder = Path(path).is_file(), Path(path).is_dir() and bool(path)
+    except (OSError, ValueError) as error:  # a name that no file can have
+        raise UserError(f"--config={spec[:100]!r}: is no file name ({getattr(error, 'strerror', error)})") from None
+    if is_file and not path.endswith(".py"):
+        raise UserError(f"--config={spec}: {path} is no config, which is a Python file, *.py")
+    if is_folder:
+        raise UserError(f"--config={spec}: {path} is a folder; name a file in it")
+    if not is_file:
         there = [str(file) for file in _config_files(Path(path).parent)] if path.endswith(".py") else []
         near = nearest(path, there) if there else nearest(Path(path).stem, builtin_configs())
-        raise UserError(f"--config={spec}: there is no file {path}{near}")
+        raise UserError(f"--config={spec!r}: there is no file {path!r}{near}" if not path.isprintable() or not path
+                        else f"--config={spec}: there is no file {path}{near}")  # fmt: skip
     return Path(path)
 
 
@@ -84,11 +94,37 @@ def load_module(spec: str) -> ModuleType:
     module = importlib.util.module_from_spec(module_spec)
     try:
         loader.exec_module(module)
-    except (ImportError, SyntaxError) as error:
-        raise UserError(f"--config={spec}: cannot import {path}: {error}") from error
+    except (Exception, SystemExit) as error:  # the file is a program of the user's
+        raise mistake(spec, path, error) from error
     if not hasattr(module, "get_config"):
         raise UserError(f"--config={spec}: {path} does not define get_config(preset)")
     return module
+
+
+def mistake(spec: str, path: Path, error: BaseException) -> UserError:
+    """What a config file raised, with the line of the file where it happened."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return UserError(f"--config={spec}: {path}:{error.lineno}: {error.msg}")
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    where = f"{path}:{lines[-1]}" if lines else str(path)
+    if isinstance(error, UserError):
+        return UserError(f"--config={spec}: {where}: {error}")
+    # ml_collections names the fields of a group in several lines
+    if near := re.search(r'Did you mean \\?"(\w+)\\?" instead of \\?"(\w+)', str(error)):
+        return UserError(f"--config={spec}: {where}: no such field {near[2]}; did you mean {near[1]}?")
+    if isinstance(error, AttributeError | KeyError) and (name := re.search(r"[Kk]ey \\?[\"'](\w+)", str(error))):
+        return UserError(f"--config={spec}: {where}: no such field {name[1]}")
+    return UserError(f"--config={spec}: {where}: {type(error).__name__}: {_one_line(error)}")
+
+
+def _written_at(path: Path, error: UserError) -> str:
+    """` path:line`, where a config file sets the field that an error is about; "" if no line has its name."""
+    name = re.match(r"config\.([\w.]+)", str(error))
+    word = re.compile(rf"\b{re.escape(name[1].split('.')[-1])}\b") if name else None
+    for number, line in enumerate(path.read_text(errors="replace").splitlines(), 1):
+        if word and word.search(line):
+            return f" {path}:{number}:"
+    return ""
 
 
 def written_config(spec: str) -> ConfigDict:
@@ -99,8 +135,10 @@ def written_config(spec: str) -> ConfigDict:
     module, (_, preset) = load_module(spec), split_spec(spec)
     try:
         config = module.get_config(preset) if preset else module.get_config()
-    except (AttributeError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--config={spec}: {_one_line(error)}") from error
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ValueError) and "no preset" in str(error):
+            raise UserError(f"--config={spec}: {_one_line(error)}") from error
+        raise mistake(spec, find_config(spec), error) from error
     if not isinstance(config, ConfigDict):
         raise UserError(f"--config={spec}: get_config returns a {type(config).__name__}; it must return a ConfigDict")
     return config
@@ -117,7 +155,7 @@ def load_config(spec: str) -> ConfigDict:
         check_names(config)
         return upgrade(config).lock()
     except UserError as error:
-        raise UserError(f"--config={spec}: {error}") from None
+        raise UserError(f"--config={spec}:{_written_at(find_config(spec), error)} {error}") from None
 
 
 def take_config(argv: list[str]) -> str | None:

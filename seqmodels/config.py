@@ -4,24 +4,33 @@ The fields themselves are declared in `seqmodels/fields`; here are the rules bet
 """
 
 import copy
+import numbers
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
 
-from seqmodels import pattern
+from seqmodels import pattern, plausible
 from seqmodels.branches import BRANCHES
 from seqmodels.errors import UserError
 from seqmodels.fields import Field, Group, group, refuse
+from seqmodels.fields.field import HUGE, LARGEST
 from seqmodels.fields.model import DENSE, MODEL
 from seqmodels.fields.run import groups_of
+from seqmodels.kernels import OPERATIONS
 from seqmodels.nearest import nearest
 
+MOST_TOKENS = 2**28  # of a step; the host makes all of them at once
 OPEN = "data.task"  # whose fields are those of the task's class, which checks them (seqmodels/data/synthetic)
 
 
-def validate(config: ConfigDict) -> None:
+def validate(config: ConfigDict, begun: bool = False) -> None:
     """Check every field that can be checked without a device, a tokenizer or data. Fields may be missing.
+
+    Args:
+        config: of a run that is to be trained.
+        begun: the run or sweep was begun, perhaps under an earlier version. Then a config that can be computed is
+            allowed, though it may be hardly meant (`seqmodels.plausible`).
 
     Raises UserError: one line with the field, its value and what is allowed.
     """
@@ -29,6 +38,7 @@ def validate(config: ConfigDict) -> None:
     config = upgrade(config)
     for declared in groups(config):
         declared.check_fields(part(config, declared.home))
+    check_depth(config.model)
     for name in pattern.names(config.model.pattern):
         if options := group(name):
             options.validate(config.model[name], config.model.width)
@@ -37,8 +47,37 @@ def validate(config: ConfigDict) -> None:
         refuse("batch_size", config.batch_size, f"a multiple of training.accumulate={accumulate}")
     if scan and repeats % scan:
         refuse("model.scan_blocks", scan, f"0, or a divisor of model.repeats={repeats}")
+    if config.batch_size * config.seq_len > MOST_TOKENS:
+        wide = "seq_len" if config.seq_len > config.batch_size else "batch_size"
+        refuse(wide, config[wide], f"smaller: a step of batch_size * seq_len has at most {MOST_TOKENS} tokens")
+    if "task" in config.data:
+        from seqmodels.data import synthetic
+
+        sizes = dict(seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
+        synthetic.load(config.data, **sizes, bptt=config.training.bptt)
+    check_implementation(config.model.implementation)
     _check_branches(config)
     DENSE.validate(config.model.dense, config.model.width)
+    if not begun:
+        plausible.check(config)
+
+
+def check_depth(model: ConfigDict) -> None:
+    """Raises UserError for more blocks than a model can have; `model` is config.model with all fields."""
+    blocks = len(pattern.parse(model.pattern))
+    if model.repeats * blocks > pattern.MOST_BLOCKS:
+        allowed = f"at most {pattern.MOST_BLOCKS // blocks}, which makes {pattern.MOST_BLOCKS} blocks"
+        refuse("model.repeats", model.repeats, allowed)
+
+
+def check_implementation(implementation: ConfigDict) -> None:
+    """Raises UserError for a backend that an operation does not have; `implementation` is config.model.implementation.
+
+    Imports JAX where a backend is named.
+    """
+    for operation, name in implementation.items():
+        if name and name not in (there := OPERATIONS[operation].IMPLEMENTATIONS):
+            refuse(f"model.implementation.{operation}", name, f"'' or one of {', '.join(map(repr, there))}")
 
 
 def upgrade(stored: ConfigDict | Mapping[str, Any]) -> ConfigDict:
@@ -69,6 +108,7 @@ def complete_model(model: ConfigDict | Mapping[str, Any]) -> ConfigDict:
     check_names(config)
     complete = upgrade(config).model
     MODEL.check_fields(complete)
+    check_depth(complete)
     DENSE.validate(complete.dense, complete.width)
     return complete
 
@@ -83,15 +123,26 @@ def with_pattern(config: ConfigDict, text: str) -> ConfigDict:
 
 
 def _fill(config: ConfigDict) -> None:
-    """Sets the declared fields that are missing to their defaults, in place, and makes tuples of lists (of JSON)."""
+    """Sets the declared fields that are missing to their defaults, in place."""
     for declared in groups(config):
         options = part(config, declared.home, create=True)
         for name, field in declared.fields.items():
             if name not in options:
                 options[name] = field.default
-            elif isinstance(field.default, tuple) and isinstance(value := options[name], list):
+            elif (value := _stored(field, options[name])) is not options[name]:
                 del options[name]  # or the type of the old value would stay
-                options[name] = tuple(value)
+                options[name] = value
+
+
+def _stored(field: Field, value: Any) -> Any:
+    """A value as a config stores it: tuples for lists (of JSON), Python's numbers for NumPy's, floats for huge ones."""
+    if isinstance(field.default, tuple) and isinstance(value, list):
+        return tuple(value)
+    if isinstance(value, numbers.Number) and hasattr(value, "item"):
+        value = value.item()
+    if isinstance(field.default, float) and isinstance(value, int) and LARGEST < abs(value) <= HUGE:
+        return float(value)  # no program takes it as an integer
+    return value
 
 
 def groups(config: ConfigDict) -> tuple[Group, ...]:

@@ -10,7 +10,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from seqmodels.backbone import Backbone, branch_of, causal, plan, scanned
 from seqmodels.branches import BRANCHES
-from seqmodels.config import complete_model
+from seqmodels.config import check_implementation, complete_model
 from seqmodels.data.contract import ArraySpec, BatchSource, Spec, text_spec
 from seqmodels.errors import UserError
 from seqmodels.fields import refuse
@@ -170,9 +170,7 @@ def _build(config, spec: Spec, objective: str) -> SequenceModel:
     if vocabularies:
         vocab_size = max(sizes[i] for i in vocabularies)
         if config.vocab_size and config.vocab_size < vocab_size:
-            raise UserError(
-                f"model.vocab_size is {config.vocab_size}; the tokenizer has {vocab_size} tokens (0 follows it)"
-            )
+            refuse("model.vocab_size", config.vocab_size, f"0, or at least {vocab_size}, as the tokenizer has so many")
         config.vocab_size = config.vocab_size or -(-vocab_size // config.vocab_multiple) * config.vocab_multiple
         for i in vocabularies:
             sizes[i] = config.vocab_size
@@ -180,10 +178,7 @@ def _build(config, spec: Spec, objective: str) -> SequenceModel:
     if config.bias and config.norm == "rms" and not any(BRANCHES[name].biased for name in names(config.pattern)):
         allowed = f"False with model.norm='rms' and model.pattern={config.pattern!r}, where nothing has a bias"
         refuse("model.bias", True, allowed)
-    for operation, name in config.implementation.items():
-        if name and name not in OPERATIONS[operation].IMPLEMENTATIONS:
-            allowed = ", ".join(map(repr, OPERATIONS[operation].IMPLEMENTATIONS))
-            raise UserError(f"config.model.implementation.{operation}={name!r}: must be '' or one of {allowed}")
+    check_implementation(config.implementation)
     kind = LanguageModel if len(vocabularies) == 2 else SequenceModel
     model = kind(FrozenConfigDict(config), *sizes)
     # Both cases declare every branch, which checks the branch's fields.

@@ -18,11 +18,13 @@ from typing import NoReturn
 
 from seqmodels.branches import BRANCHES
 from seqmodels.errors import UserError
+from seqmodels.fields.field import shown
 
 Step = tuple[str, ...]  # branches side by side, such as ("attention", "mlp") or ("bi:mamba",)
 Block = tuple[Step, ...]  # steps one after the other
 
 BOTH_WAYS = "bi:"
+MOST_BLOCKS = 10_000  # of a model
 TOKEN = re.compile(r"[()]|[^\s()]+")
 
 
@@ -39,6 +41,8 @@ def names(pattern: str) -> list[str]:
 
 def parse(pattern: str) -> list[Block]:
     """Blocks of one group, from bottom to top. Raises UserError that points at the word that is wrong."""
+    if not isinstance(pattern, str):
+        raise UserError(f"config.model.pattern={shown(pattern)}: must be a text, such as 'mamba'")
     return _Parser(pattern).blocks()
 
 
@@ -54,7 +58,7 @@ class _Parser:
         where = (
             f"{part!r} of word {self.place}, {token!r}," if part != token and part else f"word {self.place}, {token!r},"
         )
-        raise UserError(f"config.model.pattern={self.pattern!r}: {where if token else 'it'} must be {allowed}")
+        raise UserError(f"config.model.pattern={shown(self.pattern)}: {where if token else 'it'} must be {allowed}")
 
     def blocks(self) -> list[Block]:
         blocks = self.group(closing=False)
@@ -78,8 +82,10 @@ class _Parser:
                 if not new:
                     self.refuse(token, "before at least one block")
             elif re.fullmatch(r"x\d+", token):
-                if not last or int(token[1:]) < 1:
-                    self.refuse(token, "behind the block that it repeats, and at least x1")
+                if not last or not token[1:].isascii() or not 1 <= int(token[1:8]) <= MOST_BLOCKS or len(token) > 7:
+                    self.refuse(token, f"behind the block that it repeats, and from x1 to x{MOST_BLOCKS}")
+                if len(blocks) + last * int(token[1:]) > MOST_BLOCKS:
+                    self.refuse(token, f"in a pattern of at most {MOST_BLOCKS} blocks")
                 new = blocks[-last:] * (int(token[1:]) - 1)
                 last = 0
                 blocks += new

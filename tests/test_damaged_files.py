@@ -178,7 +178,7 @@ def test_token_cache(finished, tmp_path, checksums):
         (folder / "meta.json").write_text(json.dumps(meta))
         (folder / "checked.json").unlink()
     shutil.copytree(folder, copy)
-    for name in ("meta.json", "checked.json", "train/documents.npy", "train/tokens.bin", "test/tokens.bin"):
+    for name in ("meta.json", "checked.json", "train/documents.npy", "train/tokens.bin", "train/sizes.bin", "test/wide.npy"):
         for how, damage in DAMAGES.items():
             if (folder / name).exists():
                 damage(folder / name)

@@ -133,6 +133,23 @@ def test_continuation(workdir, capsys):
         (["--workdir={}", "--prompt=x", "--tokens=0"], ["tokens=0", "at least 1"]),
         (["--workdir={}", "--prompt=x", "--top_p=2"], ["top_p=2.0", "(0, 1]"]),
         (["--workdri={}"], ["workdri", "workdir"]),
+        # Kind: fields of an evaluation, checked before anything is loaded
+        (["--workdir={}", "--config.evaluation.lengths=(1.5,)"], ["config.evaluation.lengths=(1.5,)", "an integer"]),
+        (["--workdir={}", "--config.evaluation.lengths=(0,)"], ["config.evaluation.lengths=(0,)", "at least 1"]),
+        (["--workdir={}", "--config.evaluation.lengths=abc"], ["config.evaluation.lengths"]),
+        (["--workdir={}", "--config.evaluation.rows=0"], ["config.evaluation.rows=0", "at least 1"]),
+        (["--workdir={}", "--config.evaluation.rows=-3"], ["config.evaluation.rows=-3", "at least 1"]),
+        (["--workdir={}", "--config.evaluation.batch_size=-2"], ["config.evaluation.batch_size=-2", "at least 0"]),
+        (["--workdir={}", "--splits="], ["--splits=", "one or more names"]),
+        (["--workdir={}", "--tasks=cloze", "--evals=perplexity"], ["--tasks=cloze", "--evals=lm_eval"]),
+        (["--workdir={}", "--evals=perplexity,"], ["--evals=perplexity,", "one or more names"]),
+        (["--workdir={}", "--out=/dev/null/x.json"], ["--out=/dev/null/x.json"]),
+        (["--workdir={}", "--prompt=x", "--seed=18446744073709551616"], ["seed", "9223372036854775807"]),
+        (["--workdir={}", "--prompt=caf\udce9"], ["--prompt", "UTF-8"]),
+        (["--workdir={}", "--temperature=0.5"], ["--temperature=0.5", "--prompt"]),
+        (["--workdir={}", "--prompt=x", "--limit=3"], ["--limit=3", "--prompt"]),
+        (["--workdir={}", "--config.data.nme=x"], ["config.data.nme", "data.name"]),
+        (["--workdir=README.md"], ["README.md"]),
     ],
 )
 def test_mistakes_are_one_line(workdir, capsys, argv, words):

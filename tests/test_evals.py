@@ -1,5 +1,6 @@
 """Evaluators against sums that are written out here, in float64, one window at a time."""
 
+import dataclasses
 import functools
 import json
 import math
@@ -12,7 +13,8 @@ from flax import linen as nn
 
 from seqmodels import evals
 from seqmodels.configs import densemamba, transformer
-from seqmodels.data import TokenSplit, load_tokenizer
+from seqmodels.data import TokenSplit
+from seqmodels.data.sizes import Sizes
 from seqmodels.errors import UserError
 from seqmodels.evals import by_position, extrapolation, memory, perplexity, report, scoring
 from seqmodels.kernels.dispatch import UnsupportedError
@@ -82,12 +84,14 @@ def test_perplexity_counts_every_target_once(model_and_params, split, nats, batc
 
 def test_a_limit_counts_its_own_bytes(model_and_params, split, nats):
     run = dict(length=T, batch_size=2, limit=3)  # targets 1 to 48, with the separator of document 41
-    exact = perplexity.evaluate(*model_and_params, split, **run, tokenizer=load_tokenizer("bytes"))
-    assert exact["tokens"] == 48
-    covered = bytes(token for token in split.tokens[1:49].tolist() if token < 256)
-    assert exact["bytes"] == len(covered) == 47
+    rng = np.random.default_rng(1)
+    sizes = rng.integers(0, 3, len(split.tokens)).astype(np.uint8)
+    wide = np.array([[48, 1000], [49, 5000]])
+    exact = perplexity.evaluate(*model_and_params, dataclasses.replace(split, sizes=Sizes(sizes, wide)), **run)
+    assert (exact["tokens"], exact["bytes"]) == (48, sizes[1:49].sum() + 1000)
     np.testing.assert_allclose(exact["loss"], nats[:48].mean(), rtol=1e-5)
-    average = perplexity.evaluate(*model_and_params, split, **run)
+    np.testing.assert_allclose(exact["bits_per_byte"], nats[:48].sum() / np.log(2) / exact["bytes"], rtol=1e-5)
+    average = perplexity.evaluate(*model_and_params, split, **run)  # a cache of an earlier version
     assert average["bytes"] == round(96 * 48 / 100)
 
 

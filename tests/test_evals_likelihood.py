@@ -6,9 +6,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tokenizers as tk
 from flax import linen as nn
 
 from seqmodels.configs import densemamba, transformer
+from seqmodels.data import load_tokenizer
 from seqmodels.errors import UserError
 from seqmodels.evals import classification, likelihood
 from seqmodels.evals.likelihood import Request
@@ -102,6 +104,35 @@ def test_texts_and_continuations_become_tokens():
     ):
         with pytest.raises(UserError, match=words):
             likelihood.continuations(BYTES, [pair], context=4)
+
+
+def test_a_token_may_span_the_join_of_context_and_continuation(tmp_path):
+    """Kind: refused though it is fine. As lm-eval's own models split a pair, and with both alone where that fails."""
+    made = tk.Tokenizer(tk.models.BPE())
+    made.pre_tokenizer = tk.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = tk.pre_tokenizers.ByteLevel.alphabet()
+    trainer = tk.trainers.BpeTrainer(vocab_size=320, initial_alphabet=alphabet)
+    made.train_from_iterator(["Answer: the world says hello world, answer here. "] * 50, trainer)
+    made.save(str(tmp_path / "span.json"))
+    tokenizer = load_tokenizer(str(tmp_path / "span.json"))
+
+    def encoded(text):
+        return made.encode(text).ids
+
+    pairs = [("hello wor", "ld"), ("Ans", "wer"), ("hello ", "world"), ("hello", " world"), ("hello wo", "rld, he")]
+    spanned = 0
+    for pair, request in zip(pairs, likelihood.continuations(tokenizer, pairs), strict=True):
+        context = pair[0].rstrip()
+        continuation = pair[0][len(context) :] + pair[1]
+        theirs = encoded(context + continuation)[len(encoded(context)) :]  # `_encode_pair` of lm-eval
+        if not theirs:
+            spanned += 1
+            theirs = encoded(continuation)
+            assert request.tokens[1:].tolist() == encoded(context) + theirs
+        assert request.tokens[len(request.tokens) - request.scored :].tolist() == theirs
+    assert spanned > 1
+    with pytest.raises(UserError, match="0 tokens"):
+        likelihood.continuations(tokenizer, [("hello", "")])
 
 
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 11, 12])

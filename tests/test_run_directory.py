@@ -202,7 +202,7 @@ def test_a_profile_that_cannot_be_written_ends_no_run(tmp_path, monkeypatch):
 
 
 def test_a_profile_behind_the_last_step_is_refused(tmp_path, text):
-    with pytest.raises(UserError, match=r"config\.training\.profile_start=7: must be at most config\.steps=6"):
+    with pytest.raises(UserError, match=r"config\.training\.profile_start=7: must be at most steps=6"):
         loop.train(tiny(text, training__profile_start=7), tmp_path / "run")
 
 

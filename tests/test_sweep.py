@@ -165,6 +165,12 @@ def test_controls_have_the_parameters_of_read(field, bound):
         (["--out=/dev/null/x"], ["--out=/dev/null/x", "cannot be written"]),
         (["--sweeps=3"], ["sweeps"]),
         (["--evals=perplexty"], ["--evals=perplexty", "must be one of perplexity"]),
+        (["--evals=accuracy"], ["--evals=accuracy", "does not fit this run; perplexity"]),
+        (["--evals=classification", "--config.evaluation.classification=/nowhere"], ["/nowhere", "matches no file"]),
+        (["--metric=bogus"], ["--metric=bogus", "no such figure"]),
+        (["--metric=validation.accuracy"], ["--metric=validation.accuracy", "no such figure"]),
+        (["--config.evaluation.lengths=abc"], ["evaluation.lengths"]),
+        (["--config.seed=18446744073709551616"], ["config.seed=18446744073709551616"]),
     ],
 )
 def test_mistakes_are_one_line_before_anything_starts(tmp_path, monkeypatch, capsys, argv, words):
@@ -394,6 +400,69 @@ def test_compare_lines_up_runs_and_sweeps(tmp_path, monkeypatch, capsys):
     assert (tmp_path / "again" / "results.csv").exists()  # where the names are to be found
     assert cli.run(sweep.main, sweep.define, "", argv[:2]) == 1
     assert "--out is missing" in capsys.readouterr().err
+
+
+def compared(tmp_path, *folders):
+    """(label, number of results) of each group of the runs in these folders."""
+    lined = results.distinct(results.of_runs([tmp_path / folder for folder in folders]))
+    return [(group.label, len(group.results)) for group in results.group(lined)]
+
+
+def test_different_runs_are_not_merged_as_seeds_of_one(tmp_path):
+    """Kind: figures that are wrong. However it comes about: names, seeds, links, sweeps."""
+    for name, options in {
+        "exp1/mamba": {},
+        "exp2/mamba": {"width": 16, "seed": 1},  # another config
+        "seeds/1/mamba": {"seed": 1},
+        "again/mamba": {},  # the same config and seed: another run, not another seed
+        "texts/mamba": {"seed": 2},
+    }.items():
+        run_directory(tmp_path / name, **options)
+    (tmp_path / "texts/mamba/data.json").write_text('{"train": "other text"}')
+    assert compared(tmp_path, "exp1/mamba", "exp2/mamba") == [("exp1/mamba", 1), ("exp2/mamba", 1)]
+    assert compared(tmp_path, "exp1/mamba", "seeds/1/mamba") == [("mamba", 2)]  # two seeds of one
+    assert compared(tmp_path, "exp1/mamba", "exp1/mamba", "exp1/../exp1/mamba") == [("mamba", 1)]
+    (tmp_path / "link").mkdir()
+    (tmp_path / "link/mamba").symlink_to(tmp_path / "exp1/mamba")
+    assert compared(tmp_path, "exp1/mamba", "link/mamba") == [("mamba", 1)]
+    assert compared(tmp_path, "exp1/mamba", "again/mamba") == [("exp1/mamba", 1), ("again/mamba", 1)]
+    assert len(compared(tmp_path, "exp1/mamba", "texts/mamba")) == 2
+    three = compared(tmp_path, "exp1/mamba", "exp2/mamba", "seeds/1/mamba")
+    assert three == [("exp1/mamba", 2), ("exp2/mamba", 1)]
+
+
+def test_sweeps_of_one_name_are_not_merged(tmp_path):
+    for place, width in (("a", 8), ("b", 16)):
+        for seed in (0, 1):
+            folder = run_directory(tmp_path / place / "out" / "trials" / f"t{seed}", seed=seed, width=width)
+            (folder / "trial.json").write_text(json.dumps({"status": "done", "overrides": {"seed": seed}}))
+        (tmp_path / place / "out" / "sweep.json").write_text(json.dumps({"trials": ["t0", "t1"]}))
+    assert compared(tmp_path, "a/out", "b/out") == [("a/out: as configured", 2), ("b/out: as configured", 2)]
+    # trials that were run by hand, and so left no record of what they are
+    run_directory(tmp_path / "c/out/trials/t0", width=8)
+    run_directory(tmp_path / "c/out/trials/t1", width=16, seed=1)
+    (tmp_path / "c" / "out" / "sweep.json").write_text(json.dumps({"trials": ["t0", "t1"]}))
+    found = compared(tmp_path, "c/out")
+    assert [number for _, number in found] == [1, 1] and len({label for label, _ in found}) == 2
+
+
+def test_labels_of_values_that_differ_far_behind_are_distinct():
+    rates = [{"optimizer.learning_rate": rate, "seed": 0} for rate in (1e-3, 1.00001e-3)]
+    assert labels(rates) == ["learning_rate=0.001", "learning_rate=0.00100001"]
+    assert labels([rates[0], rates[0] | {"seed": 1}]) == ["learning_rate=0.001"] * 2
+
+
+def test_a_run_that_is_trained_further_is_not_done(tmp_path):
+    folder = run_directory(tmp_path / "run")
+    with open(folder / "metrics.jsonl", "a") as file:
+        file.write('\n{"step": 11, "loss": 1.0}\n')
+    (result,) = results.of_runs([folder])
+    assert result.status == "interrupted" and result.figures == {"steps_done": 11}
+    folder = run_directory(tmp_path / "raised")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"steps": 20}))
+    (result,) = results.of_runs([folder])
+    assert result.status == "interrupted"
 
 
 def test_report_has_the_means_spreads_and_differences(tmp_path):

@@ -102,3 +102,55 @@ def test_train_says_it_in_one_line(argv, words, tmp_path):
     assert process.returncode == 1 and words in process.stderr
     assert process.stderr.count("\n") == 1 and process.stderr.startswith("error: ")
     assert not (tmp_path / "run").exists()  # nothing begun, nothing lost
+
+
+HEAD = """
+from seqmodels.configs.base import base, finish
+from seqmodels.configs.mamba import add_mamba
+
+def get_config(arg=None):
+    config = base()
+    add_mamba(config)
+"""
+
+
+@pytest.mark.parametrize(
+    "lines, words",
+    [
+        ("config.optimizer.learning_rte = 1e-2", ["mine.py:8", "learning_rte", "did you mean optimizer.learning_rate"]),
+        ("config.modle.width = 3", ["mine.py:8", "no such field modle; did you mean model?"]),
+        ("config.lock()\n    config.model.widht = 3", ["mine.py:9", "no such field widht; did you mean width?"]),
+        ("config.model.mamba.sate = 3", ["mine.py:8", "model.mamba.sate=3", "did you mean model.mamba.state"]),
+        ("config.model.width = 'wide'", ["mine.py:8", "width"]),
+        ("config.model.width = widht", ["mine.py:8", "NameError: name 'widht' is not defined"]),
+        ("config.model.width = = 3", ["mine.py:8", "invalid syntax"]),
+        ("raise SystemExit('no')", ["mine.py:8", "SystemExit: no"]),
+        ("import nonesuch", ["mine.py:8", "No module named 'nonesuch'"]),
+        ("return 3", ["must return a ConfigDict"]),
+    ],
+)
+def test_a_mistake_in_a_config_file_is_one_line_with_its_place(tmp_path, capsys, lines, words):
+    """Kinds: tracebacks; misspelt fields in a user's own config."""
+    (tmp_path / "mine.py").write_text(f"{HEAD}    {lines}\n    return config\n")
+    assert call(f"--config={tmp_path}/mine.py") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: --config=") and error.count("\n") == 1
+    assert all(word in error for word in words), error
+
+
+@pytest.mark.parametrize(
+    "spec, words",
+    [
+        ("README.md", "is no config, which is a Python file"),
+        ("configs", "is a folder"),
+        ("configs/mambo.py", "did you mean configs/mamba.py"),
+        ("", "there is no file"),
+        ("x" * 5000, "is no file name"),
+        ("a\x00b", "there is no file"),
+    ],
+)
+def test_what_is_no_config_file_is_one_line(capsys, monkeypatch, spec, words):
+    monkeypatch.chdir(ROOT)
+    assert call(f"--config={spec}") == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and words in error, error

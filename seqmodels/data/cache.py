@@ -3,7 +3,8 @@
 The folder `<cache>/tokens/<label>-<request>-<text>/`, where request and text are fingerprints, contains
 - `<split>/tokens.bin`: ids of all documents one after another, each preceded by the separator; uint16 or uint32;
 - `<split>/documents.npy`: int64, index in `tokens.bin` at which each document begins;
-- `meta.json`: tokenizer, dtype and, by split, tokens, documents, bytes of text and their size under `xz -9`.
+- `<split>/sizes.bin`, `<split>/wide.npy`: bytes of raw text of each token (`seqmodels.data.sizes`);
+- `meta.json`: tokenizer, dtype and, by split, tokens, documents, bytes and hash of the text and its size under `xz -9`.
 
 The folder is written under another name and renamed at the end, so a cache is always complete. Other processes wait for
 a lock.
@@ -11,6 +12,7 @@ a lock.
 
 import array
 import glob
+import hashlib
 import json
 import lzma
 import os
@@ -25,11 +27,13 @@ from tqdm import tqdm
 
 from seqmodels.claim import waited
 from seqmodels.data import damage
+from seqmodels.data.sizes import SizeWriter
 from seqmodels.data.sources import Documents, Source, fingerprint
 from seqmodels.data.tokenizer import Tokenizer
 from seqmodels.errors import UserError
 
-FORMAT = 1  # increases when the format of the files changes; caches of an older format are not found
+FORMAT = 2  # increases when the format of the files changes
+BEFORE = 1  # caches of this format have no sizes and no hashes; they serve where a new one cannot be made
 BATCH_CHARACTERS = 2**20  # tokenised at once
 XZ_BYTES = 2**26  # the xz figure is measured on the first 64 MiB of a split: the dictionary size of xz -9
 
@@ -54,7 +58,22 @@ def find_or_build(source: Source, tokenizer: Tokenizer, root: Path) -> Path:
         with waited(folder / f".{stem}.lock"):
             return _find(folder, stem, source.content) or _build(source, tokenizer, folder, stem)
     except OSError as error:
-        raise UserError(f"config.data.cache={str(root)!r}: cannot be written ({error.strerror or error})") from error
+        mistake = UserError(f"config.data.cache={str(root)!r}: cannot be written ({error.strerror or error})")
+    except UserError as error:
+        mistake = error
+    if old := _find_old(source, tokenizer, folder):
+        return old
+    raise mistake
+
+
+def _find_old(source: Source, tokenizer: Tokenizer, folder: Path) -> Path | None:
+    """A cache of the format before this one, as the version that wrote it would have found it."""
+    key, content = source.before
+    found = _find(folder, f"{source.label}-{fingerprint([key, tokenizer.fingerprint, BEFORE])}", content)
+    if found:
+        text = "its text cannot be read now, so bits per byte of a part of a split are estimates"
+        print(f"{found}: a token cache of an earlier version; {text}", file=sys.stderr, flush=True)
+    return found
 
 
 def _find(folder: Path, stem: str, content: str | None) -> Path | None:
@@ -100,22 +119,27 @@ def _write_split(documents: Documents, tokenizer: Tokenizer, folder: Path) -> di
     folder.mkdir(parents=True)
     starts, tokens, size = array.array("q"), 0, 0
     xz, xz_in, xz_out = lzma.LZMACompressor(preset=9), 0, 0
+    content = hashlib.sha256()
     with (
         (folder / "tokens.bin").open("wb") as file,
+        SizeWriter(folder) as size_writer,
         tqdm(total=documents.count, desc=f"tokenizing {documents.split}", unit=" documents", disable=None) as bar,
     ):
         for texts in _batches(documents):
-            for text, ids in zip(texts, tokenizer.encode_batch(texts), strict=True):
+            for text, (ids, sizes) in zip(texts, tokenizer.encode_with_sizes(texts), strict=True):
                 starts.append(tokens)
                 file.write(np.concatenate([[tokenizer.separator], ids]).astype(tokenizer.dtype).tobytes())
                 tokens += 1 + len(ids)
                 raw = text.encode("utf-8")
+                size_writer.write(sizes, len(raw))
+                content.update(len(raw).to_bytes(8, "little") + raw)  # the length marks where documents end
                 head = raw[: XZ_BYTES - xz_in]
                 size, xz_in, xz_out = size + len(raw), xz_in + len(head), xz_out + len(xz.compress(head))
             bar.update(len(texts))
     xz_out += len(xz.flush())
     np.save(folder / "documents.npy", np.frombuffer(starts, np.int64) if starts else np.zeros(0, np.int64))
-    return {"tokens": tokens, "documents": len(starts), "bytes": size, "xz_bytes": xz_out, "xz_of_bytes": xz_in}
+    figures = {"tokens": tokens, "documents": len(starts), "bytes": size, "xz_bytes": xz_out, "xz_of_bytes": xz_in}
+    return figures | {"sha256": content.hexdigest()}
 
 
 def _batches(documents: Documents) -> Iterator[list[str]]:

@@ -6,6 +6,7 @@ workdir, dataset)`.
 
 import dataclasses
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, ClassVar, Protocol
 
 import numpy as np
@@ -56,11 +57,14 @@ class BatchSource:
         number of bytes; "accuracy", by the answers of a synthetic task.
       tokenizer: only in datasets of text or of synthetic tasks; a run then ends with a sample of text.
       held_out: names of the splits other than train, each of which `dataset[name]` gives as a `BatchSplit`.
+      fingerprints: for each part of the data, such as a split, a text that changes whenever its contents change. A run
+        is continued only on the same data. Empty: not known, so nothing is compared.
     """
 
     objective: str = "next_token"
     measured_by: ClassVar[str] = "head"
     held_out: Any = ()
+    fingerprints: Any = MappingProxyType({})
 
     @property
     def spec(self) -> Spec:

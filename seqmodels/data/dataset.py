@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 from seqmodels.data import cache, synthetic
 from seqmodels.data.contract import Batch, BatchSource, Spec, text_spec
 from seqmodels.data.permutation import permute
+from seqmodels.data.sizes import Sizes
 from seqmodels.data.sources import find_source
 from seqmodels.data.tokenizer import Tokenizer, load_tokenizer
 from seqmodels.errors import UserError
@@ -28,12 +29,22 @@ class TokenSplit:
       documents: [documents] int64, index into `tokens` at which each document begins.
       bytes: UTF-8 bytes of the raw text, without separators.
       separate: whether each document has its own segment id (`config.data.reset`). Else all segment ids are 0.
+      sizes: bytes of raw text of each token; None in a token cache of an earlier version.
     """
 
     tokens: np.ndarray
     documents: np.ndarray
     bytes: int
     separate: bool = True
+    sizes: Sizes | None = None
+
+    def bytes_of(self, targets: int) -> int:
+        """Bytes of raw text of the first so many targets (tokens 1 to `targets`); without `sizes` an estimate."""
+        if targets == len(self.tokens) - 1:
+            return self.bytes
+        if self.sizes is None:
+            return round(self.bytes * targets / (len(self.tokens) - 1))
+        return self.sizes.between(1, targets + 1)
 
     def rows(self, length: int) -> int:
         """Number of whole rows. Row r is `tokens[r * length : (r + 1) * length + 1]`; the last one is only a target."""
@@ -121,7 +132,8 @@ class Dataset(BatchSource):
     def _open(self, split: str) -> TokenSplit:
         tokens = np.memmap(self.folder / split / "tokens.bin", self.meta["dtype"], mode="r")
         documents = np.load(self.folder / split / "documents.npy", mmap_mode="r")
-        return TokenSplit(tokens, documents, self.meta["splits"][split]["bytes"], self.separate)
+        sizes = Sizes.read(self.folder / split)
+        return TokenSplit(tokens, documents, self.meta["splits"][split]["bytes"], self.separate, sizes)
 
     def __getitem__(self, split: str) -> TokenSplit:
         """A split: train, validation or test."""
@@ -135,6 +147,12 @@ class Dataset(BatchSource):
             f"tokenizer {self.tokenizer.name}, {len(self['train'].tokens):,} training tokens, "
             f"{self.steps_per_epoch:.1f} steps an epoch"
         )
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Hashes of the tokenizer and of each split's text. A cache of an earlier version has none of its text."""
+        parts = self.meta["splits"].items()
+        return {"tokenizer": self.tokenizer.fingerprint} | {s: part["sha256"] for s, part in parts if "sha256" in part}
 
     @property
     def held_out(self) -> list[str]:

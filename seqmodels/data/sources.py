@@ -7,6 +7,8 @@ import functools
 import hashlib
 import io
 import json
+import os
+import re
 import socket
 import sys
 import urllib.parse
@@ -51,12 +53,14 @@ class Source:
       key: JSON value that identifies the request.
       content: identifies the text itself. None if the text is not available, or if its name identifies it.
       open: () -> (content, {split: Documents}). It prepares the dataset if that was not done before.
+      before: `key` and `content` as an earlier version made them, to find its caches.
     """
 
     label: str
     key: dict
     content: str | None
     open: Callable[[], tuple[str, dict[str, Documents]]]
+    before: tuple[dict, str | None]
 
 
 def fingerprint(value: Any) -> str:
@@ -75,9 +79,8 @@ def find_source(config: ConfigDict) -> Source:
         if config.path:
             raise UserError(f"config.data.path={config.path!r}: is for config.data.name='text', not {config.name!r}")
         content = hashlib.sha256(text.EMBEDDED.read_bytes()).hexdigest()[:12]
-        return Source(
-            config.name, {"name": config.name, "splits": text.HELD_OUT}, content, lambda: _open_embedded(root, content)
-        )
+        key = {"name": config.name, "splits": text.HELD_OUT}
+        return Source(config.name, key, content, lambda: _open_embedded(root, content), (key, content))
     if config.name == "text":
         return _text_source(config, root)
     if not config.name:
@@ -85,7 +88,8 @@ def find_source(config: ConfigDict) -> Source:
             "config.data.name='': must be 'shakespeare_austen', 'text' or the name of a tensorflow-datasets text set"
         )
     key = {"name": config.name, "path": config.path, "text_key": config.text_key}
-    return Source(config.name.replace("/", "-").replace(":", "-"), key, None, lambda: _open_public(config, root))
+    label = re.sub(r"[^\w.-]", "-", config.name)
+    return Source(label, key, None, lambda: _open_public(config, root), (key, None))
 
 
 def _text_source(config, root: Path) -> Source:
@@ -94,9 +98,12 @@ def _text_source(config, root: Path) -> Source:
             "config.data.path='': config.data.name='text' needs a glob of .txt, .txt.xz, .txt.gz or .jsonl files"
         )
     files = text.find_files(config.path)
-    key = {"name": "text", "path": config.path, "text_key": config.text_key, "held_out": text.HELD_OUT_SHARE}
+    old = {"name": "text", "path": config.path, "text_key": config.text_key, "held_out": text.HELD_OUT_SHARE}
+    key = old | {"path": _place(config.path, Path(config.cache))}
+    # The contents are read at every start. Size and time of a file may stay the same when its text changes, and reading
+    # takes about a second for a gigabyte, far less than tokenising it. Without files a finished cache suffices.
+    content = fingerprint([text.content_hash(file) for file in files]) if files else None
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    content = fingerprint(stats) if files else None  # without files, a finished cache suffices
 
     def open_files():
         if not files:
@@ -115,7 +122,16 @@ def _text_source(config, root: Path) -> Source:
         builder = TextFiles(files=files, text_key=config.text_key, data_dir=str(folder), file_format="array_record")
         return content, _prepare_local(builder)
 
-    return Source("text", key, content, open_files)
+    return Source("text", key, content, open_files, (old, fingerprint(stats) if files else None))
+
+
+def _place(path: str, cache: Path) -> str:
+    """A path as it identifies a text in a cache: absolute, or from the cache's folder.
+
+    So two folders that share a cache do not share texts of the same name, and a folder can be moved with its cache.
+    """
+    place = Path(path).expanduser()
+    return str(place) if place.is_absolute() else os.path.relpath(place, cache.expanduser())
 
 
 def _open_embedded(root: Path, content: str):
@@ -169,7 +185,7 @@ def _open_public(config, root: Path):
     except Exception as error:  # of many types: no such config, no such folder, a format that needs TensorFlow
         if config.path:
             reason = f"config.data.path={config.path!r}: no prepared dataset: {_last_line(error)}"
-        elif configs := [c.name for c in tfds.builder_cls(name.split("/")[0].split(":")[0]).BUILDER_CONFIGS]:
+        elif configs := _configs(name):
             reason = f"config.data.name={name!r}: no such config or version; there are {', '.join(configs[:60])}"
         else:
             reason = f"config.data.name={name!r}: {_last_line(error)}"
@@ -193,6 +209,16 @@ def _open_public(config, root: Path):
             "or use config.data.name='text' with files of your own"
         ) from error
     return fingerprint([builder.info.full_name, {s: d.count for s, d in documents.items()}]), documents
+
+
+def _configs(name: str) -> list[str]:
+    """Names of the configs of a public dataset; none for a name that is not one's, such as "../x"."""
+    import tensorflow_datasets as tfds
+
+    try:
+        return [config.name for config in tfds.builder_cls(name.split("/")[0].split(":")[0]).BUILDER_CONFIGS]
+    except Exception:  # of many types, as above
+        return []
 
 
 def _check_network(builder):

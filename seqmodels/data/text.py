@@ -2,6 +2,7 @@
 
 import glob
 import gzip
+import hashlib
 import json
 import lzma
 import re
@@ -80,6 +81,15 @@ def read_documents(path: Path, text_key: str) -> Iterator[str]:
         raise UserError(f"config.data.path: {path} {reason}") from error
     except (lzma.LZMAError, gzip.BadGzipFile, zlib.error, EOFError) as error:
         raise UserError(f"config.data.path: {path} is damaged or not {path.suffix[1:]}: {error}") from error
+    except OSError as error:
+        raise UserError(f"config.data.path: {path} cannot be read ({error.strerror})") from error
+
+
+def content_hash(path: Path) -> str:
+    """Hash of a file's bytes. Raises: UserError where it cannot be read."""
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"config.data.path: {path} cannot be read ({error.strerror})") from error
 

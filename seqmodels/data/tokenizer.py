@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from seqmodels.data.sizes import sizes_of
 from seqmodels.errors import UserError
 
 # Names of the token that ends (or else begins) a text, in order of preference.
@@ -45,6 +46,13 @@ class Tokenizer:
         """Ids of several texts, each `[tokens]` of `dtype`."""
         raise NotImplementedError
 
+    def encode_with_sizes(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        """As `encode_batch`, and of each text the bytes of UTF-8 that its tokens stand for.
+
+        Returns: (ids [tokens], sizes [tokens] int64) of each text, by the rule of `seqmodels.data.sizes`.
+        """
+        raise NotImplementedError
+
     def decode(self, ids: Iterable[int]) -> str:
         """Text of a sequence of ids. Separators, and ids that the model's padded vocabulary adds, are left out."""
         raise NotImplementedError
@@ -63,6 +71,9 @@ class ByteTokenizer(Tokenizer):
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.frombuffer(text.encode("utf-8"), np.uint8) for text in texts]
+
+    def encode_with_sizes(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        return [(ids, np.ones(len(ids), np.int64)) for ids in self.encode_batch(texts)]
 
     def decode(self, ids: Iterable[int]) -> str:
         """Bytes that are not valid UTF-8, such as half a character at either end, are left out."""
@@ -91,6 +102,15 @@ class SentencePieceTokenizer(Tokenizer):
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         return [np.asarray(ids, self.dtype) for ids in self._model.EncodeAsIds(texts)]
 
+    def encode_with_sizes(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        found = self._model.EncodeAsOffsetMapping(texts, return_bytes=True)
+        result = []
+        for text, encoding in zip(texts, found, strict=True):
+            begins, ends = np.array(encoding["offsets"], np.int64).reshape(-1, 2).T
+            sizes = sizes_of(begins, ends, len(text.encode("utf-8")))
+            result.append((np.asarray(encoding["ids"], self.dtype), sizes))
+        return result
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.DecodeIds([i for i in map(int, ids) if i < self._pieces and i != self.separator])
 
@@ -109,6 +129,7 @@ class HuggingFaceTokenizer(Tokenizer):
             raise _unreadable(path, "a Hugging Face tokenizer.json") from error
         self._model.no_truncation()
         self._model.no_padding()
+        self._model.post_processor = None  # it would add special tokens, and cut white space off the tokens' places
         self._model.encode_special_tokens = True  # a separator written out in a text is text
         self._ids = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
         known = [i for i in map(self._model.token_to_id, SEPARATORS) if i is not None]
@@ -118,6 +139,16 @@ class HuggingFaceTokenizer(Tokenizer):
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
         encodings = self._model.encode_batch_fast(texts, add_special_tokens=False)
         return [np.asarray(encoding.ids, self.dtype) for encoding in encodings]
+
+    def encode_with_sizes(self, texts: list[str]) -> list[tuple[np.ndarray, np.ndarray]]:
+        result = []
+        encodings = self._model.encode_batch(texts, add_special_tokens=False)
+        for text, encoding in zip(texts, encodings, strict=True):
+            places = _byte_places(text)  # the library counts characters
+            begins, ends = np.array(encoding.offsets, np.int64).reshape(-1, 2).T
+            sizes = sizes_of(places[begins], places[ends], int(places[-1]))
+            result.append((np.asarray(encoding.ids, self.dtype), sizes))
+        return result
 
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([i for i in map(int, ids) if i < self._ids and i != self.separator])
@@ -142,6 +173,13 @@ def load_tokenizer(name: str) -> Tokenizer:
             "or a Hugging Face tokenizer.json"
         )
     return kinds[path.suffix](path)
+
+
+def _byte_places(text: str) -> np.ndarray:
+    """[characters + 1] int64: at which byte of the UTF-8 each character begins, and the bytes of all."""
+    codes = np.frombuffer(text.encode("utf-32-le"), np.uint32)
+    widths = 1 + (codes >= 0x80).astype(np.int64) + (codes >= 0x800) + (codes >= 0x10000)
+    return np.concatenate([[0], np.cumsum(widths)])
 
 
 def _read(path: Path) -> bytes:

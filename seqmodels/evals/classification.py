@@ -4,7 +4,6 @@ The data are JSON lines. Each is an object with `prompt` (str), `choices` (list 
 separates it from the prompt) and `answer` (index of the right choice).
 """
 
-import glob
 import json
 import math
 from pathlib import Path
@@ -19,6 +18,7 @@ from seqmodels.data.tokenizer import Tokenizer
 from seqmodels.errors import UserError
 from seqmodels.evals import likelihood
 from seqmodels.evals.run import Run
+from seqmodels.globs import matching
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -67,7 +67,7 @@ def _example(line: str, where: str) -> Example:
 def files(config: ConfigDict) -> list[Path]:
     """Files that `config.evaluation.classification` names. Raises: UserError where there are none."""
     pattern = config.evaluation.get("classification", "")
-    paths = [Path(path) for path in sorted(glob.glob(pattern, recursive=True))] if pattern else [DEFAULT]
+    paths = matching(pattern) if pattern else [DEFAULT]
     if not paths:
         raise UserError(f"config.evaluation.classification={pattern!r}: matches no file")
     return paths

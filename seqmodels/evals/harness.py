@@ -56,9 +56,9 @@ class Tasks:
     def __init__(self, folder: str = "") -> None:
         from lm_eval.tasks import TaskManager
 
-        if folder and not Path(folder).is_dir():
+        if folder and not Path(folder).expanduser().is_dir():
             raise UserError(f"config.evaluation.task_folder={folder!r}: is no folder")
-        self._folders = [str(FOLDER), *([str(Path(folder).absolute())] if folder else [])]
+        self._folders = [str(FOLDER), *([str(Path(folder).expanduser().absolute())] if folder else [])]
         self._manager = TaskManager(include_path=self._folders, include_defaults=False)
         self._complete = False
 

@@ -36,8 +36,11 @@ def continuations(tokenizer: Tokenizer, pairs: list[tuple[str, str]], context: i
     """Requests for `p(continuation | text)`, each pair a text and what follows it.
 
     Text and continuation are tokenised as one string, which begins a document. White space at the end of the text is
-    moved to the continuation, as in lm-eval: tokenizers put a space into the token of the word that follows. If both
-    are longer than the model's context, the beginning is cut off.
+    moved to the continuation, as in lm-eval: tokenizers put a space into the token of the word that follows. What is
+    behind as many tokens as the text alone has is scored. Where a token spans the join, so that nothing is left behind
+    them, the text and the continuation are tokenised each by itself, as lm-eval will do
+    (github.com/EleutherAI/lm-evaluation-harness/pull/4055). If both are longer than the model's context, the beginning
+    is cut off.
 
     Args:
       tokenizer: as in docs/architecture.md.
@@ -45,11 +48,15 @@ def continuations(tokenizer: Tokenizer, pairs: list[tuple[str, str]], context: i
 
     Raises: UserError for a continuation without tokens, or longer than the context.
     """
-    texts = [text.rstrip() for text, _ in pairs]
-    wholes = tokenizer.encode_batch([text + continuation for text, continuation in pairs])
+    split = [(text.rstrip(), text[len(text.rstrip()) :] + continuation) for text, continuation in pairs]
+    wholes = tokenizer.encode_batch([text + continuation for text, continuation in split])
+    texts = tokenizer.encode_batch([text for text, _ in split])
+    spanned = [i for i, (whole, text) in enumerate(zip(wholes, texts, strict=True)) if len(whole) <= len(text)]
+    for i, alone in zip(spanned, tokenizer.encode_batch([split[i][1] for i in spanned]), strict=True):
+        wholes[i] = np.concatenate([texts[i], alone])
     requests = []
-    for whole, beginning, pair in zip(wholes, tokenizer.encode_batch(texts), pairs, strict=True):
-        scored = len(whole) - len(beginning)
+    for whole, text, pair in zip(wholes, texts, pairs, strict=True):
+        scored = len(whole) - len(text)
         if scored < 1 or (context is not None and scored > context):
             allowed = "at least one" if scored < 1 else f"at most {context}, the Transformer's context"
             raise UserError(f"continuation {pair[1][:60]!r} has {max(scored, 0)} tokens: must be {allowed}")

@@ -59,7 +59,7 @@ def served(measure: Callable[[], dict]) -> dict:
 
 def exhausted(error: Exception) -> bool:
     """Whether an error says that the memory of a device is full."""
-    return "RESOURCE_EXHAUSTED" in str(error)
+    return isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error)
 
 
 def peak_bytes(device: jax.Device) -> int | None:

@@ -7,7 +7,6 @@ import flax.linen as nn
 from jax.sharding import Mesh
 
 from seqmodels.data.dataset import TokenSplit
-from seqmodels.data.tokenizer import Tokenizer
 from seqmodels.evals.run import Run
 from seqmodels.evals.scoring import PositionSums, position_sums
 
@@ -21,7 +20,6 @@ def evaluate(
     batch_size: int,
     limit: int | None = None,
     mesh: Mesh | None = None,
-    tokenizer: Tokenizer | None = None,
 ) -> dict[str, float | int]:
     """Loss of every token of a split, read in order in rows of `length`, each from a zero state.
 
@@ -31,11 +29,8 @@ def evaluate(
       loss: mean nats of a token. perplexity: its exponential. bits_per_byte: bits for each byte of raw text. tokens,
       bytes: how many were measured.
     """
-    return figures(
-        position_sums(
-            model, params, split, length=length, batch_size=batch_size, limit=limit, mesh=mesh, tokenizer=tokenizer
-        )
-    )
+    options: dict[str, Any] = dict(length=length, batch_size=batch_size, limit=limit, mesh=mesh)
+    return figures(position_sums(model, params, split, **options))
 
 
 def figures(sums: PositionSums) -> dict[str, float | int]:

@@ -1,11 +1,12 @@
 """The results of an evaluation: tables on the terminal, a JSON file and a picture."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from types import ModuleType
+from types import MappingProxyType, ModuleType
+from typing import Any
 
 from seqmodels.atomic import json_text, replace_file, writing
-from seqmodels.errors import UserError
+from seqmodels.errors import describe
 from seqmodels.evals.run import Run
 
 COLUMNS = 3  # of panels in a picture
@@ -20,6 +21,7 @@ def evaluate(
     out: Path,
     say: Callable[[str], None] = print,
     write: bool = True,
+    about: Mapping[str, Any] = MappingProxyType({}),
 ) -> tuple[dict, list[str]]:
     """Runs evaluators one after another.
 
@@ -30,26 +32,32 @@ def evaluate(
       out: JSON file; the picture has the same name with .png.
       say: called with each table when it is ready.
       write: False on all processes but the first.
+      about: more that the file says, such as which other data were read.
 
     Returns: the figures of all evaluators, as in the file; and a message for each that could not be run.
     """
     title = f"{run.config.name}, step {run.step:,}"
     say(f"{title}, contexts of {run.config.seq_len} tokens")
-    figures, done, failed = {"name": run.config.name, "step": run.step, "limit": limit}, {}, []
+    figures, done, failed = {"name": run.config.name, "step": run.step, "limit": limit, **about}, {}, []
     for name, evaluator in evaluators.items():
         try:
             result = evaluator.evaluate_run(run, splits, limit)
-        except UserError as error:
-            failed.append(f"{name}: {error}")
+            text = evaluator.table(result)
+        except Exception as error:  # of any type: the figures of the other evaluators are as good without
+            failed.append(f"{name}: {describe(error)}")
             continue
         done[name] = evaluator
         figures |= result
-        say("\n" + evaluator.table(result))
+        say("\n" + text)
     if write:
         write_json(out, figures)
         say(f"\nwritten {out}")
-        if plot(picture := out.with_suffix(".png"), done, figures, title):
-            say(f"written {picture}")
+        picture = out.with_suffix(".png")
+        try:
+            if plot(picture, done, figures, title):
+                say(f"written {picture}")
+        except Exception as error:  # of the library of pictures, or of the disk
+            failed.append(f"{picture}: {describe(error)}")
     return figures, failed
 
 

@@ -11,13 +11,17 @@ from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from seqmodels import data
+from seqmodels.config import declared_fields
 from seqmodels.errors import UserError
 from seqmodels.evals.scoring import PositionSums, position_sums
 from seqmodels.model import build_for
-from seqmodels.training import metrics, sharding
+from seqmodels.nearest import nearest
+from seqmodels.training import identity, metrics, sharding
 from seqmodels.training.checkpoint import restore_params, steps
 from seqmodels.training.run import read_config
 from seqmodels.training.state import abstract_params
+
+PLACES = ("data.cache", "data.tokenizer")  # of an evaluation: the same data may lie elsewhere
 
 
 class RunData(Protocol):
@@ -75,7 +79,6 @@ class Run:
                 batch_size=self.batch_size,
                 limit=limit,
                 mesh=self.mesh,
-                tokenizer=self.dataset.tokenizer,
             )
         return self._sums[split, limit]
 
@@ -92,16 +95,21 @@ def load_run(
     Args:
       step: "latest", "best" (by `config.checkpoint.best`) or a number.
       batch_size: rows at once; 0: as the config says.
-      overrides: dotted fields of the config's `evaluation` and their values, in place of the run's.
+      overrides: dotted fields of the config's `evaluation` and `data` and their values, in place of the run's.
       dataset: your own, if the run was trained on one; None: what `config.data` names.
 
-    Raises: UserError if there is no run or no such checkpoint, or if the data is no longer there.
+    Raises: UserError if there is no run or no such checkpoint, if the data is no longer there, or if it is not what the
+      run was trained on: then other data must be named, by `overrides` or `dataset`, and only its tokenizer must be
+      that of the run.
     """
     workdir = Path(workdir).expanduser()
     config = _with_options(read_config(workdir), overrides)
     number = _checkpoint_step(workdir, config, step)
+    other = dataset is not None or any(name.startswith("data.") and name not in PLACES for name in overrides)
     if dataset is None:
         dataset = data.load(config.data, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
+    advice = "restore it; other text is measured with --config.data.name and --config.data.path"
+    identity.check(workdir, dataset, config.data, advice, parts=("tokenizer",) if other else None)
     model = build_for(config.model, dataset)
     mesh = jax.make_mesh((1, jax.device_count(), 1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 5)
     boxed = abstract_params(model, config)
@@ -121,7 +129,12 @@ def rows_at_once(config: ConfigDict) -> int:
 
 
 def _with_options(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """The config of a run with some fields replaced."""
+    """The config of a run with some fields replaced. Raises: UserError for a field or value that is not allowed."""
+    declared = declared_fields(config)
+    for name, value in overrides.items():
+        if name not in declared:
+            raise UserError(f"config.{name}={value!r}: the run has no such field{nearest(name, list(declared))}")
+        declared[name].check(name, value)
     with config.unlocked():
         config.update_from_flattened_dict(dict(overrides))
     return config

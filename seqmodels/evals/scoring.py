@@ -10,7 +10,6 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from seqmodels.data.dataset import TokenSplit
-from seqmodels.data.tokenizer import Tokenizer
 from seqmodels.evals import memory
 from seqmodels.heads.next_token import token_nats
 from seqmodels.training.sharding import put_batch, row_shards, rows_sharding
@@ -167,7 +166,6 @@ def position_sums(
     batch_size: int,
     limit: int | None = None,
     mesh: Mesh | None = None,
-    tokenizer: Tokenizer | None = None,
 ) -> PositionSums:
     """Scores a split in rows of `length` tokens, each from a zero state. Every token of the split is a target once.
 
@@ -177,18 +175,9 @@ def position_sums(
       batch_size: rows at once, rounded up to a multiple of the parts that the mesh splits rows into.
       limit: the most rows; None: the whole split.
       mesh: devices to spread the rows over.
-      tokenizer: needed to count the bytes exactly if `limit` leaves rows out; None: they are estimated from the bytes
-        per token of the whole split.
     """
     nats, count = np.zeros(length), np.zeros(length, np.int64)
     for batch in split.windows(length, rows_of(batch_size, mesh), limit):
         nats += np.where(batch["mask"], score_batch(model, params, batch, mesh), 0.0).sum(axis=0)
         count += batch["mask"].sum(axis=0)
-    targets, covered = len(split.tokens) - 1, int(count.sum())
-    if covered == targets:
-        size = split.bytes
-    elif tokenizer is None:
-        size = round(split.bytes * covered / targets)
-    else:
-        size = len(tokenizer.decode(split.tokens[1 : covered + 1]).encode())
-    return PositionSums(nats, count, size)
+    return PositionSums(nats, count, split.bytes_of(int(count.sum())))

@@ -13,7 +13,8 @@ def check(options: Any, width: int) -> None:
     if heads % (kv_heads or heads):
         refuse("model.attention.kv_heads", kv_heads, f"a divisor of heads={heads}, or 0 for all")
     if (head_dim := options.head_dim or width // heads) % 2:
-        refuse("model.attention.head_dim", head_dim, "even, as rotary positions turn pairs")
+        made = "" if options.head_dim else f"; it is model.width={width} / heads={heads}"
+        refuse("model.attention.head_dim", head_dim, f"even, as rotary positions turn pairs{made}")
 
 
 ATTENTION = Group(

@@ -1,7 +1,6 @@
 """One field of a config."""
 
 import dataclasses
-import math
 import numbers
 from collections.abc import Callable
 from typing import Any, NoReturn
@@ -9,9 +8,13 @@ from typing import Any, NoReturn
 from seqmodels.errors import UserError
 from seqmodels.fields.rules import Rule, any_value
 
+LARGEST = 2**31 - 1  # of integers: counts and sizes are int32 on devices
+HUGE, TINY = 3e38, 1.2e-38  # of numbers: beyond, float32 is infinite, or 0
+SHOWN = 200  # characters of a value that a message shows
+
 
 def _is_float(value: Any) -> bool:
-    return isinstance(value, numbers.Real) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, numbers.Real) and not isinstance(value, bool) and value == value
 
 
 # type of the default: test of a value, and the type's name in messages
@@ -35,12 +38,16 @@ class Field:
         allowed: which values are allowed.
         since: version of the list of fields that introduced this field. From version 2 on, the default means "as
             before": a config without the field means the same as a config with the default.
+        path: whether the text names files, whose names may be other bytes than UTF-8.
+        largest: of an integer, the largest size.
     """
 
     default: Any
     meaning: str
     allowed: Rule = any_value
     since: int = 1
+    path: bool = False
+    largest: int = LARGEST
 
     def words(self) -> str:
         """Description of the allowed values, with the type, for the sentence "must be <words>"."""
@@ -49,14 +56,44 @@ class Field:
             return rule
         return f"{kind}, {rule}" if rule else kind
 
-    def check(self, path: str, value: Any) -> None:
-        """Raises UserError if `value` has another type, or is not allowed. `path`: dotted name, for the message."""
+    def check(self, path: str, value: Any, prefix: str = "config.") -> None:
+        """Raises UserError if `value` has another type, or is not allowed.
+
+        Args:
+            path: dotted name, for the message.
+            prefix: what stands before it there; "--" for a flag.
+        """
         if not KINDS[type(self.default)][0](value):
-            refuse(path, value, self.words())
+            refuse(path, value, self.words(), prefix)
+        if size := self._size(value):
+            refuse(path, value, f"{self.words()}, and {size}", prefix)
         if not self.allowed.test(value):
-            refuse(path, value, self.allowed.advice(value))
+            refuse(path, value, self.allowed.advice(value), prefix)
+
+    def _size(self, value: Any) -> str:
+        """What is wrong with a value of the right type that no program can use; "" if nothing is."""
+        if isinstance(value, str):
+            if "\0" in value:
+                return "without the character 0"
+            if not self.path and any("\ud800" <= character <= "\udfff" for character in value):
+                return "in UTF-8"
+        elif isinstance(self.default, float):
+            if value and self.allowed is not any_value and not TINY <= abs(value) <= HUGE:
+                return f"of a size that float32 holds ({TINY} to {HUGE})"
+        elif isinstance(value, numbers.Integral) and not isinstance(value, bool) and abs(int(value)) > self.largest:
+            return f"at most {self.largest}"
+        return ""
 
 
-def refuse(field: str, value: Any, allowed: str) -> NoReturn:
+def refuse(field: str, value: Any, allowed: str, prefix: str = "config.") -> NoReturn:
     """Raises UserError: one line with the field's dotted name as on the command line, its value, what is allowed."""
-    raise UserError(f"config.{field}={value!r}: must be {allowed}")
+    raise UserError(f"{prefix}{field}={shown(value)}: must be {allowed}")
+
+
+def shown(value: Any) -> str:
+    """A value as a message shows it, in one line, without the end of a long one."""
+    try:
+        text = " ".join(repr(value).split()) if not isinstance(value, str) else repr(value)
+    except ValueError:  # Python writes no integers of thousands of digits
+        text = f"<{type(value).__name__} of more digits than can be shown>"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}... ({len(text)} characters)"

@@ -11,8 +11,8 @@ def check(options: Any, width: int) -> None:
     """Check that the options fit each other and the model's width."""
     check_heads("mamba3", options, width)
     if options.state * options.rotated % 2:
-        allowed = f"a share that makes an even number of the state={options.state} channels rotate"
-        refuse("model.mamba3.rotated", options.rotated, allowed)
+        refuse("model.mamba3.state", options.state, f"a multiple of {round(2 / options.rotated)} with "
+               f"rotated={options.rotated}, as rotations turn pairs")  # fmt: skip
     check_steps("mamba3", options)
 
 

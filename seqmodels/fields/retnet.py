@@ -12,7 +12,8 @@ def check(options: Any, width: int) -> None:
         allowed = f"a divisor of model.width={width}, or key_dim and value_dim must be set"
         refuse("model.retnet.heads", heads, allowed)
     if (key_dim := options.key_dim or width // heads) % 2 or not key_dim:
-        refuse("model.retnet.key_dim", key_dim, "even, as rotations turn pairs")
+        made = "" if options.key_dim else f"; it is model.width={width} / heads={heads}"
+        refuse("model.retnet.key_dim", key_dim, f"even, as rotations turn pairs{made}")
 
 
 RETNET = Group(

@@ -30,7 +30,8 @@ class Rule:
 
 
 any_value = Rule(lambda value: True, "")
-share = Rule(lambda value: 0 <= value < 1, "at least 0 and less than 1")
+NEAREST = 1 - 2.0**-24  # the largest float32 below 1
+share = Rule(lambda value: 0 <= value <= NEAREST, "at least 0 and less than 1 (in float32)")
 
 
 def one_of(*values: Any) -> Rule:
@@ -53,9 +54,11 @@ def above(bound: float) -> Rule:
     return Rule(lambda value: bound < value < math.inf, f"greater than {bound}")
 
 
-def each_at_least(smallest: int, what: str) -> Rule:
-    """A list of one or more integers, each at least `smallest`. `what` describes the numbers in words."""
-    return Rule(
-        lambda values: len(values) > 0 and all(isinstance(n, numbers.Integral) and int(n) >= smallest for n in values),
-        f"{what}, each at least {smallest}",
-    )
+def each_at_least(smallest: int, what: str, empty: bool = False) -> Rule:
+    """A list of integers, each at least `smallest`. `what` describes them in words. `empty`: there may be none."""
+
+    def test(values: Any) -> bool:
+        whole = all(isinstance(n, numbers.Integral) and not isinstance(n, bool) for n in values)
+        return whole and (empty or len(values) > 0) and all(smallest <= n < 2**31 for n in values)
+
+    return Rule(test, f"{what}, each an integer, at least {smallest}")

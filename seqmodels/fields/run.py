@@ -5,20 +5,22 @@ import re
 from ml_collections import ConfigDict
 
 from seqmodels.fields import Field, Group, Rule, above, at_least, between, each_at_least, one_of, share
+from seqmodels.fields.field import HUGE
 from seqmodels.fields.model import DENSE, IMPLEMENTATION, MODEL
 
 FACTORS = re.compile(r"\w+=(\d+\.?\d*|\.\d+)(e[+-]?\d+)?")
 
 
 def _is_factors(text: str) -> bool:
-    return not text or all(FACTORS.fullmatch(part.strip()) for part in text.split(","))
+    parts = [part.strip() for part in text.split(",")] if text else []
+    return all(FACTORS.fullmatch(part) and float(part.partition("=")[2]) <= HUGE for part in parts)
 
 
 ROOT = Group(
     "",
     {
         "name": Field("", "name of the config; without --workdir the run directory is runs/<name>"),
-        "seed": Field(0, "seed of parameters, batches and dropout"),
+        "seed": Field(0, "seed of parameters, batches and dropout", largest=2**63 - 1),
         "steps": Field(1000, "number of optimizer steps", at_least(1)),
         "batch_size": Field(8, "rows in a step, over all devices and micro-batches", at_least(1)),
         "seq_len": Field(256, "tokens in a row", at_least(1)),
@@ -35,10 +37,12 @@ DATA = Group(
             "shakespeare_austen",
             "shakespeare_austen (comes with the project), text (local files) or a TFDS name such as wiki40b/en",
         ),
-        "path": Field("", "files of name=text, as a glob: .txt, .txt.xz, .txt.gz or .jsonl"),
+        "path": Field("", "files of name=text, as a glob: .txt, .txt.xz, .txt.gz or .jsonl", path=True),
         "text_key": Field("text", "feature of a TFDS dataset or of JSON lines that holds the text"),
-        "tokenizer": Field("bytes", "bytes, or path of a sentencepiece .model or a Hugging Face tokenizer.json"),
-        "cache": Field("data", "folder of datasets and of tokenised text"),
+        "tokenizer": Field(
+            "bytes", "bytes, or path of a sentencepiece .model or a Hugging Face tokenizer.json", path=True
+        ),
+        "cache": Field("data", "folder of datasets and of tokenised text", path=True),
         "reset": Field(True, "keep the documents of a row apart: states are reset, and attention sees one document"),
     },
     path="data",
@@ -58,7 +62,7 @@ TASK_DATA = Group(
         "lengths": Field(
             (),
             "tokens of rows that a trained model is measured on too",
-            Rule(lambda lengths: all(length >= 1 for length in lengths), "of lengths in tokens, each at least 1"),
+            each_at_least(1, "lengths in tokens", empty=True),
         ),
         "reset": Field(False, "without effect here: a row is one document"),
     },
@@ -74,7 +78,7 @@ OPTIMIZER = Group(
             "learning rate after the warm-up: cosine, wsd (constant, then a straight line down) or constant",
             one_of("cosine", "wsd", "constant"),
         ),
-        "warmup": Field(0.02, "steps in which the learning rate rises; up to 1: a share of all steps", at_least(0)),
+        "warmup": Field(0.02, "steps in which the learning rate rises; below 1: a share of all steps", at_least(0)),
         "decay": Field(0.2, "share of the steps, at the end, in which the learning rate of wsd falls", between(0, 1)),
         "floor": Field(0.1, "last learning rate as a share of the largest", between(0, 1)),
         "b1": Field(0.9, "decay of Adam's mean of gradients", share),
@@ -154,11 +158,13 @@ EVALUATION = Group(
             "lengths of context that eval.py measures, as multiples of seq_len",
             each_at_least(1, "multiples of seq_len"),
         ),
-        "classification": Field("", "JSON lines of prompt, choices and answer, as a glob; empty: those of the project"),
+        "classification": Field(
+            "", "JSON lines of prompt, choices and answer, as a glob; empty: those of the project", path=True
+        ),
         "tasks": Field(
             "local", "tasks of lm-eval apart by commas, or a list of seqmodels/evals/lists.py such as local or mamba"
         ),
-        "task_folder": Field("", "folder of your own task files for lm-eval"),
+        "task_folder": Field("", "folder of your own task files for lm-eval", path=True),
     },
     path="evaluation",
 )

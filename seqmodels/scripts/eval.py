@@ -9,6 +9,7 @@ the run's config.evals names), and writes them to eval.json and eval.png in the 
 mistake in the command, or an evaluator that cannot serve, 130 or 143 interrupted.
 """
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,8 +19,13 @@ from ml_collections import ConfigDict, config_flags
 
 from seqmodels import cli
 from seqmodels.errors import UserError
-from seqmodels.fields.run import defaults
+from seqmodels.fields import Field
+from seqmodels.fields.field import shown
+from seqmodels.fields.run import ROOT, defaults
 from seqmodels.scripts import as_typed
+
+OF_PROMPT = ("tokens", "temperature", "top_k", "top_p", "seed", "stop")
+OF_EVALUATION = ("out", "splits", "evals", "tasks", "limit")
 
 if TYPE_CHECKING:  # it imports JAX, which comes after use_platform
     from seqmodels.evals.run import Run
@@ -46,9 +52,9 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_float("top_p", 1.0, "Sample from the likeliest tokens that have this probability.", **values)
     flags.DEFINE_integer("seed", 0, "Of sampling.", **values)
     flags.DEFINE_string("stop", None, "Text at which the continuation ends.", **values)
-    options = ConfigDict({"evaluation": defaults().evaluation})
+    options = ConfigDict({"evaluation": defaults().evaluation, "data": defaults().data})
     cli.check_overrides(options, argv)
-    config_flags.DEFINE_config_dict("config", options, "Evaluation fields, in place of the run's.",
+    config_flags.DEFINE_config_dict("config", options, "Fields of evaluation and data, in place of the run's.",
                                     flag_values=flag_values, sys_argv=argv)  # fmt: skip
 
 
@@ -57,6 +63,7 @@ def main(flag_values: flags.FlagValues) -> None:
         raise UserError("--workdir is missing; for example --workdir=runs/densemamba")
     workdir = cli.folder_of(flag_values.workdir)
     out = _out(flag_values.out, workdir)
+    check(flag_values)
     cli.use_platform(flag_values.platform)
 
     import jax
@@ -74,6 +81,42 @@ def main(flag_values: flags.FlagValues) -> None:
             evaluate(run, flag_values, out)
         else:
             print(flag_values.prompt + continuation(run, flag_values))
+
+
+def check(flag_values: flags.FlagValues) -> None:
+    """Checks the flags by themselves, before anything is loaded. Raises: UserError."""
+    prompted = flag_values.prompt is not None
+    for name in OF_EVALUATION if prompted else OF_PROMPT:
+        if flag_values[name].present:
+            what = "is for an evaluation, not for --prompt" if prompted else "is for --prompt, which is missing"
+            raise UserError(f"--{name}={flag_values[name].value}: {what}")
+    for name, value in (("prompt", flag_values.prompt), ("stop", flag_values.stop)):
+        if value is not None:
+            Field("", "").check(name, value, prefix="--")
+    for name in ("splits", "evals"):
+        values = getattr(flag_values, name)
+        if (flag_values[name].present or name == "splits") and not all(map(str.strip, values or [""])):
+            raise UserError(f"--{name}={','.join(values)}: must be one or more names, apart by commas")
+    ROOT.fields["seed"].check("seed", flag_values.seed, prefix="--")
+    for name in ("tokens", "top_k", "limit", "batch_size"):
+        if getattr(flag_values, name) is not None:
+            Field(0, "").check(name, getattr(flag_values, name), prefix="--")
+    out = Path(flag_values.out or Path(flag_values.workdir) / "eval.json")
+    if not prompted and (flag_values.out or Path(flag_values.workdir).is_dir()):
+        check_writable(out)
+
+
+def check_writable(out: Path) -> None:
+    """Raises UserError if a file cannot be written, as far as the system says without writing it."""
+    try:
+        folder = next(folder for folder in (out.parent, *out.absolute().parents) if folder.exists())
+        reason = "is a folder" if out.is_dir() else ""
+        if not folder.is_dir() or not os.access(out if out.exists() else folder, os.W_OK):
+            reason = reason or "cannot be written"
+    except (OSError, ValueError) as error:  # a name that no file can have
+        reason = f"is no file name ({getattr(error, 'strerror', error)})"
+    if reason:
+        raise UserError(f"--out={shown(str(out))}: {reason}; name another file")
 
 
 def continuation(run: "Run", flag_values: flags.FlagValues) -> str:
@@ -107,10 +150,14 @@ def evaluate(run: "Run", flag_values: flags.FlagValues, out: Path) -> None:
 
     field = "--evals" if flag_values.evals else "config.evals"
     evaluators = evals.find(flag_values.evals or evals.named(run.config) or evals.default(run), field)
+    if flag_values.tasks is not None and "lm_eval" not in evaluators:
+        raise UserError(f"--tasks={flag_values.tasks}: is for --evals=lm_eval, which is not among the evaluators")
     evals.check(evaluators, run, field)
     for split in flag_values.splits:
         run.dataset[split]  # a UserError now rather than after the first split
-    options = dict(splits=flag_values.splits, limit=flag_values.limit, out=out)
+    options: dict[str, Any] = dict(splits=flag_values.splits, limit=flag_values.limit, out=out)
+    if any(name.startswith("data.") for name in config_flags.get_override_values(flag_values["config"])):
+        options["about"] = {"data": {"name": run.config.data.name, "path": run.config.data.get("path", "")}}
     _, failed = report.evaluate(run, evaluators, **options, say=say)
     if failed:
         raise UserError("; ".join(failed))

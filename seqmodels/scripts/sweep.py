@@ -18,13 +18,16 @@ from absl import flags
 
 from seqmodels import cli, interrupt
 from seqmodels.errors import UserError
+from seqmodels.fields.field import shown
 from seqmodels.scripts import as_typed, command_line
 from seqmodels.sweeps import definition, devices, report, results, slurm
 from seqmodels.sweeps.attempt import Stop
+from seqmodels.sweeps.checks import check_metric
 from seqmodels.sweeps.live import Live
 from seqmodels.sweeps.local import Workers
 from seqmodels.sweeps.trial import Trial
 
+MOST = 10_000  # seeds, or trials at once
 ENGINES = ("local", "slurm", "print", "none")
 
 
@@ -33,11 +36,17 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string("spec", cli.take_config(list(argv)), "", **values)  # of --config; no flag for users
     flags.DEFINE_string("sweep", "ablation", "Sweep of the config, by name.", **values)
     flags.DEFINE_string("out", None, "Directory of the sweep; sweeps/<config>-<sweep> if left out.", **values)
-    flags.DEFINE_integer("seeds", 1, "Seeds of every trial: seed, seed + 1, ...", lower_bound=1, **values)
+    flags.DEFINE_integer("seeds", 1, "Seeds of every trial: seed, seed + 1, ...", lower_bound=1, upper_bound=MOST,
+                         **values)  # fmt: skip
     flags.DEFINE_list("evals", [], "Evaluators of eval.py; config.evals or the usual if left out; none: no eval.py.",
                       **values)  # fmt: skip
     flags.DEFINE_integer(
-        "parallel", 0, "Trials at once; as many as fit on the GPUs, or one, if left out.", lower_bound=0, **values
+        "parallel",
+        0,
+        "Trials at once; as many as fit on the GPUs, or one, if left out.",
+        lower_bound=0,
+        upper_bound=MOST,
+        **values,
     )
     flags.DEFINE_integer("per_gpu", 1, "Trials that share a GPU; then their tokens/s are not reported.",
                          lower_bound=1, upper_bound=devices.PARTS, **values)  # fmt: skip
@@ -61,10 +70,11 @@ def main(flag_values: flags.FlagValues) -> int:
         return 0
     config = flag_values.config
     folder = cli.folder_of(flag_values.out or f"sweeps/{config.name}-{flag_values.sweep}")
-    if flag_values.evals and flag_values.evals != ["none"]:
-        from seqmodels import evals  # imports JAX
-
-        evals.find(flag_values.evals)
+    try:
+        folder.exists()
+    except OSError as error:
+        raise UserError(f"--out={shown(str(folder))}: is no file name ({error.strerror})") from None
+    check_metric(flag_values.metric, config, ",".join(flag_values.evals), compared)
     trials = definition.define(
         flag_values.spec, config, flag_values.sweep, flag_values.seeds, folder, ",".join(flag_values.evals)
     )
@@ -113,7 +123,7 @@ def _run(trials: list[Trial], folder: Path, flag_values: flags.FlagValues, stop:
 def _write(folder: Path, title: str, lined: list[results.Result], command: str, metric: str) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        print("\n" + report.write(folder, title, lined, command, metric))
+        print("\n" + report.write(folder, title, results.distinct(lined), command, metric))
     except OSError as error:
         raise UserError(f"--out={folder}: cannot write the report ({error.strerror})") from error
     print(f"\nwritten {', '.join(str(folder / name) for name in ('results.csv', 'report.md', 'report.html'))}")

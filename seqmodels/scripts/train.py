@@ -10,6 +10,7 @@ import sys
 from absl import flags
 
 from seqmodels import cli
+from seqmodels.errors import UserError, describe
 from seqmodels.scripts import as_typed
 
 
@@ -26,9 +27,16 @@ def main(flag_values: flags.FlagValues) -> None:
         cli.join_job()
     cli.use_platform(config.platform)
 
-    from seqmodels.training.loop import train  # after use_platform: it imports JAX
+    from seqmodels.evals.memory import exhausted  # after use_platform: they import JAX
+    from seqmodels.training.loop import train
 
-    train(config, cli.folder_of(flag_values.workdir or f"runs/{config.name}"))
+    try:
+        train(config, cli.folder_of(flag_values.workdir or f"runs/{config.name}"))
+    except Exception as error:
+        if not exhausted(error):
+            raise
+        raise UserError(f"{describe(error)}: lower config.batch_size or the model, or raise "
+                        "config.training.accumulate") from error  # fmt: skip
 
 
 def command() -> int:

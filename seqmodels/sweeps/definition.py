@@ -15,8 +15,11 @@ from seqmodels.atomic import replace_file
 from seqmodels.claim import waited
 from seqmodels.config import declared_fields, upgrade, validate, with_pattern
 from seqmodels.errors import UserError
+from seqmodels.fields.field import shown
+from seqmodels.fields.run import ROOT
 from seqmodels.nearest import nearest
 from seqmodels.scripts import CHECKOUT
+from seqmodels.sweeps.checks import check_evaluators
 from seqmodels.sweeps.trial import Trial, read_json
 
 SCRIPTS = CHECKOUT  # the folder with train.py and eval.py; None: the installed package runs its own
@@ -35,17 +38,26 @@ def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path, e
 
     Raises: UserError for a sweep, field or value that is not there.
     """
-    validate(config)
+    begun = (folder / "sweep.json").exists()
+    validate(config, begun)
     listed: list[dict] = []
-    _find(spec, config, name)(listed.append, cli.split_spec(spec)[1] or None)
+    sweep = _find(spec, config, name)
+    try:
+        sweep(listed.append, cli.split_spec(spec)[1] or None)
+    except Exception as error:  # the file is a program of the user's
+        raise cli.mistake(spec, cli.find_config(spec), error) from error
     if not listed:
         raise UserError(f"--sweep={name}: adds no trial")
+    for overrides in listed:
+        if not isinstance(overrides, dict) or not all(isinstance(field, str) for field in overrides):
+            raise UserError(f"--sweep={name}: adds {shown(overrides)}: must be a dict of dotted fields and values")
+        ROOT.fields["seed"].check("seed", overrides.get("seed", config.seed))
     written = cli.written_config(spec)
     trials: dict[str, Trial] = {}
     for overrides in listed:
         first = overrides.get("seed", config.seed)
         for seed in range(first, first + seeds):
-            trial = _trial(spec, config, name, overrides | {"seed": seed}, written, folder, evals)
+            trial = _trial(spec, config, name, overrides | {"seed": seed}, written, folder, evals, begun)
             trials.setdefault(trial.id, trial)
     return list(trials.values())
 
@@ -97,14 +109,17 @@ def _find(spec: str, config: ConfigDict, name: str) -> Callable:
     return sweeps[name]
 
 
-def _trial(spec, config, name, overrides, written, folder, evals) -> Trial:
-    resolved = resolve(config, overrides, name)
+def _trial(spec, config, name, overrides, written, folder, evals, begun) -> Trial:
+    resolved = resolve(config, overrides, name, begun)
     fields = dict(cli.fields(resolved))
     identity = identify(resolved, written)
     # what the command would have without flags but for the pattern, which may bring in branches
     default = dict(cli.fields(with_pattern(written, resolved.model.pattern)))
     default["model.pattern"] = upgrade(written).model.pattern
-    workdir, evals = folder / "trials" / identity, evals or fields["evals"]
+    field, evals = ("--evals", evals) if evals else ("config.evals", str(fields["evals"]))
+    if evals and evals != "none":
+        check_evaluators(resolved, evals.split(","), field)
+    workdir = folder / "trials" / identity
     given = fields | {"evals": ""}  # eval.py's work, not train.py's as well
     flags = [f"--config.{field}={value}" for field, value in given.items() if value != default[field]]
     commands = {"train": ("python", *_script("train"), f"--config={spec}", *flags, f"--workdir={workdir}")}
@@ -135,8 +150,11 @@ def identify(resolved: ConfigDict, written: ConfigDict) -> str:
     return hashlib.sha256(json.dumps(_plain(fields), sort_keys=True).encode()).hexdigest()[:10]
 
 
-def resolve(config: ConfigDict, overrides: dict[str, object], name: str) -> ConfigDict:
-    """`config` with a trial's fields set. Raises: UserError for one that is not there, or a value that does not fit."""
+def resolve(config: ConfigDict, overrides: dict[str, object], name: str, begun: bool = False) -> ConfigDict:
+    """`config` with a trial's fields set. Raises: UserError for one that is not there, or a value that does not fit.
+
+    begun: as in `seqmodels.config.validate`.
+    """
     resolved = copy.deepcopy(config)
     if isinstance(pattern := overrides.get("model.pattern"), str):
         try:
@@ -152,7 +170,7 @@ def resolve(config: ConfigDict, overrides: dict[str, object], name: str) -> Conf
         except TypeError:
             raise UserError(f"--sweep={name}: {field}={value!r}: must be {_kind(resolved, field)}") from None
     try:
-        validate(resolved)
+        validate(resolved, begun)
     except UserError as error:
         raise UserError(f"--sweep={name}: {error}") from None
     return resolved

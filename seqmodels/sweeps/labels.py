@@ -1,6 +1,6 @@
 """Short names of trials, of the fields in which they differ."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 
 def labels(trials: Sequence[dict[str, object]]) -> list[str]:
@@ -10,10 +10,15 @@ def labels(trials: Sequence[dict[str, object]]) -> list[str]:
         names = [name for name in names if len({str(overrides.get(name)) for overrides in trials}) > 1]
     last = [name.split(".")[-1] for name in names]
     short = {name: tail if last.count(tail) == 1 else name for name, tail in zip(names, last, strict=True)}
-    return [
-        ", ".join(f"{short[name]}={_value(overrides[name])}" for name in names if name in overrides) or "as configured"
-        for overrides in trials
-    ]
+
+    def label(overrides: dict[str, object], value: Callable[[object], str]) -> str:
+        return ", ".join(f"{short[name]}={value(overrides[name])}" for name in names if name in overrides)
+
+    rounded = [label(overrides, _value) for overrides in trials]
+    exact = [label(overrides, repr) for overrides in trials]
+    if len(set(rounded)) < len(set(exact)):  # numbers that differ only further back
+        rounded = exact
+    return [text or "as configured" for text in rounded]
 
 
 def _text(overrides: dict[str, object]) -> str:

@@ -1,5 +1,6 @@
 """The results of trials and other run directories: figures by name, and their mean and spread over seeds."""
 
+import contextlib
 import csv
 import dataclasses
 import io
@@ -7,10 +8,13 @@ import itertools
 import json
 import math
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 from seqmodels.atomic import replace_file
+from seqmodels.config import upgrade
 from seqmodels.errors import UserError
 from seqmodels.sweeps.attempt import last_row
 from seqmodels.sweeps.labels import labels
@@ -18,6 +22,7 @@ from seqmodels.sweeps.trial import Trial, read_json
 from seqmodels.training import metrics
 
 WINDOW = 50  # rows of training loss in a mean, or a twentieth of them if that is fewer
+UNCOUNTED = ("name", "checkpoint", "metrics", "sample")  # parts of a config that change no figure
 EQUAL_TIME = "train_loss_at_equal_time"
 MEASURED = "eval.training.tokens_per_second"  # of a device alone, by eval.py --evals=training_speed
 
@@ -27,7 +32,9 @@ class Result:
     """A trial or a run directory, as it is now.
 
     Attributes:
-      label: shared by the seeds of a trial.
+      label: shared by the seeds of a trial, and by nothing else (`distinct`).
+      kind: what the seeds of a trial have in common, as a text: the config without the seed, and the data.
+      home: for a result of `of_runs` the run's or sweep's directory, whose name begins the label.
       columns: fields that the sweep sets, with the values that they have in this trial.
       figures: metrics by dotted name. Those of eval.json begin with "eval.".
       steps, seconds, losses: the training loss, each value the mean of a few rows, and the training time up to there.
@@ -46,6 +53,8 @@ class Result:
     seconds: list[float] = dataclasses.field(default_factory=list)
     losses: list[float] = dataclasses.field(default_factory=list)
     tokens: int = 0
+    kind: str = ""
+    home: Path | None = None
 
     @property
     def status(self) -> str:
@@ -85,7 +94,9 @@ def of_trials(trials: list[Trial], unkept: dict[str, dict]) -> list[Result]:
     for trial, label in zip(trials, labels([trial.overrides for trial in trials]), strict=True):
         columns = {name: trial.fields[name] for name in names}
         record = unkept.get(trial.id) or trial.record()
-        results.append(_read(Result(trial.id, trial.workdir, label, trial.overrides["seed"], record, columns)))
+        result = _read(Result(trial.id, trial.workdir, label, trial.overrides["seed"], record, columns))
+        result.kind = _text({name: value for name, value in trial.fields.items() if name != "seed"})
+        results.append(result)
     return _timed(results)
 
 
@@ -96,6 +107,7 @@ def of_runs(folders: list[Path]) -> list[Result]:
     """
     results = []
     for folder in folders:
+        name = folder.absolute().name
         if (folder / "sweep.json").exists():
             sweep = read_json(folder / "sweep.json")
             if not _are_strings(sweep.get("trials")):
@@ -103,11 +115,16 @@ def of_runs(folders: list[Path]) -> list[Result]:
                     f"--compare={folder}: {folder / 'sweep.json'} is damaged; give the sweep's command again"
                 )
             runs = [folder / "trials" / identity for identity in sweep["trials"]]
-            names = labels([read_json(run / "trial.json").get("overrides", {}) for run in runs])
-            there = [(run, f"{folder.name}: {name}") for run, name in zip(runs, names, strict=True)]
-            results += _timed([_run(run, label) for run, label in there if (run / "config.json").exists()])
+            overrides = [read_json(run / "trial.json").get("overrides", {}) for run in runs]
+            there = []
+            for run, label, values in zip(runs, labels(overrides), overrides, strict=True):
+                if (run / "config.json").exists():
+                    there.append(_run(run, f"{name}: {label}", folder.resolve()))
+                    values = {field: value for field, value in values.items() if field != "seed"}
+                    there[-1].kind += _text([str(folder.resolve()), values])
+            results += _timed(there)
         elif (folder / "config.json").exists():
-            results.append(_run(folder, folder.absolute().name))
+            results.append(_run(folder, name, folder.resolve()))
         else:
             raise UserError(
                 f"--compare={folder}: neither a run directory nor a sweep's (no config.json, no sweep.json)"
@@ -119,12 +136,59 @@ def _are_strings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(each, str) for each in value)
 
 
-def _run(folder: Path, label: str) -> Result:
+def _run(folder: Path, label: str, home: Path) -> Result:
     config = read_json(folder / "config.json")
     record = read_json(folder / "trial.json")
     summary = read_json(folder / "summary.json")
     record = {"status": summary.get("status", "done") if summary else "interrupted"} | record
-    return _read(Result(folder.absolute().name, folder, label, config.get("seed", 0), record))
+    result = Result(folder.absolute().name, folder, label, config.get("seed", 0), record, home=home)
+    result.kind = _kind(folder, config)
+    return _read(result)
+
+
+def _kind(folder: Path, config: dict) -> str:
+    """The config of a run without its seed and without what changes no figure, and the fingerprints of its data."""
+    with contextlib.suppress(UserError, TypeError, ValueError, AttributeError):  # else only an equal one is of its kind
+        config = upgrade(config).to_dict()  # an older run lacks fields
+    counted = {name: value for name, value in config.items() if name not in ("seed", *UNCOUNTED)}
+    if isinstance(data := counted.get("data"), dict):
+        counted["data"] = {name: value for name, value in data.items() if name != "cache"}
+    return _text([counted, read_json(folder / "data.json")])
+
+
+def _text(value: object) -> str:
+    return json.dumps(value, sort_keys=True, default=str)
+
+
+def distinct(results: list[Result]) -> list[Result]:
+    """The results, each directory once, with labels that only the seeds of one trial share.
+
+    Two runs are seeds of one trial if labels and kinds are equal, and their seeds differ. Other runs with equal labels
+    get the last parts of their paths in which they differ, such as `exp1/mamba` and `exp2/mamba`.
+    """
+    results = [members[0] for members in group_by(results, lambda result: result.workdir.resolve()).values()]
+    seen: Counter = Counter()
+    for result in results:  # a seed that is there twice is another run, not another seed
+        seen[key := (result.label, result.kind, result.seed)] += 1
+        result.kind += f" {seen[key]}" if seen[key] > 1 else ""
+    for label, kinds in group_by(results, lambda result: result.label).items():
+        by_kind = list(group_by(kinds, lambda result: result.kind).values())
+        if len(by_kind) > 1:
+            firsts = [members[0] for members in by_kind]
+            for members, name in zip(by_kind, _names(label, firsts), strict=True):
+                for result in members:
+                    result.label = name
+    return results
+
+
+def _names(label: str, results: list[Result]) -> list[str]:
+    """Another label for each of these results, whose label is the same."""
+    homes = [result.home for result in results]
+    if None not in homes and len(set(homes)) == len(homes):
+        paths = [home.parts for home in homes if home]
+        parts = next(n for n in range(1, max(map(len, paths)) + 1) if len({path[-n:] for path in paths}) == len(paths))
+        return [str(Path(*path[-parts:])) + label.removeprefix(path[-1]) for path in paths]
+    return [f"{label} ({result.workdir.absolute().parent.parent.name}/{result.id})" for result in results]
 
 
 def _read(result: Result) -> Result:
@@ -132,7 +196,7 @@ def _read(result: Result) -> Result:
     summary, evaluation = (read_json(result.workdir / name) for name in ("summary.json", "eval.json"))
     config = read_json(result.workdir / "config.json")
     summary |= summary.pop("splits", {})
-    summary.pop("steps", None)  # steps_done says it, of any run
+    summary_steps = summary.pop("steps", None)  # steps_done says it, of any run
     path = result.workdir / "metrics.jsonl"
     rows = [row for row in metrics.read(path) if "loss" in row] if path.exists() else []
     finite = [row for row in rows if row["loss"] is not None]
@@ -151,6 +215,8 @@ def _read(result: Result) -> Result:
             result.seconds = [time for time, row in zip(times, rows, strict=True) if row["loss"] is not None]
             result.figures["tokens_per_second"] = statistics.median(speeds)
             result.figures["train_seconds"] = times[-1]
+    if result.status == "done" and _trained_further(summary_steps, config, result.figures.get("steps_done", 0)):
+        result.record = result.record | {"status": "interrupted", "reason": "is trained further than its summary"}
     result.figures |= dict(_leaves(summary, ""))
     result.figures |= dict(_leaves(evaluation, "eval."))
     if not result.seconds and (speed := result.figures.get(MEASURED)):
@@ -158,6 +224,12 @@ def _read(result: Result) -> Result:
     if result.status != "done":  # half a run's figures would look like another's
         result.figures = {"steps_done": result.figures["steps_done"]} if "steps_done" in result.figures else {}
     return result
+
+
+def _trained_further(steps: object, config: dict, last: float) -> bool:
+    """Whether a run has gone on, or is to go on, after its summary of so many steps was written."""
+    asked = config.get("steps", 0)
+    return isinstance(steps, int) and max(last, asked if isinstance(asked, int) else 0) > steps
 
 
 def _timed(results: list[Result]) -> list[Result]:
@@ -203,12 +275,18 @@ def at_equal_time(results: list[Result]) -> float | None:
     return time
 
 
-def group(results: list[Result], key: Callable[[Result], object] = lambda result: result.label) -> list[Group]:
-    """Groups of the results with equal keys, in the order of the first result of each."""
-    groups: dict[object, list[Result]] = {}
+def group(results: list[Result]) -> list[Group]:
+    """The seeds of each trial, in the order of the first result of each."""
+    groups = group_by(results, lambda result: (result.label, result.kind))
+    return [Group(number, members[0].label, members) for number, members in enumerate(groups.values(), 1)]
+
+
+def group_by(results: list[Result], key: Callable[[Result], Any]) -> dict[Any, list[Result]]:
+    """The results with equal keys, in the order of the first result of each."""
+    groups: dict[Any, list[Result]] = {}
     for result in results:
         groups.setdefault(key(result), []).append(result)
-    return [Group(number, members[0].label, members) for number, members in enumerate(groups.values(), 1)]
+    return groups
 
 
 def write_csv(path: Path, results: list[Result]) -> None:

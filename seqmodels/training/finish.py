@@ -1,6 +1,7 @@
 """Measures a model: figures of held-out splits; at the end of a run also evaluators, a sample and a picture."""
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +11,12 @@ from ml_collections import ConfigDict
 
 from seqmodels import evals
 from seqmodels.backbone import context
-from seqmodels.errors import UserError
+from seqmodels.errors import UserError, describe
 from seqmodels.evals import accuracy, perplexity
 from seqmodels.evals import figures as head_figures
 from seqmodels.evals import report as evaluation
 from seqmodels.evals.run import NewRun, Run, rows_at_once
+from seqmodels.fields.field import shown
 from seqmodels.generation import generate
 from seqmodels.training import metrics as rows_of_metrics
 from seqmodels.training import report
@@ -51,10 +53,21 @@ def _check_best(config: ConfigDict, dataset: Any) -> None:
 
 def _check_sample(config: ConfigDict, dataset: Any) -> None:
     sample, tokenizer = config.sample, _tokenizer(dataset)
-    if sample.tokens and tokenizer and tokenizer.separator < 0 and not tokenizer.encode(sample.prompt):
+    if not sample.tokens or not tokenizer:
+        return
+    try:
+        ids = tokenizer.encode(sample.prompt)
+    except (UserError, ValueError) as error:  # names that a task does not have
+        raise UserError(f"config.sample.prompt={shown(sample.prompt)}: {describe(error)}") from error
+    if tokenizer.separator < 0 and not ids:
         raise UserError(
             f"config.sample.prompt={sample.prompt!r}: must hold a token, as no separator stands before it here; or "
             "set config.sample.tokens=0"
+        )
+    if outside := [i for i in ids if not 0 <= i < tokenizer.vocab_size]:
+        raise UserError(
+            f"config.sample.prompt={shown(sample.prompt)}: the tokenizer makes id {outside[0]} of it, and has only "
+            f"{tokenizer.vocab_size}"
         )
 
 
@@ -88,7 +101,7 @@ class Finish:
         if by == "accuracy":
             found = accuracy.evaluate(self.model, params, part, **options)
         else:
-            found = perplexity.evaluate(self.model, params, part, tokenizer=self.dataset.tokenizer, **options)
+            found = perplexity.evaluate(self.model, params, part, **options)
         return {name: float(found[name]) for name in REPORTED[by]}
 
     def run(self, state: TrainState, metrics: Metrics, between: Callable[[], None]) -> dict:
@@ -99,40 +112,49 @@ class Finish:
         """
         config, step = self.config, int(state.step)
         params = state.params if state.ema is None else state.ema
-        splits = {}
+        self.failed: list[str] = []
+        splits: dict[str, dict[str, float]] = {}
+        summary: dict[str, Any] = {"name": config.name, "steps": step, "splits": splits, "sample": ""}
         for split in self.dataset.held_out:
-            splits[split] = self.figures(params, split, None)
-            if self.dataset.measured_by == "perplexity":
-                splits[split]["xz_bits_per_byte"] = self.dataset.xz_bits_per_byte(split)
+            with self._reported(split):
+                splits[split] = self.figures(params, split, None)
+                if self.dataset.measured_by == "perplexity":
+                    splits[split]["xz_bits_per_byte"] = self.dataset.xz_bits_per_byte(split)
             between()
-        if evaluators := evals.find(evals.named(config), "config.evals"):
-            self._run_evaluators(evaluators, params, step, metrics)
+        if named := evals.named(config):
+            with self._reported("config.evals"):
+                self._run_evaluators(evals.find(named, "config.evals"), params, step, metrics)
             between()
-        summary = {"name": config.name, "steps": step, "splits": splits, "sample": self._sample(params)}
+        with self._reported("sample"):
+            summary["sample"] = self._sample(params)
         summary["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(params))
-        summary["state_bytes_per_sequence"] = report.state_bytes(self.model, config.seq_len)
+        with self._reported("state"):
+            summary["state_bytes_per_sequence"] = report.state_bytes(self.model, config.seq_len)
         if jax.process_index() == 0:
-            summary["plot"] = self._plot()
+            unit = {"next_token": "nats a token", "classify": "nats a row"}.get(self.dataset.objective, "squared error")
+            with self._reported("loss.png"):
+                report.plot_loss(self.workdir, self.workdir / "loss.png", unit)
+                summary["plot"] = str(self.workdir / "loss.png")
             between()
+            if self.failed:
+                summary["failed"] = self.failed
             summary["status"] = "diverged" if report.diverged(summary) or self._ended_badly(step) else "done"
             report.write_summary(self.workdir, summary)
         return summary
-
-    def _plot(self) -> str:
-        """Draws the loss; "" where that cannot be done, as a run is as good without."""
-        unit = {"next_token": "nats a token", "classify": "nats a row"}.get(self.dataset.objective, "squared error")
-        path = self.workdir / "loss.png"
-        try:
-            report.plot_loss(self.workdir, path, unit)
-        except Exception as error:
-            self.say(f"not drawn: {path} ({type(error).__name__}: {error})")
-            return ""
-        return str(path)
 
     def _ended_badly(self, step: int) -> bool:
         """Whether the loss of the last step is not finite, under training.nan="skip"."""
         rows = [row for row in rows_of_metrics.read(self.workdir / "metrics.jsonl") if "loss" in row]
         return bool(rows) and rows[-1]["step"] == step and rows[-1]["loss"] is None
+
+    @contextlib.contextmanager
+    def _reported(self, part: str) -> Iterator[None]:
+        """What fails inside ends nothing: the run is as good without it. It is said in a line and in the summary."""
+        try:
+            yield
+        except Exception as error:  # of any type: devices, files, libraries of pictures, evaluators of a user's own
+            self.failed.append(f"{part}: {describe(error)}")
+            self.say(f"not measured: {self.failed[-1]}")
 
     def _run_evaluators(self, evaluators: dict, params: Any, step: int, metrics: Metrics) -> None:
         """Does what `eval.py` does: writes eval.json and eval.png. The numbers go into the metrics too."""
@@ -147,7 +169,8 @@ class Finish:
             say=self.say,
             write=jax.process_index() == 0,
         )
-        for reason in failed:  # the run is as good without
+        for reason in failed:
+            self.failed.append(reason)
             self.say(f"not evaluated: {reason}")
         metrics.write(step, dict(evaluation.scalars(found)))
 

@@ -11,13 +11,13 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from seqmodels import data
+from seqmodels import data, plausible
 from seqmodels.config import upgrade, validate
 from seqmodels.data.contract import check_spec
 from seqmodels.errors import NOT_FINITE, UserError
 from seqmodels.kernels.dispatch import UnsupportedError
 from seqmodels.model import build_for, describe_kernels
-from seqmodels.training import checkpoint, debug, finish, flops, profile, report, run, sharding
+from seqmodels.training import checkpoint, debug, finish, flops, identity, profile, report, run, sharding
 from seqmodels.training.metrics import Metrics
 from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
 from seqmodels.training.preemption import Preempted, StopSignal
@@ -40,9 +40,8 @@ def train(config: ConfigDict, workdir: str | Path, dataset: data.BatchSource | N
       Preempted: SIGINT or SIGTERM, after a checkpoint.
     """
     workdir = Path(workdir).expanduser()
-    validate(config)
+    validate(config, run.begun(workdir))
     config = upgrade(config).lock()
-    profile.check(config)
     if (summary := _finished(workdir, config)) is None:
         with run.held(workdir):
             # Once more, as another process may have ended meanwhile.
@@ -61,6 +60,8 @@ def _finished(workdir: Path, config: ConfigDict) -> dict | None:
 
 
 def _trained(config: ConfigDict, workdir: Path, dataset: data.BatchSource | None) -> dict:
+    for line in plausible.doubts(config, run.begun(workdir)):
+        _say(line)
     try:
         trainer = Trainer(config, workdir, StopSignal(), dataset)
     except UnsupportedError as error:  # a named kernel that cannot serve these shapes
@@ -76,6 +77,8 @@ class Trainer:
         self.mesh: Mesh = sharding.make_mesh(config)
         self.source = config.data.name if dataset is None else type(dataset).__name__
         self.dataset = _load(config) if dataset is None else dataset
+        if run.begun(workdir):
+            identity.check(workdir, self.dataset, config.data, "restore it, or name another --workdir")
         _check_objective(config, self.dataset)
         finish.check(config, self.dataset)
         self.model = build_for(config.model, self.dataset)
@@ -104,6 +107,7 @@ class Trainer:
         if state is None:
             run.check_unstarted(self.workdir)
         run.write_config(self.workdir, config)
+        identity.write(self.workdir, self.dataset)
         self._announce(state)
         if state is None:
             state = init_state(self.model, self.optimizer, config, self.abstract)

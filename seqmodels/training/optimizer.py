@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 from seqmodels.fields import refuse
 from seqmodels.layers.parameter import declarations
 from seqmodels.nearest import nearest
+from seqmodels.plausible import warmup_steps
 from seqmodels.training.sharding import unbox
 
 
@@ -103,7 +104,7 @@ def make_schedule(config: ConfigDict, steps: int) -> Callable[[jax.Array | int],
       wsd:      peak, and over the last `decay` of the steps linearly down to peak x floor (Hu et al. 2024)
       constant: peak
     """
-    warmup = round(config.warmup if config.warmup > 1 else config.warmup * steps)
+    warmup = float(warmup_steps(config.warmup, steps))  # no program takes a huge integer
     last, peak, floor = steps - 1, config.learning_rate, config.floor
 
     def schedule(step):

@@ -8,15 +8,6 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from seqmodels.errors import UserError
-
-
-def check(config: ConfigDict) -> None:
-    """Raises UserError for a profile that would begin behind the last step."""
-    start = config.training.profile_start
-    if start > config.steps:
-        raise UserError(f"config.training.profile_start={start}: must be at most config.steps={config.steps}")
-
 
 class Profile:
     """Traces the steps of the window. A run that resumes within it traces those that are left; one that ends within it

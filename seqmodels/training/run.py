@@ -40,14 +40,14 @@ def check_run(workdir: Path, config: ConfigDict) -> None:
     workdir = Path(workdir)
     try:
         there = stat.S_ISDIR(workdir.stat().st_mode)
-        begun = there and any((workdir / name).exists() for name in ("checkpoints", "metrics.jsonl"))
+        unbegun = not there or not begun(workdir)
     except FileNotFoundError:
         return
     except OSError as error:
         raise UserError(f"--workdir={workdir}: cannot be read ({error.strerror})") from error
     if not there:
         raise UserError(f"--workdir={workdir}: is a file; name a directory")
-    if not begun:
+    if unbegun:
         return
     stored, asked = (dict(fields(ConfigDict(_plain(c)))) for c in (read_config(workdir), upgrade(config)))
     missing = "(not there)"
@@ -62,6 +62,14 @@ def check_run(workdir: Path, config: ConfigDict) -> None:
             f"--workdir={workdir}: holds a run of another config: {', '.join(differ[:5])}{more}; "
             "name another --workdir, or set these as they were"
         )
+
+
+def begun(workdir: Path) -> bool:
+    """Whether a run in this directory has written a metric or saved a checkpoint."""
+    try:
+        return (workdir / "checkpoints").exists() or (workdir / "metrics.jsonl").exists()
+    except OSError:  # such as a name that is too long; `check_run` says so
+        return False
 
 
 @contextlib.contextmanager

@@ -69,14 +69,20 @@ def abstract_carry(model: nn.Module, config: ConfigDict, mesh: Mesh) -> Any:
 
     carry, longer = shapes(config.seq_len), shapes(2 * config.seq_len)
     if [x.shape for x in jax.tree.leaves(carry)] != [x.shape for x in jax.tree.leaves(longer)]:
-        raise UserError("training.bptt=True: the state of this model's attention grows with the context; set it False")
+        raise UserError(
+            "config.training.bptt=True: the state of this model's attention grows with the context; set it False"
+        )
     return jax.tree.map(lambda x: _with_sharding(x, sharding.rows_sharding(mesh, x.shape)), carry)
 
 
 def init_state(
     model: nn.Module, optimizer: optax.GradientTransformation, config: ConfigDict, abstract: TrainState
 ) -> TrainState:
-    """A fresh state. Each device makes its own part; the values are the same on every mesh."""
+    """A fresh state. Each device makes its own part; the values are the same on every mesh.
+
+    Raises: UserError on a CPU whose memory is too small for it: the system would kill the process.
+    """
+    _check_memory(abstract)
     return lower_init(model, optimizer, config, abstract).compile()(jax.random.key(config.seed))
 
 
@@ -97,6 +103,18 @@ def _finite(parts: list[list[jax.Array]]) -> jax.Array:
         return jnp.all(jnp.array(found, bool))
 
     return jnp.stack([one(leaves) for leaves in parts])
+
+
+def _check_memory(abstract: TrainState) -> None:
+    from seqmodels.evals.memory import free_host_bytes  # evaluators import this module
+
+    free = free_host_bytes() if jax.default_backend() == "cpu" else None
+    needed = sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract) if hasattr(leaf, "size"))
+    if free is not None and needed > free:
+        raise UserError(
+            f"config.model: parameters and optimizer need {needed / 2**30:,.1f} GiB of memory, {free / 2**30:,.1f} are "
+            "free; make the model smaller"
+        )
 
 
 def lower_init(

@@ -1,6 +1,8 @@
 """Batches of a task, generated on demand. A batch is a pure function of (seed, step)."""
 
 import dataclasses
+import hashlib
+import json
 from collections.abc import Iterator
 from functools import cached_property
 from typing import ClassVar
@@ -147,6 +149,13 @@ class SyntheticDataset(BatchSource):
     def describe(self) -> str:
         """One line that describes the data."""
         return f"{self.tokenizer.vocab_size:,} symbols, generated, 1/{FOLDS} of all rows held out"
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of everything that the rows depend on."""
+        settings = [type(self.task).__name__, dataclasses.asdict(self.task), self.seed, self.loss, self.seq_len]
+        text = json.dumps([*settings, self.count, self.lengths], sort_keys=True)
+        return {"task": hashlib.sha256(text.encode()).hexdigest()}
 
     @property
     def held_out(self) -> list[str]:

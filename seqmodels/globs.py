@@ -1,0 +1,12 @@
+"""Files that a text of a config names."""
+
+import glob
+from pathlib import Path
+
+
+def matching(pattern: str) -> list[Path]:
+    """The path of that name, or what a glob matches in sorted order; `~` is the home directory."""
+    literal = Path(pattern).expanduser()
+    if literal.exists():  # a name with brackets is a glob too, which does not match itself
+        return [literal]
+    return [Path(path) for path in sorted(glob.glob(str(literal), recursive=True))]

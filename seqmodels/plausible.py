@@ -1,0 +1,122 @@
+"""Configs that can be computed, but that nobody means: a new run is refused, one that was begun goes on with a warning.
+
+The rules look at several fields together. Those without which nothing can be computed are in `seqmodels/config.py`.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+from ml_collections import ConfigDict
+
+from seqmodels import pattern
+from seqmodels.errors import UserError
+from seqmodels.fields import refuse
+from seqmodels.fields.field import shown
+from seqmodels.globs import matching
+
+ENOUGH = 0.9  # of the peak learning rate, that a run should reach
+
+
+def check(config: ConfigDict) -> None:
+    """Applies every rule to a config in which each field by itself is allowed. Raises UserError."""
+    for rule in RULES:
+        rule(config)
+
+
+def doubts(config: ConfigDict, begun: bool = False) -> list[str]:
+    """A line for everything in an allowed config that is hardly meant, to be shown when a run starts.
+
+    Args:
+        begun: the run was begun, perhaps under an earlier version; then the rules of `check` are among the doubts.
+    """
+    found = _learning_rate(config)
+    for rule in RULES if begun else ():
+        try:
+            rule(config)
+        except UserError as error:
+            found.append(str(error))
+    return [f"warning: {line}" for line in found]
+
+
+def warmup_steps(warmup: float, steps: int) -> int:
+    """Steps of the warm-up that `optimizer.warmup` asks for: a number above 1, or a share of all steps."""
+    return round(warmup if warmup > 1 else warmup * steps)
+
+
+def _learning_rate(config: ConfigDict) -> list[str]:
+    """What is wrong with the schedule; presets are tried with few steps, so it is no reason to refuse a config."""
+    optimizer, steps = config.optimizer, config.steps
+    warmup = warmup_steps(optimizer.warmup, steps)
+    fall = max(round(optimizer.decay * steps), 1) if optimizer.schedule == "wsd" else 0
+    # The rate rises up to the end of the warm-up, and falls from there or from the beginning of wsd's decay. So its
+    # largest value is at one of these, or where both meet.
+    times = {0, steps - 1, warmup - 1, steps - 1 - fall, *range(0, steps, max(steps // 1000, 1))}
+    largest = 0.0
+    for step in times:
+        if 0 <= step < steps:
+            share = 1 - (1 - optimizer.floor) * max(step - (steps - 1 - fall), 0) / fall if fall else 1.0
+            largest = max(largest, share * min((step + 1) / max(warmup, 1), 1))
+    fields = f"config.optimizer.warmup={optimizer.warmup}" + (f" and decay={optimizer.decay}" if fall else "")
+    if largest < ENOUGH:
+        name = f"optimizer.learning_rate={optimizer.learning_rate}"
+        return [f"{fields} of steps={steps}: the learning rate rises to {100 * largest:.0f} % of {name} at most"]
+    if warmup >= steps > 1:
+        return [f"{fields}: is all of steps={steps}, so the learning rate never falls"]
+    return []
+
+
+def _warmup(config: ConfigDict) -> None:
+    """One step, or all steps: the number 1 does not say which."""
+    if (warmup := config.optimizer.warmup) == 1:
+        refuse("optimizer.warmup", warmup, "below 1 (a share of the steps) or above 1 (a number of steps)")
+
+
+def _seed(config: ConfigDict) -> None:
+    if config.seed < 0:  # not every generator takes one
+        refuse("seed", config.seed, "at least 0")
+
+
+def _profile(config: ConfigDict) -> None:
+    start = config.training.profile_start
+    if start > config.steps:
+        refuse("training.profile_start", start, f"at most steps={config.steps}; 0 for no profile")
+
+
+def _best(config: ConfigDict) -> None:
+    every = config.evaluation.every
+    if config.checkpoint.best and every > config.steps:
+        refuse("evaluation.every", every, f"at most steps={config.steps} with checkpoint.best, which is never measured")
+
+
+def _files(config: ConfigDict) -> None:
+    """Files that only evaluators read."""
+    files, folder = config.evaluation.classification, config.evaluation.task_folder
+    if files and not matching(files):
+        raise UserError(f"config.evaluation.classification={shown(files)}: matches no file")
+    if folder and not Path(folder).expanduser().is_dir():
+        raise UserError(f"config.evaluation.task_folder={shown(folder)}: is no folder")
+
+
+def _step_sizes(config: ConfigDict) -> None:
+    """The floor of a fresh model's step sizes leaves some of them as they are drawn."""
+    for name in pattern.names(config.model.pattern):
+        options = config.model.get(name, {})
+        if "dt_floor" in options and options.dt_floor > options.dt_max:
+            refuse(f"model.{name}.dt_floor", options.dt_floor, f"at most dt_max={options.dt_max}")
+
+
+def _links(config: ConfigDict) -> None:
+    """A model with dense links has at least one."""
+    dense = config.model.dense
+    if dense.variant == "none":
+        return
+    from seqmodels.backbone import plan  # imports JAX
+
+    if any(block.sources for block in plan(config.model)):
+        return
+    if dense.every > 1:
+        refuse("model.dense.every", dense.every, "less than the number of blocks with a state, or no block has a link")
+    refuse("model.dense.variant", dense.variant, "'none' where only one block has a state, as none is below it")
+
+
+RULES: tuple[Callable[[ConfigDict], None], ...] = (_warmup, _seed, _profile, _best, _files, _step_sizes, _links)
