@@ -75,8 +75,9 @@ def split_spec(spec: str) -> tuple[str, str]:
     """Path and preset of `path/to/config.py:preset`. The path may hold a colon."""
     ends = [match.start() for match in re.finditer(":", spec)]
     for end in (*ends, len(spec)):
-        if Path(spec[:end]).expanduser().is_file():
-            return spec[:end], spec[end + 1 :]
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # a name that no file can have
+            if Path(spec[:end]).expanduser().is_file():
+                return spec[:end], spec[end + 1 :]
     path, _, preset = spec.partition(":")
     return path, preset
 
