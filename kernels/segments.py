@@ -3,6 +3,8 @@
 import jax
 import jax.numpy as jnp
 
+from seqmodels.kernels.arrays import expand_to
+
 
 def previous_segment(segment_ids: jax.Array, initial_segment: jax.Array | None, mask: jax.Array | None) -> jax.Array:
     """Segment of the last real token before each position, and before the end of the sequence.
@@ -36,6 +38,14 @@ def resets(
         return None
     changed = segment_ids != previous_segment(segment_ids, initial_segment, mask)[:, :-1]
     return changed if mask is None else changed & mask
+
+
+def forget(state: jax.Array, reset: jax.Array | None) -> jax.Array:
+    """`state` [B, ...] (or [T, B, ...]), replaced by zeros where `reset` [B] (or [T, B]) is True.
+
+    A product with zero would keep NaN and infinity, which would reach the next document. None: no resets.
+    """
+    return state if reset is None else jnp.where(expand_to(reset, state.ndim), 0, state)
 
 
 def segment_before(

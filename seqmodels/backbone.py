@@ -163,7 +163,7 @@ def connection_of(config: Any, spec: BlockSpec, **parent: Any) -> depth.Connecti
     return depth.connection_of(config, branches, spec.sources, **parent)
 
 
-def block_state(config: Any, spec: BlockSpec, batch: int, max_length: int) -> dict[str, State]:
+def block_state(config: Any, spec: BlockSpec, batch: int, max_length: int | None) -> dict[str, State]:
     """A block's state before the first token, by branch. Branches without a state are left out. Needs no parameters."""
     states = {
         name: branch_of(config, word, parent=None).init_state(batch, max_length) for name, word in spec.names().items()
@@ -292,7 +292,7 @@ class Backbone(nn.Module):
         return scan(self.config, self.super_specs, deterministic, name="blocks")
 
     @nn.nowrap
-    def init_state(self, batch: int, max_length: int = 0) -> dict[str, Any]:
+    def init_state(self, batch: int, max_length: int | None = None) -> dict[str, Any]:
         """States of the blocks before the first token; see `LanguageModel.init_state`."""
         specs, (unrolled, repeats) = plan(self.config), scanned(self.config)
         layers = {f"block_{i}": block_state(self.config, s, batch, max_length) for i, s in enumerate(specs[:unrolled])}

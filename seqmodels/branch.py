@@ -60,14 +60,15 @@ class Branch(nn.Module):
         return 0
 
     @nn.nowrap
-    def init_state(self, batch: int, max_length: int = 0) -> State:
+    def init_state(self, batch: int, max_length: int | None = None) -> State:
         """The state before the first token. It needs no parameters. The first axis of every leaf is the batch.
 
         Args:
-            max_length: tokens that a cache has room for; states of constant size do not depend on it.
+            max_length: tokens that a cache has room for. It may be left out where the state has a constant size.
 
         Raises:
             UserError: the branch has no state, because it is not causal.
+            ValueError: the state is a cache, and max_length is left out or below 1.
         """
         return {}
 

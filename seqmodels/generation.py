@@ -19,13 +19,14 @@ from seqmodels.errors import UserError
 from seqmodels.rounding import rounded
 
 LARGEST_CHUNK = 512  # tokens prefilled at once
+NO_TOKEN = -2  # in place of a token, where the logits are not finite
 BLOCK = 32  # tokens drawn between two calls of the caller's `enough`
 
 
 class Sampling(NamedTuple):
     """How a token is drawn from logits. Each field is a scalar, or an array [B] with one value for each row.
 
-    temperature: logits are divided by it; 0 always takes the likeliest token.
+    temperature: logits are divided by it, finite; 0 always takes the likeliest token.
     top_k: draw only from the k likeliest tokens; 0 is all.
     top_p: draw only from the fewest likeliest tokens whose probabilities sum up to at least p; 1 is all.
     The temperature is applied first, then top_k, then top_p to the tokens that are left.
@@ -168,7 +169,8 @@ def draw_tokens(
       room: length of the array that the tokens are written to, at least `tokens`.
 
     Returns:
-      The tokens [B, room] int32, and the hidden state and state for the next call.
+      The tokens [B, room] int32, and the hidden state and state for the next call. A token is `NO_TOKEN` where the
+      logits are not finite.
     """
     params, head = ({"params": tree} for tree in params)
     rows = hidden.shape[0]
@@ -185,7 +187,8 @@ def draw_tokens(
         logits = model.apply(head, hidden, method="logits")[:, 0].astype(jnp.float32)
         logits = jnp.where(jnp.arange(logits.shape[-1]) < vocab_size, logits, -jnp.inf)
         step_keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, first + step)
-        token = jnp.where(done, stop, draw(step_keys, logits, sampling, method))
+        token = jnp.where(jnp.isfinite(jnp.max(logits, axis=-1)), draw(step_keys, logits, sampling, method), NO_TOKEN)
+        token = jnp.where(done, stop, token)
         out = jax.lax.dynamic_update_slice_in_dim(out, token[:, None], step, axis=1)
         hidden, state = model.apply(params, token[:, None], state=state)
         return step + 1, hidden, state, out, done | (token == stop)
@@ -224,11 +227,11 @@ def decode(
     Returns:
       [B, tokens] int32; fewer tokens if `enough` ended the rows.
 
-    Raises: UserError for an empty prompt or numbers out of range.
+    Raises: UserError for an empty prompt, an id outside the vocabulary or numbers out of range; or if the model's
+      logits are not finite, so that there is no token to draw.
     """
     _check(tokens, sampling)
-    if not prompts or not all(len(prompt) for prompt in prompts):
-        raise UserError("prompt='': must hold at least one token")
+    _check_prompts(prompts, vocab_size)
     batch, length = len(prompts), max(len(prompt) for prompt in prompts)
     ids = np.zeros((batch, length), np.int32)
     mask = np.zeros((batch, length), bool)
@@ -249,8 +252,23 @@ def decode(
         new, hidden, state = draw_tokens(
             model, params, hidden, state, keys, done, sampling, vocab_size, stop, first, count, **static
         )
-        out = np.concatenate([out, np.asarray(new)[:, :count]], axis=1)
+        drawn = np.asarray(new)[:, :count]
+        if (drawn == NO_TOKEN).any():
+            row, place = np.argwhere(drawn == NO_TOKEN)[0]
+            raise UserError(
+                f"the model's logits for token {first + place + 1} of row {row + 1} are not finite (NaN or infinity): "
+                "its parameters are not finite, or numbers overflow in its dtype"
+            )
+        out = np.concatenate([out, drawn], axis=1)
     return out
+
+
+def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise UserError("prompt='': must hold at least one token")
+    for prompt in prompts:
+        if outside := [int(token) for token in prompt if not 0 <= token < vocab_size]:
+            raise UserError(f"prompt has the token id {outside[0]}: must be from 0 to {vocab_size - 1}, the vocabulary")
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # gives each leaf its own buffer, as the state is donated
@@ -314,7 +332,12 @@ def generate(
 def _check(tokens: int, sampling: Sampling) -> None:
     rules = (
         ("tokens", tokens, tokens >= 1, "at least 1"),
-        ("temperature", sampling.temperature, np.all(np.asarray(sampling.temperature) >= 0), "at least 0"),
+        (
+            "temperature",
+            sampling.temperature,
+            np.all((np.asarray(sampling.temperature) >= 0) & np.isfinite(sampling.temperature)),
+            "at least 0, and finite",
+        ),
         ("top_k", sampling.top_k, np.all(np.asarray(sampling.top_k) >= 0), "at least 0"),
         (
             "top_p",

@@ -72,15 +72,19 @@ class SequenceModel(nn.Module):
         return head(config.width, self.output_size, dtype=jnp.dtype(config.dtype), **fields)
 
     @nn.nowrap
-    def init_state(self, batch: int, max_length: int = 0) -> dict[str, Any]:
+    def init_state(self, batch: int, max_length: int | None = None) -> dict[str, Any]:
         """The state before the first token. Call it on the module itself; it needs no parameters.
 
         Args:
-            max_length: slots of attention caches, in tokens. The states of other mixers have constant size.
+            max_length: slots of attention caches: all tokens of a row, those that are still to come included. It may be
+                left out for a model without attention, whose state has a constant size.
 
         Returns:
             segment [B] and position [B] int32: document of the last token, and number of its tokens so far; layers:
             states of the blocks. The first axis of every leaf is the batch.
+
+        Raises:
+            ValueError: the model has attention, and max_length is left out or below 1.
         """
         layers = Backbone(self.config, parent=None).init_state(batch, max_length)
         zeros = jnp.zeros((batch,), jnp.int32)

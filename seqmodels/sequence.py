@@ -47,7 +47,12 @@ def make_sequence(
 
     Returns:
         The sequence, and `segment` and `position` after it.
+
+    Raises:
+        ValueError: length is 0.
     """
+    if not length:
+        raise ValueError("the sequence has no tokens: T is 0; allowed: 1 or more")
     real = jnp.ones((batch, length), bool) if mask is None else mask
     before = jnp.zeros((batch,), jnp.int32) if position is None else position
     count = jnp.cumsum(real, axis=1, dtype=jnp.int32) - real  # real tokens before this one in the row

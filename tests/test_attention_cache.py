@@ -38,14 +38,14 @@ def apply(params, x, seq, state=None, window=WINDOW):
     return attention(window).apply(params, x, seq, state)
 
 
-def in_pieces(params, x, state, cuts, segment_ids=None, mask=None):
+def in_pieces(params, x, state, cuts, segment_ids=None, mask=None, window=WINDOW):
     """y of all pieces, and the last state."""
     ys = []
     segment, position = jnp.zeros(B, jnp.int32) if segment_ids is None else segment_ids[:, 0], jnp.zeros(B, jnp.int32)
     for start, stop in zip([0, *cuts], [*cuts, x.shape[1]], strict=True):
         ids, real = (None if v is None else jnp.asarray(v[:, start:stop]) for v in (segment_ids, mask))
         seq, segment, position = make_sequence(B, stop - start, ids, real, segment, position)
-        y, state = apply(params, x[:, start:stop], seq, state)
+        y, state = apply(params, x[:, start:stop], seq, state, window=window)
         ys.append(y)
     return jnp.concatenate(ys, axis=1), state
 
@@ -177,3 +177,21 @@ def test_a_cache_that_is_too_small_is_refused():
             jax.eval_shape(module.apply, params, draw(), make_sequence(B, T)[0], module.init_state(B, max_length))
     state = attention().init_state(B, T)
     jax.eval_shape(attention().apply, parameters(), draw(), make_sequence(B, T)[0], state)
+
+
+@pytest.mark.parametrize("window", [0, WINDOW])
+@pytest.mark.parametrize("max_length", [(), (0,), (-1,)])
+def test_a_cache_without_slots_is_refused(window, max_length):
+    """It would drop every key."""
+    with pytest.raises(ValueError, match="max_length must be at least 1, the number of tokens that a row will have"):
+        attention(window).init_state(B, *max_length)
+
+
+def test_tokens_without_a_free_slot_are_nan():
+    """Where only the running computation knows how many slots are used. The tokens before are right."""
+    module, params, cuts = attention(0), parameters(), [3, 6, 7, 8]
+    whole = in_pieces(params, draw(), module.init_state(B, T), cuts, mask=MASK, window=0)[0]
+    y = in_pieces(params, draw(), module.init_state(B, 5), cuts, mask=MASK, window=0)[0]
+    lost = (np.cumsum(MASK, 1) > 5) & MASK
+    assert lost.any() and np.isnan(y[lost]).all()
+    close(y[~lost & MASK], whole[~lost & MASK])

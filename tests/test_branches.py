@@ -64,10 +64,10 @@ def in_pieces(name, params, x, sizes, state, segment_ids=None, mask=None, segmen
     return jnp.concatenate(ys, axis=1), state
 
 
-def start_state(name, seed=3):
-    """A state that is not zero: that after a few tokens."""
+def start_state(name, seed=3, room=0):
+    """A state that is not zero: that after a few tokens. `room`: for how many tokens beside T more."""
     module, params = branch(name)
-    _, state, segment, position = apply(name, params, draw((B, 3, D), seed), module.init_state(B, 3 + T))
+    _, state, segment, position = apply(name, params, draw((B, 3, D), seed), module.init_state(B, 3 + T + room))
     return state, segment, position
 
 
@@ -199,6 +199,44 @@ def test_padding_is_nothing(name, side):
     (out, gradient), (want, want_gradient) = value_and_gradient(padded, poisoned), value_and_gradient(bare, x)
     close(out, want)
     close(gradient, want_gradient, 1e-4)
+
+
+ISOLATED = np.array([[0] * 4 + [1] * 3 + [2] * 3, [3] * 2 + [4] * 3 + [5] * 5], np.int32)
+BAD = np.isin(ISOLATED, [1, 4])  # documents that are not finite
+REAL = np.array([[1] * 8 + [0] + [1], [0] + [1] * 9], bool)
+
+
+@both_ways
+def test_what_is_not_finite_stays_in_its_document(name):
+    """A document, padding and a state that a new document drops hold NaN and infinity: all others are as without.
+
+    In values, also of the next token, and in gradients of the inputs. The first row goes on with its state's document.
+    """
+    _, params = branch(name)
+    x, weights, following = draw((B, T, D)), draw((B, T, D), 1), draw((B, 1, D), 2)
+    state, segment, position = (None, None, None) if name.startswith(BOTH_WAYS) else start_state(name, room=1)
+    if state is not None:
+        segment = jnp.array([0, 9], jnp.int32)
+
+    @jax.jit
+    def run(x, state, weights):
+        def f(x):
+            y, *after = apply(name, params, x, state, jnp.asarray(ISOLATED), jnp.asarray(REAL), segment, position)
+            return y, after
+
+        y, pull, after = jax.vjp(f, x, has_aux=True)
+        return y, *pull(weights), after
+
+    spoil = lambda v, where: jnp.where(where[..., None], jnp.where(jnp.arange(D) % 2, jnp.nan, jnp.inf), v)  # noqa: E731
+    of_row = lambda v: v.at[1].set(jnp.nan) if jnp.issubdtype(v.dtype, jnp.floating) else v  # noqa: E731
+    want_y, want_dx, want_after = run(x, state, weights)
+    y, dx, after = run(spoil(x, BAD | ~REAL), jax.tree.map(of_row, state), jnp.where(BAD[..., None], jnp.nan, weights))
+    good = REAL & ~BAD
+    close((y[good], dx[good]), (want_y[good], want_dx[good]), 1e-5)
+    assert not np.isfinite(y[BAD & REAL]).all()
+    if state is not None:
+        step = lambda after: apply(name, params, following, after[0], ISOLATED[:, -1:], None, *after[1:])[0]  # noqa: E731
+        close(step(after), step(want_after), 1e-5)
 
 
 @every_branch

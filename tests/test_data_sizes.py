@@ -4,15 +4,18 @@ Kind: figures that are wrong (bits per byte over a part of a split counted decod
 """
 
 import itertools
+import json
 import re
+import shutil
 
 import numpy as np
 import pytest
 import sentencepiece
 import tokenizers as tk
 
-from seqmodels.data import load, load_tokenizer
+from seqmodels.data import cache, load, load_tokenizer
 from seqmodels.data.sizes import Sizes, SizeWriter, sizes_of
+from seqmodels.data.sources import find_source, fingerprint
 from tests.data_fixtures import text_config
 
 WORDS = ["the", "of", "and", "naïve", "“quoted”", "日本語", "🙂", "Straße", "", "", "two", "", "spaces\tTab", "é", "½"]
@@ -145,3 +148,29 @@ def test_wide_tokens_and_documents_without_tokens(tmp_path):
     sizes = Sizes.read(tmp_path)
     assert [sizes.between(i, i + 1) for i in range(6)] == [0, 5, 255, 256, 70_000, 300]
     assert sizes.between(1, 6) == 5 + 70_511 + 300
+
+
+def test_a_cache_of_an_earlier_version_serves_where_its_text_is_gone(tmp_path, capsys):
+    config = text_config(tmp_path, {"a.txt": TEXT})
+    new = load(config, seq_len=8, batch_size=2)
+    source = find_source(config)
+    key, content = source.before
+    stem = f"{source.label}-{fingerprint([key, new.tokenizer.fingerprint, cache.BEFORE])}-{content}"
+    old = new.folder.rename(new.folder.with_name(stem))  # as that version wrote it
+    meta = json.loads((old / "meta.json").read_text())
+    for name, split in meta["splits"].items():
+        del split["sha256"]
+        split.pop("files", None)
+        for file in ("sizes.bin", "wide.npy"):
+            (old / name / file).unlink()
+    (old / "meta.json").write_text(json.dumps(meta))
+    again = load(config, seq_len=8, batch_size=2)  # the text is there: made anew, once
+    assert again.folder == new.folder and again["train"].sizes is not None
+    shutil.rmtree(again.folder)
+    (tmp_path / "raw" / "a.txt").unlink()
+    served = load(config, seq_len=8, batch_size=2)
+    assert served.folder == old and served["train"].sizes is None and "estimates" in capsys.readouterr().err
+    assert set(served.fingerprints) == {"tokenizer"}
+    split = served["validation"]
+    assert split.bytes_of(len(split.tokens) - 1) == split.bytes
+    assert split.bytes_of(100) == round(split.bytes * 100 / (len(split.tokens) - 1))

@@ -52,9 +52,9 @@ def check_field(name, field, value):
     return True
 
 
-@pytest.mark.parametrize("name", fuzzing.CONFIGS)
+@pytest.mark.parametrize("name", ["densemamba", "synthetic", "transformer"])
 def test_odd_values_of_fields(name):
-    """A few for each config; test_many_odd_values_of_fields has more."""
+    """A few for some configs; test_many_odd_values_of_fields has more."""
     counts = collections.Counter()
 
     @settings(max_examples=40, **OPTIONS)
@@ -69,7 +69,7 @@ def test_odd_values_of_fields(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", fuzzing.CONFIGS)
 def test_many_odd_values_of_fields(name):
-    @settings(max_examples=1000, **OPTIONS)
+    @settings(max_examples=400, **OPTIONS)
     @given(cases(name))
     def check(case):
         check_field(name, *case)
@@ -77,7 +77,9 @@ def test_many_odd_values_of_fields(name):
     check()
 
 
-@pytest.mark.parametrize("name", ["densemamba", "synthetic", "transformer"])
+@pytest.mark.parametrize(
+    "name", [name if name == "densemamba" else pytest.param(name, marks=pytest.mark.slow) for name in fuzzing.CONFIGS]
+)
 def test_no_type_is_taken_for_another(name):
     """Every field with every value that is of none of its kind: all of the list, not a sample."""
     for field in fuzzing.fields_of(name):
@@ -198,7 +200,7 @@ def check_line(commands, command, name, text):
                 text[:99],
                 said,
             )
-            assert name.split(".")[-1] in said, (command, name, text[:99], said)
+            assert name.split(".")[-1] in said or text[:50] in said, (command, name, text[:99], said)
             return "refused"
     if name.startswith("config.") and isinstance(found := commands.seen.get(name[7:]), str):
         assert found == text, (name, found, text)
@@ -221,7 +223,7 @@ def fuzz_lines(tmp_path, monkeypatch, examples):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_odd_command_lines(tmp_path, monkeypatch):
-    counts = fuzz_lines(tmp_path, monkeypatch, 150)
+    counts = fuzz_lines(tmp_path, monkeypatch, 100)
     assert all(counts[command, "refused"] for command in FLAGS)
 
 

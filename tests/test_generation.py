@@ -223,6 +223,7 @@ def test_prompt_longer_than_a_transformers_context():
         (dict(top_p=0.0), r"top_p=0.0: must be in \(0, 1\]"),
         (dict(top_p=1.5), r"top_p=1.5: must be in \(0, 1\]"),
         (dict(temperature=float("nan")), "temperature=nan"),
+        (dict(temperature=float("inf")), "temperature=inf: must be at least 0, and finite"),
     ],
 )
 def test_numbers_that_make_no_sense(fields, message):
@@ -235,6 +236,21 @@ def test_empty_prompts():
     model, params = tiny("densemamba")
     with pytest.raises(UserError, match="at least one token"):
         decode(model, params, [[1], []], tokens=3, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("token", [-1, VOCAB, 10**6])
+def test_prompts_with_ids_outside_the_vocabulary(token):
+    model, params = tiny("densemamba")
+    with pytest.raises(UserError, match=f"prompt has the token id {token}: must be from 0 to 256"):
+        decode(model, params, [[1], [2, token]], tokens=3, vocab_size=VOCAB)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_logits_that_are_not_finite_give_no_token(temperature):
+    model, params = tiny("densemamba")
+    spoilt = dict(params, embedding=params["embedding"].at[256].set(jnp.nan))  # the head's table, too
+    with pytest.raises(UserError, match="logits for token 1 of row 1 are not finite"):
+        decode(model, spoilt, [text(6)], tokens=8, vocab_size=VOCAB, sampling=Sampling(temperature))
 
 
 # Rounded parameters

@@ -174,6 +174,9 @@ def test_inputs():
 
     x, params = call("tokens", 5, np.maximum(ids, 0))
     np.testing.assert_array_equal(x, params["embedding"][np.maximum(ids, 0)].astype(np.float32))
+    outside, _ = call("tokens", 5, np.where(mask, np.maximum(ids, 0), 10**6), mask)
+    np.testing.assert_array_equal(outside[mask], x[mask])
+    assert np.isfinite(outside).all()
     x, params = call("one_hot", 4, ids)
     expected = np.where(((ids >= 0) & (ids < 4))[..., None], params["kernel"][ids % 4], 0)
     np.testing.assert_allclose(x, expected, rtol=1e-6)

@@ -32,6 +32,11 @@ def perturbed(module, *args, seed=1):
     return jax.tree.map(lambda p: jnp.asarray(p + 0.3 * draw.normal(size=p.shape), jnp.float32), params)
 
 
+def test_a_sequence_without_tokens():
+    with pytest.raises(ValueError, match="T is 0; allowed: 1 or more"):
+        make_sequence(2, 0)
+
+
 def test_layer_norm():
     """Values and gradients against float64, from an input with a mean far from zero."""
     x, scale, bias, weights = (

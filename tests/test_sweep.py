@@ -402,6 +402,17 @@ def test_compare_lines_up_runs_and_sweeps(tmp_path, monkeypatch, capsys):
     assert "--out is missing" in capsys.readouterr().err
 
 
+def test_a_sweep_says_what_is_hardly_meant_once(tmp_path, capsys):
+    define(tmp_path, "pair", spec=DENSEMAMBA, **{"optimizer.warmup": 5000.0})
+    error = capsys.readouterr().err
+    assert error.count("warning: config.optimizer.warmup=5000.0 of steps=1000") == error.count("\n") == 1
+    with pytest.raises(UserError, match=r"model\.dense\.variant='read': must be 'none'"):
+        define(tmp_path, "pair", spec=DENSEMAMBA, **{"model.repeats": 1})
+    (tmp_path / "sweep.json").write_text("{}")  # begun under an earlier version
+    assert len(define(tmp_path, "pair", spec=DENSEMAMBA, **{"model.repeats": 1})) == 2
+    assert "warning: config.model.dense.variant" in capsys.readouterr().err
+
+
 def compared(tmp_path, *folders):
     """(label, number of results) of each group of the runs in these folders."""
     lined = results.distinct(results.of_runs([tmp_path / folder for folder in folders]))

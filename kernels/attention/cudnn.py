@@ -4,8 +4,10 @@ Forward and backward pass on an H100 (bfloat16, jax 0.11.2, 12 heads of 64), wit
 8 x 2048 tokens take 0.7 ms and 1.1 ms (XLA: 6.6 ms and 6.0 ms); 2 x 8192 tokens take 1.9 ms and 3.6 ms (XLA: 26 ms and
 27 ms). At 8 x 2048 tokens the memory is 98 MiB and 162 MiB (XLA: 3.8 GiB).
 
-Documents, empty slots and caches are passed as an additive mask [B, 1, T, S] in the dtype of the activations. Gradients
-are not bitwise reproducible from run to run (XLA's are).
+Documents, empty slots and caches are passed as an additive mask [B, 1, T, S] in the dtype of the activations. So
+queries and keys must be finite and below 1e18, and values and the output's gradient finite, or they would reach other
+documents: `kernels.attention.attention` makes them so where there are documents. Gradients are not bitwise reproducible
+from run to run (XLA's are).
 """
 
 import jax

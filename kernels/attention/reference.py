@@ -27,6 +27,6 @@ def attention(q: jax.Array, k: jax.Array, v: jax.Array, *, scale: float, **rules
     shifted = jnp.where(seen, scores - jax.lax.stop_gradient(highest), 0)
     weights = jnp.where(seen, jnp.exp(shifted), 0)
     total = jnp.sum(weights, axis=-1, keepdims=True)
-    weights = weights / jnp.where(total > 0, total, 1)  # a query that sees no key gets zero
+    weights = jnp.where(seen, weights / jnp.where(total > 0, total, 1), 0)  # a query that sees no key gets zero
     o = jnp.einsum("bngts,bsnd->btngd", weights, v.astype(dtype), precision="highest")
     return o.reshape(q.shape).astype(q.dtype)

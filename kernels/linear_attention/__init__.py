@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from seqmodels.kernels import dispatch
+from seqmodels.kernels.arrays import zero_padding
 from seqmodels.kernels.axes import DOCUMENTS, TOKENS, Layout
 from seqmodels.kernels.linear_attention import mosaic_gpu, mosaic_tpu, reference, xla
 
@@ -26,6 +27,7 @@ BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu, "mosai
 WINNERS = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}
 IMPLEMENTATIONS = tuple(BACKENDS)
 
+LOWEST = -1e30  # logarithm of a decay that is zero; sums over a row stay finite
 EPSILON = 1e-10  # a normaliser nearer to zero than this is replaced by this value with the normaliser's sign
 
 
@@ -65,8 +67,8 @@ def linear_attention(
     Args:
         q, k: [B, T, Hk, K] queries and keys; float32, bfloat16, float16 or float64.
         v: [B, T, H, V] values; H is a multiple of Hk, and value head h uses query and key head h // (H / Hk).
-        log_decay: logarithm of the decay, at most 0 (-1e4 is fine), float32: None (no decay), [H], [B, T, H], or
-            [B, T, H, K] with one decay for each row of the state.
+        log_decay: logarithm of the decay, at most 0 (-inf is fine: it drops the state), float32: None (no decay), [H],
+            [B, T, H], or [B, T, H, K] with one decay for each row of the state.
         scale: factor of the readout.
         read: "inclusive", y_t = scale q_t S_t, or "exclusive", y_t = scale q_t S_{t-1}. In an exclusive read, token t
             sees the state before its own decay and its own write.
@@ -75,10 +77,11 @@ def linear_attention(
             more column of the state. If its absolute value is below 1e-10, it is replaced by 1e-10 with its sign: a
             token that reads nothing gets zero.
         initial_state: [B, H, K, V] float32, or with `normalise` [B, H, K, V + 1], normaliser last. None: zeros.
-        segment_ids: [B, T] int32; a change of id resets the state, at any position.
+        segment_ids: [B, T] int32; a change of id drops the state, at any position. Infinity and NaN of one document
+            (or of a dropped initial_state) reach no output and no gradient of another.
         initial_segment: [B] int32, segment of initial_state. None: the segment of the first real token.
         mask: [B, T] bool. A token with False does not change the state, and its inputs (even NaN) are ignored. Its
-            output is unspecified but finite.
+            output is zero.
         chunk: tokens that are processed together. None: the implementation chooses. Affects only rounding.
         implementation: one of `IMPLEMENTATIONS`. None: the fastest that supports the call.
 
@@ -120,7 +123,7 @@ def readouts(
     """`linear_attention` without its checks and its division: y [B, T, H, V] in `dtype`, and the final state."""
     factors = jnp.result_type(q, k, v)
     accumulator = jnp.promote_types(jnp.float32, factors)
-    log_decay = None if log_decay is None else log_decay.astype(accumulator)
+    log_decay = None if log_decay is None else finite_decay(log_decay.astype(accumulator))
     if mask is not None:  # where, not a product: padding may hold anything
         q, k, v = (jnp.where(mask[:, :, None, None], x, 0) for x in (q, k, v))
         if log_decay is not None:
@@ -137,7 +140,13 @@ def readouts(
     arrays |= dict(segment_ids=segment_ids, initial_segment=initial_segment, mask=mask)
     facts = dict(shape=(batch, length, groups, heads, keys, values), dtype=factors, read=read, chunk=chunk)
     facts |= dict(bonus=bonus is not None, decay=_kind(log_decay))
-    return dispatch.dispatch("linear_attention", BACKENDS, WINNERS, implementation, facts, call, arrays)
+    y, state = dispatch.dispatch("linear_attention", BACKENDS, WINNERS, implementation, facts, call, arrays)
+    return zero_padding(y, mask), state
+
+
+def finite_decay(log_decay: jax.Array) -> jax.Array:
+    """Log decays with `LOWEST` in place of -inf: a finite number, whose product with zero is zero."""
+    return jnp.maximum(log_decay, LOWEST)
 
 
 def append_ones(v: jax.Array) -> jax.Array:

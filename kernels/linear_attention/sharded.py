@@ -35,7 +35,7 @@ from seqmodels.kernels import linear_attention as op
 from seqmodels.kernels.arrays import zero_padding
 from seqmodels.kernels.linear_attention import xla
 from seqmodels.kernels.pieces import chain
-from seqmodels.kernels.segments import resets, segment_before
+from seqmodels.kernels.segments import forget, resets, segment_before
 
 
 class Options(NamedTuple):
@@ -95,24 +95,25 @@ def linear_attention(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _attend(options, arrays, documents):
-    start, end, _ = _chained(options, arrays, documents)
+    start, end, *_ = _chained(options, arrays, documents)
     return _piece(options, documents, arrays | dict(initial_state=start))[0], end
 
 
 def _attend_fwd(options, arrays, documents):
     # a checkpoint policy that saves "scan" in the backends also saves these, so they are not recomputed
-    start, end, factors = (checkpoint_name(x, "scan") for x in _chained(options, arrays, documents))
+    *chained, fresh = _chained(options, arrays, documents)
+    start, end, factors = (checkpoint_name(x, "scan") for x in chained)
     run = functools.partial(_piece, options, documents)
     (y, _), transpose = jax.vjp(run, arrays | dict(initial_state=start))
-    return (y, end), (arrays, documents, factors, transpose)
+    return (y, end), (arrays, documents, factors, fresh, transpose)
 
 
 def _attend_bwd(options, residuals, cotangents):
-    arrays, documents, factors, transpose = residuals
+    arrays, documents, factors, fresh, transpose = residuals
     dy, dend = cotangents
     dend = jax.lax.psum(dend, options.axis)  # every device holds a copy of the end; their gradients add up
     dstart = jax.lax.all_gather(_start_gradient(options, arrays, documents, dy), options.axis)
-    dends, _ = chain(factors, dstart, dend, reverse=True)
+    dends, _ = chain(factors, dstart, dend, fresh, reverse=True)
     index = jax.lax.axis_index(options.axis)
     (gradients,) = transpose((dy, dends[index]))
     gradients["initial_state"] = jnp.where(index == 0, gradients["initial_state"], 0)
@@ -129,27 +130,26 @@ def _piece(options, documents, arrays):
 
 
 def _chained(options, arrays, documents):
-    """The state at this piece's start, the state after the last piece, and all pieces' factors [S, B, H, K or 1, 1]."""
+    """The state at this piece's start, the state after the last piece, and for all pieces factors and resets.
+
+    Factors are [S, B, H, K or 1, 1]; resets [S, B], or None if there are no segments.
+    """
     logs, reset = _log_decays(arrays, documents["mask"]), resets(**documents)
     total, added = jnp.sum(logs, axis=1), _end(arrays, documents["mask"], logs, reset)
     reset = None if reset is None else jnp.any(reset, axis=1)
     total, added, reset = jax.lax.all_gather((total, added, reset), options.axis)
-    factors = jnp.exp(total)[..., None]
-    if reset is not None:
-        factors = jnp.where(reset[..., None, None, None], 0, factors)
-    starts, end = chain(factors, added, arrays["initial_state"].astype(added.dtype))
-    return starts[jax.lax.axis_index(options.axis)], end, factors
+    factors = forget(jnp.exp(total)[..., None], reset)
+    starts, end = chain(factors, added, arrays["initial_state"].astype(added.dtype), reset)
+    return starts[jax.lax.axis_index(options.axis)], end, factors, reset
 
 
 def _end(arrays, mask, logs, reset):
     """The state [B, H, K, V] at the piece's end if it is zero at the piece's start."""
     later = jax.lax.cumsum(logs, axis=1, reverse=True)
     later = jnp.concatenate([later[:, 1:], jnp.zeros_like(later[:, :1])], axis=1)
-    v = zero_padding(arrays["v"], mask)
-    if reset is not None:
-        document = jnp.cumsum(reset, axis=1)
-        v = jnp.where((document == document[:, -1:])[..., None, None], v, 0)
-    return _sum_of_outer_products(zero_padding(arrays["k"], mask), later, v)
+    document = None if reset is None else jnp.cumsum(reset, axis=1)
+    dropped = None if document is None else document != document[:, -1:]
+    return _sum_of_outer_products(zero_padding(arrays["k"], mask), later, zero_padding(arrays["v"], mask), dropped)
 
 
 def _start_gradient(options, arrays, documents, dy):
@@ -158,23 +158,26 @@ def _start_gradient(options, arrays, documents, dy):
     elapsed = jnp.cumsum(_log_decays(arrays, mask), axis=1)
     if options.read == "exclusive":
         elapsed = jnp.concatenate([jnp.zeros_like(elapsed[:, :1]), elapsed[:, :-1]], axis=1)
-    dy = zero_padding(dy, mask)
-    if reset is not None:
-        dy = jnp.where(jnp.cumsum(reset, axis=1)[..., None, None] > 0, 0, dy)
-    return options.scale * _sum_of_outer_products(zero_padding(arrays["q"], mask), elapsed, dy)
+    dropped = None if reset is None else jnp.cumsum(reset, axis=1) > 0
+    return options.scale * _sum_of_outer_products(
+        zero_padding(arrays["q"], mask), elapsed, zero_padding(dy, mask), dropped
+    )
 
 
-def _sum_of_outer_products(keys, logs, values):
-    """sum_t exp(logs_t) keys_t values_t^T [B, H, K, V] from keys [B, T, Hk, K], logs [B, T, H, K or 1] and values."""
+def _sum_of_outer_products(keys, logs, values, dropped):
+    """sum_t exp(logs_t) keys_t values_t^T [B, H, K, V] from keys [B, T, Hk, K], logs [B, T, H, K or 1] and values.
+
+    Tokens where `dropped` [B, T] is True are left out, whatever they hold.
+    """
     factors = xla.factors_dtype(keys, values)
     keys = jnp.repeat(keys, values.shape[2] // keys.shape[2], axis=2) * jnp.exp(logs)
-    return xla.product(factors, "bthk,bthv->bhkv", keys, values)
+    return xla.product(factors, "bthk,bthv->bhkv", forget(keys, dropped), forget(values, dropped))
 
 
 def _log_decays(arrays, mask):
     """[B, T, H, K or 1] in the accumulators' dtype, zero on padding."""
     q, k, v, logs = (arrays[name] for name in ("q", "k", "v", "log_decay"))
     accumulator = jnp.result_type(q, k, v, jnp.float32)
-    logs = jnp.zeros(v.shape[2], accumulator) if logs is None else logs.astype(accumulator)
+    logs = jnp.zeros(v.shape[2], accumulator) if logs is None else op.finite_decay(logs.astype(accumulator))
     logs = logs if logs.ndim == 4 else jnp.broadcast_to(logs, v.shape[:3])[..., None]
     return zero_padding(logs, mask)

@@ -5,7 +5,8 @@ one more read after the last. Then one matrix holds all decays,
 
     D[i, j] = exp(sum of log_decay over the tokens l that read i sees after token j)          [C + 1, C + 1]
 
-which is zero where i does not see j. For one head, the block computes
+which is zero where i does not see j. Products with these zeros are selected, not multiplied, because the other factor
+may be infinite or NaN. For one head, the block computes
 
     y_i = sum_j (q_i . k_j) D[i, j] v_j + D[i, start] q_i S,     S' = D[end, start] S + sum_j D[end, j] k_j v_j^T.
 
@@ -28,7 +29,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
 from seqmodels.kernels.arrays import expand_to, join_time, split_time
-from seqmodels.kernels.segments import resets
+from seqmodels.kernels.finite import finite_or_zero, not_finite, spoil
+from seqmodels.kernels.linear_attention.isolate import isolate
+from seqmodels.kernels.segments import forget, resets
 from seqmodels.kernels.tuning import UNROLLED
 
 CHUNK = 64  # tokens between the states that are kept
@@ -79,6 +82,7 @@ def linear_attention(
         y, state = _few_tokens(scale, read, (q, k, v, log_decay, reset), bonus, state)
         return y.astype(dtype), state
 
+    q, k, v, log_decay, spoilt = isolate(q, k, v, log_decay, reset)
     # from here on heads have two axes [G, R]: key heads, and the value heads that share each of them
     (batch, length, heads, values), (groups, keys) = v.shape, k.shape[2:]
     each = heads // groups
@@ -95,7 +99,8 @@ def linear_attention(
     block = min(BLOCK, chunk) if decay.shape[-1] > 1 else chunk
     options = Options(scale, read, dtype, factors_dtype(q, k, v), chunk, block)
     y, state = _attend(options, (q, k, v, decay, reset), bonus, state)
-    return y.reshape(batch, length, heads, values), state.reshape(batch, heads, keys, values)
+    y, state = y.reshape(batch, length, heads, values), state.reshape(batch, heads, keys, values)
+    return (y, state) if spoilt is None else (spoil(y, spoilt.reads), spoil(state, spoilt.writes[:, -1]))
 
 
 def _few_tokens(scale, read, tokens, bonus, state):
@@ -111,7 +116,7 @@ def _few_tokens(scale, read, tokens, bonus, state):
     v = v.astype(state.dtype)
     readouts = []
     for t in range(v.shape[1]):
-        old = state if reset is None else jnp.where(reset[:, t, None, None, None], 0, state)
+        old = forget(state, None if reset is None else reset[:, t])
         write = k[:, t] * v[:, t, :, None, :]
         state = write + (old if decay is None else _decay_of(decay, t) * old)
         seen = state
@@ -152,6 +157,10 @@ def _attend_fwd(options, tokens, bonus, state):
 
 def _attend_bwd(options, residuals, cotangents):
     tokens, bonus, boundaries = residuals
+    dy, dstate = cotangents
+    reset = tokens[4]
+    bad = None if reset is None else not_finite(dy)
+    dy = dy if reset is None else finite_or_zero(dy)
 
     def chunk(tokens, dy, state, dstate):
         _, _, states = _in_pieces(_block(options, bonus), options.block, tokens, state)
@@ -160,8 +169,9 @@ def _attend_bwd(options, residuals, cotangents):
     def block(tokens, dy, state, dstate):
         return _block_gradients(options, tokens, bonus, state, dy, dstate)
 
-    gradients, dbonus, dstate = _back_in_pieces(chunk, options.chunk, tokens, cotangents[0], boundaries, cotangents[1])
-    return (*gradients, None), dbonus, dstate
+    (dq, *gradients), dbonus, dstate = _back_in_pieces(chunk, options.chunk, tokens, dy, boundaries, dstate)
+    dq = dq if bad is None else spoil(dq, bad)  # so that a gradient that is not finite does not go unnoticed
+    return (dq, *gradients, None), dbonus, dstate
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)
@@ -237,7 +247,8 @@ def _after(length):
 def _decays(options, decay, reset):
     """D [B, G, R, C + 1, C + 1, K] from the writes (columns) to the reads (rows) of a block; reads are scaled.
 
-    Axes of size one stay so. The first column belongs to the incoming state, the last row to the outgoing state.
+    Axes of size one stay so. The first column belongs to the incoming state, the last row to the outgoing state. Also
+    returns where it is not zero, except by decay: which reads see which writes, bool, in the same shape.
     """
     length = decay.shape[1]
     sees, after = _sees(length, options.read), _after(length)
@@ -249,18 +260,30 @@ def _decays(options, decay, reset):
         document = jnp.cumsum(reset, axis=1)
         of_read = jnp.concatenate([document, document[:, -1:]], axis=1)
         of_write = jnp.concatenate([jnp.zeros_like(document[:, :1]), document], axis=1)
-        visible = (visible & (of_read[:, :, None] == of_write[:, None, :]))[:, None, None]
-    D = jnp.exp(jnp.where(visible[..., None], sums, -jnp.inf))
-    return D * jnp.where(jnp.arange(length + 1) < length, options.scale, 1.0).astype(D.dtype)[:, None, None]
+        visible = visible & (of_read[:, :, None] == of_write[:, None, :])
+    visible = visible.reshape(-1, 1, 1, *visible.shape[-2:], 1)
+    D = jnp.exp(jnp.where(visible, sums, -jnp.inf))
+    return D * jnp.where(jnp.arange(length + 1) < length, options.scale, 1.0).astype(D.dtype)[:, None, None], visible
 
 
-def _scores(options, q, k, D):
+def _select(visible, x):
+    """x where `visible`, else zero, even where x is infinite or NaN."""
+    return jnp.where(visible, x, 0)
+
+
+def _scores(options, q, k, D, visible):
     """(q_i . k_j) D[i, j] [B, G, R, C, C], and q_i . k_j [B, G, 1, C, C] where D is the same for all K (else None)."""
-    D = D[..., :-1, 1:, :]
+    D, seen = D[..., :-1, 1:, :], visible[..., :-1, 1:, 0]
     if D.shape[-1] == 1:
         products = product(options.factors, "bign,bjgn->bgij", q, k)[:, :, None]
-        return products * D[..., 0], products
-    return jnp.einsum("bign,bjgn,bgrijn->bgrij", q.astype(D.dtype), k.astype(D.dtype), D, precision="highest"), None
+        return _select(seen, products * D[..., 0]), products
+    scores = jnp.einsum("bign,bjgn,bgrijn->bgrij", q.astype(D.dtype), k.astype(D.dtype), D, precision="highest")
+    return _select(seen, scores), None
+
+
+def _on_diagonal(x):
+    """The matrices [..., C, C] with x [..., C] on the diagonal."""
+    return jnp.where(jnp.eye(x.shape[-1], dtype=bool), x[..., None], 0)
 
 
 def _by_head(x):
@@ -268,21 +291,27 @@ def _by_head(x):
     return jnp.moveaxis(x, 1, 2)[:, :, None]
 
 
+def _of_tokens(visible):
+    """[B, 1, 1, C, 1] to [B, C, 1, 1, 1]."""
+    return jnp.moveaxis(visible, 3, 1)
+
+
 def _block(options, bonus):
     """The function of a block's tokens and incoming state to y [B, C, G, R, V] and the outgoing state."""
 
     def forward(tokens, state):
         q, k, v, decay, reset = tokens
-        D = _decays(options, decay, reset)
-        scores, _ = _scores(options, q, k, D)
+        D, visible = _decays(options, decay, reset)
+        scores, _ = _scores(options, q, k, D, visible)
         if bonus is not None:
             own = options.scale * jnp.einsum("bign,grn,bign->bgri", q, bonus, k, precision="highest")
-            scores = scores + own[..., None] * jnp.eye(q.shape[1], dtype=own.dtype)
+            scores = scores + _on_diagonal(own)
         times = functools.partial(product, options.factors)
         y = times("bgrij,bjgrp->bigrp", scores, v)
-        y = y + times("bgrin,bgrnp->bigrp", _by_head(q) * D[..., :-1, 0, :], state)
+        read = times("bgrin,bgrnp->bigrp", _by_head(q) * D[..., :-1, 0, :], state)
+        y = y + _select(_of_tokens(visible[..., :-1, 0, :]), read)
         written = times("bgrjn,bjgrp->bgrnp", _by_head(k) * D[..., -1, 1:, :], v)
-        return y.astype(options.dtype), D[..., -1, 0, :, None] * state + written
+        return y.astype(options.dtype), _select(visible[..., -1, 0, :, None], D[..., -1, 0, :, None] * state) + written
 
     return forward
 
@@ -291,22 +320,23 @@ def _block_gradients(options, tokens, bonus, state, dy, dstate):
     """Gradients of a block's q, k, v and log decays, of the bonus, and of the incoming state."""
     q, k, v, decay, reset = tokens
     times = functools.partial(product, options.factors)
-    D = _decays(options, decay, reset)
-    scores, products = _scores(options, q, k, D)
+    D, visible = _decays(options, decay, reset)
+    scores, products = _scores(options, q, k, D, visible)
+    seen, from_start, to_end = visible[..., :-1, 1:, :], visible[..., :-1, 0, :], visible[..., -1, 1:, :]
     q_, k_ = _by_head(q), _by_head(k)
     dscores = times("bigrp,bjgrp->bgrij", dy, v)
 
     # through the scores; `within` is the gradient of D's exponents there, [B, G, R, C, C, K or 1]
     if products is not None:
-        weighted = dscores * D[..., :-1, 1:, 0]
+        weighted = _select(seen[..., 0], dscores * D[..., :-1, 1:, 0])
         dproducts = jnp.sum(weighted, axis=2)
         dq, dk = times("bgij,bjgn->bign", dproducts, k), times("bgij,bign->bjgn", dproducts, q)
-        within = (weighted * products)[..., None]
+        within = _select(seen, (weighted * products)[..., None])
     else:
-        weighted = dscores[..., None] * D[..., :-1, 1:, :]
+        weighted = _select(seen, dscores[..., None] * D[..., :-1, 1:, :])
         dq = jnp.einsum("bgrijn,bjgn->bign", weighted, k.astype(weighted.dtype), precision="highest")
         dk = jnp.einsum("bgrijn,bign->bjgn", weighted, q.astype(weighted.dtype), precision="highest")
-        within = weighted * (q_[..., :, None, :] * k_[..., None, :, :])
+        within = _select(seen, weighted * (q_[..., :, None, :] * k_[..., None, :, :]))
     dbonus = None
     if bonus is not None:
         down = options.scale * jnp.diagonal(dscores, axis1=-2, axis2=-1)
@@ -314,24 +344,27 @@ def _block_gradients(options, tokens, bonus, state, dy, dstate):
         dk = dk + jnp.einsum("bgri,grn,bign->bign", down, bonus, q, precision="highest")
         dbonus = jnp.einsum("bgri,bign,bign->grn", down, q, k, precision="highest")
         own = options.scale * jnp.einsum("bign,grn,bign->bgri", q, bonus, k, precision="highest")
-        scores = scores + own[..., None] * jnp.eye(q.shape[1], dtype=own.dtype)
+        scores = scores + _on_diagonal(own)
     dv = times("bgrij,bigrp->bjgrp", scores, dy)
 
     # through the readout of the incoming state, and through the writes into the outgoing state
     read, written = _by_head(q) * D[..., :-1, 0, :], k_ * D[..., -1, 1:, :]
-    dread = times("bigrp,bgrnp->bgrin", dy, state) * D[..., :-1, 0, :]
-    dwritten = times("bjgrp,bgrnp->bgrjn", v, dstate) * D[..., -1, 1:, :]
+    dread = _select(from_start, times("bigrp,bgrnp->bgrin", dy, state) * D[..., :-1, 0, :])
+    dwritten = _select(to_end, times("bjgrp,bgrnp->bgrjn", v, dstate) * D[..., -1, 1:, :])
     dq = dq + jnp.moveaxis(jnp.sum(dread, axis=2), 2, 1)
     dk = dk + jnp.moveaxis(jnp.sum(dwritten, axis=2), 2, 1)
-    dv = dv + times("bgrjn,bgrnp->bjgrp", written, dstate)
-    through = D[..., -1, 0, :]
-    dthrough = through * jnp.sum(dstate * state, axis=-1)
-    dstate = through[..., None] * dstate + times("bgrin,bigrp->bgrnp", read, dy)
+    dv = dv + _select(_of_tokens(to_end), times("bgrjn,bgrnp->bjgrp", written, dstate))
+    through, stays = D[..., -1, 0, :], visible[..., -1, 0, :]
+    dthrough = _select(stays, through * jnp.sum(dstate * state, axis=-1))
+    dstate = _select(stays[..., None], through[..., None] * dstate) + times("bgrin,bigrp->bgrnp", read, dy)
 
     exponents = (dread * q_, dwritten * k_, dthrough)
     if decay.shape[-1] == 1:
         exponents = (jnp.sum(x, axis=-1, keepdims=True) for x in exponents)
-    ddecay = _decay_gradients(options, within, *exponents, decay.shape)
+    exponents = (within, *exponents)
+    if reset is not None:  # they are summed over documents, by a matrix product
+        exponents = tuple(finite_or_zero(x) for x in exponents)
+    ddecay = _decay_gradients(options, *exponents, decay.shape)
     gradients = (x.astype(y.dtype) for x, y in zip((dq, dk, dv, ddecay), tokens, strict=False))
     return tuple(gradients), dbonus, dstate
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.kernels import dispatch
+from seqmodels.kernels.arrays import zero_padding
 from seqmodels.kernels.axes import DOCUMENTS, TOKENS, Layout
 from seqmodels.kernels.selective_scan import mosaic_gpu, mosaic_tpu, reference, xla
 
@@ -18,6 +19,8 @@ BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu, "mosai
 # By platform, fastest first as measured; the last one serves everything. No TPU has timed mosaic_tpu yet.
 WINNERS = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}
 IMPLEMENTATIONS = tuple(BACKENDS)
+
+LOWEST = -1e30  # in place of -inf in A, whose product with a step of zero would be NaN
 
 
 def choose(platform: str, shape: tuple[int, ...] = (8, 2048, 1, 1536, 16), **facts: object) -> tuple[str, str]:
@@ -70,7 +73,7 @@ def selective_scan(
     Args:
         u: [B, T, (G,) E] input; float32, bfloat16, float16 or float64.
         dt: [B, T, (G,) E] step before bias and softplus.
-        A: [(G,) E, N] float32, negative.
+        A: [(G,) E, N] float32, negative; -inf drops the state in every step above zero.
         B: [B, T, (G,) N] input matrix (key).
         C: [B, T, (G,) N] output matrix (query).
         D: [E] skip connection from the first group's input.
@@ -80,10 +83,11 @@ def selective_scan(
         weights: [B, T, G - 1, E], weights of the readouts of groups 1..G-1, or [B, T, 1, E], one weight shared by all
             of them. The first group's weight is 1. None: all weights are 1.
         initial_state: [B, (G,) E, N] float32. None: zeros.
-        segment_ids: [B, T] int32; a change of id resets the state, at any position.
+        segment_ids: [B, T] int32; a change of id drops the state, at any position. Infinity and NaN of one document
+            (or of a dropped initial_state) reach no output and no gradient of another.
         initial_segment: [B] int32, segment of initial_state. None: the segment of the first real token.
         mask: [B, T] bool. A token with False does not change the state, and its inputs (even NaN) are ignored. Its
-            output is unspecified but finite.
+            output is zero.
         implementation: "reference", "xla", "mosaic_gpu", "mosaic_tpu". None: the fastest that supports the call.
 
     Returns:
@@ -100,6 +104,7 @@ def selective_scan(
         initial_state = None if initial_state is None else initial_state[:, None]
     _check(u, dt, A, B, C, weights, initial_state)
     accumulator = jnp.promote_types(jnp.float32, u.dtype)
+    A = jnp.maximum(A, LOWEST)
     if mask is not None:  # where, not a product: padding may hold anything
         u, dt, B, C = (jnp.where(mask[:, :, None, None], x, 0) for x in (u, dt, B, C))
         z = None if z is None else jnp.where(mask[:, :, None], z, 0)
@@ -115,7 +120,7 @@ def selective_scan(
     arrays = dict(u=u, dt=dt, A=A, B=B, C=C, initial_state=initial_state, **optional, **documents)
     facts = dict(shape=(*u.shape, A.shape[-1]), dtype=u.dtype)
     y, state = dispatch.dispatch("selective_scan", BACKENDS, WINNERS, implementation, facts, call, arrays)
-    return y, state if grouped else state[:, 0]
+    return zero_padding(y, mask), state if grouped else state[:, 0]
 
 
 def _check(u, dt, A, B, C, weights, initial_state):

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.kernels.arrays import join_time, split_time, zero_padding
-from seqmodels.kernels.segments import resets
+from seqmodels.kernels.segments import forget, resets
 from seqmodels.kernels.selective_scan import xla
 
 
@@ -19,17 +19,21 @@ def _chunked(body, state, tokens, reset, length):
     return state, join_time(y, length, time_first=True)
 
 
-def _recurrence(decay, write, state):
-    """s_t = decay_t s_{t-1} + write_t over the leading axis: sequential on CPU, associative elsewhere."""
+def _recurrence(decay, write, state, reset):
+    """s_t = decay_t s_{t-1} + write_t over the leading axis, from zero at a reset [T, B] (or None).
 
-    def sequential(decay, write, state):
+    Sequential on CPU, associative elsewhere.
+    """
+
+    def sequential(decay, write, state, reset):
         def step(state, token):
-            state = token[0] * state + token[1]
+            decay, write, reset = token
+            state = decay * forget(state, reset) + write
             return state, state
 
-        return jax.lax.scan(step, state, (decay, write))[1]
+        return jax.lax.scan(step, state, (decay, write, reset))[1]
 
-    return jax.lax.platform_dependent(decay, write, state, cpu=sequential, default=xla.linear_recurrence)
+    return jax.lax.platform_dependent(decay, write, state, reset, cpu=sequential, default=xla.linear_recurrence)
 
 
 def rank_scan(
@@ -62,14 +66,13 @@ def rank_scan(
 
     def body(state, tokens, reset):
         dt, writes, B, C = tokens
-        states = _recurrence(
-            xla._decay(dt, A.T, reset), jnp.einsum("tbge,tbgn->tbne", writes, B, precision="highest"), state
-        )
+        written = jnp.einsum("tbge,tbgn->tbne", writes, B, precision="highest")
+        states = _recurrence(xla._decay(dt, A.T), written, state, reset)
         return states[-1], jnp.einsum("tbne,tbn->tbe", states, C, precision="highest")
 
     reset = resets(segment_ids, initial_segment, mask)
     state, y = _chunked(body, jnp.swapaxes(state, 1, 2), (dt, writes, B, C), reset, dt.shape[1])
-    return y, jnp.swapaxes(state, 1, 2)
+    return zero_padding(y, mask), jnp.swapaxes(state, 1, 2)
 
 
 def carry_scan(
@@ -114,17 +117,17 @@ def carry_scan(
     def body(states, tokens, reset):
         state, carried = states
         u, dt, B, C, gate_channel, gate_state = tokens
-        decay = xla._decay(dt, A, reset)
-        unfused = _recurrence(decay, xla._write(u, dt, B), state)
+        decay = xla._decay(dt, A)
+        unfused = _recurrence(decay, xla._write(u, dt, B), state, reset)
         others = unfused[:, :, 1:]
         if projection is not None:
             others = jnp.einsum("nk,tbgke->tbgne", projection, others, precision="highest")
         added = jnp.sum(gate_channel[..., None, :] * gate_state[..., None] * others, axis=2)
-        extra = _recurrence(decay[:, :, 0], added, carried)
+        extra = _recurrence(decay[:, :, 0], added, carried, reset)
         y = jnp.einsum("tbne,tbn->tbe", unfused[:, :, 0] + extra, C, precision="highest")
         return (unfused[-1], extra[-1]), y
 
     reset = resets(segment_ids, initial_segment, mask)
     states = (jnp.swapaxes(state, 2, 3), jnp.swapaxes(carried, 1, 2))
     (state, carried), y = _chunked(body, states, (u, dt, B, C, gate_channel, gate_state), reset, u.shape[1])
-    return y, jnp.swapaxes(state[:, 0], 1, 2), jnp.swapaxes(carried, 1, 2)
+    return zero_padding(y, mask), jnp.swapaxes(state[:, 0], 1, 2), jnp.swapaxes(carried, 1, 2)

@@ -30,9 +30,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from seqmodels.kernels import selective_scan as op
-from seqmodels.kernels.arrays import expand_to, zero_padding
+from seqmodels.kernels.arrays import zero_padding
 from seqmodels.kernels.pieces import chain
-from seqmodels.kernels.segments import resets, segment_before
+from seqmodels.kernels.segments import forget, resets, segment_before
 
 
 class Options(NamedTuple):
@@ -76,31 +76,32 @@ def selective_scan(
         initial_state = jnp.zeros((u.shape[0], *A.shape), jnp.promote_types(jnp.float32, u.dtype))
     if segment_ids is not None:
         initial_segment = segment_before(segment_ids, initial_segment, mask, axis)
-    arrays = dict(u=u, dt=dt, A=A, B=B, C=C, initial_state=initial_state, **optional)
+    arrays = dict(u=u, dt=dt, A=jnp.maximum(A, op.LOWEST), B=B, C=C, initial_state=initial_state, **optional)
     documents = dict(segment_ids=segment_ids, initial_segment=initial_segment, mask=mask)
     return _scan(Options(axis, dt_softplus, implementation), arrays, documents)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(options, arrays, documents):
-    start, end, _ = _chained(options, arrays, documents)
+    start, end, *_ = _chained(options, arrays, documents)
     return _piece(options, documents, arrays | dict(initial_state=start))[0], end
 
 
 def _scan_fwd(options, arrays, documents):
     # a checkpoint policy that saves "scan" in the backends also saves these, so they are not recomputed
-    start, end, factors = (checkpoint_name(x, "scan") for x in _chained(options, arrays, documents))
+    *chained, fresh = _chained(options, arrays, documents)
+    start, end, factors = (checkpoint_name(x, "scan") for x in chained)
     run = functools.partial(_piece, options, documents)
     (y, _), transpose = jax.vjp(run, arrays | dict(initial_state=start))
-    return (y, end), (arrays, documents, factors, transpose)
+    return (y, end), (arrays, documents, factors, fresh, transpose)
 
 
 def _scan_bwd(options, residuals, cotangents):
-    arrays, documents, factors, transpose = residuals
+    arrays, documents, factors, fresh, transpose = residuals
     dy, dend = cotangents
     dend = jax.lax.psum(dend, options.axis)  # every device holds a copy of the end; their gradients add up
     dstart = jax.lax.all_gather(_start_gradient(options, arrays, documents, dy), options.axis)
-    dends, _ = chain(factors, dstart, dend, reverse=True)
+    dends, _ = chain(factors, dstart, dend, fresh, reverse=True)
     index = jax.lax.axis_index(options.axis)
     (gradients,) = transpose((dy, dends[index]))
     gradients["initial_state"] = jnp.where(index == 0, gradients["initial_state"], 0)
@@ -118,7 +119,10 @@ def _piece(options, documents, arrays):
 
 
 def _chained(options, arrays, documents):
-    """The state at this piece's start, the state after the last piece, and all pieces' factors [S, B, (G,) E, N]."""
+    """The state at this piece's start, the state after the last piece, and for all pieces factors and resets.
+
+    Factors are [S, B, (G,) E, N]; resets [S, B], or None if there are no segments.
+    """
     fresh = dict(initial_state=jnp.zeros_like(arrays["initial_state"]), D=None, z=None, weights=None)
     _, local = _piece(options, documents, arrays | fresh)
     total = jnp.sum(_steps(options, arrays, documents), axis=1)
@@ -126,10 +130,9 @@ def _chained(options, arrays, documents):
     reset = None if reset is None else jnp.any(reset, axis=1)
     total, local, reset = jax.lax.all_gather((total, local, reset), options.axis)
     factors = jnp.exp(total[..., None] * arrays["A"].astype(total.dtype))
-    if reset is not None:
-        factors = jnp.where(expand_to(reset, factors.ndim), 0, factors)
-    starts, end = chain(factors, local, arrays["initial_state"].astype(local.dtype))
-    return starts[jax.lax.axis_index(options.axis)], end, factors
+    factors = forget(factors, reset)
+    starts, end = chain(factors, local, arrays["initial_state"].astype(local.dtype), reset)
+    return starts[jax.lax.axis_index(options.axis)], end, factors, reset
 
 
 def _steps(options, arrays, documents):
@@ -143,19 +146,19 @@ def _steps(options, arrays, documents):
 
 def _start_gradient(options, arrays, documents, dy):
     """Gradient of the state at the piece's start through the piece's outputs: [B, (G,) E, N], from dy [B, T, E]."""
-    elapsed = jnp.cumsum(_steps(options, arrays, documents), axis=1)
-    dtype, mask = elapsed.dtype, documents["mask"]
-    C = zero_padding(arrays["C"], mask).astype(dtype)
+    steps, mask, reset = _steps(options, arrays, documents), documents["mask"], resets(**documents)
+    C, dtype = zero_padding(arrays["C"], mask).astype(steps.dtype), steps.dtype
+    later = None if reset is None else jnp.cumsum(reset, axis=1) > 0  # tokens of the documents that begin here
+    elapsed, C = jnp.cumsum(forget(steps, later), axis=1), forget(C, later)
     dy = zero_padding(dy, mask).astype(dtype)
     if arrays.get("z") is not None:
         dy = dy * jax.nn.silu(zero_padding(arrays["z"], mask).astype(dtype))
-    reset = resets(**documents)
-    if reset is not None:
-        dy = jnp.where(jnp.cumsum(reset, axis=1)[..., None] > 0, 0, dy)
     if elapsed.ndim == 4:  # the readout of each group
         dy = jnp.broadcast_to(dy[:, :, None], elapsed.shape)
         if arrays.get("weights") is not None:
-            dy = jnp.concatenate([dy[:, :, :1], arrays["weights"].astype(dtype) * dy[:, :, 1:]], axis=2)
+            weights = zero_padding(arrays["weights"], mask).astype(dtype)
+            dy = jnp.concatenate([dy[:, :, :1], weights * dy[:, :, 1:]], axis=2)
+    dy = forget(dy, later)
     # XLA fuses this reduction, so no array of this size is stored in memory
     decay = jnp.exp(elapsed[..., None] * arrays["A"].astype(dtype))
     return jnp.sum(decay * dy[..., None] * C[..., None, :], axis=1)

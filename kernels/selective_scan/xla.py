@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from seqmodels.kernels.arrays import expand_to, join_time, split_time
-from seqmodels.kernels.segments import resets
+from seqmodels.kernels.segments import forget, resets
 from seqmodels.kernels.tuning import UNROLLED
 
 CHUNK = 64  # tokens; the states of one chunk are held while it is differentiated
@@ -70,10 +70,8 @@ def _few_tokens(u, dt, A, B, C, weights, reset, state):
     """y [B, T, E] and the final state [B, G, E, N]; A is [G, E, N], the rest as for `_scan`."""
     readouts = []
     for t in range(u.shape[1]):
-        decay = jnp.exp(dt[:, t, :, :, None] * A)
-        if reset is not None:
-            decay = jnp.where(reset[:, t, None, None, None], 0, decay)
-        state = decay * state + (dt[:, t] * u[:, t])[..., None] * B[:, t, :, None]
+        old = forget(state, None if reset is None else reset[:, t])
+        state = jnp.exp(dt[:, t, :, :, None] * A) * old + (dt[:, t] * u[:, t])[..., None] * B[:, t, :, None]
         readouts.append(jnp.sum(state * C[:, t, :, None], axis=-1))
     # Makes XLA compute all sums and the new state in one kernel. Otherwise the kernel of y would compute some of the
     # sums, and read the states again.
@@ -145,10 +143,9 @@ def _by_platform(sequential, associative, *arguments):
     return jax.lax.platform_dependent(*arguments, cpu=sequential, default=associative)
 
 
-def _decay(dt, A, reset):
-    """exp(dt A) [..., B, (G,) N, E], zero at a reset."""
-    decay = jnp.exp(dt[..., None, :] * A)
-    return decay if reset is None else jnp.where(expand_to(reset, reset.ndim + A.ndim), 0, decay)
+def _decay(dt, A):
+    """exp(dt A) [..., B, (G,) N, E]."""
+    return jnp.exp(dt[..., None, :] * A)
 
 
 def _write(u, dt, B):
@@ -179,7 +176,7 @@ def _sequential_forward(tokens, A, state):
 
     def step(state, token):
         u, dt, B, C, weights, reset = token
-        state = _decay(dt, A, reset) * state + _write(u, dt, B)
+        state = _decay(dt, A) * forget(state, reset) + _write(u, dt, B)
         return state, _read(state, C, weights, _add_states)
 
     return jax.lax.scan(step, state, tokens)
@@ -190,19 +187,19 @@ def _sequential_backward(tokens, A, state, dy, dstate):
 
     def forward(state, token):
         u, dt, B, _, _, reset = token
-        return _decay(dt, A, reset) * state + _write(u, dt, B), state
+        return _decay(dt, A) * forget(state, reset) + _write(u, dt, B), state
 
     def backward(carry, inputs):
         dstate, dA = carry
         token, dy, old = inputs
         u, dt, _, C, weights, reset = token
-        decay = _decay(dt, A, reset)
-        kept = decay * old
+        decay = _decay(dt, A)
+        kept = decay * forget(old, reset)
         dreadout = dy[:, None] if weights is None else weights * dy[:, None]
         dreadout = jnp.broadcast_to(dreadout, u.shape)
         dstate = dstate + dreadout[..., None, :] * C[..., None]
         gradients, dA_token = _token_gradients(token, A, kept, dreadout, dy, dstate, _add_states)
-        return (decay * dstate, dA + dA_token), gradients
+        return (forget(decay * dstate, reset), dA + dA_token), gradients
 
     _, states = jax.lax.scan(forward, state, tokens)
     carry = (dstate, jnp.zeros_like(state))
@@ -232,36 +229,56 @@ def _token_gradients(token, A, kept, dreadout, dy, dstate, sum_states):
     return (dwrite * dt, ddt, dB, dC, dweights), dA
 
 
-def linear_recurrence(decay: jax.Array, write: jax.Array, state: jax.Array, reverse: bool = False) -> jax.Array:
+def linear_recurrence(
+    decay: jax.Array, write: jax.Array, state: jax.Array, reset: jax.Array | None = None, reverse: bool = False
+) -> jax.Array:
     """s_t = decay_t s_{t-1} + write_t by an associative scan over the leading axis; [T, ...] each, state [...].
 
-    With `reverse`, s_t = decay_t s_{t+1} + write_t.
+    With `reverse`, s_t = decay_t s_{t+1} + write_t. Where `reset` [T, B] is True, s_t = write_t. Products do not cross
+    a reset, neither here nor in the gradient, so that infinity and NaN of one document reach no other.
     """
     edge = -1 if reverse else 0
-    write = write.at[edge].add(decay[edge] * state)
+    write = write.at[edge].add(decay[edge] * forget(state, None if reset is None else reset[edge]))
+    if reset is None:
+        return jax.lax.associative_scan(_join, (decay, write), reverse=reverse)[1]
+    fresh = expand_to(reset, write.ndim)
+    return jax.lax.associative_scan(_join_documents, (decay, write, fresh), reverse=reverse)[1]
 
-    def combine(first, second):
-        return second[0] * first[0], second[0] * first[1] + second[1]
 
-    return jax.lax.associative_scan(combine, (decay, write), reverse=reverse)[1]
+def _join(first, second):
+    """The map s -> decay s + write of two neighbouring stretches of time, from the map of each."""
+    return second[0] * first[0], second[0] * first[1] + second[1]
+
+
+def _join_documents(first, second):
+    """As `_join`. Each stretch also has a flag: whether a document begins in it, which drops the state before it.
+
+    The decay of such a stretch is that of its tokens since then.
+    """
+    decay, write, fresh = second
+    before, state = jnp.where(fresh, 1, first[0]), jnp.where(fresh, 0, first[1])
+    return decay * before, decay * state + write, first[2] | fresh
 
 
 def _associative_forward(tokens, A, state):
     """One chunk, all tokens at once."""
     u, dt, B, C, weights, reset = tokens
-    states = linear_recurrence(_decay(dt, A, reset), _write(u, dt, B), state)
+    states = linear_recurrence(_decay(dt, A), _write(u, dt, B), state, reset)
     return states[-1], _read(states, C, weights, _reduce_states)
 
 
 def _associative_backward(tokens, A, state, dy, dstate):
     """Gradients of one chunk, all tokens at once."""
     u, dt, B, C, weights, reset = tokens
-    decay = _decay(dt, A, reset)
-    states = linear_recurrence(decay, _write(u, dt, B), state)
-    kept = decay * jnp.concatenate([state[None], states[:-1]])
+    decay = _decay(dt, A)
+    states = linear_recurrence(decay, _write(u, dt, B), state, reset)
+    kept = decay * forget(jnp.concatenate([state[None], states[:-1]]), reset)
     dreadout = dy[:, :, None] if weights is None else weights * dy[:, :, None]
     dreadout = jnp.broadcast_to(dreadout, u.shape)
     later = jnp.concatenate([decay[1:], jnp.ones_like(decay[:1])])  # no decay after the last token
-    dstates = linear_recurrence(later, dreadout[..., None, :] * C[..., None], dstate, reverse=True)
+    ends = None if reset is None else jnp.concatenate([reset[1:], jnp.zeros_like(reset[:1])])
+    later = forget(later, ends)  # it belongs to the next document
+    dstates = linear_recurrence(later, dreadout[..., None, :] * C[..., None], dstate, ends, reverse=True)
     gradients, dA = _token_gradients(tokens, A, kept, dreadout, dy, dstates, _reduce_states)
-    return decay[0] * dstates[0], jnp.sum(dA, axis=(0, 1)), gradients
+    dfirst = forget(decay[0] * dstates[0], None if reset is None else reset[0])
+    return dfirst, jnp.sum(dA, axis=(0, 1)), gradients

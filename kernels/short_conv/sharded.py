@@ -82,6 +82,7 @@ def _last_inputs(x, rows, segment_ids, initial_segment, mask):
     later_reset = jnp.cumsum(reset[:, ::-1], axis=1)[:, ::-1] - reset
     kept = mask & (place >= 0) & (later_reset == 0)
     chosen = kept[:, None] & (place[:, None] == jnp.arange(rows)[:, None])  # [B, W - 1, T]
-    x = jnp.where(mask[..., None], x, 0)
-    inputs = jnp.einsum("brt,bte->bre", chosen.astype(x.dtype), x, precision="highest")
+    place = jnp.argmax(chosen, axis=-1)  # a product with zeros and ones would spread what is not finite
+    inputs = jnp.take_along_axis(x, place[..., None], axis=1)
+    inputs = jnp.where(jnp.any(chosen, axis=-1)[..., None], inputs, 0)
     return inputs, jnp.sum(kept, axis=1), begins

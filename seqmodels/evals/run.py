@@ -21,7 +21,7 @@ from seqmodels.training.checkpoint import restore_params, steps
 from seqmodels.training.run import read_config
 from seqmodels.training.state import abstract_params
 
-PLACES = ("data.cache", "data.tokenizer")  # of an evaluation: the same data may lie elsewhere
+TEXT = ("data.name", "data.path", "data.text_key")  # fields that name a text, in an evaluation on purpose another one
 
 
 class RunData(Protocol):
@@ -105,7 +105,7 @@ def load_run(
     workdir = Path(workdir).expanduser()
     config = _with_options(read_config(workdir), overrides)
     number = _checkpoint_step(workdir, config, step)
-    other = dataset is not None or any(name.startswith("data.") and name not in PLACES for name in overrides)
+    other = dataset is not None or any(name in TEXT for name in overrides)
     if dataset is None:
         dataset = data.load(config.data, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
     advice = "restore it; other text is measured with --config.data.name and --config.data.path"

@@ -1,5 +1,6 @@
 """Fields of a run: everything in a config except the options of the branches."""
 
+import math
 import re
 
 from ml_collections import ConfigDict
@@ -200,7 +201,11 @@ SAMPLE = Group(
     {
         "prompt": Field("The ", "beginning of the text that is shown at the end of training"),
         "tokens": Field(200, "tokens of that text; 0: no text", at_least(0)),
-        "temperature": Field(0.8, "temperature of sampling; 0: always take the likeliest token", at_least(0)),
+        "temperature": Field(
+            0.8,
+            "temperature of sampling; 0: always take the likeliest token",
+            Rule(lambda t: 0 <= t < math.inf, "at least 0, and finite"),
+        ),
         "top_k": Field(0, "sample from the k likeliest tokens; 0: from all", at_least(0)),
         "top_p": Field(
             0.95,

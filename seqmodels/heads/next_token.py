@@ -84,6 +84,7 @@ def next_token_loss(
     """
     batch, length = targets.shape
     weights = (targets >= 0 if weights is None else weights).astype(jnp.float32)
+    hidden = jnp.where(weights[..., None] != 0, hidden, 0)  # what does not count may hold anything
     chunk = chunk if 0 < chunk < length else length
     count = -(-length // chunk)
 

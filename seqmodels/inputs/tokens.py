@@ -25,5 +25,7 @@ class Tokens(Input):
         return self.embedding
 
     def __call__(self, tokens: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """[B, T] int32 to [B, T, D]. The mask is not used, because the blocks ignore padding."""
+        """[B, T] int32 to [B, T, D]. Where the mask is False, ids may be any numbers, also outside the vocabulary."""
+        if mask is not None:  # an id outside would be NaN, which gradients of padding would multiply by zero
+            tokens = jnp.where(mask, tokens, jnp.clip(tokens, 0, self.size - 1))
         return jnp.take(self.embedding, tokens, axis=0).astype(self.residual_dtype)

@@ -7,10 +7,25 @@ DenseRetNets, neither Mamba nor Llama models.
 from collections.abc import Mapping
 
 from seqmodels.errors import UserError
-from seqmodels.interop.weights import Weight, parts, same, turned
+from seqmodels.interop.generic import COMMON, FRESH, TRAINING
+from seqmodels.interop.table import Honoured, Table, harmless, integer, only, optional, positive, read, refuse
+from seqmodels.interop.weights import Weight, head, parts, same, turned
 
 WITNESS = "model.layers.0.self_attn.v_select.fc1.weight"  # a tensor that no other model has
 BUFFERS = ("retnet_rel_pos.angle", "retnet_rel_pos.decay")  # follow from the config
+
+SIZES = ("hidden_size", "num_hidden_layers", "num_attention_heads", "query_key_dim", "v_factor")
+TABLE: Table = {
+    **COMMON,
+    "dense_block_layers": Honoured(None, integer()),
+    "rms_norm_eps": Honoured(1e-6, positive),
+    **dict.fromkeys(SIZES, Honoured(None, optional(positive))),
+    "tie_word_embeddings": only(False),
+    **harmless("the embedding of the published files has one row more", "vocab_size"),
+    **harmless(FRESH, "deepnorm"),
+    **harmless(TRAINING, "dropout"),
+    **harmless("read nowhere in their code", "hidden_act", "layernorm_eps", "max_position_embeddings", "retnorm"),
+}
 
 
 def dense_weights(model: Mapping, layer: int) -> list[Weight]:
@@ -39,7 +54,7 @@ def weights(model: Mapping) -> list[Weight]:
     found = [
         same("model.embed_tokens.weight", ("embedding",), V, D),
         same("model.norm.weight", ("final_norm", "scale"), D),
-        turned("lm_head.weight", (V, D), ("head",), (D, V)),
+        *head(model),
     ]
     for i in range(layers):
         block, mixer, theirs = (f"block_{i}",), (f"block_{i}", "mixer"), f"model.layers.{i}."
@@ -60,14 +75,8 @@ def weights(model: Mapping) -> list[Weight]:
     return found
 
 
-def config_of(tensors: Mapping, config: Mapping) -> dict:
-    """Fields of config.model. All sizes come from the tensors' shapes; the depth of the links comes from the config.
-
-    Raises:
-        UserError: the config has no `dense_block_layers`.
-    """
-    if "dense_block_layers" not in config:
-        raise UserError("DenseRetNet config: the field dense_block_layers, the depth of the links, is missing")
+def sizes_of(tensors: Mapping) -> dict[str, int]:
+    """Sizes of the model by the names of their config, from the shapes of the tensors."""
 
     def shape(name):
         if name not in tensors:
@@ -78,32 +87,56 @@ def config_of(tensors: Mapping, config: Mapping) -> dict:
     vocab_size, width = shape("model.embed_tokens.weight")
     keys, inner = shape(f"{mixer}q_proj.weight")[0], shape(f"{mixer}to_out.0.weight")[1]
     (value_dim,) = shape(f"{mixer}group_norm.weight")
-    heads = inner // value_dim
+    return dict(
+        vocab_size=vocab_size,
+        hidden_size=width,
+        num_hidden_layers=sum(name.endswith("self_attn.q_proj.weight") for name in tensors),
+        num_attention_heads=inner // value_dim,
+        query_key_dim=keys,
+        v_factor=inner / width,
+        bottleneck=width // shape(f"{mixer}v_select.fc1.weight")[0],
+        bottleneck_state=width // shape(f"{mixer}k_select.fc1.weight")[0],
+    )
+
+
+def config_of(tensors: Mapping, config: Mapping) -> dict:
+    """Fields of config.model. The sizes come from the shapes of the tensors; those in the config must be the same.
+
+    Raises:
+        UserError: the config has no `dense_block_layers`, or has values that cannot be converted.
+    """
+    if "dense_block_layers" not in config:
+        raise UserError("DenseRetNet config: the field dense_block_layers, the depth of the links, is missing")
+    theirs, sizes = read(config, TABLE, "DenseRetNet"), sizes_of(tensors)
+    for name in SIZES:
+        if theirs[name] is not None and theirs[name] != sizes[name]:
+            refuse(name, theirs[name], f"the tensors have {sizes[name]}")
+    width, heads, epsilon = sizes["hidden_size"], sizes["num_attention_heads"], theirs["rms_norm_eps"]
     return dict(
         pattern="retnet",
         width=width,
-        repeats=sum(name.endswith("self_attn.q_proj.weight") for name in tensors),
-        vocab_size=vocab_size,
-        norm_eps=1e-6,
+        repeats=sizes["num_hidden_layers"],
+        vocab_size=sizes["vocab_size"],
+        norm_eps=epsilon,
         tie_embeddings=False,
         retnet=dict(
             heads=heads,
-            key_dim=keys // heads,
-            value_dim=value_dim,
+            key_dim=sizes["query_key_dim"] // heads,
+            value_dim=int(sizes["v_factor"] * width) // heads,
             schedule="octaves",
             activation="silu",
             row_scale=True,
-            norm_eps=1e-6,
+            norm_eps=epsilon,
             norm_weight=True,
         ),
         dense=dict(
             variant="input",
             gate="both",
             norm=True,
-            norm_eps=1e-6,
-            depth=config["dense_block_layers"],
-            bottleneck=width // shape(f"{mixer}v_select.fc1.weight")[0],
-            bottleneck_state=width // shape(f"{mixer}k_select.fc1.weight")[0],
+            norm_eps=epsilon,
+            depth=theirs["dense_block_layers"],
+            bottleneck=sizes["bottleneck"],
+            bottleneck_state=sizes["bottleneck_state"],
         ),
     )
 

@@ -1,15 +1,66 @@
-"""Names, layouts and fields of Mamba-2 models, in files of transformers and of Mamba's authors."""
+"""Fields, names and layouts of Mamba-2 models of transformers."""
 
 from collections.abc import Mapping
+from typing import Any
 
 from seqmodels.errors import UserError
-from seqmodels.fields.mamba2 import MAMBA2
-from seqmodels.interop.weights import Weight, demand, parts, same, turned
+from seqmodels.fields.mamba2 import MAMBA2 as OURS
+from seqmodels.fields.rules import Rule
+from seqmodels.interop.generic import FRESH, ROUNDING, mamba_fields
+from seqmodels.interop.table import Honoured, Table, check_export, harmless, honoured, integer, refuse
+from seqmodels.interop.weights import Weight, parts, same, turned
 
-UNLIMITED = ((0.0, float("inf")), [0.0, float("inf")], [0.0, {"__float__": "Infinity"}])  # steps; the last is in files
+
+def unlimited(limit: Any) -> bool:
+    """Whether no step size is outside these limits. Some files write infinity as a text."""
+    low, high = limit if isinstance(limit, list | tuple) and len(limit) == 2 else (None, None)
+    return low in (0, 0.0) and high in (float("inf"), "Infinity", "inf")
 
 
-def weights(model: Mapping, tied: bool, embedding: str = "embeddings") -> list[Weight]:
+LIMIT = Rule(unlimited, "[0, Infinity], as our step sizes have no limits")
+
+MAMBA2: Table = {
+    **mamba_fields(vocab_size=32768, width=4096, layers=64, tied=False),
+    "state_size": Honoured(128, integer()),
+    "num_heads": Honoured(128, integer()),
+    "head_dim": Honoured(64, integer()),
+    "n_groups": Honoured(8, integer()),
+    "time_step_limit": Honoured([0.0, float("inf")], LIMIT),
+    **harmless(ROUNDING, "chunk_size"),
+    **harmless("read by none of their layers", "intermediate_size", "norm_before_gate", "time_step_rank"),
+}
+EXPORTED: Table = {
+    **honoured("state", "expand", "head_dim", "groups", "conv", "norm_eps"),
+    **harmless(FRESH, "dt_min", "dt_max", "dt_floor"),
+}
+
+
+def config_of(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of config.model for the honoured fields of a Mamba-2 config."""
+    width, heads, head_dim = (theirs[name] for name in ("hidden_size", "num_heads", "head_dim"))
+    if heads * head_dim != theirs["expand"] * width:
+        refuse("num_heads", heads, f"num_heads * head_dim must be expand * hidden_size = {theirs['expand'] * width}")
+    if heads % theirs["n_groups"]:
+        refuse("n_groups", theirs["n_groups"], f"allowed: a divisor of num_heads={heads}")
+    return dict(
+        pattern="mamba2",
+        width=width,
+        repeats=theirs["num_hidden_layers"],
+        vocab_size=theirs["vocab_size"],
+        norm_eps=theirs["layer_norm_epsilon"],
+        tie_embeddings=theirs["tie_word_embeddings"],
+        mamba2=dict(
+            state=theirs["state_size"],
+            expand=theirs["expand"],
+            head_dim=head_dim,
+            groups=theirs["n_groups"],
+            conv=theirs["conv_kernel"],
+            norm_eps=theirs["layer_norm_epsilon"],
+        ),
+    )
+
+
+def weights(model: Mapping[str, Any], embedding: str = "embeddings") -> list[Weight]:
     """Every tensor of a Mamba-2 model. `embedding` is "embedding" in the files of Mamba's authors."""
     V, D, layers, options = model["vocab_size"], model["width"], model["repeats"], model["mamba2"]
     E, N, W, G = options["expand"] * D, options["state"], options["conv"], options["groups"]
@@ -48,68 +99,27 @@ def weights(model: Mapping, tied: bool, embedding: str = "embeddings") -> list[W
             same(f"{theirs}mixer.norm.weight", (*mixer, "scale"), E),
             turned(f"{theirs}mixer.out_proj.weight", (D, E), (*mixer, "out_proj"), (E, D)),
         ]
-    return found if tied else [*found, turned("lm_head.weight", (V, D), ("head",), (D, V))]
+    return found
 
 
-def config_of(config: Mapping, vocab_size: int) -> dict:
-    """Fields of config.model for a Mamba-2 config of transformers."""
-    demand(config, hidden_act=("silu",), use_bias=(False,), use_conv_bias=(True,), time_step_limit=UNLIMITED)
-    width, epsilon = config["hidden_size"], config["layer_norm_epsilon"]
-    chosen = dict(
-        state=config["state_size"],
-        expand=config["expand"],
-        head_dim=config["head_dim"],
-        groups=config["n_groups"],
-        conv=config["conv_kernel"],
-        norm_eps=epsilon,
-    )
-    demand(config, num_heads=(chosen["expand"] * width // chosen["head_dim"],))
-    return dict(
-        pattern="mamba2",
-        width=width,
-        repeats=config["num_hidden_layers"],
-        vocab_size=vocab_size,
-        norm_eps=epsilon,
-        tie_embeddings=config.get("tie_word_embeddings", False),
-        mamba2=chosen,
-    )
-
-
-def original_options(ssm: Mapping) -> dict:
-    """Fields of config.model.mamba2, from `ssm_cfg` in a config of Mamba's authors."""
-    demand(ssm, rmsnorm=(True,), norm_before_gate=(False,), D_has_hdim=(False,), d_ssm=(None,), dt_limit=UNLIMITED)
-    return dict(
-        state=ssm.get("d_state", 128),
-        expand=ssm.get("expand", 2),
-        head_dim=ssm.get("headdim", 64),
-        groups=ssm.get("ngroups", 1),
-        conv=ssm.get("d_conv", 4),
-        norm_eps=1e-5,
-    )
-
-
-def options(model: Mapping) -> dict:
-    """config.model.mamba2 with every default filled in."""
-    return MAMBA2.complete(model.get("mamba2", {}))
-
-
-def fields(model: Mapping) -> dict:
-    """Fields of config.json for the Mamba-2 mixer."""
-    chosen = model["mamba2"]
-    if chosen["norm_eps"] != model["norm_eps"]:
-        raise UserError(
-            f"mamba2.norm_eps is {chosen['norm_eps']}; only model.norm_eps, {model['norm_eps']}, is exported"
-        )
-    return dict(
+def exported(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.model with the sizes that `weights` needs, and the fields of their config.json."""
+    options = OURS.complete(model.get("mamba2", {}))
+    check_export(options, EXPORTED, OURS.home)
+    if options["norm_eps"] != model["norm_eps"]:
+        problem = f"only model.norm_eps, {model['norm_eps']}, can be exported"
+        raise UserError(f"{OURS.place('norm_eps')} is {options['norm_eps']}; {problem}")
+    fields = dict(
         model_type="mamba2",
         architectures=["Mamba2ForCausalLM"],
-        state_size=chosen["state"],
-        expand=chosen["expand"],
-        head_dim=chosen["head_dim"],
-        num_heads=chosen["expand"] * model["width"] // chosen["head_dim"],
-        n_groups=chosen["groups"],
-        conv_kernel=chosen["conv"],
+        state_size=options["state"],
+        expand=options["expand"],
+        head_dim=options["head_dim"],
+        num_heads=options["expand"] * model["width"] // options["head_dim"],
+        n_groups=options["groups"],
+        conv_kernel=options["conv"],
         layer_norm_epsilon=model["norm_eps"],
         use_bias=False,
         use_conv_bias=True,
     )
+    return {**model, "mamba2": options}, fields

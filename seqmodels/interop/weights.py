@@ -5,12 +5,14 @@ of torch is [E, 1, W]; ours is [W, E].
 """
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
 from seqmodels.errors import UserError
+
+DTYPES = ("float32", "bfloat16", "float16", "float64")  # of their tensors; ours become float32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,6 +59,12 @@ def turned(theirs: str, their_shape: tuple[int, ...], ours: tuple[str, ...], our
     return Weight(theirs, their_shape, ours, our_shape, turned=True)
 
 
+def head(model: Mapping) -> list[Weight]:
+    """The matrix of the logits, unless it is that of the embeddings."""
+    V, D = model["vocab_size"], model["width"]
+    return [] if model["tie_embeddings"] else [turned("lm_head.weight", (V, D), ("head",), (D, V))]
+
+
 def parts(theirs: str, rest: tuple[int, ...], *ours: tuple[tuple[str, ...], int, tuple[int, ...]]) -> list[Weight]:
     """A tensor [rows, *rest] that holds several of our parameters, given in order as (path, rows, our shape)."""
     total, start, weights = sum(rows for _, rows, _ in ours), 0, []
@@ -64,14 +72,6 @@ def parts(theirs: str, rest: tuple[int, ...], *ours: tuple[tuple[str, ...], int,
         weights.append(Weight(theirs, (total, *rest), path, shape, bool(rest), (start, start + rows)))
         start += rows
     return weights
-
-
-def demand(config: Mapping, **wanted: Any) -> None:
-    """Raise a UserError if a field of their config has a value that our models do not support."""
-    for field, allowed in wanted.items():
-        if field in config and config[field] not in allowed:
-            values = " or ".join(repr(value) for value in allowed)
-            raise UserError(f"Hugging Face config: {field} is {config[field]!r}; only {values} can be converted")
 
 
 def check_names(tensors: Mapping, weights: list[Weight]) -> None:
@@ -85,24 +85,52 @@ def check_names(tensors: Mapping, weights: list[Weight]) -> None:
 
 
 def convert(tensors: Mapping, weights: list[Weight]) -> dict:
-    """Our parameters from their tensors. A UserError names tensors that are missing, unexpected or wrongly shaped."""
+    """Our parameters from their tensors.
+
+    Raises:
+        UserError: tensors are missing, unexpected, wrongly shaped, or not of real numbers (such as quantised ones).
+    """
     check_names(tensors, weights)
     params: dict[str, Any] = {}
     for weight in weights:
         tensor = tensors[weight.theirs]
-        if tensor.shape != weight.their_shape:
-            problem = f"has shape {tensor.shape}; the config asks for {weight.their_shape}"
+        if tuple(tensor.shape) != weight.their_shape:
+            problem = f"has shape {tuple(tensor.shape)}; the config asks for {weight.their_shape}"
             raise UserError(f"Hugging Face weights: {weight.theirs} {problem}")
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in DTYPES:
+            raise UserError(f"Hugging Face weights: {weight.theirs} is {dtype}; allowed: {', '.join(DTYPES)}")
         place(params, weight.ours, weight.into(tensor))
     return params
 
 
 def export(params: Mapping, weights: list[Weight]) -> dict[str, np.ndarray]:
-    """Their tensors from our parameters."""
+    """Their tensors from our parameters.
+
+    Raises:
+        UserError: parameters are missing or wrongly shaped, or there is one that none of their tensors holds.
+    """
     rows: dict[str, list[np.ndarray]] = {}
     for weight in weights:
-        rows.setdefault(weight.theirs, []).append(weight.back(find(params, weight.ours)))
+        array = find(params, weight.ours)
+        if np.shape(array) != weight.our_shape:
+            problem = f"has shape {np.shape(array)}; config.model asks for {weight.our_shape}"
+            raise UserError(f"parameters: {'/'.join(weight.ours)} {problem}")
+        rows.setdefault(weight.theirs, []).append(weight.back(array))
+    written = {weight.ours for weight in weights}
+    for path in paths(params):
+        if path not in written:
+            raise UserError(f"parameters: {'/'.join(path)} cannot be exported; transformers has no such tensor")
     return {name: np.concatenate(parts) if len(parts) > 1 else parts[0] for name, parts in rows.items()}
+
+
+def paths(tree: Mapping, start: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The path of every leaf."""
+    for name, subtree in tree.items():
+        if isinstance(subtree, Mapping):
+            yield from paths(subtree, (*start, name))
+        else:
+            yield (*start, name)
 
 
 def find(tree: Mapping, path: tuple[str, ...]) -> Any:

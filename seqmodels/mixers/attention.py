@@ -10,6 +10,7 @@ from jax.typing import DTypeLike
 from seqmodels.branch import Branch, State, real
 from seqmodels.fields.attention import ATTENTION
 from seqmodels.kernels.attention import attention
+from seqmodels.kernels.finite import spoil
 from seqmodels.kernels.segments import resets
 from seqmodels.layers.parameter import normal, parameter, residual_std, zeros
 from seqmodels.layers.rope import rope
@@ -22,8 +23,8 @@ PADDING = -2  # document of a padding token, which sees no key
 def empty_cache(batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> dict[str, jax.Array]:
     """A cache of `slots` keys and values per row.
 
-    An empty slot holds zeros until a real token takes it. No query sees an empty slot, but XLA multiplies its contents
-    by a weight of zero, so they must be finite. Masking them instead would write the whole cache for each token.
+    An empty slot holds zeros until a real token takes it. No query sees what an empty slot, or a slot of another
+    document, holds: `kernels.attention` selects it away.
 
     Returns:
         k, v: [B, S, Hkv, d], keys already rotated.
@@ -96,8 +97,7 @@ def check_slots(tokens: int, slots: int, window: int) -> None:
     """Raise a ValueError if this number of tokens does not fit even into an empty cache.
 
     Only sizes are known here. The number of used slots and of padding tokens is known only when the computation runs,
-    and a running computation cannot raise. So the caller must make sure that a row has at most `max_length` tokens
-    (`seqmodels.generation` does).
+    and a running computation cannot raise: `attend_from_cache` then returns NaN.
     """
     if tokens > slots and not 0 < window <= slots:
         raise ValueError(
@@ -149,22 +149,22 @@ def attend_from_cache(
         q: [B, T, H, d]. k, v: [B, T, Hkv, d]. cache: see `empty_cache`. window: 0 for none.
 
     Returns:
-        o [B, T, H, d], zero on padding, and the new cache.
+        o [B, T, H, d], zero on padding, and the new cache. Without a window, o is NaN for tokens that found no free
+        slot: their keys are lost, so this and all later outputs would be wrong.
 
     Raises:
-        ValueError: T tokens without padding do not fit into the cache.
+        ValueError: T tokens without padding do not fit into the cache, or it has no slots at all.
     """
     batch, length = q.shape[:2]
     slots = cache["k"].shape[1]
-    if seq.mask is None:
-        check_slots(length, slots, window)
+    check_slots(length if seq.mask is None else 1, slots, window)
     newest = jnp.maximum(cache["length"] - 1, 0) % max(slots, 1)
     last = jnp.take_along_axis(cache["document"], newest[:, None], axis=1)[:, 0]
     document = document_numbers(seq, batch, length, jnp.maximum(last, 0))
     position = positions_in_row(cache["length"], length, seq.mask)
     new = dict(k=k, v=v, document=document)
     after = put_keys(cache, new, position, seq.mask, window)
-    keys, places = after, key_positions(after)
+    keys, places = after, key_positions(after) if window else jnp.broadcast_to(jnp.arange(slots), (batch, slots))
     if window and length > 1 and slots < window + length - 1:  # a late token may take the slot that an early one needs
         if seq.mask is not None:
             new["document"] = jnp.where(seq.mask, document, EMPTY)
@@ -181,14 +181,18 @@ def attend_from_cache(
         window=window or None,
         implementation=implementation,
     )
-    return o, after
+    if window:
+        return o, after
+    lost = position >= slots
+    return spoil(o, lost if seq.mask is None else lost & seq.mask), after
 
 
 class Attention(Branch):
     """Attention mixer. Its options are declared in seqmodels/fields/attention.py.
 
-    Its state is a cache of `max_length` tokens per row; the caller must make this large enough. With a window
-    the cache is a ring buffer with at most as many slots as the window.
+    Its state is a cache of `max_length` tokens per row, which must be all that the row will ever have: the output of a
+    token that finds no free slot is NaN. With a window the cache is a ring buffer with at most as many slots as the
+    window, and a row may have any number of tokens.
     """
 
     heads: int = ATTENTION["heads"]
@@ -207,8 +211,16 @@ class Attention(Branch):
         return self.heads, self.kv_heads or self.heads, self.head_dim or self.width // self.heads
 
     @nn.nowrap
-    def init_state(self, batch: int, max_length: int = 0) -> dict[str, jax.Array]:
-        """An empty cache of `max_length` slots, or of the window's size if that is smaller: see `empty_cache`."""
+    def init_state(self, batch: int, max_length: int | None = None) -> dict[str, jax.Array]:
+        """An empty cache of `max_length` slots, or of the window's size if that is smaller: see `empty_cache`.
+
+        Raises ValueError without `max_length`: there would be room for no key at all.
+        """
+        if max_length is None or max_length < 1:
+            raise ValueError(
+                f"attention: init_state(batch, max_length={max_length}); max_length must be at least 1, the number of "
+                "tokens that a row will have, because the state is a cache of their keys"
+            )
         _, kv_heads, head_dim = self.sizes
         return empty_cache(batch, min(self.window or max_length, max_length), kv_heads, head_dim, self.dtype)
 

@@ -23,7 +23,7 @@ class Bidirectional(Branch, kw_only=True):
     causal: ClassVar[bool] = False
 
     @nn.nowrap
-    def init_state(self, batch: int, max_length: int = 0) -> State:
+    def init_state(self, batch: int, max_length: int | None = None) -> State:
         """Raises UserError: an output depends on all later tokens, so there is no state from token to token."""
         raise UserError(
             "config.model.pattern: 'bi:' reads both directions of time and has no state; such a model can neither "

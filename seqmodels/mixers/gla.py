@@ -37,7 +37,7 @@ class Gla(Branch):
         return self.heads, self.key_dim or self.width // (2 * self.heads), self.value_dim or self.width // self.heads
 
     @nn.nowrap
-    def init_state(self, batch: int, max_length: int = 0) -> jax.Array:
+    def init_state(self, batch: int, max_length: int | None = None) -> jax.Array:
         """[B, H, K, V] float32."""
         return jnp.zeros((batch, *self.state_shape), jnp.float32)
 

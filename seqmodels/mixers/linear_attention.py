@@ -62,7 +62,7 @@ class LinearAttention(Branch):
         return self.heads, self.feature_count, self.head_dim + 1
 
     @nn.nowrap
-    def init_state(self, batch: int, max_length: int = 0) -> jax.Array:
+    def init_state(self, batch: int, max_length: int | None = None) -> jax.Array:
         """[B, H, K', V + 1] float32."""
         return jnp.zeros((batch, *self.state_shape), jnp.float32)
 

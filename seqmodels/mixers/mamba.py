@@ -136,7 +136,7 @@ class Mamba(Linked):
             )
 
     @nn.nowrap
-    def init_state(self, batch: int, max_length: int = 0) -> dict[str, jax.Array]:
+    def init_state(self, batch: int, max_length: int | None = None) -> dict[str, jax.Array]:
         """conv [B, W - 1, E] and ssm [B, E, N], float32; their size does not depend on max_length."""
         return dict(
             conv=jnp.zeros((batch, self.conv - 1, self.inner), jnp.float32),

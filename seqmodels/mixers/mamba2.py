@@ -107,7 +107,7 @@ class Mamba2(Linked):
         self.out_proj = self.matrix("out_proj", (inner, width), ("inner", "embed"), out)
 
     @nn.nowrap
-    def init_state(self, batch: int, max_length: int = 0) -> dict[str, jax.Array]:
+    def init_state(self, batch: int, max_length: int | None = None) -> dict[str, jax.Array]:
         """conv [B, W - 1, E] of x, BC_conv [B, W - 1, 2 G N] of B and C, ssm [B, H, N, P]; all float32."""
         past = self.conv - 1
         return dict(

@@ -129,7 +129,7 @@ class Mamba3(Branch):
         self.out_proj = self.matrix("out_proj", (inner, width), ("inner", "embed"), out)
 
     @nn.nowrap
-    def init_state(self, batch: int, max_length: int = 0) -> dict[str, jax.Array]:
+    def init_state(self, batch: int, max_length: int | None = None) -> dict[str, jax.Array]:
         """ssm [B, H, N, P]; the last token's angle [B, H, R / 2], rotated key [B, H, N], value [B, H, P]; float32."""
         heads, state, head_dim = self.state_shape
         shapes = dict(ssm=(heads, state, head_dim), angle=(heads, self.turned // 2), key=(heads, state))

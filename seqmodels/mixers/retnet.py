@@ -133,7 +133,7 @@ class RetNet(Linked):
             self.scale = parameter(self, "scale", (values,), ("head_dim",), ones)
 
     @nn.nowrap
-    def init_state(self, batch: int, max_length: int = 0) -> jax.Array:
+    def init_state(self, batch: int, max_length: int | None = None) -> jax.Array:
         """[B, H, K, V] float32."""
         return jnp.zeros((batch, *self.state_shape), jnp.float32)
 

@@ -20,7 +20,6 @@ from ml_collections import ConfigDict, config_flags
 from seqmodels import cli
 from seqmodels.errors import UserError
 from seqmodels.fields import Field
-from seqmodels.fields.field import shown
 from seqmodels.fields.run import ROOT, defaults
 from seqmodels.scripts import as_typed
 
@@ -64,6 +63,8 @@ def main(flag_values: flags.FlagValues) -> None:
     workdir = cli.folder_of(flag_values.workdir)
     out = _out(flag_values.out, workdir)
     check(flag_values)
+    if flag_values.prompt is None and (flag_values.out or workdir.is_dir()):  # else the message is of the workdir
+        check_writable(out)
     cli.use_platform(flag_values.platform)
 
     import jax
@@ -101,9 +102,6 @@ def check(flag_values: flags.FlagValues) -> None:
     for name in ("tokens", "top_k", "limit", "batch_size"):
         if getattr(flag_values, name) is not None:
             Field(0, "").check(name, getattr(flag_values, name), prefix="--")
-    out = Path(flag_values.out or Path(flag_values.workdir) / "eval.json")
-    if not prompted and (flag_values.out or Path(flag_values.workdir).is_dir()):
-        check_writable(out)
 
 
 def check_writable(out: Path) -> None:
@@ -116,7 +114,7 @@ def check_writable(out: Path) -> None:
     except (OSError, ValueError) as error:  # a name that no file can have
         reason = f"is no file name ({getattr(error, 'strerror', error)})"
     if reason:
-        raise UserError(f"--out={shown(str(out))}: {reason}; name another file")
+        raise UserError(f"--out={str(out)[:200]}: {reason}; name another file")
 
 
 def continuation(run: "Run", flag_values: flags.FlagValues) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
-from seqmodels import cli
+from seqmodels import cli, plausible
 from seqmodels.atomic import replace_file
 from seqmodels.claim import waited
 from seqmodels.config import declared_fields, upgrade, validate, with_pattern
@@ -36,6 +36,8 @@ def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path, e
       folder: of the sweep; run directories are `folder/trials/<id>`.
       evals: names of evaluators, separated by commas. "": those of each config. "none": no evaluation after training.
 
+    What is hardly meant (`seqmodels.plausible`) is said in a line on stderr.
+
     Raises: UserError for a sweep, field or value that is not there.
     """
     begun = (folder / "sweep.json").exists()
@@ -54,11 +56,14 @@ def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path, e
         ROOT.fields["seed"].check("seed", overrides.get("seed", config.seed))
     written = cli.written_config(spec)
     trials: dict[str, Trial] = {}
+    doubts: dict[str, None] = {}
     for overrides in listed:
         first = overrides.get("seed", config.seed)
         for seed in range(first, first + seeds):
-            trial = _trial(spec, config, name, overrides | {"seed": seed}, written, folder, evals, begun)
+            trial = _trial(spec, config, name, overrides | {"seed": seed}, written, folder, evals, begun, doubts)
             trials.setdefault(trial.id, trial)
+    for line in doubts:
+        print(line, file=sys.stderr, flush=True)
     return list(trials.values())
 
 
@@ -109,8 +114,9 @@ def _find(spec: str, config: ConfigDict, name: str) -> Callable:
     return sweeps[name]
 
 
-def _trial(spec, config, name, overrides, written, folder, evals, begun) -> Trial:
+def _trial(spec, config, name, overrides, written, folder, evals, begun, doubts) -> Trial:
     resolved = resolve(config, overrides, name, begun)
+    doubts |= dict.fromkeys(plausible.doubts(resolved, begun))
     fields = dict(cli.fields(resolved))
     identity = identify(resolved, written)
     # what the command would have without flags but for the pattern, which may bring in branches

@@ -25,6 +25,7 @@ from tests.kernels.helpers import (
 )
 from tests.kernels.inputs import extreme_decays
 from tests.kernels.inputs import linear_attention_inputs as inputs
+from tests.kernels.isolation import check_isolation
 
 SHAPE = dict(batch=1, length=21)  # two chunks, two groups of two heads, padding on every axis
 
@@ -65,6 +66,12 @@ CASES = {
 def test_equals_float64_reference(interpreter, case):
     shape, static, options = CASES[case]
     assert_equals_reference(inputs(**SHAPE | shape), static, options)
+
+
+def test_isolation(interpreter):
+    """What is not finite in one document, in padding or in a dropped state reaches no other document."""
+    operation = functools.partial(linear_attention, implementation="mosaic_tpu")
+    check_isolation(operation, inputs(**SHAPE | dict(batch=2)), ("q", "k", "v", "log_decay"), 1e-5)
 
 
 def test_extreme_decays(interpreter):

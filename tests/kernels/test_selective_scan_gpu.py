@@ -34,6 +34,7 @@ from tests.kernels.helpers import (
     value_and_gradients,
 )
 from tests.kernels.inputs import selective_scan_inputs as inputs
+from tests.kernels.isolation import check_isolation
 
 SHAPE = dict(length=21, groups=2, width=20, state=9)
 WIDE = SHAPE | dict(batch=1, width=130)
@@ -69,6 +70,18 @@ def test_extreme_decays(gpu_interpreter, scale):
     got = run(args, documents(length=21))
     assert_finite(got)
     assert_close(got, expected(selective_scan, args, documents(length=21)), 1e-5)
+
+
+@pytest.mark.parametrize("length", [6, pytest.param(37, marks=pytest.mark.slow)])
+def test_isolation(gpu_interpreter, monkeypatch, length):
+    """A few tokens; and pieces of time, two forwards and four backwards."""
+    names, shape = ("u", "dt", "B", "C", "z", "weights"), dict(groups=2, width=32, state=16)
+    if length == 37:
+        monkeypatch.setattr(tuning, "plan_forward", lambda *shape: (128, 2))
+        monkeypatch.setattr(tuning, "plan_backward", lambda *shape: 4)
+        names, shape = names[:-1], dict(groups=1, width=5)
+    operation = functools.partial(selective_scan, implementation="mosaic_gpu")
+    check_isolation(operation, inputs(length=length, **shape), names, 1e-5)
 
 
 def test_poisoned_padding_never_leaks(gpu_interpreter):

@@ -34,6 +34,7 @@ from tests.kernels.helpers import (
     value_and_gradients,
 )
 from tests.kernels.inputs import selective_scan_inputs as inputs
+from tests.kernels.isolation import check_isolation
 
 ROOT = Path(__file__).resolve().parents[2]
 SHAPE = dict(batch=1, length=21, groups=2, width=130, state=9)
@@ -66,6 +67,12 @@ def test_extreme_decays(interpreter, scale):
     got = run(args, LAYOUT)
     assert_finite(got)
     assert_close(got, expected(selective_scan, args, LAYOUT), 1e-5)
+
+
+def test_isolation(interpreter):
+    """What is not finite in one document, in padding or in a dropped state reaches no other document."""
+    operation = functools.partial(selective_scan, implementation="mosaic_tpu")
+    check_isolation(operation, inputs(**SHAPE | dict(batch=2)), ("u", "dt", "B", "C", "z", "weights"), 1e-5)
 
 
 def test_poisoned_padding_never_leaks(interpreter):

@@ -20,9 +20,11 @@ from jax.typing import DTypeLike
 
 from seqmodels.kernels import lanes
 from seqmodels.kernels.arrays import mapped, pad, round_up
+from seqmodels.kernels.finite import finite_or_zero, not_finite, spoil
 from seqmodels.kernels.interpreter import gpu_interpreter
 from seqmodels.kernels.lanes import LN2
-from seqmodels.kernels.linear_attention.mosaic_gpu.decay import exponents, gradient, starts, vectors
+from seqmodels.kernels.linear_attention.isolate import isolate
+from seqmodels.kernels.linear_attention.mosaic_gpu.decay import exponents, gradient, spoilt_reads, starts, vectors
 from seqmodels.kernels.linear_attention.mosaic_gpu.keys import keys_gradient
 from seqmodels.kernels.linear_attention.mosaic_gpu.readout import readout
 from seqmodels.kernels.linear_attention.mosaic_gpu.tile import SIDE
@@ -84,6 +86,7 @@ def linear_attention(
     reset = resets(segment_ids, initial_segment, mask)
     if log_decay is not None:
         log_decay = jnp.broadcast_to(log_decay, (batch, length, heads))
+    q, k, v, log_decay, spoilt = isolate(q, k, v, log_decay, reset)
     own = None if bonus is None else own_token(q, k, v, bonus, scale)
     if scale <= 0:  # the kernels add the logarithm of the scale to those of the decays, so it must be positive
         q, scale = q * scale, 1.0
@@ -97,11 +100,13 @@ def linear_attention(
         v=pad(v, {1: tokens, -1: wide}),
         g=exponents(log_decay, reset, (batch, length, heads), tokens),
         initial_state=pad(initial_state.astype(jnp.float32), {-2: deep, -1: wide}),
+        spoilt=None if spoilt is None else pad(spoilt.reads, {1: tokens}).reshape(batch, -1, SIDE),
     )
     once = jnp.dtype(dtype) == FACTORS and bonus is None  # the kernel rounds y; otherwise y is rounded at the end
     y, state = attend(arrays, float(scale), strict, pieces, FACTORS if once else jnp.float32)
-    y = y[:, :length, :, :values]
-    return (y if own is None else y + own).astype(dtype), state[:, :, :keys, :values]
+    y, state = y[:, :length, :, :values], state[:, :, :keys, :values]
+    state = state if spoilt is None else spoil(state, spoilt.writes[:, -1])
+    return (y if own is None else y + own).astype(dtype), state
 
 
 def own_token(q: jax.Array, k: jax.Array, v: jax.Array, bonus: jax.Array, scale: float) -> jax.Array:
@@ -123,18 +128,22 @@ def stretches(blocks: int, length: int) -> int:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3, 4))
 def attend(
-    arrays: dict[str, jax.Array], scale: float, strict: bool, pieces: int, dtype: DTypeLike
+    arrays: dict[str, Any], scale: float, strict: bool, pieces: int, dtype: DTypeLike
 ) -> tuple[jax.Array, jax.Array]:
-    """y in `dtype` and the final state. The arrays are padded to whole chunks and tiles."""
+    """y in `dtype` and the final state. The arrays are padded to whole chunks and tiles.
+
+    arrays: q, k, v, g, initial_state; and spoilt, [B, T / 64, 64] bool, tokens whose y is NaN, or None if there is one
+        document.
+    """
     return forward(arrays, scale, strict, pieces, dtype)[0]
 
 
 def forward(
-    arrays: dict[str, jax.Array], scale: float, strict: bool, pieces: int, dtype: DTypeLike
+    arrays: dict[str, Any], scale: float, strict: bool, pieces: int, dtype: DTypeLike
 ) -> tuple[tuple[jax.Array, jax.Array], jax.Array]:
     """(y, final state), and the states before each stretch."""
     ahead, _ = vectors(arrays["g"], scale, strict)
-    inputs = dict(k=arrays["k"], v=arrays["v"], vectors=ahead)
+    inputs = dict(k=arrays["k"], v=arrays["v"], vectors=spoilt_reads(ahead, arrays["spoilt"]))
     start = begin(inputs, arrays["initial_state"], arrays["g"], pieces, reverse=False)
     y, final, _ = attended(arrays["q"], inputs, start, reverse=False, strict=strict, save=False, dtype=dtype)
     return (y, final[:, -1]), start
@@ -172,8 +181,8 @@ def attended(
 
 
 def attend_forward(
-    arrays: dict[str, jax.Array], *options: Any
-) -> tuple[tuple[jax.Array, jax.Array], tuple[dict[str, jax.Array], jax.Array]]:
+    arrays: dict[str, Any], *options: Any
+) -> tuple[tuple[jax.Array, jax.Array], tuple[dict[str, Any], jax.Array]]:
     out, start = jax.tree.map(lambda x: checkpoint_name(x, "scan"), forward(arrays, *options))
     return out, (arrays, start)
 
@@ -183,15 +192,17 @@ def attend_backward(
     strict: bool,
     pieces: int,
     dtype: DTypeLike,
-    residuals: tuple[dict[str, jax.Array], jax.Array],
+    residuals: tuple[dict[str, Any], jax.Array],
     cotangents: tuple[jax.Array, jax.Array],
-) -> tuple[dict[str, jax.Array]]:
+) -> tuple[dict[str, Any]]:
     arrays, start = residuals
     dy, dfinal = cotangents
     q, k, v, g = (arrays[name] for name in ("q", "k", "v", "g"))
     ahead, back = vectors(g, scale, strict)
     _, states = states_of(dict(k=k, v=v, vectors=ahead), start, reverse=False, save=True)
-    dy = dy.astype(FACTORS)
+    packed = arrays["spoilt"] is not None
+    bad = not_finite(dy) if packed else None
+    dy = (finite_or_zero(dy) if packed else dy).astype(FACTORS)
     inputs = dict(k=q, v=dy, vectors=back)
     end = begin(inputs, dfinal, g, pieces, reverse=True)
     dv, dstart, dstates = attended(k, inputs, end, reverse=True, strict=strict, save=True, dtype=FACTORS)
@@ -199,7 +210,8 @@ def attend_backward(
         dict(q=q, k=k, v=v, dy=dy, vectors=ahead, states=states, dstates=dstates)
     )
     dg = gradient(sums, ahead[..., 4, :], strict) * LN2
-    return (dict(q=dq, k=dk, v=dv, g=dg, initial_state=dstart[:, 0]),)
+    dq = dq if bad is None else spoil(dq, bad)  # so that a gradient that is not finite does not go unnoticed
+    return (dict(q=dq, k=dk, v=dv, g=dg, initial_state=dstart[:, 0], spoilt=None),)
 
 
 attend.defvjp(attend_forward, attend_backward)

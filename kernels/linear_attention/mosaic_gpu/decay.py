@@ -10,6 +10,7 @@ import math
 import jax.numpy as jnp
 from jax import Array, lax
 
+from seqmodels.kernels.finite import finite_or_zero
 from seqmodels.kernels.lanes import LOG2E
 from seqmodels.kernels.linear_attention.mosaic_gpu.tile import SIDE
 from seqmodels.kernels.pieces import chain_unrolled
@@ -53,6 +54,14 @@ def vectors(g: Array, scale: float, strict: bool) -> tuple[Array, Array]:
     return jnp.stack([read, write, rin, wout, keep], -2), jnp.stack([-write, -read, wout, rin, keep], -2)
 
 
+def spoilt_reads(vectors: Array, spoilt: Array | None) -> Array:
+    """`vectors` [B, H, N, 5, 64] with which the outputs of the `spoilt` tokens, [B, N, 64] bool or None, are NaN."""
+    if spoilt is None:
+        return vectors
+    reads = jnp.array([True, False, True, False, False])[:, None]  # row and rin
+    return jnp.where(spoilt[:, None, :, None] & reads, jnp.nan, vectors)
+
+
 def total(matrix: Array, x: Array) -> Array:
     """sum_j matrix[i, j] x[..., j] in float32."""
     return jnp.einsum("ij,...j->...i", matrix, x, precision=lax.Precision.HIGHEST)
@@ -67,10 +76,11 @@ def gradient(sums: Array, keep: Array, strict: bool) -> Array:
     Args:
         sums: [K / 64, B, H, N, 4, 64], result of `keys_gradient`. keep: [B, H, N, 64].
     """
-    read, near, far, corner = jnp.moveaxis(jnp.sum(sums, axis=0), -2, 0)
+    *of_tokens, corner = jnp.moveaxis(jnp.sum(sums, axis=0), -2, 0)
+    read, near, far = (finite_or_zero(x) for x in of_tokens)
     ones = jnp.ones((SIDE, SIDE))
     later, after, before = jnp.triu(ones), jnp.triu(ones, 1), jnp.tril(ones, -1)
-    through = keep[..., :1] * jnp.sum(corner, axis=-1, keepdims=True)
+    through = jnp.where(keep[..., :1] == 0, 0, keep[..., :1] * jnp.sum(corner, axis=-1, keepdims=True))
     return total(after if strict else later, read) - total(later, near) + total(before, far) + through
 
 
@@ -83,6 +93,6 @@ def starts(initial_state: Array, ends: Array, g: Array, pieces: int, reverse: bo
         g: [B, H, N, 64], result of `exponents`. pieces: S.
     """
     batch, heads = g.shape[:2]
-    kept = jnp.sum(g.reshape(batch, heads, pieces, -1), axis=-1)
-    kept = jnp.swapaxes(jnp.exp2(kept), 1, 2)[..., None, None]
-    return chain_unrolled(kept, ends, initial_state, reverse)
+    g = g.reshape(batch, heads, pieces, -1)
+    kept = jnp.swapaxes(jnp.exp2(jnp.sum(g, axis=-1)), 1, 2)[..., None, None]
+    return chain_unrolled(kept, ends, initial_state, jnp.any(g == FORGET, axis=(1, 3)), reverse)

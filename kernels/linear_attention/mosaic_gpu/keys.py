@@ -22,7 +22,7 @@ from seqmodels.kernels.linear_attention.mosaic_gpu.tile import (
     SIDE,
     SLOTS,
     along,
-    decays,
+    decayed,
     load,
     products,
     shared,
@@ -31,6 +31,11 @@ from seqmodels.kernels.linear_attention.mosaic_gpu.tile import (
 from seqmodels.kernels.linear_attention.mosaic_gpu.walk import VECTORS
 
 SUMS = 4
+
+
+def only_of_state(x, vector):
+    """Rows of x [64, 64] of the tokens whose document is the state's, zeros for others: their product was 0 * state."""
+    return jnp.where(along(load(vector, ROW), 0, (SIDE, SIDE)) == 0, 0, x)
 
 
 @functools.partial(jax.jit, static_argnames="strict")  # traced once per shape, not per layer
@@ -113,8 +118,9 @@ def keys_gradient(
             carry = (zeros(*square), zeros(*square), zeros(*square), nothing)
             carry = lax.fori_loop(0, tiles - 1, several, carry)
             dp, dq, dk, corner = inputs(tiles - 1, carry)
-            decay, seen = decays(vectors_s, lax.rem((g + 1) * tiles - 1, SLOTS), False, strict)
-            dp = jnp.where(seen, dp * decay, 0).astype(v.dtype)
+            last = lax.rem((g + 1) * tiles - 1, SLOTS)
+            dp = decayed(dp, vectors_s, last, False, strict).astype(v.dtype)
+            dq, dk = (only_of_state(x, vectors_s.at[last, row]) for x, row in ((dq, 2), (dk, 3)))
             plgpu.commit_smem()  # all warps have read the scores of the previous head
             scores_s[...] = dp
             refill(tiles - 1)

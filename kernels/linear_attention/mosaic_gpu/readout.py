@@ -18,9 +18,10 @@ from seqmodels.kernels.linear_attention.mosaic_gpu.tile import (
     SIDE,
     SLOTS,
     along,
-    decays,
+    decayed,
     load,
     products,
+    selected,
     shared,
     zeros,
 )
@@ -75,9 +76,8 @@ def readout(
             fetch(jnp.int32(first))
         scores, y = lax.fori_loop(0, tiles, step, (zeros(*square), zeros(*square)))
         plgpu.barrier_wait(ready)
-        decay, seen = decays(vectors_s, 0, reverse, strict)
-        scores = jnp.where(seen, scores * decay, 0).astype(v.dtype)
-        y = y * along(load(vectors_s.at[0, 2], ROW), 0, square)
+        scores = decayed(scores, vectors_s, 0, reverse, strict).astype(v.dtype)
+        y = selected(y, along(load(vectors_s.at[0, 2], ROW), 0, square))
         (y,) = products((y, (scores, v_s)))
         y_g[b, time, h, value] = y.astype(dtype)
 

@@ -75,10 +75,11 @@ def along(vector: Array, axis: int, shape: tuple[int, int]) -> Array:
     return lax.broadcast_in_dim(vector, shape, (axis,))
 
 
-def decays(vectors: Any, slot: Array | int, reverse: bool, strict: bool) -> tuple[Array, Array]:
-    """exp2(row_i - column_j), valid where i sees j, and the mask of these places: [64, 64] each.
+def decayed(x: Array, vectors: Any, slot: Array | int, reverse: bool, strict: bool) -> Array:
+    """x [64, 64] times exp2(row_i - column_j) where i sees j, else zero, even if x is infinite or NaN there.
 
-    Token i sees the tokens before it (with `reverse`, after it), and itself unless `strict`.
+    Token i sees the tokens before it (with `reverse`, after it), and itself unless `strict`. It does not see those of
+    another document, where the decay is exactly zero.
     """
     shape = (SIDE, SIDE)
     row, column = load(vectors.at[slot, 0], ROW), load(vectors.at[slot, 1], COLUMN)
@@ -86,4 +87,10 @@ def decays(vectors: Any, slot: Array | int, reverse: bool, strict: bool) -> tupl
     j = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=ACCUMULATOR)
     if reverse:
         i, j = j, i
-    return jnp.exp2(along(row, 0, shape) - along(column, 1, shape)), i > j if strict else i >= j
+    decay = jnp.exp2(along(row, 0, shape) - along(column, 1, shape))
+    return jnp.where((i > j if strict else i >= j) & (decay != 0), x * decay, 0)
+
+
+def selected(x: Array, weight: Array) -> Array:
+    """x times `weight`, of the same shape or a number; zero where the weight is, even if x is infinite or NaN there."""
+    return jnp.where(weight == 0, 0, x * weight)

@@ -25,10 +25,11 @@ from seqmodels.kernels.linear_attention.mosaic_gpu.tile import (
     SIDE,
     SLOTS,
     along,
-    decays,
+    decayed,
     gather,
     load,
     products,
+    selected,
     shared,
     zeros,
 )
@@ -249,7 +250,7 @@ def walk_chunk(block: Block, step: Array, state: Array) -> Array:
         plgpu.copy_smem_to_gmem(block.state_s, saved)
     weight = along(load(block.vectors_s.at[slot, 3], ROW), 0, (SIDE, SIDE))
     weigh = functools.partial(weigh_values, block, slot, weight)
-    state = state * block.vectors_s[slot, 4, 0]
+    state = selected(state, block.vectors_s[slot, 4, 0])
     if plan.reads:
         state = read_and_update(block, step, slot, weigh, state)
     else:
@@ -292,9 +293,8 @@ def read_and_update(block: Block, step: Array, slot: Array, weigh: Any, state: A
         (zeros(SIDE, SIDE), (block.x_s.at[slot], block.state_s)),
         meanwhile=weigh if plan.rows <= MEANWHILE else lambda: None,
     )
-    decay, seen = decays(block.vectors_s, slot, plan.reverse, plan.strict)
-    scores = jnp.where(seen, scores * decay, 0).astype(plan.factors)
-    y = y * along(load(block.vectors_s.at[slot, 2], ROW), 0, (SIDE, SIDE))
+    scores = decayed(scores, block.vectors_s, slot, plan.reverse, plan.strict).astype(plan.factors)
+    y = selected(y, along(load(block.vectors_s.at[slot, 2], ROW), 0, (SIDE, SIDE)))
     plgpu.commit_smem()
     y, state = products((y, (scores, block.v_s.at[slot])), (state, (keys_s, block.weighted_s)))
     if plan.staged:

@@ -22,7 +22,9 @@ from jax.experimental.pallas import tpu as pltpu
 from jax.typing import DTypeLike
 
 from seqmodels.kernels.arrays import pad, round_up
+from seqmodels.kernels.finite import finite_or_zero, spoil
 from seqmodels.kernels.interpreter import tpu_interpreter
+from seqmodels.kernels.linear_attention.isolate import isolate
 from seqmodels.kernels.linear_attention.mosaic_tpu import backward, forward
 from seqmodels.kernels.linear_attention.mosaic_tpu.decays import ROWS, chunk_rows
 from seqmodels.kernels.linear_attention.xla import factors_dtype
@@ -83,6 +85,7 @@ def linear_attention(
     (batch, length, heads, values), (groups, keys) = v.shape, k.shape[2:]
     each, factors = heads // groups, factors_dtype(q, k, v)
     reset = resets(segment_ids, initial_segment, mask)
+    q, k, v, log_decay, spoilt = isolate(q, k, v, log_decay, reset)
     whole = dict(T=round_up(length, TOKENS), K=round_up(keys, FACTORS), V=round_up(values, FACTORS))
 
     def fill_up(x, axes):
@@ -117,7 +120,8 @@ def linear_attention(
     y, state = _attend(Options(scale, read, reset is not None, inside), arrays)
     y = jnp.moveaxis(y[..., :length, :values], 3, 1).reshape(v.shape)
     y = y if own is None else y + own
-    return y.astype(dtype), state[..., :keys, :values].reshape(batch, heads, keys, values)
+    y, state = y.astype(dtype), state[..., :keys, :values].reshape(batch, heads, keys, values)
+    return (y, state) if spoilt is None else (spoil(y, spoilt.reads), spoil(state, spoilt.writes[:, -1]))
 
 
 def _own(q, k, v, bonus, scale):
@@ -147,8 +151,13 @@ def _attend_fwd(options, arrays):
 
 
 def _attend_bwd(options, residuals, cotangents):
-    arrays, start = residuals
-    return (_backward(options, arrays, start, *cotangents),)
+    (arrays, start), (dy, dstate) = residuals, cotangents
+    if not options.packed:
+        return (_backward(options, arrays, start, dy, dstate),)
+    gradients = _backward(options, arrays, start, finite_or_zero(dy), dstate)
+    # so that a gradient that is not finite does not go unnoticed; dq is [B, G, T, K]
+    bad = jnp.any(~jnp.isfinite(dy), axis=(1, 2, 4))[:, None, :, None]
+    return (gradients | dict(q=jnp.where(bad, jnp.nan, gradients["q"])),)
 
 
 _attend.defvjp(_attend_fwd, _attend_bwd)

@@ -6,7 +6,14 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from seqmodels.kernels.linear_attention.mosaic_tpu.decays import ROWS, column_gradients, decays, of_heads, product
+from seqmodels.kernels.linear_attention.mosaic_tpu.decays import (
+    ROWS,
+    column_gradients,
+    decays,
+    of_heads,
+    product,
+    selected,
+)
 
 if TYPE_CHECKING:
     from seqmodels.kernels.linear_attention.mosaic_tpu import Options
@@ -34,17 +41,19 @@ def kernel(x: Mapping[str, Any], out: Mapping[str, Any], scratch: Mapping[str, A
         D, seen, kept, total = decays(rows, columns, options)
 
         # through the reads of the chunk's own tokens
-        scores = scratch["products"][...] * D
-        dscores = product(dy, v, (1, 1), factors)
+        scores = selected(scratch["products"][...], D) * D
+        dscores = selected(product(dy, v, (1, 1), factors), D)
         dv = product(scores, dy, (0, 0), factors)
 
         # through the reads of the incoming state, and through the writes into the outgoing state
         read, written = q_ * seen, k_ * kept
-        dread = product(dy, state, (1, 1), factors)
-        dwritten = product(v, dstate, (1, 1), factors)
-        dv += product(written, dstate, (1, 0), factors)
+        dread = selected(product(dy, state, (1, 1), factors), seen)
+        dwritten = selected(product(v, dstate, (1, 1), factors), kept)
+        dv += selected(product(written, dstate, (1, 0), factors), kept)
 
-        through = jnp.sum(jnp.sum(dstate * state, axis=1, keepdims=True), axis=0, keepdims=True) * total
+        dstate = selected(dstate, total)
+        through = selected(dstate * state, total)
+        through = jnp.sum(jnp.sum(through, axis=1, keepdims=True), axis=0, keepdims=True) * total
         reads, writes = (jnp.sum(x, axis=1, keepdims=True) for x in (dread * read, dwritten * written))
         dcolumns = column_gradients(head, options, dscores * scores, reads, writes, through)
         dstate = total * dstate + product(read, dy, (0, 0), factors)

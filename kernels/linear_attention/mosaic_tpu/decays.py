@@ -107,6 +107,11 @@ def decays(
     return D, seen, kept, jnp.exp(rows[TOTAL : TOTAL + 1, :1])
 
 
+def selected(x: jax.Array, weight: jax.Array) -> jax.Array:
+    """x where `weight`, broadcast, is not zero; else zero, even if x is infinite or NaN there."""
+    return jnp.where(weight == 0, 0, x)
+
+
 def column_gradients(
     head: int, options: "Options", exponents: jax.Array, seen: jax.Array, kept: jax.Array, total: jax.Array
 ) -> jax.Array:

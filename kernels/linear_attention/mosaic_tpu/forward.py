@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 
-from seqmodels.kernels.linear_attention.mosaic_tpu.decays import decays, of_heads, product
+from seqmodels.kernels.linear_attention.mosaic_tpu.decays import decays, of_heads, product, selected
 
 if TYPE_CHECKING:
     from seqmodels.kernels.linear_attention.mosaic_tpu import Options
@@ -31,9 +31,9 @@ def kernel(x: Mapping[str, Any], out: Mapping[str, Any], scratch: Mapping[str, A
     def attend(head, rows, columns):
         v, state = x["v"][head], scratch["state"][block, head]
         D, seen, kept, total = decays(rows, columns, options)
-        y = product(scratch["products"][...] * D, v, (1, 0), factors)
-        y += product(q.astype(jnp.float32) * seen, state, (1, 0), factors)
-        return y, total * state + product(k.astype(jnp.float32) * kept, v, (0, 0), factors)
+        y = product(selected(scratch["products"][...], D) * D, v, (1, 0), factors)
+        y += selected(product(q.astype(jnp.float32) * seen, state, (1, 0), factors), seen)
+        return y, selected(state, total) * total + product(k.astype(jnp.float32) * kept, v, (0, 0), factors)
 
     results = [attend(head, *logs) for head, logs in enumerate(of_heads(x["rows"][...], heads))]
     for head, (y, state) in enumerate(results):

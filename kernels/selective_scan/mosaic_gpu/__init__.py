@@ -18,7 +18,7 @@ from seqmodels.kernels import lanes
 from seqmodels.kernels.arrays import mapped, pad, round_up
 from seqmodels.kernels.interpreter import gpu_interpreter
 from seqmodels.kernels.pieces import chain_unrolled
-from seqmodels.kernels.segments import resets
+from seqmodels.kernels.segments import forget, resets
 from seqmodels.kernels.selective_scan import xla
 from seqmodels.kernels.selective_scan.mosaic_gpu import few, tuning
 from seqmodels.kernels.selective_scan.mosaic_gpu.backward import backward
@@ -181,7 +181,7 @@ def _forward(arrays, marks, softplus, block, chunk, pieces, save):
         marks = cut("marks", marks, pieces)
         inputs = {name: arrays[name] for name in ("u", "dt", "A", "B", "dt_bias")}
         end, steps = mapped(end_of_state, softplus=softplus)(inputs | dict(marks=marks))
-        arrays["initial_state"] = chain(start, decay_of(arrays["A"], steps, marks), end, pieces)
+        arrays["initial_state"] = chain(start, *decay_of(arrays["A"], steps, marks), end, pieces)
     run = mapped(forward, softplus=softplus, block=block, chunk=chunk[0], save=chunk[1] if save else 0)
     y, final, saved = run(arrays | dict(marks=marks))
     if pieces > 1:
@@ -209,7 +209,7 @@ def _scan_bwd(softplus, block, chunk, pieces, residuals, cotangents):
         marks, dy = cut("marks", marks, pieces), cut("dy", dy, pieces)
         read = {name: x for name, x in inputs.items() if name not in ("u", "B", "D")}
         start, steps = mapped(end_of_gradient, softplus=softplus)(read | dict(marks=marks, dy=dy))
-        dfinal = chain(dfinal, decay_of(arrays["A"], steps, marks), start, pieces, reverse=True)
+        dfinal = chain(dfinal, *decay_of(arrays["A"], steps, marks), start, pieces, reverse=True)
     run = mapped(backward, softplus=softplus, chunk=chunk[1])
     g = run(inputs | dict(marks=marks, saved=saved, dy=dy, dfinal=dfinal))
     dBC = jnp.sum(g["dBC"], axis=1)
@@ -246,22 +246,24 @@ def cut(name: str, x: jax.Array | None, pieces: int) -> jax.Array | None:
     return x.reshape(x.shape[0] * pieces, x.shape[1] // pieces, *x.shape[2:])
 
 
-def decay_of(A: jax.Array, steps: jax.Array, marks: jax.Array | None) -> jax.Array:
-    """Decay over each whole sequence: exp(A sum dt) [b, G, E', N], or 0 if a document begins in the sequence."""
-    decay = jnp.exp(A * steps[..., None])
-    if marks is None:
-        return decay
-    begins = jnp.any(marks[..., 0] < 0, axis=1)
-    return jnp.where(begins[:, None, None, None], 0, decay)
+def decay_of(A: jax.Array, steps: jax.Array, marks: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
+    """Decay over each whole sequence: exp(A sum dt) [b, G, E', N], 0 if a document begins in it; and whether one does.
+
+    The second is [b] bool, or None without marks.
+    """
+    begins = None if marks is None else jnp.any(marks[..., 0] < 0, axis=1)
+    return forget(jnp.exp(A * steps[..., None]), begins), begins
 
 
-def chain(start: jax.Array, decay: jax.Array, end: jax.Array, pieces: int, reverse: bool = False) -> jax.Array:
+def chain(
+    start: jax.Array, decay: jax.Array, begins: jax.Array | None, end: jax.Array, pieces: int, reverse: bool = False
+) -> jax.Array:
     """The state before each piece [b pieces, G, E', N], from the state before the first piece.
 
     With `reverse`: the state after each piece, from the state after the last piece.
     """
     decay, end = (x.reshape(-1, pieces, *x.shape[1:]) for x in (decay, end))
-    states = chain_unrolled(decay, end, start, reverse)
+    states = chain_unrolled(decay, end, start, None if begins is None else begins.reshape(-1, pieces), reverse)
     return states.reshape(-1, *states.shape[2:])
 
 

@@ -13,6 +13,7 @@ from seqmodels.kernels import lanes
 from seqmodels.kernels.lanes import Lanes, load_vector, store_vector
 from seqmodels.kernels.selective_scan.mosaic_gpu.backward_plan import BUFFERS
 from seqmodels.kernels.selective_scan.mosaic_gpu.backward_roles import Scan, budget
+from seqmodels.kernels.selective_scan.mosaic_gpu.stage import kept
 from seqmodels.kernels.selective_scan.mosaic_gpu.tile import CHANNELS, STATES
 
 WALKER = 176  # registers per thread of the walk
@@ -90,26 +91,30 @@ class Walker:
         scan = self.scan
         return scan.stage.load_vector(name, scan.slot_of(item), 0, self.share * STATES, STATES, ahead=t)
 
+    def reset(self, item: Array, t: int) -> Array | None:
+        """A token's mark, below 0 where a document begins; None if there are no marks."""
+        return self.scan.stage.reset(self.scan.slot_of(item), t) if "marks" in self.scan.stage else None
+
     def walk_chunk(self, item: Array, h: Sequence[Lanes], dstate: Sequence[Lanes], dA: Sequence[Lanes]) -> tuple:
         """Go forwards from the chunk's first part to its last but one, then back from its last part to its first."""
         scan, parts = self.scan, self.plan.parts
         starts: list = [h]
         known: list = []
         for part in reversed(parts[1:]):
-            decays, kept = self.forwards(item, starts[-1], self.plan.tokens(part))
-            starts.append(kept[-1])
+            decays, states = self.forwards(item, starts[-1], self.plan.tokens(part))
+            starts.append(states[-1])
             known.append(decays)
         known.append(None)
         for part in parts:
             tokens = self.plan.tokens(part)
-            decays, kept = self.forwards(item, starts.pop(), tokens, known.pop())
+            decays, states = self.forwards(item, starts.pop(), tokens, known.pop())
             number, buffer = item * len(parts) + part, scan.buffer_of(item, part)
 
             def wait(buffer: Array = buffer) -> None:
                 plgpu.barrier_wait(scan.free.at[buffer])
 
             pl.when(number >= BUFFERS)(wait)
-            dstate, dA = self.backwards(item, tokens, decays, kept, scan.sums.at[buffer], dstate, dA)
+            dstate, dA = self.backwards(item, tokens, decays, states, scan.sums.at[buffer], dstate, dA)
             plgpu.barrier_arrive(scan.done.at[buffer])
         return tuple(tuple(row) for row in dstate), tuple(tuple(row) for row in dA)
 
@@ -121,22 +126,19 @@ class Walker:
             for t in tokens
         ]
         if decays is None:
-            resets = [scan.stage.reset(scan.slot_of(item), t) if "marks" in scan.stage else None for t in tokens]
-            decays = [
-                [[decay(dt[c], a, reset) for a in self.A[c]] for c in channels]
-                for (dt, _, _), reset in zip(loaded, resets)
-            ]
-        kept: list = [h]
-        for left, (_, x, B) in zip(decays, loaded):
-            kept.append([[a * s + x[c] * b for a, s, b in zip(left[c], kept[-1][c], B)] for c in channels])
-        return decays, kept
+            decays = [[[jnp.exp2(dt[c] * a) for a in self.A[c]] for c in channels] for dt, _, _ in loaded]
+        states: list = [h]
+        for t, left, (_, x, B) in zip(tokens, decays, loaded):
+            old = [kept(s, self.reset(item, t)) for s in states[-1]]
+            states.append([[a * s + x[c] * b for a, s, b in zip(left[c], old[c], B)] for c in channels])
+        return decays, states
 
     def backwards(
         self,
         item: Array,
         tokens: range,
         decays: list,
-        kept: list,
+        states: list,
         own: Any,
         dstate: Sequence[Lanes],
         dA: Sequence[Lanes],
@@ -149,7 +151,8 @@ class Walker:
             current = following
             if number > 0:
                 following = self.operands(item, t - 1)  # load before anything is stored
-            sums = self.token_gradients(current, decays[number], kept[number], kept[number + 1], dstate, dA)
+            reset = self.reset(item, t)
+            sums = self.token_gradients(current, decays[number], states[number], states[number + 1], reset, dstate, dA)
             self.store_sums(own, number, *sums)
         return dstate, dA
 
@@ -164,13 +167,14 @@ class Walker:
         left: Sequence[Sequence[Array]],
         old: Sequence[Sequence[Array]],
         new: Sequence[Sequence[Array]],
+        reset: Array | None,
         dstate: list,
         dA: list,
     ) -> tuple[list, list]:
         """A token's sums over the thread's states (g B, q A, readout) and over its channels (dB, dC).
 
         Args:
-            operands: result of `operands`. left: decays. old, new: states before and after the token.
+            operands: result of `operands`. left: decays. old, new: states before and after the token. reset: its mark.
             dstate, dA: running gradients, changed in place.
         """
         dt, x, dy, B, C = operands
@@ -179,8 +183,8 @@ class Walker:
         g_B, q_A, y = [], [], []
         for c in range(CHANNELS):
             grad = [d + dy[c] * k for d, k in zip(dstate[c], C)]
-            dstate[c] = [g * a for g, a in zip(grad, left[c])]
-            q = [d * s for d, s in zip(dstate[c], old[c])]
+            dstate[c] = list(kept([g * a for g, a in zip(grad, left[c])], reset))
+            q = [d * s for d, s in zip(dstate[c], kept(old[c], reset))]
             dA[c] = [before + x * dt[c] for before, x in zip(dA[c], q)]
             dB = [add(before, g * x[c]) for before, g in zip(dB, grad)]
             dC = [add(before, dy[c] * s) for before, s in zip(dC, new[c])]
@@ -198,11 +202,6 @@ class Walker:
         for kind, values in enumerate(over_channels):
             at = number * plan.row + plan.by_states + kind * shares * plan.state_share
             store_vector(own, self.share * plan.state_share + self.row * STATES, tuple(values), at=at)
-
-
-def decay(dt: Array, A: Array, reset: Array | None) -> Array:
-    """exp(dt A), 0 where a document begins."""
-    return jnp.exp2(dt * A if reset is None else dt * A + reset)
 
 
 def add(total: Array | None, term: Array) -> Array:

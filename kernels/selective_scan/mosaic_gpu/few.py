@@ -13,7 +13,7 @@ from jax import lax
 
 from seqmodels.kernels import lanes
 from seqmodels.kernels.lanes import LOG2E, THREADS, load_vector, store_vector, thread_index
-from seqmodels.kernels.selective_scan.mosaic_gpu.stage import MARKS
+from seqmodels.kernels.selective_scan.mosaic_gpu.stage import MARKS, kept
 from seqmodels.kernels.selective_scan.mosaic_gpu.tile import STATES
 from seqmodels.kernels.tuning import UNROLLED
 
@@ -92,8 +92,7 @@ def few(
             """The state after token t, and the contribution of the thread's states to its readout."""
             dt, u = step(t, g), of_channel("u", t, g, groups)
             exponents = [(dt * LOG2E) * a for a in A[g]]
-            if "marks" in sources:
-                exponents = [k + mark(t, 0) for k in exponents]
+            state = kept(state, mark(t, 0) if "marks" in sources else None)
             x, B, C = dt * u, of_states("B", t, g), of_states("C", t, g)
             state = tuple(jnp.exp2(k) * s + x * b for k, s, b in zip(exponents, state, B))
             readout = sum(s * c for s, c in zip(state, C))

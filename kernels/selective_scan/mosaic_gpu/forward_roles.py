@@ -14,7 +14,7 @@ from seqmodels.kernels import lanes
 from seqmodels.kernels.interpreter import gpu_interpreter
 from seqmodels.kernels.lanes import THREADS, Lanes, load_vector, store_vector, thread_index
 from seqmodels.kernels.selective_scan.mosaic_gpu.forward_plan import TOKENS, Plan
-from seqmodels.kernels.selective_scan.mosaic_gpu.stage import Stage, prepare
+from seqmodels.kernels.selective_scan.mosaic_gpu.stage import Stage, kept, prepare
 from seqmodels.kernels.selective_scan.mosaic_gpu.tile import STATES
 
 # Registers per thread of a worker and of another warpgroup, by the number of workers. The totals equal the registers at
@@ -229,14 +229,12 @@ class Recurrence:
             near.append(self.make_factors(coming.pop(0)))
         return coming, near, rest
 
-    def make_factors(self, operands: tuple) -> list[tuple]:
-        """exp(dt A), dt u B and C for each of the groups."""
+    def make_factors(self, operands: tuple) -> tuple[list[tuple], Array | None]:
+        """exp(dt A), dt u B and C for each of the groups; and the reset."""
         made, (steps, pairs, reset) = [], operands
         for A_group, (dt, x), BC in zip(self.A, steps, pairs):
-            exponents = [dt * a for a in A_group]
-            exponents = exponents if reset is None else [k + reset for k in exponents]
-            made.append(([jnp.exp2(k) for k in exponents], [x * b for b, _ in BC], [c for _, c in BC]))
-        return made
+            made.append(([jnp.exp2(dt * a) for a in A_group], [x * b for b, _ in BC], [c for _, c in BC]))
+        return made, reset
 
     def walk_chunk(self, index: Array, carry: tuple) -> tuple:
         """Process a chunk. Operands are loaded, and decays computed, while earlier tokens are processed.
@@ -264,7 +262,7 @@ class Recurrence:
                 self.load_operands(coming, rest, index + 1, 0, k + plan.ahead - plan.stretch)
             if coming:
                 near.append(self.make_factors(coming.pop(0)))
-            h, ys = advance(h, near.pop(0))
+            h, ys = advance(h, *near.pop(0))
             four.append(ys)
             if len(four) == TOKENS:
                 for g, y in enumerate(zip(*four)):
@@ -324,9 +322,11 @@ def load_readouts(scan: Scan, slot: Array) -> list[Lanes]:
     return total
 
 
-def advance(h: Sequence[Lanes], factors: list[tuple]) -> tuple[tuple[Lanes, ...], list[Array]]:
-    """s = exp(dt A) s + dt u B, and s C, for each of the groups."""
-    new = tuple(tuple(a * s + b for a, s, b in zip(decays, s, added)) for s, (decays, added, _) in zip(h, factors))
+def advance(h: Sequence[Lanes], factors: list[tuple], reset: Array | None) -> tuple[tuple[Lanes, ...], list[Array]]:
+    """s = exp(dt A) s + dt u B, and s C, for each of the groups; from s = 0 if there is a reset."""
+    new = tuple(
+        tuple(a * s + b for a, s, b in zip(decays, kept(s, reset), added)) for s, (decays, added, _) in zip(h, factors)
+    )
     return new, [dot(s, C) for s, (_, _, C) in zip(new, factors)]
 
 

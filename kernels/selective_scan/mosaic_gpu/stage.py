@@ -20,13 +20,13 @@ MARKED = jax.ShapeDtypeStruct((1, 1, MARKS), jnp.float32)
 def marks(reset: Any, mask: jax.Array | None, length: int) -> jax.Array | None:
     """Documents and padding as the kernels read them: [b, length, 8] float32, or None if there are neither.
 
-    Column 0 is -1e30 where a document begins, else 0. It is added to the exponent, which makes the decay exactly 0.
-    Column 1 is 0 on padding, else 1. reset, mask: [b, T] bool or None, T <= length.
+    Column 0 is -1 where a document begins, else 0; see `kept`. Column 1 is 0 on padding, else 1.
+    reset, mask: [b, T] bool or None, T <= length.
     """
     if reset is None and mask is None:
         return None
     shape = (reset if mask is None else mask).shape
-    columns = [jnp.zeros(shape) if reset is None else jnp.where(reset, -1e30, 0.0)]
+    columns = [jnp.zeros(shape) if reset is None else jnp.where(reset, -1.0, 0.0)]
     columns.append(jnp.ones(shape) if mask is None else mask)
     both = jnp.stack([c.astype(jnp.float32) for c in columns], axis=-1)
     return jnp.pad(both, ((0, 0), (0, length - shape[1]), (0, MARKS - 2)))
@@ -100,7 +100,7 @@ class Stage:
         return load_vector(self.buffers[name].at[slot], token * row + offset, width, at=ahead * row + group)
 
     def reset(self, slot: jax.Array | int, t: jax.Array | int) -> jax.Array:
-        """The number that is added to the exponent at token t: a scalar, 0 or -1e30."""
+        """Column 0 of `marks` at token t: a scalar, below 0 where a document begins."""
         return self.buffers["marks"][slot, t, 0]
 
     def real(self, slot: jax.Array | int, token: jax.Array, index: jax.Array, length: int) -> jax.Array | None:
@@ -124,6 +124,14 @@ class Stage:
             groups = x.shape[2] if self.groups > 1 else 1
             return self.chunk, groups, self.block if name in ("u", "dt", "weights") else x.shape[3]
         return self.chunk, MARKS if name == "marks" else self.block
+
+
+def kept(state: Sequence[jax.Array], reset: jax.Array | None) -> Lanes:
+    """Numbers of the state [128] each, or zeros where a document begins: then the state may be infinite or NaN.
+
+    reset: result of `Stage.reset`, or None if there are no marks.
+    """
+    return tuple(state) if reset is None else tuple(jnp.where(reset < 0, 0, s) for s in state)
 
 
 def prepare(

@@ -21,7 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from seqmodels.kernels import lanes
 from seqmodels.kernels.lanes import LOG2E, THREADS, load_vector, store_vector, thread_index
-from seqmodels.kernels.selective_scan.mosaic_gpu.stage import SHARED, Stage, prepare
+from seqmodels.kernels.selective_scan.mosaic_gpu.stage import SHARED, Stage, kept, prepare
 
 f32 = jnp.float32
 BLOCK = 128  # channels
@@ -157,10 +157,10 @@ def _summary(arrays, A, dt_bias, softplus, reverse):
                 return dt, x, B, stage.reset(slot, t) if "marks" in stage else None
 
             def advance(h, dt, x, B, reset):
-                exponents = [dt * a if reset is None else dt * a + reset for a in A]
+                decays = [jnp.exp2(dt * a) for a in A]
                 if reverse:
-                    return tuple(jnp.exp2(k) * (s + x * b) for k, s, b in zip(exponents, h, B))
-                return tuple(jnp.exp2(k) * s + x * b for k, s, b in zip(exponents, h, B))
+                    return kept([a * (s + x * b) for a, s, b in zip(decays, h, B)], reset)
+                return tuple(a * s + x * b for a, s, b in zip(decays, kept(h, reset), B))
 
             def step(index, h):
                 slot = lax.rem(index, SLOTS)

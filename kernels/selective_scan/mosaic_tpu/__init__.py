@@ -29,7 +29,6 @@ WIDTH, STATES = 512, 12288  # most channels per block, and most numbers in their
 VMEM_LIMIT = 48 * 2**20  # bytes; a core has 64 MiB in a v5p, 128 MiB in a v5e or v6e
 
 NO_STEP = -1e30  # step before softplus whose softplus is 0
-SLOWEST = -1e-30  # A that decays nothing, except in a step of FORGET
 
 
 def supports(*, platform: str, shape: tuple[int, ...], dtype: DTypeLike, **facts: object) -> str | None:
@@ -227,10 +226,8 @@ def _columns(x, tokens):
 
 def _inputs(arrays, reset, tokens, **more):
     """Inputs of both kernels. Decays are computed as powers of 2."""
-    A = arrays["A"]
-    A = jnp.where(jnp.abs(A) < -SLOWEST, SLOWEST, A) if reset is not None else A
     columns = {name: _columns(arrays[name], tokens) for name in "BC"}
-    return arrays | columns | dict(A=A * LOG2_E, reset=reset) | more
+    return arrays | columns | dict(A=arrays["A"] * LOG2_E, reset=reset) | more
 
 
 def _forward(softplus, arrays, reset, for_gradient):

@@ -12,6 +12,8 @@ from seqmodels.kernels.selective_scan.mosaic_tpu.tiles import (
     TILE,
     fold_lanes,
     fold_rows,
+    forgets,
+    kept,
     load_rows,
     put,
     row,
@@ -57,8 +59,9 @@ def kernel(x: Mapping[str, Any], out: Mapping[str, Any], scratch: Mapping[str, A
         for t in range(TILE):
             for g in range(groups):
                 scratch["states"][start + t, g] = states[g]
-                decay = jnp.exp2(row(scratch["step"].at[g], start + t) * x["A"][g])
-                states[g] = decay * states[g] + row(scratch["write"].at[g], start + t) * widen(
+                step = row(scratch["step"].at[g], start + t)
+                old = kept(states[g], forgets(step, x["reset"] is not None))
+                states[g] = jnp.exp2(step * x["A"][g]) * old + row(scratch["write"].at[g], start + t) * widen(
                     scratch["B"][g, start + t], width
                 )
         return tuple(states)
@@ -77,8 +80,10 @@ def kernel(x: Mapping[str, Any], out: Mapping[str, Any], scratch: Mapping[str, A
                 scratch["dC"][g, start + t] += fold_lanes(states[g] * dreadout)
                 scratch["dB"][g, start + t] += fold_lanes(dstates[g] * row(scratch["write"].at[g], start + t))
                 put(fold_rows(dstates[g] * B), scratch["dwrite"].at[g], t)
-                dstates[g] *= jnp.exp2(step * x["A"][g])  # now the gradient of the state before the token
-                dexponent = dstates[g] * old
+                begins = forgets(step, x["reset"] is not None)
+                # now the gradient of the state before the token
+                dstates[g] = kept(dstates[g] * jnp.exp2(step * x["A"][g]), begins)
+                dexponent = dstates[g] * kept(old, begins)
                 put(fold_rows(dexponent * x["A"][g]), scratch["dstep"].at[g], t)
                 dA[g] += dexponent * step
                 states[g] = old

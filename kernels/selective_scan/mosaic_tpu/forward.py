@@ -10,6 +10,8 @@ from jax.experimental import pallas as pl
 from seqmodels.kernels.selective_scan.mosaic_tpu.tiles import (
     TILE,
     fold_rows,
+    forgets,
+    kept,
     put,
     row,
     sigmoid,
@@ -47,8 +49,9 @@ def kernel(x: Mapping[str, Any], out: Mapping[str, Any], scratch: Mapping[str, A
         for t in range(TILE):
             readout = 0
             for g in range(groups):
-                decay = jnp.exp2(row(scratch["step"].at[g], start + t) * x["A"][g])
-                states[g] = decay * states[g] + row(scratch["write"].at[g], start + t) * widen(
+                step = row(scratch["step"].at[g], start + t)
+                old = kept(states[g], forgets(step, x["reset"] is not None))
+                states[g] = jnp.exp2(step * x["A"][g]) * old + row(scratch["write"].at[g], start + t) * widen(
                     scratch["B"][g, start + t], width
                 )
                 term = fold_rows(states[g] * widen(scratch["C"][g, start + t], width))

@@ -12,7 +12,7 @@ from jax.experimental.pallas import tpu as pltpu
 LANES, SUBLANES = 128, 8
 TILE = 16  # tokens that are loaded together: the rows of a bfloat16 tile
 STRIDE = SUBLANES + 1  # rows between parts of sums: with 8, all rows of a load would be in one sublane
-FORGET = 1e33  # step that decays a state to zero
+FORGET = 1e33  # in place of a step: a document begins, and the state before it is dropped
 LOG2_E = math.log2(math.e)
 
 
@@ -71,6 +71,16 @@ def load_rows(ref: Any, tile: pl.Slice) -> jax.Array:
 def row(ref: Any, token: jax.Array | int) -> jax.Array:
     """One row, [1, width]. Loads of LANES broadcast it over the sublanes; for a wider load that takes instructions."""
     return jnp.concatenate([ref[column, pl.ds(token, 1), :] for column in range(ref.shape[0])], axis=1)
+
+
+def forgets(step: jax.Array, packed: bool) -> jax.Array | None:
+    """[1, width] bool: whether a document begins at a token, from its row of steps. None if there is one document."""
+    return step == FORGET if packed else None
+
+
+def kept(state: jax.Array, forgets: jax.Array | None) -> jax.Array:
+    """The state [N, width], or zeros where a document begins: then the state may be infinite or NaN."""
+    return state if forgets is None else jnp.where(forgets, 0, state)
 
 
 def sigmoid(x: jax.Array) -> jax.Array:

@@ -1,0 +1,201 @@
+"""Fields, names and layouts of Llama and Mistral models of transformers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from seqmodels.errors import UserError
+from seqmodels.fields.attention import ATTENTION
+from seqmodels.fields.mlp import MLP
+from seqmodels.fields.rules import Rule, one_of
+from seqmodels.interop.generic import COMMON, TRAINING, sizes
+from seqmodels.interop.table import (
+    Honoured,
+    Table,
+    check_export,
+    flag,
+    harmless,
+    honoured,
+    integer,
+    only,
+    optional,
+    positive,
+    refuse,
+)
+from seqmodels.interop.weights import Weight, find, same, turned
+
+ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}  # theirs and ours
+ROTARY = Rule(lambda value: value is None or isinstance(value, Mapping), "an object, or null")
+FULL = Rule(
+    lambda value: value is None or (isinstance(value, list) and all(kind == "full_attention" for kind in value)),
+    "'full_attention' for every layer, or null",
+)
+
+ATTENTION_AND_MLP: Table = {
+    **COMMON,
+    "num_attention_heads": Honoured(32, integer()),
+    "head_dim": Honoured(None, optional(integer())),
+    "hidden_act": Honoured("silu", one_of(*ACTIVATIONS)),
+    "rms_norm_eps": Honoured(1e-6, positive),
+    # transformers 5 has `rope_parameters`, which includes the base; transformers 4 has the other two
+    "rope_parameters": Honoured(None, ROTARY),
+    "rope_scaling": Honoured(None, ROTARY),
+    "rope_theta": Honoured(1e4, positive),
+    "is_causal": only(True),  # false: every token sees every other
+    "attention_chunk_size": only(None),  # bounds what their cache keeps
+    **harmless(TRAINING, "attention_dropout"),
+    **harmless("default rotary positions have no end", "max_position_embeddings"),
+    **harmless("default rotary positions turn the whole head", "partial_rotary_factor"),
+    **harmless("read by neither class", "max_window_layers", "use_sliding_window"),
+    **harmless("splits products of matrices in transformers 4: changes the rounding only", "pretraining_tp"),
+}
+LLAMA: Table = {
+    **ATTENTION_AND_MLP,
+    **sizes(vocab_size=32000, width=4096, layers=32, tied=False),
+    "intermediate_size": Honoured(11008, integer()),
+    "num_key_value_heads": Honoured(None, optional(integer())),
+    "attention_bias": Honoured(False, flag),
+    "mlp_bias": Honoured(False, flag),
+    "layer_types": Honoured(None, FULL),
+    **harmless("their attention reads it in no call without a cache", "sliding_window"),
+}
+MISTRAL: Table = {
+    **ATTENTION_AND_MLP,
+    **sizes(vocab_size=32000, width=4096, layers=32, tied=False),
+    "intermediate_size": Honoured(14336, integer()),
+    "num_key_value_heads": Honoured(8, optional(integer())),
+    "sliding_window": Honoured(4096, optional(integer())),
+    "layer_types": only(None),  # with it AutoModel takes another class
+    **harmless("their class has no biases", "attention_bias", "mlp_bias"),
+}
+
+EXPORTED_ATTENTION: Table = honoured("heads", "kv_heads", "head_dim", "rope_theta", "window")
+EXPORTED_MLP: Table = {**honoured("hidden", "activation"), "gated": only(True)}
+
+
+def rope_theta_of(theirs: Mapping[str, Any]) -> float:
+    """The base of the rotary positions, by the rules of transformers 5.
+
+    Raises:
+        UserError: the positions are scaled, or differ from layer to layer.
+    """
+    name = "rope_scaling" if theirs["rope_scaling"] else "rope_parameters"
+    rotary = theirs[name] or {}
+    kind = rotary.get("rope_type", rotary.get("type", "default"))
+    if kind != "default" or any(isinstance(value, Mapping) for value in rotary.values()):
+        refuse(name, rotary, "only rope_type 'default' can be converted")
+    theta = rotary.get("rope_theta", theirs["rope_theta"])
+    if not positive.test(theta):
+        refuse(f"{name}.rope_theta", theta, f"allowed: {positive.words}")
+    return theta
+
+
+def heads_of(theirs: Mapping[str, Any]) -> dict[str, int]:
+    """Heads of queries, heads of keys and channels of a head."""
+    width, heads, head_dim = theirs["hidden_size"], theirs["num_attention_heads"], theirs["head_dim"]
+    kv_heads = heads if theirs["num_key_value_heads"] is None else theirs["num_key_value_heads"]
+    if heads % kv_heads:
+        refuse("num_key_value_heads", kv_heads, f"allowed: a divisor of num_attention_heads={heads}")
+    if head_dim is None and width % heads:
+        refuse("num_attention_heads", heads, f"allowed: a divisor of hidden_size={width}, or head_dim must be set")
+    head_dim = width // heads if head_dim is None else head_dim
+    if head_dim % 2:
+        refuse("head_dim", head_dim, "allowed: an even number, as rotary positions turn pairs")
+    return dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
+
+
+def config_of(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of config.model for the honoured fields of a Llama or Mistral config."""
+    bias = theirs.get("attention_bias", False)  # a Mistral model has none, and a Llama model no window
+    if theirs.get("mlp_bias", False) != bias:
+        refuse("mlp_bias", theirs["mlp_bias"], f"allowed: the value of attention_bias, {bias}")
+    return dict(
+        pattern="attention+mlp",
+        width=theirs["hidden_size"],
+        repeats=theirs["num_hidden_layers"],
+        vocab_size=theirs["vocab_size"],
+        norm_eps=theirs["rms_norm_eps"],
+        tie_embeddings=theirs["tie_word_embeddings"],
+        **(dict(bias=True) if bias else {}),
+        attention=dict(
+            **heads_of(theirs),
+            rope_theta=rope_theta_of(theirs),
+            window=theirs.get("sliding_window") or 0,
+        ),
+        mlp=dict(hidden=theirs["intermediate_size"], activation=ACTIVATIONS[theirs["hidden_act"]]),
+    )
+
+
+def weights(model: Mapping[str, Any]) -> list[Weight]:
+    """Every tensor of a Llama or Mistral model."""
+    V, D, layers, F = model["vocab_size"], model["width"], model["repeats"], model["mlp"]["hidden"]
+    H, K, d = (model["attention"][name] for name in ("heads", "kv_heads", "head_dim"))
+    found = [
+        same("model.embed_tokens.weight", ("embedding",), V, D),
+        same("model.norm.weight", ("final_norm", "scale"), D),
+    ]
+    for i in range(layers):
+        block, mixer, mlp = (f"block_{i}",), (f"block_{i}", "mixer"), (f"block_{i}", "mlp")
+        theirs = f"model.layers.{i}."
+        found += [
+            same(f"{theirs}input_layernorm.weight", (*block, "norm", "scale"), D),
+            turned(f"{theirs}self_attn.q_proj.weight", (H * d, D), (*mixer, "query"), (D, H, d)),
+            turned(f"{theirs}self_attn.k_proj.weight", (K * d, D), (*mixer, "key"), (D, K, d)),
+            turned(f"{theirs}self_attn.v_proj.weight", (K * d, D), (*mixer, "value"), (D, K, d)),
+            turned(f"{theirs}self_attn.o_proj.weight", (D, H * d), (*mixer, "out"), (H, d, D)),
+            same(f"{theirs}post_attention_layernorm.weight", (*block, "mlp_norm", "scale"), D),
+            turned(f"{theirs}mlp.gate_proj.weight", (F, D), (*mlp, "gate"), (D, F)),
+            turned(f"{theirs}mlp.up_proj.weight", (F, D), (*mlp, "up"), (D, F)),
+            turned(f"{theirs}mlp.down_proj.weight", (D, F), (*mlp, "down"), (F, D)),
+        ]
+        if model.get("bias"):
+            found += [
+                same(f"{theirs}self_attn.q_proj.bias", (*mixer, "query_bias"), H * d),
+                same(f"{theirs}self_attn.k_proj.bias", (*mixer, "key_bias"), K * d),
+                same(f"{theirs}self_attn.v_proj.bias", (*mixer, "value_bias"), K * d),
+                same(f"{theirs}self_attn.o_proj.bias", (*mixer, "out_bias"), D),
+                same(f"{theirs}mlp.gate_proj.bias", (*mlp, "gate_bias"), F),
+                same(f"{theirs}mlp.up_proj.bias", (*mlp, "up_bias"), F),
+                same(f"{theirs}mlp.down_proj.bias", (*mlp, "down_bias"), D),
+            ]
+    return found
+
+
+def sized(model: Mapping[str, Any], params: Mapping[str, Any]) -> dict[str, Any]:
+    """config.model with every default of attention and MLP filled in. The sizes come from the parameters."""
+    attention, mlp = (group.complete(model.get(group.name, {})) for group in (ATTENTION, MLP))
+    check_export(attention, EXPORTED_ATTENTION, ATTENTION.home)
+    check_export(mlp, EXPORTED_MLP, MLP.home)
+    _, heads, head_dim = np.shape(find(params, ("block_0", "mixer", "query")))
+    _, kv_heads, _ = np.shape(find(params, ("block_0", "mixer", "key")))
+    _, hidden = np.shape(find(params, ("block_0", "mlp", "gate")))
+    return {
+        **model,
+        "attention": {**attention, "heads": heads, "kv_heads": kv_heads, "head_dim": head_dim},
+        "mlp": {**mlp, "hidden": hidden},
+    }
+
+
+def exported(model: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """config.model with the sizes that `weights` needs, and the fields of their config.json."""
+    model = sized(model, params)
+    attention, bias = model["attention"], bool(model.get("bias"))
+    mistral = bool(attention["window"])
+    if mistral and bias:
+        raise UserError("model.bias is True; only False can be exported with model.attention.window, as in Mistral")
+    biases = {} if mistral else dict(attention_bias=bias, mlp_bias=bias)
+    fields = dict(
+        model_type="mistral" if mistral else "llama",
+        architectures=["MistralForCausalLM" if mistral else "LlamaForCausalLM"],
+        hidden_act=model["mlp"]["activation"],
+        intermediate_size=model["mlp"]["hidden"],
+        num_attention_heads=attention["heads"],
+        num_key_value_heads=attention["kv_heads"],
+        head_dim=attention["head_dim"],
+        rms_norm_eps=model["norm_eps"],
+        rope_theta=attention["rope_theta"],
+        rope_parameters=dict(rope_type="default", rope_theta=attention["rope_theta"]),
+        **(dict(sliding_window=attention["window"]) if mistral else biases),
+    )
+    return model, fields

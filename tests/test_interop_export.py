@@ -1,0 +1,214 @@
+"""Every field of a model that can be exported, changed one at a time: transformers is the oracle.
+
+Either transformers computes the same logits from what was exported, or a line names the field. The fields are the
+declared ones (seqmodels/fields), so a new field fails here until the export knows it.
+"""
+
+import json
+import os
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqmodels.configs.base import base
+from seqmodels.errors import UserError
+from seqmodels.fields.attention import ATTENTION
+from seqmodels.fields.mamba import MAMBA
+from seqmodels.fields.mamba2 import MAMBA2
+from seqmodels.fields.mlp import MLP
+from seqmodels.fields.model import DENSE, IMPLEMENTATION, MODEL
+from seqmodels.interop import huggingface, llama, mamba, mamba2
+from seqmodels.interop.huggingface import from_huggingface, to_huggingface
+from seqmodels.interop.stacking import unstack
+from seqmodels.model import build
+
+pytestmark = pytest.mark.slow
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY, LENGTH = 24, 11
+TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (1, LENGTH))
+TOLERANCE = 1e-4  # of the standard deviation of the logits
+
+TINY = dict(width=16, repeats=1, tie_embeddings=False)
+TRANSFORMER = dict(TINY, pattern="attention+mlp", attention=dict(kv_heads=2), mlp=dict(hidden=24))
+MODELS = {
+    "mamba": dict(TINY, pattern="mamba", mamba=dict(state=4)),
+    "mamba2": dict(TINY, pattern="mamba2", mamba2=dict(state=4)),
+    "transformer": TRANSFORMER,
+}
+GROUPS = {  # our fields, and what the export does with them
+    "mamba": [(MAMBA, mamba.EXPORTED)],
+    "mamba2": [(MAMBA2, mamba2.EXPORTED)],
+    "transformer": [
+        (MODEL, huggingface.EXPORTED),
+        (DENSE, huggingface.EXPORTED_DENSE),
+        (ATTENTION, llama.EXPORTED_ATTENTION),
+        (MLP, llama.EXPORTED_MLP),
+    ],
+}
+# Other values of fields, where the next number or the next choice does not fit the rest of the model
+CHANGED = {
+    "model.width": [8],
+    "model.pattern": [
+        *("attention+mlp x2", "(attention+mlp) x1 attention+mlp", "attention", "mlp", "attention|mlp", "mlp+attention"),
+        *("bi:attention+mlp", "attention+mlp mlp", "mamba attention+mlp", "mamba mamba2", "gla", "retnet+mlp"),
+    ],
+    "model.vocab_size": [32],
+    "model.norm_eps": [0.1],
+    "model.residual_dtype": ["bfloat16"],
+    "model.remat": ["block"],
+    "model.scan_blocks": [1],
+    "model.dense.variant": ["read", "rank"],
+    "model.attention.heads": [8, 2],
+    "model.attention.kv_heads": [1, 4],
+    "model.attention.head_dim": [6],
+    "model.attention.rope_theta": [50.0],
+    "model.attention.window": [4, 1],
+    "model.mlp.hidden": [0, 32],
+    "model.mamba.state": [5],
+    "model.mamba.norm_eps": [0.1],
+    "model.mamba.conv": [3],
+    "model.mamba.dt_min": [0.01],
+    "model.mamba2.state": [5],
+    "model.mamba2.norm_eps": [0.1],
+    "model.mamba2.conv": [3],
+    "model.mamba2.dt_min": [0.01],
+    "model.mamba2.head_dim": [4],
+    "model.mamba2.groups": [2],
+}
+TOGETHER = [
+    ("mamba", {"model.mamba.norms": "rms", "model.mamba.norm_eps": 0.1}),
+    ("mamba", {"model.norm_eps": 0.1}),
+    ("mamba", {"model.norm": "layer"}),
+    ("mamba", {"model.pattern": "mamba x2", "model.tie_embeddings": True}),
+    ("mamba2", {"model.norm_eps": 0.1}),
+    ("mamba2", {"model.norm_eps": 0.1, "model.mamba2.norm_eps": 0.1}),
+    ("transformer", {"model.bias": True, "model.attention.window": 4}),
+    ("transformer", {"model.mlp.activation": "gelu", "model.attention.window": 4}),
+    ("transformer", {"model.norm": "layer", "model.bias": True}),
+    *(("transformer", {f"model.implementation.{name}": "reference"}) for name in IMPLEMENTATION.fields),
+]
+
+
+def others(place, field):
+    """Other values of a field that our models can have."""
+    if place in CHANGED:
+        return CHANGED[place]
+    if isinstance(field.default, bool):
+        return [not field.default]
+    if field.allowed.choices:
+        return [value for value in field.allowed.choices if value != field.default]
+    return [0.5 * field.default + 0.25 if isinstance(field.default, float) else field.default + 1]
+
+
+CASES = [
+    (kind, {group.place(name): value})
+    for kind, groups in GROUPS.items()
+    for group, _ in groups
+    for name, field in group.fields.items()
+    for value in others(group.place(name), field)
+] + TOGETHER
+
+
+def config_of(kind, change):
+    """config.model, with every field of its branches."""
+    config = base().model
+    config.update(MODELS[kind])
+    for place, value in change.items():
+        *group, name = place.split(".")[1:]
+        options = config[group[0]] if group and group[0] in config else config
+        if group and options is config:
+            config[group[0]] = options = type(config)()
+        options[name] = value
+    return config
+
+
+def params_of(model):
+    """Parameters of a model, drawn so that all of them matter."""
+    shapes = nn.unbox(jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
+    random = np.random.default_rng(1)
+
+    def draw(path, leaf):
+        noise = random.normal(size=leaf.shape).astype(np.float32) * np.float32(0.3 if len(leaf.shape) > 1 else 0.2)
+        return noise + np.float32(path[-1].key in ("scale", "D"))
+
+    return jax.tree_util.tree_map_with_path(draw, shapes)
+
+
+def our_logits(config, params):
+    model = build(dict(config, dtype="float32", residual_dtype="float32"), VOCABULARY)
+    hidden, _ = model.apply({"params": params}, jnp.asarray(TOKENS, jnp.int32))
+    return np.asarray(model.apply({"params": params}, hidden, method="logits"))
+
+
+def their_logits(tensors, config, directory):
+    (directory / "config.json").write_text(json.dumps(config))
+    settings = transformers.AutoConfig.from_pretrained(directory)
+    model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="eager").eval()
+    parameters = dict(model.named_parameters())
+    assert parameters.keys() == tensors.keys()
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(torch.from_numpy(tensors[name]))
+        return model(torch.from_numpy(TOKENS)).logits.numpy()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Of torch: these models are too small for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def name_of(case):
+    return f"{case[0]}-" + ",".join(f"{place}={value!r}" for place, value in case[1].items())
+
+
+@pytest.mark.parametrize("kind, change", CASES, ids=map(name_of, CASES))
+@pytest.mark.filterwarnings("ignore")
+def test_export_equals_transformers_or_names_the_field(kind, change, tmp_path):
+    config = config_of(kind, change)
+    try:
+        model = build(config, VOCABULARY)
+        config = model.config
+    except UserError:  # no language model at all: refused for any parameters
+        model = build(config_of(kind, {}), VOCABULARY)
+    params = params_of(model)
+    try:
+        tensors, theirs = to_huggingface(unstack(params), config)
+    except UserError as error:
+        assert "\n" not in str(error)
+        assert any(place in str(error) for place in change), error
+        return
+    want = our_logits(config, params)
+    assert want.std() > 0.3
+    error = np.abs(their_logits(tensors, theirs, tmp_path) - want).max() / want.std()
+    assert error < TOLERANCE, f"{error:.1e} of the standard deviation"
+    _, again = from_huggingface(tensors, theirs)
+    jax.tree.map(np.testing.assert_array_equal, again, unstack(params))
+
+
+@pytest.mark.parametrize("kind", GROUPS)
+def test_every_field_of_ours_is_decided(kind):
+    for group, table in GROUPS[kind]:
+        undecided = group.fields.keys() ^ table.keys()
+        assert not undecided, f"seqmodels/interop: what becomes of {', '.join(map(group.place, undecided))}?"
+
+
+def test_a_parameter_that_no_tensor_holds_is_named():
+    config = build(config_of("transformer", {}), VOCABULARY).config
+    params = params_of(build(config_of("transformer", {"model.bias": True}), VOCABULARY))
+    with pytest.raises(UserError, match=r"parameters: block_0/m\w+/\w+_bias cannot be exported"):
+        to_huggingface(params, config)
+    with pytest.raises(UserError, match=r"embedding has shape \(24, 16\); config.model asks for \(40, 16\)"):
+        to_huggingface(params, config.to_dict() | {"vocab_size": 40})
+    with pytest.raises(UserError, match=r"model\.new is 3; the export does not know this field"):
+        to_huggingface(params, config.to_dict() | {"new": 3})

@@ -1,0 +1,294 @@
+"""Every field of every family's config, changed one at a time: transformers is the oracle.
+
+A change is either converted (the logits of both sides agree) or refused by a line that names the field. The fields are
+those of transformers' own classes and those of our tables, so a new field of theirs fails here until a table has it.
+"""
+
+import dataclasses
+import functools
+import json
+import os
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqmodels.configs.base import base
+from seqmodels.errors import UserError
+from seqmodels.interop.huggingface import FAMILIES, from_huggingface
+from seqmodels.interop.table import Harmless, Honoured, Only
+from seqmodels.model import build
+
+pytestmark = pytest.mark.slow
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+VOCABULARY, LENGTH = 19, 11
+TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (1, LENGTH))
+TOLERANCE = 1e-4  # of the standard deviation of the logits
+
+SIZES = dict(vocab_size=VOCABULARY, hidden_size=16, num_hidden_layers=1)
+HEADS = dict(num_attention_heads=4, num_key_value_heads=2, intermediate_size=24)
+TINY = {
+    "mamba": dict(SIZES, state_size=4),
+    "falcon_mamba": dict(SIZES, state_size=4),
+    "mamba2": dict(SIZES, state_size=4, num_heads=4, head_dim=8, n_groups=1, chunk_size=4),
+    "llama": dict(SIZES, **HEADS),
+    "mistral": dict(SIZES, **HEADS, sliding_window=6),
+}
+CLASSES = dict(mamba="Mamba", falcon_mamba="FalconMamba", mamba2="Mamba2", llama="Llama", mistral="Mistral")
+
+TOO_LARGE = ("hidden_size", "num_hidden_layers")  # by default
+MISSING = object()  # the change that a field is not there
+
+# Other values of the fields for which `other` knows none, or not all that matter
+DEFAULT_ROTARY = dict(rope_type="default", rope_theta=100.0)
+CHANGED = {
+    "attention_chunk_size": [4],
+    "attn_implementation": ["sdpa"],
+    "_attn_implementation": ["sdpa"],
+    "auto_map": [{"AutoModelForCausalLM": "modeling_other.OtherForCausalLM"}],
+    "conv_kernel": [3, 9, 1],
+    "dtype": ["bfloat16", "float32"],
+    "expand": [1, 0, 1.5, "2"],
+    "experts_implementation": ["eager"],
+    "fusion_config": [{"rms_norm": True}],
+    "head_dim": [6, 5, 0],
+    "hidden_act": ["swish", "gelu", "relu", "gelu_new", "gelu_pytorch_tanh", "tanh", None],
+    "hidden_size": [24, 0],
+    "id2label": [{"0": "a", "1": "b", "2": "c"}],
+    "intermediate_size": [32, 40, None],
+    "is_causal": [False, None],
+    "label2id": [{"a": 0, "b": 1}],
+    "layer_norm_epsilon": [0.1, 0.0, float("nan")],
+    "layer_types": [["full_attention"], ["sliding_attention"]],
+    "mixer_rms_eps": [0.1],
+    "n_groups": [2, 3],
+    "num_attention_heads": [2, 8, 3],
+    "num_hidden_layers": [2, 0],
+    "num_key_value_heads": [1, 4, 3, None],
+    "max_new_tokens": [5],
+    "num_labels": [3],
+    "output_attentions": [True],
+    "pad_token_id": [2, None],
+    "per_layer_config": [{"0": {"intermediate_size": 12}}],
+    "problem_type": ["regression"],
+    "quantization_config": [{"quant_method": "bitsandbytes", "load_in_8bit": True}],
+    "rms_norm_eps": [0.1, -1.0, "1e-5"],
+    "rope_parameters": [
+        DEFAULT_ROTARY,
+        dict(rope_theta=100.0),
+        dict(DEFAULT_ROTARY, partial_rotary_factor=0.5),
+        dict(DEFAULT_ROTARY, rope_type="linear", factor=2.0),
+        dict(type="linear", rope_theta=100.0, factor=2.0),
+        dict(DEFAULT_ROTARY, rope_type="yarn", factor=2.0),
+        dict(full_attention=DEFAULT_ROTARY),
+        dict(DEFAULT_ROTARY, rope_theta=-1.0),
+        {},
+    ],
+    "rope_scaling": [
+        dict(type="linear", factor=2.0),
+        dict(rope_type="dynamic", factor=2.0),
+        dict(rope_type="default", factor=2.0),
+        DEFAULT_ROTARY,
+        None,
+    ],
+    "rope_theta": [100.0, 100],
+    "sliding_window": [3, None, 1],
+    "ssm_cfg": [{"layer": "Mamba2"}],
+    "tie_word_embeddings": [True, False],
+    "time_step_limit": [[0.0, 0.1], [0.01, float("inf")], [0.0, {"__float__": "Infinity"}], [0.0, float("inf")]],
+    "time_step_rank": [3, "auto", 0],
+    "torch_dtype": ["float16"],
+    "use_bfloat16": [True],
+    "use_falcon_mambapy": [True],
+    "vocab_size": [23],
+}
+# Fields that mean something only together
+TOGETHER = {
+    "mamba": [dict(expand=16, intermediate_size=32), dict(expand=16, intermediate_size=40)],
+    "falcon_mamba": [dict(expand=16, intermediate_size=48), dict(mixer_rms_eps=0.5, tie_word_embeddings=False)],
+    "mamba2": [
+        dict(num_heads=2, head_dim=16),
+        dict(num_heads=2, head_dim=16, n_groups=2),
+        dict(expand=1, num_heads=2),
+        dict(hidden_size=32, num_heads=8),
+        dict(norm_before_gate=True, rms_norm=True),
+    ],
+    "llama": [
+        dict(attention_bias=True, mlp_bias=True),
+        dict(attention_bias=True, mlp_bias=False),
+        dict(sliding_window=3, use_sliding_window=True, max_window_layers=0),
+        dict(rope_theta=50.0, rope_scaling=dict(rope_type="default")),
+        dict(rope_theta=50.0, rope_parameters=DEFAULT_ROTARY),
+        dict(rope_theta=50.0, partial_rotary_factor=0.5),
+        dict(rope_scaling=dict(type="default"), rope_parameters=DEFAULT_ROTARY),
+        dict(head_dim=6, num_attention_heads=2),
+    ],
+    "mistral": [
+        dict(attention_bias=True, mlp_bias=True),
+        dict(sliding_window=None, use_sliding_window=True),
+        dict(sliding_window=0),
+        dict(head_dim=6, num_key_value_heads=None),
+    ],
+}
+
+
+def other(name, default):
+    """Other values of a field."""
+    if name in CHANGED:
+        return CHANGED[name]
+    if isinstance(default, bool):
+        return [not default]
+    if isinstance(default, int):
+        return [default + 1]
+    if isinstance(default, float):
+        return [0.5 * default + 0.25]
+    return ["other"]
+
+
+def class_fields(family):
+    """Fields of transformers' class, with their defaults."""
+    kind = getattr(transformers, f"{CLASSES[family]}Config")
+    return {field.name: field.default for field in dataclasses.fields(kind)}
+
+
+def cases(family):
+    """Each change of each field."""
+    fields = class_fields(family)
+    for name in dict.fromkeys([*fields, *FAMILIES[family].table]):
+        if name != "model_type":  # chooses the family
+            yield from ({name: value} for value in other(name, fields.get(name)))
+    yield from ({name: MISSING} for name in TINY[family] if name not in TOO_LARGE)
+    yield from TOGETHER[family]
+    yield from ({"a_field_that_nobody_knows": value} for value in (2.0, False))
+
+
+def changed(family, change):
+    config = {"model_type": family, **TINY[family], **change}
+    return {name: value for name, value in config.items() if value is not MISSING}
+
+
+@functools.cache
+def weights_of(shapes):
+    """Weights by name, the same for every config with the same names and shapes."""
+    random = np.random.default_rng(1)
+
+    def draw(name, shape):
+        noise = random.normal(size=shape).astype(np.float32) * np.float32(0.3 if len(shape) > 1 else 0.2)
+        return noise + np.float32(name.endswith(("norm.weight", "norm_f.weight", "layernorm.weight", ".D")))
+
+    return {name: draw(name, shape) for name, shape in shapes}
+
+
+def oracle(config, directory):
+    """Weights by name, logits [1, T, V] and the whole config of transformers for a config.json.
+
+    None: it cannot make such a model.
+    """
+    (directory / "config.json").write_text(json.dumps(config))
+    try:
+        settings = transformers.AutoConfig.from_pretrained(directory)
+        model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="eager").float().eval()
+        tensors = weights_of(tuple((name, tuple(p.shape)) for name, p in model.named_parameters()))
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                parameter.copy_(torch.from_numpy(tensors[name]))
+            return tensors, model(torch.from_numpy(TOKENS))[0].numpy(), settings.to_dict()
+    except Exception:  # theirs has many kinds
+        return None
+
+
+KNOWN = {}  # our logits, by the fields of config.model as JSON
+
+
+def our_logits(fields, params):
+    """Logits [1, T, V] of our model. Weights are the same where the fields are."""
+    key = json.dumps(fields, sort_keys=True)
+    if key not in KNOWN:
+        config = base().model
+        config.update(fields)
+        model = build(config, fields["vocab_size"])
+        hidden, _ = model.apply({"params": params}, jnp.asarray(TOKENS, jnp.int32))
+        KNOWN[key] = np.asarray(model.apply({"params": params}, hidden, method="logits"))
+    return KNOWN[key]
+
+
+def in_transformers_4(change):
+    """The change as transformers 4 understands it, where 5 refuses or cannot run what 4 took."""
+    meant = dict(return_dict=MISSING, use_return_dict=MISSING)
+    if change.get("num_key_value_heads", MISSING) is None:
+        meant["num_key_value_heads"] = change.get("num_attention_heads", HEADS["num_attention_heads"])
+    return {name: meant.get(name, value) for name, value in change.items()}
+
+
+def meant(fields):
+    """Fields of config.model with the default rank of the step size, which transformers writes out."""
+    mamba = fields.get("mamba", {})
+    return fields | ({"mamba": mamba | {"dt_rank": mamba["dt_rank"] or -(-fields["width"] // 16)}} if mamba else {})
+
+
+def name_of(case):
+    return f"{case[0]}-" + ",".join(f"{name}={value!r}" for name, value in case[1].items()).replace(repr(MISSING), "?")
+
+
+CASES = [(family, change) for family in FAMILIES for change in cases(family)]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Of torch: these models are too small for more."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("family, change", CASES, ids=map(name_of, CASES))
+@pytest.mark.filterwarnings("ignore")
+def test_import_equals_transformers_or_names_the_field(family, change, tmp_path):
+    config = changed(family, change)
+    theirs = oracle(config, tmp_path) or oracle(changed(family, in_transformers_4(change)), tmp_path)
+    tensors, want, whole = theirs or oracle(changed(family, {}), tmp_path)
+    try:
+        fields, params = from_huggingface(tensors, config)
+        assert meant(from_huggingface(tensors, whole)[0]) == meant(fields)
+    except UserError as error:
+        assert "\n" not in str(error)
+        assert any(name in str(error) for name in change), error
+        assert not all(isinstance(FAMILIES[family].table.get(name), Harmless) for name in change), error
+        return
+    assert theirs is not None, "transformers cannot load what was imported"
+    assert want.std() > 0.3
+    error = np.abs(our_logits(fields, params) - want).max() / want.std()
+    assert error < TOLERANCE, f"{error:.1e} of the standard deviation"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_field_of_transformers_is_decided(family):
+    undecided = class_fields(family).keys() - FAMILIES[family].table.keys()
+    assert not undecided, f"seqmodels/interop: what becomes of {', '.join(sorted(undecided))} in a {family} config?"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.filterwarnings("ignore")
+def test_honoured_fields_change_what_transformers_computes(family, tmp_path):
+    """Or the test above would not see it if they were ignored."""
+    tensors, logits, _ = oracle(changed(family, {}), tmp_path)
+    honoured = {name for name, entry in FAMILIES[family].table.items() if isinstance(entry, Honoured)}
+    for name in honoured - {"layer_types"}:  # which theirs reads with a cache only
+        seen = (oracle(changed(family, change), tmp_path) for change in cases(family) if name in change)
+        assert any(s and (s[0] is not tensors or np.abs(s[1] - logits).max() > 0.01) for s in seen), name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_missing_fields_are_transformers_defaults(family):
+    defaults = class_fields(family)
+    for name, entry in FAMILIES[family].table.items():
+        if isinstance(entry, Honoured) and name in defaults:
+            theirs = defaults[name]
+            assert entry.default == (list(theirs) if isinstance(theirs, tuple) else theirs), name
+        if isinstance(entry, Only) and name in defaults:
+            assert defaults[name] in entry.values, name
