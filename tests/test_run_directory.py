@@ -293,6 +293,7 @@ def test_a_signal_ends_a_command_at_once_with_one_line(module, call, number):
 COMMANDS = {
     "train": ["train.py", "--config=mamba", "--workdir={folder}/run", "--config.data.cache={folder}/cache"],
     "eval": ["eval.py", "--workdir=tests/fixtures/first_wave/densemamba"],
+    "a module": ["-m", "seqmodels.scripts.train", "--config=mamba", "--config.data.cache={folder}/cache"],
     "sweep": ["sweep.py", "--config=mamba", "--out={folder}/sweep"],
 }
 
