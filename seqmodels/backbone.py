@@ -160,7 +160,7 @@ def branch_of(config: Any, word: str, **parent: Any) -> Branch:
 def connection_of(config: Any, spec: BlockSpec, **parent: Any) -> depth.Connection:
     """The block's connection across depth."""
     branches = [branch_of(config, word, parent=None) for word in spec.names().values()]
-    return depth.connection_of(config, branches, spec.sources, **parent)
+    return depth.connection_of(config, branches, len(spec.steps), spec.sources, **parent)
 
 
 def block_state(config: Any, spec: BlockSpec, batch: int, max_length: int | None) -> dict[str, State]:
@@ -202,7 +202,8 @@ class Block(nn.Module):
         own, new = old.get(kind, {}), {}
         names = iter(self.spec.names())
         for i, step in enumerate(self.spec.steps):
-            normed = getattr(self, norm_name(i))(connection.enter(x, carry, i)).astype(dtype)
+            u, carry = connection.enter(x, carry, i)
+            normed = getattr(self, norm_name(i))(u).astype(dtype)
             if i == 0:  # model.remat knows it by this name
                 normed = checkpoint_name(normed, "normed")
             ys = []
@@ -273,6 +274,7 @@ class Backbone(nn.Module):
     def setup(self) -> None:
         config = self.config
         self.final_norm = norm_of(config)
+        setattr(self, depth.kind(config), depth.connection_of(config, [], 0))
         specs = plan(config)
         unrolled, self.repeats = scanned(config)
         self.block = [rematerialised(config, i)(config, spec) for i, spec in enumerate(specs[:unrolled])]
@@ -309,10 +311,11 @@ class Backbone(nn.Module):
         """x [B, T, D], in the residual dtype, to the hidden states after the last norm [B, T, D] and the new state."""
         old = {} if state is None else state
         layers = {}
-        carry = depth.connection_of(self.config, [], 0, parent=None).start(x)
+        end: depth.Connection = getattr(self, depth.kind(self.config))
+        carry = end.start(x)
         for i, block in enumerate(self.block):
             name = f"block_{i}"
             x, layers[name], carry = block(x, seq, old.get(name), carry, deterministic)
         if self.repeats:
-            (x, _), layers["blocks"] = self.blocks(deterministic)((x, carry), old.get("blocks"), seq)
-        return self.final_norm(x).astype(self.config.dtype), layers
+            (x, carry), layers["blocks"] = self.blocks(deterministic)((x, carry), old.get("blocks"), seq)
+        return self.final_norm(end.finish(x, carry)).astype(self.config.dtype), layers

@@ -156,7 +156,7 @@ class FromBelow(depth.Connection):
         return jnp.zeros_like(x)
 
     def enter(self, x, carry, step):
-        return x + self.gain * carry
+        return x + self.gain * carry, carry
 
     def leave(self, x, y, carry, step):
         return x + y, y
@@ -165,7 +165,7 @@ class FromBelow(depth.Connection):
 @pytest.fixture
 def from_below(monkeypatch):
     monkeypatch.setattr(depth, "kind", lambda config: "from_below")
-    monkeypatch.setattr(depth, "connection_of", lambda config, branches, sources, **parent: FromBelow(**parent))
+    monkeypatch.setattr(depth, "connection_of", lambda *_, **parent: FromBelow(**parent))
 
 
 @pytest.mark.parametrize(

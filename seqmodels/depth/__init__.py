@@ -2,31 +2,52 @@
 
 from typing import Any
 
+from seqmodels import pattern
 from seqmodels.branch import Branch
+from seqmodels.depth.attnres import AttnRes
 from seqmodels.depth.connection import Carry, Connection
 from seqmodels.depth.dense import Dense
+from seqmodels.depth.denseformer import DenseFormer
+from seqmodels.depth.hyper import Hyper
 from seqmodels.mixers.linked import Linked
 
-__all__ = ["Carry", "Connection", "Dense", "connection_of", "kind"]
+__all__ = ["Carry", "Connection", "connection_of", "kind"]
 
 PLAIN, DENSE = "plain", "dense"
 
 
 def kind(config: Any) -> str:
     """Name of the model's connection. The module has the same name in the tree of parameters."""
-    return PLAIN if config.dense.variant == "none" else DENSE
+    if config.dense.variant != "none":
+        return DENSE
+    return PLAIN if config.depth == "none" else config.depth
 
 
-def connection_of(config: Any, branches: list[Branch], sources: int, **parent: Any) -> Connection:
-    """The connection of one block.
+def connection_of(config: Any, branches: list[Branch], steps: int, sources: int = 0, **parent: Any) -> Connection:
+    """The connection of one block, or of the end of the model.
 
     Args:
         config: config.model.
         branches: the block's branches, in order. DenseSSM links the first that has a stream.
-        sources: how many streams below it reads.
+        steps: number of the block's steps; 0 for the end of the model.
+        sources: how many streams below it reads, for DenseSSM.
     """
-    if kind(config) == PLAIN:
+    name, blocks = kind(config), pattern.parse(config.pattern)
+    scanned, eps = config.scan_blocks > 0, config.norm_eps
+    if name == PLAIN:
         return Connection(**parent)
+    if name == "attnres":
+        total = config.repeats * sum(map(len, blocks))
+        fields = dict(total=total, scanned=scanned, eps=eps)
+        return AttnRes(config.attnres, config.width, steps or int(config.attnres.form != "delta"), **fields, **parent)
+    if name == "denseformer":
+        return DenseFormer(steps, config.repeats * len(blocks), scanned, **parent)
+    if name == "hyper":
+        return Hyper(config.hyper, config.width, steps, eps, **parent)
+    return _dense(config, branches, sources, **parent)
+
+
+def _dense(config: Any, branches: list[Branch], sources: int, **parent: Any) -> Dense:
     linked = next((branch for branch in branches if isinstance(branch, Linked)), None)
     if linked is None:
         fields: dict[str, Any] = dict(link="", sizes={}, dtype=config.dtype, implementation={})

@@ -15,9 +15,9 @@ class Connection(nn.Module):
     """Base of all connections; each block has one. This class is the plain network without further connections.
 
     A connection sees the input of each step of its block (`enter`). It runs the block's branches (`run`), where it can
-    access their hidden states. It sees their output (`leave`). It passes `carry` to the next block. It may declare
-    parameters, which are placed beside the block's other parameters. It has a state from token to token only if
-    `init_state` returns one.
+    access their hidden states. It sees their output (`leave`). It passes `carry` to the next block. One more, which has
+    no block, sees what goes into the last norm (`finish`). It may declare parameters, which are placed beside the
+    block's other parameters. It has a state from token to token only if `init_state` returns one.
 
     A scan over blocks needs a carry of one structure. Blocks at the bottom whose carry still grows are unrolled
     (`seqmodels.backbone.scanned`).
@@ -28,9 +28,12 @@ class Connection(nn.Module):
         """The carry before the first block, of the embedded input x [B, T, D]."""
         return ()
 
-    def enter(self, x: jax.Array, carry: Carry, step: int) -> jax.Array:
-        """The input of step number `step` of the block, before its norm: [B, T, D]. x is the residual stream."""
-        return x
+    def enter(self, x: jax.Array, carry: Carry, step: int) -> tuple[jax.Array, Carry]:
+        """The input of step number `step` of the block, before its norm: [B, T, D]. x is the residual stream.
+
+        The carry that it returns is for `run` and `leave` of this step, and may have another structure.
+        """
+        return x, carry
 
     def run(
         self, branch: Branch, x: jax.Array, seq: Sequence, state: State, carry: Carry, own: State
@@ -46,6 +49,10 @@ class Connection(nn.Module):
     def leave(self, x: jax.Array, y: jax.Array, carry: Carry, step: int) -> tuple[jax.Array, Carry]:
         """The residual stream and the carry after a step whose branches returned y [B, T, D]."""
         return x + y.astype(x.dtype), carry
+
+    def finish(self, x: jax.Array, carry: Carry) -> jax.Array:
+        """The input of the last norm [B, T, D], of the residual stream and the carry behind the last block."""
+        return x
 
     @nn.nowrap
     def init_state(self, batch: int) -> State:

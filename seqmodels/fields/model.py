@@ -3,6 +3,7 @@
 from typing import Any
 
 from seqmodels.fields import Field, Group, above, at_least, one_of, refuse, share
+from seqmodels.fields.depth import KINDS
 from seqmodels.kernels import OPERATIONS
 
 DTYPES = one_of("float32", "bfloat16", "float16")
@@ -49,6 +50,13 @@ MODEL = Group(
             "mean", "how classify and regress make one vector of a row", one_of("mean", "last", "attention"), since=2
         ),
         "horizon": Field(1, "steps ahead that forecast predicts", at_least(1), since=2),
+        "depth": Field(
+            "none",
+            "what passes from block to block beside or in place of the residual stream (docs/depth.md); DenseSSM is "
+            "model.dense.variant",
+            one_of(*KINDS),
+            since=2,
+        ),
         "remat": Field(
             "none",
             "what of a block is kept for the backward pass, while the rest is computed again, to save memory; none: "

@@ -6,6 +6,7 @@ import re
 from ml_collections import ConfigDict
 
 from seqmodels.fields import Field, Group, Rule, above, at_least, between, each_at_least, one_of, share
+from seqmodels.fields.depth import ATTNRES, HYPER
 from seqmodels.fields.field import HUGE
 from seqmodels.fields.model import DENSE, IMPLEMENTATION, MODEL
 
@@ -217,7 +218,7 @@ SAMPLE = Group(
 )
 
 GROUPS: tuple[Group, ...] = (
-    *(ROOT, MODEL, IMPLEMENTATION, DENSE, DATA, OPTIMIZER, TRAINING, MESH, CHECKPOINT),
+    *(ROOT, MODEL, IMPLEMENTATION, ATTNRES, HYPER, DENSE, DATA, OPTIMIZER, TRAINING, MESH, CHECKPOINT),
     *(EVALUATION, THROUGHPUT, METRICS, SAMPLE),
 )
 

@@ -1,0 +1,260 @@
+"""Connections across depth, each against its paper's equations over stored arrays, in float64."""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqmodels import backbone
+from seqmodels.config import complete_model
+from seqmodels.configs.base import base
+from seqmodels.depth import hyper
+from seqmodels.fields.mamba import MAMBA
+from seqmodels.fields.mlp import MLP
+from seqmodels.interop.stacking import stack
+from seqmodels.model import build
+from seqmodels.sequence import make_sequence
+
+B, T, D, REPEATS, VOCABULARY = 2, 7, 8, 4, 11
+STEPS = 2 * REPEATS
+
+FORMS = {
+    "denseformer": dict(depth="denseformer"),
+    "attnres full": dict(depth="attnres", attnres__form="full"),
+    "attnres block": dict(depth="attnres", attnres__blocks=3),
+    "attnres delta": dict(depth="attnres", attnres__form="delta"),
+    "hyper identity": dict(depth="hyper", hyper__streams=3),
+    "hyper lite": dict(depth="hyper", hyper__streams=3, hyper__mixing="lite"),
+    "hyper sinkhorn": dict(depth="hyper", hyper__streams=3, hyper__mixing="sinkhorn"),
+}
+every_form = pytest.mark.parametrize("form", FORMS)
+
+
+def config_of(form, **fields):
+    config = base().model
+    config.update(pattern="mamba+mlp", width=D, repeats=REPEATS)
+    config.mamba, config.mlp = MAMBA.defaults(state=4), MLP.defaults(hidden=12)
+    for name, value in {**FORMS.get(form, {}), **fields}.items():
+        holder, _, last = name.rpartition("__")
+        (config[holder] if holder else config)[last] = value
+    return complete_model(config)
+
+
+@functools.cache
+def model(form, **fields):
+    return build(config_of(form, **fields), VOCABULARY)
+
+
+@functools.cache
+def fresh(form):
+    init = jax.jit(model(form).init)
+    return nn.unbox(init(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))["params"]
+
+
+@functools.cache
+def perturbed(form):
+    leaves, tree = jax.tree.flatten(fresh(form))
+    draw = np.random.default_rng(1)
+    moved = [x + (0.3 if x.ndim > 1 else 0.2) * draw.normal(size=x.shape).astype(np.float32) for x in leaves]
+    return jax.tree.unflatten(tree, moved)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def hidden(form, fields, params, tokens, state=None):
+    return model(form, **dict(fields)).apply({"params": params}, tokens, state=state)
+
+
+def without_connection(params):
+    """The parameters of the plain network among them."""
+    kinds = ("attnres", "denseformer", "hyper")
+    return {
+        name: {k: v for k, v in part.items() if k not in kinds} if name.startswith("block") else part
+        for name, part in params.items()
+        if name not in kinds
+    }
+
+
+def tokens():
+    return jnp.asarray(np.random.default_rng(5).integers(0, VOCABULARY, (B, T)), jnp.int32)
+
+
+def rms(x, scale=None):
+    normed = x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-5)
+    return normed if scale is None else normed * np.asarray(scale, np.float64)
+
+
+def softmax(x, axis=0):
+    e = np.exp(x - x.max(axis, keepdims=True))
+    return e / e.sum(axis, keepdims=True)
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+class Steps:
+    """The steps of a model by hand: norms in float64, branches by the library, whose own tests are elsewhere."""
+
+    def __init__(self, form):
+        self.params = jax.tree.map(np.asarray, perturbed(form))
+        config = config_of(form)
+        names = ("mamba", "mlp")
+        self.branches = [jax.jit(backbone.branch_of(config, name, parent=None).apply) for name in names]
+        self.seq = make_sequence(B, T)[0]
+
+    def connection(self, kind, block):
+        return {k: np.asarray(v, np.float64) for k, v in self.params[f"block_{block}"][kind].items()}
+
+    def run(self, step, x):
+        """The output of step number `step` of the model, of its input before the norm."""
+        block = self.params[f"block_{step // 2}"]
+        norm, place = (("norm", "mixer"), ("mlp_norm", "mlp"))[step % 2]
+        normed = jnp.asarray(rms(x, block[norm]["scale"]), jnp.float32)
+        y, _ = self.branches[step % 2]({"params": block[place]}, normed, self.seq)
+        return np.asarray(y, np.float64)
+
+    def embedding(self):
+        return np.asarray(self.params["embedding"], np.float64)[np.asarray(tokens())]
+
+    def last(self, x):
+        return rms(x, self.params["final_norm"]["scale"])
+
+
+def attend(values, query, scale):
+    values = np.stack(values)
+    weights = softmax(np.einsum("sbtd,d->sbt", rms(values, scale), query))
+    return np.einsum("sbt,sbtd->btd", weights, values)
+
+
+def attnres(form):
+    """Kimi's equations; for "delta" those of the repository that introduced it."""
+    steps, end = Steps(form), None
+    outputs, size = [steps.embedding()], {"attnres block": -(-STEPS // 3)}.get(form, 1)
+    stream = outputs[0]
+    for step in range(STEPS):
+        own = steps.connection("attnres", step // 2)
+        sums = [outputs[0], *[sum(outputs[1 + i : 1 + min(i + size, step)]) for i in range(0, step, size)]]
+        mean = attend(sums, own[f"query_{step % 2}"], own[f"scale_{step % 2}"])
+        h = mean if form != "attnres delta" else stream + (mean if step else 0)
+        y = steps.run(step, h)
+        outputs.append(y)
+        stream = stream + y
+    if form == "attnres delta":
+        return steps.last(stream)
+    end = {k: np.asarray(v, np.float64) for k, v in steps.params["attnres"].items()}
+    sums = [outputs[0], *[sum(outputs[1 + i : 1 + min(i + size, STEPS)]) for i in range(0, STEPS, size)]]
+    return steps.last(attend(sums, end["query_0"], end["scale_0"]))
+
+
+def denseformer(form):
+    steps = Steps(form)
+    y = steps.embedding()
+    below = [y]
+    for block in range(REPEATS):
+        x = y
+        for step in (2 * block, 2 * block + 1):
+            x = x + steps.run(step, x)
+        below.append(x)
+        weights = steps.connection("denseformer", block)["weights"]
+        y = sum(weights[i] * x for i, x in enumerate(reversed(below)))
+    return steps.last(y)
+
+
+def hyper_connections(form):
+    steps, n = Steps(form), 3
+    X = np.stack([steps.embedding()] * n, axis=2)
+    for step in range(STEPS):
+        own = {k.removesuffix(f"_{step % 2}"): v for k, v in steps.connection("hyper", step // 2).items()
+               if k.endswith(f"_{step % 2}")}  # fmt: skip
+        coefficients = rms(X.reshape(B, T, -1)) @ own["kernel"].reshape(n * D, -1)
+        p, q, r = np.split(coefficients, [n, 2 * n], axis=-1)
+        pre = sigmoid(own["scale"][0] * p + own["pre_bias"])
+        post = 2 * sigmoid(own["scale"][1] * q + own["post_bias"])
+        H = np.broadcast_to(np.eye(n), (B, T, n, n))
+        if form == "hyper lite":
+            weights = softmax(own["scale"][2] * r + own["mix_bias"], axis=-1)
+            H = np.einsum("btp,pij->btij", weights, hyper.permutations(n))
+        if form == "hyper sinkhorn":
+            H = np.exp((own["scale"][2] * r + own["mix_bias"]).reshape(B, T, n, n))
+            for _ in range(20):
+                H = H / H.sum(-2, keepdims=True)
+                H = H / H.sum(-1, keepdims=True)
+        y = steps.run(step, np.einsum("btn,btnd->btd", pre, X))
+        X = np.einsum("btij,btjd->btid", H, X) + post[..., None] * y[:, :, None]
+    return steps.last(X.mean(2))
+
+
+@every_form
+def test_equals_its_papers_equations(form):
+    by_hand = {"d": denseformer, "a": attnres, "h": hyper_connections}[form[0]]
+    got, _ = hidden(form, (), perturbed(form), tokens())
+    np.testing.assert_allclose(got, by_hand(form), rtol=2e-4, atol=2e-4)
+    assert np.abs(got - hidden("none", (), without_connection(perturbed(form)), tokens())[0]).max() > 0.01
+
+
+@every_form
+def test_a_fresh_model_is_the_plain_network_or_takes_uniform_means(form):
+    params = fresh(form)
+    if form.startswith("attnres"):
+        queries = [v for path, v in jax.tree.leaves_with_path(params) if "query" in jax.tree_util.keystr(path)]
+        assert queries and not any(np.any(v) for v in queries)
+        return
+    params = params | {"embedding": 100 * params["embedding"]}  # so that the norms' epsilon does not count
+    want, _ = hidden("none", (), without_connection(params), tokens())
+    np.testing.assert_allclose(hidden(form, (), params, tokens())[0], want, rtol=1e-3, atol=1e-4)
+
+
+@every_form
+@pytest.mark.parametrize("fields", [dict(scan_blocks=1), dict(scan_blocks=2, remat="block"), dict(remat="block")])
+def test_scanned_and_rematerialised_are_the_same(form, fields):
+    """In value, and in the gradient of every parameter."""
+    key = tuple(fields.items())
+    params = perturbed(form)
+    weights = jnp.asarray(np.random.default_rng(2).normal(size=(B, T, D)), jnp.float32)
+
+    def value_and_gradients(fields, params):
+        loss = lambda params: (jnp.sum(weights * (y := hidden(form, fields, params, tokens())[0])), y)  # noqa: E731
+        gradients, y = jax.jit(jax.grad(loss, has_aux=True))(params)
+        return y, gradients
+
+    def stacked(tree):
+        return stack(tree, fields["scan_blocks"]) if "scan_blocks" in fields else tree
+
+    y, gradients = value_and_gradients((), params)
+    got, got_gradients = value_and_gradients(key, stacked(params))
+    np.testing.assert_allclose(got, y, rtol=2e-4, atol=2e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * np.abs(b).max() + 1e-6),
+        got_gradients,
+        stacked(gradients),
+    )
+
+
+@every_form
+def test_one_token_at_a_time(form):
+    """No connection has a state of its own: it mixes what a token has at other depths."""
+    params, whole = perturbed(form), hidden(form, (), perturbed(form), tokens())[0]
+    state, ys = model(form).init_state(B, T), []
+    for t in range(T):
+        y, state = hidden(form, (), params, tokens()[:, t : t + 1], state)
+        ys.append(y)
+    np.testing.assert_allclose(jnp.concatenate(ys, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+@every_form
+def test_every_parameter_learns(form):
+    gradients = jax.grad(lambda p: jnp.sum(jnp.sin(3 * hidden(form, (), p, tokens())[0])))(perturbed(form))
+    dead = [jax.tree_util.keystr(path) for path, g in jax.tree.leaves_with_path(gradients) if not np.abs(g).max() > 0]
+    assert not dead
+
+
+@pytest.mark.parametrize("mixing", ["lite", "sinkhorn"])
+def test_mixing_is_doubly_stochastic(mixing):
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(5, 24 if mixing == "lite" else 16)), jnp.float32)
+    H = hyper.lite(logits, 4) if mixing == "lite" else hyper.sinkhorn(logits.reshape(5, 4, 4))
+    assert np.all(H > 0)
+    np.testing.assert_allclose(H.sum(-1), 1, atol=1e-5)
+    np.testing.assert_allclose(H.sum(-2), 1, atol=1e-3)
