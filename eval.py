@@ -2,7 +2,7 @@
 
 import sys
 
-from seqmodels.scripts.eval import command
+from seqmodels.commands import evaluate
 
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(evaluate())

@@ -2,7 +2,7 @@
 
 import sys
 
-from seqmodels.scripts.sweep import command
+from seqmodels.commands import sweep
 
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(sweep())

@@ -2,7 +2,7 @@
 
 import sys
 
-from seqmodels.scripts.train import command
+from seqmodels.commands import train
 
 if __name__ == "__main__":
-    sys.exit(command())
+    sys.exit(train())

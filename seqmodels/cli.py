@@ -4,8 +4,10 @@ A script declares its flags on a `flags.FlagValues` and hands its main function 
 before the config is read, so that `config.platform` is in time.
 """
 
+import contextlib
 import importlib.machinery
 import importlib.util
+import io
 import os
 import re
 import shutil
@@ -49,9 +51,10 @@ def find_config(spec: str) -> Path:
 
     Raises: UserError where there is no such file.
     """
-    path = spec.partition(":")[0]
+    path, _ = split_spec(spec)
     if not path.endswith(".py") and path in builtin_configs():
         return CONFIGS / f"{path}.py"
+    path = str(Path(path).expanduser()) if path.startswith("~") else path
     try:
         is_file, is_folder = Path(path).is_file(), Path(path).is_dir() and bool(path)
     except (OSError, ValueError) as error:  # a name that no file can have
@@ -66,6 +69,17 @@ def find_config(spec: str) -> Path:
         raise UserError(f"--config={spec!r}: there is no file {path!r}{near}" if not path.isprintable() or not path
                         else f"--config={spec}: there is no file {path}{near}")  # fmt: skip
     return Path(path)
+
+
+def split_spec(spec: str) -> tuple[str, str]:
+    """Path and preset of `path/to/config.py:preset`. The path may hold a colon."""
+    ends = [match.start() for match in re.finditer(":", spec)]
+    for end in (*ends, len(spec)):
+        with contextlib.suppress(OSError, ValueError, RuntimeError):  # a name that no file can have
+            if Path(spec[:end]).expanduser().is_file():
+                return spec[:end], spec[end + 1 :]
+    path, _, preset = spec.partition(":")
+    return path, preset
 
 
 def _config_files(folder: Path) -> list[Path]:
@@ -119,7 +133,7 @@ def written_config(spec: str) -> ConfigDict:
 
     Raises: UserError where the file is missing or does not define get_config, or the preset is unknown.
     """
-    module, preset = load_module(spec), spec.partition(":")[2]
+    module, (_, preset) = load_module(spec), split_spec(spec)
     try:
         config = module.get_config(preset) if preset else module.get_config()
     except (Exception, SystemExit) as error:
@@ -281,6 +295,9 @@ def run(
     argv = list(sys.argv if argv is None else argv)
     # Scripts are quiet unless something is wrong; must be set before JAX's libraries are loaded.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal that lacks a character of a sample gets its code
+            stream.reconfigure(errors="backslashreplace")
     flag_values = flags.FlagValues()
     try:
         define(flag_values, argv)
@@ -295,12 +312,25 @@ def run(
         print(f"error: {_one_line(error)}", file=sys.stderr, flush=True)
         return 1
     except BrokenPipeError:  # `train.py ... | head`
+        with contextlib.suppress(OSError, ValueError):  # or Python says at its end that it cannot flush
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
         if error.filename is None:
             raise
         print(f"error: {error.filename}: {error.strerror}", file=sys.stderr, flush=True)
         return 1
+    except KeyboardInterrupt:  # where `interrupt.install` was not called
+        print("SIGINT: stopped", file=sys.stderr, flush=True)
+        return 130
+
+
+def folder_of(path: str) -> Path:
+    """A path of the command line, in which `~` is the home directory. Raises: UserError where nobody knows that."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{path}: {_one_line(error)}") from error
 
 
 def _one_line(error: BaseException) -> str:

@@ -4,6 +4,7 @@ import traceback
 from pathlib import Path
 
 LONGEST = 400  # characters of a message
+NOT_FINITE = "not finite"  # in the line that tells of a run whose numbers are not; sweeps look for it
 
 
 class UserError(Exception):

@@ -240,3 +240,13 @@ def test_donating_the_saved_state_does_not_change_the_checkpoint(tmp_path):
     state = jax.block_until_ready(overwrite(state))
     store.close()
     assert_equal(checkpoints_of(tmp_path, config).restore(abstract), wanted)
+
+
+@pytest.mark.parametrize("name", ["a[1]b", "back\\slash", "a b=c,d%20?#*{x}'\"$\nline", "日 ü"])
+def test_directories_of_any_name(tmp_path, name):
+    config = small_config()
+    abstract, state = state_of(config)
+    (tmp_path / name).mkdir()
+    save(checkpoints_of(tmp_path / name, config), state, 3)
+    assert_equal(checkpoints_of(tmp_path / name, config).restore(abstract).params, state.params)
+    assert_equal(checkpoint.restore_params(tmp_path / name / "checkpoints", abstract.params)[1], state.params)

@@ -495,3 +495,11 @@ def test_example_of_the_docs_runs(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert result.returncode == 0, result.stderr
     assert "dark and stormy" in result.stdout and "bits per byte" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["a[1].txt", "a b=c,d.txt", "ü{x}?*.txt", "two\nlines.txt"])
+def test_files_of_any_name(tmp_path, name):
+    config = text_config(tmp_path, {name: POEM})
+    config.path = str(tmp_path / "raw" / name)
+    right = text_config(tmp_path, {name: POEM})
+    np.testing.assert_array_equal(open_(config).batch(0)["tokens"], open_(right).batch(0)["tokens"])

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from seqmodels.sweeps.claim import Claim, claimed
+from seqmodels.claim import Claim, claimed
 from tests.sweep_fakes import ROOT, Fakes, wait_for
 
 SLOW = {"FAKE_STEP": "0.05"}
@@ -317,7 +317,7 @@ def test_claim_of_a_dead_process_is_free(tmp_path):
         [
             sys.executable,
             "-c",
-            "import sys, time; from pathlib import Path; from seqmodels.sweeps.claim import Claim\n"
+            "import sys, time; from pathlib import Path; from seqmodels.claim import Claim\n"
             "claim = Claim.take(Path(sys.argv[1])); print('held', flush=True); time.sleep(60)",
             str(path),
         ],

@@ -1,6 +1,7 @@
 """metrics.jsonl: every digit, every step once, after any crash; the run directory; the reports."""
 
 import json
+import struct
 from pathlib import Path
 
 import jax
@@ -163,3 +164,75 @@ def test_progress_in_a_log(capsys):
 
 def test_clock():
     assert [clock(s) for s in (5, 65, 3725)] == ["0:05", "1:05", "1:02:05"]
+
+
+def events_of(folder):
+    """(step, tag, value) of every event in the files themselves, as the writers of TensorBoard's format read them."""
+    from tensorboardX.proto.event_pb2 import Event
+    from tensorboardX.record_writer import masked_crc32c
+
+    found = []
+    for path in sorted(folder.glob("events.*")):
+        content, place = path.read_bytes(), 0
+        while place < len(content):
+            length, check = struct.unpack("<QI", content[place : place + 12])
+            assert check == masked_crc32c(content[place : place + 8])
+            record = content[place + 12 : place + 12 + length]
+            (check,) = struct.unpack("<I", content[place + 12 + length : place + 16 + length])
+            assert check == masked_crc32c(record)
+            event, place = Event.FromString(record), place + 16 + length
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+    return found
+
+
+def test_tensorboard_has_each_row_once_after_any_kill(tmp_path):
+    """Also where rows after the checkpoint were written, the last of them in part, and the evaluation at the end."""
+    writer = metrics.Metrics(tmp_path, 0, small_config(steps=5))
+    for step in range(1, 6):
+        writer.write(step, {"loss": step / 4, "block_0/figure": 300.0 * step})
+    writer.write(5, {"eval.loss.test": 1.0})
+    writer.close()
+    (path,) = tmp_path.glob("events.*")
+    path.write_bytes(path.read_bytes()[:-3])
+    writer = metrics.Metrics(tmp_path, 3, small_config(steps=5))
+    for step in (4, 5):
+        writer.write(step, {"loss": step / 4, "block_0/figure": 300.0 * step})
+    writer.write(5, {"eval.loss.test": 1.0})
+    writer.close()
+    writer = metrics.Metrics(tmp_path, 5, small_config(steps=5))  # killed before the summary: evaluated again
+    writer.write(5, {"eval.loss.test": 1.0})
+    writer.close()
+    rows = [(row["step"], name, value) for row in rows_of(tmp_path) for name, value in row.items() if name != "step"]
+    both = [(s, tag, value) for s in range(1, 6) for tag, value in (("loss", s / 4), ("block_0/figure", 300.0 * s))]
+    assert rows == events_of(tmp_path) == [*both, (5, "eval.loss.test", 1.0)]
+    writer = metrics.Metrics(tmp_path, 5, small_config(steps=9))  # trained further: the evaluation at 5 stays
+    writer.close()
+    assert rows_of(tmp_path)[-1] == {"step": 5, "eval.loss.test": 1.0} and len(events_of(tmp_path)) == 11
+
+
+def test_a_resume_on_a_host_whose_clock_is_behind_comes_last(tmp_path):
+    """TensorBoard reads the files in the order of their names, which begin with a time."""
+    (tmp_path / "events.out.tfevents.5999999999.host").write_bytes(b"")
+    metrics.Metrics(tmp_path, 0, small_config()).close()
+    names = sorted(path.name for path in tmp_path.glob("events.*"))
+    assert len(names) == 2 and names[1].startswith("events.out.tfevents.6000000000.")
+
+
+def test_rows_that_are_no_rows_are_left_out_and_named(tmp_path, capsys):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1, "loss": 2.0}\n3\n[]\n\xff\xfe\n{"loss": 1}\n{"step": 2}\n')
+    assert metrics.read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 2.0}, {"step": 2}]
+    assert "metrics.jsonl: line 2 is no row of metrics, nor are 3 other lines; left out" in capsys.readouterr().err
+
+
+def test_runs_of_one_name_are_two_runs_of_wandb(tmp_path):
+    first, second = (metrics._wandb_id(folder, begun=False) for folder in make_folders(tmp_path, "a/run", "b/run"))
+    assert first != second and first.startswith("run-")
+    assert metrics._wandb_id(tmp_path / "a" / "run", begun=True) == first
+    (old,) = make_folders(tmp_path, "old/run")
+    assert metrics._wandb_id(old, begun=True) == "run"  # begun by an earlier version
+
+
+def make_folders(tmp_path, *names):
+    for name in names:
+        (tmp_path / name).mkdir(parents=True)
+    return [tmp_path / name for name in names]

@@ -11,8 +11,7 @@ a lock.
 """
 
 import array
-import contextlib
-import fcntl
+import glob
 import hashlib
 import json
 import lzma
@@ -26,6 +25,8 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from seqmodels.claim import waited
+from seqmodels.data import damage
 from seqmodels.data.sizes import SizeWriter
 from seqmodels.data.sources import Documents, Source, fingerprint
 from seqmodels.data.tokenizer import Tokenizer
@@ -54,7 +55,7 @@ def find_or_build(source: Source, tokenizer: Tokenizer, root: Path) -> Path:
         return found
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _locked(folder / f".{stem}.lock"):
+        with waited(folder / f".{stem}.lock"):
             return _find(folder, stem, source.content) or _build(source, tokenizer, folder, stem)
     except OSError as error:
         mistake = UserError(f"config.data.cache={str(root)!r}: cannot be written ({error.strerror or error})")
@@ -77,20 +78,12 @@ def _find_old(source: Source, tokenizer: Tokenizer, folder: Path) -> Path | None
 
 def _find(folder: Path, stem: str, content: str | None) -> Path | None:
     """The newest finished cache of a request. If the fingerprint of the text is known, only a cache of that text."""
-    found = folder.glob(f"{stem}-{content or '*'}/meta.json")
+    found = folder.glob(f"{glob.escape(stem)}-{content or '*'}/meta.json")
     return max((path.parent for path in found if not path.parent.name.endswith(".partial")), key=_age, default=None)
 
 
 def _age(path: Path) -> float:
     return (path / "meta.json").stat().st_mtime
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Holds a file lock. The system releases it even if the process is killed."""
-    with path.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
 
 
 def _build(source: Source, tokenizer: Tokenizer, folder: Path, stem: str) -> Path:
@@ -112,7 +105,11 @@ def _build(source: Source, tokenizer: Tokenizer, folder: Path, stem: str) -> Pat
                 f"config.data.name={source.key['name']!r}: no text in the {documents.count} document(s) of its {split} "
                 "split. Splits that a dataset lacks are cut from its end, so it may be too small"
             )
+        meta["splits"][split]["files"] = damage.checksums(partial / split)
     (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    if target.exists():  # it would have been found
+        print(f"{target}: a token cache without its meta.json; it is made anew", file=sys.stderr, flush=True)
+        shutil.rmtree(target)
     os.rename(partial, target)
     return target
 
@@ -160,13 +157,9 @@ def read_meta(folder: Path) -> dict:
     """`meta.json` of a finished cache, checked against the files beside it.
 
     Raises:
-      UserError: files are truncated or missing.
+      UserError: files are damaged or missing.
     """
-    meta = json.loads((folder / "meta.json").read_text())
-    width = np.dtype(meta["dtype"]).itemsize
-    for split, part in meta["splits"].items():
-        sizes = {"tokens.bin": part["tokens"] * width} | ({"sizes.bin": part["tokens"]} if "sha256" in part else {})
-        files = [folder / split / name for name in ("documents.npy", *sizes)]
-        if not all(f.is_file() and f.stat().st_size == sizes.get(f.name, f.stat().st_size) for f in files):
-            raise UserError(f"config.data.cache: {folder} is damaged: delete it, and it is made anew")
-    return meta
+    try:
+        return damage.check(folder)
+    except damage.DamageError as error:
+        raise UserError(f"config.data.cache: {folder} is damaged: delete it, and it is made anew ({error})") from error

@@ -1,6 +1,5 @@
 """Plain text: files to documents, and documents to train, validation and test."""
 
-import glob
 import gzip
 import hashlib
 import json
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from seqmodels.errors import UserError
+from seqmodels.globs import matching
 
 EMBEDDED = Path(__file__).with_name("shakespeare_austen.txt.xz")
 ENDINGS = (".txt", ".jsonl")
@@ -50,8 +50,7 @@ def find_files(pattern: str) -> list[Path]:
     Raises:
       UserError: a file that is none of .txt, .jsonl (or these compressed, .xz or .gz).
     """
-    paths = sorted(Path(p) for p in glob.glob(str(Path(pattern).expanduser()), recursive=True))
-    paths = [p for p in paths if p.is_file()]
+    paths = [path for path in matching(pattern) if path.is_file()]
     for path in paths:
         if _ending(path) not in ENDINGS:
             raise UserError(f"config.data.path={pattern!r}: {path} must end in .txt or .jsonl, or these and .xz or .gz")

@@ -1,13 +1,12 @@
 """The results of an evaluation: tables on the terminal, a JSON file and a picture."""
 
-import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType, ModuleType
 from typing import Any
 
-from seqmodels.atomic import replace_file
-from seqmodels.errors import UserError, describe
+from seqmodels.atomic import json_text, replace_file, writing
+from seqmodels.errors import describe
 from seqmodels.evals.run import Run
 
 COLUMNS = 3  # of panels in a picture
@@ -73,11 +72,9 @@ def scalars(figures: dict, prefix: str = "eval") -> Iterator[tuple[str, float]]:
 
 def write_json(path: Path, figures: dict) -> None:
     """Raises UserError where the file cannot be written."""
-    try:
+    with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        replace_file(path, json.dumps(figures, indent=2) + "\n")
-    except OSError as error:
-        raise UserError(f"{path} cannot be written ({error.strerror})") from error
+        replace_file(path, json_text(figures))
 
 
 def plot(path: Path, evaluators: dict[str, ModuleType], figures: dict, title: str) -> bool:

@@ -102,7 +102,7 @@ def load_run(
       run was trained on: then other data must be named, by `overrides` or `dataset`, and only its tokenizer must be
       that of the run.
     """
-    workdir = Path(workdir)
+    workdir = Path(workdir).expanduser()
     config = _with_options(read_config(workdir), overrides)
     number = _checkpoint_step(workdir, config, step)
     other = dataset is not None or any(name in TEXT for name in overrides)

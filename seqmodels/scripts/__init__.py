@@ -9,6 +9,11 @@ import shlex
 import sys
 from pathlib import Path
 
+from seqmodels import interrupt
+
+if sys.argv[0] == "-m":  # `python -m seqmodels.scripts.train`, before its imports; seqmodels/commands.py for the others
+    interrupt.install()
+
 _ROOT = Path(__file__).resolve().parents[2]
 
 # The folder with train.py and eval.py, or None where the package is installed without its repository.

@@ -6,7 +6,7 @@
 
 The first prints perplexity and bits per byte by split, loss by position in the context and at longer contexts (or what
 the run's config.evals names), and writes them to eval.json and eval.png in the run directory. Exit status: 0 done, 1 a
-mistake in the command, or an evaluator that cannot serve.
+mistake in the command, or an evaluator that cannot serve, 130 or 143 interrupted.
 """
 
 import os
@@ -28,6 +28,8 @@ OF_EVALUATION = ("out", "splits", "evals", "tasks", "limit")
 
 if TYPE_CHECKING:  # it imports JAX, which comes after use_platform
     from seqmodels.evals.run import Run
+
+KEPT = ("config.json", "summary.json", "metrics.jsonl", "trial.json", "sweep.json")  # not to be replaced by results
 
 
 def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
@@ -58,7 +60,11 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
 def main(flag_values: flags.FlagValues) -> None:
     if flag_values.workdir is None:
         raise UserError("--workdir is missing; for example --workdir=runs/densemamba")
+    workdir = cli.folder_of(flag_values.workdir)
+    out = _out(flag_values.out, workdir)
     check(flag_values)
+    if flag_values.prompt is None and (flag_values.out or workdir.is_dir()):  # else the message is of the workdir
+        check_writable(out)
     cli.use_platform(flag_values.platform)
 
     import jax
@@ -70,10 +76,10 @@ def main(flag_values: flags.FlagValues) -> None:
     overrides = config_flags.get_override_values(flag_values["config"])
     if flag_values.tasks is not None:
         overrides["evaluation.tasks"] = flag_values.tasks
-    run = load_run(flag_values.workdir, flag_values.step, flag_values.batch_size or 0, overrides)
+    run = load_run(workdir, flag_values.step, flag_values.batch_size or 0, overrides)
     with jax.set_mesh(run.mesh), nn.logical_axis_rules(RULES):
         if flag_values.prompt is None:
-            evaluate(run, flag_values)
+            evaluate(run, flag_values, out)
         else:
             print(flag_values.prompt + continuation(run, flag_values))
 
@@ -96,9 +102,6 @@ def check(flag_values: flags.FlagValues) -> None:
     for name in ("tokens", "top_k", "limit", "batch_size"):
         if getattr(flag_values, name) is not None:
             Field(0, "").check(name, getattr(flag_values, name), prefix="--")
-    out = Path(flag_values.out or Path(flag_values.workdir) / "eval.json")
-    if not prompted and (flag_values.out or Path(flag_values.workdir).is_dir()):  # else the message is of the workdir
-        check_writable(out)
 
 
 def check_writable(out: Path) -> None:
@@ -130,7 +133,15 @@ def continuation(run: "Run", flag_values: flags.FlagValues) -> str:
     )
 
 
-def evaluate(run: "Run", flag_values: flags.FlagValues) -> None:
+def _out(given: str | None, workdir: Path) -> Path:
+    """The JSON file to write. Raises: UserError where it, or the picture beside it, would replace another file."""
+    out = workdir / "eval.json" if given is None else cli.folder_of(given)
+    if out.name in KEPT or out.with_suffix(".png").name in (out.name, "loss.png"):
+        raise UserError(f"--out={given}: must be the name of a new .json file; the picture gets that name with .png")
+    return out
+
+
+def evaluate(run: "Run", flag_values: flags.FlagValues, out: Path) -> None:
     """Run the evaluators, print their tables, write JSON and picture."""
     from seqmodels import evals
     from seqmodels.evals import report
@@ -142,7 +153,6 @@ def evaluate(run: "Run", flag_values: flags.FlagValues) -> None:
     evals.check(evaluators, run, field)
     for split in flag_values.splits:
         run.dataset[split]  # a UserError now rather than after the first split
-    out = Path(flag_values.out or Path(flag_values.workdir) / "eval.json")
     options: dict[str, Any] = dict(splits=flag_values.splits, limit=flag_values.limit, out=out)
     if any(name.startswith("data.") for name in config_flags.get_override_values(flag_values["config"])):
         options["about"] = {"data": {"name": run.config.data.name, "path": run.config.data.get("path", "")}}

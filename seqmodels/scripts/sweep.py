@@ -16,7 +16,7 @@ from typing import Any
 
 from absl import flags
 
-from seqmodels import cli
+from seqmodels import cli, interrupt
 from seqmodels.errors import UserError
 from seqmodels.fields.field import shown
 from seqmodels.scripts import as_typed, command_line
@@ -60,16 +60,16 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
 
 
 def main(flag_values: flags.FlagValues) -> int:
-    others = [Path(folder) for folder in flag_values.compare]
+    others = [cli.folder_of(folder) for folder in flag_values.compare]
     compared = results.of_runs(others)  # a UserError now rather than at the end
     command = command_line()
     if flag_values.spec is None:
         if not flag_values.out:
             raise UserError("--out is missing: where to write the comparison")
-        _write(Path(flag_values.out), "Comparison", compared, command, flag_values.metric)
+        _write(_of_comparison(flag_values.out), "Comparison", compared, command, flag_values.metric)
         return 0
     config = flag_values.config
-    folder = Path(flag_values.out or f"sweeps/{config.name}-{flag_values.sweep}")
+    folder = cli.folder_of(flag_values.out or f"sweeps/{config.name}-{flag_values.sweep}")
     try:
         folder.exists()
     except OSError as error:
@@ -84,14 +84,23 @@ def main(flag_values: flags.FlagValues) -> int:
                 print(trial.line)
         return 0
     commands = definition.keep(folder, flag_values.spec, flag_values.sweep, trials, command)
-    stop = Stop()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, stop)
-    unkept = _run(trials, folder, flag_values, stop) if flag_values.engine != "none" else {}
+    stop, unkept = Stop(), {}
+    if flag_values.engine != "none":
+        signal.signal(signal.SIGHUP, stop)
+        with interrupt.told(stop):
+            unkept = _run(trials, folder, flag_values, stop)
     lined = results.of_trials(trials, unkept)
     title = f"{flag_values.sweep} of {flag_values.spec}"
     _write(folder, title, lined + compared, "\n".join(commands), flag_values.metric)
     return _end(lined, stop)
+
+
+def _of_comparison(out: str) -> Path:
+    """Where to write a comparison. Raises: UserError where it would replace the report of a sweep."""
+    folder = cli.folder_of(out)
+    if (folder / "sweep.json").exists():
+        raise UserError(f"--out={out}: holds the report of a sweep, which the comparison would replace; take another")
+    return folder
 
 
 def _run(trials: list[Trial], folder: Path, flag_values: flags.FlagValues, stop: Stop) -> dict[str, dict]:

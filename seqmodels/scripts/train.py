@@ -2,7 +2,7 @@
 
 The run directory holds all that the run makes. The same command goes on with an interrupted run, bit for bit;
 with --config.steps raised, it trains a finished run further. Exit status: 0 done, 1 a mistake in the command,
-75 interrupted after a checkpoint was saved.
+75 interrupted after a checkpoint was saved, 130 or 143 interrupted (SIGINT, SIGTERM) when there was nothing to save.
 """
 
 import sys
@@ -31,7 +31,7 @@ def main(flag_values: flags.FlagValues) -> None:
     from seqmodels.training.loop import train
 
     try:
-        train(config, flag_values.workdir or f"runs/{config.name}")
+        train(config, cli.folder_of(flag_values.workdir or f"runs/{config.name}"))
     except Exception as error:
         if not exhausted(error):
             raise

@@ -14,12 +14,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seqmodels import __version__
+from seqmodels import __version__, interrupt
+from seqmodels.errors import NOT_FINITE
 from seqmodels.scripts import CHECKOUT
 from seqmodels.sweeps.devices import Slot
 from seqmodels.sweeps.trial import Trial
 
 PREEMPTED = 75  # exit status of train.py after a checkpoint on a signal
+ENDED = tuple(128 + number for number in interrupt.SIGNALS)  # exit statuses of commands that a signal ended
 CACHE = "JAX_COMPILATION_CACHE_DIR"
 POLL = 0.05  # seconds between looks at a process
 
@@ -74,9 +76,10 @@ def attempt(trial: Trial, slot: Slot, descriptors: Sequence[int], stop: Stop) ->
                 code = _run(command, log, cache | os.environ | slot.environment, slot, descriptors, stop)
                 if code:
                     break
-            record |= {"status": _status(trial, stage, code), "exit": code}
+            reason = _reason(trial.log, begin, code) if code else ""
+            record |= {"status": _status(trial, stage, code, reason), "exit": code}
             if code:
-                record["reason"] = _reason(trial.log, begin, code)
+                record["reason"] = reason
             log.write(f"=== {': '.join(record[name] for name in ('status', 'reason') if name in record)}\n".encode())
     except OSError as error:
         record |= {
@@ -105,7 +108,8 @@ def _run(command, log, environment: dict, slot: Slot, descriptors: Sequence[int]
     told = False
     while True:
         try:
-            return process.wait(POLL)
+            code = process.wait(POLL)
+            return 128 - code if code in ENDED else code
         except subprocess.TimeoutExpired:
             if stop.insisted.is_set():
                 process.kill()
@@ -114,7 +118,7 @@ def _run(command, log, environment: dict, slot: Slot, descriptors: Sequence[int]
                 told = True
 
 
-def _status(trial: Trial, stage: str, code: int) -> str:
+def _status(trial: Trial, stage: str, code: int, reason: str) -> str:
     if code == 0:
         return "done"
     if code == PREEMPTED:
@@ -122,7 +126,8 @@ def _status(trial: Trial, stage: str, code: int) -> str:
     if code < 0:
         return "interrupted"
     row = last_row(trial.workdir / "metrics.jsonl") if stage == "train" else {}
-    return "diverged" if "loss" in row and (row["loss"] is None or row.get("grad_norm", 0) is None) else "failed"
+    diverged = "loss" in row and (row["loss"] is None or row.get("grad_norm", 0) is None)
+    return "diverged" if diverged or (stage == "train" and NOT_FINITE in reason) else "failed"
 
 
 def _reason(log: Path, begin: int, code: int) -> str:

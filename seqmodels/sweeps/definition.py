@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from seqmodels import cli, plausible
 from seqmodels.atomic import replace_file
+from seqmodels.claim import waited
 from seqmodels.config import declared_fields, upgrade, validate, with_pattern
 from seqmodels.errors import UserError
 from seqmodels.fields.field import shown
@@ -19,7 +20,6 @@ from seqmodels.fields.run import ROOT
 from seqmodels.nearest import nearest
 from seqmodels.scripts import CHECKOUT
 from seqmodels.sweeps.checks import check_evaluators
-from seqmodels.sweeps.claim import waited
 from seqmodels.sweeps.trial import Trial, read_json
 
 SCRIPTS = CHECKOUT  # the folder with train.py and eval.py; None: the installed package runs its own
@@ -45,7 +45,7 @@ def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path, e
     listed: list[dict] = []
     sweep = _find(spec, config, name)
     try:
-        sweep(listed.append, spec.partition(":")[2] or None)
+        sweep(listed.append, cli.split_spec(spec)[1] or None)
     except Exception as error:  # the file is a program of the user's
         raise cli.mistake(spec, cli.find_config(spec), error) from error
     if not listed:
@@ -75,9 +75,12 @@ def keep(folder: Path, spec: str, name: str, trials: list[Trial], command: str =
     Raises: UserError where it is another sweep's.
     """
     before = read_json(folder / "sweep.json")
-    if before and (before["config"], before["sweep"]) != (spec, name):
+    if not before and (folder / "sweep.json").exists():
+        print(f"{folder / 'sweep.json'} is damaged; it is made anew, without the commands before", file=sys.stderr)
+    known = {"config": spec, "sweep": name} | before
+    if (known["config"], known["sweep"]) != (spec, name):
         raise UserError(
-            f"--out={folder}: holds sweep {before['sweep']} of {before['config']}, not {name} of {spec}; take another"
+            f"--out={folder}: holds sweep {known['sweep']} of {known['config']}, not {name} of {spec}; take another"
         )
     commands = list(dict.fromkeys([*before.get("commands", []), *([command] if command else [])]))
     about = {"config": spec, "sweep": name, "trials": [trial.id for trial in trials], "commands": commands}

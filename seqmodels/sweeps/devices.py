@@ -13,8 +13,8 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from seqmodels.claim import Claim
 from seqmodels.errors import UserError
-from seqmodels.sweeps.claim import Claim
 
 PARTS = 8  # of a GPU that are claimed, each with a lock: a trial that has the GPU alone claims all
 MEMORY = 0.92  # of a GPU's, that trials may share

@@ -4,8 +4,8 @@ import contextlib
 import threading
 from collections.abc import Callable
 
+from seqmodels.claim import RUN, Claim, claimed
 from seqmodels.sweeps.attempt import Stop, attempt
-from seqmodels.sweeps.claim import Claim
 from seqmodels.sweeps.devices import Slot
 from seqmodels.sweeps.trial import FINAL, Trial
 
@@ -101,6 +101,9 @@ class Workers:
                 if self._ended(trial):
                     claim.release()
                     self._open.remove(trial)
+                    continue
+                if claimed(trial.workdir / RUN):  # somebody has given its command by hand
+                    claim.release()
                     continue
                 self._active.add(trial.id)
                 return trial, claim

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 from seqmodels.atomic import replace_file
+from seqmodels.claim import waited
 from seqmodels.errors import UserError
 from seqmodels.nearest import nearest
 from seqmodels.sweeps import plots
-from seqmodels.sweeps.claim import waited
 from seqmodels.sweeps.markup import Block, Code, Heading, Picture, Table, markdown, page
 from seqmodels.sweeps.results import EQUAL_TIME, Group, Result, at_equal_time, group, mean_and_spread, write_csv
 

@@ -108,7 +108,12 @@ def of_runs(folders: list[Path]) -> list[Result]:
     results = []
     for folder in folders:
         name = folder.absolute().name
-        if sweep := read_json(folder / "sweep.json"):
+        if (folder / "sweep.json").exists():
+            sweep = read_json(folder / "sweep.json")
+            if not _are_strings(sweep.get("trials")):
+                raise UserError(
+                    f"--compare={folder}: {folder / 'sweep.json'} is damaged; give the sweep's command again"
+                )
             runs = [folder / "trials" / identity for identity in sweep["trials"]]
             overrides = [read_json(run / "trial.json").get("overrides", {}) for run in runs]
             there = []
@@ -127,11 +132,15 @@ def of_runs(folders: list[Path]) -> list[Result]:
     return results
 
 
+def _are_strings(value: object) -> bool:
+    return isinstance(value, list) and all(isinstance(each, str) for each in value)
+
+
 def _run(folder: Path, label: str, home: Path) -> Result:
     config = read_json(folder / "config.json")
     record = read_json(folder / "trial.json")
-    finished = (folder / "summary.json").exists()
-    record = {"status": "done" if finished else "interrupted"} | record
+    summary = read_json(folder / "summary.json")
+    record = {"status": summary.get("status", "done") if summary else "interrupted"} | record
     result = Result(folder.absolute().name, folder, label, config.get("seed", 0), record, home=home)
     result.kind = _kind(folder, config)
     return _read(result)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from seqmodels.atomic import replace_file
-from seqmodels.sweeps.claim import claimed
+from seqmodels.claim import claimed
 
 # Trials of these states are not run again; failed and diverged ones are with --retry. Others continue where they are.
 FINAL = ("done", "diverged", "failed")
@@ -55,6 +55,8 @@ class Trial:
     def record(self) -> dict:
         """The record of the trial. Its `status` is one of FINAL or OPEN."""
         record = read_json(self.workdir / "trial.json")
+        if record.get("status") not in (*FINAL, *OPEN):  # none yet, or the file is damaged
+            record = {}
         if record.get("status") == "running" and not claimed(self.lock):
             record |= {"status": "interrupted"}
         if record.get("status") == "done" and self.evals not in ("none", record.get("evals")):
@@ -72,8 +74,10 @@ class Trial:
         replace_file(self.workdir / "trial.json", json.dumps(head | record, indent=2) + "\n")
 
     def trained(self) -> bool:
-        """Whether train.py has nothing left to do."""
-        return read_json(self.workdir / "summary.json").get("steps", -1) >= self.fields["steps"]
+        """Whether train.py has nothing left to do, and its run did not end with numbers that are not finite."""
+        summary = read_json(self.workdir / "summary.json")
+        steps = summary.get("steps")
+        return isinstance(steps, int) and steps >= self.fields["steps"] and summary.get("status") != "diverged"
 
     def _ran_by_hand(self) -> bool:
         """Whether the printed commands were run by hand, which leaves no record."""

@@ -5,8 +5,16 @@ there is one, and `rest` (optimizer, step, carry). Every item carries a fingerpr
 before saving, so that damage on disk is seen and never trained on.
 """
 
+import atexit
+import contextlib
+import errno
+import functools
+import logging
+import os
 import shutil
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +27,9 @@ from orbax.checkpoint import v1 as ocp
 
 from seqmodels.errors import UserError
 from seqmodels.training.state import TrainState
+
+# Orbax logs the traceback of an error in its threads several times, and raises it too, which is said here in one line.
+logging.getLogger("absl").addFilter(lambda record: record.levelno < logging.ERROR or "orbax" not in record.pathname)
 
 
 class Checkpoints:
@@ -33,7 +44,8 @@ class Checkpoints:
         """The newest state that is whole, on the shardings of `abstract`; None where there is no checkpoint.
 
         Damaged newer checkpoints are reported on stderr and moved to `<directory>-damaged/`.
-        Raises: UserError where there are checkpoints, and none can be read.
+        Raises: UserError where there are checkpoints, and none can be read; or where the system refuses to read one, as
+          for too many open files. Then nothing is moved.
         """
         damaged = []
         for step in steps(self.directory):
@@ -59,18 +71,32 @@ class Checkpoints:
         if step == self._saved or step in steps(self.directory):
             return
         if self._checkpointer is None:
-            self._checkpointer = ocp.training.Checkpointer(
-                self.directory, preservation_policy=self._preserved(), cleanup_tmp_directories=True
-            )
+            with self._saving():
+                self._checkpointer = ocp.training.Checkpointer(
+                    _for_orbax(self.directory), preservation_policy=self._preserved(), cleanup_tmp_directories=True
+                )
         items = {name: {"arrays": part, "fingerprint": fingerprint(part)} for name, part in _parts(state).items()}
-        self._checkpointer.save_checkpointables_async(step, items, force=True, metrics=metrics)
+        with self._saving():  # the error of a save in the background comes with the next
+            self._checkpointer.save_checkpointables_async(step, items, force=True, metrics=metrics)
         self._saved = step
 
     def close(self) -> None:
-        """Waits until the last save has ended."""
+        """Waits until the last save has ended. Raises: UserError where it could not be written."""
         if self._checkpointer is not None:
-            self._checkpointer.close()
-            self._checkpointer = None
+            checkpointer, self._checkpointer = self._checkpointer, None
+            with self._saving():
+                checkpointer.close()
+
+    @contextlib.contextmanager
+    def _saving(self) -> Iterator[None]:
+        """Makes one line of what Orbax and TensorStore raise where a file cannot be written."""
+        try:
+            yield
+        except Exception as error:
+            newest = next(iter(steps(self.directory)), None)
+            kept = "there is none yet" if newest is None else f"the newest is that of step {newest}"
+            reason = system_reason(error) or f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+            raise UserError(f"{self.directory}: the checkpoint cannot be written ({reason}); {kept}") from error
 
     def _preserved(self):
         policies = ocp.training.preservation_policies
@@ -121,14 +147,17 @@ def restore_params(
         try:
             return candidate, _load(directory / str(candidate), "ema" if ema else "params", abstract_params)
         except DamagedError as error:
+            if step is None and not (directory / str(candidate)).exists():  # a run under way has replaced it meanwhile
+                return restore_params(directory, abstract_params, ema=ema)
             print(f"checkpoint {candidate} is damaged ({error})", file=sys.stderr, flush=True)
     raise UserError(f"no checkpoint in {directory} can be read")
 
 
 def steps(directory: Path) -> list[int]:
     """Steps of the finished checkpoints in a directory, newest first."""
-    names = [path.name for path in Path(directory).glob("*") if path.is_dir()]
-    return sorted((int(name) for name in names if name.isdecimal()), reverse=True)
+    names = [path.name for path in Path(directory).glob("*")]
+    # "00041" and the digits of other scripts are names that no run gives.
+    return sorted((int(name) for name in names if name.isdecimal() and name == str(int(name))), reverse=True)
 
 
 def fingerprint(tree: Any) -> jax.Array:
@@ -161,12 +190,48 @@ def _load(path: Path, name: str, abstract):
         "fingerprint": jax.ShapeDtypeStruct((len(leaves),), jnp.uint32, sharding=replicated),
     }
     try:
-        item = ocp.load_checkpointables(path, {name: target})[name]
+        item = ocp.load_checkpointables(_for_orbax(path.parent) / path.name, {name: target})[name]
     except Exception as error:  # whatever Orbax and TensorStore raise for a file that is short, missing or garbled
+        if reason := system_reason(error):
+            raise UserError(f"{path} cannot be read ({reason}); it may be whole, and was left as it is") from error
         raise DamagedError(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
     if (fingerprint(item["arrays"]) != item["fingerprint"]).any():
         raise DamagedError(f"the bits of {name} are not those that were saved")
     return item["arrays"]
+
+
+@functools.cache
+def _for_orbax(directory: Path) -> Path:
+    """The same directory without the characters that Orbax takes for patterns of file names: through a link."""
+    if not set(str(directory)) & set("[]*?\\"):
+        return directory
+    folder = Path(tempfile.mkdtemp(prefix="seqmodels-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    (folder / "run").symlink_to(directory.parent)
+    return folder / "run" / directory.name
+
+
+# What the system says of itself and not of the file, in the words of C's library, which all libraries pass on.
+REASONS = tuple(
+    os.strerror(number)
+    for number in (
+        errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT,
+        errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.ENOTCONN, errno.EHOSTDOWN,
+    )
+)  # fmt: skip
+
+
+def system_reason(error: BaseException | None) -> str:
+    """Such as "Too many open files", from an error or what caused it; "" if it is of another kind."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED: Out of memory" in str(error):
+            return os.strerror(errno.ENOMEM)
+        if found := next((reason for reason in REASONS if reason in str(error)), ""):
+            return found
+        error = error.__cause__ or error.__context__
+    return ""
 
 
 def _parts(state: TrainState) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from seqmodels.evals import report as evaluation
 from seqmodels.evals.run import NewRun, Run, rows_at_once
 from seqmodels.fields.field import shown
 from seqmodels.generation import generate
+from seqmodels.training import metrics as rows_of_metrics
 from seqmodels.training import report
 from seqmodels.training.metrics import Metrics
 from seqmodels.training.state import TrainState
@@ -129,16 +130,22 @@ class Finish:
         summary["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(params))
         with self._reported("state"):
             summary["state_bytes_per_sequence"] = report.state_bytes(self.model, config.seq_len)
-        summary["plot"] = str(self.workdir / "loss.png")
         if jax.process_index() == 0:
             unit = {"next_token": "nats a token", "classify": "nats a row"}.get(self.dataset.objective, "squared error")
             with self._reported("loss.png"):
-                report.plot_loss(self.workdir, Path(summary["plot"]), unit)
+                report.plot_loss(self.workdir, self.workdir / "loss.png", unit)
+                summary["plot"] = str(self.workdir / "loss.png")
             between()
             if self.failed:
                 summary["failed"] = self.failed
+            summary["status"] = "diverged" if report.diverged(summary) or self._ended_badly(step) else "done"
             report.write_summary(self.workdir, summary)
         return summary
+
+    def _ended_badly(self, step: int) -> bool:
+        """Whether the loss of the last step is not finite, under training.nan="skip"."""
+        rows = [row for row in rows_of_metrics.read(self.workdir / "metrics.jsonl") if "loss" in row]
+        return bool(rows) and rows[-1]["step"] == step and rows[-1]["loss"] is None
 
     @contextlib.contextmanager
     def _reported(self, part: str) -> Iterator[None]:

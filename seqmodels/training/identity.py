@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
-from seqmodels.atomic import replace_file
+from seqmodels.atomic import replace_file, writing
 from seqmodels.errors import UserError
 
 NAME = "data.json"
@@ -21,7 +21,8 @@ NAME = "data.json"
 def write(workdir: Path, dataset: Any) -> None:
     """Keeps the fingerprints of a run's dataset, where it has any."""
     if (found := fingerprints(dataset)) and jax.process_index() == 0:
-        replace_file(Path(workdir) / NAME, json.dumps(found, indent=2) + "\n")
+        with writing(Path(workdir) / NAME):
+            replace_file(Path(workdir) / NAME, json.dumps(found, indent=2) + "\n")
 
 
 def check(workdir: Path, dataset: Any, named: ConfigDict, advice: str, parts: Iterable[str] | None = None) -> None:

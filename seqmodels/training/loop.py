@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -14,16 +14,18 @@ from ml_collections import ConfigDict
 from seqmodels import data, plausible
 from seqmodels.config import upgrade, validate
 from seqmodels.data.contract import check_spec
-from seqmodels.errors import UserError
+from seqmodels.errors import NOT_FINITE, UserError
 from seqmodels.kernels.dispatch import UnsupportedError
 from seqmodels.model import build_for, describe_kernels
-from seqmodels.training import checkpoint, debug, finish, flops, identity, report, run, sharding
+from seqmodels.training import checkpoint, debug, finish, flops, identity, profile, report, run, sharding
 from seqmodels.training.metrics import Metrics
 from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
 from seqmodels.training.preemption import Preempted, StopSignal
 from seqmodels.training.progress import Progress
-from seqmodels.training.state import TrainState, abstract_params, abstract_state, init_state
+from seqmodels.training.state import TrainState, abstract_params, abstract_state, init_state, not_finite
 from seqmodels.training.step import lower_train_step, make_train_step
+
+LOWER = "Lower --config.optimizer.learning_rate in a new --workdir"
 
 
 def train(config: ConfigDict, workdir: str | Path, dataset: data.BatchSource | None = None) -> dict:
@@ -33,27 +35,38 @@ def train(config: ConfigDict, workdir: str | Path, dataset: data.BatchSource | N
       dataset: your own, see `seqmodels.data.contract`; None: what `config.data` names.
 
     Raises:
-      UserError: bad input, before anything is compiled; or a loss that is not finite under training.nan="stop", after a
-        checkpoint of the last good state.
+      UserError: bad input, before anything is compiled; another process trains in the directory; or a loss that is not
+        finite under training.nan="stop", after a checkpoint of the last good state, or at the end.
       Preempted: SIGINT or SIGTERM, after a checkpoint.
     """
-    workdir = Path(workdir)
-    begun = run.begun(workdir)
-    validate(config, begun)
+    workdir = Path(workdir).expanduser()
+    validate(config, run.begun(workdir))
     config = upgrade(config).lock()
-    run.check_run(workdir, config)
-    with StopSignal() as stop:
-        summary = report.read_summary(workdir)
-        if summary is None or summary["steps"] < config.steps:
-            for line in plausible.doubts(config, begun):
-                _say(line)
-            try:
-                trainer = Trainer(config, workdir, stop, dataset)
-            except UnsupportedError as error:  # a named kernel that cannot serve these shapes
-                raise UserError(f"config.model.implementation.{error}") from error
-            summary = trainer.run()
-        _say(report.result(summary))
+    if (summary := _finished(workdir, config)) is None:
+        with run.held(workdir):
+            # Once more, as another process may have ended meanwhile.
+            summary = _finished(workdir, config) or _trained(config, workdir, dataset)
+    _say(report.result(summary))
+    if reason := report.diverged(summary):
+        raise UserError(f"--workdir={workdir}: the run is not done, {reason}")
     return summary
+
+
+def _finished(workdir: Path, config: ConfigDict) -> dict | None:
+    """The summary of a run that has no steps left; None where there are some. Raises UserError, see check_run."""
+    run.check_run(workdir, config)
+    summary = report.read_summary(workdir)
+    return summary if summary is not None and summary["steps"] >= config.steps else None
+
+
+def _trained(config: ConfigDict, workdir: Path, dataset: data.BatchSource | None) -> dict:
+    for line in plausible.doubts(config, run.begun(workdir)):
+        _say(line)
+    try:
+        trainer = Trainer(config, workdir, StopSignal(), dataset)
+    except UnsupportedError as error:  # a named kernel that cannot serve these shapes
+        raise UserError(f"config.model.implementation.{error}") from error
+    return trainer.run()
 
 
 class Trainer:
@@ -69,7 +82,7 @@ class Trainer:
         _check_objective(config, self.dataset)
         finish.check(config, self.dataset)
         self.model = build_for(config.model, self.dataset)
-        self.finish = finish.Finish(config, workdir, self.dataset, self.model, self.mesh, _say)
+        self.finish = finish.Finish(config, workdir, self.dataset, self.model, self.mesh, _say_anyway)
         boxed = abstract_params(self.model, config)
         self.optimizer = make_optimizer(config.optimizer, decay_mask(boxed))
         self.abstract = abstract_state(self.model, self.optimizer, config, self.mesh)
@@ -91,21 +104,33 @@ class Trainer:
     def run(self) -> dict:
         config = self.config
         state = self.checkpoints.restore(self.abstract)
+        if state is None:
+            run.check_unstarted(self.workdir)
         run.write_config(self.workdir, config)
         identity.write(self.workdir, self.dataset)
         self._announce(state)
         if state is None:
             state = init_state(self.model, self.optimizer, config, self.abstract)
-        first = int(state.step)
-        self.metrics = Metrics(self.workdir, first, config, enabled=jax.process_index() == 0)
+        first, main = int(state.step), jax.process_index() == 0
+        with self.on_mesh():
+            compiled = self._compiled() if first < config.steps else None
+        self.metrics = Metrics(self.workdir, first, config, enabled=main)
+        self.progress = Progress(first, config.steps, enabled=main)
+        self.profile = profile.Profile(config, self.workdir, first, self.progress.write)
         try:
-            with self.on_mesh():
-                if first < config.steps:
-                    state = self._steps(state, first)
-                return self._end(state)
-        finally:
-            self.metrics.close()
+            # From here on there is something to save. Before, a signal ends the process at once.
+            with self.on_mesh(), self.stop:
+                if compiled:
+                    state = self._steps(compiled, state, first)
+                summary = self._end(state)
             self.checkpoints.close()
+            self.metrics.close()
+            return summary
+        except BaseException:
+            for close in (self.profile.close, self.metrics.close, self.checkpoints.close):
+                with contextlib.suppress(Exception):  # what went wrong first is what is told
+                    close()
+            raise
 
     def _announce(self, restored: TrainState | None) -> None:
         _say(report.devices(self.mesh))
@@ -122,19 +147,20 @@ class Trainer:
         if restored is not None:
             _say(f"resuming {self.workdir} after step {int(restored.step)}")
 
-    def _steps(self, state: TrainState, first: int) -> TrainState:
-        config = self.config
+    def _compiled(self) -> Callable:
         start = time.monotonic()
         compiled = self.lowered.compile()
         if self.debug != "nojit":
             _say(f"compiled in {time.monotonic() - start:.1f} s")
+        return compiled
 
-        self.progress = Progress(first, config.steps, enabled=jax.process_index() == 0)
+    def _steps(self, compiled: Callable, state: TrainState, first: int) -> TrainState:
+        config = self.config
         self.read_at = time.monotonic()
         pending = None  # metrics of the step before, not read until the next step is on its way
         with self.progress, data.prefetch(self.dataset, first) as batches:
             for step in range(first + 1, config.steps + 1):
-                self._profile(step, state)
+                self.profile.before(step, state)
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
                     state, metrics = compiled(state, sharding.put_batch(next(batches), self.mesh))
                 self._read(pending, state)
@@ -147,10 +173,12 @@ class Trainer:
                     # Validation comes before the checkpoint, so that a run killed in between does both again.
                     figures = self._validate(state, step) if validating else None
                     if stopping or checkpoint.due(config.checkpoint, step, config.steps):
-                        self.checkpoints.save(step, state, figures)
+                        self._save(step, state, figures)
                     self.read_at = time.monotonic()
                 if stopping:
+                    self.profile.close(state)
                     self._exit(step)
+            self.profile.close(state)
         return state
 
     def _read(self, pending: tuple[int, dict] | None, state: TrainState) -> None:
@@ -172,21 +200,46 @@ class Trainer:
             self.metrics.write(step, values)
         self.progress.update(step, values["loss"], speed)
         if bad and config.training.nan == "stop":
-            good = int(state.step)
-            if good > 0:
-                self.checkpoints.save(good, state.replace(skipped=state.skipped * 0))
-            self.checkpoints.close()
-            message = f"{bad[0]} is {values[bad[0]]} at step {step}; "
-            if self.debug == "nans":
-                batch = self.dataset.batch(good)
-                raise UserError(message + debug.first_not_finite(self.model, config, state, batch))
-            raise UserError(
-                f"{message}the last good state is that of step {good}, saved in {self.workdir / 'checkpoints'}. Lower "
-                "--config.optimizer.learning_rate in a new --workdir, go on with --config.training.nan=skip, or find "
-                "the layer with --config.training.debug=nans"
-            )
+            self._stop_at(step, f"{bad[0]} is {values[bad[0]]} at step {step}", state)
         if bad:
             self.progress.write(f"step {step}: {bad[0]} is {values[bad[0]]}, update skipped")
+
+    def _stop_at(self, step: int, message: str, state: TrainState) -> None:
+        """Keeps the last good state, and raises UserError: which state that is, and what to do."""
+        good = int(state.step)
+        broken = not_finite(state)
+        if self.debug == "nans":
+            self._keep(good, state, broken)
+            batch = self.dataset.batch(good)
+            raise UserError(f"{message}; {debug.first_not_finite(self.model, self.config, state, batch)}")
+        find = "find the layer with --config.training.debug=nans"
+        if good == 0:
+            raise UserError(f"{message}, which the initial parameters gave, so that nothing is saved; {find}")
+        if broken:
+            raise UserError(f"{message}: {self._broken(broken, good)}")
+        self._keep(good, state, broken)
+        raise UserError(
+            f"{message}; the last good state is that of step {good}, saved in {self.checkpoints.directory}. {LOWER}, "
+            f"go on with --config.training.nan=skip, or {find}"
+        )
+
+    def _keep(self, step: int, state: TrainState, broken: str) -> None:
+        if step and not broken:
+            self._save(step, state.replace(skipped=state.skipped * 0))
+            self.checkpoints.close()
+
+    def _save(self, step: int, state: TrainState, figures: dict[str, float] | None = None) -> None:
+        """Saves a checkpoint behind the rows that belong to it. Raises UserError where the state is not finite."""
+        if broken := not_finite(state):
+            raise UserError(self._broken(broken, step))
+        self.metrics.sync()
+        self.checkpoints.save(step, state, figures)
+
+    def _broken(self, broken: str, step: int) -> str:
+        self.checkpoints.close()
+        newest = next(iter(checkpoint.steps(self.checkpoints.directory)), None)
+        kept = "there is no checkpoint" if newest is None else f"the newest checkpoint is that of step {newest}"
+        return f"{broken} {NOT_FINITE} after step {step}, though its loss was; {kept}. {LOWER}"
 
     def _validate(self, state: TrainState, step: int) -> dict[str, float]:
         params = state.params if state.ema is None else state.ema
@@ -201,22 +254,13 @@ class Trainer:
         self.checkpoints.close()
         return self.finish.run(state, self.metrics, between=lambda: self._exit_if_noted(int(state.step)))
 
-    def _profile(self, step: int, state: TrainState) -> None:
-        start = self.config.training.profile_start
-        if start and step == start:
-            jax.profiler.start_trace(str(self.workdir / "profile"))
-        if start and step == start + self.config.training.profile_steps:
-            jax.block_until_ready(state)
-            jax.profiler.stop_trace()
-            self.progress.write(f"profile of {self.config.training.profile_steps} steps: {self.workdir / 'profile'}")
-
     def _exit_if_noted(self, step: int) -> None:
         if self.stop.noted:
             self._exit(step)
 
     def _exit(self, step: int) -> None:
         self.checkpoints.close()
-        _say(f"stopped after step {step}; the same command goes on from there")
+        _say_anyway(f"stopped after step {step}; the same command goes on from there")
         raise Preempted(step)
 
 
@@ -239,3 +283,9 @@ def _check_objective(config: ConfigDict, dataset: data.BatchSource) -> None:
 def _say(text: str) -> None:
     if jax.process_index() == 0:
         print(text, flush=True)
+
+
+def _say_anyway(text: str) -> None:
+    """As `_say`, to whoever still reads it: a training goes on without."""
+    with contextlib.suppress(OSError):
+        _say(text)

@@ -1,11 +1,14 @@
 """Notices requests to stop: Ctrl-C, SIGTERM of a scheduler, or either of them on another machine of the job."""
 
+import contextlib
 import signal
 import sys
 from typing import Any, Self
 
 import jax
 from jax.experimental import multihost_utils
+
+from seqmodels import interrupt
 
 
 class Preempted(SystemExit):
@@ -19,23 +22,21 @@ class Preempted(SystemExit):
 class StopSignal:
     """Notes the first SIGINT or SIGTERM, so that the step under way can finish; a second one ends the process at once.
 
-    `noted` says whether this process got one. In a job of several processes JAX's coordinator handles the signals, and
-    all processes stop after the same step.
+    `noted` says whether this process got one. In a job of several processes JAX's coordinator handles SIGTERM, and all
+    processes stop after the same step.
     """
 
     def __init__(self) -> None:
         self.noted = False
-        self._before: dict[int, Any] = {}
+        self._context = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
         if jax.process_count() == 1:
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
+            self._context.enter_context(interrupt.told(self._note))
         return self
 
     def __exit__(self, *_: Any) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._context.close()
 
     def asked(self, step: int) -> bool:
         """Whether to stop after this step; every process of a job gets the same answer."""
@@ -43,8 +44,10 @@ class StopSignal:
             return multihost_utils.reached_preemption_sync_point(step)
         return self.noted
 
-    def _note(self, number, _frame):
+    def _note(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if self.noted:
+            interrupt.leave(number, f"{name} again: stopped at once")
         self.noted = True
-        signal.signal(number, signal.SIG_DFL)
-        print(f"\n{signal.Signals(number).name}: saving a checkpoint after this step; again to quit at once",
-              file=sys.stderr, flush=True)  # fmt: skip
+        with contextlib.suppress(OSError):  # of a terminal that is gone
+            print(f"\n{name}: saving a checkpoint after this step; again to quit at once", file=sys.stderr, flush=True)

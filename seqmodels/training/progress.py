@@ -1,5 +1,6 @@
 """Progress of a run: a bar on a terminal, else a line in the log every few seconds."""
 
+import contextlib
 import os
 import sys
 import time
@@ -33,10 +34,8 @@ class Progress:
             self._shown = now
             first, start = self._start
             left = (now - start) / max(step - first, 1) * (self._last - step)
-            print(
-                f"step {step}/{self._last}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {clock(left)} left",
-                file=sys.stderr,
-                flush=True,
+            self.write(
+                f"step {step}/{self._last}  loss {loss:.4f}  {tokens_per_second:,.0f} tokens/s  {clock(left)} left"
             )
 
     def write(self, text: str) -> None:
@@ -44,7 +43,8 @@ class Progress:
         if self._bar is not None:
             self._bar.write(text, file=sys.stderr)
         elif self._enabled:
-            print(text, file=sys.stderr, flush=True)
+            with contextlib.suppress(OSError):  # of a terminal or a pipe that is gone: a training goes on without
+                print(text, file=sys.stderr, flush=True)
 
     def __enter__(self) -> Self:
         return self

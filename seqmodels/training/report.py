@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import sys
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from seqmodels.atomic import replace_file
+from seqmodels.atomic import json_text, replace_file, writing
+from seqmodels.errors import NOT_FINITE, UserError
 from seqmodels.training import metrics
 
 
@@ -89,13 +91,41 @@ def plot_loss(workdir: Path, path: Path, unit: str = "nats a token") -> None:
 
 
 def write_summary(workdir: Path, summary: dict) -> None:
-    replace_file(Path(workdir) / "summary.json", json.dumps(summary, indent=2) + "\n")
+    path = Path(workdir) / "summary.json"
+    with writing(path):
+        replace_file(path, json_text(summary))
 
 
 def read_summary(workdir: Path) -> dict | None:
-    """The summary of a finished run, or None."""
+    """The summary of a finished run. None if there is none, or, with a line on stderr, if the file is damaged.
+
+    Raises: UserError where the system refuses to read it.
+    """
     path = Path(workdir) / "summary.json"
-    return json.loads(path.read_text()) if path.exists() else None
+    try:
+        summary = json.loads(path.read_text())
+        splits = summary["splits"]
+        values = [value for figures in splits.values() for value in figures.values()]
+        if type(summary["steps"]) is not int or any(type(value) not in (int, float, type(None)) for value in values):
+            raise TypeError("no summary")
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    except (ValueError, KeyError, TypeError, AttributeError):
+        print(f"{path} is damaged; it is made anew", file=sys.stderr, flush=True)
+        return None
+    for figures in splits.values():  # JSON has no NaN
+        figures |= {name: math.nan for name, value in figures.items() if value is None}
+    return summary
+
+
+def diverged(summary: dict) -> str:
+    """Why a run that has all its steps is not done; "" if it is."""
+    losses = {f"{split} loss": figures.get("loss", 0.0) for split, figures in summary.get("splits", {}).items()}
+    losses |= {"training loss": math.nan} if summary.get("status") == "diverged" else {}
+    bad = next((name for name, loss in losses.items() if not math.isfinite(loss)), "")
+    return f"the {bad} after {summary['steps']} steps is {NOT_FINITE}" if bad else ""
 
 
 def headline(figures: dict[str, float]) -> str:
@@ -115,6 +145,8 @@ def result(summary: dict) -> str:
     """The end of a run: how good it is (bits per byte beside xz's), a sample of text, and where the picture is."""
     lines = ["", f"trained {summary['steps']} steps"]
     lines += [f"{split:10}  {headline(figures)}" for split, figures in summary["splits"].items()]
-    if summary["sample"]:
+    if summary.get("sample"):
         lines += ["", "sample:", summary["sample"]]
-    return "\n".join([*lines, "", f"loss curve: {summary['plot']}"])
+    if summary.get("plot"):
+        lines += ["", f"loss curve: {summary['plot']}"]
+    return "\n".join(lines)

@@ -1,12 +1,18 @@
 """A run directory: its config, and whether a command may continue the run in it."""
 
+import contextlib
 import json
+import stat
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import jax
+from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
-from seqmodels.atomic import replace_file
+from seqmodels.atomic import replace_file, writing
+from seqmodels.claim import RUN, Claim, NoLocksError, holder
 from seqmodels.cli import fields
 from seqmodels.config import upgrade
 from seqmodels.errors import UserError
@@ -32,9 +38,16 @@ def check_run(workdir: Path, config: ConfigDict) -> None:
     Raises: UserError naming the fields that differ.
     """
     workdir = Path(workdir)
-    if workdir.exists() and not workdir.is_dir():
+    try:
+        there = stat.S_ISDIR(workdir.stat().st_mode)
+        unbegun = not there or not begun(workdir)
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"--workdir={workdir}: cannot be read ({error.strerror})") from error
+    if not there:
         raise UserError(f"--workdir={workdir}: is a file; name a directory")
-    if not begun(workdir):
+    if unbegun:
         return
     stored, asked = (dict(fields(ConfigDict(_plain(c)))) for c in (read_config(workdir), upgrade(config)))
     missing = "(not there)"
@@ -53,28 +66,105 @@ def check_run(workdir: Path, config: ConfigDict) -> None:
 
 def begun(workdir: Path) -> bool:
     """Whether a run in this directory has written a metric or saved a checkpoint."""
-    return (workdir / "checkpoints").exists() or (workdir / "metrics.jsonl").exists()
+    try:
+        return (workdir / "checkpoints").exists() or (workdir / "metrics.jsonl").exists()
+    except OSError:  # such as a name that is too long; `check_run` says so
+        return False
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[None]:
+    """The run directory, made if it is not there, is this job's alone: of several processes the first holds the lock.
+
+    Raises: UserError where another process trains in it, or nothing can be written.
+    """
+    claim, refused = None, ""
+    missing = [folder for folder in (workdir, *workdir.parents) if not folder.exists()]
+    if jax.process_index() == 0:
+        try:
+            claim = _claim(workdir)
+        except UserError as error:
+            refused = str(error)
+    if _of_first(bool(refused)):
+        raise UserError(refused or f"--workdir={workdir}: refused to the first process of the job, which says why")
+    try:
+        yield
+    finally:
+        if claim:
+            _remove_empty(workdir, missing)
+            claim.release()
+
+
+def _remove_empty(workdir: Path, made: list[Path]) -> None:
+    """Removes the directories that were made for a run of which nothing was written, after a mistake in the command."""
+    if workdir in made and [path.name for path in workdir.iterdir()] == [RUN]:
+        with contextlib.suppress(OSError):  # another process has begun there
+            (workdir / RUN).unlink()
+            for folder in made:
+                folder.rmdir()
+
+
+def _claim(workdir: Path) -> Claim | None:
+    lock = workdir / RUN
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        claim = Claim.named(lock)
+    except NoLocksError:
+        print(f"{workdir}: this file system has no locks; see to it that no other process trains there",
+              file=sys.stderr, flush=True)  # fmt: skip
+        return None
+    except OSError as error:
+        link = f", it is a link to {workdir.readlink()}" if workdir.is_symlink() else ""
+        raise UserError(f"--workdir={workdir}: cannot be made or written ({error.strerror}{link})") from error
+    if claim is None:
+        raise UserError(
+            f"--workdir={workdir}: {holder(lock)} trains in it; wait until that has ended, or name another --workdir"
+        )
+    return claim
+
+
+def _of_first(answer: bool) -> bool:
+    """The answer of the first process of the job, to all."""
+    return bool(multihost_utils.broadcast_one_to_all(answer)) if jax.process_count() > 1 else answer
+
+
+def check_unstarted(workdir: Path) -> None:
+    """Raises UserError where a run is to begin, as there is no checkpoint, but one was finished there."""
+    if (workdir / "summary.json").exists():
+        raise UserError(
+            f"--workdir={workdir}: summary.json is of a finished run, but there is no checkpoint to go on from; put "
+            "checkpoints/ back, or name another --workdir"
+        )
 
 
 def write_config(workdir: Path, config: ConfigDict) -> None:
     """Makes the run directory, with config.json in it."""
     if jax.process_index() == 0:
-        Path(workdir).mkdir(parents=True, exist_ok=True)
-        replace_file(Path(workdir) / "config.json", json.dumps(_plain(config), indent=2) + "\n")
+        with writing(Path(workdir) / "config.json"):
+            Path(workdir).mkdir(parents=True, exist_ok=True)
+            replace_file(Path(workdir) / "config.json", json.dumps(_plain(config), indent=2) + "\n")
 
 
 def read_config(workdir: Path) -> ConfigDict:
-    """The config of a run, locked. Fields that an older run lacks get defaults. Raises: UserError if there is none."""
+    """The config of a run, locked. Fields that an older run lacks get defaults.
+
+    Raises: UserError if there is none, or the file is damaged.
+    """
     path = Path(workdir) / "config.json"
     try:
-        config = json.loads(path.read_text())
-    except FileNotFoundError:
+        stored = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"--workdir={workdir}: no config.json there; it is not a run directory") from None
     except OSError as error:
-        raise UserError(f"--workdir={workdir}: {path} cannot be read ({error.strerror})") from None
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
     except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error})") from error
-    return upgrade(config).lock()
+        raise UserError(f"{path} is not JSON ({error}); restore it from a backup") from error
+    try:
+        if not isinstance(stored["model"], dict):
+            raise TypeError("model is no group of fields")
+        return upgrade(stored).lock()
+    except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+        raise UserError(f"{path} is not the config of a run ({error}); restore it from a backup") from error
 
 
 def _plain(config: ConfigDict) -> dict:

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import linen as nn
 from flax import struct
@@ -83,6 +84,25 @@ def init_state(
     """
     _check_memory(abstract)
     return lower_init(model, optimizer, config, abstract).compile()(jax.random.key(config.seed))
+
+
+def not_finite(state: TrainState) -> str:
+    """The part of a state that holds a NaN or an infinity, such as "the parameters are"; "" if there is none."""
+    parts = {"the parameters are": state.params, "the optimizer's state is": state.opt_state}
+    parts |= {"the averaged parameters are": state.ema, "the state carried from step to step is": state.carry}
+    finite = np.asarray(_finite([jax.tree.leaves(part) for part in parts.values()]))
+    return next((name for name, good in zip(parts, finite, strict=True) if not good), "")
+
+
+@jax.jit
+def _finite(parts: list[list[jax.Array]]) -> jax.Array:
+    """[parts] bool: whether all numbers of a part are finite."""
+
+    def one(leaves):
+        found = [jnp.isfinite(x).all() for x in leaves if jnp.issubdtype(x.dtype, jnp.inexact)]
+        return jnp.all(jnp.array(found, bool))
+
+    return jnp.stack([one(leaves) for leaves in parts])
 
 
 def _check_memory(abstract: TrainState) -> None:

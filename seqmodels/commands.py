@@ -1,0 +1,25 @@
+"""Entry points of the commands. Each first installs what a signal does, and then imports the command."""
+
+import importlib
+
+from seqmodels import interrupt
+
+
+def train() -> int:
+    """seqmodels/scripts/train.py."""
+    return _command("train")
+
+
+def evaluate() -> int:
+    """seqmodels/scripts/eval.py."""
+    return _command("eval")
+
+
+def sweep() -> int:
+    """seqmodels/scripts/sweep.py."""
+    return _command("sweep")
+
+
+def _command(name: str) -> int:
+    interrupt.install()
+    return importlib.import_module(f"seqmodels.scripts.{name}").command()
