@@ -43,4 +43,6 @@ def _field(name: str, value: Any, field: Field | None, columns: int) -> Iterator
     yield f"  --config.{name}={shlex.quote(str(value)) if value != '' else ''}"
     if field is not None:
         text = f"{field.meaning}. Allowed: {field.words()}."
-        yield from textwrap.wrap(text, max(columns, 40), initial_indent=INDENT, subsequent_indent=INDENT)
+        yield from textwrap.wrap(
+            text, max(columns, 40), initial_indent=INDENT, subsequent_indent=INDENT, break_on_hyphens=False
+        )

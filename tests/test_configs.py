@@ -197,7 +197,13 @@ SMALLEST = {
     ),
     1: (
         *("steps", "batch_size", "seq_len", "model.width", "model.repeats", "model.vocab_multiple", "model.horizon"),
-        *("model.dense.depth", "model.dense.every", "model.dense.bottleneck"),
+        *(
+            "model.dense.depth",
+            "model.dense.every",
+            "model.dense.bottleneck",
+            "model.attnres.blocks",
+            "model.hyper.streams",
+        ),
         *("model.mamba.state", "model.mamba.expand"),
         *("model.mamba2.state", "model.mamba2.expand", "model.mamba2.head_dim", "model.mamba2.groups"),
         *("model.mamba3.state", "model.mamba3.expand", "model.mamba3.head_dim", "model.mamba3.groups"),

@@ -1,7 +1,8 @@
 """TensorBoard's files in a run directory, written row by row, so that a killed process loses and doubles none.
 
-The format is TensorFlow's: records of a length, a checksum of it, a serialised `Event`, and a checksum of that. Of an
-event only a few fields are needed, so they are written here; other writers import PyTorch or TensorFlow.
+The format is TensorFlow's: records of a length, a checksum of it, a serialised `Event`, and a checksum of that. The
+writers of tensorboardX keep events in a queue, of which a kill takes the rest, so only its messages are used. They
+import PyTorch where it is installed: import this module only where it is needed.
 """
 
 import errno
@@ -11,10 +12,14 @@ import struct
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+
+from tensorboardX.crc32c import crc32c
+from tensorboardX.proto.event_pb2 import Event, SessionLog
+from tensorboardX.proto.summary_pb2 import Summary
+
+from seqmodels.training.metrics import FINAL
 
 PREFIX = "events.out.tfevents."
-FINAL = "eval."  # begins the names of figures of config.evals, which are written after the last checkpoint
 
 
 class Board:
@@ -32,14 +37,14 @@ class Board:
         newest = max((_seconds(path) for path in names), default=0)
         name = f"{PREFIX}{max(int(time.time()), newest + 1)}.{socket.gethostname()}"
         self._file = open(Path(workdir) / name, "wb", buffering=0)  # noqa: SIM115 - it lives as long as the run
-        self._append(0, _text(3, b"brain.Event:2"))  # file_version
+        self._append(Event(file_version="brain.Event:2"))
         if step:  # for a TensorBoard that has read what was cut off
-            self._append(step + 1, _text(7, b"\x08\x01"))  # session_log, status START
+            self._append(Event(step=step + 1, session_log=SessionLog(status=SessionLog.START)))
 
     def write(self, step: int, values: dict[str, float]) -> None:
         """Writes one event with all values."""
-        scalars = (_text(1, name.encode()) + b"\x15" + struct.pack("<f", value) for name, value in values.items())
-        self._append(step, _text(5, b"".join(_text(1, scalar) for scalar in scalars)))  # summary
+        scalars = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
+        self._append(Event(step=step, summary=Summary(value=scalars)))
 
     def sync(self) -> None:
         """Returns when all is on the disk itself."""
@@ -48,8 +53,9 @@ class Board:
     def close(self) -> None:
         self._file.close()
 
-    def _append(self, step: int, content: bytes) -> None:
-        content = b"\x09" + struct.pack("<d", time.time()) + b"\x10" + _varint(step) + content
+    def _append(self, event: Event) -> None:
+        event.wall_time = time.time()
+        content = event.SerializeToString()
         length = struct.pack("<Q", len(content))
         record = length + struct.pack("<I", _masked(length)) + content + struct.pack("<I", _masked(content))
         if self._file.write(record) < len(record):
@@ -80,70 +86,13 @@ def events(path: Path) -> Iterator[tuple[int, dict[str, float], int]]:
             if len(content) < length + 4 or struct.unpack("<I", content[-4:])[0] != _masked(content[:-4]):
                 return
             end += 12 + len(content)
-            fields = list(_fields(content[:-4]))
-            step = next((value for number, value in fields if number == 2), 0)
-            scalars = [dict(_fields(value)) for number, summary in fields if number == 5
-                       for _, value in _fields(summary)]  # fmt: skip
-            values = {scalar[1].decode(): struct.unpack("<f", scalar[2])[0] for scalar in scalars if 2 in scalar}
-            yield step, values, end
-
-
-# Protocol buffers: each field is its number and wire type, then the value.
-
-
-def _text(number: int, content: bytes) -> bytes:
-    return bytes([number << 3 | 2]) + _varint(len(content)) + content
-
-
-def _varint(value: int) -> bytes:
-    encoded = bytearray()
-    while value > 127:
-        encoded.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*encoded, value])
-
-
-def _fields(content: bytes) -> Iterator[tuple[int, Any]]:
-    """Number and value of each field of a message: int of a varint, else bytes."""
-    place = 0
-
-    def varint() -> int:
-        nonlocal place
-        value = shift = 0
-        while True:
-            byte = content[place]
-            place, value, shift = place + 1, value | (byte & 127) << shift, shift + 7
-            if byte < 128:
-                return value
-
-    while place < len(content):
-        key = varint()
-        if key & 7 == 0:
-            yield key >> 3, varint()
-            continue
-        size = {1: 8, 5: 4}.get(key & 7) or varint()
-        yield key >> 3, content[place : place + size]
-        place += size
-
-
-def _table() -> tuple[int, ...]:
-    table = []
-    for value in range(256):
-        for _ in range(8):
-            value = value >> 1 ^ (0x82F63B78 if value & 1 else 0)
-        table.append(value)
-    return tuple(table)
-
-
-CRC32C = _table()  # of Castagnoli's polynomial
+            event = Event.FromString(content[:-4])
+            yield event.step, {value.tag: value.simple_value for value in event.summary.value}, end
 
 
 def _masked(content: bytes) -> int:
     """TensorFlow's masked CRC-32C."""
-    check = 0xFFFFFFFF
-    for byte in content:
-        check = CRC32C[(check ^ byte) & 255] ^ check >> 8
-    check ^= 0xFFFFFFFF
+    check = crc32c(content)
     return ((check >> 15 | check << 17) + 0xA282EAD8) & 0xFFFFFFFF
 
 

@@ -11,7 +11,8 @@ from ml_collections import ConfigDict
 
 from seqmodels.atomic import replace_file, writing
 from seqmodels.errors import UserError
-from seqmodels.training.board import FINAL, Board
+
+FINAL = "eval."  # begins the names of figures of config.evals, which are written after the last checkpoint
 
 
 class Metrics:
@@ -38,6 +39,8 @@ class Metrics:
         with writing(path):
             drop_after(path, step, again)
             if config.metrics.tensorboard:
+                from seqmodels.training.board import Board
+
                 self._board = Board(Path(workdir), step, again)
             self._file = open(path, "a")  # noqa: SIM115 - it lives as long as the run
 
