@@ -42,6 +42,17 @@ ROWS = {
     "densemamba-130m": ("configs/densemamba.py:130m", 8, 2048, {}),
     "mamba2-130m": ("configs/mamba2.py:130m", 8, 2048, {}),
     "mamba2-370m": ("configs/mamba2.py:370m", 8, 2048, {}),
+    "130m-denseformer": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "denseformer"}),
+    "130m-attnres": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "attnres"}),
+    "130m-attnres-full": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "attnres", "model.attnres.form": "full"}),
+    "130m-hyper": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "hyper"}),
+    "130m-hyper-lite": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "hyper", "model.hyper.mixing": "lite"}),
+    "130m-hyper-sinkhorn": (
+        "configs/mamba.py:130m",
+        8,
+        2048,
+        {"model.depth": "hyper", "model.hyper.mixing": "sinkhorn"},
+    ),
     "130m-262k": ("configs/mamba.py:130m", 1, 262144, {"training.loss_chunk": 16384, "model.remat": "projected"}),
 }
 PROFILED = 3  # steps of a profile
@@ -90,6 +101,7 @@ def measure_rows(rows: list[str], options: dict) -> int:
         fields = {"batch_size": batch, "seq_len": length, "training.accumulate": 1, **fields}
         command = [sys.executable, __file__, f"--config={config}"]
         command += [f"--config.{name}={value}" for name, value in fields.items()]
+        command += [f"--label=mamba-{row}"] if "model.depth" in fields else []  # the config has the plain one's name
         command += [f"--{name}={value}" for name, value in options.items() if name != "profile"]
         command += [f"--profile={options['profile']}/{row}"] if options["profile"] else []
         # The longest rows need this share of the GPU's memory, and no row may allocate it before its turn
