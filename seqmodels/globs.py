@@ -1,5 +1,6 @@
 """Files that a text of a config names."""
 
+import contextlib
 import glob
 from pathlib import Path
 
@@ -7,6 +8,7 @@ from pathlib import Path
 def matching(pattern: str) -> list[Path]:
     """The path of that name, or what a glob matches in sorted order; `~` is the home directory."""
     literal = Path(pattern).expanduser()
-    if literal.exists():  # a name with brackets is a glob too, which does not match itself
-        return [literal]
+    with contextlib.suppress(OSError):  # no file can have a name that is too long
+        if literal.exists():  # a name with brackets is a glob too, which does not match itself
+            return [literal]
     return [Path(path) for path in sorted(glob.glob(str(literal), recursive=True))]

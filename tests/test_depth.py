@@ -31,7 +31,10 @@ FORMS = {
     "hyper lite": dict(depth="hyper", hyper__streams=3, hyper__mixing="lite"),
     "hyper sinkhorn": dict(depth="hyper", hyper__streams=3, hyper__mixing="sinkhorn"),
 }
-every_form = pytest.mark.parametrize("form", FORMS)
+QUICK = ("attnres block", "hyper identity")  # of make test-fast
+every_form = pytest.mark.parametrize(
+    "form", [form if form in QUICK else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
+)
 
 
 def config_of(form, **fields):
@@ -209,7 +212,8 @@ def test_a_fresh_model_is_the_plain_network_or_takes_uniform_means(form):
 
 
 @every_form
-@pytest.mark.parametrize("fields", [dict(scan_blocks=1), dict(scan_blocks=2, remat="block"), dict(remat="block")])
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [dict(scan_blocks=2, remat="block"), dict(remat="block")])
 def test_scanned_and_rematerialised_are_the_same(form, fields):
     """In value, and in the gradient of every parameter."""
     key = tuple(fields.items())

@@ -201,7 +201,7 @@ def test_every_preset_makes_batches(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("mixer", synthetic.mixers())
 def test_every_config_is_a_mixer(mixer):
-    config = synthetic.get_config(f"mqar,mixer={mixer},width=32,layers=1")
+    config = synthetic.get_config(f"mqar,mixer={mixer},width=32,layers=2")
     validate(config)
     build(config.model, 64)
     assert config.model.width == 32 and config.name == f"synthetic-mqar-{mixer}"

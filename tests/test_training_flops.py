@@ -89,7 +89,7 @@ def test_linear_attention_of_one_token_is_what_xla_counts(decay):
 @pytest.mark.parametrize("groups", [1, 3])
 def test_selective_scan_of_one_token_is_what_xla_counts(groups):
     """With READ's groups too: each lower state costs as much as the layer's own."""
-    batch, inner, state = 2, 64, 256
+    batch, inner, state = 64, 16, 256  # so that what is done once for all rows does not count
     array = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.float32)  # noqa: E731
     token, input_matrix = array(batch, 1, groups, inner), array(batch, 1, groups, state)
 

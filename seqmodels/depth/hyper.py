@@ -34,10 +34,11 @@ SCALE = 0.01  # of what depends on the token, in a fresh model
 
 def sinkhorn(logits: jax.Array) -> jax.Array:
     """A doubly stochastic matrix of logits [..., n, n]: rows and columns of exp(logits) are divided by their sums."""
-    for _ in range(ITERATIONS):
-        logits = jax.nn.log_softmax(logits, axis=-2)
-        logits = jax.nn.log_softmax(logits, axis=-1)
-    return jnp.exp(logits)
+
+    def step(logits: jax.Array, _: None) -> tuple[jax.Array, None]:
+        return jax.nn.log_softmax(jax.nn.log_softmax(logits, axis=-2), axis=-1), None
+
+    return jnp.exp(jax.lax.scan(step, logits, length=ITERATIONS)[0])
 
 
 def permutations(n: int) -> np.ndarray:

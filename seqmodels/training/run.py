@@ -96,8 +96,9 @@ def held(workdir: Path) -> Iterator[None]:
 
 
 def _remove_empty(workdir: Path, made: list[Path]) -> None:
-    """Removes the directories that were made for a run of which nothing was written, after a mistake in the command."""
-    if workdir in made and [path.name for path in workdir.iterdir()] == [RUN]:
+    """Removes the lock and the directories that were made for a run of which nothing was written, after a mistake in
+    the command."""
+    if [path.name for path in workdir.iterdir()] == [RUN]:
         with contextlib.suppress(OSError):  # another process has begun there
             (workdir / RUN).unlink()
             for folder in made:

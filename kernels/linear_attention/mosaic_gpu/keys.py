@@ -9,6 +9,7 @@ sums over heads are in float32 and always in the same order.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -33,7 +34,7 @@ from seqmodels.kernels.linear_attention.mosaic_gpu.walk import VECTORS
 SUMS = 4
 
 
-def only_of_state(x, vector):
+def only_of_state(x: jax.Array, vector: Any) -> jax.Array:
     """Rows of x [64, 64] of the tokens whose document is the state's, zeros for others: their product was 0 * state."""
     return jnp.where(along(load(vector, ROW), 0, (SIDE, SIDE)) == 0, 0, x)
 
