@@ -3,12 +3,14 @@ field, or accepted, kept as it was given, and fit to be built. No traceback, not
 
 Kinds: tracebacks, silent nonsense, work that is thrown away at the end. The quick part draws a few hundred values; the
 slow one reads 2,000 command lines by the commands' own parsers, up to the point where something would be compiled.
+FUZZ=1000 in the environment tries that many values of each config.
 """
 
 import collections
 import contextlib
 import io
 import json
+import os
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
@@ -23,6 +25,7 @@ from seqmodels.scripts import train as train_script
 from seqmodels.training.run import write_config
 from tests import fuzzing
 
+MANY = int(os.environ.get("FUZZ", "100"))  # values of each config
 OPTIONS = dict(
     derandomize=True,
     deadline=None,
@@ -69,7 +72,7 @@ def test_odd_values_of_fields(name):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", fuzzing.CONFIGS)
 def test_many_odd_values_of_fields(name):
-    @settings(max_examples=400, **OPTIONS)
+    @settings(max_examples=MANY, **OPTIONS)
     @given(cases(name))
     def check(case):
         check_field(name, *case)
