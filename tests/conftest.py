@@ -1,6 +1,7 @@
 """What holds for every test process: eight CPU devices, so that sharding is tested wherever the tests run, and less
 time for compiling, which takes longer here than computing."""
 
+import gc
 import os
 import socket
 from pathlib import Path
@@ -18,6 +19,19 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
+import pytest
 
 if os.environ["JAX_PLATFORMS"] == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_what_is_compiled():
+    """After each file: no other file calls its programs, and thousands in memory make garbage collections long."""
+    yield
+    jax.clear_caches()
+
+
+def pytest_collection_finish() -> None:
+    """What is imported stays, so garbage collections need not look at it."""
+    gc.freeze()
