@@ -14,6 +14,13 @@ import jax.numpy as jnp
 
 from seqmodels.kernels.arrays import expand_to
 
+LOWEST = -1e30  # in place of -inf, the logarithm of a decay of zero; sums over a row stay finite
+
+
+def finite_decay(log_decay: jax.Array) -> jax.Array:
+    """Logarithms of decays with `LOWEST` in place of -inf: a finite number, whose product with zero is zero."""
+    return jnp.maximum(log_decay, LOWEST)
+
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def finite_or_zero(x: jax.Array, limit: float = math.inf) -> jax.Array:

@@ -39,7 +39,7 @@ def validate(config: ConfigDict, begun: bool = False) -> None:
     config = upgrade(config)
     for declared in groups(config):
         declared.check_fields(part(config, declared.home))
-    check_depth(config.model)
+    check_blocks(config.model)
     for name in pattern.names(config.model.pattern):
         if options := group(name):
             options.validate(config.model[name], config.model.width)
@@ -63,7 +63,7 @@ def validate(config: ConfigDict, begun: bool = False) -> None:
         plausible.check(config)
 
 
-def check_depth(model: ConfigDict) -> None:
+def check_blocks(model: ConfigDict) -> None:
     """Raises UserError for more blocks than a model can have; `model` is config.model with all fields."""
     blocks = len(pattern.parse(model.pattern))
     if model.repeats * blocks > pattern.MOST_BLOCKS:
@@ -109,7 +109,7 @@ def complete_model(model: ConfigDict | Mapping[str, Any]) -> ConfigDict:
     check_names(config)
     complete = upgrade(config).model
     MODEL.check_fields(complete)
-    check_depth(complete)
+    check_blocks(complete)
     _check_connections(complete)
     return complete
 

@@ -23,12 +23,12 @@ _receiver: Callable[[int], None] | None = None
 _installed = False
 
 
-def install() -> bool:
-    """From now on a signal ends the process at once. Returns False where it was installed already or cannot be: only
-    the main thread may handle signals."""
+def install() -> None:
+    """From now on a signal ends the process at once. Does nothing outside the main thread, which alone may handle
+    signals, and when called again."""
     global _installed
     if _installed or threading.current_thread() is not threading.main_thread():
-        return False
+        return
     read_end, write_end = os.pipe()
     os.set_blocking(write_end, False)
     signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
@@ -37,7 +37,6 @@ def install() -> bool:
     threading.Thread(target=_wait, args=(read_end,), name="signals", daemon=True).start()
     os.register_at_fork(after_in_child=_reset)
     _installed = True
-    return True
 
 
 @contextlib.contextmanager

@@ -6,6 +6,7 @@ The rules look at several fields together. Those without which nothing can be co
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 from ml_collections import ConfigDict
 
 from seqmodels import pattern
@@ -13,6 +14,7 @@ from seqmodels.errors import UserError
 from seqmodels.fields import refuse
 from seqmodels.fields.field import shown
 from seqmodels.globs import matching
+from seqmodels.schedule import rate, warmup_steps
 
 ENOUGH = 0.9  # of the peak learning rate, that a run should reach
 
@@ -38,28 +40,17 @@ def doubts(config: ConfigDict, begun: bool = False) -> list[str]:
     return [f"warning: {line}" for line in found]
 
 
-def warmup_steps(warmup: float, steps: int) -> int:
-    """Steps of the warm-up that `optimizer.warmup` asks for: a number above 1, or a share of all steps."""
-    return round(warmup if warmup > 1 else warmup * steps)
-
-
 def _learning_rate(config: ConfigDict) -> list[str]:
     """What is wrong with the schedule; presets are tried with few steps, so it is no reason to refuse a config."""
     optimizer, steps = config.optimizer, config.steps
-    warmup = warmup_steps(optimizer.warmup, steps)
-    fall = max(round(optimizer.decay * steps), 1) if optimizer.schedule == "wsd" else 0
-    # The rate rises up to the end of the warm-up, and falls from there or from the beginning of wsd's decay. So its
-    # largest value is at one of these, or where both meet.
-    times = {0, steps - 1, warmup - 1, steps - 1 - fall, *range(0, steps, max(steps // 1000, 1))}
-    largest = 0.0
-    for step in times:
-        if 0 <= step < steps:
-            share = 1 - (1 - optimizer.floor) * max(step - (steps - 1 - fall), 0) / fall if fall else 1.0
-            largest = max(largest, share * min((step + 1) / max(warmup, 1), 1))
-    fields = f"config.optimizer.warmup={optimizer.warmup}" + (f" and decay={optimizer.decay}" if fall else "")
-    if largest < ENOUGH:
-        name = f"optimizer.learning_rate={optimizer.learning_rate}"
-        return [f"{fields} of steps={steps}: the learning rate rises to {100 * largest:.0f} % of {name} at most"]
+    warmup, peak = warmup_steps(optimizer.warmup, steps), optimizer.learning_rate
+    times = np.unique([*np.linspace(0, steps - 1, 1001).round(), min(max(warmup - 1, 0), steps - 1)])
+    largest = rate(optimizer, steps, times).max()
+    fields = f"config.optimizer.warmup={optimizer.warmup}"
+    fields += f" and decay={optimizer.decay}" if optimizer.schedule == "wsd" else ""
+    if largest < ENOUGH * peak:
+        name = f"optimizer.learning_rate={peak}"
+        return [f"{fields} of steps={steps}: the learning rate rises to {100 * largest / peak:.0f} % of {name} at most"]
     if warmup >= steps > 1:
         return [f"{fields}: is all of steps={steps}, so the learning rate never falls"]
     return []

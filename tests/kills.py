@@ -28,8 +28,8 @@ from tests.run_processes import command  # noqa: E402
 STEPS, EVERY = 240, 17
 MOMENTS = ("start", "step", "save", "finish")
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT)
-# Exit statuses of a process that a signal has ended, and of one that the signal came too late for. When all is done,
-# Python gives the signals back to the system before it ends, so the system may end it (a shell reports the same status).
+# Exit statuses of a process that a signal has ended, and of one that the signal came too late for. At its very end
+# Python gives the signals back to the system, which then ends the process; a shell reports the same status.
 ENDS = {
     signal.SIGKILL: (-signal.SIGKILL, 0),
     signal.SIGTERM: (75, 128 + signal.SIGTERM, -signal.SIGTERM, 0),

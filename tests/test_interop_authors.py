@@ -1,7 +1,8 @@
 """Configs of Mamba's and of DenseRetNet's authors, one field changed at a time.
 
-Their code is not installed here. What each field does there was read in mamba_ssm (models/config_mamba.py,
-modules/mamba_simple.py and mamba2.py) and in DenseSSM's modeling_dense_gau_retnet.py.
+Their code is not installed here. Which fields there are, and their defaults, was read in mamba_ssm
+(models/config_mamba.py, models/mixer_seq_simple.py, modules/mamba_simple.py and mamba2.py) and in DenseSSM's
+modeling_dense_gau_retnet.py.
 """
 
 import numpy as np

@@ -1,4 +1,7 @@
-"""The config.json files of published models, as public code quotes them, are read and not refused."""
+"""Configs like those of published models are read and not refused.
+
+That of falcon-mamba-7b is quoted by public code; the others were written down from memory.
+"""
 
 import pytest
 

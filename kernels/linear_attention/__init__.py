@@ -20,6 +20,7 @@ from jax.typing import DTypeLike
 from seqmodels.kernels import dispatch
 from seqmodels.kernels.arrays import zero_padding
 from seqmodels.kernels.axes import DOCUMENTS, TOKENS, Layout
+from seqmodels.kernels.finite import finite_decay
 from seqmodels.kernels.linear_attention import mosaic_gpu, mosaic_tpu, reference, xla
 
 BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
@@ -27,7 +28,6 @@ BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu, "mosai
 WINNERS = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}
 IMPLEMENTATIONS = tuple(BACKENDS)
 
-LOWEST = -1e30  # logarithm of a decay that is zero; sums over a row stay finite
 EPSILON = 1e-10  # a normaliser nearer to zero than this is replaced by this value with the normaliser's sign
 
 
@@ -142,11 +142,6 @@ def readouts(
     facts |= dict(bonus=bonus is not None, decay=_kind(log_decay))
     y, state = dispatch.dispatch("linear_attention", BACKENDS, WINNERS, implementation, facts, call, arrays)
     return zero_padding(y, mask), state
-
-
-def finite_decay(log_decay: jax.Array) -> jax.Array:
-    """Log decays with `LOWEST` in place of -inf: a finite number, whose product with zero is zero."""
-    return jnp.maximum(log_decay, LOWEST)
 
 
 def append_ones(v: jax.Array) -> jax.Array:

@@ -33,6 +33,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from seqmodels.kernels import linear_attention as op
 from seqmodels.kernels.arrays import zero_padding
+from seqmodels.kernels.finite import finite_decay
 from seqmodels.kernels.linear_attention import xla
 from seqmodels.kernels.pieces import chain
 from seqmodels.kernels.segments import forget, resets, segment_before
@@ -178,6 +179,6 @@ def _log_decays(arrays, mask):
     """[B, T, H, K or 1] in the accumulators' dtype, zero on padding."""
     q, k, v, logs = (arrays[name] for name in ("q", "k", "v", "log_decay"))
     accumulator = jnp.result_type(q, k, v, jnp.float32)
-    logs = jnp.zeros(v.shape[2], accumulator) if logs is None else op.finite_decay(logs.astype(accumulator))
+    logs = jnp.zeros(v.shape[2], accumulator) if logs is None else finite_decay(logs.astype(accumulator))
     logs = logs if logs.ndim == 4 else jnp.broadcast_to(logs, v.shape[:3])[..., None]
     return zero_padding(logs, mask)

@@ -13,14 +13,13 @@ import jax.numpy as jnp
 from seqmodels.kernels import dispatch
 from seqmodels.kernels.arrays import zero_padding
 from seqmodels.kernels.axes import DOCUMENTS, TOKENS, Layout
+from seqmodels.kernels.finite import finite_decay
 from seqmodels.kernels.selective_scan import mosaic_gpu, mosaic_tpu, reference, xla
 
 BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 # By platform, fastest first as measured; the last one serves everything. No TPU has timed mosaic_tpu yet.
 WINNERS = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}
 IMPLEMENTATIONS = tuple(BACKENDS)
-
-LOWEST = -1e30  # in place of -inf in A, whose product with a step of zero would be NaN
 
 
 def choose(platform: str, shape: tuple[int, ...] = (8, 2048, 1, 1536, 16), **facts: object) -> tuple[str, str]:
@@ -104,7 +103,7 @@ def selective_scan(
         initial_state = None if initial_state is None else initial_state[:, None]
     _check(u, dt, A, B, C, weights, initial_state)
     accumulator = jnp.promote_types(jnp.float32, u.dtype)
-    A = jnp.maximum(A, LOWEST)
+    A = finite_decay(A)
     if mask is not None:  # where, not a product: padding may hold anything
         u, dt, B, C = (jnp.where(mask[:, :, None, None], x, 0) for x in (u, dt, B, C))
         z = None if z is None else jnp.where(mask[:, :, None], z, 0)

@@ -31,6 +31,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from seqmodels.kernels import selective_scan as op
 from seqmodels.kernels.arrays import zero_padding
+from seqmodels.kernels.finite import finite_decay
 from seqmodels.kernels.pieces import chain
 from seqmodels.kernels.segments import forget, resets, segment_before
 
@@ -76,7 +77,7 @@ def selective_scan(
         initial_state = jnp.zeros((u.shape[0], *A.shape), jnp.promote_types(jnp.float32, u.dtype))
     if segment_ids is not None:
         initial_segment = segment_before(segment_ids, initial_segment, mask, axis)
-    arrays = dict(u=u, dt=dt, A=jnp.maximum(A, op.LOWEST), B=B, C=C, initial_state=initial_state, **optional)
+    arrays = dict(u=u, dt=dt, A=finite_decay(A), B=B, C=C, initial_state=initial_state, **optional)
     documents = dict(segment_ids=segment_ids, initial_segment=initial_segment, mask=mask)
     return _scan(Options(axis, dt_softplus, implementation), arrays, documents)
 

@@ -48,6 +48,12 @@ class BatchSplit(Protocol):
         ...
 
 
+FIGURES = {  # of a split that a run reports, by how it is measured; of a head all that it has
+    "perplexity": ("loss", "perplexity", "bits_per_byte"),
+    "accuracy": ("loss", "accuracy", "sequence_accuracy"),
+}
+
+
 class BatchSource:
     """Base class of all datasets.
 

@@ -23,7 +23,7 @@ class DamageError(Exception):
 
 def checksums(folder: Path) -> dict[str, str]:
     """SHA-256 of each file of a split's folder, by name; `meta.json` keeps them as `files`."""
-    return {path.name: _hash(path) for path in sorted(folder.iterdir())}
+    return {path.name: file_hash(path) for path in sorted(folder.iterdir())}
 
 
 def check(folder: Path) -> dict:
@@ -70,7 +70,7 @@ def _check_split(folder: Path, part: dict, meta: dict[str, Any]) -> None:
     if tokens.stat().st_size != part["tokens"] * np.dtype(meta["dtype"]).itemsize:
         raise DamageError(f"{tokens.parent.name}/{tokens.name} has another size than was written")
     for name, content in part.get("files", {}).items():
-        if _hash(folder / name) != content:
+        if file_hash(folder / name) != content:
             raise DamageError(f"{folder.name}/{name} has other bytes than were written")
     if "files" not in part:
         ids = np.memmap(tokens, meta["dtype"], mode="r")
@@ -97,6 +97,7 @@ def _checked(folder: Path) -> dict:
         return {}
 
 
-def _hash(path: Path) -> str:
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file's bytes. Raises: OSError where it cannot be read."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

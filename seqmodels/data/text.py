@@ -1,7 +1,6 @@
 """Plain text: files to documents, and documents to train, validation and test."""
 
 import gzip
-import hashlib
 import json
 import lzma
 import re
@@ -10,6 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from seqmodels.data.damage import file_hash
 from seqmodels.errors import UserError
 from seqmodels.globs import matching
 
@@ -87,8 +87,7 @@ def read_documents(path: Path, text_key: str) -> Iterator[str]:
 def content_hash(path: Path) -> str:
     """Hash of a file's bytes. Raises: UserError where it cannot be read."""
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return file_hash(path)
     except OSError as error:
         raise UserError(f"config.data.path: {path} cannot be read ({error.strerror})") from error
 

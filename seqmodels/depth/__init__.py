@@ -41,7 +41,7 @@ def connection_of(config: Any, branches: list[Branch], steps: int, sources: int 
         fields = dict(total=total, scanned=scanned, eps=eps)
         return AttnRes(config.attnres, config.width, steps or int(config.attnres.form != "delta"), **fields, **parent)
     if name == "denseformer":
-        return DenseFormer(steps, config.repeats * len(blocks), scanned, **parent)
+        return DenseFormer(config.width, steps, config.repeats * len(blocks), scanned, **parent)
     if name == "hyper":
         return Hyper(config.hyper, config.width, steps, eps, **parent)
     return _dense(config, branches, sources, **parent)

@@ -24,12 +24,14 @@ class DenseFormer(Connection):
     """The carry is the outputs X of the blocks. The residual stream is Y.
 
     Attributes:
+        width: D.
         steps: number of steps of this block; 0 at the end of the model.
         blocks: number of blocks of the whole model. Each block has a weight for each output, the newest first, and does
             not use those for which there is no output, so that all blocks have parameters of one shape.
         scanned: whether the blocks run in a scan.
     """
 
+    width: int
     steps: int
     blocks: int
     scanned: bool
@@ -51,3 +53,7 @@ class DenseFormer(Connection):
         place = carry.count - 1 - jnp.arange(len(carry.known()))  # of each source, counted from the newest
         weights = jnp.where(place >= 0, self.weights[jnp.maximum(place, 0)], 0)
         return carry.mix(weights[:, None, None]).astype(x.dtype), carry
+
+    def flops(self) -> float:
+        """A product with each output: on average, half of the model's blocks are below."""
+        return 2.0 * self.width * (1 + self.blocks) / 2 if self.steps else 0.0

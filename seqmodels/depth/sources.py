@@ -1,4 +1,4 @@
-"""What steps below have put on record, for connections across depth that read all of it."""
+"""The outputs of the steps below, for connections across depth that read all of them."""
 
 from typing import Any
 
@@ -34,9 +34,9 @@ class Listed:
         """[S] bool: which of the sources are there."""
         return jnp.ones(self.count, bool)
 
-    def products(self, vectors: jax.Array) -> jax.Array:
+    def products(self, vector: jax.Array) -> jax.Array:
         """Product of each source with a vector [D] and its mean square, float32: [2, S, B, T]."""
-        return jnp.stack([_products(v, vectors) for v in self.values], axis=1)
+        return jnp.stack([_products(v, vector) for v in self.values], axis=1)
 
     def mix(self, weights: jax.Array) -> jax.Array:
         """sum_s weights[s] source_s, [B, T, D] in float32, of weights [S, B, T] or [S, 1, 1]."""
@@ -66,9 +66,9 @@ class Buffered:
         """As `Listed.known`."""
         return jnp.arange(len(self.values)) < self.count
 
-    def products(self, vectors: jax.Array) -> jax.Array:
+    def products(self, vector: jax.Array) -> jax.Array:
         """As `Listed.products`."""
-        return _products(self.values, vectors)
+        return _products(self.values, vector)
 
     def mix(self, weights: jax.Array) -> jax.Array:
         """As `Listed.mix`."""

@@ -1,6 +1,6 @@
 """Fields, names and layouts of Mamba and FalconMamba models of transformers."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from seqmodels.fields.mamba import MAMBA as OURS
@@ -64,30 +64,46 @@ def config_of(theirs: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
-def weights(model: Mapping[str, Any], embedding: str = "embeddings") -> list[Weight]:
-    """Every tensor of a Mamba or FalconMamba model. `embedding` is "embedding" in the files of Mamba's authors."""
-    V, D, layers, options = model["vocab_size"], model["width"], model["repeats"], model["mamba"]
-    E, N, W, R = options["expand"] * D, options["state"], options["conv"], options["dt_rank"] or -(-D // 16)
+def stack(
+    model: Mapping[str, Any], embedding: str, mixer: Callable[[str, tuple[str, ...]], list[Weight]]
+) -> list[Weight]:
+    """Every tensor of a stack of Mambas of either kind.
+
+    Args:
+        embedding: "embeddings", or "embedding" in the files of Mamba's authors.
+        mixer: (their prefix, our path) to the tensors of one mixer.
+    """
+    V, D = model["vocab_size"], model["width"]
     found = [
         same(f"backbone.{embedding}.weight", ("embedding",), V, D),
         same("backbone.norm_f.weight", ("final_norm", "scale"), D),
     ]
-    for i in range(layers):
-        block, mixer = (f"block_{i}",), (f"block_{i}", "mixer")
-        theirs = f"backbone.layers.{i}."
-        found += [
-            same(f"{theirs}norm.weight", (*block, "norm", "scale"), D),
-            turned(f"{theirs}mixer.in_proj.weight", (2 * E, D), (*mixer, "in_proj"), (D, 2, E)),
-            turned(f"{theirs}mixer.conv1d.weight", (E, 1, W), (*mixer, "conv_weight"), (W, E)),
-            same(f"{theirs}mixer.conv1d.bias", (*mixer, "conv_bias"), E),
-            turned(f"{theirs}mixer.x_proj.weight", (R + 2 * N, E), (*mixer, "x_proj"), (E, R + 2 * N)),
-            turned(f"{theirs}mixer.dt_proj.weight", (E, R), (*mixer, "dt_proj"), (R, E)),
-            same(f"{theirs}mixer.dt_proj.bias", (*mixer, "dt_bias"), E),
-            same(f"{theirs}mixer.A_log", (*mixer, "A_log"), E, N),
-            same(f"{theirs}mixer.D", (*mixer, "D"), E),
-            turned(f"{theirs}mixer.out_proj.weight", (D, E), (*mixer, "out_proj"), (E, D)),
-        ]
+    for i in range(model["repeats"]):
+        theirs, ours = f"backbone.layers.{i}.", f"block_{i}"
+        found.append(same(f"{theirs}norm.weight", (ours, "norm", "scale"), D))
+        found += mixer(f"{theirs}mixer.", (ours, "mixer"))
     return found
+
+
+def weights(model: Mapping[str, Any], embedding: str = "embeddings") -> list[Weight]:
+    """Every tensor of a Mamba or FalconMamba model; `embedding` as of `stack`."""
+    D, options = model["width"], model["mamba"]
+    E, N, W, R = options["expand"] * D, options["state"], options["conv"], options["dt_rank"] or -(-D // 16)
+
+    def mixer(theirs: str, ours: tuple[str, ...]) -> list[Weight]:
+        return [
+            turned(f"{theirs}in_proj.weight", (2 * E, D), (*ours, "in_proj"), (D, 2, E)),
+            turned(f"{theirs}conv1d.weight", (E, 1, W), (*ours, "conv_weight"), (W, E)),
+            same(f"{theirs}conv1d.bias", (*ours, "conv_bias"), E),
+            turned(f"{theirs}x_proj.weight", (R + 2 * N, E), (*ours, "x_proj"), (E, R + 2 * N)),
+            turned(f"{theirs}dt_proj.weight", (E, R), (*ours, "dt_proj"), (R, E)),
+            same(f"{theirs}dt_proj.bias", (*ours, "dt_bias"), E),
+            same(f"{theirs}A_log", (*ours, "A_log"), E, N),
+            same(f"{theirs}D", (*ours, "D"), E),
+            turned(f"{theirs}out_proj.weight", (D, E), (*ours, "out_proj"), (E, D)),
+        ]
+
+    return stack(model, embedding, mixer)
 
 
 def exported(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

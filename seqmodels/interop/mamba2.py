@@ -7,6 +7,7 @@ from seqmodels.errors import UserError
 from seqmodels.fields.mamba2 import MAMBA2 as OURS
 from seqmodels.fields.rules import Rule
 from seqmodels.interop.generic import FRESH, ROUNDING, mamba_fields
+from seqmodels.interop.mamba import stack
 from seqmodels.interop.table import Honoured, Table, check_export, harmless, honoured, integer, refuse
 from seqmodels.interop.weights import Weight, parts, same, turned
 
@@ -61,45 +62,40 @@ def config_of(theirs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def weights(model: Mapping[str, Any], embedding: str = "embeddings") -> list[Weight]:
-    """Every tensor of a Mamba-2 model. `embedding` is "embedding" in the files of Mamba's authors."""
-    V, D, layers, options = model["vocab_size"], model["width"], model["repeats"], model["mamba2"]
+    """Every tensor of a Mamba-2 model; `embedding` as of `seqmodels.interop.mamba.stack`."""
+    D, options = model["width"], model["mamba2"]
     E, N, W, G = options["expand"] * D, options["state"], options["conv"], options["groups"]
     H = E // options["head_dim"]
-    found = [
-        same(f"backbone.{embedding}.weight", ("embedding",), V, D),
-        same("backbone.norm_f.weight", ("final_norm", "scale"), D),
-    ]
-    for i in range(layers):
-        block, mixer = (f"block_{i}",), (f"block_{i}", "mixer")
-        theirs = f"backbone.layers.{i}."
-        found += [
-            same(f"{theirs}norm.weight", (*block, "norm", "scale"), D),
+
+    def mixer(theirs: str, ours: tuple[str, ...]) -> list[Weight]:
+        return [
             *parts(
-                f"{theirs}mixer.in_proj.weight",
+                f"{theirs}in_proj.weight",
                 (D,),
-                ((*mixer, "in_proj"), 2 * E, (D, 2, E)),
-                ((*mixer, "BC_proj"), 2 * G * N, (D, 2 * G * N)),
-                ((*mixer, "dt_proj"), H, (D, H)),
+                ((*ours, "in_proj"), 2 * E, (D, 2, E)),
+                ((*ours, "BC_proj"), 2 * G * N, (D, 2 * G * N)),
+                ((*ours, "dt_proj"), H, (D, H)),
             ),
             *parts(
-                f"{theirs}mixer.conv1d.weight",
+                f"{theirs}conv1d.weight",
                 (1, W),
-                ((*mixer, "conv_weight"), E, (W, E)),
-                ((*mixer, "BC_conv_weight"), 2 * G * N, (W, 2 * G * N)),
+                ((*ours, "conv_weight"), E, (W, E)),
+                ((*ours, "BC_conv_weight"), 2 * G * N, (W, 2 * G * N)),
             ),
             *parts(
-                f"{theirs}mixer.conv1d.bias",
+                f"{theirs}conv1d.bias",
                 (),
-                ((*mixer, "conv_bias"), E, (E,)),
-                ((*mixer, "BC_conv_bias"), 2 * G * N, (2 * G * N,)),
+                ((*ours, "conv_bias"), E, (E,)),
+                ((*ours, "BC_conv_bias"), 2 * G * N, (2 * G * N,)),
             ),
-            same(f"{theirs}mixer.dt_bias", (*mixer, "dt_bias"), H),
-            same(f"{theirs}mixer.A_log", (*mixer, "A_log"), H),
-            same(f"{theirs}mixer.D", (*mixer, "D"), H),
-            same(f"{theirs}mixer.norm.weight", (*mixer, "scale"), E),
-            turned(f"{theirs}mixer.out_proj.weight", (D, E), (*mixer, "out_proj"), (E, D)),
+            same(f"{theirs}dt_bias", (*ours, "dt_bias"), H),
+            same(f"{theirs}A_log", (*ours, "A_log"), H),
+            same(f"{theirs}D", (*ours, "D"), H),
+            same(f"{theirs}norm.weight", (*ours, "scale"), E),
+            turned(f"{theirs}out_proj.weight", (D, E), (*ours, "out_proj"), (E, D)),
         ]
-    return found
+
+    return stack(model, embedding, mixer)
 
 
 def exported(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

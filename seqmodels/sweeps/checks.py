@@ -5,6 +5,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from seqmodels.data.contract import FIGURES
 from seqmodels.errors import UserError
 from seqmodels.nearest import nearest
 from seqmodels.sweeps.results import EQUAL_TIME, Result
@@ -13,10 +14,6 @@ OF_ANY = (
     *("train_loss", EQUAL_TIME, "tokens_per_second", "train_seconds", "steps_done"),
     *("parameters", "state_bytes_per_sequence"),
 )
-OF_SPLITS = {  # figures of a split in summary.json
-    "perplexity": ("loss", "perplexity", "bits_per_byte", "xz_bits_per_byte"),
-    "accuracy": ("loss", "accuracy", "sequence_accuracy"),
-}
 
 
 def check_evaluators(config: ConfigDict, names: list[str], field: str) -> None:
@@ -46,7 +43,9 @@ def check_metric(metric: str, config: ConfigDict, evals: str, others: list[Resul
         return
     if metric.startswith("eval.") and evals != "none":
         return
-    splits = [f"{split}.{name}" for split in ("validation", "test") for name in OF_SPLITS[measured_by(config)]]
+    by = measured_by(config)
+    figures = (*FIGURES[by], *(["xz_bits_per_byte"] if by == "perplexity" else []))
+    splits = [f"{split}.{name}" for split in ("validation", "test") for name in figures]
     known = [*splits, *OF_ANY]
     if metric not in known:
         raise UserError(f"--metric={metric}: no such figure{nearest(metric, known)}")

@@ -11,6 +11,7 @@ from ml_collections import ConfigDict
 
 from seqmodels import evals
 from seqmodels.backbone import context
+from seqmodels.data.contract import FIGURES
 from seqmodels.errors import UserError, describe
 from seqmodels.evals import accuracy, perplexity
 from seqmodels.evals import figures as head_figures
@@ -22,11 +23,6 @@ from seqmodels.training import metrics as rows_of_metrics
 from seqmodels.training import report
 from seqmodels.training.metrics import Metrics
 from seqmodels.training.state import TrainState
-
-REPORTED = {  # of the figures of a split, those that a run reports; of a head all of them
-    "perplexity": ("loss", "perplexity", "bits_per_byte"),
-    "accuracy": ("loss", "accuracy", "sequence_accuracy"),
-}
 
 
 def check(config: ConfigDict, dataset: Any) -> None:
@@ -102,7 +98,7 @@ class Finish:
             found = accuracy.evaluate(self.model, params, part, **options)
         else:
             found = perplexity.evaluate(self.model, params, part, **options)
-        return {name: float(found[name]) for name in REPORTED[by]}
+        return {name: float(found[name]) for name in FIGURES[by]}
 
     def run(self, state: TrainState, metrics: Metrics, between: Callable[[], None]) -> dict:
         """Measures all held-out splits, runs the evaluators, draws a sample and a picture, and writes the summary.

@@ -10,6 +10,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from seqmodels import depth
 from seqmodels.backbone import branch_of, connection_of, plan
 from seqmodels.layers.parameter import declarations
 
@@ -67,6 +68,7 @@ def beyond_products(config: Any, length: int) -> dict[str, float]:
         branches = (branch_of(config, word, parent=None) for word in spec.names().values())
         total["branches"] += sum(branch.flops(length) for branch in branches)
         total["depth"] += connection_of(config, spec, parent=None).flops()
+    total["depth"] += depth.connection_of(config, [], 0, parent=None).flops()  # at the end of the model
     return total
 
 

@@ -12,7 +12,7 @@ from ml_collections import ConfigDict
 from seqmodels.fields import refuse
 from seqmodels.layers.parameter import declarations
 from seqmodels.nearest import nearest
-from seqmodels.plausible import warmup_steps
+from seqmodels.schedule import rate
 from seqmodels.training.sharding import unbox
 
 
@@ -97,26 +97,5 @@ def rate_factors(groups: str, boxed: Any) -> Any:
 
 
 def make_schedule(config: ConfigDict, steps: int) -> Callable[[jax.Array | int], jax.Array]:
-    """Learning rate of step t = 0 .. steps - 1. `config` is `config.optimizer`.
-
-    Warm-up of W steps: peak (t + 1) / W. Then with u from 0 at step W to 1 at the last step:
-      cosine:   peak (floor + (1 - floor) (1 + cos(pi u)) / 2)
-      wsd:      peak, and over the last `decay` of the steps linearly down to peak x floor (Hu et al. 2024)
-      constant: peak
-    """
-    warmup = float(warmup_steps(config.warmup, steps))  # no program takes a huge integer
-    last, peak, floor = steps - 1, config.learning_rate, config.floor
-
-    def schedule(step):
-        t = jnp.asarray(step, jnp.float32)
-        if config.schedule == "cosine":
-            u = jnp.clip((t - warmup) / max(last - warmup, 1), 0, 1)
-            share = floor + (1 - floor) * (1 + jnp.cos(jnp.pi * u)) / 2
-        elif config.schedule == "wsd":
-            length = max(round(config.decay * steps), 1)
-            share = 1 - (1 - floor) * jnp.clip((t - (last - length)) / length, 0, 1)
-        else:
-            share = jnp.ones_like(t)
-        return peak * share * jnp.minimum((t + 1) / max(warmup, 1), 1)
-
-    return schedule
+    """`seqmodels.schedule.rate` as a function of the step. `config` is `config.optimizer`."""
+    return lambda step: rate(config, steps, jnp.asarray(step, jnp.float32), jnp)

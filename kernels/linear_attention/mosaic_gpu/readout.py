@@ -21,8 +21,8 @@ from seqmodels.kernels.linear_attention.mosaic_gpu.tile import (
     decayed,
     load,
     products,
-    selected,
     shared,
+    weighted,
     zeros,
 )
 from seqmodels.kernels.linear_attention.mosaic_gpu.walk import VECTORS
@@ -77,7 +77,7 @@ def readout(
         scores, y = lax.fori_loop(0, tiles, step, (zeros(*square), zeros(*square)))
         plgpu.barrier_wait(ready)
         scores = decayed(scores, vectors_s, 0, reverse, strict).astype(v.dtype)
-        y = selected(y, along(load(vectors_s.at[0, 2], ROW), 0, square))
+        y = weighted(y, along(load(vectors_s.at[0, 2], ROW), 0, square))
         (y,) = products((y, (scores, v_s)))
         y_g[b, time, h, value] = y.astype(dtype)
 

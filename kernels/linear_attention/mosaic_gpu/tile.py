@@ -91,6 +91,6 @@ def decayed(x: Array, vectors: Any, slot: Array | int, reverse: bool, strict: bo
     return jnp.where((i > j if strict else i >= j) & (decay != 0), x * decay, 0)
 
 
-def selected(x: Array, weight: Array) -> Array:
+def weighted(x: Array, weight: Array) -> Array:
     """x times `weight`, of the same shape or a number; zero where the weight is, even if x is infinite or NaN there."""
     return jnp.where(weight == 0, 0, x * weight)

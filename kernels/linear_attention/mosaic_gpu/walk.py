@@ -29,8 +29,8 @@ from seqmodels.kernels.linear_attention.mosaic_gpu.tile import (
     gather,
     load,
     products,
-    selected,
     shared,
+    weighted,
     zeros,
 )
 
@@ -250,7 +250,7 @@ def walk_chunk(block: Block, step: Array, state: Array) -> Array:
         plgpu.copy_smem_to_gmem(block.state_s, saved)
     weight = along(load(block.vectors_s.at[slot, 3], ROW), 0, (SIDE, SIDE))
     weigh = functools.partial(weigh_values, block, slot, weight)
-    state = selected(state, block.vectors_s[slot, 4, 0])
+    state = weighted(state, block.vectors_s[slot, 4, 0])
     if plan.reads:
         state = read_and_update(block, step, slot, weigh, state)
     else:
@@ -294,7 +294,7 @@ def read_and_update(block: Block, step: Array, slot: Array, weigh: Any, state: A
         meanwhile=weigh if plan.rows <= MEANWHILE else lambda: None,
     )
     scores = decayed(scores, block.vectors_s, slot, plan.reverse, plan.strict).astype(plan.factors)
-    y = selected(y, along(load(block.vectors_s.at[slot, 2], ROW), 0, (SIDE, SIDE)))
+    y = weighted(y, along(load(block.vectors_s.at[slot, 2], ROW), 0, (SIDE, SIDE)))
     plgpu.commit_smem()
     y, state = products((y, (scores, block.v_s.at[slot])), (state, (keys_s, block.weighted_s)))
     if plan.staged:
