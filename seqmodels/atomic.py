@@ -1,7 +1,6 @@
 """Files that are there whole or not at all."""
 
 import contextlib
-import errno
 import json
 import math
 import os
@@ -9,12 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from filelock import lock_descriptor
-
 from seqmodels.errors import UserError
-
-# what a file system without locks answers
-NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+from seqmodels.lock import NO_LOCKS, locked
 
 
 def replace_file(path: Path, content: str | bytes) -> None:
@@ -39,20 +34,14 @@ def replace_file(path: Path, content: str | bytes) -> None:
 
 def _open_alone(path: Path) -> int:
     """Descriptor of a file that no other process writes until it is closed; where there are no locks, of the file."""
-    while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
-        try:
-            lock_descriptor(descriptor, blocking=True)
-            if os.path.samestat(os.fstat(descriptor), os.stat(path)):
-                return descriptor
-        except FileNotFoundError:
-            pass
-        except OSError as error:
-            if error.errno in NO_LOCKS:
-                return descriptor
-            os.close(descriptor)
-            raise
-        os.close(descriptor)  # the process before has renamed it
+    try:
+        descriptor = locked(path, blocking=True)
+        assert descriptor is not None  # it has waited
+        return descriptor
+    except OSError as error:
+        if error.errno in NO_LOCKS:
+            return os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+        raise
 
 
 def json_text(value: Any) -> str:

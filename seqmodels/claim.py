@@ -12,10 +12,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from filelock import lock_descriptor
-
-from seqmodels.atomic import NO_LOCKS
 from seqmodels.errors import UserError
+from seqmodels.lock import NO_LOCKS, locked
 
 RUN = "run.lock"  # in a run directory: of the process that trains there; says which one
 PATIENCE = 1.0  # seconds: who looks whether a claim is held, holds it for a moment
@@ -37,19 +35,15 @@ class Claim:
 
         Raises: NoLocksError where the file system has no locks; OSError where the file cannot be made.
         """
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            if lock_descriptor(descriptor, blocking=False) and _is_there(descriptor, path):
-                return cls(descriptor)
+            descriptor = locked(path, blocking=False)
         except OSError as error:
-            os.close(descriptor)
             if error.errno in NO_LOCKS:
                 raise NoLocksError(
                     f"{path}: this file system has no locks; take another --out or --engine=print"
                 ) from None
             raise
-        os.close(descriptor)
-        return None
+        return None if descriptor is None else cls(descriptor)
 
     @classmethod
     def named(cls, path: Path) -> "Claim | None":
@@ -65,14 +59,6 @@ class Claim:
     def release(self) -> None:
         """Releases the lock. A child process that inherited it still holds it."""
         os.close(self.descriptor)
-
-
-def _is_there(descriptor: int, path: Path) -> bool:
-    """Whether the file is still the one of that name: its holder before may have removed it."""
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except FileNotFoundError:
-        return False
 
 
 def holder(path: Path) -> str:

@@ -28,6 +28,10 @@ MODELS = {
     "densemamba, output": (densemamba, {}, dict(variant="output")),
     "densemamba, rank": (densemamba, {}, dict(variant="rank")),
     "densemamba, carry": (densemamba, {}, dict(variant="carry")),
+    "denseformer": (mamba, dict(depth="denseformer"), {}),
+    "attnres": (mamba, dict(depth="attnres", attnres=dict(blocks=2)), {}),
+    "attnres, scanned over": (mamba, dict(depth="attnres", attnres=dict(form="full"), scan_blocks=1), {}),
+    "hyper": (mamba, dict(depth="hyper", hyper=dict(streams=2, mixing="sinkhorn")), {}),
 }
 QUICK = ("mamba", "densemamba, all gates")
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 
-from seqmodels import claim
+from seqmodels import lock
 from seqmodels.errors import UserError
 from seqmodels.evals import run as evals_run
 from seqmodels.scripts import eval as eval_script
@@ -63,7 +63,7 @@ def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, capsys)
     def refuse(*_, **__):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.setattr(claim, "lock_descriptor", refuse)
+    monkeypatch.setattr(lock, "lock_descriptor", refuse)
     with run.held(tmp_path / "run"):
         (tmp_path / "run" / "config.json").write_text("{}")
     assert "this file system has no locks; see to it that no other process trains there" in capsys.readouterr().err
