@@ -114,7 +114,8 @@ def test_the_three_are_matched_in_parameters(arg, mamba_arg):
 
 def test_every_operation_has_its_field():
     assert set(config_of("mamba").model.implementation) == set(OPERATIONS)
-    assert set(OPERATIONS) == {name for branch in BRANCHES.values() for name in branch.operations}
+    used = {name for branch in BRANCHES.values() for name in branch.operations}
+    assert set(OPERATIONS) - {"grouped_matmul"} == used  # no branch has experts yet
 
 
 @pytest.mark.parametrize("broken, named", [("short_conv", "selective_scan"), ("selective_scan", "short_conv")])

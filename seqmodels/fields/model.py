@@ -73,10 +73,16 @@ MODEL = Group(
     path="model",
 )
 
+FIRST_OPERATIONS = ("selective_scan", "short_conv", "attention", "linear_attention")  # of version 1 of the fields
+
 IMPLEMENTATION = Group(
     "implementation",
     {
-        name: Field("", f"backend of this operation, a file of kernels/{name} such as xla; empty: the fastest one here")
+        name: Field(
+            "",
+            f"backend of this operation, a file of kernels/{name} such as xla; empty: the fastest one here",
+            since=1 if name in FIRST_OPERATIONS else 2,
+        )
         for name in OPERATIONS
     },
 )

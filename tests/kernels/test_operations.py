@@ -32,13 +32,16 @@ SHAPES = {  # of every array that an operation takes, and of what it gives
         | dict(initial_state=(B, 4, 3, 5), **DOCUMENTS),
         [(B, T, 4, 5), (B, 4, 3, 5)],
     ),
+    "grouped_matmul": (dict(x=(7, 5), w=(3, 5, 4), sizes=(3,)), [(7, 4)]),
 }
 
 
 def arrays(operation):
     """Arrays of these shapes, abstract."""
     kinds = dict(mask=bool, key_mask=bool)
-    kinds |= dict.fromkeys(("segment_ids", "key_segment_ids", "initial_segment", "positions", "key_positions"), "int32")
+    kinds |= dict.fromkeys(
+        ("segment_ids", "key_segment_ids", "initial_segment", "positions", "key_positions", "sizes"), "int32"
+    )
     shapes, _ = SHAPES[operation]
     return {name: jax.ShapeDtypeStruct(shape, kinds.get(name, "float32")) for name, shape in shapes.items()}
 
