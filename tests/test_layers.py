@@ -266,9 +266,26 @@ def test_cache_has_the_activations_dtype():
     assert y.dtype == state["v"].dtype == jnp.bfloat16
 
 
+def test_without_positions_the_order_of_earlier_tokens_does_not_matter():
+    """The last token sees a set: its output is the same for any order of the others, whole or from a cache."""
+    x, order = jnp.float32(normal(2, 7, WIDTH)), jnp.array([4, 0, 5, 2, 1, 3, 6])
+    attention = Attention(width=WIDTH, heads=4, kv_heads=2, head_dim=3, positions="none")  # odd: nothing turns pairs
+    variables = perturbed(attention, x, make_sequence(2, 7)[0])
+    y, _ = apply(attention, variables, x, make_sequence(2, 7)[0])
+    for cuts in ([], [2, 6]):
+        shuffled, _ = decode(attention, variables, x[:, order], attention.init_state(2, 7), cuts)
+        np.testing.assert_allclose(shuffled[:, -1], y[:, -1], atol=2e-6)
+        assert np.abs(shuffled[:, 0] - y[:, 0]).max() > 1e-2
+    turned = Attention(width=WIDTH, heads=4, kv_heads=2, head_dim=4)
+    variables = perturbed(turned, x, make_sequence(2, 7)[0])
+    y, shuffled = (apply(turned, variables, tokens, make_sequence(2, 7)[0])[0] for tokens in (x, x[:, order]))
+    assert np.abs(shuffled[:, -1] - y[:, -1]).max() > 1e-2
+
+
 @pytest.mark.parametrize(
     "fields, message",
     [
+        (dict(positions="alibi"), r"config.model.attention.positions='alibi': must be one of 'rope', 'none'"),
         (dict(heads=3), r"config.model.attention.heads=3: must be a divisor of model.width=16"),
         (dict(heads=0), r"config.model.attention.heads=0: must be at least 1"),
         (dict(kv_heads=3), r"config.model.attention.kv_heads=3: must be a divisor of heads=4"),

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from seqmodels.fields import Field, Group, above, at_least, refuse
+from seqmodels.fields import Field, Group, above, at_least, one_of, refuse
 
 
 def check(options: Any, width: int) -> None:
@@ -12,7 +12,7 @@ def check(options: Any, width: int) -> None:
         refuse("model.attention.heads", heads, f"a divisor of model.width={width}, or head_dim must be set")
     if heads % (kv_heads or heads):
         refuse("model.attention.kv_heads", kv_heads, f"a divisor of heads={heads}, or 0 for all")
-    if (head_dim := options.head_dim or width // heads) % 2:
+    if options.positions == "rope" and (head_dim := options.head_dim or width // heads) % 2:
         made = "" if options.head_dim else f"; it is model.width={width} / heads={heads}"
         refuse("model.attention.head_dim", head_dim, f"even, as rotary positions turn pairs{made}")
 
@@ -25,7 +25,14 @@ ATTENTION = Group(
             0, "heads of keys and values, each shared by heads / kv_heads queries; 0: heads", at_least(0)
         ),
         "head_dim": Field(0, "channels of a head; 0: width / heads", at_least(0)),
-        "rope_theta": Field(1e4, "base of the rotary positions' wavelengths", above(0)),
+        "positions": Field(
+            "rope",
+            "how a token's position enters: rope (queries and keys are rotated) or none (only the causal mask knows it, "
+            "as in Jamba, where recurrent layers see the order)",
+            one_of("rope", "none"),
+            since=2,
+        ),
+        "rope_theta": Field(1e4, "base of the rotary positions' wavelengths; read with positions=rope", above(0)),
         "window": Field(0, "newest tokens that a token sees, itself included; 0: all", at_least(0), since=2),
     },
     check,

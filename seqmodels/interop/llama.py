@@ -70,7 +70,10 @@ MISTRAL: Table = {
     **harmless("their class has no biases", "attention_bias", "mlp_bias"),
 }
 
-EXPORTED_ATTENTION: Table = honoured("heads", "kv_heads", "head_dim", "rope_theta", "window")
+EXPORTED_ATTENTION: Table = {
+    **honoured("heads", "kv_heads", "head_dim", "rope_theta", "window"),
+    "positions": only("rope"),
+}
 EXPORTED_MLP: Table = {**honoured("hidden", "activation"), "gated": only(True)}
 
 

@@ -1,4 +1,4 @@
-"""Causal softmax attention with rotary positions and grouped heads (Llama 2: Touvron et al. 2023, section 2.2)."""
+"""Causal softmax attention with grouped heads (Llama 2: Touvron et al. 2023, section 2.2), with or without positions."""
 
 from typing import Any
 
@@ -27,7 +27,7 @@ def empty_cache(batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTy
     document, holds: `kernels.attention` selects it away.
 
     Returns:
-        k, v: [B, S, Hkv, d], keys already rotated.
+        k, v: [B, S, Hkv, d], keys already rotated where positions rotate them.
         document: [B, S] int32, document of the row that each key belongs to, counted from 0; `EMPTY`: no key.
         length: [B] int32, number of real tokens of the row so far.
     """
@@ -198,6 +198,7 @@ class Attention(Branch):
     heads: int = ATTENTION["heads"]
     kv_heads: int = ATTENTION["kv_heads"]
     head_dim: int = ATTENTION["head_dim"]
+    positions: str = ATTENTION["positions"]
     rope_theta: float = ATTENTION["rope_theta"]
     window: int = ATTENTION["window"]
 
@@ -244,8 +245,9 @@ class Attention(Branch):
             bias = parameter(self, f"{name}_bias", (heads * head_dim,), (axis,), zeros, dtype=self.dtype)
             return y + bias.reshape(heads, head_dim)
 
-        q = rope(project("query", heads, "heads"), seq.positions, self.rope_theta)
-        k = rope(project("key", kv_heads, "kv_heads"), seq.positions, self.rope_theta)
+        q, k = project("query", heads, "heads"), project("key", kv_heads, "kv_heads")
+        if self.positions == "rope":
+            q, k = (rope(x, seq.positions, self.rope_theta) for x in (q, k))
         v = project("value", kv_heads, "kv_heads")
         window, implementation = self.window, self.implementation.get("attention")
         if state is None:
