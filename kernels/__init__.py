@@ -31,7 +31,7 @@ class Operations(Mapping[str, ModuleType]):
         return len(self._names)
 
 
-OPERATIONS = Operations("selective_scan", "short_conv", "attention", "linear_attention", "grouped_matmul")
+OPERATIONS = Operations("selective_scan", "short_conv", "attention", "linear_attention", "delta_rule", "grouped_matmul")
 
 
 def interpret(**options: Any) -> contextlib.AbstractContextManager[None]:

@@ -26,6 +26,7 @@ from seqmodels.kernels.axes import Axes, Layout
 
 if TYPE_CHECKING:  # the functions that `__getattr__` returns have the signatures of the kernels
     from seqmodels.kernels.attention import attention as attention
+    from seqmodels.kernels.delta_rule import delta_rule as delta_rule
     from seqmodels.kernels.grouped_matmul import grouped_matmul as grouped_matmul
     from seqmodels.kernels.linear_attention import linear_attention as linear_attention
     from seqmodels.kernels.selective_scan import selective_scan as selective_scan

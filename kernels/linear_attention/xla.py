@@ -30,7 +30,7 @@ from jax.typing import DTypeLike
 
 from seqmodels.kernels.arrays import expand_to, join_time, split_time
 from seqmodels.kernels.finite import finite_or_zero, not_finite, spoil
-from seqmodels.kernels.linear_attention.isolate import isolate
+from seqmodels.kernels.isolate import isolate
 from seqmodels.kernels.segments import forget, resets
 from seqmodels.kernels.tuning import UNROLLED
 
@@ -82,7 +82,7 @@ def linear_attention(
         y, state = _few_tokens(scale, read, (q, k, v, log_decay, reset), bonus, state)
         return y.astype(dtype), state
 
-    q, k, v, log_decay, spoilt = isolate(q, k, v, log_decay, reset)
+    q, (k, v), log_decay, spoilt = isolate(q, (k, v), log_decay, reset)
     # from here on heads have two axes [G, R]: key heads, and the value heads that share each of them
     (batch, length, heads, values), (groups, keys) = v.shape, k.shape[2:]
     each = heads // groups

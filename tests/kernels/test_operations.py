@@ -32,6 +32,11 @@ SHAPES = {  # of every array that an operation takes, and of what it gives
         | dict(initial_state=(B, 4, 3, 5), **DOCUMENTS),
         [(B, T, 4, 5), (B, 4, 3, 5)],
     ),
+    "delta_rule": (
+        dict(q=(B, T, 2, 3), k=(B, T, 2, 3), v=(B, T, 4, 5), a=(B, T, 4, 3), b=(B, T, 2, 3), log_decay=(B, T, 4, 3))
+        | dict(initial_state=(B, 4, 3, 5), **DOCUMENTS),
+        [(B, T, 4, 5), (B, 4, 3, 5)],
+    ),
     "grouped_matmul": (dict(x=(7, 5), w=(3, 5, 4), sizes=(3,)), [(7, 4)]),
 }
 

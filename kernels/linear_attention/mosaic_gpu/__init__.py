@@ -22,8 +22,8 @@ from seqmodels.kernels import lanes
 from seqmodels.kernels.arrays import mapped, pad, round_up
 from seqmodels.kernels.finite import finite_or_zero, not_finite, spoil
 from seqmodels.kernels.interpreter import gpu_interpreter
+from seqmodels.kernels.isolate import isolate
 from seqmodels.kernels.lanes import LN2
-from seqmodels.kernels.linear_attention.isolate import isolate
 from seqmodels.kernels.linear_attention.mosaic_gpu.decay import exponents, gradient, spoilt_reads, starts, vectors
 from seqmodels.kernels.linear_attention.mosaic_gpu.keys import keys_gradient
 from seqmodels.kernels.linear_attention.mosaic_gpu.readout import readout
@@ -86,7 +86,7 @@ def linear_attention(
     reset = resets(segment_ids, initial_segment, mask)
     if log_decay is not None:
         log_decay = jnp.broadcast_to(log_decay, (batch, length, heads))
-    q, k, v, log_decay, spoilt = isolate(q, k, v, log_decay, reset)
+    q, (k, v), log_decay, spoilt = isolate(q, (k, v), log_decay, reset)
     own = None if bonus is None else own_token(q, k, v, bonus, scale)
     if scale <= 0:  # the kernels add the logarithm of the scale to those of the decays, so it must be positive
         q, scale = q * scale, 1.0

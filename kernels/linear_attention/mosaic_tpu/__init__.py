@@ -24,7 +24,7 @@ from jax.typing import DTypeLike
 from seqmodels.kernels.arrays import pad, round_up
 from seqmodels.kernels.finite import finite_or_zero, spoil
 from seqmodels.kernels.interpreter import tpu_interpreter
-from seqmodels.kernels.linear_attention.isolate import isolate
+from seqmodels.kernels.isolate import isolate
 from seqmodels.kernels.linear_attention.mosaic_tpu import backward, forward
 from seqmodels.kernels.linear_attention.mosaic_tpu.decays import ROWS, chunk_rows
 from seqmodels.kernels.linear_attention.xla import factors_dtype
@@ -85,7 +85,7 @@ def linear_attention(
     (batch, length, heads, values), (groups, keys) = v.shape, k.shape[2:]
     each, factors = heads // groups, factors_dtype(q, k, v)
     reset = resets(segment_ids, initial_segment, mask)
-    q, k, v, log_decay, spoilt = isolate(q, k, v, log_decay, reset)
+    q, (k, v), log_decay, spoilt = isolate(q, (k, v), log_decay, reset)
     whole = dict(T=round_up(length, TOKENS), K=round_up(keys, FACTORS), V=round_up(values, FACTORS))
 
     def fill_up(x, axes):
