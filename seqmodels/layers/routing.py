@@ -89,9 +89,9 @@ with_load_gradient.defvjp(
 
 
 def load(experts: jax.Array, count: int) -> jax.Array:
-    """[X] float32: how many of experts [..., K] are each of the `count` experts."""
+    """[X] int32: how many of experts [..., K] are each of the `count` experts."""
     here = experts[..., None] == jnp.arange(count)
-    return jnp.sum(here, axis=tuple(range(experts.ndim)), dtype=jnp.float32)
+    return jnp.sum(here, axis=tuple(range(experts.ndim)), dtype=jnp.int32)
 
 
 def tokens(values: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -152,6 +152,22 @@ def entropy(probabilities: jax.Array, mask: jax.Array | None) -> jax.Array:
     return token_mean(-jax.scipy.special.xlogy(probabilities, probabilities).sum(-1, keepdims=True), mask)[0]
 
 
+def collapsed(experts: jax.Array, load: jax.Array, tokens: jax.Array) -> jax.Array:
+    """float32, 1 if the router sends all tokens to the same experts, or to one of them before all others; else 0.
+
+    With fewer tokens than experts it says nothing, and is 0.
+
+    Args:
+        experts: [..., K], X for tokens that do not count.
+        load: [X], of these.
+        tokens: the number of tokens that count.
+    """
+    first = experts[..., 0]
+    same = jnp.all((first == jnp.min(first)) | (first == load.size))
+    few = jnp.sum(load > 0) <= experts.shape[-1]
+    return jnp.asarray((same | few) & (tokens >= load.size), jnp.float32)
+
+
 # Capacity
 
 
@@ -196,7 +212,7 @@ def sort_by_expert(experts: jax.Array, count: int) -> Order:
     """The order of experts [...], of which there are `count`, as one list."""
     flat = experts.reshape(-1)
     order = jnp.argsort(flat, stable=True).astype(jnp.int32)
-    return Order(order, invert(order), load(flat, count).astype(jnp.int32))
+    return Order(order, invert(order), load(flat, count))
 
 
 def invert(order: jax.Array) -> jax.Array:
@@ -254,6 +270,4 @@ def _combine_backward(saved, gradient):
     return d_rows.astype(rows.dtype), d_weights, None
 
 
-combine.defvjp(
-    lambda rows, weights, order: (combine(rows, weights, order), (rows, weights, order)), _combine_backward
-)
+combine.defvjp(lambda rows, weights, order: (combine(rows, weights, order), (rows, weights, order)), _combine_backward)
