@@ -149,7 +149,7 @@ def measure(
         return sharding.put_batch(rows, mesh)
 
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
-        train_step = make_train_step(model, optimizer, make_schedule(config.optimizer, config.steps), config)
+        train_step = make_train_step(model, optimizer, make_schedule(config.optimizer, config.steps), config, boxed)
         start = time.perf_counter()
         compiled = lower_train_step(train_step, abstract, config, mesh).compile()
         compile_seconds = time.perf_counter() - start

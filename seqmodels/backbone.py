@@ -284,7 +284,7 @@ class Backbone(nn.Module):
         """The scan over super-blocks. Their parameters are stacked on the first axis, their states after the batch."""
         scan = nn.scan(
             SuperBlock,
-            variable_axes={"params": 0, "losses": 0, "figures": 0},
+            variable_axes={"params": 0, "losses": 0, "figures": 0, "running": 0, "routing": 0},
             split_rngs={"params": True, "dropout": True, "features": True},
             in_axes=(1, nn.broadcast),
             out_axes=1,

@@ -35,6 +35,7 @@ class Branch(nn.Module):
         causal: whether an output depends on no later token.
         biased: whether `bias` may be True.
         link: how DenseSSM reads its hidden state: "vector" (as Mamba's), "matrix" (as RetNet's), "" not at all.
+        warnings: what it means, in words, that a figure that the branch reports is 1. A run writes it to its log.
     """
 
     width: int
@@ -48,6 +49,7 @@ class Branch(nn.Module):
     causal: ClassVar[bool] = True
     biased: ClassVar[bool] = False
     link: ClassVar[str] = ""
+    warnings: ClassVar[Mapping[str, str]] = FrozenDict()
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -58,6 +60,11 @@ class Branch(nn.Module):
     def redraw_every(self) -> int:
         """Training steps after which the random stream "features", used by the branch, changes; 0: never."""
         return 0
+
+    @property
+    def training(self) -> bool:
+        """Whether this is a training step: only a training step passes the random stream "dropout"."""
+        return self.has_rng("dropout")
 
     @nn.nowrap
     def init_state(self, batch: int, max_length: int | None = None) -> State:
@@ -88,10 +95,18 @@ class Branch(nn.Module):
     def flops(self, length: int) -> float:
         """Operations per token of the forward pass, in rows of `length` tokens, beyond two for each parameter.
 
-        The caller counts two operations for each parameter that is not a vector. So this method adds the operations of
-        scores and states. It subtracts the operations of parameters that not every token uses, such as an expert's.
+        The caller counts two operations for each parameter that is not a vector and that a token uses (see
+        `idle_parameters`). So this method adds the operations of scores and states.
         """
         return 0.0
+
+    @nn.nowrap
+    def idle_parameters(self) -> int:
+        """Parameters, of those that are not vectors, that a token does not use: those of the experts it is not sent to.
+
+        The branch's active parameters are all of its parameters without these.
+        """
+        return 0
 
 
 def real(x: jax.Array, seq: Sequence, dtype: DTypeLike) -> jax.Array:

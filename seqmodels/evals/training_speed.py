@@ -41,7 +41,7 @@ def measure(config: ConfigDict, model: nn.Module, dataset: BatchSource, mesh: Me
     boxed = abstract_params(model, config)
     optimizer = make_optimizer(config.optimizer, decay_mask(boxed))
     abstract = abstract_state(model, optimizer, config, mesh)
-    train_step = make_train_step(model, optimizer, make_schedule(config.optimizer, config.steps), config)
+    train_step = make_train_step(model, optimizer, make_schedule(config.optimizer, config.steps), config, boxed)
     lowered = lower_train_step(train_step, abstract, config, mesh, dataset.spec)
     begun = time.perf_counter()
     compiled = lowered.compile()

@@ -21,11 +21,13 @@ class Parameter(nn.LogicallyPartitioned):
         decay: whether weight decay applies. None: it applies to matrices, not to vectors.
         group: of the learning rate; "" is the rest.
         read: dtype that the model reads it in.
+        sign_step: its value goes by this much against the sign of its gradient in every step; None: AdamW.
     """
 
     decay: bool | None = struct.field(default=None, pytree_node=False)
     group: str = struct.field(default="", pytree_node=False)
     read: Any = struct.field(default=jnp.float32, pytree_node=False)
+    sign_step: float | None = struct.field(default=None, pytree_node=False)
 
     @property
     def axes(self) -> int:
@@ -48,6 +50,7 @@ def parameter(
     dtype: DTypeLike = jnp.float32,
     decay: bool | None = None,
     group: str = "",
+    sign_step: float | None = None,
 ) -> jax.Array:
     """Declare a float32 parameter of a module, and return it as `dtype`, in which the module computes.
 
@@ -56,11 +59,14 @@ def parameter(
         init: (key, shape, dtype) -> array.
         decay: whether weight decay applies. None: it applies to matrices and larger arrays, not to vectors.
         group: group of the learning rate (`config.optimizer.groups`), such as "ssm".
+        sign_step: in every training step the value goes by this much against the sign of its gradient, whatever the
+            learning rate, and the gradient counts in no norm. None: AdamW.
     """
     read = jnp.dtype(dtype)
+    declared = dict(decay=decay, group=group, read=read, sign_step=sign_step)
 
     def boxed(key, shape):
-        return Parameter(init(key, shape, jnp.float32), tuple(axes), decay=decay, group=group, read=read)
+        return Parameter(init(key, shape, jnp.float32), tuple(axes), **declared)
 
     return module.param(name, boxed, tuple(shape)).astype(read)
 

@@ -11,7 +11,8 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from seqmodels import data, plausible
+from seqmodels import data, pattern, plausible
+from seqmodels.branches import BRANCHES
 from seqmodels.config import upgrade, validate
 from seqmodels.data.contract import check_spec
 from seqmodels.errors import NOT_FINITE, UserError
@@ -87,9 +88,13 @@ class Trainer:
         self.optimizer = make_optimizer(config.optimizer, decay_mask(boxed))
         self.abstract = abstract_state(self.model, self.optimizer, config, self.mesh)
         self.checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint)
+        branches = (BRANCHES[name] for name in pattern.names(config.model.pattern))
+        self.warnings = {figure: text for branch in branches for figure, text in branch.warnings.items()}
+        self.warned: set[str] = set()
         self.peak = flops.peak_flops(self.mesh.devices.flat[0].device_kind, config.model.dtype)
         self.flops_per_step = flops.train_step_flops(boxed, config)
-        train_step = make_train_step(self.model, self.optimizer, make_schedule(config.optimizer, config.steps), config)
+        schedule = make_schedule(config.optimizer, config.steps)
+        train_step = make_train_step(self.model, self.optimizer, schedule, config, boxed)
         self.debug = debug.mode(config)
         lower = debug.NotCompiled if self.debug == "nojit" else lower_train_step
         with self.on_mesh():
@@ -199,10 +204,19 @@ class Trainer:
         if bad or step % config.metrics.every == 0 or step == config.steps:
             self.metrics.write(step, values)
         self.progress.update(step, values["loss"], speed)
+        self._warn(step, values)
         if bad and config.training.nan == "stop":
             self._stop_at(step, f"{bad[0]} is {values[bad[0]]} at step {step}", state)
         if bad:
             self.progress.write(f"step {step}: {bad[0]} is {values[bad[0]]}, update skipped")
+
+    def _warn(self, step: int, values: dict[str, float]) -> None:
+        """A line for each figure by which a branch says that something is wrong, once for each layer."""
+        for name, value in values.items():
+            figure, _, layer = name.partition("/")
+            if value >= 1 and figure in self.warnings and name not in self.warned:
+                self.warned.add(name)
+                self.progress.write(f"step {step}: warning: layer {layer}: {self.warnings[figure]}")
 
     def _stop_at(self, step: int, message: str, state: TrainState) -> None:
         """Keeps the last good state, and raises UserError: which state that is, and what to do."""

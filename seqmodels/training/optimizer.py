@@ -1,4 +1,4 @@
-"""AdamW with parameter groups, and learning-rate schedules."""
+"""AdamW with parameter groups, the rule of parameters that AdamW does not update, and learning-rate schedules."""
 
 import math
 from collections.abc import Callable
@@ -94,6 +94,29 @@ def rate_factors(groups: str, boxed: Any) -> Any:
             refuse("optimizer.groups", groups, known)
         factors[name] = factor
     return jax.tree.unflatten(jax.tree.structure(unbox(boxed)), [factors.get(leaf.group, 1.0) for leaf in declared])
+
+
+def sign_rule(boxed: Any) -> Callable[[Any], tuple[Any, Any]] | None:
+    """The rule of the parameters that are declared with `sign_step`; None if there are none.
+
+    Args:
+        boxed: the parameters with their declarations.
+
+    Returns:
+        A function of the gradients. It returns them with zeros for these parameters, so that neither AdamW nor the
+        norm sees them, and what a step subtracts from all parameters by this rule.
+    """
+    steps = [leaf.sign_step for leaf in declarations(boxed)]
+    if all(step is None for step in steps):
+        return None
+
+    def split(grads: Any) -> tuple[Any, Any]:
+        leaves, tree = jax.tree.flatten(grads)
+        rest = [g if step is None else jnp.zeros_like(g) for g, step in zip(leaves, steps, strict=True)]
+        moves = [0.0 if step is None else step * jnp.sign(g) for g, step in zip(leaves, steps, strict=True)]
+        return jax.tree.unflatten(tree, rest), jax.tree.unflatten(tree, moves)
+
+    return split
 
 
 def make_schedule(config: ConfigDict, steps: int) -> Callable[[jax.Array | int], jax.Array]:

@@ -2,6 +2,10 @@
 
 A branch says `self.sow("losses", name, value)` or `self.sow("figures", name, value)`, with a float scalar. A loss is a
 mean over tokens and already weighted by its coefficient. Only the training step reads them.
+
+Two more collections are for branches that need them. RUNNING has what the micro-batches of one step add up: a branch
+finds there the `self.variable` of the micro-batch before, and zeros in the first one; where a step has no micro-batches
+the collection is not mutable. ROUTING has the logits of routers, for tests and analyses that ask for them.
 """
 
 from typing import Any, NamedTuple
@@ -13,6 +17,7 @@ from ml_collections import ConfigDict
 from seqmodels.backbone import plan, scanned
 
 COLLECTIONS = ("losses", "figures")
+RUNNING, ROUTING = "running", "routing"
 
 Values = dict[str, jax.Array]
 
@@ -33,8 +38,10 @@ def collect(reported: dict[str, Any], model_config: ConfigDict) -> SideOutputs:
 
     Losses of one name and layer are added up, figures averaged. Raises: ValueError for a value that is not a scalar.
     """
-    losses = _by_layer(reported.get("losses", {}), model_config)
-    figures = _by_layer(reported.get("figures", {}), model_config)
+    losses, figures = (by_layer(reported.get(name, {}), model_config) for name in COLLECTIONS)
+    for name, values in [*losses.items(), *figures.items()]:
+        if shapes := [value.shape for value in values if value.ndim]:
+            raise ValueError(f"a branch reports {name!r} of shape {shapes[0]}; it must be a scalar")
     return SideOutputs(
         {name: sum(values[1:], values[0]) for name, values in losses.items()},
         {name: jax.lax.stop_gradient(sum(values[1:], values[0]) / len(values)) for name, values in figures.items()},
@@ -71,8 +78,8 @@ def join(first: Values, second: Values) -> Values:
     return first | second
 
 
-def _by_layer(collection: dict[str, Any], model_config) -> dict[str, list[jax.Array]]:
-    """Every value of a collection, by "name/layer"."""
+def by_layer(collection: dict[str, Any], model_config: ConfigDict) -> dict[str, list[jax.Array]]:
+    """Every value of a collection that branches `sow` into, by "name/layer"; see `SideOutputs`."""
     found: dict[str, list[jax.Array]] = {}
     if not collection:
         return found
@@ -81,8 +88,6 @@ def _by_layer(collection: dict[str, Any], model_config) -> dict[str, list[jax.Ar
     for path, value in jax.tree_util.tree_leaves_with_path(collection):
         keys = [key.key for key in path if isinstance(key, jax.tree_util.DictKey)]  # the last key is a tuple's index
         name, stacked = keys[-1], keys[0] == "blocks"
-        if value.ndim != stacked:
-            raise ValueError(f"a branch reports {name!r} of shape {value.shape[stacked:]}; it must be a scalar")
         if stacked:
             within = int(keys[1].removeprefix("block_"))
             layers = [(f"{name}/{unrolled + i * size + within}", value[i]) for i in range(repeats)]

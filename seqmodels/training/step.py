@@ -14,7 +14,7 @@ from seqmodels.backbone import redraw_every
 from seqmodels.data.contract import Spec, text_spec
 from seqmodels.model import head_of, input_of
 from seqmodels.training import sharding, side
-from seqmodels.training.optimizer import global_norm, rate_factors
+from seqmodels.training.optimizer import global_norm, rate_factors, sign_rule
 from seqmodels.training.state import TrainState, abstract_params
 
 # As calls of cuBLAS products add to what is there already: a gradient's second part to the first. As Triton fusions
@@ -23,23 +23,26 @@ COMPILER_OPTIONS = {platform: {"xla_gpu_enable_triton_gemm": False} for platform
 
 
 def make_loss(model: nn.Module, config: ConfigDict) -> Callable[..., tuple[jax.Array, tuple]]:
-    """The pure function (params, rows, carry, rngs) -> (total, ((sums, reports), carry)) that a step differentiates.
+    """The pure function (params, rows, carry, rngs, running) that a step differentiates.
 
+    It returns (total, ((sums, reports), carry, running)).
     rows: arrays as `dataset.spec` says, [B, ...]. total: float32, the sum over what counts in the rows, not the mean.
+    running: what the step's micro-batches before this one left (see `seqmodels.training.side`); None: there are none.
     """
     head, key = head_of(config.model), input_of(config.model).key
     options = head.options(config.training)
 
-    def loss_sums(params, rows, carry, rngs):
+    def loss_sums(params, rows, carry, rngs, running=None):
+        micro = {} if running is None else {side.RUNNING: running}
         (hidden, new_carry), reported = model.apply(
-            {"params": params},
+            {"params": params, **micro},
             rows[key],
             segment_ids=rows.get("segment_ids") if config.data.reset else None,
             mask=rows.get("mask"),
             state=carry,
             deterministic=config.model.dropout == 0,
             rngs=rngs,
-            mutable=side.COLLECTIONS,
+            mutable=(*side.COLLECTIONS, *micro),
         )
         # The sum is differentiated and divided by the count at the end: the mean over the batch, however it is cut.
         total, sums = head.loss(
@@ -48,7 +51,7 @@ def make_loss(model: nn.Module, config: ConfigDict) -> Callable[..., tuple[jax.A
         reports = side.weighted(side.collect(reported, config.model), sums.count)
         for loss in reports.losses.values():
             total += loss
-        return total, ((sums, reports), new_carry)
+        return total, ((sums, reports), new_carry, reported.get(side.RUNNING, {}))
 
     return loss_sums
 
@@ -58,8 +61,12 @@ def make_train_step(
     optimizer: optax.GradientTransformation,
     schedule: Callable[[jax.Array], jax.Array],
     config: ConfigDict,
+    boxed: Any = None,
 ) -> Callable[[TrainState, dict[str, jax.Array]], tuple[TrainState, dict[str, jax.Array]]]:
     """The pure function (state, batch) -> (state, metrics) of one step.
+
+    Args:
+        boxed: the abstract parameters with their declarations; None: they are traced here.
 
     batch: arrays as `dataset.spec` says (see `seqmodels.data.contract`). metrics: float32 scalars, "loss" among them,
     and what branches report (see `seqmodels.training.side`).
@@ -70,38 +77,41 @@ def make_train_step(
     """
     accumulate, head = config.training.accumulate, head_of(config.model)
     options, groups = head.options(config.training), config.optimizer.groups
-    factors = rate_factors(groups, abstract_params(model, config)) if groups else None
+    boxed = abstract_params(model, config) if boxed is None else boxed
+    factors, split_signs = rate_factors(groups, boxed) if groups else None, sign_rule(boxed)
     loss_sums = make_loss(model, config)
     gradients = jax.grad(loss_sums, has_aux=True)
 
     def batch_gradients(params, batch, carry, rngs):
         """Sums over the batch of the loss and of its gradients, micro-batch by micro-batch."""
         if accumulate == 1:
-            grads, (sums, carry) = gradients(params, batch, carry, rngs)
+            grads, (sums, carry, _) = gradients(params, batch, carry, rngs)
             return grads, sums, carry
 
-        def body(total, piece):
-            index, rows, rows_carry = piece
-            grads, (sums, new_carry) = gradients(
-                params, rows, rows_carry, dict(rngs, dropout=jax.random.fold_in(rngs["dropout"], index))
-            )
-            return jax.tree.map(jnp.add, total, (grads, sums)), new_carry
+        def body(totals, piece):
+            (total, running), (index, rows, rows_carry) = totals, piece
+            streams = dict(rngs, dropout=jax.random.fold_in(rngs["dropout"], index))
+            grads, (sums, new_carry, running) = gradients(params, rows, rows_carry, streams, running)
+            return (jax.tree.map(jnp.add, total, (grads, sums)), running), new_carry
 
-        def sums_of_first(batch, carry):
+        def of_first(batch, carry):
             rows, rows_carry = jax.tree.map(lambda x: x[0], split_rows((batch, carry), accumulate))
-            return loss_sums(params, rows, rows_carry, rngs)[1][0]
+            sums, _, running = loss_sums(params, rows, rows_carry, rngs, {})[1]
+            return sums, running
 
-        # What branches report is known only from a trace.
-        shapes = jax.eval_shape(sums_of_first, batch, carry)
-        zero = jax.tree.map(jnp.zeros_like, params), jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        # What branches report, and what they keep between micro-batches, is known only from a trace.
+        shapes = jax.eval_shape(of_first, batch, carry)
+        sums, running = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+        zero = (jax.tree.map(jnp.zeros_like, params), sums), running
         pieces = (jnp.arange(accumulate), split_rows(batch, accumulate), split_rows(carry, accumulate))
-        (grads, sums), new_carry = jax.lax.scan(body, zero, pieces)
+        ((grads, sums), _), new_carry = jax.lax.scan(body, zero, pieces)
         return grads, sums, join_rows(new_carry)
 
     def train_step(state, batch):
         rngs = random_streams(config, state.step)
         grads, (sums, reports), carry = batch_gradients(state.params, batch, state.carry, rngs)
         grads = jax.tree.map(lambda g: g / sums.count, grads)
+        grads, moves = split_signs(grads) if split_signs else (grads, None)
         figures = head.figures(sums, **options)
         loss, grad_norm = figures["loss"], global_norm(grads)
 
@@ -110,6 +120,8 @@ def make_train_step(
         if factors is not None:
             direction = jax.tree.map(jnp.multiply, factors, direction)
         params = jax.tree.map(lambda p, d: p - rate * d, state.params, direction)
+        if moves is not None:
+            params = jax.tree.map(jnp.subtract, params, moves)
         ema = state.ema
         if ema is not None:
             decay = config.optimizer.ema
