@@ -44,6 +44,8 @@ class Table(MutableMapping[str, "type[Branch]"]):
 BRANCHES = Table(
     {
         "attention": "seqmodels.mixers.attention:Attention",
+        "conba": "seqmodels.mixers.conba:Conba",
+        "conba_seq": "seqmodels.mixers.conba_seq:ConbaSeq",
         "gla": "seqmodels.mixers.gla:Gla",
         "linear_attention": "seqmodels.mixers.linear_attention:LinearAttention",
         "mamba": "seqmodels.mixers.mamba:Mamba",
