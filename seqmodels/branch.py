@@ -88,10 +88,18 @@ class Branch(nn.Module):
     def flops(self, length: int) -> float:
         """Operations per token of the forward pass, in rows of `length` tokens, beyond two for each parameter.
 
-        The caller counts two operations for each parameter that is not a vector. So this method adds the operations of
-        scores and states. It subtracts the operations of parameters that not every token uses, such as an expert's.
+        The caller counts two operations for each parameter that is not a vector and that a token uses (see
+        `idle_parameters`). So this method adds the operations of scores and states.
         """
         return 0.0
+
+    @nn.nowrap
+    def idle_parameters(self) -> int:
+        """Parameters, of those that are not vectors, that a token does not use: those of the experts it is not sent to.
+
+        The branch's active parameters are all of its parameters without these.
+        """
+        return 0
 
 
 def real(x: jax.Array, seq: Sequence, dtype: DTypeLike) -> jax.Array:

@@ -50,6 +50,7 @@ BRANCHES = Table(
         "mamba2": "seqmodels.mixers.mamba2:Mamba2",
         "mamba3": "seqmodels.mixers.mamba3:Mamba3",
         "mlp": "seqmodels.channels.mlp:Mlp",
+        "moe": "seqmodels.channels.moe:Moe",
         "performer": "seqmodels.mixers.performer:Performer",
         "retnet": "seqmodels.mixers.retnet:RetNet",
     }

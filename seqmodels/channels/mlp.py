@@ -36,6 +36,11 @@ def gated_mlp(
     return affine(hidden if up is None else hidden * affine(x, *up), *down)
 
 
+def inner_width(hidden: int, width: int) -> int:
+    """The option `hidden`; where it is 0, 8/3 of the width, rounded up to a multiple of 64."""
+    return hidden or -(-8 * width // (3 * 64)) * 64
+
+
 class Mlp(Branch):
     """SwiGLU and its variants. The options are declared in seqmodels/fields/mlp.py."""
 
@@ -49,7 +54,7 @@ class Mlp(Branch):
     @nn.compact
     def __call__(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[jax.Array, State]:
         """x [B, T, D] to y [B, T, D]; no state."""
-        hidden = self.hidden or -(-8 * self.width // (3 * 64)) * 64
+        hidden = inner_width(self.hidden, self.width)
         inward, outward = ("embed", "mlp"), ("mlp", "embed")
         out = normal(residual_std(self.layers))
 

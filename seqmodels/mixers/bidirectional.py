@@ -43,6 +43,11 @@ class Bidirectional(Branch, kw_only=True):
         """Operations of both copies."""
         return self.ahead.flops(length) + self.back.flops(length)
 
+    @nn.nowrap
+    def idle_parameters(self) -> int:
+        """Of both copies."""
+        return self.ahead.idle_parameters() + self.back.idle_parameters()
+
 
 def reversed_in_time(seq: Sequence) -> Sequence:
     """The same tokens in reverse order."""

@@ -44,7 +44,8 @@ def forward_flops_per_token(boxed: Any, config: Any, length: int) -> float:
 
     A parameter that is not a vector is used in a matrix product or a depthwise convolution: two operations for each
     number. A table of the vocabulary counts only where it makes the logits, not where it is looked up. A branch or a
-    connection across depth says how many more operations it has (`Branch.flops`).
+    connection across depth says how many more operations it has (`Branch.flops`), and a branch which of its parameters
+    a token does not use (`Branch.idle_parameters`).
 
     Args:
         boxed: parameters, abstract or concrete, with their declarations.
@@ -62,11 +63,12 @@ def forward_flops_per_token(boxed: Any, config: Any, length: int) -> float:
 
 
 def beyond_products(config: Any, length: int) -> dict[str, float]:
-    """Operations a token of the forward pass that `Branch.flops` counts, for "branches" and across "depth"."""
+    """Operations a token of the forward pass beyond two for each parameter, for "branches" and across "depth"."""
     total = {"branches": 0.0, "depth": 0.0}
     for spec in plan(config):
-        branches = (branch_of(config, word, parent=None) for word in spec.names().values())
-        total["branches"] += sum(branch.flops(length) for branch in branches)
+        for word in spec.names().values():
+            branch = branch_of(config, word, parent=None)
+            total["branches"] += branch.flops(length) - 2.0 * branch.idle_parameters()
         total["depth"] += connection_of(config, spec, parent=None).flops()
     total["depth"] += depth.connection_of(config, [], 0, parent=None).flops()  # at the end of the model
     return total
