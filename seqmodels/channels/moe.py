@@ -1,4 +1,4 @@
-"""Mixture of experts: each token goes to the K of X MLPs that a router chooses for it (Shazeer et al. 2017, 1701.06538).
+"""Mixture of experts (Shazeer et al. 2017, 1701.06538): a router sends each token to K of X MLPs.
 
 y = sum_j w_j expert_j(x), over the token's K experts, with the weights of `seqmodels.layers.routing`. Each expert is an
 MLP with SwiGLU. Nothing is dropped, except in training with a capacity.
@@ -6,7 +6,6 @@ MLP with SwiGLU. Nothing is dropped, except in training with a capacity.
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 
 from seqmodels.branch import Branch, State, real
 from seqmodels.channels.experts import run_experts

@@ -26,7 +26,7 @@ MOE = Group(
         "router": Field(
             "softmax",
             "weights of a token's experts: softmax, their probabilities (Jamba); renormalised, divided by their sum "
-            "(Mixtral); sigmoid, sigmoids divided by their sum, chosen with a bias that balances the load (DeepSeek-V3)",
+            "(Mixtral); sigmoid, their sigmoids divided by the sum, chosen with a bias for the load (DeepSeek-V3)",
             one_of("softmax", "renormalised", "sigmoid"),
         ),
         "scale": Field(1.0, "factor of the weights", above(0)),
