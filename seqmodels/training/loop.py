@@ -85,7 +85,7 @@ class Trainer:
         self.finish = finish.Finish(config, workdir, self.dataset, self.model, self.mesh, _say_anyway)
         boxed = abstract_params(self.model, config)
         self.optimizer = make_optimizer(config.optimizer, decay_mask(boxed))
-        self.abstract = abstract_state(self.model, self.optimizer, config, self.mesh)
+        self.abstract = abstract_state(self.model, self.optimizer, config, self.mesh, boxed)
         self.checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint)
         self.peak = flops.peak_flops(self.mesh.devices.flat[0].device_kind, config.model.dtype)
         self.flops_per_step = flops.train_step_flops(boxed, config)
