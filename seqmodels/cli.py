@@ -333,6 +333,19 @@ def folder_of(path: str) -> Path:
         raise UserError(f"{path}: {_one_line(error)}") from error
 
 
+def check_writable(out: Path) -> None:
+    """Raises UserError if a file cannot be written, as far as the system says without writing it."""
+    try:
+        folder = next(folder for folder in (out.parent, *out.absolute().parents) if folder.exists())
+        reason = "is a folder" if out.is_dir() else ""
+        if not folder.is_dir() or not os.access(out if out.exists() else folder, os.W_OK):
+            reason = reason or "cannot be written"
+    except (OSError, ValueError) as error:  # a name that no file can have
+        reason = f"is no file name ({getattr(error, 'strerror', error)})"
+    if reason:
+        raise UserError(f"--out={str(out)[:200]}: {reason}; name another file")
+
+
 def _one_line(error: BaseException) -> str:
     """The message of an error without line breaks."""
     text = str(error.args[0]) if isinstance(error, KeyError) and error.args else str(error)

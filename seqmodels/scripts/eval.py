@@ -9,7 +9,6 @@ the run's config.evals names), and writes them to eval.json and eval.png in the 
 mistake in the command, or an evaluator that cannot serve, 130 or 143 interrupted.
 """
 
-import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -64,7 +63,7 @@ def main(flag_values: flags.FlagValues) -> None:
     out = _out(flag_values.out, workdir)
     check(flag_values)
     if flag_values.prompt is None and (flag_values.out or workdir.is_dir()):  # else the message is of the workdir
-        check_writable(out)
+        cli.check_writable(out)
     cli.use_platform(flag_values.platform)
 
     import jax
@@ -102,19 +101,6 @@ def check(flag_values: flags.FlagValues) -> None:
     for name in ("tokens", "top_k", "limit", "batch_size"):
         if getattr(flag_values, name) is not None:
             Field(0, "").check(name, getattr(flag_values, name), prefix="--")
-
-
-def check_writable(out: Path) -> None:
-    """Raises UserError if a file cannot be written, as far as the system says without writing it."""
-    try:
-        folder = next(folder for folder in (out.parent, *out.absolute().parents) if folder.exists())
-        reason = "is a folder" if out.is_dir() else ""
-        if not folder.is_dir() or not os.access(out if out.exists() else folder, os.W_OK):
-            reason = reason or "cannot be written"
-    except (OSError, ValueError) as error:  # a name that no file can have
-        reason = f"is no file name ({getattr(error, 'strerror', error)})"
-    if reason:
-        raise UserError(f"--out={str(out)[:200]}: {reason}; name another file")
 
 
 def continuation(run: "Run", flag_values: flags.FlagValues) -> str:

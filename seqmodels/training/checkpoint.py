@@ -50,7 +50,7 @@ class Checkpoints:
         damaged = []
         for step in steps(self.directory):
             try:
-                parts = {name: _load(self.directory / str(step), name, part) for name, part in _parts(abstract).items()}
+                parts = {name: _load(self.directory / str(step), name, part) for name, part in parts_of(abstract).items()}
             except DamagedError as error:
                 print(f"checkpoint {step} is damaged ({error})", file=sys.stderr, flush=True)
                 damaged.append(step)
@@ -75,7 +75,7 @@ class Checkpoints:
                 self._checkpointer = ocp.training.Checkpointer(
                     _for_orbax(self.directory), preservation_policy=self._preserved(), cleanup_tmp_directories=True
                 )
-        items = {name: {"arrays": part, "fingerprint": fingerprint(part)} for name, part in _parts(state).items()}
+        items = {name: {"arrays": part, "fingerprint": fingerprint(part)} for name, part in parts_of(state).items()}
         with self._saving():  # the error of a save in the background comes with the next
             self._checkpointer.save_checkpointables_async(step, items, force=True, metrics=metrics)
         self._saved = step
@@ -234,7 +234,8 @@ def system_reason(error: BaseException | None) -> str:
     return ""
 
 
-def _parts(state: TrainState) -> dict[str, Any]:
+def parts_of(state: TrainState) -> dict[str, Any]:
+    """The items of a checkpoint by name, from a state of arrays or of shapes."""
     rest = {name: getattr(state, name) for name in ("step", "skipped", "opt_state", "carry")}
     parts = {"params": state.params, "rest": rest}
     return parts if state.ema is None else parts | {"ema": state.ema}

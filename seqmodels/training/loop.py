@@ -86,7 +86,7 @@ class Trainer:
         self.finish = finish.Finish(config, workdir, self.dataset, self.model, self.mesh, _say_anyway)
         boxed = abstract_params(self.model, config)
         self.optimizer = make_optimizer(config.optimizer, decay_mask(boxed))
-        self.abstract = abstract_state(self.model, self.optimizer, config, self.mesh)
+        self.abstract = abstract_state(self.model, self.optimizer, config, self.mesh, boxed)
         self.checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint)
         branches = (BRANCHES[name] for name in pattern.names(config.model.pattern))
         self.warnings = {figure: text for branch in branches for figure, text in branch.warnings.items()}

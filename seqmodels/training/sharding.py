@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from seqmodels.errors import UserError
@@ -62,6 +62,17 @@ def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Me
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count])
 
 
+def abstract_mesh(config: ConfigDict) -> AbstractMesh:
+    """The mesh of `config.mesh` without devices, to plan for a machine that is not there; data=-1 becomes data=1.
+
+    Raises: UserError where rows or tokens do not divide.
+    """
+    sizes = {axis: config.mesh[axis] for axis in AXES}
+    sizes["data"] = max(sizes["data"], 1)
+    _check_divides(config, sizes)
+    return AbstractMesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def row_shards(sizes: Mapping[str, int]) -> int:
     """Number of parts that rows are split into on a mesh whose axes have these `sizes`."""
     return math.prod(sizes[axis] for axis in BATCH_AXES)
@@ -79,7 +90,7 @@ def _check_divides(config: ConfigDict, sizes: dict[str, int]) -> None:
         raise UserError(f"config.seq_len={config.seq_len}: must be a multiple of mesh.sequence={sizes['sequence']}")
 
 
-def spec_of(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+def spec_of(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
     """PartitionSpec of an array with these logical axis names.
 
     It follows RULES, but uses each axis of the mesh once, and only if it divides the axis of the array.
@@ -108,7 +119,7 @@ def unbox(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.value if is_box(leaf) else leaf, tree, is_leaf=is_box)
 
 
-def param_shardings(boxed: Any, mesh: Mesh) -> Any:
+def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     """NamedSharding of each parameter, from its logical axis names; `boxed` is abstract or concrete."""
 
     def one(leaf):
@@ -119,7 +130,7 @@ def param_shardings(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree.map(one, boxed, is_leaf=is_box)
 
 
-def rows_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
+def rows_sharding(mesh: Mesh | AbstractMesh, shape: tuple[int, ...]) -> NamedSharding:
     """Sharding of an array whose first axis is rows (batch): what a recurrent state has."""
     return NamedSharding(
         mesh, spec_of(("batch",) + (None,) * (len(shape) - 1), shape, mesh) if shape else PartitionSpec()

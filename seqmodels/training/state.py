@@ -8,7 +8,7 @@ import numpy as np
 import optax
 from flax import linen as nn
 from flax import struct
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from seqmodels.errors import UserError
@@ -27,10 +27,18 @@ class TrainState(struct.PyTreeNode):
 
 
 def abstract_state(
-    model: nn.Module, optimizer: optax.GradientTransformation, config: ConfigDict, mesh: Mesh
+    model: nn.Module,
+    optimizer: optax.GradientTransformation,
+    config: ConfigDict,
+    mesh: Mesh | AbstractMesh,
+    boxed: Any = None,
 ) -> TrainState:
-    """The state as jax.ShapeDtypeStruct with shardings: nothing is allocated."""
-    boxed = abstract_params(model, config)
+    """The state as jax.ShapeDtypeStruct with shardings: nothing is allocated.
+
+    Args:
+        boxed: result of `abstract_params`, which takes seconds for a deep model; None: it is made here.
+    """
+    boxed = abstract_params(model, config) if boxed is None else boxed
     shardings = sharding.param_shardings(boxed, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
 
@@ -58,7 +66,7 @@ def abstract_params(model: nn.Module, config: ConfigDict) -> Any:
     return jax.eval_shape(_init_params(model, config), jax.random.key(0))
 
 
-def abstract_carry(model: nn.Module, config: ConfigDict, mesh: Mesh) -> Any:
+def abstract_carry(model: nn.Module, config: ConfigDict, mesh: Mesh | AbstractMesh) -> Any:
     """Shapes of the recurrent state that truncated BPTT hands from step to step.
 
     Raises: UserError where the model's state grows with the context, as attention's cache does.
