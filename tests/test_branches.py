@@ -1,6 +1,7 @@
 """The contract of branches, for every branch in the table: a new one gets these tests for free."""
 
 import functools
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -41,34 +42,121 @@ def draw(shape, seed=0):
     return jax.random.normal(jax.random.key(seed + 10), shape)
 
 
+class Call(NamedTuple):
+    """What one call of a branch gives.
+
+    Attributes:
+        y: [B, T, D]. state: the new one.
+        segment, position: of the last tokens, [B]: arguments of the next call.
+        gradients: of the parameters, of x and of the numbers of the old state, from those of y and of the new state.
+    """
+
+    y: jax.Array
+    state: Any
+    segment: jax.Array
+    position: jax.Array
+    gradients: tuple[Any, jax.Array, list[jax.Array]]
+
+
+def numbers(state):
+    """The leaves of a state that have a gradient."""
+    return [leaf for leaf in jax.tree.leaves(state) if jnp.issubdtype(leaf.dtype, jnp.floating)]
+
+
+def with_numbers(state, values):
+    """The state with other numbers."""
+    leaves, tree = jax.tree.flatten(state)
+    values = iter(values)
+    return jax.tree.unflatten(tree, [next(values) if jnp.issubdtype(v.dtype, jnp.floating) else v for v in leaves])
+
+
 @functools.partial(jax.jit, static_argnames=("name", "dtype"))
-def apply(name, params, x, state=None, segment_ids=None, mask=None, segment=None, position=None, dtype="float32"):
-    """y, the new state, and the segment and position that the next call needs."""
+def compiled(name, params, x, dy, state, dlast, segment_ids, mask, segment, position, dtype):
     module, _ = branch(name, dtype)
-    seq, segment, position = make_sequence(*x.shape[:2], segment_ids, mask, segment, position)
-    y, state = module.apply(params, x, seq, state)
-    return y, state, segment, position
+
+    def run(params, x, values):
+        seq, *carry = make_sequence(*x.shape[:2], segment_ids, mask, segment, position)
+        y, new = module.apply(params, x, seq, with_numbers(state, values))
+        return (y, numbers(new)), (new, *carry)
+
+    (y, values), pull, carry = jax.vjp(run, params, x, numbers(state), has_aux=True)
+    return Call(y, *carry, pull((dy, [jnp.zeros_like(v) for v in values] if dlast is None else dlast)))
 
 
-def in_pieces(name, params, x, sizes, state, segment_ids=None, mask=None, segment=None, position=None):
-    """The same as `apply` on the whole, piece by piece; y and the last state."""
-    ys, start = [], 0
-    if segment is None:  # so that no piece believes that nothing came before it
-        segment = jnp.zeros(B, jnp.int32) if segment_ids is None else segment_ids[:, 0]
-        position = jnp.zeros(B, jnp.int32)
-    for size in sizes:
-        cut = lambda v: None if v is None else v[:, start : start + size]  # noqa: B023, E731
-        y, state, segment, position = apply(name, params, cut(x), state, cut(segment_ids), cut(mask), segment, position)
+def call(
+    name,
+    params,
+    x,
+    dy=None,
+    state=None,
+    dlast=None,
+    *,
+    segment_ids=None,
+    mask=None,
+    segment=None,
+    position=None,
+    dtype="float32",
+):
+    """A branch on tokens, forward and backward. All tests call it in the same few forms, which are compiled once.
+
+    Args:
+        dy, dlast: gradients of y and of the numbers of the new state; None: zeros.
+    """
+    dy = jnp.zeros_like(x) if dy is None else dy
+    if state is not None:
+        dlast = jax.tree.map(jnp.zeros_like, numbers(state)) if dlast is None else dlast
+        if segment is None:
+            segment, position = jnp.zeros(len(x), jnp.int32), jnp.zeros(len(x), jnp.int32)
+    return compiled(name, params, x, dy, state, dlast, segment_ids, mask, segment, position, dtype)
+
+
+def in_pieces(name, params, x, sizes, state, dy=None, dlast=None, segment=None, position=None, **documents):
+    """`call` on pieces of these sizes, one after the other: y, the last state, and the gradients from the last to the
+    first piece."""
+    ends = np.cumsum(sizes)
+    cuts = [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
+    cut = lambda at: dict({k: v[:, at] for k, v in documents.items()}, segment=segment, position=position)  # noqa: E731
+    ys, before = [], []
+    for at in cuts:
+        before.append((state, cut(at)))
+        y, state, segment, position, _ = call(name, params, x[:, at], None, state, **before[-1][1])
         ys.append(y)
-        start += size
-    return jnp.concatenate(ys, axis=1), state
+    y = jnp.concatenate(ys, axis=1)
+    if dy is None:
+        return y, state, None
+    total, dxs = None, []
+    for at, (old, options) in zip(reversed(cuts), reversed(before), strict=True):
+        dparams, dx, dlast = call(name, params, x[:, at], dy[:, at], old, dlast, **options).gradients
+        total = dparams if total is None else jax.tree.map(jnp.add, total, dparams)
+        dxs.insert(0, dx)
+    return y, state, (total, jnp.concatenate(dxs, axis=1), dlast)
+
+
+def apart(name, params, x, dy, documents, state=None):
+    """Documents each in a call of its own: y, the sum of the gradients of the parameters, and the gradient of x.
+
+    Args:
+        documents: pairs of a row and its tokens.
+        state: a function that makes the state before the first token. None: the calls have none.
+
+    Returns also the new states, one for each document.
+    """
+    y, dx, total, states = jnp.zeros_like(x), jnp.zeros_like(x), None, []
+    for row, at in documents:
+        both = lambda v: jnp.stack([v[row, at], jnp.zeros_like(v[row, at])])  # noqa: B023, E731 (two rows, as elsewhere)
+        done = call(name, params, both(x), both(dy), state and state())
+        dparams, dx_here, _ = done.gradients
+        y, dx = y.at[row, at].set(done.y[0]), dx.at[row, at].set(dx_here[0])
+        total = dparams if total is None else jax.tree.map(jnp.add, total, dparams)
+        states.append(jax.tree.map(lambda v: v[0], done.state))
+    return y, (total, dx), states
 
 
 def start_state(name, seed=3, room=0):
     """A state that is not zero: that after a few tokens. `room`: for how many tokens beside T more."""
     module, params = branch(name)
-    _, state, segment, position = apply(name, params, draw((B, 3, D), seed), module.init_state(B, 3 + T + room))
-    return state, segment, position
+    first = call(name, params, draw((B, 3, D), seed), None, module.init_state(B, 3 + T + room))
+    return dict(state=first.state, segment=first.segment, position=first.position)
 
 
 def close(ours, reference, tolerance=2e-5):
@@ -89,13 +177,24 @@ every_branch = pytest.mark.parametrize("name", marked(BRANCHES))
 reversible = [BOTH_WAYS + name for name in ("attention", "linear_attention", "mamba", "mamba3")]
 both_ways = pytest.mark.parametrize("name", marked([*BRANCHES, *reversible]))
 
+PIECES = (3, 1, 6)
+DOCUMENTS = [
+    (0, slice(0, 3)),
+    (0, slice(3, 4)),
+    (0, slice(4, 10)),
+    (1, slice(0, 6)),
+    (1, slice(6, 9)),
+    (1, slice(9, 10)),
+]
+SEGMENTS = np.array([[0] * 3 + [1] * 1 + [2] * 6, [5] * 6 + [3] * 3 + [4] * 1], np.int32)
+
 
 @every_branch
 def test_causal(name):
     _, params = branch(name)
     x = draw((B, T, D))
-    y, *_ = apply(name, params, x)
-    changed, *_ = apply(name, params, x.at[:, 6].add(1.0))
+    y = call(name, params, x).y
+    changed = call(name, params, x.at[:, 6].add(1.0)).y
     np.testing.assert_array_equal(y[:, :6], changed[:, :6])
     differ = np.abs(y[:, 6:] - changed[:, 6:]).max(-1) > 1e-6
     remembers = jax.tree.leaves(branch(name)[0].init_state(B, T))
@@ -103,71 +202,56 @@ def test_causal(name):
 
 
 @every_branch
-@pytest.mark.parametrize("started", [False, True])
-@pytest.mark.parametrize("sizes", [(4, 1, 5), (1,) * T])
-def test_whole_equals_pieces_from_any_state(name, sizes, started):
+def test_whole_equals_pieces_from_any_state(name):
+    """In value and in gradient, of the input, of the parameters and of the first state."""
     module, params = branch(name)
-    x = draw((B, T, D))
-    state, segment, position = start_state(name) if started else (module.init_state(B, 3 + T), None, None)
-    y, last, *_ = apply(name, params, x, state, segment=segment, position=position)
-    pieces, last_of_pieces = in_pieces(name, params, x, sizes, state, segment=segment, position=position)
-    close((pieces, last_of_pieces), (y, last))
-    if not started:
-        close(apply(name, params, x)[0], y)  # no state is the empty state
+    x, dy = draw((B, T, D)), draw((B, T, D), 1)
+    fresh = dict(state=module.init_state(B, 3 + T))
+    close(call(name, params, x).y, call(name, params, x, **fresh).y)  # no state is the empty state
+    for start in (fresh, start_state(name)):
+        dlast = jax.tree.map(lambda v: draw(v.shape, 4), numbers(start["state"]))
+        whole = call(name, params, x, dy, dlast=dlast, **start)
+        y, last, gradients = in_pieces(name, params, x, PIECES, dy=dy, dlast=dlast, **start)
+        close((y, last), (whole.y, whole.state))
+        close(gradients, whole.gradients, 1e-4)
+        close(in_pieces(name, params, x, (1,) * T, **start)[:2], (whole.y, whole.state))
+    assert all(np.abs(g).max() > 0 for g in gradients[2]), "some of the state does not matter"
 
 
 @every_branch
 def test_state_has_batch_first_and_constant_structure(name):
     module, params = branch(name)
     state = module.init_state(B, T)
-    _, new, *_ = apply(name, params, draw((B, 1, D)), state)
+    new = call(name, params, draw((B, 1, D)), None, state).state
     assert all(x.shape[0] == B for x in jax.tree.leaves(state))
     assert jax.tree.map(lambda x: (x.shape, x.dtype), state) == jax.tree.map(lambda x: (x.shape, x.dtype), new)
-
-
-SEGMENTS = np.array([[0] * 4 + [1] * 1 + [2] * 5, [5] * 7 + [3] * 3], np.int32)
 
 
 @both_ways
 def test_packed_documents_equal_separate_ones(name):
     """In value and in gradient, of the input and of every parameter."""
-    _, params = branch(name)
-    x, weights = draw((B, T, D)), draw((B, T, D), 1)
-
-    def packed(params, x):
-        return apply(name, params, x, segment_ids=jnp.asarray(SEGMENTS))[0]
-
-    def separate(params, x):
-        out = jnp.zeros_like(x)
-        for row in range(B):
-            for document in np.unique(SEGMENTS[row]):
-                at = np.flatnonzero(SEGMENTS[row] == document)
-                out = out.at[row, at].set(apply(name, params, x[row : row + 1, at])[0][0])
-        return out
-
-    def value_and_gradients(f):
-        loss = lambda *a: (jnp.sum(weights * (y := f(*a))), y)  # noqa: E731
-        gradients, y = jax.jit(jax.grad(loss, argnums=(0, 1), has_aux=True))(params, x)
-        return y, gradients
-
-    (y, gradients), (want, want_gradients) = value_and_gradients(packed), value_and_gradients(separate)
-    close(y, want)
-    close(gradients, want_gradients, 1e-4)
+    module, params = branch(name)
+    x, dy = draw((B, T, D)), draw((B, T, D), 1)
+    packed = call(name, params, x, dy, segment_ids=jnp.asarray(SEGMENTS))
+    fresh = None if name.startswith(BOTH_WAYS) else lambda: module.init_state(B, 3 + T)
+    y, gradients, _ = apart(name, params, x, dy, DOCUMENTS, fresh)
+    close(packed.y, y)
+    close(packed.gradients[:2], gradients, 1e-4)
 
 
 @every_branch
 def test_packed_pieces_equal_whole(name):
     module, params = branch(name)
-    x, segments = draw((B, T, D)), jnp.asarray(SEGMENTS)
-    y, *_ = apply(name, params, x, module.init_state(B, T), segments)
-    pieces, _ = in_pieces(name, params, x, (3, 1, 4, 2), module.init_state(B, T), segments)
-    close(pieces, y)
+    x, documents = draw((B, T, D)), dict(segment_ids=jnp.asarray(SEGMENTS), mask=jnp.ones((B, T), bool))
+    start = dict(state=module.init_state(B, T), segment=jnp.asarray(SEGMENTS[:, 0]), position=jnp.zeros(B, jnp.int32))
+    y, _, _ = in_pieces(name, params, x, PIECES, **start, **documents)
+    close(y, call(name, params, x, segment_ids=jnp.asarray(SEGMENTS)).y)
 
 
-PADDING = {
-    "left": [[0] * 3 + [1] * 7, [0] * 1 + [1] * 9],
-    "right": [[1] * 7 + [0] * 3, [1] * 9 + [0] * 1],
-    "interior": [[1, 0, 1, 1, 0, 0, 1, 1, 0, 1], [1, 1, 1, 0, 1, 1, 1, 1, 1, 1]],
+PADDING = {  # real tokens of a row: 6 and 3, pieces of these sizes are compiled for other tests
+    "left": [[0] * 4 + [1] * 6, [0] * 7 + [1] * 3],
+    "right": [[1] * 6 + [0] * 4, [1] * 3 + [0] * 7],
+    "interior": [[1, 0, 1, 1, 0, 0, 1, 1, 0, 1], [0, 1, 0, 0, 1, 0, 0, 0, 1, 0]],
 }
 
 
@@ -177,28 +261,19 @@ def test_padding_is_nothing(name, side):
     """Tokens, states and gradients are those of the row without its padding, whatever the padding holds."""
     module, params = branch(name)
     mask = np.asarray(PADDING[side], bool)
-    x, weights = draw((B, T, D)), draw((B, T, D), 1)
-    poisoned = jnp.where(mask[..., None], x, jnp.nan)
-
-    def padded(params, x):
-        y, state, *_ = apply(name, params, x, module.init_state(B, T), mask=jnp.asarray(mask))
-        return jnp.where(mask[..., None], y, 0), state
-
-    def bare(params, x):
-        rows = [apply(name, params, x[r : r + 1, m], module.init_state(1, T))[:2] for r, m in enumerate(mask)]
-        y = jnp.zeros_like(x)
-        for r, m in enumerate(mask):
-            y = y.at[r, np.flatnonzero(m)].set(rows[r][0][0])
-        return y, jax.tree.map(lambda *s: jnp.concatenate(s), *[s for _, s in rows])
-
-    def value_and_gradient(f, x):
-        loss = lambda p: (jnp.sum(weights * (out := f(p, x))[0]), out)  # noqa: E731
-        gradient, out = jax.jit(jax.grad(loss, has_aux=True))(params)
-        return out, gradient
-
-    (out, gradient), (want, want_gradient) = value_and_gradient(padded, poisoned), value_and_gradient(bare, x)
-    close(out, want)
-    close(gradient, want_gradient, 1e-4)
+    x, dy = draw((B, T, D)), jnp.where(mask[..., None], draw((B, T, D), 1), 0)
+    poisoned, fresh = jnp.where(mask[..., None], x, jnp.nan), module.init_state(B, 3 + T)
+    zeros = jnp.zeros(B, jnp.int32)
+    documents = dict(mask=jnp.asarray(mask), segment_ids=jnp.zeros((B, T), jnp.int32), segment=zeros, position=zeros)
+    padded = call(name, params, poisoned, dy, fresh, **documents)
+    y, (dparams, _), states = apart(
+        name, params, x, dy, [(r, np.flatnonzero(m)) for r, m in enumerate(mask)], lambda: fresh
+    )
+    real = lambda v: jnp.where(mask[..., None], v, 0)  # noqa: E731
+    close((real(padded.y), padded.state), (y, jax.tree.map(lambda *s: jnp.stack(s), *states)))
+    close(padded.gradients[0], dparams, 1e-4)
+    if side == "right":  # without documents too
+        close(real(call(name, params, poisoned, dy, mask=jnp.asarray(mask)).y), y)
 
 
 ISOLATED = np.array([[0] * 4 + [1] * 3 + [2] * 3, [3] * 2 + [4] * 3 + [5] * 5], np.int32)
@@ -213,65 +288,57 @@ def test_what_is_not_finite_stays_in_its_document(name):
     In values, also of the next token, and in gradients of the inputs. The first row goes on with its state's document.
     """
     _, params = branch(name)
-    x, weights, following = draw((B, T, D)), draw((B, T, D), 1), draw((B, 1, D), 2)
-    state, segment, position = (None, None, None) if name.startswith(BOTH_WAYS) else start_state(name, room=1)
-    if state is not None:
-        segment = jnp.array([0, 9], jnp.int32)
+    x, dy, following = draw((B, T, D)), draw((B, T, D), 1), draw((B, 1, D), 2)
+    documents, start = dict(segment_ids=jnp.asarray(ISOLATED), mask=jnp.asarray(REAL)), {}
+    if not name.startswith(BOTH_WAYS):
+        start = start_state(name) | dict(segment=jnp.array([0, 9], jnp.int32))
 
-    @jax.jit
-    def run(x, state, weights):
-        def f(x):
-            y, *after = apply(name, params, x, state, jnp.asarray(ISOLATED), jnp.asarray(REAL), segment, position)
-            return y, after
-
-        y, pull, after = jax.vjp(f, x, has_aux=True)
-        return y, *pull(weights), after
+    def run(x, dy, **start):
+        return call(name, params, x, dy, **start, **documents)
 
     spoil = lambda v, where: jnp.where(where[..., None], jnp.where(jnp.arange(D) % 2, jnp.nan, jnp.inf), v)  # noqa: E731
     of_row = lambda v: v.at[1].set(jnp.nan) if jnp.issubdtype(v.dtype, jnp.floating) else v  # noqa: E731
-    want_y, want_dx, want_after = run(x, state, weights)
-    y, dx, after = run(spoil(x, BAD | ~REAL), jax.tree.map(of_row, state), jnp.where(BAD[..., None], jnp.nan, weights))
+    want = run(x, dy, **start)
+    if start:
+        start |= dict(state=jax.tree.map(of_row, start["state"]))
+    got = run(spoil(x, BAD | ~REAL), jnp.where(BAD[..., None], jnp.nan, dy), **start)
     good = REAL & ~BAD
-    close((y[good], dx[good]), (want_y[good], want_dx[good]), 1e-5)
-    assert not np.isfinite(y[BAD & REAL]).all()
-    if state is not None:
-        step = lambda after: apply(name, params, following, after[0], ISOLATED[:, -1:], None, *after[1:])[0]  # noqa: E731
-        close(step(after), step(want_after), 1e-5)
+    close((got.y[good], got.gradients[1][good]), (want.y[good], want.gradients[1][good]), 1e-5)
+    assert not np.isfinite(got.y[BAD & REAL]).all()
+    if start:
+        ids = dict(segment_ids=jnp.asarray(ISOLATED[:, -1:]), mask=jnp.ones((B, 1), bool))
 
+        def step(c):
+            return call(name, params, following, None, c.state, segment=c.segment, position=c.position, **ids).y
 
-@every_branch
-def test_state_is_differentiable_in_and_out(name):
-    """Gradients through a cut equal those of the whole, in the input, the parameters and the first state."""
-    _, params = branch(name)
-    x, weights = draw((B, T, D)), draw((B, T, D), 1)
-    state, segment, position = start_state(name)
-    floats = lambda s: [v for v in jax.tree.leaves(s) if jnp.issubdtype(v.dtype, jnp.floating)]  # noqa: E731
-
-    def loss(run):
-        def f(params, x, values):
-            leaves, tree = jax.tree.flatten(state)
-            values = iter(values)
-            full = [next(values) if jnp.issubdtype(v.dtype, jnp.floating) else v for v in leaves]
-            y, last = run(params, x, jax.tree.unflatten(tree, full))
-            return jnp.sum(weights * y) + sum(jnp.sum(v**2) for v in floats(last))
-
-        return jax.jit(jax.grad(f, argnums=(0, 1, 2)))(params, x, floats(state))
-
-    whole = loss(lambda p, x, s: apply(name, p, x, s, segment=segment, position=position)[:2])
-    cut = loss(lambda p, x, s: in_pieces(name, p, x, (4, 6), s, segment=segment, position=position))
-    close(cut, whole, 1e-4)
-    assert all(np.abs(g).max() > 0 for g in whole[2]), "some of the state does not matter"
+        close(step(got), step(want), 1e-5)
 
 
 @every_branch
 def test_bfloat16(name):
     _, params = branch(name)
     x = draw((B, T, D))
-    y, *_ = apply(name, params, x)
-    half, *_ = apply(name, params, x.astype(jnp.bfloat16), dtype="bfloat16")
+    y = call(name, params, x).y
+    half = call(name, params, x.astype(jnp.bfloat16), dtype="bfloat16").y
     assert half.dtype == jnp.bfloat16
     close(half.astype(jnp.float32), y, 3e-2)
     assert y.dtype == jnp.float32
+
+
+@functools.cache
+def step_and_result(name):
+    """A function of parameters and input, with gradients, and what it gives on one device."""
+    module, params = branch(name)
+    segments = jnp.asarray(np.repeat(np.arange(4), 4)[None].repeat(4, 0) + np.arange(4)[:, None], jnp.int32)
+    seq, _, _ = make_sequence(4, 16, segments)
+
+    def f(params, x):
+        y, state = module.apply(params, x, seq)
+        return jnp.sum(jnp.sin(y)), (y, state)
+
+    step = jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))
+    x = draw((4, 16, D))
+    return step, params, x, step(params, x)
 
 
 @every_branch
@@ -280,22 +347,13 @@ def test_sharded_equals_unsharded(name, other):
     """Values and gradients on 8 devices, rows over one axis, channels or time over the other."""
     if len(jax.devices()) < 8:
         pytest.skip("needs 8 devices")
-    module, params = branch(name)
+    step, params, x, want = step_and_result(name)
+    module, _ = branch(name)
     sizes = {"data": 2, other: 4}
     mesh = jax.make_mesh([sizes.get(axis, 1) for axis in AXES], AXES, axis_types=(AxisType.Auto,) * len(AXES))
     boxed = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((B, T, D)), make_sequence(B, T)[0])
     rules = dict(inner="tensor", heads="tensor", kv_heads="tensor")
     specs = jax.tree.map(lambda s: P(*(rules.get(n) for n in s)), nn.get_partition_spec(boxed))
-    length = 16
-    x = draw((4, length, D))
-    segments = jnp.asarray(np.repeat(np.arange(4), 4)[None].repeat(4, 0) + np.arange(4)[:, None], jnp.int32)
-
-    def f(params, x):
-        y, state, *_ = apply(name, params, x, segment_ids=segments)
-        return jnp.sum(jnp.sin(y)), (y, state)
-
-    step = jax.jit(jax.value_and_grad(f, argnums=(0, 1), has_aux=True))
-    want = step(params, x)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         put = lambda v, s: jax.device_put(v, NamedSharding(mesh, s))  # noqa: E731
         divides = lambda v, s: s if all(a is None or n % 4 == 0 for n, a in zip(v.shape, s, strict=False)) else P()  # noqa: E731
@@ -308,30 +366,21 @@ def test_a_branch_in_both_directions_is_its_two_copies():
     """One on the tokens as they are, the other on the reversed ones."""
     module, params = branch("bi:mamba")
     x = draw((B, T, D))
-    y, state, *_ = apply("bi:mamba", params, x)
-    one = lambda way, x: apply("mamba", {"params": params["params"][way]}, x)[0]  # noqa: E731
+    y, state, *_ = call("bi:mamba", params, x)
+    one = lambda way, x: call("mamba", {"params": params["params"][way]}, x).y  # noqa: E731
     close(y, one("ahead", x) + one("back", x[:, ::-1])[:, ::-1])
     assert not jax.tree.leaves(state)
     with pytest.raises(UserError, match="'bi:' reads both directions of time and has no state"):
         module.init_state(B, T)
 
 
-@pytest.mark.parametrize(
-    "side", [pytest.param(side, marks=pytest.mark.slow) if side != "interior" else side for side in PADDING]
-)
+@pytest.mark.parametrize("side", PADDING)
 def test_padding_is_nothing_in_both_directions(side):
     """Values and gradients, whatever the padding holds."""
     _, params = branch("bi:mamba")
     mask = np.asarray(PADDING[side], bool)
-    x, weights = draw((B, T, D)), draw((B, T, D), 1)
-
-    def padded(params, x):
-        y = apply("bi:mamba", params, jnp.where(mask[..., None], x, jnp.nan), mask=jnp.asarray(mask))[0]
-        return jnp.sum(jnp.where(mask[..., None], weights * y, 0))
-
-    def bare(params, x):
-        rows = [weights[r, m] * apply("bi:mamba", params, x[r : r + 1, m])[0][0] for r, m in enumerate(mask)]
-        return sum(jnp.sum(row) for row in rows)
-
-    grads = [jax.jit(jax.value_and_grad(f, argnums=(0, 1)))(params, x) for f in (padded, bare)]
-    close(*grads, 1e-4)
+    x, dy = draw((B, T, D)), jnp.where(mask[..., None], draw((B, T, D), 1), 0)
+    padded = call("bi:mamba", params, jnp.where(mask[..., None], x, jnp.nan), dy, mask=jnp.asarray(mask))
+    y, gradients, _ = apart("bi:mamba", params, x, dy, [(r, np.flatnonzero(m)) for r, m in enumerate(mask)])
+    close(jnp.where(mask[..., None], padded.y, 0), y)
+    close((padded.gradients[0], jnp.where(mask[..., None], padded.gradients[1], 0)), gradients, 1e-4)
