@@ -44,6 +44,8 @@ class Table(MutableMapping[str, "type[Branch]"]):
 BRANCHES = Table(
     {
         "attention": "seqmodels.mixers.attention:Attention",
+        "deltanet": "seqmodels.mixers.deltanet:DeltaNet",
+        "gated_deltanet": "seqmodels.mixers.gated_deltanet:GatedDeltaNet",
         "gla": "seqmodels.mixers.gla:Gla",
         "linear_attention": "seqmodels.mixers.linear_attention:LinearAttention",
         "mamba": "seqmodels.mixers.mamba:Mamba",

@@ -329,18 +329,19 @@ def _from_chunk_to_chunk(
         The state before each chunk [B, H, n, K, V], u [B, H, n, C, V], the tokens [B, n C] whose document is spoilt
         (None without resets), and the state after the last chunk.
     """
-    states, corrections, spoilt = [], [], []
-    for i in range(moves[0].shape[2]):
-        read, own, written, taken, through = (x[:, :, i] for x in moves)
-        start, end, stays = (x[:, :, i] for x in (seen.start, seen.end, seen.through))
-        states.append(state)
+
+    def step(state, chunk):
+        (read, own, written, taken, through), (start, end, stays), found, reset = chunk
         u = _select(start, times("bhik,bhkp->bhip", read, state)) + own
+        spoilt = None
         if reset is not None:
-            wrong = guard.found[:, i] | jnp.any(~jnp.isfinite(u), axis=(1, 3))
-            spoilt.append(spoilt_so_far(wrong, reset[:, i]))
+            spoilt = spoilt_so_far(found | jnp.any(~jnp.isfinite(u), axis=(1, 3)), reset)
             u = _finite(u)
-        corrections.append(u)
-        state = _select(stays, through * state) + written - times("bhik,bhip->bhkp", taken, _select(end, u))
-        state = spoil(state, spoilt[-1][:, -1]) if spoilt else state
-    before, u = jnp.stack(states, axis=2), jnp.stack(corrections, axis=2)
-    return before, u, jnp.concatenate(spoilt, axis=1) if spoilt else None, state
+        new = _select(stays, through * state) + written - times("bhik,bhip->bhkp", taken, _select(end, u))
+        return (new if spoilt is None else spoil(new, spoilt[:, -1])), (state, u, spoilt)
+
+    by_head = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (moves, (seen.start, seen.end, seen.through)))
+    by_token = (None, None) if reset is None else (jnp.moveaxis(x, 1, 0) for x in (guard.found, reset))
+    state, (before, u, spoilt) = jax.lax.scan(step, state, (*by_head, *by_token))
+    spoilt = None if spoilt is None else join_time(spoilt, reset.shape[1] * reset.shape[2])
+    return jnp.moveaxis(before, 0, 2), jnp.moveaxis(u, 0, 2), spoilt, state
