@@ -124,10 +124,16 @@ def _few_tokens(scale: float, read: str, tokens: Tokens, state: jax.Array) -> tu
     readouts = []
     for t in range(v.shape[1]):
         old = forget(state, None if reset is None else reset[:, t])
-        seen = jnp.sum(b[:, t] * old, axis=-2, keepdims=True)
-        kept = old if decay is None else jnp.exp(expand_to(decay[:, t], 4)) * old
-        state = kept - a[:, t] * seen + k[:, t] * v[:, t, :, None, :]
-        readouts.append(scale * jnp.sum(q[:, t] * (state if read == "inclusive" else old), axis=-2))
+        factor = jnp.ones((), state.dtype) if decay is None else jnp.exp(expand_to(decay[:, t], 4))
+        values, read_by = v[:, t, :, None, :], q[:, t] if read == "exclusive" else q[:, t] * factor
+        # one sum for both reads: the state is then read once, and overwritten in place afterwards
+        both = jnp.sum(jnp.stack([b[:, t], read_by], axis=2) * old[:, :, None], axis=-2, keepdims=True)
+        seen, y = both[:, :, 0], both[:, :, 1]
+        state = factor * old - a[:, t] * seen + k[:, t] * values
+        if read == "inclusive":  # y is q_t S_t, from what q_t reads of the old state
+            own, taken = (jnp.sum(q[:, t] * x[:, t], axis=-2, keepdims=True) for x in (k, a))
+            y = y + own * values - taken * seen
+        readouts.append(scale * y[..., 0, :])
     return jnp.stack(readouts, axis=1), state
 
 
