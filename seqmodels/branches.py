@@ -46,6 +46,8 @@ BRANCHES = Table(
         "attention": "seqmodels.mixers.attention:Attention",
         "conba": "seqmodels.mixers.conba:Conba",
         "conba_seq": "seqmodels.mixers.conba_seq:ConbaSeq",
+        "deltanet": "seqmodels.mixers.deltanet:DeltaNet",
+        "gated_deltanet": "seqmodels.mixers.gated_deltanet:GatedDeltaNet",
         "gla": "seqmodels.mixers.gla:Gla",
         "linear_attention": "seqmodels.mixers.linear_attention:LinearAttention",
         "mamba": "seqmodels.mixers.mamba:Mamba",

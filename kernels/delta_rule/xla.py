@@ -124,10 +124,16 @@ def _few_tokens(scale: float, read: str, tokens: Tokens, state: jax.Array) -> tu
     readouts = []
     for t in range(v.shape[1]):
         old = forget(state, None if reset is None else reset[:, t])
-        seen = jnp.sum(b[:, t] * old, axis=-2, keepdims=True)
-        kept = old if decay is None else jnp.exp(expand_to(decay[:, t], 4)) * old
-        state = kept - a[:, t] * seen + k[:, t] * v[:, t, :, None, :]
-        readouts.append(scale * jnp.sum(q[:, t] * (state if read == "inclusive" else old), axis=-2))
+        factor = jnp.ones((), state.dtype) if decay is None else jnp.exp(expand_to(decay[:, t], 4))
+        values, read_by = v[:, t, :, None, :], q[:, t] if read == "exclusive" else q[:, t] * factor
+        # one sum for both reads: the state is then read once, and overwritten in place afterwards
+        both = jnp.sum(jnp.stack([b[:, t], read_by], axis=2) * old[:, :, None], axis=-2, keepdims=True)
+        seen, y = both[:, :, 0], both[:, :, 1]
+        state = factor * old - a[:, t] * seen + k[:, t] * values
+        if read == "inclusive":  # y is q_t S_t, from what q_t reads of the old state
+            own, taken = (jnp.sum(q[:, t] * x[:, t], axis=-2, keepdims=True) for x in (k, a))
+            y = y + own * values - taken * seen
+        readouts.append(scale * y[..., 0, :])
     return jnp.stack(readouts, axis=1), state
 
 
@@ -329,18 +335,19 @@ def _from_chunk_to_chunk(
         The state before each chunk [B, H, n, K, V], u [B, H, n, C, V], the tokens [B, n C] whose document is spoilt
         (None without resets), and the state after the last chunk.
     """
-    states, corrections, spoilt = [], [], []
-    for i in range(moves[0].shape[2]):
-        read, own, written, taken, through = (x[:, :, i] for x in moves)
-        start, end, stays = (x[:, :, i] for x in (seen.start, seen.end, seen.through))
-        states.append(state)
+
+    def step(state, chunk):
+        (read, own, written, taken, through), (start, end, stays), found, reset = chunk
         u = _select(start, times("bhik,bhkp->bhip", read, state)) + own
+        spoilt = None
         if reset is not None:
-            wrong = guard.found[:, i] | jnp.any(~jnp.isfinite(u), axis=(1, 3))
-            spoilt.append(spoilt_so_far(wrong, reset[:, i]))
+            spoilt = spoilt_so_far(found | jnp.any(~jnp.isfinite(u), axis=(1, 3)), reset)
             u = _finite(u)
-        corrections.append(u)
-        state = _select(stays, through * state) + written - times("bhik,bhip->bhkp", taken, _select(end, u))
-        state = spoil(state, spoilt[-1][:, -1]) if spoilt else state
-    before, u = jnp.stack(states, axis=2), jnp.stack(corrections, axis=2)
-    return before, u, jnp.concatenate(spoilt, axis=1) if spoilt else None, state
+        new = _select(stays, through * state) + written - times("bhik,bhip->bhkp", taken, _select(end, u))
+        return (new if spoilt is None else spoil(new, spoilt[:, -1])), (state, u, spoilt)
+
+    by_head = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (moves, (seen.start, seen.end, seen.through)))
+    by_token = (None, None) if reset is None else (jnp.moveaxis(x, 1, 0) for x in (guard.found, reset))
+    state, (before, u, spoilt) = jax.lax.scan(step, state, (*by_head, *by_token))
+    spoilt = None if spoilt is None else join_time(spoilt, reset.shape[1] * reset.shape[2])
+    return jnp.moveaxis(before, 0, 2), jnp.moveaxis(u, 0, 2), spoilt, state

@@ -58,6 +58,14 @@ def state_flops(shape: tuple[int, ...], decays: bool) -> float:
     return (2 + 2 + decays) * math.prod(shape)
 
 
+def delta_flops(shape: tuple[int, ...], decays: bool) -> float:
+    """Operations per token of a matrix state [H, K, V] under the delta rule.
+
+    Beyond `state_flops`, b S summed over the keys takes two per element, and a times it with the difference takes two.
+    """
+    return state_flops(shape, decays) + (2 + 2) * math.prod(shape)
+
+
 def read_states(
     streams: list[Stream], queries: list[jax.Array], seq: Sequence, implementation: str | None = None
 ) -> tuple[jax.Array, jax.Array]:

@@ -56,6 +56,33 @@ def linear_attention_inputs(
     return {name: np.asarray(value, dtype) for name, value in args.items()}
 
 
+def delta_rule_inputs(
+    batch=2,
+    length=11,
+    groups=2,
+    heads=4,
+    keys=3,
+    values=5,
+    decay="head",
+    own="a",
+    rate=0.3,
+    seed=0,
+    dtype=np.float32,
+) -> dict:
+    """The initial state given; `own`: which of k, a and b have heads of their own. States stay of the size of one."""
+    draw = np.random.default_rng(seed)
+    shape = {name: (batch, length, heads if name in own else groups, keys) for name in "qkab"}
+    args = {name: draw.normal(size=shape[name]) for name in "qk"} | dict(
+        v=draw.normal(size=(batch, length, heads, values))
+    )
+    args |= {name: 0.6 * draw.normal(size=shape[name]) * keys**-0.5 for name in "ab"}
+    args["initial_state"] = draw.normal(size=(batch, heads, keys, values))
+    shape = dict(head=(batch, length, heads), channel=(batch, length, heads, keys))
+    if decay != "none":
+        args["log_decay"] = -rate * np.abs(draw.normal(size=shape[decay]))
+    return {name: np.asarray(value, dtype) for name, value in args.items()}
+
+
 def short_conv_inputs(taps=4, length=9, seed=0, dtype=np.float32, batch=3, width=5) -> dict:
     """Bias and state given."""
     draw = np.random.default_rng(seed)

@@ -14,10 +14,16 @@ from jax.sharding import AxisType
 
 from seqmodels import parallel
 from seqmodels.kernels.attention import attention
+from seqmodels.kernels.delta_rule import delta_rule
 from seqmodels.kernels.linear_attention import linear_attention
 from seqmodels.kernels.selective_scan import coupled, selective_scan, xla
 from seqmodels.kernels.short_conv import short_conv
-from tests.kernels.inputs import linear_attention_inputs, selective_scan_inputs, short_conv_inputs
+from tests.kernels.inputs import (
+    delta_rule_inputs,
+    linear_attention_inputs,
+    selective_scan_inputs,
+    short_conv_inputs,
+)
 from tests.kernels.isolation import check_isolation
 
 LENGTHS = (6, 150)  # token by token, several chunks
@@ -76,6 +82,32 @@ def test_linear_attention(implementation, length, decay, read):
     check_isolation(operation, args, ("q", "k", "v", "log_decay"), 1e-5)
 
 
+DELTA = ("q", "k", "v", "a", "b", "log_decay")
+
+
+@pytest.mark.parametrize("read, decay, length", [("inclusive", "head", 60), ("exclusive", "channel", 60)])
+def test_delta_rule(read, decay, length):
+    """Several spans of several chunks."""
+    args = delta_rule_inputs(length=length, decay=decay)
+    check_isolation(functools.partial(delta_rule, implementation="xla", read=read, chunk=7), args, DELTA, 1e-5)
+
+
+@both
+def test_delta_rule_of_a_few_tokens(implementation):
+    args = delta_rule_inputs(length=6)
+    check_isolation(functools.partial(delta_rule, implementation=implementation), args, DELTA, 1e-5)
+
+
+@pytest.mark.parametrize("names", ["qkv", pytest.param("ab", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("overflow", [1e20, pytest.param(1e38, marks=pytest.mark.slow)])
+def test_corrections_that_overflow(names, overflow):
+    """Finite inputs, whose products, inverses, corrections and states become infinite."""
+    args = delta_rule_inputs(length=40)
+    for name in names:
+        args[name][:, 12:26] *= np.float32(overflow)
+    check_isolation(functools.partial(delta_rule, implementation="xla", chunk=16), args, DELTA, 1e-5)
+
+
 @both
 @pytest.mark.parametrize("length", LENGTHS)
 def test_short_conv(implementation, length):
@@ -88,6 +120,7 @@ SPLIT = {
     "selective_scan": (selective_scan_inputs(length=40, groups=2, width=4), ("u", "dt", "B", "C", "z", "weights"), {}),
     "linear_attention": (linear_attention_inputs(length=40), ("q", "k", "v", "log_decay"), {}),
     "short_conv": (short_conv_inputs(length=40, batch=2, width=4), ("x",), dict(activation="silu")),
+    "delta_rule": (delta_rule_inputs(length=40), DELTA, {}),
 }
 
 
