@@ -214,7 +214,7 @@ class Trainer:
         """A line for each figure by which a branch says that something is wrong, once for each layer."""
         for name, value in values.items():
             figure, _, layer = name.partition("/")
-            if value >= 1 and figure in self.warnings and name not in self.warned:
+            if value > 0.999 and figure in self.warnings and name not in self.warned:
                 self.warned.add(name)
                 self.progress.write(f"step {step}: warning: layer {layer}: {self.warnings[figure]}")
 

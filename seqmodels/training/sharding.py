@@ -120,14 +120,24 @@ def unbox(tree: Any) -> Any:
 
 
 def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
-    """NamedSharding of each parameter, from its logical axis names; `boxed` is abstract or concrete."""
+    """NamedSharding of each parameter, from its logical axis names; `boxed` is abstract or concrete.
+
+    Raises: UserError where the mesh axis "expert" does not divide the experts: each device would hold and run them all.
+    """
 
     def one(leaf):
         if is_box(leaf):
+            _check_experts(leaf.names, leaf.value.shape, mesh)
             return NamedSharding(mesh, spec_of(leaf.names, leaf.value.shape, mesh))
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map(one, boxed, is_leaf=is_box)
+
+
+def _check_experts(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> None:
+    experts = dict(zip(names, shape, strict=True)).get("expert", 0)
+    if experts % (devices := mesh.shape["expert"]):
+        raise UserError(f"config.mesh.expert={devices}: must be a divisor of the {experts} experts of a layer")
 
 
 def rows_sharding(mesh: Mesh | AbstractMesh, shape: tuple[int, ...]) -> NamedSharding:

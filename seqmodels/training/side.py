@@ -41,7 +41,7 @@ def collect(reported: dict[str, Any], model_config: ConfigDict) -> SideOutputs:
     losses, figures = (by_layer(reported.get(name, {}), model_config) for name in COLLECTIONS)
     for name, values in [*losses.items(), *figures.items()]:
         if shapes := [value.shape for value in values if value.ndim]:
-            raise ValueError(f"a branch reports {name!r} of shape {shapes[0]}; it must be a scalar")
+            raise ValueError(f"a branch reports {name.split('/')[0]!r} of shape {shapes[0]}; it must be a scalar")
     return SideOutputs(
         {name: sum(values[1:], values[0]) for name, values in losses.items()},
         {name: jax.lax.stop_gradient(sum(values[1:], values[0]) / len(values)) for name, values in figures.items()},
