@@ -64,7 +64,7 @@ class Conba(Mamba):
     observation_noise: float = CONBA["observation_noise"]
 
     options = CONBA
-    operations = ("selective_scan", "short_conv")
+    operations = ("selective_scan", "short_conv", "delta_rule")
     link = ""  # DenseSSM would read Mamba's state, and not the scaled one
 
     @property
