@@ -28,12 +28,12 @@ CONBA = Group(
         "delay": Field(1, "tau: the delayed state adds F times the state of tau tokens earlier", at_least(0)),
         "scaling": Field(
             "gate",
-            "scaling R of the state x: x * swish(Z x + g) (gate), swish(Z x + g) (literal, as the paper writes), or off",
+            "scaling R of the state x: x * swish(Z x + g) (gate), swish(Z x + g) (literal, as in the paper), or off",
             one_of("gate", "literal", "off"),
         ),
         "control": Field(
             "output",
-            "where the gain's correction goes: to the readout (output), to the recurrence's input (input), or nowhere (off)",
+            "where the gain's correction goes: to the readout (output), the recurrence's input (input), nowhere (off)",
             one_of("off", "output", "input"),
         ),
         "sweeps": Field(1, "passes that feed the correction back, with control=input", at_least(1)),
@@ -44,7 +44,7 @@ CONBA = Group(
         ),
         "state_eval": Field(
             "exact",
-            "scaling by the state itself (exact), or by the token, which Mamba's kernel can run (folded: an approximation)",
+            "scaling by the state (exact), or by the token, which Mamba's kernel can run (folded: an approximation)",
             one_of("exact", "folded"),
         ),
         **CONTROL,

@@ -27,7 +27,7 @@ CONBA_SEQ = Group(
         ),
         "scaling": Field(
             "gate",
-            "scaling R of the state x: x * swish(Z x + g) (gate), swish(Z x + g) (literal, as the paper writes), or off",
+            "scaling R of the state x: x * swish(Z x + g) (gate), swish(Z x + g) (literal, as in the paper), or off",
             one_of("gate", "literal", "off"),
         ),
         "control": Field(
@@ -35,7 +35,7 @@ CONBA_SEQ = Group(
         ),
         "rule": Field(
             "nlms",
-            "how the gain adapts: normalised least mean squares with forgetting, the published code's law, or the MIT rule",
+            "how the gain adapts: normalised least mean squares with forgetting, the published code's law, or MIT rule",
             one_of("nlms", "published", "mit"),
         ),
         "stability": Field(

@@ -1,17 +1,16 @@
 """Conba, the mixer of MixCon (Xu & Lin 2024, ECAI, doi 10.3233/FAIA240593): Mamba, whose readout a controller corrects.
 
     s_t = exp(dt_t A) s_{t-1} + (dt_t u_t) B_t + w_t           Mamba's recurrence, with the norms of Jamba
-    x_t = R(s_t + F s_{t-tau} + f),  R(d) = d * swish(Z d + g)  delayed state and dynamic scaling (conba_state.py)
+    x_t = R(s_t + F s_{t-tau} + f)                             delayed state, scaled by R(d) = d * swish(Z d + g)
     y_t = x_t C_t + D u_t + v_t
     c_t = gamma K_t e_t,  e_t = y_t - r u_t                    the gain K adapts to the errors (conba_gain.py)
     out = (y_t - c_t) silu(z_t)
 
-The paper feeds R back into the recurrence. Here the recurrence is linear and R is applied to what it returns, so time is
-parallel. docs/mixcon.md says what is the paper's, what is inferred, and what is our choice. A fresh layer is Jamba's Mamba:
-F, f, Z, r, gamma and K are 0, and swish(g) = 1.
+The paper feeds R back into the recurrence. Here the recurrence is linear and R is applied to what it returns, so time
+is parallel (conba_state.py). docs/mixcon.md says what is the paper's, what is inferred, and what is our choice. A fresh
+layer is Jamba's Mamba: F, f, Z, r, gamma and K are 0, and swish(g) = 1.
 """
 
-import dataclasses
 from typing import Any
 
 import flax.linen as nn
@@ -31,7 +30,7 @@ from seqmodels.sequence import Sequence
 
 def identity(key: jax.Array, shape: tuple[int, ...], dtype: Any = jnp.float32) -> jax.Array:
     """The identity matrix."""
-    return jnp.eye(*shape, dtype=dtype)
+    return jnp.eye(shape[0], shape[1], dtype=dtype)
 
 
 def declare_scaling(module: nn.Module, scaling: str, state: int) -> tuple[jax.Array | None, jax.Array | None]:
@@ -65,7 +64,7 @@ class Conba(Mamba):
     observation_noise: float = CONBA["observation_noise"]
 
     options = CONBA
-    operations = ("selective_scan", "short_conv")
+    operations = ("selective_scan", "short_conv", "delta_rule")
     link = ""  # DenseSSM would read Mamba's state, and not the scaled one
 
     @property
@@ -94,13 +93,13 @@ class Conba(Mamba):
         """Zeros, float32; their size does not depend on max_length.
 
         conv [B, W - 1, E]; ssm [B, E, N]; lag [B, tau, E, N], the last states, oldest first; gain [B, H, P, P], the
-        learned part of the gain, transposed. With control="input" there is an axis for the passes behind B: one gain and
-        one scaled state [B, m, E, N] for each sweep, and one more ssm and lag. With state_eval="folded" the lag is one
-        state, and the arrays of the last tau tokens (conba_folded.py).
+        learned part of the gain, transposed. With control="input" there is an axis for the passes behind B: one gain
+        and one scaled state [B, m, E, N] for each sweep, and one more ssm and lag. With state_eval="folded" the lag is
+        one state, and the arrays of the last tau tokens (conba_folded.py).
         """
         passes = (self.passes,) if self.control == "input" else ()
-        conv, ssm = super().init_state(batch).values()
-        state = dict(conv=conv, ssm=jnp.zeros((batch, *passes, self.inner, self.state), jnp.float32))
+        state = super().init_state(batch)
+        state["ssm"] = jnp.zeros((batch, *passes, self.inner, self.state), jnp.float32)
         if self.delay and self.state_eval == "folded":
             state |= init_folded(batch, self.delay, self.inner, self.state, self.rank)
         elif self.delay:
@@ -116,23 +115,27 @@ class Conba(Mamba):
         """x [B, T, D] to y [B, T, D] and the new state."""
         old = self.init_state(x.shape[0]) if state is None else state
         stream, readout = self.stream_and_readout(x, seq, old)
-        noise = self.noise(self.observation_noise, stream.u.shape)
-        if self.state_eval == "folded":
-            y, new = self.read_folded(stream, readout, seq, old)
-            y, new = self.corrected(y + noise, stream.u, seq, old, new)
-        elif self.control == "input":
+        noise = self.noise(stream.u.shape)
+        if self.control == "input":
             y, new = self.fed_back(stream, readout, seq, old, noise)
         else:
-            y, _, memory = self.read(stream.u, stream, readout, seq, Memory(old["ssm"], old.get("lag")))
-            y, new = self.corrected(y + noise, stream.u, seq, old, _leaves(memory))
+            y, new = self.open_loop(stream, readout, seq, old)
+            y = y + noise
+        if self.control == "output":
+            correction, new["gain"] = self.controller(y, stream.u, seq, old["gain"])
+            y = y - correction
         y = y * jax.nn.silu(readout.z.astype(jnp.float32))
         return self.project(y), dict(conv=readout.conv, **new)
 
-    def noise(self, size: float, shape: tuple[int, ...]) -> jax.Array | float:
-        """Normal noise of this size in training, that is, where there is a random stream for dropout; 0 elsewhere."""
-        if not size or not self.has_rng("dropout"):
+    def noise(self, shape: tuple[int, ...]) -> jax.Array | float:
+        """Observation noise, in training: that is, where there is a random stream for dropout. Elsewhere 0."""
+        if not self.observation_noise or not self.has_rng("dropout"):
             return 0.0
-        return size * jax.random.normal(self.make_rng("dropout"), shape, jnp.float32)
+        return self.observation_noise * jax.random.normal(self.make_rng("dropout"), shape, jnp.float32)
+
+    def process_key(self) -> jax.Array | None:
+        """Random key of the process noise, in training. None: no noise."""
+        return self.make_rng("dropout") if self.process_noise and self.has_rng("dropout") else None
 
     def plant(self, stream: Stream) -> Plant:
         """The parameters of the states' path."""
@@ -141,28 +144,24 @@ class Conba(Mamba):
             delay=self.delay, scaling=self.scaling, noise=self.process_noise,
         )  # fmt: skip
 
+    def open_loop(
+        self, stream: Stream, readout: Readout, seq: Sequence, old: State
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """y [B, T, E] float32 with the skip, without control, and the new states by name."""
+        if self.state_eval == "folded":
+            implementation = self.implementation.get("selective_scan")
+            return read_folded(stream, readout, self.plant(stream), seq, old, implementation)
+        memory = Memory(old["ssm"], old.get("lag"))
+        y, _, memory = self.read(stream.u, stream, readout, seq, memory, self.process_key())
+        return y, memory.by_name()
+
     def read(
-        self, u: jax.Array, stream: Stream, readout: Readout, seq: Sequence, memory: Memory, key: Any = None
+        self, u: jax.Array, stream: Stream, readout: Readout, seq: Sequence, memory: Memory, key: jax.Array | None
     ) -> tuple[jax.Array, jax.Array | None, Memory]:
-        """y [B, T, E] float32 with the skip, the readout before each token, and the memory, for the input u [B, T, E]."""
-        if key is None:
-            key = self.process_key()
+        """`read_states` for the input u [B, T, E] of the recurrence; y with the skip."""
         tokens = Tokens(u, stream.delta, stream.B, readout.C, resets(**seq.documents()))
         y, before, memory = read_states(tokens, self.plant(stream), memory, seq.mask, key)
         return y + readout.D * stream.u, before, memory
-
-    def process_key(self) -> Any:
-        """The random key of the noise on the state, in training; None: no noise."""
-        return self.make_rng("dropout") if self.process_noise and self.has_rng("dropout") else None
-
-    def corrected(
-        self, y: jax.Array, u: jax.Array, seq: Sequence, old: State, new: dict[str, jax.Array]
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """y [B, T, E] less the gain's correction, and the new state with the gain."""
-        if self.control == "off":
-            return y, new
-        correction, gain = self.controller(y, u, seq, old["gain"])
-        return y - correction, dict(new, gain=gain)
 
     def fed_back(
         self, stream: Stream, readout: Readout, seq: Sequence, old: State, noise: jax.Array | float
@@ -173,23 +172,18 @@ class Conba(Mamba):
         """
         key, u, new = self.process_key(), stream.u, []
         for i in range(self.passes):
-            last = i == self.sweeps
-            lag, scaled = old["lag"][:, i] if self.delay else None, None if last else old["scaled"][:, i]
-            y, before, memory = self.read(u, stream, readout, seq, Memory(old["ssm"][:, i], lag, scaled), key)
-            new.append(_leaves(memory))
-            if not last:
-                assert before is not None
-                correction, new[-1]["gain"] = self.controller(before + noise, stream.u, seq, old["gain"][:, i])
-                u = stream.u - correction
+            memory = Memory(
+                old["ssm"][:, i],
+                old["lag"][:, i] if self.delay else None,
+                old["scaled"][:, i] if i < self.sweeps else None,
+            )
+            y, before, memory = self.read(u, stream, readout, seq, memory, key)
+            new.append(memory.by_name())
+            if before is not None:
+                correction, gain = self.controller(before + noise, stream.u, seq, old["gain"][:, i])
+                u, new[-1]["gain"] = stream.u - correction, gain
         names = [name for name in old if name != "conv"]
         return y + noise, {name: jnp.stack([s[name] for s in new if name in s], axis=1) for name in names}
-
-    def read_folded(
-        self, stream: Stream, readout: Readout, seq: Sequence, old: State
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """As `read`, with the scaling by the token: an approximation."""
-        plant = self.plant(stream)
-        return read_folded(stream, readout, plant, seq, old, self.implementation.get("selective_scan"))
 
     @nn.nowrap
     def flops(self, length: int) -> float:
@@ -205,9 +199,3 @@ class Conba(Mamba):
             return total
         # Of each gain: its readout, what is read along the key, the product with K_base, the decay, and the update.
         return total + max(1, self.passes - 1) * (2 + 2 + 2 + 1 + 2) * self.inner * self.head_dim
-
-
-def _leaves(memory: Memory) -> dict[str, jax.Array]:
-    """The arrays that the memory has, by name."""
-    fields = {field.name: getattr(memory, field.name) for field in dataclasses.fields(memory)}
-    return {name: value for name, value in fields.items() if value is not None}

@@ -2,14 +2,15 @@
 
     y_t = (s_t + F s_{t-tau} + f) (r_t * C_t),  r_t = swish(Z B_t + g)
 
-is an approximation of the exact form, whose scaling depends on the state. B_t is the direction in which token t enters the
-state. The scaling now belongs to the query r_t * C_t, and the delayed state is a second state with its own query:
+is an approximation of the exact form, whose scaling depends on the state. B_t is the direction in which token t enters
+the state. The scaling now belongs to the query r_t * C_t, and the delayed state is a second state with its own query:
 
     y_t = s_t (r_t * C_t) + s_{t-tau} (F^T (r_t * C_t)) + f (r_t * C_t)
 
 s_{t-tau} obeys the recurrence of s_t with the inputs of tau tokens earlier. So both are groups of one selective scan.
 """
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -37,10 +38,10 @@ def read_folded(
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """y [B, T, E] float32 with the skip D u, and the new states by name; `old` has those of `init_folded` and ssm."""
     query = readout.C.astype(jnp.float32)
-    if plant.Z is not None:
-        query = query * jax.nn.silu(stream.B.astype(jnp.float32) @ plant.Z.T + plant.g)
-    late_query = query @ plant.F
-    constant = query @ plant.f
+    if plant.Z is not None and plant.g is not None:
+        query = query * jax.nn.silu(by_token(plant.Z, stream.B) + plant.g)
+    late_query = by_token(plant.F.T, query)
+    constant = jnp.sum(query * plant.f, axis=-1)
     if plant.delay:
         streams, rows = delayed_stream(stream, plant.delay, seq, old)
         queries = jnp.stack([query, late_query], axis=2)
@@ -48,8 +49,9 @@ def read_folded(
         streams, rows, queries = [stream], {}, (query + late_query)[:, :, None]
 
     def scan(streams: list[Stream], queries: jax.Array, documents: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
+        arrays: dict[str, Any] = stack(streams)
         return selective_scan(
-            **stack(streams), C=queries.astype(stream.B.dtype), D=readout.D, implementation=implementation, **documents
+            **arrays, C=queries.astype(stream.B.dtype), D=readout.D, implementation=implementation, **documents
         )
 
     # dt is as large as u, and one low-rank product computes it. So the backward pass recomputes it.
@@ -57,6 +59,11 @@ def read_folded(
     y, states = jax.checkpoint(scan, policy=keep)(streams, queries, seq.documents())
     names = ["ssm", "late_ssm"][: len(streams)]
     return y + constant[..., None], {name: states[:, i] for i, name in enumerate(names)} | rows
+
+
+def by_token(matrix: jax.Array, x: jax.Array) -> jax.Array:
+    """matrix [M, N] times x [B, T, N], in float32."""
+    return jnp.einsum("mn,btn->btm", matrix, x.astype(jnp.float32), precision="highest")
 
 
 def delayed_stream(stream: Stream, delay: int, seq: Sequence, old: State) -> tuple[list[Stream], dict[str, jax.Array]]:
@@ -76,4 +83,4 @@ def delayed_stream(stream: Stream, delay: int, seq: Sequence, old: State) -> tup
             earlier = jnp.where(expand_to(reach >= delay, x.ndim), earlier, 0)
         late[name] = place.back(earlier)
         rows[f"late_{name}"] = final_history(x, before, reach, count)
-    return [stream, stream.replace(state=old["late_ssm"], **late)], rows
+    return [stream, dataclasses.replace(stream, state=old["late_ssm"], **late)], rows

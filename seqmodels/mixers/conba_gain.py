@@ -20,7 +20,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from seqmodels.layers.parameter import parameter, zeros
-from seqmodels.mixers.conba_delta import delta_rule
+from seqmodels.parallel import delta_rule
 from seqmodels.sequence import Sequence
 
 SMALLEST = 1e-6  # of |e|^2, in the normalised error

@@ -1,8 +1,9 @@
-"""The loop of sequential Conba: one token after the other, as pure functions. seqmodels/mixers/conba_seq.py declares it.
+"""The loop of sequential Conba, one token after the other, as pure functions. The mixer is in conba_seq.py.
 
 States are [..., N, E] inside this file, and the gain is transposed: K e is e @ gain.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -105,7 +106,7 @@ def contracted(loop: Loop) -> Loop:
     elif loop.F is not None:
         inner = jnp.linalg.norm(loop.F, 2)
     limit = CONTRACTION / (STEEPEST * jnp.maximum(inner, 1e-6))
-    return loop.replace(Z=loop.Z * (limit / jnp.maximum(jnp.linalg.norm(loop.Z, 2), limit)))
+    return dataclasses.replace(loop, Z=loop.Z * (limit / jnp.maximum(jnp.linalg.norm(loop.Z, 2), limit)))
 
 
 def transform(v: jax.Array, loop: Loop) -> jax.Array:
@@ -142,6 +143,7 @@ def advance(loop: Loop, size: int, state: State, token: Tokens) -> tuple[State, 
         e = (seen - token.reference).reshape(len(u), -1, size)
         gain = old["gain"]
         if loop.rule == "mit":
+            assert token.step is not None
             gain = gain - token.step[:, :, None, None] * mit_gradient(old, e, C, loop, size)
         u = u - (loop.authority[:, None] * corrections(e, loop.base, gain)).reshape(u.shape)
         new["gain"] = adapted(gain, e, token, loop)
@@ -173,6 +175,7 @@ def adapted(gain: jax.Array, e: jax.Array, token: Tokens, loop: Loop) -> jax.Arr
     if loop.rule == "published":
         return gain - (step * e)[..., None] * e[..., None, :]
     key = unit(e)
+    assert token.log_memory is not None
     missing = key - corrections(key, loop.base, gain)
     return jnp.exp(token.log_memory)[..., None, None] * gain + (step * key)[..., None] * missing[..., None, :]
 
@@ -210,7 +213,7 @@ def run(
     turn = lambda s: {n: jnp.swapaxes(x, 1, 2) if n in ("ssm", "sensitivity") else x for n, x in s.items()}  # noqa: E731
     split = min(chunk, length)
     if tokens.mask is None and length % split:  # the last chunk has tokens that do not exist
-        tokens = tokens.replace(mask=jnp.ones((batch, length), bool))
+        tokens = dataclasses.replace(tokens, mask=jnp.ones((batch, length), bool))
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def body(state, piece):
@@ -218,7 +221,7 @@ def run(
         if key is not None:
             shape = (*tokens.u.shape[:2], loop.A.shape[1], loop.A.shape[0])
             noise = jax.random.normal(jax.random.fold_in(key, index), shape, loop.A.dtype)
-            tokens = tokens.replace(write=loop.noise * noise)
+            tokens = dataclasses.replace(tokens, write=loop.noise * noise)
         return jax.lax.scan(functools.partial(advance, loop, size), state, tokens)
 
     pieces = split_time(tokens, split, time_first=True)

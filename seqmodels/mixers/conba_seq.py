@@ -1,12 +1,12 @@
-"""The sequential variant of Conba: the paper's loop as it is written, token by token (Xu & Lin 2024, eqs 1-11, figure 1).
+"""The sequential variant of Conba: the paper's loop as it is written (Xu & Lin 2024, eqs 1-11 and figure 1).
 
     e_t = h(x_{t-1} C_t) - r u_t                               error of the readout before the token
     v_t = exp(dt_t A) x_{t-1} + (dt_t (u_t - gamma K_t e_t)) B_t + w_t
     x_t = R(f_d(v_t))                                          delayed state and dynamic scaling, inside the loop
     out = (h(x_t C_t) + D u_t) silu(z_t)
 
-Its options are the functions f_d, h and R, and how the gain K adapts (conba_loop.py). The loop is nonlinear, so time is not
-parallel. conba.py is the form for training; this one is for comparisons with the paper.
+Its options are the functions f_d, h and R, and how the gain K adapts (conba_loop.py). The loop is nonlinear, so time is
+not parallel. conba.py is the form for training; this one is for comparisons with the paper.
 """
 
 from typing import Any
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from seqmodels.branch import State
 from seqmodels.fields.conba_seq import CONBA_SEQ
 from seqmodels.kernels.segments import resets
-from seqmodels.layers.parameter import Init, normal, parameter, zeros
+from seqmodels.layers.parameter import Init, parameter, zeros
 from seqmodels.mixers.conba import declare_scaling, identity
 from seqmodels.mixers.conba_gain import Controller
 from seqmodels.mixers.conba_loop import Loop, Mlp, Tokens, run
@@ -29,7 +29,7 @@ HIDDEN = 4  # inner width of the MLPs, as a multiple of N or P
 
 
 def both_signs(spread: float) -> Init:
-    """[4N, N]: the rows of I and of -I, and then normal ones. swish(x) - swish(-x) = x makes a fresh MLP the identity."""
+    """[4N, N]: the rows of I and of -I, then normal ones. As swish(x) - swish(-x) = x, a fresh MLP is the identity."""
 
     def init(key, shape, dtype=jnp.float32):
         hidden, size = shape
@@ -107,8 +107,8 @@ class ConbaSeq(Mamba):
     def init_state(self, batch: int, max_length: int | None = None) -> dict[str, jax.Array]:
         """Zeros, float32; their size does not depend on max_length.
 
-        conv [B, W - 1, E]; ssm [B, E, N], the state x; gain [B, H, P, P], the learned part of the gain, transposed. With
-        rule="mit" also the error [B, H, P] and the sensitivity [B, E, N] of the last token.
+        conv [B, W - 1, E]; ssm [B, E, N], the state x; gain [B, H, P, P], the learned part of the gain, transposed.
+        With rule="mit" also the error [B, H, P] and the sensitivity [B, E, N] of the last token.
         """
         state = dict(super().init_state(batch))
         if self.control != "off":

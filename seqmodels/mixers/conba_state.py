@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from flax import struct
 
 from seqmodels.kernels.arrays import expand_to, join_time, split_time
+from seqmodels.kernels.dispatch import platforms
 from seqmodels.kernels.segments import forget
 from seqmodels.kernels.selective_scan.xla import linear_recurrence
 from seqmodels.kernels.short_conv.xla import tokens_in_reach
@@ -62,6 +63,11 @@ class Memory:
     ssm: jax.Array
     lag: jax.Array | None = None
     scaled: jax.Array | None = None
+
+    def by_name(self) -> dict[str, jax.Array]:
+        """The arrays that there are."""
+        arrays = dict(ssm=self.ssm, lag=self.lag, scaled=self.scaled)
+        return {name: array for name, array in arrays.items() if array is not None}
 
 
 @struct.dataclass
@@ -218,6 +224,8 @@ def _states(decay, write, state, reset, reverse=False):
 
         return jax.lax.scan(step, state, (decay, write, reset), reverse=reverse)[1]
 
+    if platforms() == ("cpu",):  # spares the time to trace the other
+        return sequential(decay, write, state, reset)
     associative = functools.partial(linear_recurrence, reverse=reverse)
     return jax.lax.platform_dependent(decay, write, state, reset, cpu=sequential, default=associative)
 
@@ -238,6 +246,7 @@ def _recurrence_bwd(kept, dstates):
     decay, state, states, reset = kept
     later = jnp.concatenate([decay[1:], jnp.ones_like(decay[:1])])
     ends = None if reset is None else jnp.concatenate([reset[1:], jnp.zeros_like(reset[:1])])
+    later = forget(later, ends)  # that of the next document's first token may be NaN
     dwrite = _states(later, dstates, jnp.zeros_like(state), ends, reverse=True)
     before = forget(jnp.concatenate([state[None], states[:-1]]), reset)
     dstate = forget(decay[0] * dwrite[0], None if reset is None else reset[0])

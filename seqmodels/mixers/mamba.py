@@ -1,6 +1,7 @@
 """Mamba (Gu & Dao 2023, arXiv 2312.00752): a state space model whose step, input and output depend on the token."""
 
 import math
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
@@ -96,7 +97,7 @@ class Mamba(Linked):
     dt_floor: float = MAMBA["dt_floor"]
 
     options = MAMBA
-    operations = ("selective_scan", "short_conv")
+    operations: ClassVar[tuple[str, ...]] = ("selective_scan", "short_conv")
     link = "vector"
 
     @property
