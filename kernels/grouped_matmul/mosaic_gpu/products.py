@@ -1,0 +1,134 @@
+"""The three grouped products as kernels: how their tiles lie, and what their steps add up."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array, lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from seqmodels.kernels.grouped_matmul.groups import bounds, most_tiles, row_tiles
+from seqmodels.kernels.grouped_matmul.mosaic_gpu import tuning
+from seqmodels.kernels.grouped_matmul.mosaic_gpu.pipeline import ROWS, SIDE, Plan, Tile, kernel
+
+
+@functools.partial(jax.jit, static_argnames=("transposed", "plan"))  # traced once per shape, not per layer
+def by_rows(x: Array, w: Array, sizes: Array, *, transposed: bool, plan: Plan | None = None) -> Array:
+    """y_r = x_r w_g [M, N] for the rows of each group; with `transposed`, x_r w_g^T.
+
+    Args:
+        x: [M, K] of M >= 128 rows. w: [X, K, N], or with `transposed` [X, N, K]. sizes: [X] int32.
+    """
+    rows, inner = x.shape
+    groups, outer = w.shape[0], w.shape[1 if transposed else 2]
+    plan = plan or tuning.rows(outer)
+    table = row_tiles(sizes, rows, ROWS)
+    across = -(-outer // plan.columns)
+
+    def tiles(x, w, group, start, count, used, y):
+        below = used[0]
+
+        def tile(number):
+            row, column = snake(number, below, across, plan.panel)
+            g, first, column = group[row], start[row], column * plan.columns
+            columns = pl.ds(column, plan.columns)
+
+            def sources(step):
+                k = pl.ds(step * SIDE, SIDE)
+                return x.at[pl.ds(first, ROWS), k], w.at[g, columns, k] if transposed else w.at[g, k, columns]
+
+            def place(offset, height, right):
+                return y.at[pl.ds(first + offset, height), pl.ds(column + right, SIDE)]
+
+            steps = jnp.where(g < groups, -(-inner // SIDE), 0)
+            return Tile(steps, sources, count[row], place)
+
+        return below * across, tile
+
+    def factors(left, right, worker):
+        return left.at[pl.ds(worker * SIDE, SIDE)], right.transpose((1, 0)) if transposed else right
+
+    return kernel(
+        plan,
+        (x, w, *table),
+        jax.ShapeDtypeStruct((rows, outer), x.dtype),
+        most_tiles(rows, groups, ROWS) * across,
+        tiles,
+        (ROWS, SIDE),
+        (plan.columns, SIDE) if transposed else (SIDE, plan.columns),
+        factors,
+    )
+
+
+@functools.partial(jax.jit, static_argnames="plan")
+def by_groups(x: Array, dy: Array, sizes: Array, *, plan: Plan | None = None) -> Array:
+    """The sums [X, K, N] over each group's rows of x_r^T dy_r.
+
+    Args:
+        x: [M, K], dy: [M, N] of M >= 64 rows. sizes: [X] int32.
+    """
+    (inner, outer), groups = (x.shape[1], dy.shape[1]), len(sizes)
+    plan = plan or tuning.groups(outer)
+    start, _ = bounds(sizes)
+    below, across = -(-inner // ROWS), -(-outer // plan.columns)
+    each = below * across
+
+    def tiles(x, dy, start, size, dw):
+        def tile(number):
+            g = lax.div(number, each)
+            row, column = snake(lax.rem(number, each), below, across, plan.panel)
+            row, column = row * ROWS, column * plan.columns
+            first, length = start[g], size[g]
+
+            def sources(step):
+                part = pl.ds(first + step * SIDE, SIDE)
+                return x.at[part, pl.ds(row, ROWS)], dy.at[part, pl.ds(column, plan.columns)]
+
+            def place(offset, height, right):
+                return dw.at[g, pl.ds(row + offset, height), pl.ds(column + right, SIDE)]
+
+            def clean(step, left, right, worker):
+                left = left.at[:, pl.ds(worker * SIDE, SIDE)]
+                keep_rows((left, right), length - step * SIDE)
+
+            return Tile(lax.div(length + (SIDE - 1), SIDE), sources, jnp.int32(ROWS), place, clean)
+
+        return jnp.int32(groups * each), tile
+
+    def factors(left, right, worker):
+        return left.at[:, pl.ds(worker * SIDE, SIDE)].transpose((1, 0)), right
+
+    return kernel(
+        plan,
+        (x, dy, start, sizes),
+        jax.ShapeDtypeStruct((groups, inner, outer), x.dtype),
+        groups * each,
+        tiles,
+        (SIDE, ROWS),
+        (SIDE, plan.columns),
+        factors,
+    )
+
+
+def keep_rows(refs, count: Array) -> None:
+    """Set the rows from `count` on of references [64, columns] in shared memory to zero, if there are such rows."""
+
+    @pl.when(count < SIDE)
+    def _():
+        row = plgpu.broadcasted_iota(jnp.int32, (SIDE, SIDE), 0, layout=plgpu.Layout.WGMMA)
+        for ref in refs:
+            for column in range(0, ref.shape[1], SIDE):
+                part = ref.at[:, pl.ds(column, SIDE)]
+                held = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
+                part[...] = jnp.where(row < count, held, jnp.zeros_like(held))
+        plgpu.commit_smem()
+
+
+def snake(number: Array, below: Array | int, across: int, panel: int) -> tuple[Array, Array]:
+    """Row and column of a tile: column after column of a panel of `panel` rows, then the next panel."""
+    size = panel * across
+    above = lax.div(number, size) * panel
+    height = jnp.minimum(panel, below - above)
+    left = lax.rem(number, size)
+    return above + lax.rem(left, height), lax.div(left, height)
