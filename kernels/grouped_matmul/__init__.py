@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from seqmodels.kernels import dispatch
 from seqmodels.kernels.axes import Layout
-from seqmodels.kernels.grouped_matmul import reference, xla
+from seqmodels.kernels.grouped_matmul import mosaic_gpu, reference, xla
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = {"reference": reference, "xla": xla}
+BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu}
 WINNERS = {"default": ("xla",)}
 IMPLEMENTATIONS = tuple(BACKENDS)
 

@@ -7,6 +7,7 @@ read it.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -203,12 +204,13 @@ def store(plan: Plan, tile: Tile, worker: Array, sums: Array, out_s: Any, edge_s
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             edge_s.at[worker][...] = sums[:, column : column + SIDE]
             plgpu.commit_smem()
-            part = SIDE // 2
-            while part:  # a copy has a static size: one for each power of two in the number of rows
-                offset = rows & ~(2 * part - 1)
-                copy = lambda offset=offset, part=part: plgpu.copy_smem_to_gmem(
-                    edge_s.at[worker, pl.ds(offset, part)], tile.place(first + offset, part, column)
-                )
+            for part in (32, 16, 8, 4, 2, 1):  # a copy has a static size: one for each power of two in `rows`
+                copy = functools.partial(store_part, tile, edge_s.at[worker], rows, part, first, column)
                 pl.when(rows & part > 0)(copy)
-                part //= 2
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+
+def store_part(tile: Tile, held: Any, rows: Array, part: int, first: Array, column: int) -> None:
+    """Store those of `rows` rows that the bit `part` of their number stands for; larger bits come first."""
+    offset = rows & -(2 * part)
+    plgpu.copy_smem_to_gmem(held.at[pl.ds(offset, part)], tile.place(first + offset, part, column))
