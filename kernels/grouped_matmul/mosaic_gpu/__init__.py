@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from seqmodels.kernels import lanes
-from seqmodels.kernels.arrays import pad
+from seqmodels.kernels.arrays import pad, round_up
 from seqmodels.kernels.grouped_matmul.mosaic_gpu import products
 from seqmodels.kernels.grouped_matmul.mosaic_gpu.pipeline import ROWS, SIDE
 from seqmodels.kernels.interpreter import gpu_interpreter
@@ -31,8 +31,8 @@ def supports(
         return f"it needs an NVIDIA GPU of compute capability 9.0 (Hopper), this one has {capability}"
     if jnp.dtype(dtype).name not in DTYPES:
         return f"x is {jnp.dtype(dtype).name}; it takes {', '.join(DTYPES)}"
-    if inner % 8 or outer % 8 or min(inner, outer) < 64:
-        return f"the matrices are {inner} x {outer}; it takes multiples of 8 from 64 on"
+    if inner % SIDE or outer % SIDE or not inner * outer:
+        return f"the matrices are {inner} x {outer}; it takes multiples of {SIDE}"
     if not 0 < rows < 2**31 or not groups:
         return f"x has {rows} rows and {groups} groups; it takes from 1 on"
     return None
@@ -51,7 +51,7 @@ def transposed(dy: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
 def weight_gradient(x: jax.Array, dy: jax.Array, sizes: jax.Array) -> jax.Array:
     """The gradient of w [X, K, N], given x [M, K] and the gradient of y [M, N]: a sum over each group's rows."""
     call = jax.custom_batching.sequential_vmap(products.by_groups)
-    rows = max(x.shape[0], SIDE)
+    rows = max(round_up(x.shape[0], products.ALIGNED), SIDE)
     return call(pad(x, {0: rows}), pad(dy, {0: rows}), sizes)
 
 

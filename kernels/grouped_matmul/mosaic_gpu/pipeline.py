@@ -64,9 +64,32 @@ class Tile:
 
 
 def swizzled(*shape: int, dtype: Any) -> Any:
-    """An array in shared memory. wgmma takes its last two axes as the left or right factor, transposed or not."""
+    """An array in shared memory. wgmma takes its last two axes as the left or right factor, transposed or not.
+
+    It is copied in tiles of 8 rows, so the rows in global memory must begin at a multiple of 8.
+    """
     transforms = (plgpu.TilingTransform((8, SIDE)), plgpu.SwizzleTransform(128))
     return plgpu.SMEM(shape, dtype, transforms=() if gpu_interpreter() else transforms)
+
+
+def views(*shape: int, dtype: Any, plain: tuple[int, ...] | None = None) -> Any:
+    """`swizzled` of 64 columns, for `unpack`; with `plain`, the memory also serves as an array without a swizzle."""
+    refs = [swizzled(*shape, dtype=dtype)]
+    if not gpu_interpreter():
+        refs.append(plgpu.SMEM(shape, dtype, transforms=(plgpu.SwizzleTransform(128),)))
+    if plain:
+        refs.append(plgpu.SMEM(plain, dtype))
+    return plgpu.RefUnion(*refs)
+
+
+def unpack(refs: Any) -> tuple[Any, ...]:
+    """References that `views` made: as wgmma takes it; for copies of rows that begin anywhere; plain, if there is one.
+
+    The two views are one, since a row of 64 columns is as long as the swizzle: only the tiles of 8 rows differ, which
+    lie one after another. The interpreter, whose memory has no layout, has the first alone.
+    """
+    first, *others = refs
+    return (first, first, *others) if gpu_interpreter() else (first, *others)
 
 
 def kernel(
@@ -78,6 +101,8 @@ def kernel(
     left: tuple[int, int],
     right: tuple[int, int],
     factors: Callable[[Any, Any, Array], tuple[Any, Any]],
+    *,
+    anywhere: bool,
 ) -> Array:
     """Run a kernel that computes `out` tile by tile.
 
@@ -87,12 +112,13 @@ def kernel(
         tiles: `tiles(*inputs, out)` gives, inside the kernel, the number of tiles and a function of a tile's number.
         left, right: shapes of the factors of a step in shared memory.
         factors: `factors(left, right, worker)` gives what one warpgroup multiplies: [64, 64] and [64, columns].
+        anywhere: whether the rows of the left factor, which has 64 columns, may begin at any row in global memory.
     """
     grid = min(processors(), most)
 
     def body(*refs):
-        *arrays, left_s, right_s, stores, full, empty = refs
-        out_s, edge_s = stores
+        *arrays, left_s, right_s, outputs, full, empty = refs
+        left_s, left_rows_s = unpack(left_s) if anywhere else (left_s, left_s)
         count, tile = tiles(*arrays)
         block, thread = lax.axis_index("block"), lax.axis_index("thread")
         mine = lax.div(count - block + (grid - 1), grid)  # tiles of this block
@@ -106,7 +132,7 @@ def kernel(
                 def step(k, done):
                     slot = lax.rem(done, plan.slots)
                     pl.when(done >= plan.slots)(lambda: plgpu.barrier_wait(empty.at[slot]))
-                    for source, buffer in zip(now.sources(k), (left_s, right_s), strict=True):
+                    for source, buffer in zip(now.sources(k), (left_rows_s, right_s), strict=True):
                         plgpu.copy_gmem_to_smem(source, buffer.at[slot], full.at[slot])
                     return done + 1
 
@@ -145,7 +171,7 @@ def kernel(
                     return sums[...]
 
                 sums = pl.run_scoped(multiply, plgpu.ACC((SIDE, plan.columns)))
-                store(plan, now, thread, sums.astype(out.dtype), out_s, edge_s)
+                store(plan, now, thread, sums.astype(out.dtype), *unpack(outputs))
                 return done + now.steps
 
             lax.fori_loop(0, mine, one, jnp.int32(0))
@@ -155,15 +181,13 @@ def kernel(
         pl.when(thread < WORKERS)(work)
 
     dtype = out.dtype
-    pieces = swizzled(WORKERS, OUT, SIDE, SIDE, dtype=dtype)
-    edges = plgpu.SMEM((WORKERS, SIDE, SIDE), dtype)
     call = plgpu.kernel(
         body,
         out_type=out,
         scratch_types=[
-            swizzled(plan.slots, *left, dtype=dtype),
+            (views if anywhere else swizzled)(plan.slots, *left, dtype=dtype),
             swizzled(plan.slots, *right, dtype=dtype),
-            plgpu.RefUnion(pieces, edges),
+            views(WORKERS, OUT, SIDE, SIDE, dtype=dtype, plain=(WORKERS, SIDE, SIDE)),
             plgpu.Barrier(num_arrivals=2, num_barriers=plan.slots),
             plgpu.Barrier(num_arrivals=WORKERS, num_barriers=plan.slots),
         ],
@@ -184,8 +208,8 @@ def compiler_params() -> plgpu.CompilerParams:
     return plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=LoweringSemantics.Lane)
 
 
-def store(plan: Plan, tile: Tile, worker: Array, sums: Array, out_s: Any, edge_s: Any) -> None:
-    """Store a warpgroup's 64 rows of a tile, or as many of them as count."""
+def store(plan: Plan, tile: Tile, worker: Array, sums: Array, out_s: Any, out_rows_s: Any, edge_s: Any) -> None:
+    """Store a warpgroup's 64 rows of a tile, or as many of them as count, through the memory of `unpack`."""
     first = worker * SIDE
     rows = jnp.clip(tile.rows - first, 0, SIDE)
 
@@ -196,7 +220,7 @@ def store(plan: Plan, tile: Tile, worker: Array, sums: Array, out_s: Any, edge_s
             plgpu.wait_smem_to_gmem(OUT - 1, wait_read_only=True)
             out_s.at[worker, slot][...] = sums[:, column : column + SIDE]
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_s.at[worker, slot], tile.place(first, SIDE, column))
+            plgpu.copy_smem_to_gmem(out_rows_s.at[worker, slot], tile.place(first, SIDE, column))
 
     @pl.when((rows > 0) & (rows < SIDE))
     def _():

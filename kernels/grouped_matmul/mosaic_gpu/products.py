@@ -1,6 +1,8 @@
 """The three grouped products as kernels: how their tiles lie, and what their steps add up."""
 
 import functools
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from seqmodels.kernels.grouped_matmul.groups import bounds, most_tiles, row_tiles
 from seqmodels.kernels.grouped_matmul.mosaic_gpu import tuning
 from seqmodels.kernels.grouped_matmul.mosaic_gpu.pipeline import ROWS, SIDE, Plan, Tile, kernel
+
+ALIGNED = 8  # rows: copies of tiles of 64 columns and more begin at a multiple
 
 
 @functools.partial(jax.jit, static_argnames=("transposed", "plan"))  # traced once per shape, not per layer
@@ -58,6 +62,7 @@ def by_rows(x: Array, w: Array, sizes: Array, *, transposed: bool, plan: Plan | 
         (ROWS, SIDE),
         (plan.columns, SIDE) if transposed else (SIDE, plan.columns),
         factors,
+        anywhere=True,
     )
 
 
@@ -66,7 +71,7 @@ def by_groups(x: Array, dy: Array, sizes: Array, *, plan: Plan | None = None) ->
     """The sums [X, K, N] over each group's rows of x_r^T dy_r.
 
     Args:
-        x: [M, K], dy: [M, N] of M >= 64 rows. sizes: [X] int32.
+        x: [M, K], dy: [M, N] of M >= 64 rows, a multiple of 8. sizes: [X] int32.
     """
     (inner, outer), groups = (x.shape[1], dy.shape[1]), len(sizes)
     plan = plan or tuning.groups(outer)
@@ -79,10 +84,11 @@ def by_groups(x: Array, dy: Array, sizes: Array, *, plan: Plan | None = None) ->
             g = lax.div(number, each)
             row, column = snake(lax.rem(number, each), below, across, plan.panel)
             row, column = row * ROWS, column * plan.columns
-            first, length = start[g], size[g]
+            lead = lax.rem(start[g], ALIGNED)  # rows of the group before, in the first step
+            first, length = start[g] - lead, size[g] + lead
 
             def sources(step):
-                part = pl.ds(first + step * SIDE, SIDE)
+                part = pl.ds(pl.multiple_of(first + step * SIDE, ALIGNED), SIDE)
                 return x.at[part, pl.ds(row, ROWS)], dy.at[part, pl.ds(column, plan.columns)]
 
             def place(offset, height, right):
@@ -90,9 +96,10 @@ def by_groups(x: Array, dy: Array, sizes: Array, *, plan: Plan | None = None) ->
 
             def clean(step, left, right, worker):
                 left = left.at[:, pl.ds(worker * SIDE, SIDE)]
-                keep_rows((left, right), length - step * SIDE)
+                keep_rows((left, right), jnp.where(step == 0, lead, 0), length - step * SIDE)
 
-            return Tile(lax.div(length + (SIDE - 1), SIDE), sources, jnp.int32(ROWS), place, clean)
+            steps = jnp.where(size[g] > 0, lax.div(length + (SIDE - 1), SIDE), 0)
+            return Tile(steps, sources, jnp.int32(ROWS), place, clean)
 
         return jnp.int32(groups * each), tile
 
@@ -108,20 +115,22 @@ def by_groups(x: Array, dy: Array, sizes: Array, *, plan: Plan | None = None) ->
         (SIDE, ROWS),
         (SIDE, plan.columns),
         factors,
+        anywhere=False,
     )
 
 
-def keep_rows(refs, count: Array) -> None:
-    """Set the rows from `count` on of references [64, columns] in shared memory to zero, if there are such rows."""
+def keep_rows(refs: Sequence[Any], first: Array, end: Array) -> None:
+    """Set the rows before `first` and from `end` on of references [64, columns] in shared memory to zero."""
 
-    @pl.when(count < SIDE)
+    @pl.when((first > 0) | (end < SIDE))
     def _():
         row = plgpu.broadcasted_iota(jnp.int32, (SIDE, SIDE), 0, layout=plgpu.Layout.WGMMA)
+        own = (row >= first) & (row < end)
         for ref in refs:
             for column in range(0, ref.shape[1], SIDE):
                 part = ref.at[:, pl.ds(column, SIDE)]
                 held = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
-                part[...] = jnp.where(row < count, held, jnp.zeros_like(held))
+                part[...] = jnp.where(own, held, jnp.zeros_like(held))
         plgpu.commit_smem()
 
 
