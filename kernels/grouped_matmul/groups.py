@@ -20,13 +20,13 @@ def real_rows(x: jax.Array, sizes: jax.Array) -> jax.Array:
 class RowTiles(NamedTuple):
     """Tiles that together cover the rows 0 to M - 1, each within one group, or within the rows beyond the sum.
 
-    A group of `tile` rows or more has only whole tiles: its last one ends with the group, and may overlap the one
-    before it. A smaller group has one tile, of which `rows` rows count.
+    The last tile of a group may be half as high as the others, if that is enough. It ends with the group, and may
+    overlap the one before it. Only a group of fewer rows than its tile has a tile of which not all rows count.
 
     Attributes:
         group: [T] int32, group of each tile; X for rows beyond the sum.
         start: [T] int32, its first row.
-        rows: [T] int32, how many of its rows belong to the group; 0 in tiles that are not used.
+        rows: [T] int32, how many rows count, from its first on; 0 in tiles that are not used.
         count: [1] int32, how many of the T tiles are used; these come first.
     """
 
@@ -42,16 +42,17 @@ def most_tiles(rows: int, groups: int, tile: int) -> int:
 
 
 def row_tiles(sizes: jax.Array, rows: int, tile: int) -> RowTiles:
-    """The tiles of M = `rows` rows, in their order. `sizes` [X] int32."""
+    """The tiles of `tile` rows, or half as many, of M = `rows` rows, in their order. `sizes` [X] int32."""
     sizes = jnp.append(sizes, rows - jnp.sum(sizes))
     start, end = bounds(sizes)
-    last = jnp.cumsum(-(-sizes // tile), dtype=jnp.int32)
+    tiles = -(-sizes // tile)
+    after = jnp.cumsum(tiles, dtype=jnp.int32)
     number = jnp.arange(most_tiles(rows, len(sizes) - 1, tile), dtype=jnp.int32)
-    group = jnp.sum(number[:, None] >= last, axis=1, dtype=jnp.int32)
+    group = jnp.sum(number[:, None] >= after, axis=1, dtype=jnp.int32)
     used = group < len(sizes)
     group = jnp.minimum(group, len(sizes) - 1)
-    first = last[group] - -(-sizes[group] // tile)
-    whole = sizes[group] >= tile
-    row = jnp.minimum(start[group] + (number - first) * tile, jnp.where(whole, end[group] - tile, start[group]))
-    count = jnp.where(used, jnp.minimum(sizes[group], tile), 0)
-    return RowTiles(group, row, count, last[-1:])
+    before = (number - (after - tiles)[group]) * tile  # rows of the group in tiles before this one
+    height = jnp.where(sizes[group] - before <= tile // 2, tile // 2, tile)
+    row = jnp.where(sizes[group] >= height, jnp.minimum(start[group] + before, end[group] - height), start[group])
+    count = jnp.where(used, jnp.minimum(sizes[group], height), 0)
+    return RowTiles(group, row, count, after[-1:])

@@ -1,9 +1,9 @@
 """Tiles of a matrix product, one after another on each multiprocessor, with copies and products at the same time.
 
 A block has three warpgroups and stays on its multiprocessor until all tiles are done. One warpgroup copies the factors
-of the coming steps into the slots of shared memory, also those of the next tile. The two others multiply: each has 64
-of the 128 rows of a tile of the result in its registers. `full` signals that a slot is filled, `empty` that both have
-read it.
+of the coming steps into the slots of shared memory, also those of the next tile. The two others multiply: each has half
+of a tile in its registers, 64 of its 128 rows. Of a tile in which at most 64 rows count, each has half of the columns
+of these rows. The barriers `full` signal that a slot is filled, `empty` that both have read it.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from seqmodels.kernels.interpreter import gpu_interpreter
 from seqmodels.kernels.lanes import processors
 
-SIDE = 64  # rows of a warpgroup; columns of a swizzle of 128 bytes; length of a step of the sum
+SIDE = 64  # columns of a swizzle of 128 bytes; rows of a warpgroup; length of a step of the sum
 WORKERS = 2  # warpgroups that multiply
 ROWS = WORKERS * SIDE  # of a tile
 OUT = 2  # pieces of the result in shared memory, for each of the two
@@ -32,7 +32,7 @@ class Plan:
     """Static sizes of a kernel.
 
     Attributes:
-        columns: of a tile of the result, a multiple of 64, at most 256.
+        columns: of a tile of the result, 128 or 256.
         slots: steps whose factors are in shared memory.
         panel: tiles below each other that are done before the next ones to the right: these share their right factor.
     """
@@ -49,18 +49,84 @@ class Tile:
     Attributes:
         steps: how many steps its sum has; 0: the result is zero.
         sources: `sources(step)` gives the pieces of the two factors in global memory.
-        rows: how many of its rows are stored, from its first on.
+        rows, columns: how many of its rows and columns are stored, from its first ones on.
         place: `place(row, rows, column)` gives a piece [rows, 64] of the result in global memory. It begins `row` rows
             and `column` columns after the tile's first.
-        clean: `clean(step, left, right, worker)` sets numbers in shared memory to zero that do not belong to the sum.
-            None: all belong to it.
+        clean: `clean(step, left, right)` sets numbers of the factors in shared memory to zero that do not belong to
+            the sum. `left` is the warpgroup's own part, `right` all. None: all belong to it.
     """
 
     steps: Array
     sources: Callable[[Array], tuple[Any, Any]]
     rows: Array
-    place: Callable[[Array, int, int], Any]
-    clean: Callable[[Array, Any, Any, Array], None] | None = None
+    columns: Array
+    place: Callable[[Array, int, Array], Any]
+    clean: Callable[[Array, Any, Any], None] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Product:
+    """A kernel that computes a matrix, or several, tile by tile.
+
+    Attributes:
+        plan: its sizes.
+        tiles: `tiles(*inputs, out)` gives, inside the kernel, the number of tiles, and a function of a tile's number.
+        left: which axis of the left factor in shared memory is that of the tile's rows. With 0 it is [128, 64], and its
+            rows may begin anywhere in global memory; with 1 it is [64, 128], and they begin at a multiple of 8.
+        right: which axis of the right factor is that of the tile's columns. With 1 it is [64, columns].
+    """
+
+    plan: Plan
+    tiles: Callable[..., tuple[Array, Callable[[Array], Tile]]]
+    left: int
+    right: int
+
+    def part(self, side: str, ref: Any, start: Array | int, size: int) -> Any:
+        """`size` of the tile's rows or columns, of the factor `side`."""
+        own = pl.ds(start, size)
+        return ref.at[own] if getattr(self, side) == 0 else ref.at[:, own]
+
+    def factors(self, left: Any, right: Any) -> tuple[Any, Any]:
+        """The factors as they are multiplied, [rows, 64] and [64, columns]."""
+        return left.transpose((1, 0)) if self.left else left, right if self.right else right.transpose((1, 0))
+
+    def __call__(self, inputs: Sequence[Array], out: jax.ShapeDtypeStruct, most: int) -> Array:
+        """Run the kernel.
+
+        Args:
+            inputs: arrays in global memory, of which the first is the left factor. most: a static bound of the tiles.
+        """
+        plan, dtype, grid = self.plan, out.dtype, min(processors(), most)
+        left, right = ((ROWS, SIDE), (SIDE, ROWS))[self.left], ((plan.columns, SIDE), (SIDE, plan.columns))[self.right]
+
+        def grouped_matmul(*refs):
+            Block.of(self, grid, *refs).run()
+
+        call = plgpu.kernel(
+            grouped_matmul,  # the kernel's name in profiles
+            out_type=out,
+            scratch_types=[
+                (swizzled if self.left else views)(plan.slots, *left, dtype=dtype),
+                swizzled(plan.slots, *right, dtype=dtype),
+                views(WORKERS, OUT, SIDE, SIDE, dtype=dtype, plain=(WORKERS, SIDE, SIDE)),
+                plgpu.Barrier(num_arrivals=2, num_barriers=plan.slots),
+                plgpu.Barrier(num_arrivals=WORKERS, num_barriers=plan.slots),
+            ],
+            grid=(grid,),
+            grid_names=("block",),
+            num_threads=WORKERS + 1,
+            thread_name="thread",
+            compiler_params=compiler_params(),
+            interpret=gpu_interpreter(),
+        )
+        return call(*inputs)
+
+
+def compiler_params() -> plgpu.CompilerParams:
+    """Manual barriers, and layouts as written."""
+    from jax.experimental.mosaic.gpu.core import LoweringSemantics
+
+    return plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=LoweringSemantics.Lane)
 
 
 def swizzled(*shape: int, dtype: Any) -> Any:
@@ -92,149 +158,166 @@ def unpack(refs: Any) -> tuple[Any, ...]:
     return (first, first, *others) if gpu_interpreter() else (first, *others)
 
 
-def kernel(
-    plan: Plan,
-    inputs: Sequence[Array],
-    out: jax.ShapeDtypeStruct,
-    most: int,
-    tiles: Callable[..., tuple[Array, Callable[[Array], Tile]]],
-    left: tuple[int, int],
-    right: tuple[int, int],
-    factors: Callable[[Any, Any, Array], tuple[Any, Any]],
-    *,
-    anywhere: bool,
-) -> Array:
-    """Run a kernel that computes `out` tile by tile.
+@dataclasses.dataclass(frozen=True)
+class Block:
+    """Inside the kernel: one warpgroup of one block.
 
-    Args:
-        inputs: arrays in global memory.
-        most: a static bound of the number of tiles.
-        tiles: `tiles(*inputs, out)` gives, inside the kernel, the number of tiles and a function of a tile's number.
-        left, right: shapes of the factors of a step in shared memory.
-        factors: `factors(left, right, worker)` gives what one warpgroup multiplies: [64, 64] and [64, columns].
-        anywhere: whether the rows of the left factor, which has 64 columns, may begin at any row in global memory.
+    Attributes:
+        left, right: slots of the factors; left_rows: of the left one, for copies.
+        out, out_rows, edge: memory for the result, see `unpack`.
+        block, grid: number of the block, and of all blocks. thread: of the warpgroup.
     """
-    grid = min(processors(), most)
 
-    def body(*refs):
-        *arrays, left_s, right_s, outputs, full, empty = refs
-        left_s, left_rows_s = unpack(left_s) if anywhere else (left_s, left_s)
-        count, tile = tiles(*arrays)
-        block, thread = lax.axis_index("block"), lax.axis_index("thread")
-        mine = lax.div(count - block + (grid - 1), grid)  # tiles of this block
+    product: Product
+    count: Array
+    tile: Callable[[Array], Tile]
+    left: Any
+    left_rows: Any
+    right: Any
+    out: Any
+    out_rows: Any
+    edge: Any
+    full: Any
+    empty: Any
+    block: Array
+    thread: Array
+    grid: int
 
-        def copy():
-            plgpu.set_max_registers(COPIER_REGISTERS, action="decrease")
+    @classmethod
+    def of(cls, product: Product, grid: int, *refs: Any) -> "Block":
+        *arrays, left, right, outputs, full, empty = refs
+        left, left_rows = (left, left) if product.left else unpack(left)
+        place = lax.axis_index("block"), lax.axis_index("thread"), grid
+        return cls(product, *product.tiles(*arrays), left, left_rows, right, *unpack(outputs), full, empty, *place)
 
-            def one(n, done):
-                now = tile(block + n * grid)
+    @property
+    def plan(self) -> Plan:
+        return self.product.plan
 
-                def step(k, done):
-                    slot = lax.rem(done, plan.slots)
-                    pl.when(done >= plan.slots)(lambda: plgpu.barrier_wait(empty.at[slot]))
-                    for source, buffer in zip(now.sources(k), (left_rows_s, right_s), strict=True):
-                        plgpu.copy_gmem_to_smem(source, buffer.at[slot], full.at[slot])
-                    return done + 1
+    def run(self) -> None:
+        pl.when(self.thread == WORKERS)(self.copy)
+        pl.when(self.thread < WORKERS)(self.work)
 
-                return lax.fori_loop(0, now.steps, step, done)
+    def each_tile(self, one: Callable[[Tile, Array], Any]) -> Array:
+        """Call `one(tile, done)` for each tile of this block, where `done` is the number of steps before it.
 
-            done = lax.fori_loop(0, mine, one, jnp.int32(0))
+        Returns: the number of all steps.
+        """
 
-            def drain(step, _):
-                plgpu.barrier_wait(empty.at[lax.rem(step, plan.slots)])
+        def body(n, done):
+            tile = self.tile(self.block + n * self.grid)
+            one(tile, done)
+            return done + tile.steps
+
+        mine = lax.div(self.count - self.block + (self.grid - 1), self.grid)
+        return lax.fori_loop(0, mine, body, jnp.int32(0))
+
+    def slot(self, done: Array) -> Array:
+        """The slot of a step, of which `done` came before."""
+        return lax.rem(done, self.plan.slots)
+
+    def copy(self) -> None:
+        """Fill slots as soon as they are empty."""
+        plgpu.set_max_registers(COPIER_REGISTERS, action="decrease")
+
+        def one(tile, done):
+            def step(k, _):
+                slot = self.slot(done + k)
+                pl.when(done + k >= self.plan.slots)(lambda: plgpu.barrier_wait(self.empty.at[slot]))
+                for source, buffer in zip(tile.sources(k), (self.left_rows, self.right), strict=True):
+                    plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.full.at[slot])
                 return 0
 
-            lax.fori_loop(jnp.maximum(done - plan.slots, 0), done, drain, 0)  # no barrier ends while it is used
+            lax.fori_loop(0, tile.steps, step, 0)
 
-        def work():
-            plgpu.set_max_registers(WORKER_REGISTERS, action="increase")
+        def drain(step, _):
+            plgpu.barrier_wait(self.empty.at[self.slot(step)])
+            return 0
 
-            def one(n, done):
-                now = tile(block + n * grid)
+        done = self.each_tile(one)
+        lax.fori_loop(jnp.maximum(done - self.plan.slots, 0), done, drain, 0)  # no barrier ends while it is used
 
-                def multiply(sums):
-                    def step(k, done):
-                        slot = lax.rem(done, plan.slots)
-                        plgpu.barrier_wait(full.at[slot])
-                        if now.clean is not None:
-                            now.clean(k, left_s.at[slot], right_s.at[slot], thread)
-                        plgpu.wgmma(sums, *factors(left_s.at[slot], right_s.at[slot], thread))
-                        plgpu.wgmma_wait(1)  # the step before has read its slot
-                        before = lax.rem(done + (plan.slots - 1), plan.slots)
-                        pl.when(k > 0)(lambda: plgpu.barrier_arrive(empty.at[before]))
-                        return done + 1
+    def work(self) -> None:
+        """Multiply, and store."""
+        plgpu.set_max_registers(WORKER_REGISTERS, action="increase")
 
-                    done_then = lax.fori_loop(0, now.steps, step, done)
-                    plgpu.wgmma_wait(0)
-                    last = lax.rem(done_then + (plan.slots - 1), plan.slots)
-                    pl.when(now.steps > 0)(lambda: plgpu.barrier_arrive(empty.at[last]))
-                    return sums[...]
+        def one(tile, done):
+            pl.when(tile.rows > SIDE)(lambda: self.rows_of(tile, done))
+            pl.when(tile.rows <= SIDE)(lambda: self.columns_of(tile, done))
 
-                sums = pl.run_scoped(multiply, plgpu.ACC((SIDE, plan.columns)))
-                store(plan, now, thread, sums.astype(out.dtype), *unpack(outputs))
-                return done + now.steps
+        self.each_tile(one)
+        plgpu.wait_smem_to_gmem(0)
 
-            lax.fori_loop(0, mine, one, jnp.int32(0))
-            plgpu.wait_smem_to_gmem(0)
+    def rows_of(self, tile: Tile, done: Array) -> None:
+        """This warpgroup's 64 rows of a tile."""
+        row = self.thread * SIDE
+        sums = self.multiply(tile, done, row, 0, self.plan.columns)
+        self.store(tile, sums, row, jnp.int32(0))
 
-        pl.when(thread == WORKERS)(copy)
-        pl.when(thread < WORKERS)(work)
+    def columns_of(self, tile: Tile, done: Array) -> None:
+        """This warpgroup's half of the columns of the first 64 rows of a tile."""
+        half = self.plan.columns // WORKERS
+        column = self.thread * half
+        sums = self.multiply(tile, done, 0, column, half)
+        self.store(tile, sums, jnp.int32(0), column)
 
-    dtype = out.dtype
-    call = plgpu.kernel(
-        body,
-        out_type=out,
-        scratch_types=[
-            (views if anywhere else swizzled)(plan.slots, *left, dtype=dtype),
-            swizzled(plan.slots, *right, dtype=dtype),
-            views(WORKERS, OUT, SIDE, SIDE, dtype=dtype, plain=(WORKERS, SIDE, SIDE)),
-            plgpu.Barrier(num_arrivals=2, num_barriers=plan.slots),
-            plgpu.Barrier(num_arrivals=WORKERS, num_barriers=plan.slots),
-        ],
-        grid=(grid,),
-        grid_names=("block",),
-        num_threads=WORKERS + 1,
-        thread_name="thread",
-        compiler_params=compiler_params(),
-        interpret=gpu_interpreter(),
-    )
-    return call(*inputs)
+    def multiply(self, tile: Tile, done: Array, row: Array | int, column: Array | int, columns: int) -> Array:
+        """The sums [64, columns] from a row and a column of a tile on."""
+        product = self.product
 
+        def run(sums):
+            def step(k, _):
+                slot = self.slot(done + k)
+                plgpu.barrier_wait(self.full.at[slot])
+                left = product.part("left", self.left.at[slot], row, SIDE)
+                if tile.clean is not None:
+                    tile.clean(k, left, self.right.at[slot])
+                right = product.part("right", self.right.at[slot], column, columns)
+                plgpu.wgmma(sums, *product.factors(left, right))
+                plgpu.wgmma_wait(1)  # the step before has read its slot
+                before = self.slot(done + k + (self.plan.slots - 1))
+                pl.when(k > 0)(lambda: plgpu.barrier_arrive(self.empty.at[before]))
+                return 0
 
-def compiler_params() -> plgpu.CompilerParams:
-    """Manual barriers, and layouts as written."""
-    from jax.experimental.mosaic.gpu.core import LoweringSemantics
+            lax.fori_loop(0, tile.steps, step, 0)
+            plgpu.wgmma_wait(0)
+            last = self.slot(done + tile.steps + (self.plan.slots - 1))
+            pl.when(tile.steps > 0)(lambda: plgpu.barrier_arrive(self.empty.at[last]))
+            return sums[...]
 
-    return plgpu.CompilerParams(unsafe_no_auto_barriers=True, lowering_semantics=LoweringSemantics.Lane)
+        return pl.run_scoped(run, plgpu.ACC((SIDE, columns)))
 
+    def store(self, tile: Tile, sums: Array, row: Array, column: Array) -> None:
+        """Store the sums, or as many of their rows and columns as count, from a row and a column of a tile on."""
+        rows = jnp.clip(tile.rows - row, 0, SIDE)
+        sums = sums.astype(self.out.dtype)
+        pieces = [(n, sums[:, n : n + SIDE]) for n in range(0, sums.shape[1], SIDE)]
+        # Pieces beyond the last column are left out: jax copies a single row as bytes, to the beginning of the next row
+        for number, (n, piece) in enumerate(pieces):
+            there = column + n < tile.columns
+            whole = functools.partial(self.store_piece, tile, piece, number, row, column + n)
+            pl.when(there & (rows == SIDE))(whole)
+            some = functools.partial(self.store_rows, tile, piece, rows, row, column + n)
+            pl.when(there & (rows > 0) & (rows < SIDE))(some)
 
-def store(plan: Plan, tile: Tile, worker: Array, sums: Array, out_s: Any, out_rows_s: Any, edge_s: Any) -> None:
-    """Store a warpgroup's 64 rows of a tile, or as many of them as count, through the memory of `unpack`."""
-    first = worker * SIDE
-    rows = jnp.clip(tile.rows - first, 0, SIDE)
+    def store_piece(self, tile: Tile, piece: Array, number: int, row: Array, column: Array) -> None:
+        """Store 64 x 64 numbers, a tile's piece of that number."""
+        slot = number % OUT
+        plgpu.wait_smem_to_gmem(OUT - 1 if number else 0, wait_read_only=True)  # the tile before had any number
+        self.out.at[self.thread, slot][...] = piece
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(self.out_rows.at[self.thread, slot], tile.place(row, SIDE, column))
 
-    @pl.when(rows == SIDE)
-    def _():
-        for column in range(0, plan.columns, SIDE):
-            slot = (column // SIDE) % OUT
-            plgpu.wait_smem_to_gmem(OUT - 1, wait_read_only=True)
-            out_s.at[worker, slot][...] = sums[:, column : column + SIDE]
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_rows_s.at[worker, slot], tile.place(first, SIDE, column))
-
-    @pl.when((rows > 0) & (rows < SIDE))
-    def _():
-        for column in range(0, plan.columns, SIDE):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            edge_s.at[worker][...] = sums[:, column : column + SIDE]
-            plgpu.commit_smem()
-            for part in (32, 16, 8, 4, 2, 1):  # a copy has a static size: one for each power of two in `rows`
-                copy = functools.partial(store_part, tile, edge_s.at[worker], rows, part, first, column)
-                pl.when(rows & part > 0)(copy)
+    def store_rows(self, tile: Tile, piece: Array, rows: Array, row: Array, column: Array) -> None:
+        """Store the first `rows` rows of 64. A copy has a static size, so there is one for each power of two."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-
-
-def store_part(tile: Tile, held: Any, rows: Array, part: int, first: Array, column: int) -> None:
-    """Store those of `rows` rows that the bit `part` of their number stands for; larger bits come first."""
-    offset = rows & -(2 * part)
-    plgpu.copy_smem_to_gmem(held.at[pl.ds(offset, part)], tile.place(first + offset, part, column))
+        held = self.edge.at[self.thread]
+        held[...] = piece
+        plgpu.commit_smem()
+        for part in (32, 16, 8, 4, 2, 1):
+            before = rows & -(2 * part)
+            copy = functools.partial(
+                plgpu.copy_smem_to_gmem, held.at[pl.ds(before, part)], tile.place(row + before, part, column)
+            )
+            pl.when(rows & part > 0)(copy)
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)

@@ -1,7 +1,6 @@
 """The three grouped products as kernels: how their tiles lie, and what their steps add up."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -12,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from seqmodels.kernels.grouped_matmul.groups import bounds, most_tiles, row_tiles
 from seqmodels.kernels.grouped_matmul.mosaic_gpu import tuning
-from seqmodels.kernels.grouped_matmul.mosaic_gpu.pipeline import ROWS, SIDE, Plan, Tile, kernel
+from seqmodels.kernels.grouped_matmul.mosaic_gpu.pipeline import ROWS, SIDE, Plan, Product, Tile
 
 ALIGNED = 8  # rows: copies of tiles of 64 columns and more begin at a multiple
 
@@ -31,10 +30,8 @@ def by_rows(x: Array, w: Array, sizes: Array, *, transposed: bool, plan: Plan | 
     across = -(-outer // plan.columns)
 
     def tiles(x, w, group, start, count, used, y):
-        below = used[0]
-
         def tile(number):
-            row, column = snake(number, below, across, plan.panel)
+            row, column = snake(number, used[0], across, plan.panel)
             g, first, column = group[row], start[row], column * plan.columns
             columns = pl.ds(column, plan.columns)
 
@@ -46,24 +43,13 @@ def by_rows(x: Array, w: Array, sizes: Array, *, transposed: bool, plan: Plan | 
                 return y.at[pl.ds(first + offset, height), pl.ds(column + right, SIDE)]
 
             steps = jnp.where(g < groups, -(-inner // SIDE), 0)
-            return Tile(steps, sources, count[row], place)
+            return Tile(steps, sources, count[row], outer - column, place)
 
-        return below * across, tile
+        return used[0] * across, tile
 
-    def factors(left, right, worker):
-        return left.at[pl.ds(worker * SIDE, SIDE)], right.transpose((1, 0)) if transposed else right
-
-    return kernel(
-        plan,
-        (x, w, *table),
-        jax.ShapeDtypeStruct((rows, outer), x.dtype),
-        most_tiles(rows, groups, ROWS) * across,
-        tiles,
-        (ROWS, SIDE),
-        (plan.columns, SIDE) if transposed else (SIDE, plan.columns),
-        factors,
-        anywhere=True,
-    )
+    product = Product(plan, tiles, left=0, right=0 if transposed else 1)
+    out = jax.ShapeDtypeStruct((rows, outer), x.dtype)
+    return product((x, w, *table), out, most_tiles(rows, groups, ROWS) * across)
 
 
 @functools.partial(jax.jit, static_argnames="plan")
@@ -75,17 +61,18 @@ def by_groups(x: Array, dy: Array, sizes: Array, *, plan: Plan | None = None) ->
     """
     (inner, outer), groups = (x.shape[1], dy.shape[1]), len(sizes)
     plan = plan or tuning.groups(outer)
-    start, _ = bounds(sizes)
+    start, end = bounds(sizes)
     below, across = -(-inner // ROWS), -(-outer // plan.columns)
     each = below * across
 
-    def tiles(x, dy, start, size, dw):
+    def tiles(x, dy, start, size, used, dw):
         def tile(number):
             g = lax.div(number, each)
             row, column = snake(lax.rem(number, each), below, across, plan.panel)
             row, column = row * ROWS, column * plan.columns
             lead = lax.rem(start[g], ALIGNED)  # rows of the group before, in the first step
             first, length = start[g] - lead, size[g] + lead
+            steps = jnp.where(size[g] > 0, lax.div(length + (SIDE - 1), SIDE), 0)
 
             def sources(step):
                 part = pl.ds(pl.multiple_of(first + step * SIDE, ALIGNED), SIDE)
@@ -94,44 +81,35 @@ def by_groups(x: Array, dy: Array, sizes: Array, *, plan: Plan | None = None) ->
             def place(offset, height, right):
                 return dw.at[g, pl.ds(row + offset, height), pl.ds(column + right, SIDE)]
 
-            def clean(step, left, right, worker):
-                left = left.at[:, pl.ds(worker * SIDE, SIDE)]
-                keep_rows((left, right), jnp.where(step == 0, lead, 0), length - step * SIDE)
+            def clean(step, left, right):
+                """Rows of other groups are zero in the left factor alone: this is enough, as long as the right one is
+                finite. Rows of no group may be anything, so they become zero in both."""
+                begin, end = jnp.where(step == 0, lead, 0), length - step * SIDE
+                pl.when((begin > 0) | (end < SIDE))(lambda: keep_rows(left, begin, end))
+                beyond = first + (step + 1) * SIDE > used[0]
+                pl.when(beyond & (end < SIDE))(lambda: keep_rows(right, begin, end))
 
-            steps = jnp.where(size[g] > 0, lax.div(length + (SIDE - 1), SIDE), 0)
-            return Tile(steps, sources, jnp.int32(ROWS), place, clean)
+            return Tile(steps, sources, inner - row, outer - column, place, clean)
 
         return jnp.int32(groups * each), tile
 
-    def factors(left, right, worker):
-        return left.at[:, pl.ds(worker * SIDE, SIDE)].transpose((1, 0)), right
-
-    return kernel(
-        plan,
-        (x, dy, start, sizes),
-        jax.ShapeDtypeStruct((groups, inner, outer), x.dtype),
-        groups * each,
-        tiles,
-        (SIDE, ROWS),
-        (SIDE, plan.columns),
-        factors,
-        anywhere=False,
-    )
+    product = Product(plan, tiles, left=1, right=1)
+    out = jax.ShapeDtypeStruct((groups, inner, outer), x.dtype)
+    return product((x, dy, start, sizes, end[-1:]), out, groups * each)
 
 
-def keep_rows(refs: Sequence[Any], first: Array, end: Array) -> None:
-    """Set the rows before `first` and from `end` on of references [64, columns] in shared memory to zero."""
+def keep_rows(ref: Any, begin: Array, end: Array) -> None:
+    """Set the rows before `begin` and from `end` on of a reference [64, columns] in shared memory to zero.
 
-    @pl.when((first > 0) | (end < SIDE))
-    def _():
-        row = plgpu.broadcasted_iota(jnp.int32, (SIDE, SIDE), 0, layout=plgpu.Layout.WGMMA)
-        own = (row >= first) & (row < end)
-        for ref in refs:
-            for column in range(0, ref.shape[1], SIDE):
-                part = ref.at[:, pl.ds(column, SIDE)]
-                held = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
-                part[...] = jnp.where(own, held, jnp.zeros_like(held))
-        plgpu.commit_smem()
+    Both warpgroups do this for the right factor. Both write the same, so they need not wait for each other.
+    """
+    row = plgpu.broadcasted_iota(jnp.int32, (SIDE, SIDE), 0, layout=plgpu.Layout.WGMMA)
+    own = (row >= begin) & (row < end)
+    for column in range(0, ref.shape[1], SIDE):
+        part = ref.at[:, pl.ds(column, SIDE)]
+        held = plgpu.layout_cast(part[...], plgpu.Layout.WGMMA)
+        part[...] = jnp.where(own, held, jnp.zeros_like(held))
+    plgpu.commit_smem()
 
 
 def snake(number: Array, below: Array | int, across: int, panel: int) -> tuple[Array, Array]:
