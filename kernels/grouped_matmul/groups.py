@@ -20,8 +20,8 @@ def real_rows(x: jax.Array, sizes: jax.Array) -> jax.Array:
 class RowTiles(NamedTuple):
     """Tiles that together cover the rows 0 to M - 1, each within one group, or within the rows beyond the sum.
 
-    The last tile of a group may be half as high as the others, if that is enough. It ends with the group, and may
-    overlap the one before it. Only a group of fewer rows than its tile has a tile of which not all rows count.
+    The last tile of a group ends with the group, and may overlap the one before it. Only a group of fewer rows than a
+    tile has a tile of which not all rows count.
 
     Attributes:
         group: [T] int32, group of each tile; X for rows beyond the sum.
@@ -42,7 +42,7 @@ def most_tiles(rows: int, groups: int, tile: int) -> int:
 
 
 def row_tiles(sizes: jax.Array, rows: int, tile: int) -> RowTiles:
-    """The tiles of `tile` rows, or half as many, of M = `rows` rows, in their order. `sizes` [X] int32."""
+    """The tiles of `tile` rows of M = `rows` rows, in their order. `sizes` [X] int32."""
     sizes = jnp.append(sizes, rows - jnp.sum(sizes))
     start, end = bounds(sizes)
     tiles = -(-sizes // tile)
@@ -52,7 +52,6 @@ def row_tiles(sizes: jax.Array, rows: int, tile: int) -> RowTiles:
     used = group < len(sizes)
     group = jnp.minimum(group, len(sizes) - 1)
     before = (number - (after - tiles)[group]) * tile  # rows of the group in tiles before this one
-    height = jnp.where(sizes[group] - before <= tile // 2, tile // 2, tile)
-    row = jnp.where(sizes[group] >= height, jnp.minimum(start[group] + before, end[group] - height), start[group])
-    count = jnp.where(used, jnp.minimum(sizes[group], height), 0)
+    row = jnp.maximum(jnp.minimum(start[group] + before, end[group] - tile), start[group])
+    count = jnp.where(used, jnp.minimum(sizes[group], tile), 0)
     return RowTiles(group, row, count, after[-1:])

@@ -1,9 +1,9 @@
 """Tiles of a matrix product, one after another on each multiprocessor, with copies and products at the same time.
 
 A block has three warpgroups and stays on its multiprocessor until all tiles are done. One warpgroup copies the factors
-of the coming steps into the slots of shared memory, also those of the next tile. The two others multiply: each has half
-of a tile in its registers, 64 of its 128 rows. Of a tile in which at most 64 rows count, each has half of the columns
-of these rows. The barriers `full` signal that a slot is filled, `empty` that both have read it.
+of the coming steps into the slots of shared memory, also those of the next tile. The two others multiply: each has 64
+of the 128 rows of a tile in its registers. The barriers `full` signal that a slot is filled, `empty` that both have
+read it.
 """
 
 import dataclasses
@@ -60,7 +60,7 @@ class Tile:
     sources: Callable[[Array], tuple[Any, Any]]
     rows: Array
     columns: Array
-    place: Callable[[Array, int, Array], Any]
+    place: Callable[[Array, int, int], Any]
     clean: Callable[[Array, Any, Any], None] | None = None
 
 
@@ -81,13 +81,13 @@ class Product:
     left: int
     right: int
 
-    def part(self, side: str, ref: Any, start: Array | int, size: int) -> Any:
-        """`size` of the tile's rows or columns, of the factor `side`."""
-        own = pl.ds(start, size)
-        return ref.at[own] if getattr(self, side) == 0 else ref.at[:, own]
+    def rows_of(self, left: Any, worker: Array) -> Any:
+        """A warpgroup's part of the left factor in shared memory."""
+        own = pl.ds(worker * SIDE, SIDE)
+        return left.at[:, own] if self.left else left.at[own]
 
     def factors(self, left: Any, right: Any) -> tuple[Any, Any]:
-        """The factors as they are multiplied, [rows, 64] and [64, columns]."""
+        """The factors as they are multiplied, [64, 64] and [64, columns]."""
         return left.transpose((1, 0)) if self.left else left, right if self.right else right.transpose((1, 0))
 
     def __call__(self, inputs: Sequence[Array], out: jax.ShapeDtypeStruct, most: int) -> Array:
@@ -108,7 +108,7 @@ class Product:
             scratch_types=[
                 (swizzled if self.left else views)(plan.slots, *left, dtype=dtype),
                 swizzled(plan.slots, *right, dtype=dtype),
-                views(WORKERS, OUT, SIDE, SIDE, dtype=dtype, plain=(WORKERS, SIDE, SIDE)),
+                views(WORKERS, OUT, SIDE, SIDE, dtype=dtype, plain=True),
                 plgpu.Barrier(num_arrivals=2, num_barriers=plan.slots),
                 plgpu.Barrier(num_arrivals=WORKERS, num_barriers=plan.slots),
             ],
@@ -138,13 +138,16 @@ def swizzled(*shape: int, dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=() if gpu_interpreter() else transforms)
 
 
-def views(*shape: int, dtype: Any, plain: tuple[int, ...] | None = None) -> Any:
-    """`swizzled` of 64 columns, for `unpack`; with `plain`, the memory also serves as an array without a swizzle."""
+def views(*shape: int, dtype: Any, plain: bool = False) -> Any:
+    """`swizzled` of 64 columns, for `unpack`; with `plain`, the memory also serves as an array without a swizzle.
+
+    All have the same shape, so that each warpgroup has the same part of the memory in every view.
+    """
     refs = [swizzled(*shape, dtype=dtype)]
     if not gpu_interpreter():
         refs.append(plgpu.SMEM(shape, dtype, transforms=(plgpu.SwizzleTransform(128),)))
     if plain:
-        refs.append(plgpu.SMEM(plain, dtype))
+        refs.append(plgpu.SMEM(shape, dtype))
     return plgpu.RefUnion(*refs)
 
 
@@ -241,39 +244,20 @@ class Block:
         """Multiply, and store."""
         plgpu.set_max_registers(WORKER_REGISTERS, action="increase")
 
-        def one(tile, done):
-            pl.when(tile.rows > SIDE)(lambda: self.rows_of(tile, done))
-            pl.when(tile.rows <= SIDE)(lambda: self.columns_of(tile, done))
-
-        self.each_tile(one)
+        self.each_tile(lambda tile, done: self.store(tile, self.multiply(tile, done)))
         plgpu.wait_smem_to_gmem(0)
 
-    def rows_of(self, tile: Tile, done: Array) -> None:
-        """This warpgroup's 64 rows of a tile."""
-        row = self.thread * SIDE
-        sums = self.multiply(tile, done, row, 0, self.plan.columns)
-        self.store(tile, sums, row, jnp.int32(0))
-
-    def columns_of(self, tile: Tile, done: Array) -> None:
-        """This warpgroup's half of the columns of the first 64 rows of a tile."""
-        half = self.plan.columns // WORKERS
-        column = self.thread * half
-        sums = self.multiply(tile, done, 0, column, half)
-        self.store(tile, sums, jnp.int32(0), column)
-
-    def multiply(self, tile: Tile, done: Array, row: Array | int, column: Array | int, columns: int) -> Array:
-        """The sums [64, columns] from a row and a column of a tile on."""
-        product = self.product
+    def multiply(self, tile: Tile, done: Array) -> Array:
+        """This warpgroup's sums [64, columns] of a tile."""
 
         def run(sums):
             def step(k, _):
                 slot = self.slot(done + k)
                 plgpu.barrier_wait(self.full.at[slot])
-                left = product.part("left", self.left.at[slot], row, SIDE)
+                left, right = self.product.rows_of(self.left.at[slot], self.thread), self.right.at[slot]
                 if tile.clean is not None:
-                    tile.clean(k, left, self.right.at[slot])
-                right = product.part("right", self.right.at[slot], column, columns)
-                plgpu.wgmma(sums, *product.factors(left, right))
+                    tile.clean(k, left, right)
+                plgpu.wgmma(sums, *self.product.factors(left, right))
                 plgpu.wgmma_wait(1)  # the step before has read its slot
                 before = self.slot(done + k + (self.plan.slots - 1))
                 pl.when(k > 0)(lambda: plgpu.barrier_arrive(self.empty.at[before]))
@@ -285,33 +269,33 @@ class Block:
             pl.when(tile.steps > 0)(lambda: plgpu.barrier_arrive(self.empty.at[last]))
             return sums[...]
 
-        return pl.run_scoped(run, plgpu.ACC((SIDE, columns)))
+        return pl.run_scoped(run, plgpu.ACC((SIDE, self.plan.columns)))
 
-    def store(self, tile: Tile, sums: Array, row: Array, column: Array) -> None:
-        """Store the sums, or as many of their rows and columns as count, from a row and a column of a tile on."""
+    def store(self, tile: Tile, sums: Array) -> None:
+        """Store this warpgroup's 64 rows of a tile, or as many of them and of the columns as count."""
+        row = self.thread * SIDE
         rows = jnp.clip(tile.rows - row, 0, SIDE)
         sums = sums.astype(self.out.dtype)
-        pieces = [(n, sums[:, n : n + SIDE]) for n in range(0, sums.shape[1], SIDE)]
-        # Pieces beyond the last column are left out: jax copies a single row as bytes, to the beginning of the next row
-        for number, (n, piece) in enumerate(pieces):
-            there = column + n < tile.columns
-            whole = functools.partial(self.store_piece, tile, piece, number, row, column + n)
+        for column in range(0, self.plan.columns, SIDE):
+            # No piece beyond the last column: jax copies a single row as bytes, and then to the next row's beginning
+            there, piece = column < tile.columns, sums[:, column : column + SIDE]
+            whole = functools.partial(self.store_piece, tile, piece, row, column)
             pl.when(there & (rows == SIDE))(whole)
-            some = functools.partial(self.store_rows, tile, piece, rows, row, column + n)
+            some = functools.partial(self.store_rows, tile, piece, rows, row, column)
             pl.when(there & (rows > 0) & (rows < SIDE))(some)
 
-    def store_piece(self, tile: Tile, piece: Array, number: int, row: Array, column: Array) -> None:
-        """Store 64 x 64 numbers, a tile's piece of that number."""
-        slot = number % OUT
-        plgpu.wait_smem_to_gmem(OUT - 1 if number else 0, wait_read_only=True)  # the tile before had any number
+    def store_piece(self, tile: Tile, piece: Array, row: Array, column: int) -> None:
+        """Store 64 x 64 numbers."""
+        slot = (column // SIDE) % OUT
+        plgpu.wait_smem_to_gmem(OUT - 1 if column else 0, wait_read_only=True)  # the tile before had any number
         self.out.at[self.thread, slot][...] = piece
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(self.out_rows.at[self.thread, slot], tile.place(row, SIDE, column))
 
-    def store_rows(self, tile: Tile, piece: Array, rows: Array, row: Array, column: Array) -> None:
+    def store_rows(self, tile: Tile, piece: Array, rows: Array, row: Array, column: int) -> None:
         """Store the first `rows` rows of 64. A copy has a static size, so there is one for each power of two."""
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        held = self.edge.at[self.thread]
+        held = self.edge.at[self.thread, 0]
         held[...] = piece
         plgpu.commit_smem()
         for part in (32, 16, 8, 4, 2, 1):
