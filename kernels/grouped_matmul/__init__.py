@@ -10,12 +10,12 @@ import jax.numpy as jnp
 
 from seqmodels.kernels import dispatch
 from seqmodels.kernels.axes import Layout
-from seqmodels.kernels.grouped_matmul import reference, xla
+from seqmodels.kernels.grouped_matmul import mosaic_gpu, reference, xla
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = {"reference": reference, "xla": xla}
-WINNERS = {"default": ("xla",)}
+BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu}
+WINNERS = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}  # by platform, fastest first as measured on an H200
 IMPLEMENTATIONS = tuple(BACKENDS)
 
 
@@ -50,6 +50,10 @@ def grouped_matmul(x: jax.Array, w: jax.Array, sizes: jax.Array, *, implementati
         seqmodels.kernels.dispatch.UnsupportedError: the named implementation cannot serve.
     """
     facts = check(x, w, sizes)
+    if implementation is None and "cuda" in dispatch.platforms():
+        name, why = choose("cuda", **facts)
+        if name == "xla":
+            warn_of_expansion(why, *w.shape, x.shape[0], x.dtype.itemsize)
     return dispatch.dispatch(
         "grouped_matmul", BACKENDS, WINNERS, implementation, facts, product, x, w, sizes.astype(jnp.int32)
     )
@@ -70,6 +74,17 @@ def check(x: jax.Array, w: jax.Array, sizes: jax.Array) -> dict[str, Any]:
         raise ValueError(f"grouped_matmul: x and w must have one floating dtype, got {x.dtype} and {w.dtype}")
     (rows, inner), (groups, _, outer) = x.shape, w.shape
     return dict(rows=rows, inner=inner, outer=outer, groups=groups, dtype=x.dtype)
+
+
+@functools.cache
+def warn_of_expansion(why: str, groups: int, inner: int, outer: int, rows: int, itemsize: int) -> None:
+    """Log, once for each shape, what XLA's implementation costs on a GPU."""
+    memory = groups * rows * max(inner, outer) * itemsize / 2**30
+    logger.warning(
+        "grouped_matmul of %d rows and %d matrices %d x %d: XLA on a GPU multiplies every row with every matrix, which "
+        "takes %d times the operations and about %.1f GiB (%s)",
+        *(rows, groups, inner, outer, groups, memory, why),
+    )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

@@ -3,6 +3,7 @@
     MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py selective_scan BxTxExN groups dtype documents(0|1)
     MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py linear_attention BxTxHkxHxKxV dtype decay documents(0|1) read
     MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py short_conv BxTxExW dtype documents(0|1)
+    MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py grouped_matmul MxKxNxX dtype
 
 The gradient, or of a few tokens of the scan and the convolution a step that is given its state's memory and must need
 less than that besides. What the assembler says of registers and shared memory goes to the standard output. It needs
@@ -23,6 +24,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from seqmodels.kernels.grouped_matmul import grouped_matmul
 from seqmodels.kernels.linear_attention import linear_attention
 from seqmodels.kernels.selective_scan import selective_scan
 from seqmodels.kernels.short_conv import short_conv
@@ -89,7 +91,17 @@ def layout(batch, length, documents):
     return dict(segment_ids=array(batch, length, dtype=jnp.int32), mask=array(batch, length, dtype=jnp.bool))
 
 
-OPERATIONS = dict(selective_scan=scan, linear_attention=attention, short_conv=convolution)
+def experts(sizes, dtype):
+    rows, inner, outer, groups = map(int, sizes.split("x"))
+    low, counts = functools.partial(array, dtype=jnp.dtype(dtype)), array(groups, dtype=jnp.int32)
+
+    def product(x, w, sizes):
+        return (grouped_matmul(x, w, sizes),)
+
+    return product, dict(x=low(rows, inner), w=low(groups, inner, outer)), dict(sizes=counts), None
+
+
+OPERATIONS = dict(selective_scan=scan, linear_attention=attention, short_conv=convolution, grouped_matmul=experts)
 
 
 def main(name, *facts):

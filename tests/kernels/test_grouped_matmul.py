@@ -13,7 +13,7 @@ from seqmodels.kernels.grouped_matmul import grouped_matmul
 from tests.kernels.grouped_cases import ROWS, SIZES, by_hand, inputs, poisoned, products
 from tests.kernels.helpers import assert_close, serving, stacked
 
-SERVING = serving(op)
+SERVING = serving(op, rows=ROWS, inner=24, outer=40, groups=5, dtype="float32")
 
 
 @functools.cache
