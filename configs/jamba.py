@@ -1,4 +1,4 @@
-"""Jamba (Lieber et al. 2024, arXiv 2403.19887; 2408.12570): one attention to seven Mambas, experts in every second layer.
+"""Jamba (Lieber et al. 2024, arXiv 2403.19887; 2408.12570): one attention to seven Mambas, experts every second layer.
 
 Command:   python train.py --config=configs/jamba.py --workdir=runs/jamba
 Hardware:  2 CPU cores. `:tiny-dev` one GPU of 80 GB; `:v0.1` and `:1.5-mini` 16, `:1.5-large` 128 (planned, never run)

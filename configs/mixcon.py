@@ -1,4 +1,4 @@
-"""MixCon (Xu and Lin 2024, doi 10.3233/FAIA240593): Conba, attention 2:6 in every eight layers, experts in every second.
+"""MixCon (Xu and Lin 2024, doi 10.3233/FAIA240593): Conba and attention (6 and 2 of 8 layers), and experts.
 
 Command:   python train.py --config=configs/mixcon.py --workdir=runs/mixcon
 Hardware:  2 CPU cores. `:5b-active` 8 GPUs, `:repo` and `:paper-layout` 16 (planned with --plan, never run)
