@@ -16,6 +16,7 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
+from seqmodels import pattern
 from seqmodels.configs.base import base, finish, preset
 from seqmodels.configs.trials import Trial, product, vary
 from seqmodels.fields.mlp import MLP
@@ -188,8 +189,10 @@ def model(mixer: str, width: int, layers: int) -> ConfigDict:
             if isinstance(value, ConfigDict) and name not in chosen:
                 chosen[name] = ConfigDict(value.to_dict())
     chosen.width = width
-    chosen.repeats = max(layers // len(chosen.pattern.split()), 1)
+    chosen.repeats = max(layers // len(pattern.parse(chosen.pattern)), 1)
     chosen.mlp = MLP.defaults()  # the same for all: SwiGLU, 8/3 of the width
+    if "moe" in chosen:
+        chosen.moe.hidden = 0  # the same
     return chosen
 
 

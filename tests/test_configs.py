@@ -10,9 +10,10 @@ import pytest
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
+from seqmodels import pattern
 from seqmodels.branches import BRANCHES
 from seqmodels.config import declared_fields, validate
-from seqmodels.configs import base
+from seqmodels.configs import base, mixcon
 from seqmodels.errors import UserError
 from seqmodels.fields import group
 from seqmodels.model import OPERATIONS, build, describe_kernels
@@ -22,10 +23,13 @@ REGENERATE = "if the change is meant: python tests/golden/regenerate.py, and loo
 CONFIGS = every_config()
 GOLDEN = sorted(path.name for path in HERE.glob("*.json"))
 NAMES = (
-    *("densemamba", "denseretnet", "gla", "linear_attention", "mamba", "mamba2", "mamba3"),
-    *("performer", "retnet", "transformer"),
+    *("densemamba", "denseretnet", "gla", "jamba", "linear_attention", "mamba", "mamba2", "mamba3"),
+    *("mixcon", "mixtral", "performer", "retnet", "transformer"),
 )
-LARGE = {"denseretnet": "350m", "gla": "340m", "retnet": "200m"}  # a preset of a paper's size, where it is not 130m
+LARGE = {  # a preset of a paper's size, where it is not 130m
+    **{"denseretnet": "350m", "gla": "340m", "retnet": "200m"},
+    **{"jamba": "tiny-dev", "mixcon": "5b-active", "mixtral": "8x7b"},
+}
 
 
 def config_of(name, arg=None):
@@ -107,6 +111,43 @@ def test_the_three_are_matched_in_parameters(arg, mamba_arg):
     dense = parameters(config_of("densemamba", arg))
     for other in (config_of("mamba", mamba_arg), config_of("transformer", arg)):
         assert abs(parameters(other) / dense - 1) < 0.02
+
+
+@pytest.mark.parametrize("name", ["jamba", "mixtral"])
+def test_small_presets_of_hybrids_have_the_same_size(name):
+    assert abs(parameters(config_of(name)) / parameters(config_of("densemamba")) - 1) < 0.02
+
+
+ABLATIONS = [name + experts for name in mixcon.LAYOUTS for experts in ("", "-moe")]
+
+
+@pytest.mark.parametrize("name", ABLATIONS)
+def test_ablations_of_mixcon_have_the_same_size(name):
+    small, config = config_of("mixcon"), config_of("mixcon", name)
+    assert parameters(config) == mixcon.parameters(config.model)  # the closed form that matches them
+    assert abs(parameters(config) / parameters(small) - 1) < 0.02
+    if name == "2to6-moe":
+        assert config.model == small.model
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arg", ["only_conba", "2to6-moe"])
+def test_switches_of_conba_are_compared_at_the_same_size(arg):
+    trials = []
+    mixcon.switches(trials.append, arg)
+    for trial in trials:
+        config = config_of("mixcon", arg)
+        config.update_from_flattened_dict(trial)
+        assert abs(parameters(config) / parameters(config_of("mixcon", arg)) - 1) < 0.005, trial
+
+
+def test_layout_of_mixcon():
+    """Figure 2 of the paper, from bottom to top, and the same in other words."""
+    blocks = pattern.parse(config_of("mixcon").model.pattern)
+    words = "conba+mlp conba+moe conba+mlp attention+moe attention+mlp conba+moe conba+mlp conba+moe"
+    assert blocks == pattern.parse(words)
+    assert config_of("mixcon", "1:7") == config_of("mixcon", "1to7")
+    assert config_of("mixcon", "1:7").model.pattern == "(conba+mlp) x8 attention@4/8"
 
 
 # Kernels

@@ -27,8 +27,8 @@ ATTENTION = Group(
         "head_dim": Field(0, "channels of a head; 0: width / heads", at_least(0)),
         "positions": Field(
             "rope",
-            "how a token's position enters: rope (queries and keys are rotated) or none (only the causal mask knows it, "
-            "as in Jamba, where recurrent layers see the order)",
+            "how a token's position enters: rope (queries and keys are rotated) or none (only the mask knows it, as in "
+            "Jamba, where recurrent layers see the order)",
             one_of("rope", "none"),
             since=2,
         ),

@@ -1,4 +1,4 @@
-"""Causal softmax attention with grouped heads (Llama 2: Touvron et al. 2023, section 2.2), with or without positions."""
+"""Causal softmax attention with grouped heads and, by default, rotary positions (Llama 2: Touvron et al. 2023, 2.2)."""
 
 from typing import Any
 

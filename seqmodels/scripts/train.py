@@ -8,6 +8,7 @@ nothing to save.
 """
 
 import sys
+from typing import Any
 
 from absl import flags
 
@@ -19,7 +20,7 @@ from seqmodels.scripts import as_typed
 
 
 def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
-    values = dict(flag_values=flag_values)
+    values: dict[str, Any] = dict(flag_values=flag_values)
     cli.define_config(flag_values, argv)
     flags.DEFINE_string("workdir", None, "Run directory; runs/<config name> if left out.", **values)
     flags.DEFINE_bool("distributed", False, "This is one process of a job of several, each running this command.",

@@ -50,7 +50,8 @@ class Checkpoints:
         damaged = []
         for step in steps(self.directory):
             try:
-                parts = {name: _load(self.directory / str(step), name, part) for name, part in parts_of(abstract).items()}
+                wanted = parts_of(abstract).items()
+                parts = {name: _load(self.directory / str(step), name, part) for name, part in wanted}
             except DamagedError as error:
                 print(f"checkpoint {step} is damaged ({error})", file=sys.stderr, flush=True)
                 damaged.append(step)

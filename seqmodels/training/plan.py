@@ -220,8 +220,8 @@ def _lines(plan: dict, assumed: bool) -> list[str]:
         f"tokens, {plan['flops_per_token']:.4g} a token, {plan['forward_flops_per_token']:.4g} of them forward",
     ]
     if assumed:
-        note = "            mesh.data=-1 was taken as 1, and not as the devices of this machine; data splits no parameters"
-        lines.insert(4, note)
+        note = "mesh.data=-1 was taken as 1, and not as the devices of this machine; data splits no parameters"
+        lines.insert(4, " " * 12 + note)
     return lines
 
 
