@@ -10,10 +10,11 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 # Without LLVM's optimisations the tests take a third of the time, and without the compiler's newer way to emit fusions
 # half of that. From jax 0.11 on there is no other way.
-FLAGS = ["--xla_backend_optimization_level=0"]
-if metadata.version("jaxlib").startswith("0.10."):
-    FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-os.environ.setdefault("XLA_FLAGS", " ".join(FLAGS))
+os.environ.setdefault(
+    "XLA_FLAGS",
+    "--xla_backend_optimization_level=0"
+    + (" --xla_cpu_use_fusion_emitters=false" if metadata.version("jaxlib").startswith("0.10.") else ""),
+)
 # What JAX compiles is kept for the other tests, the commands that they start, and the next run. A key is the program
 # with its compiler, flags and devices, so nothing stale is found. Code is made for the host's CPU: a directory by host.
 # JAX's warning about an entry that another process has not yet written to its end is ignored (pyproject.toml): the
