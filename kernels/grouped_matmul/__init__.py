@@ -10,11 +10,11 @@ import jax.numpy as jnp
 
 from seqmodels.kernels import dispatch
 from seqmodels.kernels.axes import Layout
-from seqmodels.kernels.grouped_matmul import mosaic_gpu, reference, xla
+from seqmodels.kernels.grouped_matmul import mosaic_gpu, mosaic_tpu, reference, xla
 
 logger = logging.getLogger(__name__)
 
-BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu}
+BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 WINNERS = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}  # by platform, fastest first as measured on an H200
 IMPLEMENTATIONS = tuple(BACKENDS)
 

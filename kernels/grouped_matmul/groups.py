@@ -55,3 +55,33 @@ def row_tiles(sizes: jax.Array, rows: int, tile: int) -> RowTiles:
     row = jnp.maximum(jnp.minimum(start[group] + before, end[group] - tile), start[group])
     count = jnp.where(used, jnp.minimum(sizes[group], tile), 0)
     return RowTiles(group, row, count, after[-1:])
+
+
+class Visits(NamedTuple):
+    """Pairs of a tile of rows and a group with rows in it, in their order. Each group has at least one.
+
+    Attributes:
+        group: [V] int32, never falls; that of the last group in pairs that are not used.
+        tile: [V] int32, number of the tile; never falls, and is every tile at least once.
+        start, end: [V] int32, the group's first row, and the row after its last. Equal where no row is the group's: in
+            pairs that are not used, and those of tiles beyond the sum.
+    """
+
+    group: jax.Array
+    tile: jax.Array
+    start: jax.Array
+    end: jax.Array
+
+
+def visits(sizes: jax.Array, rows: int, tile: int) -> Visits:
+    """The visits of M = `rows` rows in whole tiles of `tile` rows, by groups of `sizes` [X] int32."""
+    groups, tiles = len(sizes), rows // tile
+    start, end = bounds(jnp.append(sizes, rows - jnp.sum(sizes)))  # rows beyond the sum are one more group
+    first = jnp.minimum(start // tile, tiles - 1)
+    last = jnp.maximum(first, (end - 1) // tile)
+    after = jnp.cumsum(last - first + 1, dtype=jnp.int32)
+    number = jnp.arange(tiles + groups, dtype=jnp.int32)
+    group = jnp.minimum(jnp.sum(number[:, None] >= after, axis=1, dtype=jnp.int32), groups)
+    at = jnp.minimum(last[group], last[group] + 1 + number - after[group])
+    real = group < groups
+    return Visits(jnp.minimum(group, groups - 1), at, jnp.where(real, start[group], 0), jnp.where(real, end[group], 0))
