@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import generation, models, trace
+from benchmarks import generation, grouped_matmul, models, trace
 from benchmarks import kernels as script
 from benchmarks.record import record, slug
 from seqmodels import cli
@@ -301,6 +301,28 @@ def test_models_measures_and_profiles(tmp_path, capsys):
     assert row["tokens_per_second"] > 0 and row["loss"][1] < row["loss"][0]
     said = capsys.readouterr().out
     assert "kernel" in said and "all kernels" in said and "block_*/mixer" in said
+
+
+def test_grouped_matmul_measures(tmp_path, capsys, monkeypatch):
+    """Also what fails, in its row: jax's sample kernels need a GPU."""
+    monkeypatch.setattr(grouped_matmul, "bandwidth", lambda device: 1e10)
+    monkeypatch.setattr(grouped_matmul, "measure", lambda run, sets, repeat: len(sets) / 1e3)
+    options = ["--shape=64x16x24x4", "--repeat=1", f"--out={tmp_path}/out.json"]
+    arguments = ["grouped_matmul.py", *options, "--by=dense,xla,sample", "--sizes=empty", "--passes=forward,weights"]
+    assert cli.run(grouped_matmul.main, grouped_matmul.define, grouped_matmul.__doc__, arguments) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["implementation"], row["pass"]) for row in rows] == [
+        (by, kind) for by in ("dense", "xla") for kind in ("forward", "weights")
+    ]
+    assert all(row["ms"] > 0 and (row["error"] or 0) < 1e-2 for row in rows)
+    assert "!" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("kind", grouped_matmul.SIZES)
+def test_groups_have_all_rows(kind):
+    sizes = grouped_matmul.group_sizes(kind, 8192, 16)
+    assert sizes.sum() == 8192 and (sizes >= 0).all()
+    assert (sizes == 0).sum() == (8 if kind == "empty" else 0)
 
 
 def test_generation_measures(tmp_path):

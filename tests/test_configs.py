@@ -156,7 +156,7 @@ def test_layout_of_mixcon():
 def test_every_operation_has_its_field():
     assert set(config_of("mamba").model.implementation) == set(OPERATIONS)
     used = {name for branch in BRANCHES.values() for name in branch.operations}
-    assert set(OPERATIONS) - {"grouped_matmul"} == used  # no branch has experts yet
+    assert set(OPERATIONS) == used
 
 
 @pytest.mark.parametrize("broken, named", [("short_conv", "selective_scan"), ("selective_scan", "short_conv")])

@@ -27,13 +27,13 @@ class RowTiles(NamedTuple):
         group: [T] int32, group of each tile; X for rows beyond the sum.
         start: [T] int32, its first row.
         rows: [T] int32, how many rows count, from its first on; 0 in tiles that are not used.
-        count: [1] int32, how many of the T tiles are used; these come first.
+        used: [1] int32, how many of the T tiles are used; these come first.
     """
 
     group: jax.Array
     start: jax.Array
     rows: jax.Array
-    count: jax.Array
+    used: jax.Array
 
 
 def most_tiles(rows: int, groups: int, tile: int) -> int:
@@ -49,12 +49,12 @@ def row_tiles(sizes: jax.Array, rows: int, tile: int) -> RowTiles:
     after = jnp.cumsum(tiles, dtype=jnp.int32)
     number = jnp.arange(most_tiles(rows, len(sizes) - 1, tile), dtype=jnp.int32)
     group = jnp.sum(number[:, None] >= after, axis=1, dtype=jnp.int32)
-    used = group < len(sizes)
+    real = group < len(sizes)
     group = jnp.minimum(group, len(sizes) - 1)
     before = (number - (after - tiles)[group]) * tile  # rows of the group in tiles before this one
     row = jnp.maximum(jnp.minimum(start[group] + before, end[group] - tile), start[group])
-    count = jnp.where(used, jnp.minimum(sizes[group], tile), 0)
-    return RowTiles(group, row, count, after[-1:])
+    own = jnp.where(real, jnp.minimum(sizes[group], tile), 0)
+    return RowTiles(group, row, own, after[-1:])
 
 
 class Visits(NamedTuple):

@@ -189,9 +189,12 @@ class Block:
     @classmethod
     def of(cls, product: Product, grid: int, *refs: Any) -> "Block":
         *arrays, left, right, outputs, full, empty = refs
+        count, tile = product.tiles(*arrays)
         left, left_rows = (left, left) if product.left else unpack(left)
-        place = lax.axis_index("block"), lax.axis_index("thread"), grid
-        return cls(product, *product.tiles(*arrays), left, left_rows, right, *unpack(outputs), full, empty, *place)
+        out, out_rows, edge = unpack(outputs)
+        memory = dict(left=left, left_rows=left_rows, right=right, out=out, out_rows=out_rows, edge=edge)
+        place: Any = dict(block=lax.axis_index("block"), thread=lax.axis_index("thread"), grid=grid)
+        return cls(product, count, tile, **memory, full=full, empty=empty, **place)
 
     @property
     def plan(self) -> Plan:
@@ -243,7 +246,6 @@ class Block:
     def work(self) -> None:
         """Multiply, and store."""
         plgpu.set_max_registers(WORKER_REGISTERS, action="increase")
-
         self.each_tile(lambda tile, done: self.store(tile, self.multiply(tile, done)))
         plgpu.wait_smem_to_gmem(0)
 
