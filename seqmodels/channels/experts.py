@@ -36,18 +36,18 @@ def run_experts(
     """
     batch, length, _ = x.shape
     count, _, _, inner = gate_up.shape
-    options = dict(implementation=implementation, limit=limit)
+    part = functools.partial(_part, implementation=implementation, limit=limit)
     split = mesh_axes(batch=batch, length=length, expert=count, mlp=inner)
     if split is None:
-        return _part(x, route, gate_up, down, **options)
-    axis = {name: split.get(name) for name in ("batch", "length", "expert", "mlp")}
+        return part(x, route, gate_up, down)
+    axis = {name: split.get(name, ()) for name in ("batch", "length", "expert", "mlp")}
     tokens = P(axis["batch"], axis["length"], None)
     weights = P(axis["expert"], None, None, axis["mlp"]), P(axis["expert"], axis["mlp"], None)
     (expert_axis,) = axis["expert"] or (None,)
-    options |= dict(axis=expert_axis, together=expert_axis not in (axis["batch"] or ()), partial=axis["mlp"] or ())
+    together = expert_axis not in axis["batch"]
     return jax.shard_map(
-        functools.partial(_part, **options),
-        in_specs=(tokens, Route(tokens, tokens), *weights),
+        functools.partial(part, axis=expert_axis, together=together, partial=axis["mlp"]),
+        in_specs=(tokens, tokens, *weights),
         out_specs=tokens,
         check_vma=False,
     )(x, route, gate_up, down)

@@ -138,8 +138,9 @@ def pooled_load_balance_loss(logits: Sequence[jax.Array], top_k: int, mask: jax.
     if mask is not None:
         experts = [jnp.where(mask[..., None], layer, count) for layer in experts]
     rows = tokens(logits[0], mask)
-    fractions = sum(load(layer, count) for layer in experts) / (len(logits) * rows)
-    return load_balance_loss(fractions, sum(token_mean(layer, mask) for layer in probabilities) / len(logits))
+    loads = sum((load(layer, count) for layer in experts), jnp.zeros(count))
+    means = sum((token_mean(layer, mask) for layer in probabilities), jnp.zeros(count))
+    return load_balance_loss(loads / (len(logits) * rows), means / len(logits))
 
 
 def z_loss(logits: jax.Array, mask: jax.Array | None) -> jax.Array:
@@ -182,13 +183,11 @@ def within_capacity(experts: jax.Array, count: int, capacity: int) -> jax.Array:
     The order is that of the tokens, and for one token that of its experts. So no later token displaces an earlier one.
     """
     flat = experts.reshape(experts.shape[0], -1)
-
-    def positions(picks: jax.Array) -> jax.Array:
-        order = jnp.argsort(picks, stable=True)
-        sizes = jnp.bincount(picks, length=count + 1)
-        return invert(order) - (jnp.cumsum(sizes) - sizes)[picks]
-
-    return (jax.vmap(positions)(flat) < capacity).reshape(experts.shape)
+    # all of it sorts and selects: over rows on several devices a scatter would be gathered first
+    rank = jnp.argsort(jnp.argsort(flat, axis=1, stable=True), axis=1)
+    sizes = jnp.sum(flat[..., None] == jnp.arange(count), axis=1)
+    position = rank - chosen(jnp.cumsum(sizes, axis=1) - sizes, flat)
+    return (position < capacity).reshape(experts.shape)
 
 
 # The order of rows by expert
