@@ -13,8 +13,9 @@ from flax import struct
 
 from seqmodels.kernels.arrays import expand_to, join_time, split_time
 from seqmodels.kernels.segments import forget
+from seqmodels.mixers import conba_state
 from seqmodels.mixers.conba_gain import unit
-from seqmodels.mixers.conba_state import CHUNK, mix, read, rescale
+from seqmodels.mixers.conba_state import mix, read, rescale
 
 STEEPEST = 1.0999  # largest slope of swish, rounded up
 CONTRACTION = 0.999  # limit of the Lipschitz constant with stability="spectral"
@@ -194,14 +195,14 @@ def mit_gradient(old: State, e: jax.Array, C: jax.Array, loop: Loop, size: int) 
 
 
 def run(
-    tokens: Tokens, loop: Loop, state: State, key: jax.Array | None = None, chunk: int = CHUNK
+    tokens: Tokens, loop: Loop, state: State, key: jax.Array | None = None, chunk: int | None = None
 ) -> tuple[jax.Array, State]:
     """The loop over a sequence.
 
     Args:
         state: as `init_state` of the mixer, without conv: ssm [B, E, N] and so on.
         key: of the process noise; None: no noise.
-        chunk: only the states between chunks of this many tokens are saved for the backward pass.
+        chunk: only the states between chunks of this many tokens are saved for the backward pass; None: CHUNK.
 
     Returns:
         h(x_t C_t) [B, T, E], and the state after the last token.
@@ -211,7 +212,7 @@ def run(
     heads = 1 if loop.base is None else len(loop.base)
     size = tokens.u.shape[2] // heads if loop.h is None else len(loop.h.outward_bias)
     turn = lambda s: {n: jnp.swapaxes(x, 1, 2) if n in ("ssm", "sensitivity") else x for n, x in s.items()}  # noqa: E731
-    split = min(chunk, length)
+    split = min(chunk or conba_state.CHUNK, length)
     if tokens.mask is None and length % split:  # the last chunk has tokens that do not exist
         tokens = dataclasses.replace(tokens, mask=jnp.ones((batch, length), bool))
 

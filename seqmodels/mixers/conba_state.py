@@ -105,14 +105,14 @@ def read_states(
     memory: Memory,
     mask: jax.Array | None = None,
     key: jax.Array | None = None,
-    chunk: int = CHUNK,
+    chunk: int | None = None,
 ) -> tuple[jax.Array, jax.Array | None, Memory]:
     """The readouts of a sequence, by chunks of time.
 
     Args:
         mask: [B, T], False on padding, which changes nothing.
         key: of the process noise; None: no noise.
-        chunk: tokens whose states are held at a time. It affects only rounding.
+        chunk: tokens whose states are held at a time; None: CHUNK. It affects only rounding, and which noise is drawn.
 
     Returns:
         y [B, T, E] after each token; the readout before it, x_{t-1} C_t, [B, T, E], if the memory has `scaled`, else
@@ -122,7 +122,7 @@ def read_states(
     place = Places(mask)
     tokens = jax.tree.map(place.to_front, tokens)
     count = jnp.full(tokens.u.shape[:1], length) if mask is None else jnp.sum(mask, axis=1)
-    size = min(chunk, length)
+    size = min(chunk or CHUNK, length)
     reach = None if tokens.reset is None else tokens_in_reach(tokens.reset, plant.delay)
     pieces = split_time((tokens, None if reach is None else reach >= plant.delay), size, time_first=True)
     starts = size * jnp.arange(-(-length // size))
