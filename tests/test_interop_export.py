@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from safetensors.numpy import save_file
 
 from seqmodels.configs.base import base
 from seqmodels.errors import UserError
@@ -20,7 +21,8 @@ from seqmodels.fields.mamba import MAMBA
 from seqmodels.fields.mamba2 import MAMBA2
 from seqmodels.fields.mlp import MLP
 from seqmodels.fields.model import DENSE, IMPLEMENTATION, MODEL
-from seqmodels.interop import huggingface, llama, mamba, mamba2
+from seqmodels.fields.moe import MOE
+from seqmodels.interop import huggingface, jamba, llama, mamba, mamba2, mixtral
 from seqmodels.interop.huggingface import from_huggingface, to_huggingface
 from seqmodels.interop.stacking import unstack
 from seqmodels.model import build
@@ -36,11 +38,19 @@ TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (1, LENGTH))
 TOLERANCE = 1e-4  # of the standard deviation of the logits
 
 TINY = dict(width=16, repeats=1, tie_embeddings=False)
+EXPERTS = dict(experts=3, top_k=2, hidden=24)
 TRANSFORMER = dict(TINY, pattern="attention+mlp", attention=dict(kv_heads=2), mlp=dict(hidden=24))
 MODELS = {
     "mamba": dict(TINY, pattern="mamba", mamba=dict(state=4)),
     "mamba2": dict(TINY, pattern="mamba2", mamba2=dict(state=4)),
     "transformer": TRANSFORMER,
+    "mixtral": dict(TINY, pattern="attention+moe", attention=dict(kv_heads=2), moe=EXPERTS | {"router": "renormalised"}),
+    "jamba": dict(
+        TRANSFORMER | dict(pattern="mamba+mlp attention+moe"),
+        attention=dict(kv_heads=2, positions="none"),
+        mamba=dict(state=4, norms="learned"),
+        moe=EXPERTS,
+    ),
 }
 GROUPS = {  # our fields, and what the export does with them
     "mamba": [(MAMBA, mamba.EXPORTED)],
@@ -50,6 +60,13 @@ GROUPS = {  # our fields, and what the export does with them
         (DENSE, huggingface.EXPORTED_DENSE),
         (ATTENTION, llama.EXPORTED_ATTENTION),
         (MLP, llama.EXPORTED_MLP),
+    ],
+    "mixtral": [(ATTENTION, llama.EXPORTED_ATTENTION), (MOE, mixtral.EXPORTED_MOE)],
+    "jamba": [
+        (ATTENTION, jamba.EXPORTED_ATTENTION),
+        (MAMBA, jamba.EXPORTED_MAMBA),
+        (MLP, jamba.EXPORTED_MLP),
+        (MOE, jamba.EXPORTED_MOE),
     ],
 }
 # Other values of fields, where the next number or the next choice does not fit the rest of the model
@@ -81,10 +98,24 @@ CHANGED = {
     "model.mamba2.dt_min": [0.01],
     "model.mamba2.head_dim": [4],
     "model.mamba2.groups": [2],
+    "model.moe.hidden": [0, 32],
 }
 TOGETHER = [
     ("mamba", {"model.mamba.norms": "rms", "model.mamba.norm_eps": 0.1}),
     ("mamba", {"model.norm_eps": 0.1}),
+    ("jamba", {"model.norm_eps": 0.1}),
+    ("jamba", {"model.norm_eps": 0.1, "model.mamba.norm_eps": 0.1}),
+    ("jamba", {"model.mlp.hidden": 32, "model.moe.hidden": 32}),
+    ("jamba", {"model.tie_embeddings": True, "model.repeats": 2}),
+    *(
+        ("jamba", {"model.pattern": pattern})
+        for pattern in (
+            *("mamba+mlp", "mamba+moe attention+mlp", "attention+mlp attention+moe", "mamba+mlp attention+mlp x2"),
+            *("(mamba+mlp) x4 attention@1/2 +moe@1/2", "attention+mlp mamba+mlp", "mamba+mlp|moe", "mamba+moe+mlp"),
+        )
+    ),
+    ("mixtral", {"model.attention.window": 4, "model.norm_eps": 0.1}),
+    ("mixtral", {"model.bias": True}),
     ("mamba", {"model.norm": "layer"}),
     ("mamba", {"model.pattern": "mamba x2", "model.tie_embeddings": True}),
     ("mamba2", {"model.norm_eps": 0.1}),
@@ -149,6 +180,11 @@ def our_logits(config, params):
 
 def their_logits(tensors, config, directory):
     (directory / "config.json").write_text(json.dumps(config))
+    if any(".experts." in name for name in tensors):  # of which a file has other names than a model in memory
+        save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+        model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
+        with torch.no_grad():
+            return model(torch.from_numpy(TOKENS)).logits.numpy()
     settings = transformers.AutoConfig.from_pretrained(directory)
     model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="eager").eval()
     parameters = dict(model.named_parameters())

@@ -1,4 +1,4 @@
-"""Converts Mamba, Mamba-2, FalconMamba and Llama models from the format of Hugging Face, and back.
+"""Converts models of transformers (`FAMILIES`) from the format of Hugging Face, and back.
 
 Names are those in the files. Files of Mamba's authors name the embedding `backbone.embedding`, and have `lm_head` even
 if it is tied.
@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from seqmodels import pattern
 from seqmodels.errors import UserError
 from seqmodels.fields.model import DENSE, MODEL
-from seqmodels.interop import denseretnet, llama, mamba, mamba2, original
+from seqmodels.interop import denseretnet, jamba, llama, mamba, mamba2, mixtral, original
 from seqmodels.interop.generic import FRESH, ROUNDING, TRAINING
 from seqmodels.interop.table import Table, check_export, harmless, honoured, missing, only, read
 from seqmodels.interop.weights import Weight, convert, export, head
@@ -35,12 +35,14 @@ class Family:
         config_of: fields of config.model from the honoured fields of their config.
         weights: every tensor but the head, from the fields of config.model.
         embeddings: names that the embedding may have.
+        as_in_files: the tensors of a model in memory under their names in files; None: these are the same.
     """
 
     table: Table
     config_of: Callable[[Mapping[str, Any]], dict[str, Any]]
     weights: Callable[..., list[Weight]]
     embeddings: tuple[str, ...] = MAMBA_EMBEDDINGS
+    as_in_files: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
 
 
 FAMILIES = {
@@ -49,6 +51,8 @@ FAMILIES = {
     "falcon_mamba": Family(mamba.FALCON, mamba.config_of, mamba.weights),
     "llama": Family(llama.LLAMA, llama.config_of, llama.weights, LLAMA_EMBEDDINGS),
     "mistral": Family(llama.MISTRAL, llama.config_of, llama.weights, LLAMA_EMBEDDINGS),
+    "mixtral": Family(mixtral.MIXTRAL, mixtral.config_of, mixtral.weights, LLAMA_EMBEDDINGS, mixtral.as_in_files),
+    "jamba": Family(jamba.JAMBA, jamba.config_of, jamba.weights, LLAMA_EMBEDDINGS, jamba.as_in_files),
 }
 
 EXPORTED: Table = {  # fields of config.model itself
@@ -74,8 +78,8 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any
     """Convert a pretrained model from other code into ours.
 
     Args:
-        tensors: tensors by their names in the file, of model_type mamba, mamba2, falcon_mamba, llama or mistral, or
-            from Mamba's or DenseRetNet's authors.
+        tensors: tensors by their names in the file, of a model_type in `FAMILIES`, or from Mamba's or DenseRetNet's
+            authors. The names of a model in memory will do too.
         config: their config.json.
 
     Returns:
@@ -98,6 +102,7 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"Hugging Face config: model_type is {kind!r}; allowed: {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
+    tensors = family.as_in_files(tensors) if family.as_in_files else tensors
     model = family.config_of(read(config, family.table, kind))
     try:
         return model, converted(tensors, model, family)
@@ -175,7 +180,7 @@ def to_huggingface(params: Mapping, model: Mapping[str, Any]) -> tuple[dict[str,
         model: `config.model` with vocab_size filled in (`LanguageModel.config`).
 
     Returns:
-        Tensors by file name, float32, and the config.json: of model_type mamba, mamba2, falcon_mamba, llama or mistral.
+        Tensors by file name, float32, and the config.json: of a model_type in `FAMILIES`.
 
     Raises:
         UserError: transformers has no such model.
@@ -185,22 +190,39 @@ def to_huggingface(params: Mapping, model: Mapping[str, Any]) -> tuple[dict[str,
     check_export(fields, EXPORTED, MODEL.home)
     check_export(model["dense"], EXPORTED_DENSE, DENSE.home)
     blocks = pattern.parse(model["pattern"])
-    model["repeats"] *= len(blocks)
-    if set(blocks) == {(("mamba",),)}:
-        family, (model, fields) = FAMILIES["mamba"], mamba.exported(model)
-    elif set(blocks) == {(("mamba2",),)}:
-        family, (model, fields) = FAMILIES["mamba2"], mamba2.exported(model)
-    elif set(blocks) == {(("attention",), ("mlp",))}:
-        family, (model, fields) = FAMILIES["llama"], llama.exported(model, params)
-    else:
-        allowed = "only blocks of 'mamba', of 'mamba2' or of 'attention+mlp' can be exported"
-        raise UserError(f"model.pattern is {model['pattern']!r}; {allowed}")
+    layers = model["repeats"] * len(blocks)
+    kind, exported = _export_of(blocks, model["pattern"])
+    if len(set(blocks)) == 1:
+        model |= dict(pattern="+".join(word for (word,) in blocks[0]), repeats=layers)
+    model, fields = exported(model, params)
+    family = FAMILIES[kind]
     config = dict(
         vocab_size=model["vocab_size"],
         hidden_size=model["width"],
-        num_hidden_layers=model["repeats"],
+        num_hidden_layers=layers,
         tie_word_embeddings=model["tie_embeddings"],
         hidden_act="silu",
         dtype="float32",
     )
     return export(params, family.weights(model) + head(model)), {**config, **fields}
+
+
+def _export_of(blocks: list[pattern.Block], text: str) -> tuple[str, Callable[..., tuple[dict, dict]]]:
+    """The family that has models of these blocks, and its function `exported(model, params)`.
+
+    Raises:
+        UserError: there is none.
+    """
+    kinds = set(blocks)
+    if kinds == {(("mamba",),)}:
+        return "mamba", lambda model, params: mamba.exported(model)
+    if kinds == {(("mamba2",),)}:
+        return "mamba2", lambda model, params: mamba2.exported(model)
+    if kinds == {(("attention",), ("mlp",))}:
+        return "llama", llama.exported
+    if kinds == {(("attention",), ("moe",))}:
+        return "mixtral", mixtral.exported
+    if kinds <= {((mixer,), (channel,)) for mixer in ("attention", "mamba") for channel in ("mlp", "moe")}:
+        return "jamba", jamba.exported
+    allowed = "'mamba', 'mamba2', 'attention+mlp', 'attention+moe', or of these with 'mamba+mlp' and 'mamba+moe'"
+    raise UserError(f"model.pattern is {text!r}; only blocks of {allowed} can be exported")

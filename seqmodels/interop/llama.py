@@ -94,8 +94,8 @@ def rope_theta_of(theirs: Mapping[str, Any]) -> float:
     return theta
 
 
-def heads_of(theirs: Mapping[str, Any]) -> dict[str, int]:
-    """Heads of queries, heads of keys and channels of a head."""
+def heads_of(theirs: Mapping[str, Any], rotary: bool = True) -> dict[str, int]:
+    """Heads of queries, heads of keys and channels of a head; `rotary`: whether positions turn pairs of channels."""
     width, heads, head_dim = theirs["hidden_size"], theirs["num_attention_heads"], theirs["head_dim"]
     kv_heads = heads if theirs["num_key_value_heads"] is None else theirs["num_key_value_heads"]
     if heads % kv_heads:
@@ -103,7 +103,7 @@ def heads_of(theirs: Mapping[str, Any]) -> dict[str, int]:
     if head_dim is None and width % heads:
         refuse("num_attention_heads", heads, f"allowed: a divisor of hidden_size={width}, or head_dim must be set")
     head_dim = width // heads if head_dim is None else head_dim
-    if head_dim % 2:
+    if rotary and head_dim % 2:
         refuse("head_dim", head_dim, "allowed: an even number, as rotary positions turn pairs")
     return dict(heads=heads, kv_heads=kv_heads, head_dim=head_dim)
 
@@ -130,10 +130,37 @@ def config_of(theirs: Mapping[str, Any]) -> dict[str, Any]:
     )
 
 
+def head_sizes(model: Mapping[str, Any]) -> tuple[int, int, int]:
+    """H heads of queries, K of keys, d channels."""
+    heads, kv_heads, head_dim = (model["attention"][name] for name in ("heads", "kv_heads", "head_dim"))
+    return heads, kv_heads, head_dim
+
+
+def attention_weights(model: Mapping[str, Any], theirs: str, ours: tuple[str, ...]) -> list[Weight]:
+    """The matrices of one attention, from their prefix to our path."""
+    D, (H, K, d) = model["width"], head_sizes(model)
+    return [
+        turned(f"{theirs}q_proj.weight", (H * d, D), (*ours, "query"), (D, H, d)),
+        turned(f"{theirs}k_proj.weight", (K * d, D), (*ours, "key"), (D, K, d)),
+        turned(f"{theirs}v_proj.weight", (K * d, D), (*ours, "value"), (D, K, d)),
+        turned(f"{theirs}o_proj.weight", (D, H * d), (*ours, "out"), (H, d, D)),
+    ]
+
+
+def mlp_weights(model: Mapping[str, Any], theirs: str, ours: tuple[str, ...]) -> list[Weight]:
+    """The matrices of one SwiGLU, from their prefix to our path."""
+    D, F = model["width"], model["mlp"]["hidden"]
+    return [
+        turned(f"{theirs}gate_proj.weight", (F, D), (*ours, "gate"), (D, F)),
+        turned(f"{theirs}up_proj.weight", (F, D), (*ours, "up"), (D, F)),
+        turned(f"{theirs}down_proj.weight", (D, F), (*ours, "down"), (F, D)),
+    ]
+
+
 def weights(model: Mapping[str, Any]) -> list[Weight]:
     """Every tensor of a Llama or Mistral model."""
     V, D, layers, F = model["vocab_size"], model["width"], model["repeats"], model["mlp"]["hidden"]
-    H, K, d = (model["attention"][name] for name in ("heads", "kv_heads", "head_dim"))
+    H, K, d = head_sizes(model)
     found = [
         same("model.embed_tokens.weight", ("embedding",), V, D),
         same("model.norm.weight", ("final_norm", "scale"), D),
@@ -143,14 +170,9 @@ def weights(model: Mapping[str, Any]) -> list[Weight]:
         theirs = f"model.layers.{i}."
         found += [
             same(f"{theirs}input_layernorm.weight", (*block, "norm", "scale"), D),
-            turned(f"{theirs}self_attn.q_proj.weight", (H * d, D), (*mixer, "query"), (D, H, d)),
-            turned(f"{theirs}self_attn.k_proj.weight", (K * d, D), (*mixer, "key"), (D, K, d)),
-            turned(f"{theirs}self_attn.v_proj.weight", (K * d, D), (*mixer, "value"), (D, K, d)),
-            turned(f"{theirs}self_attn.o_proj.weight", (D, H * d), (*mixer, "out"), (H, d, D)),
+            *attention_weights(model, f"{theirs}self_attn.", mixer),
             same(f"{theirs}post_attention_layernorm.weight", (*block, "mlp_norm", "scale"), D),
-            turned(f"{theirs}mlp.gate_proj.weight", (F, D), (*mlp, "gate"), (D, F)),
-            turned(f"{theirs}mlp.up_proj.weight", (F, D), (*mlp, "up"), (D, F)),
-            turned(f"{theirs}mlp.down_proj.weight", (D, F), (*mlp, "down"), (F, D)),
+            *mlp_weights(model, f"{theirs}mlp.", mlp),
         ]
         if model.get("bias"):
             found += [

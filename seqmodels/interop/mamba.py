@@ -87,23 +87,29 @@ def stack(
 
 def weights(model: Mapping[str, Any], embedding: str = "embeddings") -> list[Weight]:
     """Every tensor of a Mamba or FalconMamba model; `embedding` as of `stack`."""
+    return stack(model, embedding, lambda theirs, ours: mixer_weights(model, theirs, ours))
+
+
+def mixer_sizes(model: Mapping[str, Any]) -> tuple[int, int, int, int]:
+    """E inner width, N state, W convolution width, R rank of the step."""
     D, options = model["width"], model["mamba"]
-    E, N, W, R = options["expand"] * D, options["state"], options["conv"], options["dt_rank"] or -(-D // 16)
+    return options["expand"] * D, options["state"], options["conv"], options["dt_rank"] or -(-D // 16)
 
-    def mixer(theirs: str, ours: tuple[str, ...]) -> list[Weight]:
-        return [
-            turned(f"{theirs}in_proj.weight", (2 * E, D), (*ours, "in_proj"), (D, 2, E)),
-            turned(f"{theirs}conv1d.weight", (E, 1, W), (*ours, "conv_weight"), (W, E)),
-            same(f"{theirs}conv1d.bias", (*ours, "conv_bias"), E),
-            turned(f"{theirs}x_proj.weight", (R + 2 * N, E), (*ours, "x_proj"), (E, R + 2 * N)),
-            turned(f"{theirs}dt_proj.weight", (E, R), (*ours, "dt_proj"), (R, E)),
-            same(f"{theirs}dt_proj.bias", (*ours, "dt_bias"), E),
-            same(f"{theirs}A_log", (*ours, "A_log"), E, N),
-            same(f"{theirs}D", (*ours, "D"), E),
-            turned(f"{theirs}out_proj.weight", (D, E), (*ours, "out_proj"), (E, D)),
-        ]
 
-    return stack(model, embedding, mixer)
+def mixer_weights(model: Mapping[str, Any], theirs: str, ours: tuple[str, ...]) -> list[Weight]:
+    """The tensors of one Mamba without norms, from their prefix to our path."""
+    D, (E, N, W, R) = model["width"], mixer_sizes(model)
+    return [
+        turned(f"{theirs}in_proj.weight", (2 * E, D), (*ours, "in_proj"), (D, 2, E)),
+        turned(f"{theirs}conv1d.weight", (E, 1, W), (*ours, "conv_weight"), (W, E)),
+        same(f"{theirs}conv1d.bias", (*ours, "conv_bias"), E),
+        turned(f"{theirs}x_proj.weight", (R + 2 * N, E), (*ours, "x_proj"), (E, R + 2 * N)),
+        turned(f"{theirs}dt_proj.weight", (E, R), (*ours, "dt_proj"), (R, E)),
+        same(f"{theirs}dt_proj.bias", (*ours, "dt_bias"), E),
+        same(f"{theirs}A_log", (*ours, "A_log"), E, N),
+        same(f"{theirs}D", (*ours, "D"), E),
+        turned(f"{theirs}out_proj.weight", (D, E), (*ours, "out_proj"), (E, D)),
+    ]
 
 
 def exported(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -24,6 +24,8 @@ class Weight:
         ours, our_shape: path in our parameters, and shape there.
         turned: whether the tensor is transposed: their first axis is our last axes, in the same order.
         rows: first and last + 1 of their rows that this parameter holds; others belong to another Weight. None: all.
+        slot: index of the part of our parameter that the tensor fills, such as that of one expert; other parts belong
+            to another Weight. (): all.
     """
 
     theirs: str
@@ -32,18 +34,24 @@ class Weight:
     our_shape: tuple[int, ...]
     turned: bool = False
     rows: tuple[int, int] | None = None
+    slot: tuple[int | slice, ...] = ()
+
+    @property
+    def part_shape(self) -> tuple[int, ...]:
+        """Shape of the part of our parameter that the tensor fills."""
+        return np.broadcast_to(np.zeros(()), self.our_shape)[self.slot].shape
 
     def into(self, tensor: Any) -> np.ndarray:
-        """Our float32 parameter from their whole tensor."""
+        """Our float32 parameter, or its part in `slot`, from their whole tensor."""
         tensor = np.asarray(tensor, np.float32)[slice(*self.rows or (None,))]
         if self.turned:
             tensor = tensor.reshape(tensor.shape[0], -1).T
-        return np.ascontiguousarray(tensor.reshape(self.our_shape))
+        return np.ascontiguousarray(tensor.reshape(self.part_shape))
 
     def back(self, array: Any) -> np.ndarray:
         """The rows of their tensor, float32, from our parameter."""
         first, last = self.rows or (0, self.their_shape[0])
-        array = np.asarray(array, np.float32)
+        array = np.asarray(array, np.float32)[self.slot]
         if self.turned:
             array = array.reshape(-1, last - first).T
         return np.ascontiguousarray(array.reshape(last - first, *self.their_shape[1:]))
@@ -92,6 +100,7 @@ def convert(tensors: Mapping, weights: list[Weight]) -> dict:
     """
     check_names(tensors, weights)
     params: dict[str, Any] = {}
+    wholes: dict[tuple[str, ...], np.ndarray] = {}  # parameters that several tensors fill
     for weight in weights:
         tensor = tensors[weight.theirs]
         if tuple(tensor.shape) != weight.their_shape:
@@ -100,7 +109,12 @@ def convert(tensors: Mapping, weights: list[Weight]) -> dict:
         dtype = str(tensor.dtype).removeprefix("torch.")
         if dtype not in DTYPES:
             raise UserError(f"Hugging Face weights: {weight.theirs} is {dtype}; allowed: {', '.join(DTYPES)}")
-        place(params, weight.ours, weight.into(tensor))
+        if not weight.slot:
+            place(params, weight.ours, weight.into(tensor))
+            continue
+        whole = wholes.setdefault(weight.ours, np.empty(weight.our_shape, np.float32))
+        whole[weight.slot] = weight.into(tensor)
+        place(params, weight.ours, whole)
     return params
 
 
