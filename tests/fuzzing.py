@@ -18,7 +18,9 @@ from ml_collections import ConfigDict
 from seqmodels import cli
 from seqmodels.config import declared_fields, upgrade, validate
 from seqmodels.configs import (
+    deltanet,
     densemamba,
+    gated_deltanet,
     gla,
     linear_attention,
     mamba2,
@@ -36,7 +38,8 @@ from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedu
 from seqmodels.training.state import abstract_params
 
 CONFIGS = {
-    "densemamba": densemamba.get_config, "gla": gla.get_config, "linear_attention": linear_attention.get_config,
+    "deltanet": deltanet.get_config, "densemamba": densemamba.get_config, "gated_deltanet": gated_deltanet.get_config,
+    "gla": gla.get_config, "linear_attention": linear_attention.get_config,
     "mamba2": mamba2.get_config, "mamba3": mamba3.get_config, "performer": performer.get_config,
     "retnet": retnet.get_config, "synthetic": synthetic.get_config, "transformer": transformer.get_config,
 }  # fmt: skip

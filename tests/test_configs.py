@@ -23,11 +23,11 @@ REGENERATE = "if the change is meant: python tests/golden/regenerate.py, and loo
 CONFIGS = every_config()
 GOLDEN = sorted(path.name for path in HERE.glob("*.json"))
 NAMES = (
-    *("densemamba", "denseretnet", "gla", "jamba", "linear_attention", "mamba", "mamba2", "mamba3"),
-    *("mixcon", "mixtral", "performer", "retnet", "transformer"),
+    *("deltanet", "densemamba", "denseretnet", "gated_deltanet", "gla", "jamba", "linear_attention", "mamba"),
+    *("mamba2", "mamba3", "mixcon", "mixtral", "performer", "retnet", "transformer"),
 )
 LARGE = {  # a preset of a paper's size, where it is not 130m
-    **{"denseretnet": "350m", "gla": "340m", "retnet": "200m"},
+    **{"deltanet": "340m", "denseretnet": "350m", "gated_deltanet": "340m", "gla": "340m", "retnet": "200m"},
     **{"jamba": "tiny-dev", "mixcon": "5b-active", "mixtral": "8x7b"},
 }
 
@@ -225,6 +225,7 @@ CHOICES = {
     "training.nan": ("stop", "skip"),
     "training.debug": ("", "nans", "shapes", "nojit"),
 }
+CONVS = ("model.mamba.conv", "model.mamba2.conv", "model.deltanet.conv", "model.gated_deltanet.conv")
 SMALLEST = {
     0: (
         *("model.vocab_size", "model.remat_blocks", "model.scan_blocks"),
@@ -233,6 +234,8 @@ SMALLEST = {
         *("model.attention.kv_heads", "model.attention.head_dim", "model.attention.window", "model.mlp.hidden"),
         *("model.performer.redraw", "model.gla.key_dim", "model.gla.value_dim"),
         *("model.retnet.key_dim", "model.retnet.value_dim", "model.retnet.init_std"),
+        *("model.deltanet.key_dim", "model.deltanet.value_dim", "model.gated_deltanet.key_heads"),
+        *("model.gated_deltanet.key_dim", "model.gated_deltanet.value_dim", "model.gated_deltanet.dt_floor"),
         *("optimizer.warmup", "optimizer.decay", "optimizer.floor", "optimizer.weight_decay", "optimizer.clip"),
         *("training.z_loss", "training.loss_chunk", "training.profile_start", "checkpoint.keep_every"),
         *("evaluation.every", "evaluation.batch_size", "sample.tokens", "sample.temperature", "sample.top_k"),
@@ -251,20 +254,22 @@ SMALLEST = {
         *("model.mamba3.state", "model.mamba3.expand", "model.mamba3.head_dim", "model.mamba3.groups"),
         *("model.linear_attention.heads", "model.performer.heads", "model.performer.random_features"),
         *("model.gla.heads", "model.gla.gate_rank", "model.gla.gate_divisor"),
-        *("model.retnet.heads", "model.attention.heads"),
+        *("model.retnet.heads", "model.attention.heads", "model.deltanet.heads", "model.gated_deltanet.heads"),
         *("training.accumulate", "training.profile_steps"),
         *("mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.expert"),
         *("checkpoint.every", "checkpoint.keep", "evaluation.rows", "metrics.every"),
         *("evaluation.throughput.tokens", "evaluation.throughput.repeats"),
     ),
-    2: ("model.mamba.conv", "model.mamba2.conv"),
+    2: CONVS,
 }
-LARGEST = {8: ("model.mamba.conv", "model.mamba2.conv"), 1: ("optimizer.decay", "optimizer.floor", "sample.top_p")}
+LARGEST = {8: CONVS, 1: ("optimizer.decay", "optimizer.floor", "sample.top_p")}
 POSITIVE = (
     *("model.embedding_std", "model.norm_eps", "model.dense.norm_eps", "optimizer.learning_rate", "optimizer.eps"),
     *("model.mamba.norm_eps", "model.mamba2.norm_eps", "model.mamba3.norm_eps", "model.gla.norm_eps"),
     *("model.retnet.norm_eps", "model.mamba.dt_min", "model.mamba.dt_max", "model.attention.rope_theta"),
     *("model.mamba2.dt_min", "model.mamba2.dt_max", "model.mamba3.dt_min", "model.mamba3.dt_max"),
+    *("model.deltanet.norm_eps", "model.gated_deltanet.norm_eps"),
+    *("model.gated_deltanet.dt_min", "model.gated_deltanet.dt_max"),
 )
 SHARES = ("model.dropout", "optimizer.b1", "optimizer.b2", "optimizer.ema")  # at least 0, less than 1
 
@@ -430,6 +435,10 @@ def test_factors_of_learning_rates():
         ("transformer", "model.attention.head_dim", 31, "even"),
         ("performer", "model.performer.heads", 3, "divisor of model.width=128"),
         ("linear_attention", "model.linear_attention.heads", 3, "divisor of model.width=128"),
+        ("deltanet", "model.deltanet.heads", 3, "divisor of model.width=128"),
+        ("gated_deltanet", "model.gated_deltanet.heads", 5, "3/4 of model.width=128 divide"),
+        ("gated_deltanet", "model.gated_deltanet.key_heads", 3, "divisor of heads=4"),
+        ("gated_deltanet", "model.gated_deltanet.dt_max", 1e-4, "at least dt_min=0.001"),
         ("retnet", "model.retnet.heads", 3, "divisor of model.width=128"),
         ("retnet", "model.retnet.key_dim", 7, "even"),
         ("denseretnet", "model.dense.variant", "carry", "with a matrix state"),
