@@ -10,6 +10,7 @@ a group is compared with the first. The figures are written to benchmarks/result
 
 import datetime
 import sys
+from concurrent import futures
 from pathlib import Path
 from typing import Any
 
@@ -88,33 +89,42 @@ def main(flag_values: flags.FlagValues) -> int:
         if group not in GROUPS:
             raise UserError(f"--groups={group}: there are {', '.join(GROUPS)}")
         (width, batch, length), rows = GROUPS[group]
-        shape = (flag_values.width or width, flag_values.batch or batch, flag_values.length or length)
-        mark = None
-        for name, (word, fields) in rows.items():
-            result = dict(group=group, row=name, branch=word, fields=fields)
-            try:
-                result |= measure(word, fields, *shape, flag_values.dtype, flag_values.repeats)
-            except Exception as error:  # one row that does not fit leaves the others
-                print(f"{group:8} {name:34} failed: {type(error).__name__}: {str(error).splitlines()[0][:150]}")
-                continue
-            mark = mark or result
-            path = Path(flag_values.out or RESULTS / f"branches_{slug(result['device'])}.json")
-            record(path, result, key=("group", "row", "width", "batch", "length", "dtype", "device"))
-            print(
-                f"{group:8} {name:34} forward {result['forward_ms']:8.3f} ms, with backward {result['ms']:8.3f} ms "
-                f"({result['ms'] / mark['ms']:.2f} x), {result['temporary_gib']:.2f} GiB",
-                flush=True,
-            )
+        shape = dict(
+            width=flag_values.width or width, batch=flag_values.batch or batch, length=flag_values.length or length
+        )
+        measure_group(group, rows, dict(**shape, dtype=flag_values.dtype), flag_values.repeats, flag_values.out)
     return 0
 
 
-def measure(word: str, fields: dict[str, Any], width: int, batch: int, length: int, dtype: str, repeats: int) -> dict:
-    """Milliseconds of a branch's forward pass and of both passes, and the temporary memory of the latter."""
+def measure_group(group: str, rows: dict[str, tuple[str, dict]], shape: dict[str, Any], repeats: int, out: str) -> None:
+    """Compile all rows side by side, then time, record and print them one after the other."""
+    lowered = {name: lower(word, fields, **shape) for name, (word, fields) in rows.items()}
+    with futures.ThreadPoolExecutor() as pool:
+        compiling = {name: [pool.submit(one.compile) for one in pair] for name, (_, *pair) in lowered.items()}
+    mark = None
+    for name, (word, fields) in rows.items():
+        row = dict(group=group, row=name, branch=word, fields=fields, **shape)
+        try:
+            result = row | time_row(lowered[name][0], *(future.result() for future in compiling[name]), repeats)
+        except Exception as error:  # a row that does not fit into memory leaves the others
+            print(f"{group:8} {name:34} failed: {type(error).__name__}: {str(error).splitlines()[0][:150]}")
+            continue
+        mark = mark or result
+        path = Path(out or RESULTS / f"branches_{slug(result['device'])}.json")
+        record(path, result, key=("group", "row", "width", "batch", "length", "dtype", "device"))
+        print(
+            f"{group:8} {name:34} forward {result['forward_ms']:8.3f} ms, with backward {result['ms']:8.3f} ms "
+            f"({result['ms'] / mark['ms']:.2f} x), {result['temporary_gib']:.2f} GiB",
+            flush=True,
+        )
+
+
+def lower(word: str, fields: dict[str, Any], width: int, batch: int, length: int, dtype: str) -> tuple[Any, ...]:
+    """A function that makes the arguments of a branch, and its forward pass and both passes, lowered."""
     import jax
     import jax.numpy as jnp
     from flax import linen as nn
 
-    from benchmarks import rates
     from seqmodels.backbone import branch_of
     from seqmodels.config import complete_model
     from seqmodels.sequence import make_sequence
@@ -122,32 +132,40 @@ def measure(word: str, fields: dict[str, Any], width: int, batch: int, length: i
     model = complete_model({"pattern": word, "width": width, "dtype": dtype})
     model.update_from_flattened_dict(fields)
     branch = branch_of(model, word)
-    x, dy = (jax.random.normal(jax.random.key(i), (batch, length, width), jnp.dtype(dtype)) for i in range(2))
     seq, _, _ = make_sequence(batch, length)
-    params = nn.unbox(jax.jit(branch.init)(jax.random.key(2), x, seq))["params"]
 
-    def forward(inputs):
-        y, _ = branch.apply({"params": inputs[0]}, inputs[1], seq)
-        return y
+    def arguments():
+        x, dy = (jax.random.normal(jax.random.key(i), (batch, length, width), jnp.dtype(dtype)) for i in range(2))
+        return nn.unbox(branch.init(jax.random.key(2), x, seq))["params"], x, dy
 
-    def both(inputs):
-        y, pull = jax.vjp(forward, inputs)
+    def forward(params, x, dy):
+        return branch.apply({"params": params}, x, seq)[0]
+
+    def both(params, x, dy):
+        y, pull = jax.vjp(lambda params, x: forward(params, x, dy), params, x)
         return y, pull(dy)
 
-    def milliseconds(compiled):
-        return round(1e3 * rates.measure(compiled, [(params, x)], repeats), 4)
+    shapes = jax.eval_shape(arguments)
+    return arguments, jax.jit(forward).lower(*shapes), jax.jit(both).lower(*shapes)
 
-    compiled = [jax.jit(f).lower((params, x)).compile() for f in (forward, both)]
+
+def time_row(arguments: Any, forward: Any, both: Any, repeats: int) -> dict[str, Any]:
+    """Milliseconds of a branch's forward pass and of both passes, and the temporary memory of the latter."""
+    import jax
+
+    from benchmarks import rates
+
+    inputs = jax.jit(arguments)()
     device = jax.devices()[0]
+
+    def milliseconds(compiled):
+        return round(1e3 * rates.measure(lambda inputs: compiled(*inputs), [inputs], repeats), 4)
+
     return dict(
-        width=width,
-        batch=batch,
-        length=length,
-        dtype=dtype,
-        forward_ms=milliseconds(compiled[0]),
-        ms=milliseconds(compiled[1]),
-        temporary_gib=round(compiled[1].memory_analysis().temp_size_in_bytes / 2**30, 3),
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(params)),
+        forward_ms=milliseconds(forward),
+        ms=milliseconds(both),
+        temporary_gib=round(both.memory_analysis().temp_size_in_bytes / 2**30, 3),
+        parameters=sum(leaf.size for leaf in jax.tree.leaves(inputs[0])),
         device=device_name(device),
         jax=jax.__version__,
         date=datetime.date.today().isoformat(),

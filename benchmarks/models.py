@@ -33,6 +33,16 @@ from benchmarks.record import RESULTS, commit, device_name, record, slug
 from seqmodels import cli
 from seqmodels.errors import UserError
 
+TINY_DEV = {  # the sizes of Jamba's preset of this name
+    "model.width": 512,
+    "model.repeats": 2,
+    "model.vocab_size": 65536,
+    "model.attention.heads": 8,
+    "model.attention.kv_heads": 2,
+    "model.mlp.hidden": 2048,
+    "model.moe.hidden": 2048,
+    "model.moe.experts": 8,
+}
 # name: config, batch, length, and other fields; for one GPU of 80 GB
 ROWS = {
     "130m": ("configs/mamba.py:130m", 8, 2048, {}),
@@ -53,6 +63,9 @@ ROWS = {
         2048,
         {"model.depth": "hyper", "model.hyper.mixing": "sinkhorn"},
     ),
+    "jamba-tiny-dev": ("configs/jamba.py:tiny-dev", 8, 2048, {"model.remat": "none", "model.scan_blocks": 0}),
+    "mixcon-tiny-dev": ("configs/mixcon.py:test", 8, 2048, {"model.dtype": "bfloat16", **TINY_DEV}),
+    "mixcon-test": ("configs/mixcon.py:test", 8, 2048, {"model.dtype": "bfloat16"}),
     "130m-262k": ("configs/mamba.py:130m", 1, 262144, {"training.loss_chunk": 16384, "model.remat": "projected"}),
 }
 PROFILED = 3  # steps of a profile
@@ -101,7 +114,8 @@ def measure_rows(rows: list[str], options: dict) -> int:
         fields = {"batch_size": batch, "seq_len": length, "training.accumulate": 1, **fields}
         command = [sys.executable, __file__, f"--config={config}"]
         command += [f"--config.{name}={value}" for name, value in fields.items()]
-        command += [f"--label=mamba-{row}"] if "model.depth" in fields else []  # the config has the plain one's name
+        if "model.depth" in fields or "model.width" in fields:  # the config has the name of another model
+            command += [f"--label={row if row.startswith('mixcon') else 'mamba-' + row}"]
         command += [f"--{name}={value}" for name, value in options.items() if name != "profile"]
         command += [f"--profile={options['profile']}/{row}"] if options["profile"] else []
         # The longest rows need this share of the GPU's memory, and no row may allocate it before its turn
