@@ -17,6 +17,7 @@ from seqmodels.kernels.grouped_matmul import grouped_matmul, mosaic_gpu
 from seqmodels.kernels.grouped_matmul.groups import most_tiles, row_tiles
 from seqmodels.kernels.grouped_matmul.mosaic_gpu import pipeline
 from seqmodels.kernels.grouped_matmul.mosaic_gpu.pipeline import ROWS
+from seqmodels.kernels.interpreter import interpret
 from tests.kernels.grouped_cases import by_hand, inputs, poisoned, products
 from tests.kernels.helpers import SHARED_MEMORY, assembled, assert_close, needs_cuda_plugin
 
@@ -62,6 +63,19 @@ def test_few_rows_and_float16(interpreter):
     args = inputs(13, 64, 128, 4, dtype=jnp.float16)
     got = run("float16")(poisoned(args, sizes), sizes)
     assert_close(got, by_hand(args, sizes), 1e-3)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.default_backend() == "gpu", reason="the interpreter finds races")
+def test_no_races(interpreter):
+    """Where no tiles overlap: those that do write the same numbers twice."""
+    from jax._src.pallas.mosaic_gpu.interpret import interpret_pallas_call
+
+    args, sizes = inputs(M, K, N, X, dtype=jnp.bfloat16), (128, 0, 29, 100)
+    with interpret(detect_races=True):
+        got = run("races")(poisoned(args, sizes), sizes)
+        assert_close(got, by_hand(args, sizes), 1e-2)
+    assert not interpret_pallas_call.get_races().races_found
 
 
 @pytest.mark.parametrize("rows", [300, 128, 1000])

@@ -10,6 +10,7 @@ import pytest
 from seqmodels.kernels.dispatch import UnsupportedError
 from seqmodels.kernels.grouped_matmul import grouped_matmul, mosaic_tpu
 from seqmodels.kernels.grouped_matmul.groups import visits
+from seqmodels.kernels.interpreter import interpret
 from tests.kernels.grouped_cases import by_hand, inputs, poisoned, products
 from tests.kernels.helpers import assert_close, needs_libtpu, stacked
 
@@ -57,6 +58,17 @@ def test_vmap(interpreter):
     got = jax.vmap(run("vmap"))(stacked(args), jnp.asarray(sizes))
     want = [by_hand(a, s) for a, s in zip(args, sizes, strict=True)]
     assert_close(got, [np.stack(x) for x in zip(*want, strict=True)], 1e-6)
+
+
+@pytest.mark.slow
+def test_no_races(interpreter):
+    """Two cores share the work; no core reads or writes what the other may be writing."""
+    from jax._src.pallas.mosaic.interpret import interpret_pallas_call
+
+    args, sizes = inputs(M, K, N, X), SIZES["uneven"]
+    with interpret(detect_races=True, num_cores_or_threads=2):
+        assert_close(run("races")(args, sizes), by_hand(args, sizes), 1e-6)
+    assert not interpret_pallas_call.races.races_found
 
 
 @pytest.mark.parametrize("rows", [16, 64, 512])

@@ -3,7 +3,7 @@
 A block has three warpgroups and stays on its multiprocessor until all tiles are done. One warpgroup copies the factors
 of the coming steps into the slots of shared memory, also those of the next tile. The two others multiply: each has 64
 of the 128 rows of a tile in its registers. The barriers `full` signal that a slot is filled, `empty` that both have
-read it.
+read it, and `cleaned` that both have set their half of a right factor to zero where it must be.
 """
 
 import dataclasses
@@ -52,8 +52,9 @@ class Tile:
         rows, columns: how many of its rows and columns are stored, from its first ones on.
         place: `place(row, rows, column)` gives a piece [rows, 64] of the result in global memory. It begins `row` rows
             and `column` columns after the tile's first.
-        clean: `clean(step, left, right)` sets numbers of the factors in shared memory to zero that do not belong to
-            the sum. `left` is the warpgroup's own part, `right` all. None: all belong to it.
+        clean: `clean(step, part)` sets numbers to zero that do not belong to the sum, in columns of a factor in shared
+            memory. None: all belong to it.
+        left_unclean, right_unclean: whether a step's factor has such numbers.
     """
 
     steps: Array
@@ -61,7 +62,9 @@ class Tile:
     rows: Array
     columns: Array
     place: Callable[[Array, int, int], Any]
-    clean: Callable[[Array, Any, Any], None] | None = None
+    clean: Callable[[Array, Any], None] | None = None
+    left_unclean: Callable[[Array], Array] | None = None
+    right_unclean: Callable[[Array], Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,6 +114,7 @@ class Product:
                 views(WORKERS, OUT, SIDE, SIDE, dtype=dtype, plain=True),
                 plgpu.Barrier(num_arrivals=2, num_barriers=plan.slots),
                 plgpu.Barrier(num_arrivals=WORKERS, num_barriers=plan.slots),
+                plgpu.Barrier(num_arrivals=WORKERS),
             ],
             grid=(grid,),
             grid_names=("block",),
@@ -182,19 +186,20 @@ class Block:
     edge: Any
     full: Any
     empty: Any
+    cleaned: Any
     block: Array
     thread: Array
     grid: int
 
     @classmethod
     def of(cls, product: Product, grid: int, *refs: Any) -> "Block":
-        *arrays, left, right, outputs, full, empty = refs
+        *arrays, left, right, outputs, full, empty, cleaned = refs
         count, tile = product.tiles(*arrays)
         left, left_rows = (left, left) if product.left else unpack(left)
         out, out_rows, edge = unpack(outputs)
         memory = dict(left=left, left_rows=left_rows, right=right, out=out, out_rows=out_rows, edge=edge)
         place: Any = dict(block=lax.axis_index("block"), thread=lax.axis_index("thread"), grid=grid)
-        return cls(product, count, tile, **memory, full=full, empty=empty, **place)
+        return cls(product, count, tile, **memory, full=full, empty=empty, cleaned=cleaned, **place)
 
     @property
     def plan(self) -> Plan:
@@ -257,8 +262,7 @@ class Block:
                 slot = self.slot(done + k)
                 plgpu.barrier_wait(self.full.at[slot])
                 left, right = self.product.rows_of(self.left.at[slot], self.thread), self.right.at[slot]
-                if tile.clean is not None:
-                    tile.clean(k, left, right)
+                self.clean(tile, k, left, right)
                 plgpu.wgmma(sums, *self.product.factors(left, right))
                 plgpu.wgmma_wait(1)  # the step before has read its slot
                 before = self.slot(done + k + (self.plan.slots - 1))
@@ -272,6 +276,19 @@ class Block:
             return sums[...]
 
         return pl.run_scoped(run, plgpu.ACC((SIDE, self.plan.columns)))
+
+    def clean(self, tile: Tile, step: Array, left: Any, right: Any) -> None:
+        """Set numbers of a step's factors to zero: of this warpgroup's left one, and half of the right one."""
+        if tile.clean is None or tile.left_unclean is None or tile.right_unclean is None:
+            return
+        clean, half = tile.clean, self.plan.columns // WORKERS
+        pl.when(tile.left_unclean(step))(lambda: clean(step, left))
+
+        @pl.when(tile.right_unclean(step))
+        def _():
+            clean(step, right.at[:, pl.ds(self.thread * half, half)])
+            plgpu.barrier_arrive(self.cleaned)
+            plgpu.barrier_wait(self.cleaned)
 
     def store(self, tile: Tile, sums: Array) -> None:
         """Store this warpgroup's 64 rows of a tile, or as many of them and of the columns as count."""

@@ -81,15 +81,23 @@ def by_groups(x: Array, dy: Array, sizes: Array, *, plan: Plan | None = None) ->
             def place(offset, height, right):
                 return dw.at[g, pl.ds(row + offset, height), pl.ds(column + right, SIDE)]
 
-            def clean(step, left, right):
-                """Rows of other groups are zero in the left factor alone: this is enough, as long as the right one is
-                finite. Rows of no group may be anything, so they become zero in both."""
-                begin, end = jnp.where(step == 0, lead, 0), length - step * SIDE
-                pl.when((begin > 0) | (end < SIDE))(lambda: keep_rows(left, begin, end))
-                beyond = first + (step + 1) * SIDE > used[0]
-                pl.when(beyond & (end < SIDE))(lambda: keep_rows(right, begin, end))
+            def own_rows(step):
+                return jnp.where(step == 0, lead, 0), length - step * SIDE
 
-            return Tile(steps, sources, inner - row, outer - column, place, clean)
+            def other_rows(step):
+                begin, end = own_rows(step)
+                return (begin > 0) | (end < SIDE)
+
+            def no_rows(step):
+                return other_rows(step) & (first + (step + 1) * SIDE > used[0])
+
+            def clean(step, part):
+                keep_rows(part, *own_rows(step))
+
+            # Rows of other groups need to be zero in the left factor alone, as long as the right one is finite. Rows of
+            # no group may be anything.
+            inside = inner - row, outer - column
+            return Tile(steps, sources, *inside, place, clean, left_unclean=other_rows, right_unclean=no_rows)
 
         return jnp.int32(groups * each), tile
 
@@ -99,10 +107,7 @@ def by_groups(x: Array, dy: Array, sizes: Array, *, plan: Plan | None = None) ->
 
 
 def keep_rows(ref: Any, begin: Array, end: Array) -> None:
-    """Set the rows before `begin` and from `end` on of a reference [64, columns] in shared memory to zero.
-
-    Both warpgroups do this for the right factor. Both write the same, so they need not wait for each other.
-    """
+    """Set the rows before `begin` and from `end` on of a reference [64, columns] in shared memory to zero."""
     row = plgpu.broadcasted_iota(jnp.int32, (SIDE, SIDE), 0, layout=plgpu.Layout.WGMMA)
     own = (row >= begin) & (row < end)
     for column in range(0, ref.shape[1], SIDE):
