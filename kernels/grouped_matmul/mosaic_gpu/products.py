@@ -25,7 +25,7 @@ def by_rows(x: Array, w: Array, sizes: Array, *, transposed: bool, plan: Plan | 
     """
     rows, inner = x.shape
     groups, outer = w.shape[0], w.shape[1 if transposed else 2]
-    plan = plan or tuning.rows(outer)
+    plan = plan or tuning.plan(outer)
     table = row_tiles(sizes, rows, ROWS)
     across = -(-outer // plan.columns)
 
@@ -60,7 +60,7 @@ def by_groups(x: Array, dy: Array, sizes: Array, *, plan: Plan | None = None) ->
         x: [M, K], dy: [M, N] of M >= 64 rows, a multiple of 8. sizes: [X] int32.
     """
     (inner, outer), groups = (x.shape[1], dy.shape[1]), len(sizes)
-    plan = plan or tuning.groups(outer)
+    plan = plan or tuning.plan(outer)
     start, end = bounds(sizes)
     below, across = -(-inner // ROWS), -(-outer // plan.columns)
     each = below * across

@@ -3,11 +3,6 @@
 from seqmodels.kernels.grouped_matmul.mosaic_gpu.pipeline import Plan
 
 
-def rows(outer: int) -> Plan:
-    """For the products of rows with [K, N] matrices; `outer` is N."""
-    return Plan(columns=256 if outer > 128 else 128)
-
-
-def groups(outer: int) -> Plan:
-    """For the sums over a group's rows of [K, N] matrices."""
-    return Plan(columns=256 if outer > 128 else 128)
+def plan(outer: int) -> Plan:
+    """For a result of `outer` columns: as many in a tile as make sense, and as many slots as shared memory holds."""
+    return Plan(columns=256, slots=4) if outer > 128 else Plan(columns=128, slots=6)
