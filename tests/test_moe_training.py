@@ -169,7 +169,7 @@ def constant(rng, count, length=8):
 def test_a_run_tells_of_the_load_and_of_a_router_that_collapsed(tmp_path, capsys):
     config = base().unlock()
     config.model.pattern, config.model.head = "attention+moe", "classify"
-    config.model.width, config.model.repeats = 8, 2
+    config.model.width, config.model.repeats, config.model.scan_blocks = 8, 2, 1
     config.model.attention, config.model.moe = ATTENTION.defaults(heads=2), MOE.defaults(experts=X, hidden=8)
     config.batch_size, config.seq_len, config.mesh.data, config.steps = 4, 8, 1, 3
     data = ArrayDataset("classify", constant, 4, {"tokens": 2, "labels": 2}, rows=4)
