@@ -194,6 +194,8 @@ def to_huggingface(params: Mapping, model: Mapping[str, Any]) -> tuple[dict[str,
     kind, exported = _export_of(blocks, model["pattern"])
     if len(set(blocks)) == 1:
         model |= dict(pattern="+".join(word for (word,) in blocks[0]), repeats=layers)
+    if model.get("bias") and kind != "llama":
+        raise UserError(f"model.bias is True; only False can be exported as model_type {kind}")
     model, fields = exported(model, params)
     family = FAMILIES[kind]
     config = dict(

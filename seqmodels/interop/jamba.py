@@ -193,7 +193,8 @@ def exported(model: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[dict[
         heads, kv_heads, head_dim = llama.head_sizes(model)
         fields |= dict(num_attention_heads=heads, num_key_value_heads=kv_heads, head_dim=head_dim)
     else:
-        fields["use_cache"] = False  # their cache cannot be without attention
+        # no layer has the heads, and their cache cannot be without attention
+        fields |= dict(num_attention_heads=1, num_key_value_heads=1, use_cache=False)
     if any(places["moe"]):
         moe, mlp = model["moe"], model["mlp"]
         if any(places["mlp"]) and moe["hidden"] != mlp["hidden"]:
