@@ -116,7 +116,7 @@ _correct.defvjp(_correct_fwd, _correct_bwd)
 
 def _piece(options: Options, documents: dict[str, Any], arrays: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
     """The operation on this device's piece alone."""
-    static = dict(scale=options.scale, read=options.read, chunk=options.chunk)
+    static: dict[str, Any] = dict(scale=options.scale, read=options.read, chunk=options.chunk)
     return op.delta_rule(**arrays, **documents, **static, implementation=options.implementation)
 
 

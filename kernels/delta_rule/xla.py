@@ -95,7 +95,7 @@ def delta_rule(
     reset = resets(segment_ids, initial_segment, mask)
     length = v.shape[1]
     if length <= UNROLLED:
-        y, state = _few_tokens(scale, read, Tokens(q, k, v, a, b, log_decay, reset), state)
+        y, state = _few_tokens(scale, read, (q, k, v, a, b, log_decay, reset), state)
         return y.astype(v.dtype), state
 
     dtype = v.dtype
@@ -110,11 +110,11 @@ def delta_rule(
     return (y, state) if spoilt is None else (spoil(y, spoilt.reads), spoil(state, spoilt.writes[:, -1]))
 
 
-def _few_tokens(scale: float, read: str, tokens: Tokens, state: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _few_tokens(scale, read, tokens, state):
     """y [B, T, H, V] and the final state [B, H, K, V], token by token.
 
     Args:
-        tokens: log decays are [B, T, H], [B, T, H, K] or None here.
+        tokens: q, k, v, a, b as they come, log decays [B, T, H], [B, T, H, K] or None, and resets [B, T] bool or None.
         state: [B, H, K, V]; its layout is kept, so that a donated state is updated in place.
     """
     q, k, v, a, b, decay, reset = tokens
@@ -284,7 +284,7 @@ def _chunks(x: jax.Array, count: int) -> jax.Array:
 def _span(options: Options, tokens: Tokens, state: jax.Array) -> tuple[jax.Array, jax.Array]:
     """y [B, n C, H, V] and the state after n chunks, from tokens of these chunks and the state before them."""
     n, heads, packed = options.span, tokens.v.shape[2], tokens.reset is not None
-    reset = tokens.reset.reshape(-1, n, options.chunk) if packed else None
+    reset = None if tokens.reset is None else tokens.reset.reshape(-1, n, options.chunk)
     times, guard = functools.partial(product, options.factors), Guard(packed)
     q, k, a, b = (
         jnp.repeat(_chunks(x, n), heads // x.shape[2], axis=1) for x in (tokens.q, tokens.k, tokens.a, tokens.b)
@@ -349,5 +349,5 @@ def _from_chunk_to_chunk(
     by_head = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (moves, (seen.start, seen.end, seen.through)))
     by_token = (None, None) if reset is None else (jnp.moveaxis(x, 1, 0) for x in (guard.found, reset))
     state, (before, u, spoilt) = jax.lax.scan(step, state, (*by_head, *by_token))
-    spoilt = None if spoilt is None else join_time(spoilt, reset.shape[1] * reset.shape[2])
+    spoilt = None if spoilt is None else join_time(spoilt, u.shape[0] * u.shape[3])
     return jnp.moveaxis(before, 0, 2), jnp.moveaxis(u, 0, 2), spoilt, state

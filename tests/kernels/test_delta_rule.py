@@ -267,3 +267,50 @@ def test_unknown_implementation_is_named():
 def test_wrong_arguments_are_named(changed, message):
     with pytest.raises(ValueError, match=message):
         delta_rule(**inputs() | changed)
+
+
+# What other recurrences are cases of it, as their sources write them: q, k, v and what is particular, per token
+
+UNIT = lambda x: x / np.linalg.norm(x, axis=-1, keepdims=True)  # noqa: E731
+
+
+def kda(S, k, v, g, beta):
+    """Kimi Linear (arXiv 2510.26692), equation 1."""
+    return (np.eye(len(k)) - beta * np.outer(k, k)) @ (np.exp(g)[:, None] * S) + beta * np.outer(k, v)
+
+
+def rwkv7(S, k, v, g, rate, removal):
+    """RWKV-7 (arXiv 2503.14456), equation 17, whose state is the transpose."""
+    left = np.diag(np.exp(g)) - np.outer(removal, rate * removal)
+    return (S.T @ left + np.outer(v, k)).T
+
+
+def gain(S, k, v, g, beta):
+    """The gain of Conba without its base, from the errors k = v: K_{t+1} = lambda K_t + beta (1 - K_t) k k^T."""
+    K = S.T
+    return (np.exp(g[0]) * K + beta * np.outer(v, k) - beta * K @ np.outer(k, k)).T
+
+
+@pytest.mark.parametrize("formula", [kda, rwkv7, gain], ids=lambda f: f.__name__)
+@fast
+def test_recurrences_that_are_cases_of_it(implementation, formula):
+    length, keys = 12, 4
+    draw = np.random.default_rng(2)
+    q, k, v, other = (draw.normal(size=(length, keys)) for _ in range(4))
+    g, beta, rate = -np.abs(draw.normal(size=(length, keys))), draw.random(length), draw.random((length, keys))
+    k, removal = (UNIT(k), UNIT(other)) if formula is not rwkv7 else (k, UNIT(other))
+    v = k if formula is gain else v
+    options, S, want = dict(read="exclusive") if formula is gain else {}, np.zeros((keys, keys)), []
+    for t in range(length):
+        old, particular = S, (rate[t], removal[t]) if formula is rwkv7 else (beta[t],)
+        S = formula(S, k[t], v[t], g[t], *particular)
+        want.append(q[t] @ (old if formula is gain else S))
+    if formula is rwkv7:
+        written, a, b = k, rate * removal, removal
+    else:
+        written = a = beta[:, None] * k
+        b = np.exp(g) * k if formula is kda else k
+    logs = g[None, :, None, :1].squeeze(-1) if formula is gain else g[None, :, None]
+    arrays = (np.float32(x)[None, :, None] for x in (q, written, v, a, b))
+    y, state = compiled(delta_rule, implementation, **options)(*arrays, np.float32(logs))
+    assert_close((y[0, :, 0], state[0, 0]), (np.stack(want), S), 1e-5)
