@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from seqmodels.kernels.delta_rule import delta_rule
 from seqmodels.kernels.linear_attention import linear_attention
 from seqmodels.kernels.selective_scan import selective_scan
 from seqmodels.kernels.short_conv import short_conv
@@ -205,6 +206,55 @@ def attention_flops(sizes):
     return 2 * tokens * (scores + values + 2 * states), 2 * tokens * (3 * scores + 2 * values + 4 * states)
 
 
+DELTA_VARIANTS = ("deltanet", "gated", "kda")
+
+
+def unit_keys(key, shape):
+    """Keys and queries of the norm one, as mixers with the delta rule make them."""
+    x = normal(key, shape)
+    return x / jnp.linalg.norm(x, axis=-1, keepdims=True)
+
+
+def delta_sizes(shape, variant):
+    if variant not in DELTA_VARIANTS:
+        raise ValueError(f"variant {variant!r} of delta_rule is none of {', '.join(DELTA_VARIANTS)}")
+    return dict(zip("BTHKV", shape, strict=True))
+
+
+def delta_arguments(variant):
+    arguments = dict(q=Argument("BTHK", unit_keys), k=Argument("BTHK", unit_keys), v=Argument("BTHV", normal))
+    arguments["beta"] = Argument("BTH", jax.random.uniform, low=False)
+    if variant == "gated":
+        arguments["log_decay"] = Argument("BTH", head_decays, low=False)
+    if variant == "kda":
+        arguments["log_decay"] = Argument("BTHK", channel_decays, low=False)
+    return arguments | dict(initial_state=Argument("BHKV", normal, low=False))
+
+
+def delta_call(arguments, variant, implementation):
+    """As the mixers call it: the step and the decay are factors of keys."""
+    q, k, v, beta, state = (arguments[name] for name in ("q", "k", "v", "beta", "initial_state"))
+    logs = arguments.get("log_decay")
+    written, seen = (beta[..., None] * k).astype(k.dtype), k
+    if logs is not None:
+        seen = (jnp.exp(logs if logs.ndim == 4 else logs[..., None]) * k).astype(k.dtype)
+    options = dict(scale=k.shape[-1] ** -0.5, initial_state=state, implementation=implementation)
+    y, state = delta_rule(q, written, v, written, seen, logs, **options)
+    return dict(y=y, state=state)
+
+
+def delta_flops(sizes):
+    """Two for each multiply-add, over chunks of 64 tokens.
+
+    The forward pass has the scores of queries and of keys, and the inverse of the triangular system times keys (3 K);
+    the inverse times values, and the scores times corrected values (2 V); and two reads and a write of the state
+    (3 K V). The inverses themselves do not count. The backward pass has the gradients of both factors of each product.
+    """
+    tokens, chunk, keys, values = sizes["B"] * sizes["T"], min(64, sizes["T"]), sizes["K"], sizes["V"]
+    forward = 2 * tokens * sizes["H"] * (chunk * (3 * keys + 2 * values) + 3 * keys * values)
+    return forward, 2 * forward
+
+
 OPERATIONS = {
     "selective_scan": Operation(
         letters="BTEN",
@@ -275,6 +325,24 @@ OPERATIONS = {
                 "1x96x2x16x24:gla",
                 "4x1x4x32x16:ssd",
             ),
+        ),
+        work="BTHKV",
+        carried=dict(initial_state="state"),
+    ),
+    "delta_rule": Operation(
+        letters="BTHKV",
+        apart="BHV",
+        sizes=delta_sizes,
+        arguments=delta_arguments,
+        outputs=lambda variant: dict(y="BTHV", state="BHKV"),
+        call=delta_call,
+        exps=lambda s: 0,  # at least one per token; not counted
+        flops=delta_flops,
+        shapes=dict(
+            table=("8x2048x16x128x128:deltanet", "8x2048x32x128x128:gated", "8x2048x6x256x512:gated"),
+            others=("8x2048x16x128x128:kda",),
+            decode=tuple(f"{b}x1x32x128x128:gated" for b in (1, 64, 128)),
+            small=("2x256x4x32x16:gated", "1x200x2x24x40:deltanet", "1x96x2x16x24:kda", "4x1x4x32x16:gated"),
         ),
         work="BTHKV",
         carried=dict(initial_state="state"),
