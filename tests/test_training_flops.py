@@ -6,11 +6,12 @@ import pytest
 
 from seqmodels.configs import densemamba, mamba, mamba2, performer, transformer
 from seqmodels.depth import vector
+from seqmodels.kernels.delta_rule import delta_rule
 from seqmodels.kernels.linear_attention import linear_attention
 from seqmodels.kernels.selective_scan import selective_scan
 from seqmodels.layers.parameter import declarations
 from seqmodels.mixers.mamba import SCAN_FLOPS
-from seqmodels.mixers.matrix import state_flops
+from seqmodels.mixers.matrix import delta_flops, state_flops
 from seqmodels.model import build
 from seqmodels.training import flops, sharding
 from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
@@ -84,6 +85,22 @@ def test_linear_attention_of_one_token_is_what_xla_counts(decay):
     cost = jax.jit(attend).lower(*arguments).compile().cost_analysis()["flops"]
     elements = batch * heads * keys * values
     assert cost / elements == pytest.approx(state_flops((1,), decay), rel=0.05)
+
+
+def test_delta_rule_of_one_token_is_what_xla_counts():
+    batch, heads, keys, values = 2, 3, 32, 64
+
+    def correct(q, k, a, b, v, log_decay, state):
+        return delta_rule(q, k, v, a, b, log_decay, initial_state=state, implementation="reference")
+
+    shapes = [(batch, 1, heads, keys)] * 4 + [
+        (batch, 1, heads, values),
+        (batch, 1, heads),
+        (batch, heads, keys, values),
+    ]
+    arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    cost = jax.jit(correct).lower(*arguments).compile().cost_analysis()["flops"]
+    assert cost / (batch * heads * keys * values) == pytest.approx(delta_flops((1,), True), rel=0.05)
 
 
 @pytest.mark.parametrize("groups", [1, 3])
