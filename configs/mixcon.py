@@ -21,6 +21,7 @@ from seqmodels.configs.base import base, finish, large, preset
 from seqmodels.configs.trials import Trial
 from seqmodels.fields.attention import ATTENTION
 from seqmodels.fields.conba import CONBA
+from seqmodels.fields.conba_seq import CONBA_SEQ
 from seqmodels.fields.mamba import MAMBA
 from seqmodels.fields.mlp import MLP
 from seqmodels.fields.moe import MOE
@@ -63,7 +64,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.model.update(dict(width=256, vocab_size=512))
         config.model.attention.update(dict(heads=4, kv_heads=2))
         config.model.mlp.hidden = config.model.moe.hidden = 512
-        config.model.conba.head_dim = 64
+        config.model.conba.head_dim = config.model.conba_seq.head_dim = 64
     elif chosen in PUBLISHED:
         _set_sizes(config, *PUBLISHED[chosen])
     elif chosen != "small":
@@ -79,6 +80,7 @@ def _add_model(model: ConfigDict) -> None:
     model.norm_eps = 1e-6
     model.tie_embeddings = False
     model.conba = CONBA.defaults()
+    model.conba_seq = CONBA_SEQ.defaults()
     model.mamba = MAMBA.defaults(norms="learned", norm_eps=1e-6)
     model.attention = ATTENTION.defaults(heads=4, kv_heads=2, positions="none")
     model.mlp = MLP.defaults(hidden=56)
@@ -107,7 +109,7 @@ def _set_sizes(
     model.attention.heads, model.attention.kv_heads = heads, kv_heads
     model.mlp.hidden = model.moe.hidden = hidden
     model.moe.experts = experts
-    model.conba.head_dim = 64
+    model.conba.head_dim = model.conba_seq.head_dim = 64
     config.mesh.fsdp, config.mesh.expert = fsdp, expert
     config.training.accumulate = 128 // (fsdp * expert)  # 2 rows a device at once
 

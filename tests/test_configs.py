@@ -201,6 +201,7 @@ def test_an_unknown_implementation_is_refused():
 # Validation
 
 # What may be given, said once more: seqmodels/fields must agree.
+CONBAS = ("conba", "conba_seq")  # these have many fields in common
 CHOICES = {
     "platform": ("", "cpu", "gpu", "tpu"),
     "model.norm": ("rms", "layer"),
@@ -215,6 +216,17 @@ CHOICES = {
     "model.dense.activation": ("silu", "sigmoid", "identity"),
     "model.dense.projection": ("identity", "linear"),
     "model.mamba.norms": ("none", "rms", "learned"),
+    "model.conba.control": ("off", "output", "input"),
+    "model.conba.rule": ("nlms", "published"),
+    "model.conba.state_eval": ("exact", "folded"),
+    "model.conba_seq.fd": ("identity", "linear", "mlp"),
+    "model.conba_seq.h": ("linear", "mlp"),
+    "model.conba_seq.control": ("off", "input"),
+    "model.conba_seq.rule": ("nlms", "published", "mit"),
+    "model.conba_seq.stability": ("none", "spectral"),
+    **{f"model.{name}.norms": ("none", "rms", "learned") for name in CONBAS},
+    **{f"model.{name}.scaling": ("gate", "literal", "off") for name in CONBAS},
+    **{f"model.{name}.gain": ("input", "scalar") for name in CONBAS},
     "model.retnet.schedule": ("octaves", "spread"),
     "model.retnet.activation": ("identity", "silu"),
     "model.linear_attention.feature_map": ("elu", "relu", "softmax", "taylor"),
@@ -225,14 +237,19 @@ CHOICES = {
     "training.nan": ("stop", "skip"),
     "training.debug": ("", "nans", "shapes", "nojit"),
 }
-CONVS = ("model.mamba.conv", "model.mamba2.conv", "model.deltanet.conv", "model.gated_deltanet.conv")
+CONVS = (
+    *("model.mamba.conv", "model.mamba2.conv", "model.deltanet.conv", "model.gated_deltanet.conv"),
+    *(f"model.{name}.conv" for name in CONBAS),
+)
 SMALLEST = {
     0: (
         *("model.vocab_size", "model.remat_blocks", "model.scan_blocks"),
         *("model.dense.bottleneck_state", "model.dense.gate_std"),
         *("model.mamba.dt_rank", "model.mamba.dt_floor", "model.mamba2.dt_floor", "model.mamba3.dt_floor"),
         *("model.attention.kv_heads", "model.attention.head_dim", "model.attention.window", "model.mlp.hidden"),
-        *("model.performer.redraw", "model.gla.key_dim", "model.gla.value_dim"),
+        *("model.performer.redraw", "model.gla.key_dim", "model.gla.value_dim", "model.conba.delay"),
+        *(f"model.{name}.{field}" for name in CONBAS for field in ("dt_rank", "dt_floor")),
+        *(f"model.{name}.{field}_noise" for name in CONBAS for field in ("process", "observation")),
         *("model.retnet.key_dim", "model.retnet.value_dim", "model.retnet.init_std"),
         *("model.deltanet.key_dim", "model.deltanet.value_dim", "model.gated_deltanet.key_heads"),
         *("model.gated_deltanet.key_dim", "model.gated_deltanet.value_dim", "model.gated_deltanet.dt_floor"),
@@ -253,7 +270,8 @@ SMALLEST = {
         *("model.mamba2.state", "model.mamba2.expand", "model.mamba2.head_dim", "model.mamba2.groups"),
         *("model.mamba3.state", "model.mamba3.expand", "model.mamba3.head_dim", "model.mamba3.groups"),
         *("model.linear_attention.heads", "model.performer.heads", "model.performer.random_features"),
-        *("model.gla.heads", "model.gla.gate_rank", "model.gla.gate_divisor"),
+        *("model.gla.heads", "model.gla.gate_rank", "model.gla.gate_divisor", "model.conba.sweeps"),
+        *(f"model.{name}.{field}" for name in CONBAS for field in ("state", "expand", "head_dim")),
         *("model.retnet.heads", "model.attention.heads", "model.deltanet.heads", "model.gated_deltanet.heads"),
         *("training.accumulate", "training.profile_steps"),
         *("mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.expert"),
@@ -270,6 +288,7 @@ POSITIVE = (
     *("model.mamba2.dt_min", "model.mamba2.dt_max", "model.mamba3.dt_min", "model.mamba3.dt_max"),
     *("model.deltanet.norm_eps", "model.gated_deltanet.norm_eps"),
     *("model.gated_deltanet.dt_min", "model.gated_deltanet.dt_max"),
+    *(f"model.{name}.{field}" for name in CONBAS for field in ("norm_eps", "dt_min", "dt_max")),
 )
 SHARES = ("model.dropout", "optimizer.b1", "optimizer.b2", "optimizer.ema")  # at least 0, less than 1
 

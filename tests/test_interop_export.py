@@ -44,7 +44,9 @@ MODELS = {
     "mamba": dict(TINY, pattern="mamba", mamba=dict(state=4)),
     "mamba2": dict(TINY, pattern="mamba2", mamba2=dict(state=4)),
     "transformer": TRANSFORMER,
-    "mixtral": dict(TINY, pattern="attention+moe", attention=dict(kv_heads=2), moe=EXPERTS | {"router": "renormalised"}),
+    "mixtral": dict(
+        TINY, pattern="attention+moe", attention=dict(kv_heads=2), moe=EXPERTS | {"router": "renormalised"}
+    ),
     "jamba": dict(
         TRANSFORMER | dict(pattern="mamba+mlp attention+moe"),
         attention=dict(kv_heads=2, positions="none"),

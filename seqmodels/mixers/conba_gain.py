@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from seqmodels.layers.parameter import parameter, zeros
+from seqmodels.layers.parameter import Init, parameter, zeros
 from seqmodels.parallel import delta_rule
 from seqmodels.sequence import Sequence
 
@@ -29,7 +29,7 @@ FRESH_STEP = {"nlms": 1 / (1 + math.e**2), "published": 1e-5, "mit": 1e-4}
 FRESH_LEAK = 1e-2, 1e-3  # 1 - lambda of a fresh gain, of the first and the last head
 
 
-def init_step(rule: str):
+def init_step(rule: str) -> Init:
     """sigmoid^-1 of the fresh step."""
     step = FRESH_STEP[rule]
     return nn.initializers.constant(math.log(step) - math.log1p(-step))
