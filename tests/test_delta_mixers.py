@@ -1,7 +1,7 @@
 """DeltaNet and Gated DeltaNet: their equations in float64, and transformers' Qwen3-Next and OLMo Hybrid.
 
 Theirs run the recurrence in float32 whatever the model's dtype, so rounding is both sides'. Measured: outputs, states
-and gradients differ by 3e-7 to 2e-6 of their norm.
+and gradients differ by at most 6e-6 of their norm.
 """
 
 import functools
