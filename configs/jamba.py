@@ -1,13 +1,14 @@
 """Jamba (Lieber et al. 2024, arXiv 2403.19887; 2408.12570): one attention to seven Mambas, experts every second layer.
 
 Command:   python train.py --config=configs/jamba.py --workdir=runs/jamba
-Hardware:  2 CPU cores. `:tiny-dev` one GPU of 80 GB; `:v0.1` and `:1.5-mini` 16, `:1.5-large` 128 (planned, never run)
-Expected:  EXPECTED
-Cost:      COST
+Hardware:  2 CPU cores. `:tiny-dev` one GPU of 80 GB; `:v0.1`, `:1.5-mini` 16, `:1.5-large` 128 (planned, never run)
+Expected:  not measured yet
+Cost:      about 10 minutes of training on 2 CPU cores (small; from its first steps)
 
 Presets: small (no argument), tiny-dev, v0.1, 1.5-mini, 1.5-large with 318,688,640, 51,570,323,328 (twice) and
-398,555,145,696 parameters, of which a token uses ACTIVE. Sizes and layout are those of the
-published models; how these were trained is not public, so the training is that of the Mamba paper at GPT-3's rates.
+398,555,145,696 parameters, of which a token uses 167,693,696, 12,110,311,296 and 94,149,338,592. Sizes and layout are
+those of the published models. How these were trained is not public: the training is that of the Mamba paper at GPT-3's
+rates.
 Attention has no positions: the Mambas before it know the order. `python train.py --config=configs/jamba.py:1.5-large
 --plan --context=262144` says what a preset needs (docs/plan.md).
 """
