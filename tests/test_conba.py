@@ -29,7 +29,14 @@ CASES = {
     "folded": dict(delay=2, state_eval="folded"),
     "folded off": dict(delay=0, scaling="off", control="off", state_eval="folded"),
 }
-every_case = pytest.mark.parametrize("case", CASES)
+
+
+def slow(*cases):
+    """All but the first are slow."""
+    return [cases[0], *(pytest.param(case, marks=pytest.mark.slow) for case in cases[1:])]
+
+
+every_case = pytest.mark.parametrize("case", slow(*CASES))
 
 
 @pytest.fixture(autouse=True)
@@ -96,7 +103,7 @@ def test_equals_the_equations_token_by_token(case):
     close(got[1], want[1], 2e-4)
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if case != "default"])
+@pytest.mark.parametrize("case", slow("open", "published", "input", "folded", "folded off"))
 def test_pieces_equal_the_whole(case):  # the contract tests the default
     check_pieces(*conba(case))
 
@@ -122,7 +129,7 @@ def check_pieces(module, params):
     close(state, last)
 
 
-@pytest.mark.parametrize("case", ["input", "folded"])
+@pytest.mark.parametrize("case", slow("folded", "input"))
 def test_causal(case):
     module, params = conba(case)
     apply = jax.jit(lambda x: module.apply({"params": params}, x, sequence()[0])[0])
@@ -132,7 +139,7 @@ def test_causal(case):
     assert (np.abs(y - changed)[:, 6:].max(-1) > 1e-6).all()
 
 
-@pytest.mark.parametrize("case", ["default", "input", "folded", "open"])
+@pytest.mark.parametrize("case", slow("open", "default", "input", "folded"))
 def test_a_fresh_layer_is_mamba_with_the_norms_of_jamba(case):
     check_fresh(Conba(**SIZES, **CASES[case]))
 

@@ -27,6 +27,7 @@ from tests.test_conba import (
     equal,
     perturbed,
     sequence,
+    slow,
     value_and_gradients,
 )
 
@@ -50,7 +51,7 @@ def conba_seq(case):
     return module, perturbed(module)
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", slow(*CASES))
 def test_equals_the_loop_token_by_token(case):
     """Values, and gradients of inputs and parameters, of documents with padding on all sides and several chunks."""
     module, params = conba_seq(case)
@@ -66,12 +67,12 @@ def test_equals_the_loop_token_by_token(case):
     close(got[1], want[1], 2e-4)
 
 
-@pytest.mark.parametrize("case", ["published", "mit"])
+@pytest.mark.parametrize("case", slow("published", "mit"))
 def test_pieces_equal_the_whole(case):
     check_pieces(*conba_seq(case))
 
 
-@pytest.mark.parametrize("case", ["default", "mit"])
+@pytest.mark.parametrize("case", slow("default", "mit"))
 def test_a_fresh_layer_is_mamba_with_the_norms_of_jamba(case):
     check_fresh(ConbaSeq(**SIZES, **CASES[case]))
 
@@ -100,6 +101,7 @@ def test_without_control_and_with_identities_both_forms_are_the_same():
     close(*bridge(dict(control="off"), dict(control="off")), 1e-4)
 
 
+@pytest.mark.slow
 def test_as_many_sweeps_as_tokens_are_the_closed_loop():
     """Documents have five: pass j is exact for the first j of them."""
     close(*bridge({}, dict(control="input", sweeps=5)), 1e-4)
