@@ -1,5 +1,6 @@
 # make train       train the default model, on the text that ships with the project
-# make test        all tests; make test-fast: without the slow ones and the longest of the kernels; make smoke: the least that must work, in two minutes
+# make test        all tests; make test-fast: without those of make smoke, the slow ones and the longest of the kernels; make smoke:
+#                  the least that must work, for every config, in two minutes
 # make lint        style and types
 # make clean       remove the virtual environment and caches; runs/ and data/ stay
 #
@@ -22,7 +23,7 @@ test: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST)
 
 test-fast: $(VENV)/.installed-test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(LONG_KERNELS) $(PYTEST)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not smoke" $(LONG_KERNELS) $(PYTEST)
 
 smoke: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) -m smoke $(PYTEST)

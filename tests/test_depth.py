@@ -211,25 +211,30 @@ def test_a_fresh_model_is_the_plain_network_or_takes_uniform_means(form):
     np.testing.assert_allclose(hidden(form, (), params, tokens())[0], want, rtol=1e-3, atol=1e-4)
 
 
+def value_and_gradients(form, fields, params):
+    weights = jnp.asarray(np.random.default_rng(2).normal(size=(B, T, D)), jnp.float32)
+    loss = lambda params: (jnp.sum(weights * (y := hidden(form, fields, params, tokens())[0])), y)  # noqa: E731
+    gradients, y = jax.jit(jax.grad(loss, has_aux=True))(params)
+    return y, gradients
+
+
+@functools.cache
+def unrolled(form):
+    """Value and gradients of blocks that run one by one and save everything."""
+    return value_and_gradients(form, (), perturbed(form))
+
+
 @every_form
 @pytest.mark.slow
 @pytest.mark.parametrize("fields", [dict(scan_blocks=2, remat="block"), dict(remat="block")])
 def test_scanned_and_rematerialised_are_the_same(form, fields):
     """In value, and in the gradient of every parameter."""
-    key = tuple(fields.items())
-    params = perturbed(form)
-    weights = jnp.asarray(np.random.default_rng(2).normal(size=(B, T, D)), jnp.float32)
-
-    def value_and_gradients(fields, params):
-        loss = lambda params: (jnp.sum(weights * (y := hidden(form, fields, params, tokens())[0])), y)  # noqa: E731
-        gradients, y = jax.jit(jax.grad(loss, has_aux=True))(params)
-        return y, gradients
 
     def stacked(tree):
         return stack(tree, fields["scan_blocks"]) if "scan_blocks" in fields else tree
 
-    y, gradients = value_and_gradients((), params)
-    got, got_gradients = value_and_gradients(key, stacked(params))
+    y, gradients = unrolled(form)
+    got, got_gradients = value_and_gradients(form, tuple(fields.items()), stacked(perturbed(form)))
     np.testing.assert_allclose(got, y, rtol=2e-4, atol=2e-5)
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * np.abs(b).max() + 1e-6),

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import seqmodels
-from seqmodels import cli
+from seqmodels import cli, pattern
 from seqmodels.config import validate
 from seqmodels.model import build
 from seqmodels.training import loop, metrics
@@ -51,11 +51,17 @@ def test_every_preset_is_valid_and_builds(spec):
     assert build(config.model, 257).config.vocab_size >= 257
 
 
+def one_of_each(text):
+    """A pattern with each kind of block once."""
+    blocks = dict.fromkeys(pattern.parse(text))
+    return " ".join("+".join("|".join(step) for step in block) for block in blocks)
+
+
 @pytest.mark.parametrize("name", MODELS)
 def test_three_steps_and_one_token(name):
     config = cli.load_config(name)
     config.update(batch_size=2, seq_len=16, steps=3)
-    config.model.repeats = 1
+    config.model.update(repeats=1, pattern=one_of_each(config.model.pattern))
     config.mesh.data = 1
     config.optimizer.update(schedule="constant", warmup=0.0)
     model = build(config.model, 257)

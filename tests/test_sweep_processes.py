@@ -16,6 +16,8 @@ import pytest
 from seqmodels.claim import Claim, claimed
 from tests.sweep_fakes import ROOT, Fakes, wait_for
 
+pytestmark = pytest.mark.slow
+
 SLOW = {"FAKE_STEP": "0.05"}
 
 

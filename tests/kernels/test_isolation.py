@@ -46,6 +46,7 @@ def test_selective_scan_by_associative_chunks(monkeypatch):
     check_isolation(operation, args, ("u", "dt", "B", "C", "z", "weights"), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["rank", "carry"])
 @pytest.mark.parametrize("associative", [False, True])
 def test_coupled_scans(monkeypatch, kind, associative):
@@ -85,6 +86,7 @@ def test_linear_attention(implementation, length, decay, read):
 DELTA = ("q", "k", "v", "a", "b", "log_decay")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("read, decay, length", [("inclusive", "head", 60), ("exclusive", "channel", 60)])
 def test_delta_rule(read, decay, length):
     """Several spans of several chunks."""
@@ -124,6 +126,7 @@ SPLIT = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
 @pytest.mark.parametrize("name", SPLIT)
 def test_time_split_over_devices(name):
