@@ -103,8 +103,10 @@ def assert_mesh_changes_nothing(name, mesh, masked):
             {name: jax.device_put(x, place) for name, x in rows.items()},
             state,
         )
+    # Some gradients are zero but for rounding, as that of how hyper-connections mix streams that are still equal.
+    smallest = 1e-3 * max(1, *(float(np.linalg.norm(y)) for y in jax.tree.leaves(want)))
     for (path, x), y in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
-        error = np.linalg.norm(x - y) / max(np.linalg.norm(y), 1e-3)
+        error = np.linalg.norm(x - y) / max(np.linalg.norm(y), smallest)
         assert error < 1e-4, f"{jax.tree_util.keystr(path)}: relative error {error:.1e}"
 
 

@@ -2,13 +2,13 @@
 
 from typing import Any
 
-from seqmodels.fields.field import Field, refuse
+from seqmodels.fields.field import MOST_EXPANDED, Field, refuse
 from seqmodels.fields.rules import above, at_least, between, one_of
 from seqmodels.fields.steps import STEPS, check_steps
 
 PLANT = {
     "state": Field(16, "N, numbers of state for each inner channel", at_least(1)),
-    "expand": Field(2, "inner width E as a multiple of the model's width", at_least(1)),
+    "expand": Field(2, "inner width E as a multiple of the model's width", at_least(1), largest=MOST_EXPANDED),
     "conv": Field(4, "W, tokens that the short convolution sees", between(2, 8)),
     "dt_rank": Field(0, "rank of the step size's projection; 0: a 16th of the width, rounded up", at_least(0)),
     "norms": Field(

@@ -9,6 +9,7 @@ from seqmodels.errors import UserError
 from seqmodels.fields.rules import Rule, any_value
 
 LARGEST = 2**31 - 1  # of integers: counts and sizes are int32 on devices
+WIDEST, MOST_EXPANDED = 2**20, 2**10  # of model.width and expand: their product is the size of an axis
 HUGE, TINY = 3e38, 1.2e-38  # of numbers: beyond, float32 is infinite, or 0
 SHOWN = 200  # characters of a value that a message shows
 

@@ -3,6 +3,7 @@
 from typing import Any
 
 from seqmodels.fields import Field, Group, above, at_least, one_of, refuse
+from seqmodels.fields.field import MOST_EXPANDED
 from seqmodels.fields.heads import check_heads
 from seqmodels.fields.steps import STEPS, check_steps
 
@@ -20,7 +21,7 @@ MAMBA3 = Group(
     "mamba3",
     {
         "state": Field(16, "N, rows of a head's matrix state", at_least(1)),
-        "expand": Field(2, "inner width E as a multiple of the model's width", at_least(1)),
+        "expand": Field(2, "inner width E as a multiple of the model's width", at_least(1), largest=MOST_EXPANDED),
         "head_dim": Field(8, "P, channels of a head; there are E / P heads", at_least(1)),
         "groups": Field(1, "sets of B and C, each shared by heads / groups heads", at_least(1)),
         "rotated": Field(0.5, "share of the N channels of B and C that are rotated", one_of(0.5, 1.0)),

@@ -4,6 +4,7 @@ from typing import Any
 
 from seqmodels.fields import Field, Group, above, at_least, one_of, refuse, share
 from seqmodels.fields.depth import KINDS
+from seqmodels.fields.field import WIDEST
 from seqmodels.kernels import OPERATIONS
 
 DTYPES = one_of("float32", "bfloat16", "float16")
@@ -11,7 +12,7 @@ DTYPES = one_of("float32", "bfloat16", "float16")
 MODEL = Group(
     "model",
     {
-        "width": Field(128, "D, channels of the residual stream", at_least(1)),
+        "width": Field(128, "D, channels of the residual stream", at_least(1), largest=WIDEST),
         "pattern": Field(
             "mamba",
             "one group of blocks, from bottom to top, apart by spaces: a+b is two branches one after the other, a|b "
