@@ -200,8 +200,8 @@ def test_fresh_dense_mamba_is_mamba(variant, gate):
     plain = {"params": {k: {j: w for j, w in v.items() if j != "dense"} if "block" in k else v
                         for k, v in params["params"].items()}}  # fmt: skip
     many = tokens(UNROLLED + 3)  # so many that the scan is one loop, which XLA does not fuse with what is around it
-    # INPUT and RANK have the same sums, rounded in another order. The others have the same scan beside other groups: what
-    # XLA contracts to fused multiply-adds may differ by the last bit.
+    # INPUT and RANK have the same sums, rounded in another order. The others have the same scan beside other groups:
+    # what XLA contracts to fused multiply-adds may differ by the last bit.
     tolerance = 2e-6 if variant in ("input", "rank") else 2.0**-22
     np.testing.assert_allclose(hidden(dense, params, many), hidden(mamba, plain, many), rtol=0, atol=tolerance)
 
