@@ -22,9 +22,12 @@ from benchmarks.record import RESULTS, commit, device_name, record, slug
 from seqmodels import cli
 from seqmodels.errors import UserError
 
-# group: (width, batch, length), and rows: name, word of the pattern, fields of config.model. The first row is the mark.
+# Rows: name, word of the pattern, fields of config.model. A group: (width, batch, length), and rows, the mark first.
 JAMBA = {"mamba.norms": "learned", "mamba.norm_eps": 1e-6}
-EXPERTS = {"moe.experts": 16, "moe.top_k": 2, "moe.hidden": 14336}
+MIXTURE = {
+    "mlp of the active size": ("mlp", {"mlp.hidden": 2 * 14336}),
+    "moe, 2 of 16": ("moe", {"moe.experts": 16, "moe.top_k": 2, "moe.hidden": 14336}),
+}
 GROUPS: dict[str, tuple[tuple[int, int, int], dict[str, tuple[str, dict[str, Any]]]]] = {
     "conba": (
         (1024, 8, 2048),
@@ -48,20 +51,8 @@ GROUPS: dict[str, tuple[tuple[int, int, int], dict[str, tuple[str, dict[str, Any
             "input, 2 sweeps": ("conba", {"conba.control": "input", "conba.sweeps": 2}),
         },
     ),
-    "moe": (
-        (4096, 8, 2048),
-        {
-            "mlp of the active size": ("mlp", {"mlp.hidden": 2 * 14336}),
-            "moe, 2 of 16": ("moe", EXPERTS),
-        },
-    ),
-    "moe-4k": (
-        (4096, 2, 2048),
-        {
-            "mlp of the active size": ("mlp", {"mlp.hidden": 2 * 14336}),
-            "moe, 2 of 16": ("moe", EXPERTS),
-        },
-    ),
+    "moe": ((4096, 8, 2048), MIXTURE),
+    "moe-4k": ((4096, 2, 2048), MIXTURE),
     "delta": (
         (1024, 8, 2048),
         {
