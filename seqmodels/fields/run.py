@@ -39,8 +39,20 @@ DATA = Group(
             "shakespeare_austen",
             "shakespeare_austen (comes with the project), text (local files) or a TFDS name such as wiki40b/en",
         ),
-        "path": Field("", "files of name=text, as a glob: .txt, .txt.xz, .txt.gz or .jsonl", path=True),
-        "text_key": Field("text", "feature of a TFDS dataset or of JSON lines that holds the text"),
+        "path": Field(
+            "",
+            "files of your own: names, globs, folders, apart by commas (text, JSON, CSV, Parquet, Arrow; docs/data.md)",
+            path=True,
+        ),
+        "validation_path": Field("", "files of the validation split; empty: see held_out", since=2, path=True),
+        "test_path": Field("", "files of the test split; empty: see held_out", since=2, path=True),
+        "held_out": Field(
+            "end",
+            "splits without files: a twentieth of the text at its end (end), or of the documents, drawn (documents)",
+            one_of("end", "documents"),
+            since=2,
+        ),
+        "text_key": Field("text", "feature of a TFDS dataset, key of JSON or column of a table that holds the text"),
         "tokenizer": Field(
             "bytes", "bytes, or path of a sentencepiece .model or a Hugging Face tokenizer.json", path=True
         ),
