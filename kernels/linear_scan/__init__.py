@@ -25,7 +25,7 @@ IMPLEMENTATIONS = tuple(BACKENDS)
 
 def choose(platform: str, shape: tuple[int, ...] = (8, 2048, 4096), **facts: object) -> tuple[str, str]:
     """Name of the default implementation on a platform for a shape [B, T, D], and the reason."""
-    usual = dict(dtype=jnp.dtype("bfloat16"))
+    usual = dict(dtype=jnp.dtype("bfloat16"), accumulator=jnp.dtype("float32"))
     return dispatch.choose("linear_scan", BACKENDS, WINNERS, platform, shape=shape, **usual | facts)
 
 
