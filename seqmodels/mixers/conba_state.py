@@ -11,7 +11,6 @@ computed again. Inside this file states are [..., N, E], so that the innermost a
 """
 
 import functools
-import math
 from typing import Any
 
 import jax
