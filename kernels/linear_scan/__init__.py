@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from seqmodels.kernels import dispatch
 from seqmodels.kernels.arrays import zero_padding
 from seqmodels.kernels.axes import DOCUMENTS, TOKENS, Layout
-from seqmodels.kernels.linear_scan import reference, xla
+from seqmodels.kernels.linear_scan import mosaic_gpu, reference, xla
 
-BACKENDS = {"reference": reference, "xla": xla}
+BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu}
 # By platform, fastest first; the last one serves everything.
-WINNERS = {"default": ("xla",)}
+WINNERS = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}
 IMPLEMENTATIONS = tuple(BACKENDS)
 
 

@@ -183,7 +183,7 @@ def _chunk(plant: Plant, key: Any, implementation: str | None, carry: Any, piece
     return (state, lag, scaled), (read(x, C), before)
 
 
-def _documents(reset: jax.Array | None) -> dict[str, jax.Array]:
+def _documents(reset: jax.Array | None) -> dict[str, Any]:
     """segment_ids and initial_segment of documents that begin where `reset` [B, T] is True."""
     if reset is None:
         return {}
