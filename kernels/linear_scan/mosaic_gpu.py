@@ -104,7 +104,7 @@ def _scan(
 
     marks: [B, T'] float32, -1 where a document begins, else 0; or None.
     """
-    log_decay, x, marks = (cut(v, pieces) for v in (log_decay, x, marks))
+    log_decay, x, marks = cut(log_decay, pieces), cut(x, pieces), None if marks is None else cut(marks, pieces)
     starts = state
     if pieces > 1:
         added, logs = mapped(summary, reverse=reverse, retreat=False)(dict(log_decay=log_decay, x=x, marks=marks))
@@ -122,7 +122,8 @@ def _scan_fwd(reverse, pieces, log_decay, x, state, marks):
 def _scan_bwd(reverse, pieces, residuals, cotangents):
     log_decay, h, state, marks = residuals
     dh, dfinal = cotangents
-    log_decay, h, dh, marks = (cut(v, pieces) for v in (log_decay, h, dh, marks))
+    log_decay, h, dh = (cut(v, pieces) for v in (log_decay, h, dh))
+    marks = None if marks is None else cut(marks, pieces)
     before, ends = state, dfinal
     if pieces > 1:
         given = dict(log_decay=log_decay, x=dh, marks=marks)
@@ -140,9 +141,9 @@ def _scan_bwd(reverse, pieces, residuals, cotangents):
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
-def cut(x: jax.Array | None, pieces: int) -> jax.Array | None:
+def cut(x: jax.Array, pieces: int) -> jax.Array:
     """Split time into pieces, each its own sequence: [B, T, ...] to [B pieces, T / pieces, ...]."""
-    return None if x is None else x.reshape(x.shape[0] * pieces, -1, *x.shape[2:])
+    return x.reshape(x.shape[0] * pieces, -1, *x.shape[2:])
 
 
 def joined(x: jax.Array, pieces: int) -> jax.Array:
@@ -316,8 +317,9 @@ class Walk:
         """Inside the kernel: this block, and the references that are not its own."""
         count = len(self.arrays)
         sources, others, buffers, full = refs[:count], refs[count : -count - 1], refs[-count - 1 : -1], refs[-1]
-        sources, buffers = (dict(zip(self.arrays, x, strict=True)) for x in (sources, buffers))
-        return Block(self, sources, buffers, full), others
+        names = self.arrays.keys()
+        block = Block(self, dict(zip(names, sources, strict=True)), dict(zip(names, buffers, strict=True)), full)
+        return block, others
 
 
 class Block:
