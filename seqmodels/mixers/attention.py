@@ -9,7 +9,6 @@ import jax.numpy as jnp
 
 from seqmodels.branch import Branch, State, real
 from seqmodels.fields.attention import ATTENTION
-from seqmodels.kernels.attention import attention
 from seqmodels.kernels.attention.masks import BigBird, Fixed, Pattern, Strided
 from seqmodels.kernels.finite import spoil
 from seqmodels.layers.kv_cache import (
@@ -30,6 +29,7 @@ from seqmodels.layers.kv_cache import (
 from seqmodels.layers.norm import RMSNorm
 from seqmodels.layers.parameter import normal, parameter, residual_std, zeros
 from seqmodels.layers.rope import rope
+from seqmodels.parallel import attention
 from seqmodels.sequence import Sequence
 
 
