@@ -200,7 +200,7 @@ class Attention(Branch):
 
     @nn.nowrap
     def flops(self, length: int) -> float:
-        """Scores and sums over all `length` keys. Half of them are masked, but all are computed."""
+        """Scores and sums over all `length` keys, as is usual, although tiles that are masked are not computed."""
         heads, _, head_dim = self.sizes
         return 4 * length * heads * head_dim
 
