@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from seqmodels.kernels import dispatch
-from seqmodels.kernels.attention import cudnn, reference, xla
+from seqmodels.kernels.attention import cudnn, reference, splash, xla
 from seqmodels.kernels.attention.apart import apart, hide
 from seqmodels.kernels.attention.arguments import Inputs, Options, Tokens
 from seqmodels.kernels.attention.biases import Bias
@@ -14,7 +14,7 @@ from seqmodels.kernels.attention.masks import Mask, Pattern
 from seqmodels.kernels.attention.visible import reached, visible
 from seqmodels.kernels.axes import Axes, Layout
 
-BACKENDS = {"reference": reference, "xla": xla, "cudnn": cudnn}
+BACKENDS = {"reference": reference, "xla": xla, "cudnn": cudnn, "splash": splash}
 WINNERS = {"cuda": ("cudnn", "xla"), "default": ("xla",)}  # measured on an H100, jax 0.11.2
 IMPLEMENTATIONS = tuple(BACKENDS)
 
@@ -147,9 +147,7 @@ def arguments(
     key_gates: jax.Array | None,
     **tokens: jax.Array | None,
 ) -> tuple[Inputs, Tokens, Options]:
-    """The arguments of `attention` as implementations take them, with those of the keys where they are left out."""
-    of_keys = dict(key_segment_ids="segment_ids", key_positions="positions")
-    tokens |= {key: tokens[name] for key, name in of_keys.items() if tokens[key] is None}
+    """The arguments of `attention` as implementations take them."""
     key_gates = gates if key_gates is None else key_gates
     inputs = Inputs(q, k, v, bias_weights, None if gates is None else jax.lax.stop_gradient(gates), key_gates)
     scale = q.shape[-1] ** -0.5 if scale is None else scale
@@ -160,18 +158,21 @@ def arguments(
 
 def _by_backend(implementation: str | None, options: Options, inputs: Inputs, tokens: Tokens) -> jax.Array:
     """`attention` by one of its implementations."""
-    mask = options.mask
+    mask, biased = options.mask, options.bias is not None or inputs.gates is not None
+    placed = any(x is not None for x in (tokens.key_segment_ids, tokens.key_mask, tokens.positions))
     facts = dict(
         dtype=str(inputs.q.dtype),
         queries=inputs.q.shape[1],
         keys=inputs.k.shape[1],
         width=inputs.q.shape[3],
         causal=mask.causal,
-        masked=any(x is not None for x in (tokens.segment_ids, tokens.key_mask, tokens.positions)),
+        masked=placed or tokens.segment_ids is not None,
+        placed=placed,
         window=mask.window,
         sinks=mask.sinks,
         pattern=mask.pattern is not None,
-        altered=options.softcap is not None or options.bias is not None or inputs.gates is not None,
+        biased=biased,
+        capped=options.softcap is not None,
     )
 
     def call(backend, inputs, tokens):

@@ -41,7 +41,7 @@ class Side(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Arrays that say which keys a query sees; see `kernels.attention.attention`."""
+    """Arrays that say which keys a query sees; see `kernels.attention.attention`. None for keys: as the queries'."""
 
     segment_ids: jax.Array | None = None
     key_segment_ids: jax.Array | None = None
@@ -56,8 +56,10 @@ class Tokens(NamedTuple):
 
     def keys(self, length: int) -> Side:
         """The keys, `length` of them."""
-        known = np.arange(length, dtype=np.int32)[None]
-        return Side(known if self.key_positions is None else self.key_positions, self.key_segment_ids, self.key_mask)
+        same = self.queries(length)
+        position = same.position if self.key_positions is None else self.key_positions
+        segment = same.segment if self.key_segment_ids is None else self.key_segment_ids
+        return Side(position, segment, self.key_mask)
 
 
 class Options(NamedTuple):

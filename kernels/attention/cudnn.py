@@ -33,14 +33,15 @@ def supports(
     window: int | None = None,
     sinks: int = 0,
     pattern: bool = False,
-    altered: bool = False,
+    biased: bool = False,
+    capped: bool = False,
     **facts: object,
 ) -> str | None:
     """Why this backend cannot serve the call; None: it can.
 
     Args:
         masked: documents, a key mask or positions are given.
-        altered: scores are capped or have a bias.
+        biased: there is a bias, or there are gates. capped: scores are capped.
     """
     if platform not in ("cuda", "gpu") or jax.default_backend() != "gpu":
         return "needs an NVIDIA GPU"
@@ -48,7 +49,7 @@ def supports(
         return f"takes bfloat16 and float16, not {dtype}"
     if width % 8 or width > 128:
         return f"takes heads of up to 128 channels, a multiple of 8, not {width}"
-    if altered:
+    if biased or capped:
         return "takes no biases, gates or caps of scores"
     if pattern:
         return "computes all scores of a sparse pattern"

@@ -21,7 +21,7 @@ from jax.ad_checkpoint import checkpoint_name
 from seqmodels.kernels import attention as op
 from seqmodels.kernels.attention import xla
 from seqmodels.kernels.attention.apart import apart, hide
-from seqmodels.kernels.attention.arguments import Inputs, Options, Tokens
+from seqmodels.kernels.attention.arguments import Inputs, Options, Side, Tokens
 from seqmodels.kernels.attention.biases import Bias
 from seqmodels.kernels.attention.masks import Mask, Pattern
 from seqmodels.kernels.attention.visible import reached
@@ -118,27 +118,29 @@ class Around(NamedTuple):
 
 
 class Piece(NamedTuple):
-    """What goes around the ring: a piece of keys."""
+    """What goes around the ring: a piece of keys, and its tokens."""
 
     k: jax.Array
     v: jax.Array
     key_gates: jax.Array | None
-    segment_ids: jax.Array | None
-    mask: jax.Array | None
-    positions: jax.Array
+    side: Side
 
 
 def _piece(inputs: Inputs, tokens: Tokens) -> Piece:
     """This device's own piece."""
-    assert tokens.key_positions is not None  # `attention` gives positions
-    arrays = tokens.key_segment_ids, tokens.key_mask, tokens.key_positions
-    return Piece(inputs.k, inputs.v, inputs.key_gates, *arrays)
+    return Piece(inputs.k, inputs.v, inputs.key_gates, tokens.keys(inputs.k.shape[1]))
 
 
 def _with(inputs: Inputs, tokens: Tokens, piece: Piece) -> tuple[Inputs, Tokens]:
     """The queries with another piece of keys."""
-    arrays = dict(key_segment_ids=piece.segment_ids, key_mask=piece.mask, key_positions=piece.positions)
-    return inputs._replace(k=piece.k, v=piece.v, key_gates=piece.key_gates), tokens._replace(**arrays)
+    inputs = inputs._replace(k=piece.k, v=piece.v, key_gates=piece.key_gates)
+    return inputs, _seeing(tokens, piece.side)
+
+
+def _seeing(tokens: Tokens, keys: Side) -> Tokens:
+    """The queries with other keys."""
+    arrays: dict[str, Any] = dict(key_segment_ids=keys.segment, key_mask=keys.real, key_positions=keys.position)
+    return tokens._replace(**arrays)
 
 
 def _next(tree: Any, axis: Axis) -> Any:
@@ -199,11 +201,9 @@ def _reached(axis: Axis, mask: Mask, bad: jax.Array, queries: int, tokens: Token
     """As `reached`, over all pieces of keys."""
 
     def visit(carry, _):
-        (bad, *keys), found = carry
-        here = tokens._replace(key_segment_ids=keys[0], key_mask=keys[1], key_positions=keys[2])
-        return (_next([bad, *keys], axis), found | reached(bad, queries, here, mask=mask)), None
+        bad, keys, found = carry
+        found |= reached(bad, queries, _seeing(tokens, keys), mask=mask)
+        return (*_next((bad, keys), axis), found), None
 
-    keys = [bad, tokens.key_segment_ids, tokens.key_mask, tokens.key_positions]
-    none = jnp.zeros((len(bad), queries), bool)
-    (_, found), _ = jax.lax.scan(visit, (keys, none), length=jax.lax.axis_size(axis))
-    return found
+    start = bad, tokens.keys(bad.shape[1]), jnp.zeros((len(bad), queries), bool)
+    return jax.lax.scan(visit, start, length=jax.lax.axis_size(axis))[0][2]

@@ -196,7 +196,7 @@ def test_cudnn_says_why_not(monkeypatch):
         ("cuda", dict(sinks=2, keys=7), "8 and 7"),
         ("cuda", dict(masked=True, queries=32768, keys=32768), "32768 x 32768 scores"),
         ("cuda", dict(pattern=True), "sparse pattern"),
-        ("cuda", dict(altered=True), "no biases, gates or caps"),
+        ("cuda", dict(biased=True), "no biases, gates or caps"),
     ):
         assert reason in cudnn.supports(platform, **{**facts, **change})
     monkeypatch.setattr(jax, "__version_info__", (0, 10, 2))
