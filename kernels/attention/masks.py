@@ -51,8 +51,8 @@ class Strided:
         _at_least_one(self, "stride", "block")
 
     def sees(self, i: Positions, j: Positions) -> Any:
-        distance = i // self.block - j // self.block
-        return (abs(distance) < self.stride) | (distance % self.stride == 0)
+        I, J = i // self.block, j // self.block
+        return (abs(I - J) < self.stride) | (I % self.stride == J % self.stride)
 
     def touches(self, rows: Range, columns: Range, most: int) -> Any:
         (i0, i1), (j0, j1) = _blocks(rows, self.block), _blocks(columns, self.block)
@@ -112,10 +112,8 @@ class BigBird:
     def sees(self, i: Positions, j: Positions) -> Any:
         I, J = i // self.block, j // self.block
         seen = (abs(I - J) < self.window) | (self.first > J) | (self.first > I)
-        later = I + (J - I) * (J > I)
-        earlier = I + J - later
-        for n in range(self.random):
-            seen = seen | (self.drawn(later, n) == earlier)
+        for n in range(self.random):  # what a block draws is never after it
+            seen = seen | (self.drawn(I, n) == J) | (self.drawn(J, n) == I)
         return seen
 
     def drawn(self, I: Positions, n: int) -> Any:
