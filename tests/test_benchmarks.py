@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import generation, grouped_matmul, models, trace
+from benchmarks import attention, generation, grouped_matmul, models, trace
 from benchmarks import kernels as script
 from benchmarks.record import record, slug
 from seqmodels import cli
@@ -303,6 +303,23 @@ def test_models_measures_and_profiles(tmp_path, capsys):
     assert row["tokens_per_second"] > 0 and row["loss"][1] < row["loss"][0]
     said = capsys.readouterr().out
     assert "kernel" in said and "all kernels" in said and "block_*/mixer" in said
+
+
+def test_attention_measures(tmp_path, capsys, monkeypatch):
+    """Also what fails, in its row: cuDNN needs a GPU."""
+    monkeypatch.setattr(attention, "measure", lambda run, sets, repeat: len(sets) / 1e3)
+    options = ["--shapes=1x1024x2x1x8", "--masks=causal,window512", "--by=xla,cudnn", f"--out={tmp_path}/out.json"]
+    arguments = ["attention.py", *options, "--dtype=float32"]
+    assert cli.run(attention.main, attention.define, attention.__doc__, arguments) == 0
+    rows = json.loads((tmp_path / "out.json").read_text())
+    assert [(row["mask"], row["pass"]) for row in rows] == [
+        (mask, one) for one in ("forward", "forward+backward") for mask in ("causal", "window512")
+    ]
+    assert all(row["ms"] > 0 and row["bytes"] > 0 and row["left"] == 1 for row in rows)  # of 3 tiles none is left out
+    assert "needs an NVIDIA GPU" in capsys.readouterr().out
+    assert cli.run(attention.main, attention.define, attention.__doc__, ["attention.py", "--masks=windows"]) == 1
+    assert "allowed are causal, full, documents, windowN" in capsys.readouterr().err
+    assert attention.left(attention.mask_of("window512"), 4096) == 15 / 36
 
 
 def test_grouped_matmul_measures(tmp_path, capsys, monkeypatch):

@@ -15,6 +15,14 @@ def check(options: Any, width: int) -> None:
     if options.positions == "rope" and (head_dim := options.head_dim or width // heads) % 2:
         made = "" if options.head_dim else f"; it is model.width={width} / heads={heads}"
         refuse("model.attention.head_dim", head_dim, f"even, as rotary positions turn pairs{made}")
+    if options.sinks > options.window:
+        refuse("model.attention.sinks", options.sinks, f"at most model.attention.window={options.window}")
+    if options.mask != "causal" and options.window:
+        refuse("model.attention.window", options.window, f"0 with mask={options.mask!r}, which chooses the tokens")
+    if options.mask == "fixed" and options.summary > options.stride:
+        refuse("model.attention.summary", options.summary, f"at most model.attention.stride={options.stride}")
+    if options.log_n == 1:
+        refuse("model.attention.log_n", options.log_n, "0 or at least 2, as ln(1) is 0")
 
 
 ATTENTION = Group(
@@ -34,6 +42,50 @@ ATTENTION = Group(
         ),
         "rope_theta": Field(1e4, "base of the rotary positions' wavelengths; read with positions=rope", above(0)),
         "window": Field(0, "newest tokens that a token sees, itself included; 0: all", at_least(0), since=2),
+        "sinks": Field(0, "first tokens of its document that a token sees beside its window", at_least(0), since=2),
+        "mask": Field(
+            "causal",
+            "earlier tokens that a token sees: causal (all, or the window), or blocks: strided, fixed, bigbird",
+            one_of("causal", "strided", "fixed", "bigbird"),
+            since=2,
+        ),
+        "block": Field(
+            64, "tokens per block of a pattern; read with mask=strided, fixed, bigbird", at_least(1), since=2
+        ),
+        "stride": Field(
+            8,
+            "strided: the newest blocks that a token sees, and the step between the others; fixed: blocks per group",
+            at_least(1),
+            since=2,
+        ),
+        "summary": Field(
+            1, "last blocks of each group that all later tokens see; read with mask=fixed", at_least(1), since=2
+        ),
+        "near": Field(3, "newest blocks that a token sees; read with mask=bigbird", at_least(1), since=2),
+        "first": Field(
+            1, "first blocks of the document that all tokens see; read with mask=bigbird", at_least(0), since=2
+        ),
+        "random": Field(3, "random earlier blocks that a token sees; read with mask=bigbird", at_least(0), since=2),
+        "softcap": Field(
+            0.0, "scores s become softcap tanh(s / softcap), as in Gemma 2; 0: they stay", at_least(0), since=2
+        ),
+        "qk_norm": Field(
+            "none",
+            "norm of queries and keys: none, or rms over the channels of a head with learned scales, as in Qwen 3",
+            one_of("none", "rms"),
+            since=2,
+        ),
+        "log_n": Field(
+            0,
+            "tokens per row in training: queries at later positions n are scaled by ln(n) / ln(log_n); 0: they are not",
+            at_least(0),
+            since=2,
+        ),
+        "forget": Field(
+            False,
+            "forget gates: scores fall by the logarithms of the gates between key and query (Forgetting Transformer)",
+            since=2,
+        ),
     },
     check,
 )
