@@ -17,6 +17,7 @@ from seqmodels.fields import refuse
 from seqmodels.heads import HEADS, Head
 from seqmodels.inputs import INPUTS, Input
 from seqmodels.kernels import OPERATIONS
+from seqmodels.mixers.short_conv import ShortConv
 from seqmodels.pattern import names
 from seqmodels.sequence import make_sequence
 
@@ -240,6 +241,8 @@ def _size(name: str, array: ArraySpec) -> int:
 def describe_kernels(config: ConfigDict, platform: str) -> list[str]:
     """One line per operation of the model: its implementation on `platform` ("cpu", "gpu", "tpu"), and the reason."""
     branches = [BRANCHES[name] for name in names(config.pattern)]
+    if config.short_conv:
+        branches.append(ShortConv)
     lines = []
     for operation in dict.fromkeys(operation for branch in branches for operation in branch.operations):
         name, why = config.implementation[operation], f"model.implementation.{operation}"

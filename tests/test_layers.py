@@ -198,6 +198,15 @@ def test_branches_start_smaller_in_deeper_models():
     np.testing.assert_allclose(shallow["gate"], 0.02, rtol=0.05)
 
 
+@pytest.mark.parametrize(("init_std", "std"), [(0.02, 0.02), (0.3, 0.3), (0.0, 1 / 8)])
+def test_fresh_attention(init_std, std):
+    module = Attention(width=64, layers=2, init_std=init_std)
+    params = module.init(jax.random.key(0), jnp.ones((1, 1, 64)), make_sequence(1, 1)[0])["params"]
+    for name in ("query", "key", "value"):
+        np.testing.assert_allclose(np.std(params[name].value), std, rtol=0.05)
+    np.testing.assert_allclose(np.std(params["out"].value), std / 2, rtol=0.05)
+
+
 @pytest.fixture
 def mixer():
     attention = Attention(width=WIDTH, heads=4, kv_heads=2, window=3)

@@ -225,6 +225,8 @@ def test_dense_links_and_both_directions_have_their_rows():
     config = tiny(mamba.get_config(), dropout=0.0)
     config.model.dense.update(variant="read", bottleneck=4)
     assert make_plan(config)["branches"]["dense"]["parameters"] > 0
+    taps = make_plan(tiny(mamba.get_config(), short_conv=3))["branches"]["short_conv"]
+    assert taps["parameters"] % 3 == 0 < taps["recurrent_state_bytes"]
     config = tiny(mamba.get_config(), pattern="bi:mamba", input="frames", head="classify")
     found = make_plan(config, dataset=ArrayDataset("classify", which_channel, 8, {"labels": 2}))
     assert set(found["branches"]) == {"bi:mamba", "norms", "frames", "classify"}

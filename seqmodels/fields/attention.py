@@ -33,6 +33,13 @@ ATTENTION = Group(
             since=2,
         ),
         "rope_theta": Field(1e4, "base of the rotary positions' wavelengths; read with positions=rope", above(0)),
+        "init_std": Field(
+            0.02,
+            "standard deviation of fresh projections of queries, keys and values, and sqrt(2 layers) times that of the "
+            "output's; 0.02 is GPT-2's, for widths near 1000; 0: width^-0.5, for any width",
+            at_least(0),
+            since=2,
+        ),
         "window": Field(0, "newest tokens that a token sees, itself included; 0: all", at_least(0), since=2),
     },
     check,

@@ -61,6 +61,7 @@ EXPORTED: Table = {  # fields of config.model itself
     "input": only("tokens"),
     "head": only("next_token"),
     "depth": only("none"),
+    "short_conv": only(0),
     **harmless(FRESH, "embedding_std"),
     **harmless(TRAINING, "dropout", "remat", "remat_blocks"),
     **harmless(ROUNDING, "dtype", "residual_dtype"),

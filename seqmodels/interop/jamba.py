@@ -60,6 +60,7 @@ JAMBA: Table = {
 EXPORTED_ATTENTION: Table = {
     **honoured("heads", "kv_heads", "head_dim"),
     "positions": only("none"),
+    **harmless(FRESH, "init_std"),
     "window": only(0),
     **harmless("read with positions='rope'", "rope_theta"),
 }

@@ -9,7 +9,7 @@ from seqmodels.errors import UserError
 from seqmodels.fields.attention import ATTENTION
 from seqmodels.fields.mlp import MLP
 from seqmodels.fields.rules import Rule, one_of
-from seqmodels.interop.generic import COMMON, TRAINING, sizes
+from seqmodels.interop.generic import COMMON, FRESH, TRAINING, sizes
 from seqmodels.interop.table import (
     Honoured,
     Table,
@@ -73,6 +73,7 @@ MISTRAL: Table = {
 EXPORTED_ATTENTION: Table = {
     **honoured("heads", "kv_heads", "head_dim", "rope_theta", "window"),
     "positions": only("rope"),
+    **harmless(FRESH, "init_std"),
 }
 EXPORTED_MLP: Table = {**honoured("hidden", "activation"), "gated": only(True)}
 

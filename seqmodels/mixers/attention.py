@@ -200,6 +200,7 @@ class Attention(Branch):
     head_dim: int = ATTENTION["head_dim"]
     positions: str = ATTENTION["positions"]
     rope_theta: float = ATTENTION["rope_theta"]
+    init_std: float = ATTENTION["init_std"]
     window: int = ATTENTION["window"]
 
     options = ATTENTION
@@ -235,10 +236,11 @@ class Attention(Branch):
     def __call__(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[jax.Array, State]:
         """x [B, T, D] to y [B, T, D] and the cache with these tokens. Without a state it holds only these tokens."""
         heads, kv_heads, head_dim = self.sizes
+        std = self.init_std or self.width**-0.5
         x = real(x, seq, self.dtype)
 
         def project(name, heads, axis):
-            weight = self.matrix(name, (self.width, heads, head_dim), ("embed", axis, "head_dim"), normal(0.02))
+            weight = self.matrix(name, (self.width, heads, head_dim), ("embed", axis, "head_dim"), normal(std))
             y = jnp.einsum("btd,dhk->bthk", x, weight)
             if not self.bias:
                 return y
@@ -256,7 +258,7 @@ class Attention(Branch):
             o, state = attend_from_cache(q, k, v, state, seq, window=window, implementation=implementation)
 
         out_axes = ("heads", "head_dim", "embed")
-        out = self.matrix("out", (heads, head_dim, self.width), out_axes, normal(residual_std(self.layers)))
+        out = self.matrix("out", (heads, head_dim, self.width), out_axes, normal(residual_std(self.layers, std)))
         y = jnp.einsum("bthk,hkd->btd", o, out)
         if self.bias:
             y = y + parameter(self, "out_bias", (self.width,), ("embed",), zeros, dtype=self.dtype)
