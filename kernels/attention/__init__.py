@@ -1,14 +1,16 @@
-"""Softmax attention with grouped heads, windows, packed documents and caches."""
+"""Softmax attention with grouped heads, windows, sparse patterns, biases, packed documents and caches."""
 
 import functools
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from seqmodels.kernels import dispatch
 from seqmodels.kernels.attention import cudnn, reference, xla
-from seqmodels.kernels.attention.visible import visible
+from seqmodels.kernels.attention.arguments import Inputs, Options, Tokens
+from seqmodels.kernels.attention.biases import Bias
+from seqmodels.kernels.attention.masks import Mask, Pattern
+from seqmodels.kernels.attention.visible import reached, visible
 from seqmodels.kernels.axes import Layout
 from seqmodels.kernels.finite import finite_or_zero, not_finite, spoil
 
@@ -30,6 +32,9 @@ LAYOUT = Layout(
         key_mask=("batch", None),
         positions=("batch", None),
         key_positions=("batch", None),
+        bias_weights=("heads", None),
+        gates=("batch", None, "heads"),
+        key_gates=("batch", None, "heads"),
     ),
     (QUERY_ROWS,),
     together=("heads", "kv_heads"),
@@ -47,154 +52,190 @@ def attention(
     v: jax.Array,
     *,
     causal: bool = True,
+    window: int | None = None,
+    sinks: int = 0,
+    pattern: Pattern | None = None,
     segment_ids: jax.Array | None = None,
     key_segment_ids: jax.Array | None = None,
     key_mask: jax.Array | None = None,
     positions: jax.Array | None = None,
     key_positions: jax.Array | None = None,
     scale: float | None = None,
-    window: int | None = None,
+    softcap: float | None = None,
+    bias: Bias | None = None,
+    bias_weights: jax.Array | None = None,
+    gates: jax.Array | None = None,
+    key_gates: jax.Array | None = None,
     implementation: str | None = None,
 ) -> jax.Array:
-    """o_t = sum_s softmax_s(scale q_t . k_s) v_s over the keys s that query t sees.
+    """o_t = sum_s softmax_s(score_ts) v_s over the keys s that query t sees, where
 
-    Query t sees a key if the key is in the same document, not later than the query, within the window, and not masked.
-    The keys may come in any order, as in a ring-buffer cache: only the positions decide which token is later.
+        score_ts = cap(scale q_t . k_s) + bias(positions_t, key_positions_s) + gates_t - key_gates_s.
+
+    Query t sees a key if the key is in the same document, not later than the query, within the window, chosen by the
+    pattern, and not masked. The keys may come in any order, as in a ring-buffer cache: only the positions decide which
+    token is later.
 
     Args:
         q: [B, T, H, d].
         k, v: [B, S, Hkv, d]; H is a multiple of Hkv, and query head h reads key head h // (H / Hkv).
         causal: query t sees no key s with key_positions[s] > positions[t].
+        window: how many positions a query sees, counted back from and including its own (key_positions[s] >
+            positions[t] - window).
+        sinks: how many positions a query sees besides the window, from position 0 on: Xiao et al. 2024 (StreamingLLM),
+            arXiv 2309.17453.
+        pattern: which keys a query sees besides these rules, such as `masks.Strided(stride=8, block=64)`.
         segment_ids: [B, T] int32, document of each query, which sees the keys of equal id only. Infinity and NaN in
             one document reach no output and no gradient of another, with every implementation.
         key_segment_ids: [B, S] int32. None: the queries' (then S = T).
         key_mask: [B, S] bool, False on keys that no query sees, such as empty slots. Values there, even NaN, affect
             no output and no gradient.
-        positions: [B, T] int32, position of each query in its document, or in its row (only the differences between
-            tokens of one document count). None: query t is at t, and key s at s.
+        positions: [B, T] int32, position of each query in its document, or in its row: without sinks, pattern and a
+            bias for which it matters, only the differences between tokens of one document count. None: query t is at
+            t, and key s at s.
         key_positions: [B, S] int32, position of each key, counted as for queries. None: the queries' (then S = T).
         scale: None: d**-0.5.
-        window: how many positions a query sees, counted back from and including its own (key_positions[s] >
-            positions[t] - window).
+        softcap: scores become softcap tanh(score / softcap), as in Gemma 2. None: they stay.
+        bias: a function of positions, such as `biases.Alibi()`.
+        bias_weights: [H, bias.size], the weights of the bias in each head, which have gradients.
+        gates: [B, T, H] float32, the sum of the logarithms of a document's forget gates up to and including each
+            query (Lin et al. 2025, Forgetting Transformer, arXiv 2503.02130). Sums of -1e4 have an error of 1e-3.
+            They have no gradient, because the softmax does not change with a number added to all scores of a query.
+        key_gates: [B, S, H] float32, the same of each key, which has a gradient. None: the queries' (then S = T), and
+            the gradient is that of `gates`.
         implementation: one of `IMPLEMENTATIONS`. None: the fastest on the platform.
 
     Returns:
         o [B, T, H, d] in the dtype of q; zero for a query that sees no key. The softmax has at least float32 precision.
 
     Raises:
-        ValueError: shapes that do not fit.
+        ValueError: shapes or options that do not fit.
         seqmodels.kernels.dispatch.UnsupportedError: the named implementation cannot serve.
     """
     if segment_ids is not None and key_segment_ids is None:
         key_segment_ids = segment_ids
     if positions is not None and key_positions is None:
         key_positions = positions
-    check(q, k, v, segment_ids, key_segment_ids, key_mask, positions, key_positions, window)
-    if key_mask is not None:  # the values of unseen keys must not reach a gradient either
-        k, v = (jnp.where(key_mask[..., None, None], x, 0) for x in (k, v))
-    options = Options(q.shape[-1] ** -0.5 if scale is None else scale, causal, window, implementation)
-    rules = dict(segment_ids=segment_ids, key_segment_ids=key_segment_ids, key_mask=key_mask)
-    rules |= dict(positions=positions, key_positions=key_positions)
-    if segment_ids is None:
-        return _attend(options, q, k, v, rules)
-    if q.shape[1] > 1:
-        return _attend_apart(options, (q, k, v), rules)
-    # A single query, as in decoding: what it does not see is selected away, in the products that read the cache anyway.
-    seen = visible((1, k.shape[1]), causal=causal, window=window, **rules)
-    assert seen is not None  # it is None only without segment_ids
-    k, v = (jnp.where(seen[:, 0, :, None, None], x, 0) for x in (k, v))
-    return _attend(options, q, k, v, rules)
+    if gates is not None and key_gates is None:
+        key_gates = gates
+    inputs = Inputs(q, k, v, bias_weights, None if gates is None else jax.lax.stop_gradient(gates), key_gates)
+    tokens = Tokens(segment_ids, key_segment_ids, key_mask, positions, key_positions)
+    options = Options(
+        Mask(causal, window, sinks, pattern), q.shape[-1] ** -0.5 if scale is None else scale, softcap, bias
+    )
+    check(inputs, tokens, options)
+    return _attend(implementation, options, hide(inputs, tokens, options), tokens)
 
 
-class Options(NamedTuple):
-    """Static options, see `attention`."""
+def hide(inputs: Inputs, tokens: Tokens, options: Options) -> Inputs:
+    """Zeros in place of keys that no query sees: their values must not reach a gradient either."""
+    seen = tokens.key_mask
+    if tokens.segment_ids is not None and inputs.q.shape[1] == 1:
+        # A single query, as in decoding: what it does not see is selected away, in the products that read it anyway.
+        everything = visible((1, inputs.k.shape[1]), options.mask, tokens)
+        assert everything is not None  # it is None only without documents
+        seen = everything[:, 0]
+    if seen is None:
+        return inputs
+    k, v = (jnp.where(seen[..., None, None], x, 0) for x in (inputs.k, inputs.v))
+    key_gates = None if inputs.key_gates is None else jnp.where(seen[..., None], inputs.key_gates, 0)
+    return inputs._replace(k=k, v=v, key_gates=key_gates)
 
-    scale: float
-    causal: bool
-    window: int | None
-    implementation: str | None
+
+def _attend(implementation: str | None, options: Options, inputs: Inputs, tokens: Tokens) -> jax.Array:
+    """`attention` of arguments that fit."""
+    if tokens.segment_ids is None or inputs.q.shape[1] == 1:
+        return _by_backend(implementation, options, inputs, tokens)
+    return _apart((implementation, options), inputs, tokens)
 
 
-def _attend(options: Options, q: jax.Array, k: jax.Array, v: jax.Array, rules: dict[str, Any]) -> jax.Array:
-    """`attention` by one of its implementations. rules: the arrays that say which keys a query sees."""
+def _by_backend(implementation: str | None, options: Options, inputs: Inputs, tokens: Tokens) -> jax.Array:
+    """`attention` by one of its implementations."""
+    mask = options.mask
     facts = dict(
-        dtype=str(q.dtype),
-        queries=q.shape[1],
-        keys=k.shape[1],
-        width=q.shape[3],
-        causal=options.causal,
-        masked=any(rules[name] is not None for name in ("segment_ids", "key_mask", "positions")),
-        window=options.window,
+        dtype=str(inputs.q.dtype),
+        queries=inputs.q.shape[1],
+        keys=inputs.k.shape[1],
+        width=inputs.q.shape[3],
+        causal=mask.causal,
+        masked=any(x is not None for x in (tokens.segment_ids, tokens.key_mask, tokens.positions)),
+        window=mask.window,
+        sinks=mask.sinks,
+        pattern=mask.pattern is not None,
+        altered=options.softcap is not None or options.bias is not None or inputs.gates is not None,
     )
 
-    def call(backend, q, k, v, rules):
-        return backend.attention(q, k, v, scale=options.scale, causal=options.causal, window=options.window, **rules)
+    def call(backend, inputs, tokens):
+        return backend.attention(inputs, tokens, options)
 
-    return dispatch.dispatch("attention", BACKENDS, WINNERS, options.implementation, facts, call, q, k, v, rules)
+    return dispatch.dispatch("attention", BACKENDS, WINNERS, implementation, facts, call, inputs, tokens)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend_apart(options: Options, qkv: tuple[jax.Array, jax.Array, jax.Array], rules: dict[str, Any]) -> jax.Array:
-    """As `_attend`, and what is not finite in one document does not reach the others.
+def _apart(static: tuple[str | None, Options], inputs: Inputs, tokens: Tokens) -> jax.Array:
+    """As `_by_backend`, and what is not finite in one document does not reach the others.
 
-    Weights of unseen keys are zero, but the products multiply by them. So queries, keys, values and the gradient of the
-    output become finite before, whoever multiplies them. What sees a key that was not finite is NaN.
+    Weights of unseen keys are zero, but the products multiply by them. So queries, keys, values, gates and the gradient
+    of the output become finite before, whoever multiplies them. What sees a key that was not finite is NaN.
     """
-    q, k, v = qkv
-    bad = not_finite(k, LARGEST) | not_finite(v)
-    seen = visible((q.shape[1], k.shape[1]), causal=options.causal, window=options.window, **rules)
-    assert seen is not None  # it is None only without segment_ids
-    spoilt = not_finite(q, LARGEST) | jnp.any(seen & bad[:, None], axis=-1)
-    o = _attend(options, finite_or_zero(q, LARGEST), finite_or_zero(k, LARGEST), finite_or_zero(v), rules)
+    q, k, v, _, gates, key_gates = inputs
+    bad, spoilt = not_finite(k, LARGEST) | not_finite(v), not_finite(q, LARGEST)
+    if gates is not None and key_gates is not None:
+        bad, spoilt = bad | not_finite(key_gates, LARGEST), spoilt | not_finite(gates, LARGEST)
+        gates, key_gates = finite_or_zero(gates, LARGEST), finite_or_zero(key_gates, LARGEST)
+    spoilt |= reached(bad, q.shape[1], static[1].mask, tokens)
+    q, k, v = finite_or_zero(q, LARGEST), finite_or_zero(k, LARGEST), finite_or_zero(v)
+    o = _by_backend(*static, inputs._replace(q=q, k=k, v=v, gates=gates, key_gates=key_gates), tokens)
     return spoil(o, spoilt)
 
 
-def _attend_apart_fwd(options, qkv, rules):
-    return jax.vjp(lambda qkv: _attend_apart.fun(options, qkv, rules), qkv)
+def _apart_fwd(static, inputs, tokens):
+    o, pull = jax.vjp(lambda inputs: _apart.fun(static, inputs, tokens), inputs)
+    return o, pull
 
 
-def _attend_apart_bwd(options, pull, do):
-    ((dq, dk, dv),) = pull(finite_or_zero(do))
-    return (spoil(dq, not_finite(do)), dk, dv), None
+def _apart_bwd(static, pull, do):
+    (gradients,) = pull(finite_or_zero(do))
+    return gradients._replace(q=spoil(gradients.q, not_finite(do))), None
 
 
-_attend_apart.defvjp(_attend_apart_fwd, _attend_apart_bwd)
+_apart.defvjp(_apart_fwd, _apart_bwd)
 
 choose = functools.partial(dispatch.choose, "attention", BACKENDS, WINNERS)
 
 
-def check(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    segment_ids: jax.Array | None,
-    key_segment_ids: jax.Array | None,
-    key_mask: jax.Array | None,
-    positions: jax.Array | None,
-    key_positions: jax.Array | None,
-    window: int | None,
-) -> None:
+def check(inputs: Inputs, tokens: Tokens, options: Options) -> None:
     """Raise a ValueError unless the arguments fit together."""
+    q, k, v, bias_weights, gates, key_gates = inputs
     fits = q.ndim == k.ndim == 4 and k.shape == v.shape and q.shape[0] == k.shape[0] and q.shape[3] == k.shape[3]
     if not fits or q.shape[2] % k.shape[2]:
         raise ValueError(
             "attention: q must be [B, T, H, d] and k, v [B, S, Hkv, d] with H a multiple of Hkv, "
             f"got {q.shape}, {k.shape}, {v.shape}"
         )
-    if key_segment_ids is not None and segment_ids is None:
-        raise ValueError("attention: key_segment_ids were given without segment_ids")
-    if key_positions is not None and positions is None:
-        raise ValueError("attention: key_positions were given without positions")
-    rows, slots = q.shape[:2], k.shape[:2]
-    tokens = dict(
-        segment_ids=(segment_ids, rows),
-        key_segment_ids=(key_segment_ids, slots),
-        key_mask=(key_mask, slots),
-        positions=(positions, rows),
-        key_positions=(key_positions, slots),
+    for name, of_keys, of_queries in (
+        ("segment_ids", tokens.key_segment_ids, tokens.segment_ids),
+        ("positions", tokens.key_positions, tokens.positions),
+        ("gates", key_gates, gates),
+    ):
+        if of_keys is not None and of_queries is None:
+            raise ValueError(f"attention: key_{name} were given without {name}")
+    if (options.bias is None) != (bias_weights is None):
+        missing = "bias" if options.bias is None else "bias_weights"
+        raise ValueError(f"attention: bias and bias_weights belong together, and {missing} is missing")
+    rows, slots, heads = q.shape[:2], k.shape[:2], q.shape[2:3]
+    shapes = dict(
+        segment_ids=(tokens.segment_ids, rows),
+        key_segment_ids=(tokens.key_segment_ids, slots),
+        key_mask=(tokens.key_mask, slots),
+        positions=(tokens.positions, rows),
+        key_positions=(tokens.key_positions, slots),
+        gates=(gates, rows + heads),
+        key_gates=(key_gates, slots + heads),
+        bias_weights=(bias_weights, (*heads, options.bias.size if options.bias is not None else 0)),
     )
-    for name, (array, shape) in tokens.items():
+    for name, (array, shape) in shapes.items():
         if array is not None and array.shape != shape:
             raise ValueError(f"attention: {name} must be {shape}, got {array.shape}")
-    if window is not None and window < 1:
-        raise ValueError(f"attention: window must be 1 or more, got {window}")
+    if options.softcap is not None and not options.softcap > 0:
+        raise ValueError(f"attention: softcap must be greater than 0, got {options.softcap}")

@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 
 from seqmodels import parallel
 from seqmodels.kernels.attention import attention
+from seqmodels.kernels.attention import xla as attention_xla
 from seqmodels.kernels.delta_rule import delta_rule
 from seqmodels.kernels.linear_attention import linear_attention
 from seqmodels.kernels.selective_scan import coupled, selective_scan, xla
@@ -150,9 +151,10 @@ def test_finite_numbers_that_overflow(overflow):
 
 @both
 @pytest.mark.parametrize("length, keys", [(12, 12), (12, 20), (1, 20)], ids=["rows", "cache", "one query"])
-@pytest.mark.parametrize("bad", [np.nan, np.inf, 1e30])
-def test_attention(implementation, length, keys, bad):
+@pytest.mark.parametrize("bad, tile", [(np.nan, 256), (np.inf, 256), (1e30, 256), (np.nan, 3)])
+def test_attention(implementation, length, keys, bad, tile, monkeypatch):
     """Rows of two documents, and caches whose other slots hold another document's keys, or none."""
+    monkeypatch.setitem(attention_xla.TILE, jax.default_backend(), tile)
     draw = np.random.default_rng(0)
     q, k, v = (jnp.asarray(draw.normal(size=(1, n, h, 4)), jnp.float32) for n, h in ((length, 4), (keys, 2), (keys, 2)))
     ids = np.repeat([0, 1, 2], [5, keys - 10, 5])[None]  # in the cache 0 is the first, and the last are the queries'

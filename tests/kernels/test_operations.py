@@ -11,11 +11,13 @@ from jax.sharding import AxisType
 
 from seqmodels import parallel
 from seqmodels.kernels import OPERATIONS
+from seqmodels.kernels.attention.biases import Alibi
 from seqmodels.training.sharding import AXES, RULES
 
 B, T, E = 2, 6, 4
 DOCUMENTS = dict(segment_ids=(B, T), mask=(B, T), initial_segment=(B,))
 ROW = dict(segment_ids=(B, T), key_segment_ids=(B, 8), key_mask=(B, 8), positions=(B, T), key_positions=(B, 8))
+ROW |= dict(bias_weights=(4, 1), gates=(B, T, 4), key_gates=(B, 8, 4))
 SHAPES = {  # of every array that an operation takes, and of what it gives
     "selective_scan": (
         dict(u=(B, T, E), dt=(B, T, E), A=(E, 3), B=(B, T, 3), C=(B, T, 3), D=(E,), z=(B, T, E), dt_bias=(E,))
@@ -60,7 +62,7 @@ def test_every_array_has_its_axes(operation):
     annotated = inspect.signature(function).parameters.values()
     assert set(layout.arrays) == {p.name for p in annotated if "Array" in str(p.annotation)}
     assert set(given) | {"weights"} >= set(layout.arrays)
-    options = dict(read="exclusive") if operation == "linear_attention" else {}
+    options = dict(linear_attention=dict(read="exclusive"), attention=dict(bias=Alibi())).get(operation, {})
     results = jax.tree.leaves(jax.eval_shape(lambda **x: function(**x, **options), **given))
     assert [x.shape for x in results] == SHAPES[operation][1]
     sizes = {}
