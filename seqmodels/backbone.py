@@ -288,13 +288,13 @@ def redraw_every(config: Any) -> int:
 
 
 def context(config: Any) -> int | None:
-    """Number of tokens that the model can see: `seq_len` if a state is a cache of earlier tokens, else None (any).
+    """Number of tokens that the model can see: `seq_len` if a state is a cache or positions are learned, else None (any).
 
     `config` is the config of the whole run.
     """
     branches = (branch_of(config.model, name, parent=None) for name in names(config.model.pattern))
     growing = any(grows(branch, config.seq_len) for branch in branches)
-    return config.seq_len if growing else None
+    return config.seq_len if growing or config.model.positions == "learned" else None
 
 
 class Backbone(nn.Module):

@@ -54,6 +54,19 @@ MODEL = Group(
             one_of("next_token", "classify", "regress", "forecast"),
             since=2,
         ),
+        "positions": Field(
+            "none",
+            "vectors of positions added to the input: learned, sinusoidal or none (attention has its own: "
+            "model.attention.positions)",
+            one_of("none", "learned", "sinusoidal"),
+            since=2,
+        ),
+        "position_table": Field(
+            0,
+            "learned vectors, at least as many as a document has tokens; read with positions=learned",
+            at_least(0),
+            since=2,
+        ),
         "pool": Field(
             "mean", "how classify and regress make one vector of a row", one_of("mean", "last", "attention"), since=2
         ),

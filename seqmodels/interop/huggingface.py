@@ -62,6 +62,8 @@ EXPORTED: Table = {  # fields of config.model itself
     "head": only("next_token"),
     "depth": only("none"),
     "short_conv": only(0),
+    "positions": only("none"),
+    **harmless("read with positions='learned'", "position_table"),
     **harmless(FRESH, "embedding_std"),
     **harmless(TRAINING, "dropout", "remat", "remat_blocks"),
     **harmless(ROUNDING, "dtype", "residual_dtype"),

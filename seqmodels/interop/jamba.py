@@ -61,6 +61,10 @@ EXPORTED_ATTENTION: Table = {
     **honoured("heads", "kv_heads", "head_dim"),
     "positions": only("none"),
     **harmless(FRESH, "init_std"),
+    "rope_style": only("half"),
+    "scaling": only("none"),
+    "log_n": only(False),
+    **harmless("read with scaling and log_n", "scaling_factor", "trained_length"),
     "window": only(0),
     **harmless("read with positions='rope'", "rope_theta"),
 }
@@ -68,6 +72,7 @@ EXPORTED_MAMBA: Table = {
     **honoured("state", "expand", "conv", "dt_rank", "norm_eps"),
     "norms": only("learned"),
     **harmless(FRESH, "dt_min", "dt_max", "dt_floor"),
+    "dt_scale": only(1.0),
 }
 EXPORTED_MLP: Table = {**honoured("hidden"), "activation": only("silu"), "gated": only(True)}
 EXPORTED_MOE: Table = {**experts.EXPORTED, "router": only("softmax")}

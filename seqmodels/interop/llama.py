@@ -74,6 +74,10 @@ EXPORTED_ATTENTION: Table = {
     **honoured("heads", "kv_heads", "head_dim", "rope_theta", "window"),
     "positions": only("rope"),
     **harmless(FRESH, "init_std"),
+    "rope_style": only("half"),
+    "scaling": only("none"),
+    "log_n": only(False),
+    **harmless("read with scaling and log_n", "scaling_factor", "trained_length"),
 }
 EXPORTED_MLP: Table = {**honoured("hidden", "activation"), "gated": only(True)}
 

@@ -1,5 +1,7 @@
 """Causal softmax attention with grouped heads and, by default, rotary positions (Llama 2: Touvron et al. 2023, 2.2)."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.linen as nn
@@ -13,7 +15,10 @@ from seqmodels.kernels.attention import attention
 from seqmodels.kernels.finite import spoil
 from seqmodels.kernels.segments import resets
 from seqmodels.layers.parameter import normal, parameter, residual_std, zeros
+from seqmodels.layers.positions import BIASES, log_n, xpos
+from seqmodels.layers.rerope import rerope
 from seqmodels.layers.rope import rope
+from seqmodels.layers.rope_scaling import frequencies_of, scale_of
 from seqmodels.sequence import Sequence
 
 EMPTY = -1  # document of a cache slot that holds no key
@@ -27,7 +32,7 @@ def empty_cache(batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTy
     document, holds: `kernels.attention` selects it away.
 
     Returns:
-        k, v: [B, S, Hkv, d], keys already rotated where positions rotate them.
+        k, v: [B, S, Hkv, d], keys already rotated where positions rotate them, except by ReRoPE.
         document: [B, S] int32, document of the row that each key belongs to, counted from 0; `EMPTY`: no key.
         length: [B] int32, number of real tokens of the row so far.
     """
@@ -106,24 +111,27 @@ def check_slots(tokens: int, slots: int, window: int) -> None:
         )
 
 
+Kernel = Callable[..., jax.Array]  # `attention`, or the same with other scores
+
+
 def attend_within(
-    q: jax.Array, k: jax.Array, v: jax.Array, seq: Sequence, *, window: int, implementation: str | None
+    q: jax.Array, k: jax.Array, v: jax.Array, seq: Sequence, *, window: int, kernel: Kernel = attention
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Attention of whole rows to themselves, and their cache. As `attend_from_cache` with an empty cache."""
     batch, length, kv_heads, head_dim = k.shape
-    options: dict[str, Any] = dict(window=window or None, implementation=implementation)
+    options: dict[str, Any] = dict(window=window or None)
     document = document_numbers(seq, batch, length, jnp.zeros((batch,), jnp.int32))
     position = positions_in_row(jnp.zeros((batch,), jnp.int32), length, seq.mask)
     if seq.mask is None:
-        o = attention(q, k, v, segment_ids=None if seq.segment_ids is None else document, **options)
+        o = kernel(q, k, v, segment_ids=None if seq.segment_ids is None else document, **options)
     else:
-        o = attention(
+        o = kernel(
             q,
             k,
             v,
             segment_ids=jnp.where(seq.mask, document, PADDING),
             key_segment_ids=jnp.where(seq.mask, document, EMPTY),
-            positions=position if window else None,
+            positions=position,
             **options,
         )
     new = dict(k=k, v=v, document=document)
@@ -141,12 +149,13 @@ def attend_from_cache(
     seq: Sequence,
     *,
     window: int,
-    implementation: str | None,
+    kernel: Kernel = attention,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """Attention of new tokens to those in the cache and to each other, and the cache with the new ones.
 
     Args:
         q: [B, T, H, d]. k, v: [B, T, Hkv, d]. cache: see `empty_cache`. window: 0 for none.
+        kernel: `attention`, or a function with its arguments that knows positions otherwise.
 
     Returns:
         o [B, T, H, d], zero on padding, and the new cache. Without a window, o is NaN for tokens that found no free
@@ -170,7 +179,7 @@ def attend_from_cache(
             new["document"] = jnp.where(seq.mask, document, EMPTY)
         keys = {name: jnp.concatenate([cache[name], x.astype(cache[name].dtype)], axis=1) for name, x in new.items()}
         places = jnp.concatenate([key_positions(cache), position], axis=1)
-    o = attention(
+    o = kernel(
         q,
         keys["k"],
         keys["v"],
@@ -179,7 +188,6 @@ def attend_from_cache(
         positions=position,
         key_positions=places,
         window=window or None,
-        implementation=implementation,
     )
     if window:
         return o, after
@@ -200,6 +208,11 @@ class Attention(Branch):
     head_dim: int = ATTENTION["head_dim"]
     positions: str = ATTENTION["positions"]
     rope_theta: float = ATTENTION["rope_theta"]
+    rope_style: str = ATTENTION["rope_style"]
+    scaling: str = ATTENTION["scaling"]
+    scaling_factor: float = ATTENTION["scaling_factor"]
+    trained_length: int = ATTENTION["trained_length"]
+    log_n: bool = ATTENTION["log_n"]
     init_std: float = ATTENTION["init_std"]
     window: int = ATTENTION["window"]
 
@@ -232,6 +245,33 @@ class Attention(Branch):
         heads, _, head_dim = self.sizes
         return 4 * length * heads * head_dim
 
+    @nn.nowrap
+    def kernel(self) -> Kernel:
+        """`attention` with the positions that are not in queries and keys."""
+        heads, _, head_dim = self.sizes
+        kernel = functools.partial(attention, implementation=self.implementation.get("attention"))
+        if self.positions in BIASES:
+            bias = BIASES[self.positions]
+            return functools.partial(kernel, bias=bias.function, bias_weights=bias.weights(self, heads))
+        if self.positions == "xpos":
+            return functools.partial(xpos, kernel, interleaved=self.rope_style == "interleaved")
+        if "rerope" in self.scaling:
+            frequency, factor = frequencies_of("none", head_dim // 2, self.rope_theta, 1.0, 0), self.scaling_factor
+            slower = factor if self.scaling == "leaky_rerope" else None
+            options = dict(interleaved=self.rope_style == "interleaved", frequency=frequency)
+            return functools.partial(rerope, trained=self.trained_length, factor=slower, **options)
+        return kernel
+
+    @nn.nowrap
+    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Queries or keys [B, T, H, d] at positions [B, T], rotated. ReRoPE rotates later, in the kernel."""
+        if self.positions not in ("rope", "xpos") or "rerope" in self.scaling:
+            return x
+        sizes = x.shape[-1] // 2, self.rope_theta, self.scaling_factor, self.trained_length
+        frequency = None if self.scaling == "none" else frequencies_of(self.scaling, *sizes)
+        scale, interleaved = scale_of(self.scaling, self.scaling_factor), self.rope_style == "interleaved"
+        return rope(x, positions, self.rope_theta, frequency=frequency, scale=scale, interleaved=interleaved)
+
     @nn.compact
     def __call__(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[jax.Array, State]:
         """x [B, T, D] to y [B, T, D] and the cache with these tokens. Without a state it holds only these tokens."""
@@ -248,14 +288,14 @@ class Attention(Branch):
             return y + bias.reshape(heads, head_dim)
 
         q, k = project("query", heads, "heads"), project("key", kv_heads, "kv_heads")
-        if self.positions == "rope":
-            q, k = (rope(x, seq.positions, self.rope_theta) for x in (q, k))
+        q, k = (self.rotate(x, seq.positions) for x in (q, k))
+        if self.log_n:
+            q = log_n(q, seq.positions, self.trained_length)
         v = project("value", kv_heads, "kv_heads")
-        window, implementation = self.window, self.implementation.get("attention")
         if state is None:
-            o, state = attend_within(q, k, v, seq, window=window, implementation=implementation)
+            o, state = attend_within(q, k, v, seq, window=self.window, kernel=self.kernel())
         else:
-            o, state = attend_from_cache(q, k, v, state, seq, window=window, implementation=implementation)
+            o, state = attend_from_cache(q, k, v, state, seq, window=self.window, kernel=self.kernel())
 
         out_axes = ("heads", "head_dim", "embed")
         out = self.matrix("out", (heads, head_dim, self.width), out_axes, normal(residual_std(self.layers, std)))
