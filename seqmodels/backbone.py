@@ -288,7 +288,7 @@ def redraw_every(config: Any) -> int:
 
 
 def context(config: Any) -> int | None:
-    """Number of tokens that the model can see: `seq_len` if a state is a cache or positions are learned, else None (any).
+    """Number of tokens that the model can see: `seq_len` if a state is a cache, or positions are learned; else None.
 
     `config` is the config of the whole run.
     """

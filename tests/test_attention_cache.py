@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmodels.mixers.attention import EMPTY, Attention, key_positions, put_keys
+from seqmodels.layers.kv_cache import EMPTY, key_positions, put_keys
+from seqmodels.mixers.attention import Attention
 from seqmodels.sequence import make_sequence
 
 B, T, D, WINDOW = 2, 13, 8, 4

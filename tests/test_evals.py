@@ -330,7 +330,7 @@ def test_extrapolation_measures_the_model_that_each_method_makes(split, pattern)
         "dynamic": dict(scaling="ntk", scaling_factor=4.0),
         "yarn": dict(scaling="yarn", scaling_factor=4.0, trained_length=8),
         "rerope": dict(scaling="rerope", trained_length=8),
-        "log_n": dict(log_n=True, trained_length=8),
+        "log_n": dict(log_n=8),
         "window": dict(window=8),
         "dt": dict(dt_scale=0.25),
     }

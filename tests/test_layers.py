@@ -12,10 +12,11 @@ import pytest
 
 from seqmodels.channels.mlp import Mlp
 from seqmodels.errors import UserError
+from seqmodels.layers.kv_cache import EMPTY
 from seqmodels.layers.matmul import separate_matmuls
 from seqmodels.layers.norm import LayerNorm, RMSNorm, gated_norm, layer_norm, rms_norm
 from seqmodels.layers.rope import rope
-from seqmodels.mixers.attention import EMPTY, Attention
+from seqmodels.mixers.attention import Attention
 from seqmodels.sequence import make_sequence
 
 WIDTH = 16

@@ -19,7 +19,7 @@ from seqmodels.configs import transformer
 from seqmodels.errors import UserError
 from seqmodels.kernels.attention import attention
 from seqmodels.layers import rope_scaling
-from seqmodels.layers.positions import log_n, sinusoids, xpos, zeta
+from seqmodels.layers.positions import sinusoids, xpos, zeta
 from seqmodels.layers.rerope import rerope
 from seqmodels.layers.rope import rope
 from seqmodels.mixers.attention import Attention
@@ -139,14 +139,6 @@ def test_xpos_against_its_formula(start):
         np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-5)
 
 
-def test_log_n():
-    q = draw(1, 9, H, D)
-    factor = np.maximum(np.log(np.arange(1, 10)) / np.log(4), 1)
-    assert factor[3] == 1 < factor[4]
-    got = log_n(jnp.float32(q), jnp.arange(9)[None], 4)
-    np.testing.assert_allclose(got, q * factor[None, :, None, None], rtol=1e-6)
-
-
 def test_sinusoids():
     got = sinusoids(jnp.array([[0, 3, 70]]), 6)
     for p, row in zip((0, 3, 70), np.asarray(got[0]), strict=True):
@@ -165,12 +157,11 @@ VARIANTS = {
     "ntk": dict(scaling="ntk", scaling_factor=4.0),
     "rerope": dict(scaling="rerope", trained_length=4),
     "leaky_rerope": dict(scaling="leaky_rerope", scaling_factor=2.0, trained_length=4),
-    "log_n": dict(log_n=True, trained_length=3),
 }
 
 
 QUICK = [("alibi", 0), ("rerope", 0), ("xpos", 4)]
-SLOW = [(variant, 0) for variant in VARIANTS if (variant, 0) not in QUICK] + [("t5", 4), ("rerope", 4), ("log_n", 4)]
+SLOW = [(variant, 0) for variant in VARIANTS if (variant, 0) not in QUICK] + [("t5", 4), ("rerope", 4)]
 
 
 @pytest.mark.parametrize(("variant", "window"), QUICK + [pytest.param(*each, marks=pytest.mark.slow) for each in SLOW])
@@ -197,7 +188,7 @@ def test_contract_of_every_kind_of_position(variant, window):
     np.testing.assert_allclose(np.where(real[..., None], jnp.concatenate(got, 1), 0), want, rtol=2e-4, atol=2e-5)
     whole, _ = apply(x, make_sequence(B, T, jnp.asarray(segments), jnp.asarray(real))[0])
     np.testing.assert_allclose(np.where(real[..., None], whole, 0), want, rtol=2e-4, atol=2e-5)
-    plain, _ = module.clone(positions="rope", scaling="none", rope_style="half", log_n=False).apply(
+    plain, _ = module.clone(positions="rope", scaling="none", rope_style="half").apply(
         variables, x, make_sequence(B, T)[0]
     )
     assert np.abs(apply(x, make_sequence(B, T)[0])[0] - plain).max() > 1e-4
@@ -209,7 +200,7 @@ def test_contract_of_every_kind_of_position(variant, window):
         (dict(positions="rotary"), r"attention.positions='rotary': must be one of 'rope', 'none'"),
         (dict(scaling="yarn"), r"attention.trained_length=0: must be at least 2 with scaling='yarn'"),
         (dict(scaling="ntk", positions="alibi"), r"attention.scaling='ntk': must be 'none' with positions='alibi'"),
-        (dict(log_n=True), r"attention.trained_length=0: must be at least 2 with log_n"),
+        (dict(scaling="rerope", trained_length=9, forget=True), r"scaling='rerope': must be another with softcap or f"),
         (dict(scaling="ntk", head_dim=2), r"attention.scaling='ntk': must be another with head_dim=2"),
     ],
 )

@@ -1,8 +1,8 @@
 """Train short, test long: what methods that need no training do for a trained model on rows longer than in training.
 
 Each method changes fields of `config.model` that have no parameters, so the trained parameters fit. The figure is the
-loss of the last tokens of a row as the row grows (Su 2023, kexue.fm/archives/9948): a mean over all positions would hide
-a failure at the end. The tokens that count are the same for all lengths and methods.
+loss of the last tokens of a row as the row grows (Su 2024, kexue.fm/archives/9948): a mean over all positions would
+hide a failure at the end. The tokens that count are the same for all lengths and methods.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -36,11 +36,11 @@ def changes(method: str, trained: int, length: int, longest: int) -> dict[str, F
     if method in SCALINGS:
         return {"attention": dict(scaling=method, scaling_factor=factor, trained_length=trained)}
     if method == "log_n":
-        return {"attention": dict(log_n=True, trained_length=trained)}
+        return {"attention": dict(log_n=trained)}
     if method == "window":
         return {"attention": dict(window=trained)}
     if method == "dt":
-        return dict.fromkeys(STEPPED, dict(dt_scale=1 / factor))
+        return {branch: dict(dt_scale=1 / factor) for branch in STEPPED}
     return {}
 
 

@@ -24,9 +24,19 @@ def check(options: Any, width: int) -> None:
         refuse("model.attention.scaling", options.scaling, f"'none' with positions={options.positions!r}")
     if options.scaling == "ntk" and head_dim < 4:
         refuse("model.attention.scaling", "ntk", f"another with head_dim={head_dim}, which is one pair")
-    needs = "log_n" if options.log_n else f"scaling={options.scaling!r}"
-    if (options.log_n or options.scaling in BY_LENGTH) and options.trained_length < 2:
-        refuse("model.attention.trained_length", options.trained_length, f"at least 2 with {needs}")
+    if options.scaling in BY_LENGTH and options.trained_length < 2:
+        allowed = f"at least 2 with scaling={options.scaling!r}"
+        refuse("model.attention.trained_length", options.trained_length, allowed)
+    if "rerope" in options.scaling and (options.softcap or options.forget):
+        refuse("model.attention.scaling", options.scaling, "another with softcap or forget")
+    if options.sinks > options.window:
+        refuse("model.attention.sinks", options.sinks, f"at most model.attention.window={options.window}")
+    if options.mask != "causal" and options.window:
+        refuse("model.attention.window", options.window, f"0 with mask={options.mask!r}, which chooses the tokens")
+    if options.mask == "fixed" and options.summary > options.stride:
+        refuse("model.attention.summary", options.summary, f"at most model.attention.stride={options.stride}")
+    if options.log_n == 1:
+        refuse("model.attention.log_n", options.log_n, "0 or at least 2, as ln(1) is 0")
 
 
 ATTENTION = Group(
@@ -39,9 +49,9 @@ ATTENTION = Group(
         "head_dim": Field(0, "channels of a head; 0: width / heads", at_least(0)),
         "positions": Field(
             "rope",
-            "how a token's position enters: rope (queries and keys are rotated), xpos (they also decay with distance), a "
-            "bias of the scores by distance (alibi, kerple, sandwich, t5), or none (only the mask knows it, as in Jamba, "
-            "where recurrent layers see the order)",
+            "how a token's position enters: rope (queries and keys are rotated), xpos (they also decay with distance), "
+            "alibi, kerple, sandwich, t5 (a bias of the scores by distance) or none (only the mask knows it, as in "
+            "Jamba, where recurrent layers see the order)",
             one_of("rope", "none", "xpos", "alibi", "kerple", "sandwich", "t5"),
             since=2,
         ),
@@ -55,8 +65,8 @@ ATTENTION = Group(
         ),
         "scaling": Field(
             "none",
-            "change of rotary positions for rows longer than in training (docs/positions.md); rerope and leaky_rerope are "
-            "for measuring trained models",
+            "change of rotary positions for rows longer than in training (docs/positions.md); rerope and leaky_rerope "
+            "are for measuring trained models",
             one_of(*SCALINGS),
             since=2,
         ),
@@ -65,13 +75,8 @@ ATTENTION = Group(
         ),
         "trained_length": Field(
             0,
-            f"tokens of a row in training; read with log_n and with scaling={', '.join(BY_LENGTH)}",
+            f"tokens of a row in training; read with scaling={', '.join(BY_LENGTH)}",
             at_least(0),
-            since=2,
-        ),
-        "log_n": Field(
-            False,
-            "multiply the query at position i by log(i + 1) / log(trained_length) where that is above 1",
             since=2,
         ),
         "init_std": Field(
@@ -82,6 +87,50 @@ ATTENTION = Group(
             since=2,
         ),
         "window": Field(0, "newest tokens that a token sees, itself included; 0: all", at_least(0), since=2),
+        "sinks": Field(0, "first tokens of its document that a token sees beside its window", at_least(0), since=2),
+        "mask": Field(
+            "causal",
+            "earlier tokens that a token sees: causal (all, or the window), or blocks: strided, fixed, bigbird",
+            one_of("causal", "strided", "fixed", "bigbird"),
+            since=2,
+        ),
+        "block": Field(
+            64, "tokens per block of a pattern; read with mask=strided, fixed, bigbird", at_least(1), since=2
+        ),
+        "stride": Field(
+            8,
+            "strided: the newest blocks that a token sees, and the step between the others; fixed: blocks per group",
+            at_least(1),
+            since=2,
+        ),
+        "summary": Field(
+            1, "last blocks of each group that all later tokens see; read with mask=fixed", at_least(1), since=2
+        ),
+        "near": Field(3, "newest blocks that a token sees; read with mask=bigbird", at_least(1), since=2),
+        "first": Field(
+            1, "first blocks of the document that all tokens see; read with mask=bigbird", at_least(0), since=2
+        ),
+        "random": Field(3, "random earlier blocks that a token sees; read with mask=bigbird", at_least(0), since=2),
+        "softcap": Field(
+            0.0, "scores s become softcap tanh(s / softcap), as in Gemma 2; 0: they stay", at_least(0), since=2
+        ),
+        "qk_norm": Field(
+            "none",
+            "norm of queries and keys: none, or rms over the channels of a head with learned scales, as in Qwen 3",
+            one_of("none", "rms"),
+            since=2,
+        ),
+        "log_n": Field(
+            0,
+            "tokens per row in training: queries at later positions n are scaled by ln(n) / ln(log_n); 0: they are not",
+            at_least(0),
+            since=2,
+        ),
+        "forget": Field(
+            False,
+            "forget gates: scores fall by the logarithms of the gates between key and query (Forgetting Transformer)",
+            since=2,
+        ),
     },
     check,
 )

@@ -63,8 +63,7 @@ EXPORTED_ATTENTION: Table = {
     **harmless(FRESH, "init_std"),
     "rope_style": only("half"),
     "scaling": only("none"),
-    "log_n": only(False),
-    **harmless("read with scaling and log_n", "scaling_factor", "trained_length"),
+    **harmless("read with scaling", "scaling_factor", "trained_length"),
     "window": only(0),
     **harmless("read with positions='rope'", "rope_theta"),
 }

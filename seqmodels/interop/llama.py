@@ -76,8 +76,7 @@ EXPORTED_ATTENTION: Table = {
     **harmless(FRESH, "init_std"),
     "rope_style": only("half"),
     "scaling": only("none"),
-    "log_n": only(False),
-    **harmless("read with scaling and log_n", "scaling_factor", "trained_length"),
+    **harmless("read with scaling", "scaling_factor", "trained_length"),
 }
 EXPORTED_MLP: Table = {**honoured("hidden", "activation"), "gated": only(True)}
 

@@ -1,7 +1,7 @@
 """What tells attention the positions of queries and keys, beside rotations (`layers/rope.py`).
 
-Biases of the scores by distance (kernels/attention/biases.py) with their weights, the decay of xPos, log-n scaling, and
-the sinusoids that may be added to a model's input.
+Biases of the scores by distance (kernels/attention/biases.py) with their weights, the decay of xPos, and the
+sinusoids that may be added to a model's input.
 """
 
 import dataclasses
@@ -26,7 +26,7 @@ def slopes(module: nn.Module, heads: int) -> jax.Array:
 
 
 def log_rates(module: nn.Module, heads: int) -> jax.Array:
-    """KERPLE's r1 and r2 [H, 2], positive as exponentials of parameters; fresh ones are uniform in (0, 2) and (0, 1)."""
+    """KERPLE's r1 and r2 [H, 2], as exponentials of parameters; fresh ones are uniform in (0, 2) and (0, 1)."""
 
     def init(key, shape, dtype=jnp.float32):
         return jnp.log(jax.random.uniform(key, shape, dtype, 1e-2, 1.0) * jnp.array([2.0, 1.0], dtype))
@@ -99,16 +99,6 @@ def xpos(
     later = jnp.minimum(key_positions, jnp.max(positions, axis=1, keepdims=True))  # what is in no slot may be anything
     q, k = scaled(q, positions - middle), scaled(k, middle - later)
     return kernel(q, k, v, positions=positions, key_positions=key_positions, **options)
-
-
-def log_n(q: jax.Array, positions: jax.Array, trained: int) -> jax.Array:
-    """q max(1, log(i + 1) / log L) at position i: a softmax over more keys than in training stays as sharp (Su 2021).
-
-    Args:
-        q: [B, T, H, d]. positions: [B, T]. trained: L, at least 2.
-    """
-    factor = jnp.maximum(jnp.log(positions.astype(jnp.float32) + 1) / np.log(trained), 1.0)
-    return (q * factor[:, :, None, None]).astype(q.dtype)
 
 
 def sinusoids(positions: jax.Array, width: int) -> jax.Array:

@@ -1,4 +1,4 @@
-"""ReRoPE (Su 2023, kexue.fm/archives/9708): rotary distances that stop growing, or grow more slowly, beyond a window."""
+"""ReRoPE (Su 2023, kexue.fm/archives/9708): rotary distances that stop growing, or grow slower, beyond a window."""
 
 from typing import Any
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from seqmodels.kernels.attention.arguments import Tokens
-from seqmodels.kernels.attention.masks import Mask
+from seqmodels.kernels.attention.masks import Mask, Pattern
 from seqmodels.kernels.attention.visible import visible
 from seqmodels.layers.rope import rope
 from seqmodels.layers.rope_scaling import leak
@@ -23,9 +23,13 @@ def rerope(
     frequency: np.ndarray,
     interleaved: bool = False,
     window: int | None = None,
+    sinks: int = 0,
+    pattern: Pattern | None = None,
     positions: jax.Array | None = None,
     key_positions: jax.Array | None = None,
-    **documents: Any,
+    segment_ids: jax.Array | None = None,
+    key_segment_ids: jax.Array | None = None,
+    **others: Any,
 ) -> jax.Array:
     """Attention of queries to keys, neither of which is rotated yet, with the rotary distance
 
@@ -41,7 +45,8 @@ def rerope(
         q: [B, T, H, d]. k, v: [B, S, Hkv, d].
         trained: L. factor: None for ReRoPE.
         frequency: [d/2] radians a token.
-        window, positions, key_positions, documents: as for `kernels.attention.attention`.
+        window, sinks, pattern, positions, key_positions, segment_ids, key_segment_ids: as for
+            `kernels.attention.attention`; of its other arguments there must be none, and `implementation` is not read.
 
     Returns:
         [B, T, H, d] in the dtype of q.
@@ -49,7 +54,10 @@ def rerope(
     if positions is None:
         positions = jnp.arange(q.shape[1], dtype=jnp.int32)[None].repeat(len(q), 0)
     key_positions = positions if key_positions is None else key_positions
-    documents.setdefault("key_segment_ids", documents.get("segment_ids"))
+    if any(value is not None for name, value in others.items() if name != "implementation"):
+        raise ValueError(f"rerope: takes no {', '.join(others)}")
+    if key_segment_ids is None:
+        key_segment_ids = segment_ids
     w = trained / 2
     slower = 0.0 if factor is None else 1 / max(leak(factor, trained, w), 1.0)
     start = positions[:, :1]  # of the call: angles of small numbers are more exact
@@ -63,8 +71,8 @@ def rerope(
         return products * q.shape[-1] ** -0.5
 
     near = (positions[:, :, None] - key_positions[:, None, :])[:, None, None] < w
-    tokens = Tokens(**documents, positions=positions, key_positions=key_positions)
-    seen = visible((q.shape[1], k.shape[1]), Mask(True, window, 0, None), tokens)
+    tokens = Tokens(segment_ids, key_segment_ids, None, positions, key_positions)
+    seen = visible((q.shape[1], k.shape[1]), Mask(True, window, sinks, pattern), tokens)
     assert seen is not None
     logits = jnp.where(
         seen[:, None, None], jnp.where(near, scores(1.0, 0.0), scores(slower, w * (1 - slower))), -jnp.inf

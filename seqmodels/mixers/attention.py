@@ -1,161 +1,105 @@
-"""Causal softmax attention with grouped heads and, by default, rotary positions (Llama 2: Touvron et al. 2023, 2.2)."""
+"""Softmax attention of grouped heads, by default causal with rotary positions (Llama 2: Touvron et al. 2023, 2.2)."""
 
 import functools
+import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
 from seqmodels.branch import Branch, State, real
 from seqmodels.fields.attention import ATTENTION
 from seqmodels.kernels.attention import attention
+from seqmodels.kernels.attention.masks import BigBird, Fixed, Pattern, Strided
 from seqmodels.kernels.finite import spoil
-from seqmodels.kernels.segments import resets
+from seqmodels.layers.kv_cache import (
+    EMPTY,
+    PADDING,
+    Cache,
+    at_slot,
+    check_slots,
+    document_numbers,
+    empty_cache,
+    key_positions,
+    newest,
+    positions_in_row,
+    put_keys,
+    slots_of,
+    sums_in_document,
+)
+from seqmodels.layers.norm import RMSNorm
 from seqmodels.layers.parameter import normal, parameter, residual_std, zeros
-from seqmodels.layers.positions import BIASES, log_n, xpos
+from seqmodels.layers.positions import BIASES, xpos
 from seqmodels.layers.rerope import rerope
 from seqmodels.layers.rope import rope
-from seqmodels.layers.rope_scaling import frequencies_of, scale_of
+from seqmodels.layers.rope_scaling import frequencies, frequencies_of, scale_of
 from seqmodels.sequence import Sequence
 
-EMPTY = -1  # document of a cache slot that holds no key
-PADDING = -2  # document of a padding token, which sees no key
+Kernel = Callable[..., jax.Array]
 
 
-def empty_cache(batch: int, slots: int, kv_heads: int, head_dim: int, dtype: DTypeLike) -> dict[str, jax.Array]:
-    """A cache of `slots` keys and values per row.
+class Rules(NamedTuple):
+    """Which tokens of its document a token sees, and how: static options of `kernels.attention`; 0 for none.
 
-    An empty slot holds zeros until a real token takes it. No query sees what an empty slot, or a slot of another
-    document, holds: `kernels.attention` selects it away.
-
-    Returns:
-        k, v: [B, S, Hkv, d], keys already rotated where positions rotate them, except by ReRoPE.
-        document: [B, S] int32, document of the row that each key belongs to, counted from 0; `EMPTY`: no key.
-        length: [B] int32, number of real tokens of the row so far.
+    `kernel` is `kernels.attention`, or a function with its arguments in which scores depend on distances too.
     """
-    shape = (batch, slots, kv_heads, head_dim)
-    return dict(
-        k=jnp.zeros(shape, dtype),
-        v=jnp.zeros(shape, dtype),
-        document=jnp.full((batch, slots), EMPTY, jnp.int32),
-        length=jnp.zeros((batch,), jnp.int32),
-    )
+
+    window: int = 0
+    sinks: int = 0
+    pattern: Pattern | None = None
+    softcap: float = 0.0
+    implementation: str | None = None
+    kernel: Kernel = attention
+
+    @property
+    def absolute(self) -> bool:
+        """Whether a token's position in its document matters, beyond its distance to others."""
+        return self.sinks > 0 or self.pattern is not None
+
+    def options(self) -> dict[str, Any]:
+        """Arguments of `kernels.attention.attention`."""
+        given = self._asdict()
+        del given["kernel"]
+        return given | dict(window=self.window or None, softcap=self.softcap or None)
 
 
-def key_positions(cache: dict[str, jax.Array]) -> jax.Array:
-    """[B, S] int32: how many real tokens of the row came before the key in each slot; meaningless for an empty slot.
-
-    The token at `position` took the slot position % S. Computing this costs less than updating one more array.
-    """
-    last, slots = cache["length"][:, None] - 1, cache["k"].shape[1]
-    return last - (last - jnp.arange(slots)) % slots
-
-
-def document_numbers(seq: Sequence, batch: int, length: int, last: jax.Array) -> jax.Array:
-    """[B, T] int32: document of each token: `last` [B], the last document in the state, plus the resets so far."""
-    changed = resets(**seq.documents())
-    if changed is None:
-        return jnp.broadcast_to(last[:, None], (batch, length))
-    return last[:, None] + jnp.cumsum(changed, axis=1, dtype=jnp.int32)
-
-
-def positions_in_row(before: jax.Array, length: int, mask: jax.Array | None) -> jax.Array:
-    """[B, T] int32: how many real tokens of the row come before each token, `before` [B] of them before the first."""
-    if mask is None:
-        return before[:, None] + jnp.arange(length, dtype=jnp.int32)
-    return before[:, None] + jnp.cumsum(mask, axis=1, dtype=jnp.int32) - mask
-
-
-def put_keys(
-    cache: dict[str, jax.Array], new: dict[str, jax.Array], position: jax.Array, mask: jax.Array | None, window: int
-) -> dict[str, jax.Array]:
-    """Put the real tokens into the cache.
-
-    With a window the cache is a ring buffer: the token at `position` replaces the token S before it, in the slot
-    position % S. Without a window it takes the slot `position`, and a token beyond the last slot is lost.
-
-    Args:
-        new: k and v [B, T, Hkv, d] and document [B, T] of the tokens.
-        position: [B, T] int32, number of real tokens of the row before each token.
-        mask: [B, T] bool, False on padding.
-        window: 0 for none.
-    """
-    batch, length = new["document"].shape
-    slots = cache["k"].shape[1]
-    kept = jnp.ones((batch, length), bool) if mask is None else mask
-    total = cache["length"] + jnp.sum(kept, axis=1, dtype=jnp.int32)
-    slot = position
-    if window:
-        kept &= (
-            position >= total[:, None] - slots
-        )  # keep only the end of a chunk longer than the ring, so that each slot has one writer
-        slot = position % slots
-    place = jnp.arange(batch)[:, None], jnp.where(kept, slot, slots)  # an index past the end is dropped
-    put = {name: cache[name].at[place].set(x.astype(cache[name].dtype), mode="drop") for name, x in new.items()}
-    return dict(put, length=total)
-
-
-def check_slots(tokens: int, slots: int, window: int) -> None:
-    """Raise a ValueError if this number of tokens does not fit even into an empty cache.
-
-    Only sizes are known here. The number of used slots and of padding tokens is known only when the computation runs,
-    and a running computation cannot raise: `attend_from_cache` then returns NaN.
-    """
-    if tokens > slots and not 0 < window <= slots:
-        raise ValueError(
-            f"attention: {tokens} tokens do not fit into a cache of {slots} slots; "
-            f"init_state(batch, max_length) needs max_length >= {tokens}, all tokens of the row"
-        )
-
-
-Kernel = Callable[..., jax.Array]  # `attention`, or the same with other scores
-
-
-def attend_within(
-    q: jax.Array, k: jax.Array, v: jax.Array, seq: Sequence, *, window: int, kernel: Kernel = attention
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+def attend_within(q: jax.Array, new: Cache, seq: Sequence, rules: Rules) -> tuple[jax.Array, Cache]:
     """Attention of whole rows to themselves, and their cache. As `attend_from_cache` with an empty cache."""
-    batch, length, kv_heads, head_dim = k.shape
-    options: dict[str, Any] = dict(window=window or None)
+    batch, length, kv_heads, head_dim = new["k"].shape
+    options, gates = rules.options(), new.get("gate")
     document = document_numbers(seq, batch, length, jnp.zeros((batch,), jnp.int32))
-    position = positions_in_row(jnp.zeros((batch,), jnp.int32), length, seq.mask)
-    if seq.mask is None:
-        o = kernel(q, k, v, segment_ids=None if seq.segment_ids is None else document, **options)
-    else:
-        o = kernel(
-            q,
-            k,
-            v,
-            segment_ids=jnp.where(seq.mask, document, PADDING),
-            key_segment_ids=jnp.where(seq.mask, document, EMPTY),
-            positions=position,
-            **options,
-        )
-    new = dict(k=k, v=v, document=document)
-    slots = min(window or length, length)
+    place = positions_in_row(jnp.zeros((batch,), jnp.int32), length, seq.mask)
+    if rules.absolute and (seq.mask is not None or seq.segment_ids is not None):
+        options["positions"] = seq.positions
+    elif seq.mask is not None and (rules.window or rules.kernel is not attention):
+        options["positions"] = place
+    if seq.mask is not None:
+        documents = jnp.where(seq.mask, document, PADDING), jnp.where(seq.mask, document, EMPTY)
+        options |= dict(segment_ids=documents[0], key_segment_ids=documents[1])
+    elif seq.segment_ids is not None:
+        options["segment_ids"] = document
+    o = rules.kernel(q, new["k"], new["v"], gates=gates, **options)
+    new = dict(new, document=document)
+    if rules.absolute:
+        new["position"] = seq.positions
+    slots = slots_of(length, rules.window, rules.sinks)
     if seq.mask is None and slots == length:  # every token is in its slot already
         return o, dict(new, length=jnp.full((batch,), length, jnp.int32))
-    return o, put_keys(empty_cache(batch, slots, kv_heads, head_dim, k.dtype), new, position, seq.mask, window)
+    cache = empty_cache(
+        batch, slots, kv_heads, head_dim, q.dtype, rules.absolute, 0 if gates is None else gates.shape[2]
+    )
+    return o, put_keys(cache, new, place, seq.mask, rules.window, rules.sinks)
 
 
-def attend_from_cache(
-    q: jax.Array,
-    k: jax.Array,
-    v: jax.Array,
-    cache: dict[str, jax.Array],
-    seq: Sequence,
-    *,
-    window: int,
-    kernel: Kernel = attention,
-) -> tuple[jax.Array, dict[str, jax.Array]]:
+def attend_from_cache(q: jax.Array, new: Cache, cache: Cache, seq: Sequence, rules: Rules) -> tuple[jax.Array, Cache]:
     """Attention of new tokens to those in the cache and to each other, and the cache with the new ones.
 
     Args:
-        q: [B, T, H, d]. k, v: [B, T, Hkv, d]. cache: see `empty_cache`. window: 0 for none.
-        kernel: `attention`, or a function with its arguments that knows positions otherwise.
+        q: [B, T, H, d].
+        new: what the cache holds of each new token: k and v [B, T, Hkv, d], and gate [B, T, H] if there are gates.
+        cache: see `empty_cache`.
 
     Returns:
         o [B, T, H, d], zero on padding, and the new cache. Without a window, o is NaN for tokens that found no free
@@ -165,33 +109,40 @@ def attend_from_cache(
         ValueError: T tokens without padding do not fit into the cache, or it has no slots at all.
     """
     batch, length = q.shape[:2]
-    slots = cache["k"].shape[1]
-    check_slots(length if seq.mask is None else 1, slots, window)
-    newest = jnp.maximum(cache["length"] - 1, 0) % max(slots, 1)
-    last = jnp.take_along_axis(cache["document"], newest[:, None], axis=1)[:, 0]
-    document = document_numbers(seq, batch, length, jnp.maximum(last, 0))
-    position = positions_in_row(cache["length"], length, seq.mask)
-    new = dict(k=k, v=v, document=document)
-    after = put_keys(cache, new, position, seq.mask, window)
-    keys, places = after, key_positions(after) if window else jnp.broadcast_to(jnp.arange(slots), (batch, slots))
-    if window and length > 1 and slots < window + length - 1:  # a late token may take the slot that an early one needs
+    slots, (window, sinks, *_) = cache["k"].shape[1], rules
+    check_slots(length if seq.mask is None else 1, slots, window, sinks)
+    document = document_numbers(seq, batch, length, jnp.maximum(at_slot(cache["document"], newest(cache)), 0))
+    place = positions_in_row(cache["length"], length, seq.mask)
+    new = dict(new, document=document)
+    if rules.absolute:
+        new["position"] = seq.positions
+    keys = after = put_keys(cache, new, place, seq.mask, window, sinks)
+    replaced = window and length > 1 and (sinks or slots < window + length - 1)
+    if replaced:  # a late token may take the slot that an early one needs
         if seq.mask is not None:
             new["document"] = jnp.where(seq.mask, document, EMPTY)
         keys = {name: jnp.concatenate([cache[name], x.astype(cache[name].dtype)], axis=1) for name, x in new.items()}
-        places = jnp.concatenate([key_positions(cache), position], axis=1)
-    o = kernel(
+    if rules.absolute:
+        places = keys["position"]
+    elif replaced:
+        places = jnp.concatenate([key_positions(cache), place], axis=1)
+    else:
+        places = key_positions(after) if window else jnp.broadcast_to(jnp.arange(slots), (batch, slots))
+    o = rules.kernel(
         q,
         keys["k"],
         keys["v"],
         segment_ids=document if seq.mask is None else jnp.where(seq.mask, document, PADDING),
         key_segment_ids=keys["document"],
-        positions=position,
+        positions=seq.positions if rules.absolute else place,
         key_positions=places,
-        window=window or None,
+        gates=new.get("gate"),
+        key_gates=keys.get("gate"),
+        **rules.options(),
     )
     if window:
         return o, after
-    lost = position >= slots
+    lost = place >= slots
     return spoil(o, lost if seq.mask is None else lost & seq.mask), after
 
 
@@ -200,7 +151,7 @@ class Attention(Branch):
 
     Its state is a cache of `max_length` tokens per row, which must be all that the row will ever have: the output of a
     token that finds no free slot is NaN. With a window the cache is a ring buffer with at most as many slots as the
-    window, and a row may have any number of tokens.
+    window, and a row may have any number of tokens. The first `sinks` tokens of the document have slots of their own.
     """
 
     heads: int = ATTENTION["heads"]
@@ -212,9 +163,20 @@ class Attention(Branch):
     scaling: str = ATTENTION["scaling"]
     scaling_factor: float = ATTENTION["scaling_factor"]
     trained_length: int = ATTENTION["trained_length"]
-    log_n: bool = ATTENTION["log_n"]
     init_std: float = ATTENTION["init_std"]
     window: int = ATTENTION["window"]
+    sinks: int = ATTENTION["sinks"]
+    mask: str = ATTENTION["mask"]
+    block: int = ATTENTION["block"]
+    stride: int = ATTENTION["stride"]
+    summary: int = ATTENTION["summary"]
+    near: int = ATTENTION["near"]
+    first: int = ATTENTION["first"]
+    random: int = ATTENTION["random"]
+    softcap: float = ATTENTION["softcap"]
+    qk_norm: str = ATTENTION["qk_norm"]
+    log_n: int = ATTENTION["log_n"]
+    forget: bool = ATTENTION["forget"]
 
     options = ATTENTION
     operations = ("attention",)
@@ -225,9 +187,21 @@ class Attention(Branch):
         """Number of heads, number of key heads, channels per head."""
         return self.heads, self.kv_heads or self.heads, self.head_dim or self.width // self.heads
 
+    @property
+    def rules(self) -> Rules:
+        """Which tokens a token sees, and how."""
+        patterns = dict(
+            causal=None,
+            strided=Strided(self.stride, self.block),
+            fixed=Fixed(self.stride, min(self.summary, self.stride), self.block),
+            bigbird=BigBird(self.near, self.first, self.random, self.block),
+        )
+        implementation = self.implementation.get("attention")
+        return Rules(self.window, self.sinks, patterns[self.mask], self.softcap, implementation)
+
     @nn.nowrap
     def init_state(self, batch: int, max_length: int | None = None) -> dict[str, jax.Array]:
-        """An empty cache of `max_length` slots, or of the window's size if that is smaller: see `empty_cache`.
+        """An empty cache of `max_length` slots, or of the window's and the sinks': see `empty_cache`.
 
         Raises ValueError without `max_length`: there would be room for no key at all.
         """
@@ -236,8 +210,10 @@ class Attention(Branch):
                 f"attention: init_state(batch, max_length={max_length}); max_length must be at least 1, the number of "
                 "tokens that a row will have, because the state is a cache of their keys"
             )
-        _, kv_heads, head_dim = self.sizes
-        return empty_cache(batch, min(self.window or max_length, max_length), kv_heads, head_dim, self.dtype)
+        heads, kv_heads, head_dim = self.sizes
+        slots = slots_of(max_length, self.window, self.sinks)
+        gates = heads if self.forget else 0
+        return empty_cache(batch, slots, kv_heads, head_dim, self.dtype, self.rules.absolute, gates)
 
     @nn.nowrap
     def flops(self, length: int) -> float:
@@ -247,30 +223,30 @@ class Attention(Branch):
 
     @nn.nowrap
     def kernel(self) -> Kernel:
-        """`attention` with the positions that are not in queries and keys."""
-        heads, _, head_dim = self.sizes
-        kernel = functools.partial(attention, implementation=self.implementation.get("attention"))
+        """`attention` with those positions that are not in queries and keys already."""
+        interleaved = self.rope_style == "interleaved"
         if self.positions in BIASES:
             bias = BIASES[self.positions]
-            return functools.partial(kernel, bias=bias.function, bias_weights=bias.weights(self, heads))
+            return functools.partial(attention, bias=bias.function, bias_weights=bias.weights(self, self.heads))
         if self.positions == "xpos":
-            return functools.partial(xpos, kernel, interleaved=self.rope_style == "interleaved")
+            return functools.partial(xpos, attention, interleaved=interleaved)
         if "rerope" in self.scaling:
-            frequency, factor = frequencies_of("none", head_dim // 2, self.rope_theta, 1.0, 0), self.scaling_factor
-            slower = factor if self.scaling == "leaky_rerope" else None
-            options = dict(interleaved=self.rope_style == "interleaved", frequency=frequency)
-            return functools.partial(rerope, trained=self.trained_length, factor=slower, **options)
-        return kernel
+            factor = self.scaling_factor if self.scaling == "leaky_rerope" else None
+            options = dict(frequency=frequencies(self.sizes[2] // 2, self.rope_theta), interleaved=interleaved)
+            return functools.partial(rerope, trained=self.trained_length, factor=factor, **options)
+        return attention
 
     @nn.nowrap
     def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
-        """Queries or keys [B, T, H, d] at positions [B, T], rotated. ReRoPE rotates later, in the kernel."""
+        """Queries or keys [B, T, H, d] at positions [B, T], rotated. ReRoPE rotates later, in its kernel."""
         if self.positions not in ("rope", "xpos") or "rerope" in self.scaling:
             return x
-        sizes = x.shape[-1] // 2, self.rope_theta, self.scaling_factor, self.trained_length
-        frequency = None if self.scaling == "none" else frequencies_of(self.scaling, *sizes)
-        scale, interleaved = scale_of(self.scaling, self.scaling_factor), self.rope_style == "interleaved"
-        return rope(x, positions, self.rope_theta, frequency=frequency, scale=scale, interleaved=interleaved)
+        options: dict[str, Any] = dict(interleaved=self.rope_style == "interleaved")
+        if self.scaling != "none":
+            sizes = x.shape[-1] // 2, self.rope_theta, self.scaling_factor, self.trained_length
+            options |= dict(frequency=frequencies_of(self.scaling, *sizes))
+            options |= dict(scale=scale_of(self.scaling, self.scaling_factor))
+        return rope(x, positions, self.rope_theta, **options)
 
     @nn.compact
     def __call__(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[jax.Array, State]:
@@ -288,14 +264,19 @@ class Attention(Branch):
             return y + bias.reshape(heads, head_dim)
 
         q, k = project("query", heads, "heads"), project("key", kv_heads, "kv_heads")
+        if self.qk_norm == "rms":
+            q, k = RMSNorm(1e-6, "head_dim", name="query_norm")(q), RMSNorm(1e-6, "head_dim", name="key_norm")(k)
         q, k = (self.rotate(x, seq.positions) for x in (q, k))
         if self.log_n:
-            q = log_n(q, seq.positions, self.trained_length)
-        v = project("value", kv_heads, "kv_heads")
+            q = log_n(q, seq.positions, self.log_n)
+        new = dict(k=k, v=project("value", kv_heads, "kv_heads"))
+        if self.forget:
+            new["gate"] = self._gates(x, seq, state)
+        rules = self.rules._replace(kernel=self.kernel())
         if state is None:
-            o, state = attend_within(q, k, v, seq, window=self.window, kernel=self.kernel())
+            o, state = attend_within(q, new, seq, rules)
         else:
-            o, state = attend_from_cache(q, k, v, state, seq, window=self.window, kernel=self.kernel())
+            o, state = attend_from_cache(q, new, state, seq, rules)
 
         out_axes = ("heads", "head_dim", "embed")
         out = self.matrix("out", (heads, head_dim, self.width), out_axes, normal(residual_std(self.layers, std)))
@@ -303,3 +284,24 @@ class Attention(Branch):
         if self.bias:
             y = y + parameter(self, "out_bias", (self.width,), ("embed",), zeros, dtype=self.dtype)
         return y, state
+
+    def _gates(self, x: jax.Array, seq: Sequence, state: State) -> jax.Array:
+        """[B, T, H] float32: sums of the logarithms of forget gates sigmoid(w x + b), over the document so far."""
+        heads, wide = self.sizes[0], jnp.promote_types(self.dtype, jnp.float32)
+        weight = self.matrix("forget", (self.width, heads), ("embed", "heads"), normal(0.02))
+        bias = parameter(self, "forget_bias", (heads,), ("heads",), zeros)
+        logs = jax.nn.log_sigmoid(jnp.einsum("btd,dh->bth", x, weight).astype(wide) + bias)
+        logs = logs if seq.mask is None else jnp.where(seq.mask[..., None], logs, 0)
+        before = jnp.zeros((len(x), heads), wide) if state is None else at_slot(state["gate"], newest(state))
+        return sums_in_document(logs, before, seq)
+
+
+def log_n(q: jax.Array, positions: jax.Array, trained: int) -> jax.Array:
+    """q [B, T, H, d] times max(1, ln(n) / ln(trained)), n = positions + 1: how many tokens of its document it sees.
+
+    So the entropy of the softmax stays that of rows of `trained` tokens (Chiang and Cholak 2022, arXiv 2202.12172,
+    section 5.3; Su 2021, kexue.fm/archives/8823).
+    """
+    tokens = (positions + 1).astype(jnp.promote_types(q.dtype, jnp.float32))
+    scale = jnp.maximum(jnp.log(tokens) / math.log(trained), 1)
+    return (q * scale[:, :, None, None]).astype(q.dtype)

@@ -13,6 +13,7 @@ from tests.kernels.helpers import assert_close
 T = 150
 
 
+@pytest.mark.slow  # transformers takes long to import
 @pytest.mark.parametrize("heads", [1, 4, 6, 12, 16])
 def test_alibi_is_blooms(heads):
     """Its bias is -slope times the distance, up to a number for each query, which the softmax does not see."""
@@ -26,6 +27,7 @@ def test_alibi_is_blooms(heads):
     np.testing.assert_allclose(ours[:, last], expected[:, last], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("count, farthest", [(32, 128), (8, 20)])
 def test_buckets_are_t5s(causal, count, farthest):
@@ -38,6 +40,7 @@ def test_buckets_are_t5s(causal, count, farthest):
     np.testing.assert_array_equal(Buckets(count, farthest, causal).bucket(i, j), theirs.numpy())
 
 
+@pytest.mark.slow
 def test_softcap_is_gemma_2s():
     """With a window, grouped heads, and gradients."""
     torch = pytest.importorskip("torch")
