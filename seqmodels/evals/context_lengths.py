@@ -77,8 +77,8 @@ def evaluate(
 
 def learned_positions(model: nn.Module | Callable[[int], nn.Module]) -> int:
     """Positions that a model with learned ones has; 0: any number."""
-    config = getattr(model, "config", {})
-    return config.position_table if config and config.get("positions") == "learned" else 0
+    config: Any = getattr(model, "config", {})
+    return config["position_table"] if config.get("positions") == "learned" else 0
 
 
 def _figures(model, params, split, ends, length, piece, batch_size, mesh, scored: int) -> dict:

@@ -64,7 +64,7 @@ def rerope(
 
     def scores(scale: float, shift: float) -> jax.Array:
         queries, keys = ((x - start).astype(jnp.float32) * scale for x in (positions, key_positions))
-        turn = dict(frequency=frequency, interleaved=interleaved)
+        turn: dict[str, Any] = dict(frequency=frequency, interleaved=interleaved)
         turned, key = rope(q, queries + shift, **turn), rope(k, keys, **turn)
         groups = turned.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
         products = jnp.einsum("bthgd,bshd->bhgts", groups, key, preferred_element_type=jnp.float32)

@@ -232,8 +232,9 @@ class Attention(Branch):
             return functools.partial(xpos, attention, interleaved=interleaved)
         if "rerope" in self.scaling:
             factor = self.scaling_factor if self.scaling == "leaky_rerope" else None
-            options = dict(frequency=frequencies(self.sizes[2] // 2, self.rope_theta), interleaved=interleaved)
-            return functools.partial(rerope, trained=self.trained_length, factor=factor, **options)
+            turn: dict[str, Any] = dict(interleaved=interleaved)
+            turn["frequency"] = frequencies(self.sizes[2] // 2, self.rope_theta)
+            return functools.partial(rerope, trained=self.trained_length, factor=factor, **turn)
         return attention
 
     @nn.nowrap
