@@ -98,7 +98,7 @@ def main() -> None:
     made = f" Commit {commit()}." if commit() else ""
     text = [
         f"# Rows longer than in training{where}, {datetime.date.today().isoformat()}",
-        f"Loss of the last tokens of rows of so many tokens ({options.split} split), of models trained on {trained}.{made} "
+        f"Loss of the last tokens of rows of so many tokens ({options.split} split), trained on {trained}.{made} "
         "The docstring of benchmarks/extrapolation.py has the commands; docs/positions.md explains the methods.",
         table(losses),
         f"![losses]({options.out.name}.png)",

@@ -217,7 +217,10 @@ CHOICES = {
     "model.dense.activation": ("silu", "sigmoid", "identity"),
     "model.dense.projection": ("identity", "linear"),
     "model.mamba.norms": ("none", "rms", "learned"),
-    "model.attention.positions": ("rope", "none"),
+    "model.attention.positions": ("rope", "none", "xpos", "alibi", "kerple", "sandwich", "t5"),
+    "model.attention.rope_style": ("half", "interleaved"),
+    "model.attention.scaling": ("none", "linear", "ntk", "yarn", "llama3", "rerope", "leaky_rerope"),
+    "model.positions": ("none", "learned", "sinusoidal"),
     "model.attention.mask": ("causal", "strided", "fixed", "bigbird"),
     "model.attention.qk_norm": ("none", "rms"),
     "model.moe.router": ("softmax", "renormalised", "sigmoid"),
@@ -251,6 +254,7 @@ SMALLEST = {
         *("model.attention.kv_heads", "model.attention.head_dim", "model.attention.window", "model.mlp.hidden"),
         *("model.attention.sinks", "model.attention.first", "model.attention.random"),
         *("model.attention.softcap", "model.attention.log_n"),
+        *("model.attention.init_std", "model.attention.trained_length", "model.position_table"),
         *("model.moe.hidden", "model.moe.shared", "model.moe.capacity"),
         *("model.moe.balance", "model.moe.z_loss", "model.moe.bias_rate"),
         *("model.performer.redraw", "model.gla.key_dim", "model.gla.value_dim", "model.conba.delay"),
@@ -278,6 +282,7 @@ SMALLEST = {
         *("model.linear_attention.heads", "model.performer.heads", "model.performer.random_features"),
         *("model.gla.heads", "model.gla.gate_rank", "model.gla.gate_divisor", "model.conba.sweeps"),
         *(f"model.{name}.{field}" for name in CONBAS for field in ("state", "expand", "head_dim")),
+        "model.attention.scaling_factor",
         *("model.attention.block", "model.attention.stride", "model.attention.summary", "model.attention.near"),
         *("model.retnet.heads", "model.attention.heads", "model.deltanet.heads", "model.gated_deltanet.heads"),
         *("training.accumulate", "training.profile_steps"),
@@ -294,10 +299,21 @@ POSITIVE = (
     *("model.retnet.norm_eps", "model.mamba.dt_min", "model.mamba.dt_max", "model.attention.rope_theta"),
     *("model.mamba2.dt_min", "model.mamba2.dt_max", "model.mamba3.dt_min", "model.mamba3.dt_max"),
     *("model.deltanet.norm_eps", "model.gated_deltanet.norm_eps", "model.moe.scale"),
+    *("model.mamba.dt_scale", "model.mamba2.dt_scale", "model.mamba3.dt_scale"),
     *("model.gated_deltanet.dt_min", "model.gated_deltanet.dt_max"),
     *(f"model.{name}.{field}" for name in CONBAS for field in ("norm_eps", "dt_min", "dt_max")),
 )
 SHARES = ("model.dropout", "optimizer.b1", "optimizer.b2", "optimizer.ema")  # at least 0, less than 1
+
+
+OTHERS = ("seed", "model.performer.seed", "mesh.data", "model.short_conv")  # which have tests of their own or need none
+
+
+@pytest.mark.parametrize("taps", [-1, 1, 9])
+def test_taps_of_short_convolutions(taps):
+    config = with_field("model.short_conv")
+    set_field(config, "model.short_conv", taps)
+    assert f"config.model.short_conv={taps}: must be an integer, 0, or from 2 to 8" in refusal(config)
 
 
 def with_field(field):
@@ -377,7 +393,7 @@ def test_numbers_above_the_largest_are_refused(largest, field):
 
 
 def test_every_number_that_a_config_holds_has_a_case_here():
-    """But for those that may be anything: seeds, and a mesh whose -1 has a test of its own."""
+    """But for OTHERS: seeds may be anything, and the rest has tests of its own."""
     cases = {
         *POSITIVE,
         *SHARES,
@@ -388,7 +404,7 @@ def test_every_number_that_a_config_holds_has_a_case_here():
         numbers = {
             field for field, value in flat(config) if isinstance(value, (int, float)) and value is not bool(value)
         }
-        assert numbers - cases - {*CHOICES, "seed", "model.performer.seed", "mesh.data"} == set(), name
+        assert numbers - cases - {*CHOICES, *OTHERS} == set(), name
 
 
 @pytest.mark.parametrize("field", sorted((*POSITIVE, *SHARES)))

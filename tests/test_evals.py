@@ -353,7 +353,7 @@ def test_extrapolation_measures_the_model_that_each_method_makes(split, pattern)
     [
         (mamba, "yarn", "extrapolate=yarn: does not fit this model: model.pattern='mamba' has none of attention"),
         (transformer, "dt", "extrapolate=dt: does not fit .* has none of mamba, mamba2, mamba3"),
-        (transformer, "none,yran", r"extrapolate='none,yran': must be a text, one or more of none, linear"),
+        (transformer, "none,yran", r"extrapolate='none,yran': must be one or more of none, linear"),
     ],
 )
 def test_methods_of_extrapolation_that_do_not_fit(config, method, message):

@@ -295,7 +295,7 @@ def test_without_positions_the_order_of_earlier_tokens_does_not_matter():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(positions="alibi"), r"config.model.attention.positions='alibi': must be one of 'rope', 'none'"),
+        (dict(positions="alibis"), r"config.model.attention.positions='alibis': must be one of 'rope', 'none'"),
         (dict(heads=3), r"config.model.attention.heads=3: must be a divisor of model.width=16"),
         (dict(heads=0), r"config.model.attention.heads=0: must be at least 1"),
         (dict(kv_heads=3), r"config.model.attention.kv_heads=3: must be a divisor of heads=4"),

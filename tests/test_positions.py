@@ -14,6 +14,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb, create_sinusoidal_positions
 
 from seqmodels import backbone
+from seqmodels.branches import BRANCHES
 from seqmodels.config import validate
 from seqmodels.configs import transformer
 from seqmodels.errors import UserError
@@ -207,6 +208,23 @@ def test_contract_of_every_kind_of_position(variant, window):
 def test_bad_fields_are_named(fields, message):
     with pytest.raises(UserError, match=message):
         Attention(width=16, **fields)
+
+
+@pytest.mark.parametrize(("name", "constant"), [("mamba", "dt_proj"), ("mamba2", "dt_proj"), ("mamba3", "head_proj")])
+def test_dt_scale_is_a_factor_of_every_step(name, constant):
+    """Where the step is softplus(dt_bias) alone, a factor of it is another bias."""
+    factor, plain = 0.25, BRANCHES[name](width=16)
+    x, (seq, *_) = jnp.float32(draw(B, T, 16)), make_sequence(B, T)
+    params = nn.unbox(jax.jit(plain.init)(jax.random.key(0), x, seq))["params"]
+    at = (slice(None), 0) if name == "mamba3" else slice(None)
+    params[constant] = params[constant].at[at].set(0)
+    bias = np.asarray(params["dt_bias"], np.float64) + 1.0
+    smaller = np.log(np.expm1(factor * np.log1p(np.exp(bias))))
+    run = lambda branch, bias: branch.apply({"params": params | dict(dt_bias=jnp.float32(bias))}, x, seq)  # noqa: E731
+    got, want = run(plain.clone(dt_scale=factor), bias), run(plain, smaller)
+    for mine, theirs in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=2e-4, atol=1e-5)
+    assert np.abs(got[0] - run(plain, bias)[0]).max() > 1e-3
 
 
 def model_with(positions, **fields):
