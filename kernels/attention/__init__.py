@@ -1,49 +1,36 @@
 """Softmax attention with grouped heads, windows, sparse patterns, biases, packed documents and caches."""
 
 import functools
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from seqmodels.kernels import dispatch
 from seqmodels.kernels.attention import cudnn, reference, xla
+from seqmodels.kernels.attention.apart import apart, hide
 from seqmodels.kernels.attention.arguments import Inputs, Options, Tokens
 from seqmodels.kernels.attention.biases import Bias
 from seqmodels.kernels.attention.masks import Mask, Pattern
 from seqmodels.kernels.attention.visible import reached, visible
-from seqmodels.kernels.axes import Layout
-from seqmodels.kernels.finite import finite_or_zero, not_finite, spoil
+from seqmodels.kernels.axes import Axes, Layout
 
 BACKENDS = {"reference": reference, "xla": xla, "cudnn": cudnn}
 WINNERS = {"cuda": ("cudnn", "xla"), "default": ("xla",)}  # measured on an H100, jax 0.11.2
 IMPLEMENTATIONS = tuple(BACKENDS)
 
-LARGEST = 1e18  # queries and keys of packed rows from here on count as infinite: their products overflow
 
+def axes(**arguments: Any) -> Layout:
+    """Logical axes of the arrays and of the result of `attention`.
 
-QUERY_ROWS, KEY_ROWS = ("batch", None, "heads", None), ("batch", None, "kv_heads", None)
-LAYOUT = Layout(
-    dict(
-        q=QUERY_ROWS,
-        k=KEY_ROWS,
-        v=KEY_ROWS,
-        segment_ids=("batch", None),
-        key_segment_ids=("batch", None),
-        key_mask=("batch", None),
-        positions=("batch", None),
-        key_positions=("batch", None),
-        bias_weights=("heads", None),
-        gates=("batch", None, "heads"),
-        key_gates=("batch", None, "heads"),
-    ),
-    (QUERY_ROWS,),
-    together=("heads", "kv_heads"),
-)
-
-
-def axes(**arrays: object) -> Layout:
-    """Logical axes of the arrays and of the result of `attention`. Time stays whole: each query sees all keys."""
-    return LAYOUT
+    Time may be split if there are as many keys as queries. Otherwise it stays whole: each query sees all keys.
+    """
+    q, k = arguments.get("q"), arguments.get("k")
+    time = "length" if q is not None and k is not None and q.shape[1] == k.shape[1] else None
+    queries, keys, tokens = ("batch", time, "heads", None), ("batch", time, "kv_heads", None), ("batch", time)
+    names = ("segment_ids", "key_segment_ids", "key_mask", "positions", "key_positions")
+    weights = dict(bias_weights=("heads", None), gates=("batch", time, "heads"), key_gates=("batch", time, "heads"))
+    arrays: dict[str, Axes] = dict(q=queries, k=keys, v=keys, **dict.fromkeys(names, tokens), **weights)
+    return Layout(arrays, (queries,), together=("heads", "kv_heads"))
 
 
 def attention(
@@ -112,41 +99,63 @@ def attention(
         ValueError: shapes or options that do not fit.
         seqmodels.kernels.dispatch.UnsupportedError: the named implementation cannot serve.
     """
-    if segment_ids is not None and key_segment_ids is None:
-        key_segment_ids = segment_ids
-    if positions is not None and key_positions is None:
-        key_positions = positions
-    if gates is not None and key_gates is None:
-        key_gates = gates
-    inputs = Inputs(q, k, v, bias_weights, None if gates is None else jax.lax.stop_gradient(gates), key_gates)
-    tokens = Tokens(segment_ids, key_segment_ids, key_mask, positions, key_positions)
-    options = Options(
-        Mask(causal, window, sinks, pattern), q.shape[-1] ** -0.5 if scale is None else scale, softcap, bias
+    inputs, tokens, options = arguments(
+        q,
+        k,
+        v,
+        causal=causal,
+        window=window,
+        sinks=sinks,
+        pattern=pattern,
+        segment_ids=segment_ids,
+        key_segment_ids=key_segment_ids,
+        key_mask=key_mask,
+        positions=positions,
+        key_positions=key_positions,
+        scale=scale,
+        softcap=softcap,
+        bias=bias,
+        bias_weights=bias_weights,
+        gates=gates,
+        key_gates=key_gates,
     )
-    check(inputs, tokens, options)
-    return _attend(implementation, options, hide(inputs, tokens, options), tokens)
+    attend = functools.partial(_by_backend, implementation, options)
+    if segment_ids is None:
+        return attend(hide(inputs, key_mask), tokens)
+    if q.shape[1] > 1:
+        return apart(attend, functools.partial(reached, mask=options.mask), hide(inputs, key_mask), tokens)
+    # A single query, as in decoding: what it does not see is selected away, in the products that read the cache anyway.
+    seen = visible((1, k.shape[1]), options.mask, tokens)
+    assert seen is not None  # it is None only without documents
+    return attend(hide(inputs, seen[:, 0]), tokens)
 
 
-def hide(inputs: Inputs, tokens: Tokens, options: Options) -> Inputs:
-    """Zeros in place of keys that no query sees: their values must not reach a gradient either."""
-    seen = tokens.key_mask
-    if tokens.segment_ids is not None and inputs.q.shape[1] == 1:
-        # A single query, as in decoding: what it does not see is selected away, in the products that read it anyway.
-        everything = visible((1, inputs.k.shape[1]), options.mask, tokens)
-        assert everything is not None  # it is None only without documents
-        seen = everything[:, 0]
-    if seen is None:
-        return inputs
-    k, v = (jnp.where(seen[..., None, None], x, 0) for x in (inputs.k, inputs.v))
-    key_gates = None if inputs.key_gates is None else jnp.where(seen[..., None], inputs.key_gates, 0)
-    return inputs._replace(k=k, v=v, key_gates=key_gates)
-
-
-def _attend(implementation: str | None, options: Options, inputs: Inputs, tokens: Tokens) -> jax.Array:
-    """`attention` of arguments that fit."""
-    if tokens.segment_ids is None or inputs.q.shape[1] == 1:
-        return _by_backend(implementation, options, inputs, tokens)
-    return _apart((implementation, options), inputs, tokens)
+def arguments(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    causal: bool,
+    window: int | None,
+    sinks: int,
+    pattern: Pattern | None,
+    scale: float | None,
+    softcap: float | None,
+    bias: Bias | None,
+    bias_weights: jax.Array | None,
+    gates: jax.Array | None,
+    key_gates: jax.Array | None,
+    **tokens: jax.Array | None,
+) -> tuple[Inputs, Tokens, Options]:
+    """The arguments of `attention` as implementations take them, with those of the keys where they are left out."""
+    of_keys = dict(key_segment_ids="segment_ids", key_positions="positions")
+    tokens |= {key: tokens[name] for key, name in of_keys.items() if tokens[key] is None}
+    key_gates = gates if key_gates is None else key_gates
+    inputs = Inputs(q, k, v, bias_weights, None if gates is None else jax.lax.stop_gradient(gates), key_gates)
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    options = Options(Mask(causal, window, sinks, pattern), scale, softcap, bias)
+    check(inputs, Tokens(**tokens), options)
+    return inputs, Tokens(**tokens), options
 
 
 def _by_backend(implementation: str | None, options: Options, inputs: Inputs, tokens: Tokens) -> jax.Array:
@@ -170,36 +179,6 @@ def _by_backend(implementation: str | None, options: Options, inputs: Inputs, to
 
     return dispatch.dispatch("attention", BACKENDS, WINNERS, implementation, facts, call, inputs, tokens)
 
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _apart(static: tuple[str | None, Options], inputs: Inputs, tokens: Tokens) -> jax.Array:
-    """As `_by_backend`, and what is not finite in one document does not reach the others.
-
-    Weights of unseen keys are zero, but the products multiply by them. So queries, keys, values, gates and the gradient
-    of the output become finite before, whoever multiplies them. What sees a key that was not finite is NaN.
-    """
-    q, k, v, _, gates, key_gates = inputs
-    bad, spoilt = not_finite(k, LARGEST) | not_finite(v), not_finite(q, LARGEST)
-    if gates is not None and key_gates is not None:
-        bad, spoilt = bad | not_finite(key_gates, LARGEST), spoilt | not_finite(gates, LARGEST)
-        gates, key_gates = finite_or_zero(gates, LARGEST), finite_or_zero(key_gates, LARGEST)
-    spoilt |= reached(bad, q.shape[1], static[1].mask, tokens)
-    q, k, v = finite_or_zero(q, LARGEST), finite_or_zero(k, LARGEST), finite_or_zero(v)
-    o = _by_backend(*static, inputs._replace(q=q, k=k, v=v, gates=gates, key_gates=key_gates), tokens)
-    return spoil(o, spoilt)
-
-
-def _apart_fwd(static, inputs, tokens):
-    o, pull = jax.vjp(lambda inputs: _apart.fun(static, inputs, tokens), inputs)
-    return o, pull
-
-
-def _apart_bwd(static, pull, do):
-    (gradients,) = pull(finite_or_zero(do))
-    return gradients._replace(q=spoil(gradients.q, not_finite(do))), None
-
-
-_apart.defvjp(_apart_fwd, _apart_bwd)
 
 choose = functools.partial(dispatch.choose, "attention", BACKENDS, WINNERS)
 

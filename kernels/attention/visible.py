@@ -29,7 +29,7 @@ def visible(shape: tuple[int, int], mask: Mask, tokens: Tokens) -> jax.Array | N
     return sees(mask, tokens.queries(shape[0]), tokens.keys(shape[1]))
 
 
-def reached(bad: jax.Array, queries: int, mask: Mask, tokens: Tokens, chunk: int = 1024) -> jax.Array:
+def reached(bad: jax.Array, queries: int, tokens: Tokens, *, mask: Mask, chunk: int = 1024) -> jax.Array:
     """[B, T] bool: whether a query sees a key that is `bad` [B, S]. Among many keys it searches only if there is one.
 
     Args:

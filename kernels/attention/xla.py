@@ -74,10 +74,13 @@ class Columns(NamedTuple):
 class Sums(NamedTuple):
     """What queries have of some keys.
 
+    The axes are those of the queries: [B, T, H, d] for values, without d for the others, or [B, Hkv, H / Hkv, R, d] in
+    a tile.
+
     Attributes:
-        highest: [B, Hkv, H / Hkv, R], the greatest score; the lowest number if no key was seen.
-        total: [B, Hkv, H / Hkv, R], sum of the weights exp(score - highest).
-        values: [B, Hkv, H / Hkv, R, d], sum of the values, each times its weight.
+        highest: the greatest score; the lowest number if no key was seen.
+        total: sum of the weights exp(score - highest).
+        values: sum of the values, each times its weight.
     """
 
     highest: jax.Array
@@ -86,28 +89,40 @@ class Sums(NamedTuple):
 
 
 def forward(options: Options, inputs: Inputs, tokens: Tokens) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """o [B, T, H, d], each query's greatest score, and the sum of its weights exp(score - greatest), [B, T, H] each.
+    """o [B, T, H, d], and highest and total of the `sums`."""
+    highest, total, values = sums(options, inputs, tokens)
+    return divided(values, total).astype(inputs.q.dtype), highest, total
 
-    For a query that sees no key these are 0, the lowest number, and 0.
-    """
+
+def sums(options: Options, inputs: Inputs, tokens: Tokens) -> Sums:
+    """What all queries have of these keys."""
     queries, keys, plan = _cut(options, inputs, tokens)
-    lowest = jnp.finfo(inputs.accumulator).min
 
     def of_row(_, row):
         queries, order, count = row
-        zero = jnp.zeros(queries.q.shape, inputs.accumulator)
-        sums = Sums(zero[..., 0] + lowest, zero[..., 0], zero)
-        visit = lambda n, sums: _merged(sums, _sums(options, inputs, queries, _at(keys, order[n])))  # noqa: E731
-        highest, total, values = _visits(order, count, visit, sums)
-        return None, (_divided(values, total).astype(inputs.q.dtype), highest, total)
+        visit = lambda n, sums: merged(sums, _sums(options, inputs, queries, _at(keys, order[n])))  # noqa: E731
+        return None, _visits(order, count, visit, no_sums(queries.q.shape, inputs.accumulator))
 
-    _, outputs = _scan(of_row, None, (queries, *plan))
-    o, highest, total = (tiles.ungrouped(x, inputs.q.shape[1]) for x in outputs)
-    return o, highest, total
+    _, found = _scan(of_row, None, (queries, *plan))
+    return Sums(*(tiles.ungrouped(x, inputs.q.shape[1]) for x in found))
 
 
-def _divided(x: jax.Array, total: jax.Array) -> jax.Array:
-    """x / total, where total is 0 x itself."""
+def no_sums(shape: tuple[int, ...], dtype: jnp.dtype) -> Sums:
+    """What queries of this shape have of no key."""
+    zero = jnp.zeros(shape, dtype)
+    return Sums(zero[..., 0] + jnp.finfo(dtype).min, zero[..., 0], zero)
+
+
+def merged(a: Sums, b: Sums) -> Sums:
+    """The sums over the keys of both."""
+    highest = jnp.maximum(a.highest, b.highest)
+    of_a, of_b = jnp.exp(a.highest - highest), jnp.exp(b.highest - highest)
+    values = of_a[..., None] * a.values + of_b[..., None] * b.values
+    return Sums(highest, of_a * a.total + of_b * b.total, values)
+
+
+def divided(x: jax.Array, total: jax.Array) -> jax.Array:
+    """x [..., n] / total [...]; where total is 0, x itself."""
     return x / jnp.where(total == 0, 1, total)[..., None]
 
 
@@ -119,14 +134,6 @@ def _sums(options: Options, inputs: Inputs, queries: Rows, keys: Columns) -> Sum
     weights = _where(seen, jnp.exp(scores - highest[..., None]))
     values = _product("bngts,bnsd->bngtd", weights.astype(keys.v.dtype), keys.v, scores.dtype)
     return Sums(highest, jnp.sum(weights, axis=-1), values)
-
-
-def _merged(a: Sums, b: Sums) -> Sums:
-    """The sums over the keys of both."""
-    highest = jnp.maximum(a.highest, b.highest)
-    of_a, of_b = jnp.exp(a.highest - highest), jnp.exp(b.highest - highest)
-    values = of_a[..., None] * a.values + of_b[..., None] * b.values
-    return Sums(highest, of_a * a.total + of_b * b.total, values)
 
 
 class Gradients(NamedTuple):
@@ -199,7 +206,7 @@ def _gradients(
     """
     products, change, seen = _scores(options, inputs, queries, keys)
     scores, pull = jax.vjp(change, products, keys.gates, inputs.bias_weights)
-    weights = _where(seen, _divided(jnp.exp(scores - highest[..., None]), total))
+    weights = _where(seen, divided(jnp.exp(scores - highest[..., None]), total))
     dweights = _product("bngtd,bnsd->bngts", do, keys.v, scores.dtype)
     delta = jnp.sum(weights * dweights, axis=-1) if delta is None else delta
     dproducts, dkey_gates, dbias = pull(weights * (dweights - delta[..., None]))

@@ -11,7 +11,6 @@ import jax.numpy as jnp
 
 from seqmodels.branch import Branch, State, real
 from seqmodels.fields.attention import ATTENTION
-from seqmodels.kernels.attention import attention
 from seqmodels.kernels.attention.masks import BigBird, Fixed, Pattern, Strided
 from seqmodels.kernels.finite import spoil
 from seqmodels.layers.kv_cache import (
@@ -35,6 +34,7 @@ from seqmodels.layers.positions import BIASES, xpos
 from seqmodels.layers.rerope import rerope
 from seqmodels.layers.rope import rope
 from seqmodels.layers.rope_scaling import frequencies, frequencies_of, scale_of
+from seqmodels.parallel import attention
 from seqmodels.sequence import Sequence
 
 Kernel = Callable[..., jax.Array]
@@ -217,7 +217,7 @@ class Attention(Branch):
 
     @nn.nowrap
     def flops(self, length: int) -> float:
-        """Scores and sums over all `length` keys. Half of them are masked, but all are computed."""
+        """Scores and sums over all `length` keys, as is usual, although tiles that are masked are not computed."""
         heads, _, head_dim = self.sizes
         return 4 * length * heads * head_dim
 

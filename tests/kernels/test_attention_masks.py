@@ -128,7 +128,7 @@ def test_what_a_bad_key_reaches():
     for mask in (Mask(), Mask(window=3), Mask(False)):
         for bad in (draw.random((2, T)) < 0.1, np.zeros((2, T), bool)):
             want = (np.asarray(visible((T, T), mask, tokens)) & bad[:, None]).any(-1)
-            np.testing.assert_array_equal(jax.jit(lambda bad: reached(bad, T, mask, tokens, chunk=10))(bad), want)  # noqa: B023
+            np.testing.assert_array_equal(jax.jit(lambda bad: reached(bad, T, tokens, mask=mask, chunk=10))(bad), want)  # noqa: B023
 
 
 @pytest.mark.parametrize(
