@@ -71,6 +71,12 @@ def norm_name(step: int) -> str:
     return ("norm", "mlp_norm")[step] if step < 2 else f"norm_{step}"
 
 
+def norms_of(step: int, branches: int, own: bool) -> list[str]:
+    """Names of the norms of a step's branches: `own` for each, or the same for all."""
+    first = norm_name(step)
+    return [first] + [f"{step_name(step)}_{j}_norm" if own else first for j in range(1, branches)]
+
+
 def linked(spec: BlockSpec) -> list[str]:
     """Words of the block's branches whose hidden state DenseSSM can access."""
     words = spec.names().values()
@@ -187,8 +193,9 @@ class Block(nn.Module):
         config, spec = self.config, self.spec
         setattr(self, depth.kind(config), connection_of(config, spec))
         self.dropout = nn.Dropout(config.dropout)
-        for step in range(len(spec.steps)):
-            setattr(self, norm_name(step), norm_of(config))
+        for i, step in enumerate(spec.steps):
+            for name in dict.fromkeys(norms_of(i, len(step), config.parallel_norms)):
+                setattr(self, name, norm_of(config))
         for name, word in spec.names().items():
             setattr(self, name, branch_of(config, word))
 
@@ -203,13 +210,14 @@ class Block(nn.Module):
         names = iter(self.spec.names())
         for i, step in enumerate(self.spec.steps):
             u, carry = connection.enter(x, carry, i)
-            normed = getattr(self, norm_name(i))(u).astype(dtype)
+            norms = norms_of(i, len(step), self.config.parallel_norms)
+            normed = {norm: getattr(self, norm)(u).astype(dtype) for norm in dict.fromkeys(norms)}
             if i == 0:  # model.remat knows it by this name
-                normed = checkpoint_name(normed, "normed")
+                normed = {norm: checkpoint_name(y, "normed") for norm, y in normed.items()}
             ys = []
-            for name in (next(names) for _ in step):
+            for norm, name in zip(norms, names, strict=False):  # the other names are of later steps
                 branch = getattr(self, name)
-                y, new[name], carry, own = connection.run(branch, normed, seq, old.get(name), carry, own)
+                y, new[name], carry, own = connection.run(branch, normed[norm], seq, old.get(name), carry, own)
                 ys.append(self.dropout(y, deterministic=deterministic))
             x, carry = connection.leave(x, sum(ys[1:], start=ys[0]), carry, i)
         new[kind] = own

@@ -71,6 +71,9 @@ def check_blocks(model: ConfigDict) -> None:
     if model.repeats * blocks > pattern.MOST_BLOCKS:
         allowed = f"at most {pattern.MOST_BLOCKS // blocks}, which makes {pattern.MOST_BLOCKS} blocks"
         refuse("model.repeats", model.repeats, allowed)
+    if model.parallel_norms and all(len(step) == 1 for block in pattern.parse(model.pattern) for step in block):
+        allowed = f"False with model.pattern={model.pattern!r}, without branches side by side"
+        refuse("model.parallel_norms", True, allowed)
 
 
 def check_implementation(implementation: ConfigDict) -> None:

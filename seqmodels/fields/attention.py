@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from seqmodels.fields import Field, Group, above, at_least, one_of, refuse
+from seqmodels.fields import Field, Group, Rule, above, at_least, one_of, refuse
 
 
 def check(options: Any, width: int) -> None:
@@ -15,6 +15,8 @@ def check(options: Any, width: int) -> None:
     if options.positions == "rope" and (head_dim := options.head_dim or width // heads) % 2:
         made = "" if options.head_dim else f"; it is model.width={width} / heads={heads}"
         refuse("model.attention.head_dim", head_dim, f"even, as rotary positions turn pairs{made}")
+    if options.positions == "rope" and (turned := int((options.head_dim or width // heads) * options.rotary)) % 2:
+        refuse("model.attention.rotary", options.rotary, f"a share that makes an even number of channels, not {turned}")
 
 
 ATTENTION = Group(
@@ -33,6 +35,19 @@ ATTENTION = Group(
             since=2,
         ),
         "rope_theta": Field(1e4, "base of the rotary positions' wavelengths; read with positions=rope", above(0)),
+        "rotary": Field(
+            1.0,
+            "share of a head's channels, the first ones, that rotary positions turn; 0.25 in GPT-NeoX",
+            Rule(lambda share: 0 < share <= 1, "greater than 0 and at most 1"),
+            since=2,
+        ),
+        "llama3": Field(
+            0.0,
+            "factor by which wavelengths of rotary positions beyond 8192 tokens are stretched, as Llama 3.1 (8) and "
+            "3.2 (32) do; 0: none",
+            at_least(0),
+            since=2,
+        ),
         "window": Field(0, "newest tokens that a token sees, itself included; 0: all", at_least(0), since=2),
     },
     check,

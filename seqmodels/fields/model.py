@@ -28,6 +28,11 @@ MODEL = Group(
         ),
         "norm_eps": Field(1e-5, "epsilon of those norms", above(0)),
         "bias": Field(False, "biases in layer norms, and in the projections of branches that can have them", since=2),
+        "parallel_norms": Field(
+            False,
+            "branches side by side (a|b) have a norm each, as in GPT-NeoX; False: they read the same normed input",
+            since=2,
+        ),
         "dropout": Field(0.0, "share of the numbers dropped at the output of every branch and of the input", share),
         "dtype": Field(
             "float32", "dtype of activations and matrix products; parameters, states and losses are float32", DTYPES

@@ -61,7 +61,7 @@ EXPORTED_ATTENTION: Table = {
     **honoured("heads", "kv_heads", "head_dim"),
     "positions": only("none"),
     "window": only(0),
-    **harmless("read with positions='rope'", "rope_theta"),
+    **harmless("read with positions='rope'", "rope_theta", "rotary", "llama3"),
 }
 EXPORTED_MAMBA: Table = {
     **honoured("state", "expand", "conv", "dt_rank", "norm_eps"),

@@ -200,6 +200,8 @@ class Attention(Branch):
     head_dim: int = ATTENTION["head_dim"]
     positions: str = ATTENTION["positions"]
     rope_theta: float = ATTENTION["rope_theta"]
+    rotary: float = ATTENTION["rotary"]
+    llama3: float = ATTENTION["llama3"]
     window: int = ATTENTION["window"]
 
     options = ATTENTION
@@ -247,7 +249,8 @@ class Attention(Branch):
 
         q, k = project("query", heads, "heads"), project("key", kv_heads, "kv_heads")
         if self.positions == "rope":
-            q, k = (rope(x, seq.positions, self.rope_theta) for x in (q, k))
+            turned = int(head_dim * self.rotary)
+            q, k = (rope(x, seq.positions, self.rope_theta, turned, self.llama3) for x in (q, k))
         v = project("value", kv_heads, "kv_heads")
         window, implementation = self.window, self.implementation.get("attention")
         if state is None:
