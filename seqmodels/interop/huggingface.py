@@ -66,6 +66,15 @@ FAMILIES = {
     ),
 }
 
+OTHERS = {  # known models that no branch of ours can be, and why
+    "qwen3_next": "its attention has an output gate and norms of queries and keys, its shared expert a gate",
+    "qwen3_5": "its attention has an output gate and norms of queries and keys",
+    "qwen3_5_moe": "its attention has an output gate and norms of queries and keys, its shared expert a gate",
+    "olmo_hybrid": "the norms of its attention and MLP are behind them, and it has norms of queries and keys",
+    "recurrent_gemma": "its RG-LRU is no branch here",
+    "rwkv": "RWKV-4 is no branch here",
+}
+
 EXPORTED: Table = {  # fields of config.model itself
     **honoured("bias", "norm_eps", "pattern", "repeats", "tie_embeddings", "vocab_size", "width"),
     **honoured("norm", "parallel_norms"),  # as far as EXPORTED_NORMS allows, or GPT-NeoX has them
@@ -120,6 +129,8 @@ def read_model(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[d
     if kind is None and "d_model" in config:
         model = original.config_of(config, vocab_size=rows_of(tensors))
         return model, converted(tensors, model, FAMILIES[model["pattern"]])
+    if isinstance(kind, str) and kind in OTHERS:
+        raise UserError(f"Hugging Face config: model_type {kind!r} cannot be converted: {OTHERS[kind]}")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"Hugging Face config: model_type is {kind!r}; allowed: {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
