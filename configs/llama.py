@@ -44,7 +44,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config = base()
     config.model.pattern = "attention+mlp"
     config.model.tie_embeddings = False
-    config.model.attention = ATTENTION.defaults(heads=4)
+    config.model.attention = ATTENTION.defaults(heads=4, kv_heads=4)
     config.model.mlp = MLP.defaults(hidden=112)
     if chosen != "small":
         width, layers, heads, kv_heads, hidden, vocab_size, theta, stretch, tied, tokens, rate, fsdp = PUBLISHED[chosen]
@@ -64,9 +64,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
 def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
     """Sharing of keys and values, base of the rotary positions, and learning rate."""
     config = get_config(arg)
-    heads = config.model.attention.heads
-    for kv_heads in (1, heads // 2):
-        add({"model.attention.kv_heads": kv_heads})
+    attention = config.model.attention
+    for kv_heads in (1, attention.heads):
+        if kv_heads != attention.kv_heads:
+            add({"model.attention.kv_heads": kv_heads})
     for factor in (0.1, 10.0):
-        add({"model.attention.rope_theta": config.model.attention.rope_theta * factor})
+        add({"model.attention.rope_theta": attention.rope_theta * factor})
     add({"optimizer.learning_rate": config.optimizer.learning_rate / 3})

@@ -306,14 +306,10 @@ def write_tokenizer(path: Path, folder: Path) -> Path:
             tk.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ],
     }
-    advice = "name another tokenizer with --config.data.tokenizer"
-    if ggml.get("model") != "gpt2":
-        raise UserError(
-            f"{path}: tokenizer.ggml.model is {ggml.get('model')!r}; only 'gpt2' can be converted; {advice}"
-        )
-    if ggml.get("pre") not in splits:
-        allowed = ", ".join(map(repr, splits))
-        raise UserError(f"{path}: tokenizer.ggml.pre is {ggml.get('pre')!r}; only {allowed} can be converted; {advice}")
+    for name, allowed in (("model", ["gpt2"]), ("pre", list(splits))):
+        if (value := ggml.get(name)) not in allowed:
+            advice = f"only {', '.join(map(repr, allowed))} can be converted; name another with --config.data.tokenizer"
+            raise UserError(f"{path}: tokenizer.ggml.{name} is {value!r}; {advice}")
     tokens, kinds = ggml["tokens"], ggml.get("token_type", [])
     merges = [tuple(merge.split(" ")) for merge in ggml["merges"]]
     made = tk.Tokenizer(tk.models.BPE({token: i for i, token in enumerate(tokens)}, merges))

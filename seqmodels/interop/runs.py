@@ -1,7 +1,7 @@
 """Run directories from directories of transformers, and back, with the tokenizer.
 
-Parameters are read one after another, straight to the devices that hold them, and written in the same way. So the host
-needs memory for two or three tensors.
+Parameters are read one after another, straight to the devices that hold them, and on export written in the same way. So
+the host holds two or three tensors at a time.
 """
 
 import dataclasses
@@ -63,14 +63,14 @@ def config_of(source: Path, workdir: Path) -> ConfigDict:
     return upgrade(config).lock()
 
 
-def import_run(source: Path, workdir: Path, config: ConfigDict) -> dict[str, int]:
+def import_run(source: Path, workdir: Path, config: ConfigDict) -> int:
     """Makes a run directory with one checkpoint, of step 0, which holds the parameters alone.
 
     Args:
       config: result of `config_of`; fields that do not change the shape of a parameter may be changed, and
         `model.scan_blocks`.
 
-    Returns: the number of parameters, and of bytes of the tokenizer's files.
+    Returns: the number of parameters.
 
     Raises: UserError where the directory holds a run, a file is missing or damaged, or weights or tokenizer do not fit
       the config.
@@ -100,7 +100,7 @@ def import_run(source: Path, workdir: Path, config: ConfigDict) -> dict[str, int
             about = {"from": str(source), "config": theirs}
             replace_file(workdir / run.IMPORTED, json.dumps(about, indent=2) + "\n")
         run.write_config(workdir, config)
-    return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract))}
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract))
 
 
 def _as_in(model: Any, params: Mapping[str, Any]) -> dict[str, Any]:
