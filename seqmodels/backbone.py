@@ -72,6 +72,12 @@ def norm_name(step: int) -> str:
     return ("norm", "mlp_norm")[step] if step < 2 else f"norm_{step}"
 
 
+def norms_of(step: int, branches: int, own: bool) -> list[str]:
+    """Names of the norms of a step's branches: `own` for each, or the same for all."""
+    first = norm_name(step)
+    return [first] + [f"{step_name(step)}_{j}_norm" if own else first for j in range(1, branches)]
+
+
 def linked(spec: BlockSpec) -> list[str]:
     """Words of the block's branches whose hidden state DenseSSM can access."""
     words = spec.names().values()
@@ -213,8 +219,9 @@ class Block(nn.Module):
         config, spec = self.config, self.spec
         setattr(self, depth.kind(config), connection_of(config, spec))
         self.dropout = nn.Dropout(config.dropout)
-        for step in range(len(spec.steps)):
-            setattr(self, norm_name(step), norm_of(config))
+        for i, step in enumerate(spec.steps):
+            for name in dict.fromkeys(norms_of(i, len(step), config.parallel_norms)):
+                setattr(self, name, norm_of(config))
         for name, word in spec.names().items():
             setattr(self, name, branch_of(config, word))
         for name, word in convolutions(config, spec).items():
@@ -231,15 +238,16 @@ class Block(nn.Module):
         names, convolved = iter(self.spec.names()), convolutions(self.config, self.spec)
         for i, step in enumerate(self.spec.steps):
             u, carry = connection.enter(x, carry, i)
-            normed = getattr(self, norm_name(i))(u).astype(dtype)
+            norms = norms_of(i, len(step), self.config.parallel_norms)
+            normed = {norm: getattr(self, norm)(u).astype(dtype) for norm in dict.fromkeys(norms)}
             if i == 0:  # model.remat knows it by this name
-                normed = checkpoint_name(normed, "normed")
+                normed = {norm: checkpoint_name(y, "normed") for norm, y in normed.items()}
             ys = []
-            for name in (next(names) for _ in step):
-                branch, u, conv = getattr(self, name), normed, conv_name(name)
+            for norm, name in zip(norms, names, strict=False):  # the other names are of later steps
+                branch, u, conv = getattr(self, name), normed[norm], conv_name(name)
                 if conv in convolved:
-                    y, new[conv] = getattr(self, conv)(normed, seq, old.get(conv))
-                    u = normed + y
+                    y, new[conv] = getattr(self, conv)(u, seq, old.get(conv))
+                    u = u + y
                 y, new[name], carry, own = connection.run(branch, u, seq, old.get(name), carry, own)
                 ys.append(self.dropout(y, deterministic=deterministic))
             x, carry = connection.leave(x, sum(ys[1:], start=ys[0]), carry, i)

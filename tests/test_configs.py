@@ -23,12 +23,14 @@ REGENERATE = "if the change is meant: python tests/golden/regenerate.py, and loo
 CONFIGS = every_config()
 GOLDEN = sorted(path.name for path in HERE.glob("*.json"))
 NAMES = (
-    *("deltanet", "densemamba", "denseretnet", "gated_deltanet", "gla", "jamba", "linear_attention", "mamba"),
-    *("mamba2", "mamba3", "mixcon", "mixtral", "performer", "retnet", "transformer"),
+    *("deltanet", "densemamba", "denseretnet", "gated_deltanet", "gla", "griffin", "jamba", "linear_attention"),
+    *("llama", "mamba", "mamba2", "mamba3", "mistral", "mixcon", "mixtral", "performer", "pythia", "retnet", "samba"),
+    "transformer",
 )
 LARGE = {  # a preset of a paper's size, where it is not 130m
     **{"deltanet": "340m", "denseretnet": "350m", "gated_deltanet": "340m", "gla": "340m", "retnet": "200m"},
     **{"jamba": "tiny-dev", "mixcon": "5b-active", "mixtral": "8x7b"},
+    **{"griffin": "small", "llama": "2-7b", "mistral": "7b-v0.1", "pythia": "70m", "samba": "421m"},
 }
 
 
@@ -113,8 +115,8 @@ def test_the_three_are_matched_in_parameters(arg, mamba_arg):
         assert abs(parameters(other) / dense - 1) < 0.02
 
 
-@pytest.mark.parametrize("name", ["jamba", "mixtral"])
-def test_small_presets_of_hybrids_have_the_same_size(name):
+@pytest.mark.parametrize("name", ["griffin", "jamba", "llama", "mistral", "mixtral", "pythia", "samba"])
+def test_small_presets_of_published_models_have_the_same_size(name):
     assert abs(parameters(config_of(name)) / parameters(config_of("densemamba")) - 1) < 0.02
 
 
@@ -292,11 +294,12 @@ SMALLEST = {
     ),
     2: CONVS,
 }
-LARGEST = {8: CONVS, 1: ("optimizer.decay", "optimizer.floor", "sample.top_p")}
+LARGEST = {8: CONVS, 1: ("model.attention.rotary", "optimizer.decay", "optimizer.floor", "sample.top_p")}
 POSITIVE = (
     *("model.embedding_std", "model.norm_eps", "model.dense.norm_eps", "optimizer.learning_rate", "optimizer.eps"),
     *("model.mamba.norm_eps", "model.mamba2.norm_eps", "model.mamba3.norm_eps", "model.gla.norm_eps"),
     *("model.retnet.norm_eps", "model.mamba.dt_min", "model.mamba.dt_max", "model.attention.rope_theta"),
+    "model.attention.rotary",
     *("model.mamba2.dt_min", "model.mamba2.dt_max", "model.mamba3.dt_min", "model.mamba3.dt_max"),
     *("model.deltanet.norm_eps", "model.gated_deltanet.norm_eps", "model.moe.scale"),
     *("model.mamba.dt_scale", "model.mamba2.dt_scale", "model.mamba3.dt_scale"),
@@ -313,7 +316,7 @@ OTHERS = ("seed", "model.performer.seed", "mesh.data", "model.short_conv")  # wh
 def test_taps_of_short_convolutions(taps):
     config = with_field("model.short_conv")
     set_field(config, "model.short_conv", taps)
-    assert f"config.model.short_conv={taps}: must be an integer, 0, or from 2 to 8" in refusal(config)
+    assert f"config.model.short_conv={taps}: must be 0, or from 2 to 8" in refusal(config)
 
 
 def with_field(field):
@@ -475,6 +478,8 @@ def test_factors_of_learning_rates():
         ("transformer", "model.attention.heads", 5, "divisor of model.width=128"),
         ("transformer", "model.attention.kv_heads", 3, "divisor of heads=4"),
         ("transformer", "model.attention.head_dim", 31, "even"),
+        ("pythia", "model.attention.rotary", 0.1, "an even number of channels, not 3"),
+        ("transformer", "model.parallel_norms", True, "without branches side by side"),
         ("performer", "model.performer.heads", 3, "divisor of model.width=128"),
         ("linear_attention", "model.linear_attention.heads", 3, "divisor of model.width=128"),
         ("deltanet", "model.deltanet.heads", 3, "divisor of model.width=128"),

@@ -202,7 +202,7 @@ def test_contract_of_every_kind_of_position(variant, window):
         (dict(scaling="yarn"), r"attention.trained_length=0: must be at least 2 with scaling='yarn'"),
         (dict(scaling="ntk", positions="alibi"), r"attention.scaling='ntk': must be 'none' with positions='alibi'"),
         (dict(scaling="rerope", trained_length=9, forget=True), r"scaling='rerope': must be another with softcap or f"),
-        (dict(scaling="ntk", head_dim=2), r"attention.scaling='ntk': must be another with head_dim=2"),
+        (dict(scaling="ntk", head_dim=2), r"attention.scaling='ntk': must be another with head_dim=2, of"),
     ],
 )
 def test_bad_fields_are_named(fields, message):

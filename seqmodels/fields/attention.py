@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from seqmodels.fields import Field, Group, above, at_least, one_of, refuse
+from seqmodels.fields import Field, Group, Rule, above, at_least, one_of, refuse
 
 ROTARY = ("rope", "xpos")
 SCALINGS = ("none", "linear", "ntk", "yarn", "llama3", "rerope", "leaky_rerope")
@@ -20,10 +20,14 @@ def check(options: Any, width: int) -> None:
     if options.positions in ROTARY and head_dim % 2:
         made = "" if options.head_dim else f"; it is model.width={width} / heads={heads}"
         refuse("model.attention.head_dim", head_dim, f"even, as rotary positions turn pairs{made}")
+    if options.positions in ROTARY and (turned := int(head_dim * options.rotary)) % 2:
+        refuse("model.attention.rotary", options.rotary, f"a share that makes an even number of channels, not {turned}")
+    if options.positions == "xpos" and options.rotary != 1:
+        refuse("model.attention.rotary", options.rotary, "1.0 with positions='xpos', whose pairs all decay")
     if options.scaling != "none" and options.positions != "rope":
         refuse("model.attention.scaling", options.scaling, f"'none' with positions={options.positions!r}")
-    if options.scaling == "ntk" and head_dim < 4:
-        refuse("model.attention.scaling", "ntk", f"another with head_dim={head_dim}, which is one pair")
+    if options.scaling == "ntk" and head_dim * options.rotary < 4:
+        refuse("model.attention.scaling", "ntk", f"another with head_dim={head_dim}, of which one pair turns")
     if options.scaling in BY_LENGTH and options.trained_length < 2:
         allowed = f"at least 2 with scaling={options.scaling!r}"
         refuse("model.attention.trained_length", options.trained_length, allowed)
@@ -56,6 +60,12 @@ ATTENTION = Group(
             since=2,
         ),
         "rope_theta": Field(1e4, "base of the rotary positions' wavelengths; read with positions=rope", above(0)),
+        "rotary": Field(
+            1.0,
+            "share of a head's channels, the first ones, that rotary positions turn; 0.25 in GPT-NeoX",
+            Rule(lambda share: 0 < share <= 1, "greater than 0 and at most 1"),
+            since=2,
+        ),
         "rope_style": Field(
             "half",
             "which channels of a head rotary positions turn together: i and i + d/2 (half, as Llama) or 2i and 2i + 1 "

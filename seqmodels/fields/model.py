@@ -35,6 +35,11 @@ MODEL = Group(
             Rule(lambda taps: taps == 0 or 2 <= taps <= 8, "0, or from 2 to 8"),
             since=2,
         ),
+        "parallel_norms": Field(
+            False,
+            "branches side by side (a|b) have a norm each, as in GPT-NeoX; False: they read the same normed input",
+            since=2,
+        ),
         "dropout": Field(0.0, "share of the numbers dropped at the output of every branch and of the input", share),
         "dtype": Field(
             "float32", "dtype of activations and matrix products; parameters, states and losses are float32", DTYPES

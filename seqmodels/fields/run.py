@@ -48,6 +48,12 @@ DATA = Group(
         "tokenizer": Field(
             "bytes", "bytes, or path of a sentencepiece .model or a Hugging Face tokenizer.json", path=True
         ),
+        "separator": Field(
+            "",
+            "token of the tokenizer's file that begins each document, such as <s>; empty: its end-of-text token "
+            "(docs/data.md)",
+            since=2,
+        ),
         "cache": Field("data", "folder of datasets and of tokenised text", path=True),
         "reset": Field(True, "keep the documents of a row apart: states are reset, and attention sees one document"),
     },
@@ -119,6 +125,12 @@ TRAINING = Group(
             "those of all activations) or nojit (run without compilation)",
             one_of("", "nans", "shapes", "nojit"),
             since=2,
+        ),
+        "start": Field(
+            "",
+            "run directory whose parameters a new run begins with (docs/checkpoints.md); empty: fresh ones",
+            since=2,
+            path=True,
         ),
         "profile_start": Field(0, "step at which a profile is started; 0: none", at_least(0)),
         "profile_steps": Field(3, "steps of that profile", at_least(1)),

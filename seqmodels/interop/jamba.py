@@ -58,14 +58,13 @@ JAMBA: Table = {
 }
 
 EXPORTED_ATTENTION: Table = {
+    **llama.PLAIN_ATTENTION,
     **honoured("heads", "kv_heads", "head_dim"),
     "positions": only("none"),
-    **harmless(FRESH, "init_std"),
-    "rope_style": only("half"),
     "scaling": only("none"),
     **harmless("read with scaling", "scaling_factor", "trained_length"),
     "window": only(0),
-    **harmless("read with positions='rope'", "rope_theta"),
+    **harmless("read with positions='rope'", "rope_theta", "rotary"),
 }
 EXPORTED_MAMBA: Table = {
     **honoured("state", "expand", "conv", "dt_rank", "norm_eps"),

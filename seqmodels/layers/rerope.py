@@ -21,6 +21,7 @@ def rerope(
     trained: int,
     factor: float | None,
     frequency: np.ndarray,
+    rotary: int | None = None,
     interleaved: bool = False,
     window: int | None = None,
     sinks: int = 0,
@@ -44,7 +45,7 @@ def rerope(
     Args:
         q: [B, T, H, d]. k, v: [B, S, Hkv, d].
         trained: L. factor: None for ReRoPE.
-        frequency: [d/2] radians a token.
+        frequency: [d/2] radians a token. rotary, interleaved: as for `rope`.
         window, sinks, pattern, positions, key_positions, segment_ids, key_segment_ids: as for
             `kernels.attention.attention`; of its other arguments there must be none, and `implementation` is not read.
 
@@ -64,7 +65,7 @@ def rerope(
 
     def scores(scale: float, shift: float) -> jax.Array:
         queries, keys = ((x - start).astype(jnp.float32) * scale for x in (positions, key_positions))
-        turn: dict[str, Any] = dict(frequency=frequency, interleaved=interleaved)
+        turn: dict[str, Any] = dict(rotary=rotary, frequency=frequency, interleaved=interleaved)
         turned, key = rope(q, queries + shift, **turn), rope(k, keys, **turn)
         groups = turned.reshape(*q.shape[:2], k.shape[2], -1, q.shape[3])
         products = jnp.einsum("bthgd,bshd->bhgts", groups, key, preferred_element_type=jnp.float32)

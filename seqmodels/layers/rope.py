@@ -10,6 +10,7 @@ def rope(
     positions: jax.Array,
     theta: float = 10_000.0,
     *,
+    rotary: int | None = None,
     frequency: ArrayLike | None = None,
     scale: float = 1.0,
     interleaved: bool = False,
@@ -19,22 +20,26 @@ def rope(
     Args:
         x: [B, T, H, d], d even.
         positions: [B, T] int32, or float32.
-        frequency: [d/2] radians a token, in place of theta**(-2i/d).
-        scale: a factor of the result.
+        rotary: rotate only so many channels, the first, as if the head had no others (GPT-NeoX); None: all d.
+        frequency: [d/2] (of the rotated channels) radians a token, in place of theta**(-2i/d).
+        scale: a factor of the rotated channels.
         interleaved: rotate channel 2i together with channel 2i + 1, as in the paper and in GPT-J.
 
     Returns:
         Shape and dtype of x. The angles and the rotation are float32 (float64 for float64).
     """
     dtype = jnp.promote_types(x.dtype, jnp.float32)
-    half = x.shape[-1] // 2
+    rotary = x.shape[-1] if rotary is None else rotary
+    half = rotary // 2
     frequency = theta ** (-jnp.arange(half, dtype=dtype) / half) if frequency is None else jnp.asarray(frequency, dtype)
     angle = positions[:, :, None, None].astype(dtype) * frequency
     if interleaved:
-        return rotate_pairs(x, angle, scale)
-    cos, sin = scale * jnp.cos(angle), scale * jnp.sin(angle)
-    first, second = x[..., :half].astype(dtype), x[..., half:].astype(dtype)
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x.dtype)
+        turned = [rotate_pairs(x[..., :rotary], angle, scale)]
+    else:
+        cos, sin = scale * jnp.cos(angle), scale * jnp.sin(angle)
+        first, second = x[..., :half].astype(dtype), x[..., half:rotary].astype(dtype)
+        turned = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([y.astype(x.dtype) for y in turned] + [x[..., rotary:]], axis=-1)
 
 
 def rotate_pairs(x: jax.Array, angle: jax.Array, scale: float = 1.0) -> jax.Array:

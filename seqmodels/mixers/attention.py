@@ -159,6 +159,7 @@ class Attention(Branch):
     head_dim: int = ATTENTION["head_dim"]
     positions: str = ATTENTION["positions"]
     rope_theta: float = ATTENTION["rope_theta"]
+    rotary: float = ATTENTION["rotary"]
     rope_style: str = ATTENTION["rope_style"]
     scaling: str = ATTENTION["scaling"]
     scaling_factor: float = ATTENTION["scaling_factor"]
@@ -221,6 +222,11 @@ class Attention(Branch):
         heads, _, head_dim = self.sizes
         return 4 * length * heads * head_dim
 
+    @property
+    def turned(self) -> int:
+        """Channels of a head that rotary positions turn."""
+        return int(self.sizes[2] * self.rotary)
+
     @nn.nowrap
     def kernel(self) -> Kernel:
         """`attention` with those positions that are not in queries and keys already."""
@@ -232,8 +238,8 @@ class Attention(Branch):
             return functools.partial(xpos, attention, interleaved=interleaved)
         if "rerope" in self.scaling:
             factor = self.scaling_factor if self.scaling == "leaky_rerope" else None
-            turn: dict[str, Any] = dict(interleaved=interleaved)
-            turn["frequency"] = frequencies(self.sizes[2] // 2, self.rope_theta)
+            turn: dict[str, Any] = dict(rotary=self.turned, interleaved=interleaved)
+            turn["frequency"] = frequencies(self.turned // 2, self.rope_theta)
             return functools.partial(rerope, trained=self.trained_length, factor=factor, **turn)
         return attention
 
@@ -242,9 +248,9 @@ class Attention(Branch):
         """Queries or keys [B, T, H, d] at positions [B, T], rotated. ReRoPE rotates later, in its kernel."""
         if self.positions not in ("rope", "xpos") or "rerope" in self.scaling:
             return x
-        options: dict[str, Any] = dict(interleaved=self.rope_style == "interleaved")
+        options: dict[str, Any] = dict(rotary=self.turned, interleaved=self.rope_style == "interleaved")
         if self.scaling != "none":
-            sizes = x.shape[-1] // 2, self.rope_theta, self.scaling_factor, self.trained_length
+            sizes = self.turned // 2, self.rope_theta, self.scaling_factor, self.trained_length
             options |= dict(frequency=frequencies_of(self.scaling, *sizes))
             options |= dict(scale=scale_of(self.scaling, self.scaling_factor))
         return rope(x, positions, self.rope_theta, **options)
