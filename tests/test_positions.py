@@ -8,10 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import torch
-from transformers import LlamaConfig
-from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
-from transformers.models.gptj.modeling_gptj import apply_rotary_pos_emb, create_sinusoidal_positions
 
 from seqmodels import backbone
 from seqmodels.branches import BRANCHES
@@ -36,13 +32,17 @@ def draw(*shape, seed=0):
 
 
 def of_transformers(method, pairs, theta, factor, trained, length=None):
+    torch = pytest.importorskip("torch")
+    rope_utils = pytest.importorskip("transformers.modeling_rope_utils")
+    from transformers import LlamaConfig
+
     parameters = dict(rope_type=method, rope_theta=theta, factor=factor, original_max_position_embeddings=trained)
     if method == "llama3":
         parameters |= dict(low_freq_factor=1.0, high_freq_factor=4.0)
     config = LlamaConfig(
         hidden_size=4 * pairs, num_attention_heads=2, max_position_embeddings=trained, rope_parameters=parameters
     )
-    frequency, scale = ROPE_INIT_FUNCTIONS[method](config, torch.device("cpu"), seq_len=length)
+    frequency, scale = rope_utils.ROPE_INIT_FUNCTIONS[method](config, torch.device("cpu"), seq_len=length)
     return frequency.numpy(), scale
 
 
@@ -70,10 +70,11 @@ def test_ntk_keeps_the_fastest_pair_and_slows_the_slowest_by_the_factor():
 
 
 def test_interleaved_rotation_is_that_of_gptj():
+    torch, gptj = pytest.importorskip("torch"), pytest.importorskip("transformers.models.gptj.modeling_gptj")
     x, positions = draw(B, T, H, D), np.random.default_rng(1).integers(0, 5000, (B, T))
-    table = create_sinusoidal_positions(5000, D)[torch.tensor(positions)]
+    table = gptj.create_sinusoidal_positions(5000, D)[torch.tensor(positions)]
     sin, cos = torch.split(table, PAIRS, dim=-1)
-    want = apply_rotary_pos_emb(torch.tensor(x, dtype=torch.float32), sin, cos)
+    want = gptj.apply_rotary_pos_emb(torch.tensor(x, dtype=torch.float32), sin, cos)
     got = rope(jnp.float32(x), jnp.asarray(positions), interleaved=True)
     np.testing.assert_allclose(got, want, atol=2e-4)  # angles of thousands of radians, in float32 on both sides
     np.testing.assert_allclose(
