@@ -27,6 +27,10 @@ MIXERS = (  # the configs that a sweep compares
     "mamba", "densemamba", "mamba2", "mamba3", "gla", "retnet", "linear_attention", "performer", "transformer",
 )  # fmt: skip
 
+# Mixers without a convolution of their own get this one before each (docs/synthetic.md), as in Zoology and Based
+SHORT_CONV = 4
+CONVOLVED = ("denseretnet", "gla", "linear_attention", "mixtral", "performer", "retnet", "transformer")
+
 DEFAULT = "mqar"
 
 # Fields of each task (seqmodels/data/synthetic/<task>.py) with their values in its small preset
@@ -190,6 +194,9 @@ def model(mixer: str, width: int, layers: int) -> ConfigDict:
                 chosen[name] = ConfigDict(value.to_dict())
     chosen.width = width
     chosen.repeats = max(layers // len(pattern.parse(chosen.pattern)), 1)
+    if "attention" in pattern.names(chosen.pattern):
+        chosen.attention.init_std = 0.0  # as the other mixers begin; at these widths attention hardly learns from 0.02
+    chosen.short_conv = SHORT_CONV if mixer in CONVOLVED else 0
     chosen.mlp = MLP.defaults()  # the same for all: SwiGLU, 8/3 of the width
     if "moe" in chosen:
         chosen.moe.hidden = 0  # the same

@@ -20,6 +20,7 @@ from seqmodels.branches import BRANCHES
 from seqmodels.fields import refuse
 from seqmodels.layers.norm import norm_of
 from seqmodels.mixers.bidirectional import Bidirectional
+from seqmodels.mixers.short_conv import ShortConv
 from seqmodels.nearest import nearest
 from seqmodels.pattern import BOTH_WAYS, Step, name_of, names, parse
 from seqmodels.sequence import Sequence
@@ -69,6 +70,12 @@ def step_name(step: int) -> str:
 def norm_name(step: int) -> str:
     """Name of the norm before a step."""
     return ("norm", "mlp_norm")[step] if step < 2 else f"norm_{step}"
+
+
+def norms_of(step: int, branches: int, own: bool) -> list[str]:
+    """Names of the norms of a step's branches: `own` for each, or the same for all."""
+    first = norm_name(step)
+    return [first] + [f"{step_name(step)}_{j}_norm" if own else first for j in range(1, branches)]
 
 
 def linked(spec: BlockSpec) -> list[str]:
@@ -134,9 +141,21 @@ def scanned(config: Any) -> tuple[int, int]:
     return first * size, len(groups) - first
 
 
+def conv_name(name: str) -> str:
+    """Name of the short convolution before a branch."""
+    return f"{name}_conv"
+
+
+def convolutions(config: Any, spec: BlockSpec) -> dict[str, str]:
+    """Place of each short convolution of the block (`config.short_conv`), and the word of the mixer behind it."""
+    if not config.short_conv:
+        return {}
+    return {conv_name(name): word for name, word in spec.names().items() if BRANCHES[name_of(word)].mixes_time}
+
+
 def branch_of(config: Any, word: str, **parent: Any) -> Branch:
     """The branch of a word of the pattern. Its own fields come from config.model.<name>."""
-    name, dtype = name_of(word), jnp.dtype(config.dtype)
+    name = name_of(word)
     kind, options = BRANCHES[name], dict(config.get(name, {}))
     for option in options:
         if option not in kind.__dataclass_fields__:
@@ -144,6 +163,17 @@ def branch_of(config: Any, word: str, **parent: Any) -> Branch:
             refuse(
                 f"model.{name}.{option}", options[option], f"left out: {name} has no such field{nearest(option, known)}"
             )
+    return _in_directions(config, word, kind, options, parent)
+
+
+def conv_of(config: Any, word: str, **parent: Any) -> Branch:
+    """The short convolution before the mixer that is a word of the pattern; in both directions where the mixer is."""
+    return _in_directions(config, word, ShortConv, dict(taps=config.short_conv), parent)
+
+
+def _in_directions(config: Any, word: str, kind: type[Branch], options: dict, parent: dict) -> Branch:
+    """A branch of this class with the model's fields, in the direction, or both, that the word says."""
+    dtype = jnp.dtype(config.dtype)
     common = dict(
         width=config.width,
         layers=config.repeats * len(parse(config.pattern)),
@@ -168,6 +198,8 @@ def block_state(config: Any, spec: BlockSpec, batch: int, max_length: int | None
     states = {
         name: branch_of(config, word, parent=None).init_state(batch, max_length) for name, word in spec.names().items()
     }
+    for name, word in convolutions(config, spec).items():
+        states[name] = conv_of(config, word, parent=None).init_state(batch)
     states[depth.kind(config)] = connection_of(config, spec, parent=None).init_state(batch)
     return with_leaves(states)
 
@@ -187,10 +219,13 @@ class Block(nn.Module):
         config, spec = self.config, self.spec
         setattr(self, depth.kind(config), connection_of(config, spec))
         self.dropout = nn.Dropout(config.dropout)
-        for step in range(len(spec.steps)):
-            setattr(self, norm_name(step), norm_of(config))
+        for i, step in enumerate(spec.steps):
+            for name in dict.fromkeys(norms_of(i, len(step), config.parallel_norms)):
+                setattr(self, name, norm_of(config))
         for name, word in spec.names().items():
             setattr(self, name, branch_of(config, word))
+        for name, word in convolutions(config, spec).items():
+            setattr(self, name, conv_of(config, word))
 
     def __call__(
         self, x: jax.Array, seq: Sequence, state: dict[str, State] | None, carry: depth.Carry, deterministic: bool
@@ -200,16 +235,20 @@ class Block(nn.Module):
         connection: depth.Connection = getattr(self, kind)
         old = state or {}
         own, new = old.get(kind, {}), {}
-        names = iter(self.spec.names())
+        names, convolved = iter(self.spec.names()), convolutions(self.config, self.spec)
         for i, step in enumerate(self.spec.steps):
             u, carry = connection.enter(x, carry, i)
-            normed = getattr(self, norm_name(i))(u).astype(dtype)
+            norms = norms_of(i, len(step), self.config.parallel_norms)
+            normed = {norm: getattr(self, norm)(u).astype(dtype) for norm in dict.fromkeys(norms)}
             if i == 0:  # model.remat knows it by this name
-                normed = checkpoint_name(normed, "normed")
+                normed = {norm: checkpoint_name(y, "normed") for norm, y in normed.items()}
             ys = []
-            for name in (next(names) for _ in step):
-                branch = getattr(self, name)
-                y, new[name], carry, own = connection.run(branch, normed, seq, old.get(name), carry, own)
+            for norm, name in zip(norms, names, strict=False):  # the other names are of later steps
+                branch, u, conv = getattr(self, name), normed[norm], conv_name(name)
+                if conv in convolved:
+                    y, new[conv] = getattr(self, conv)(u, seq, old.get(conv))
+                    u = u + y
+                y, new[name], carry, own = connection.run(branch, u, seq, old.get(name), carry, own)
                 ys.append(self.dropout(y, deterministic=deterministic))
             x, carry = connection.leave(x, sum(ys[1:], start=ys[0]), carry, i)
         new[kind] = own
@@ -257,13 +296,13 @@ def redraw_every(config: Any) -> int:
 
 
 def context(config: Any) -> int | None:
-    """Number of tokens that the model can see: `seq_len` if a state is a cache of earlier tokens, else None (any).
+    """Number of tokens that the model can see: `seq_len` if a state is a cache, or positions are learned; else None.
 
     `config` is the config of the whole run.
     """
     branches = (branch_of(config.model, name, parent=None) for name in names(config.model.pattern))
     growing = any(grows(branch, config.seq_len) for branch in branches)
-    return config.seq_len if growing else None
+    return config.seq_len if growing or config.model.positions == "learned" else None
 
 
 class Backbone(nn.Module):

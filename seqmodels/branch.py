@@ -32,6 +32,7 @@ class Branch(nn.Module):
         options: the branch's own fields, from `config.model.<name>`, with their rules. None if it has no fields, or
             declares them only in the class.
         operations: the operations of `seqmodels.kernels` that it calls.
+        mixes_time: whether an output depends on other tokens: a mixer of time. False: a mixer of channels.
         causal: whether an output depends on no later token.
         biased: whether `bias` may be True.
         link: how DenseSSM reads its hidden state: "vector" (as Mamba's), "matrix" (as RetNet's), "" not at all.
@@ -46,6 +47,7 @@ class Branch(nn.Module):
 
     options: ClassVar[Group | None] = None
     operations: ClassVar[tuple[str, ...]] = ()
+    mixes_time: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     biased: ClassVar[bool] = False
     link: ClassVar[str] = ""

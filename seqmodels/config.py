@@ -50,6 +50,8 @@ def validate(config: ConfigDict, begun: bool = False) -> None:
         refuse("batch_size", config.batch_size, f"a multiple of training.accumulate={accumulate}")
     if scan and repeats % scan:
         refuse("model.scan_blocks", scan, f"0, or a divisor of model.repeats={repeats}")
+    if config.model.positions == "learned" and config.model.position_table < config.seq_len:
+        refuse("model.position_table", config.model.position_table, f"at least seq_len={config.seq_len}")
     if config.batch_size * config.seq_len > MOST_TOKENS:
         wide = "seq_len" if config.seq_len > config.batch_size else "batch_size"
         refuse(wide, config[wide], f"smaller: a step of batch_size * seq_len has at most {MOST_TOKENS} tokens")
@@ -71,6 +73,9 @@ def check_blocks(model: ConfigDict) -> None:
     if model.repeats * blocks > pattern.MOST_BLOCKS:
         allowed = f"at most {pattern.MOST_BLOCKS // blocks}, which makes {pattern.MOST_BLOCKS} blocks"
         refuse("model.repeats", model.repeats, allowed)
+    if model.parallel_norms and all(len(step) == 1 for block in pattern.parse(model.pattern) for step in block):
+        allowed = f"False with model.pattern={model.pattern!r}, without branches side by side"
+        refuse("model.parallel_norms", True, allowed)
 
 
 def check_implementation(implementation: ConfigDict) -> None:

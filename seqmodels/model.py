@@ -16,7 +16,9 @@ from seqmodels.errors import UserError
 from seqmodels.fields import refuse
 from seqmodels.heads import HEADS, Head
 from seqmodels.inputs import INPUTS, Input
+from seqmodels.inputs.positions import Positions
 from seqmodels.kernels import OPERATIONS
+from seqmodels.mixers.short_conv import ShortConv
 from seqmodels.pattern import names
 from seqmodels.sequence import make_sequence
 
@@ -46,6 +48,8 @@ class SequenceModel(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         self.backbone = Backbone(config)
         nn.share_scope(self, self.backbone)  # no level of its own in the tree of parameters
+        if config.positions != "none":
+            self.positions = Positions(config.width, config.positions, config.position_table, config.embedding_std)
 
     @property
     def causal(self) -> bool:
@@ -119,7 +123,10 @@ class SequenceModel(nn.Module):
         old = state or dict(segment=None, position=None, layers=None)
         rows, length = tokens.shape[:2]
         seq, segment, position = make_sequence(rows, length, segment_ids, mask, old["segment"], old["position"])
-        x = nn.with_logical_constraint(self.reader(tokens, mask), ("batch", "length", None))
+        x = self.reader(tokens, mask)
+        if self.config.positions != "none":
+            x = x + self.positions(seq.positions, mask).astype(x.dtype)
+        x = nn.with_logical_constraint(x, ("batch", "length", None))
         x = self.dropout(x, deterministic=deterministic)
         hidden, layers = self.backbone(x, seq, old["layers"], deterministic)
         return hidden, dict(segment=segment, position=position, layers=layers)
@@ -179,6 +186,10 @@ def _build(config, spec: Spec, objective: str) -> SequenceModel:
         for i in vocabularies:
             sizes[i] = config.vocab_size
     scanned(config)
+    if config.positions == "learned" and not config.position_table:
+        refuse("model.position_table", 0, "at least the number of tokens in a row, with model.positions='learned'")
+    if config.positions == "sinusoidal" and config.width % 2:
+        refuse("model.width", config.width, "even with model.positions='sinusoidal'")
     if config.bias and config.norm == "rms" and not any(BRANCHES[name].biased for name in names(config.pattern)):
         allowed = f"False with model.norm='rms' and model.pattern={config.pattern!r}, where nothing has a bias"
         refuse("model.bias", True, allowed)
@@ -240,6 +251,8 @@ def _size(name: str, array: ArraySpec) -> int:
 def describe_kernels(config: ConfigDict, platform: str) -> list[str]:
     """One line per operation of the model: its implementation on `platform` ("cpu", "gpu", "tpu"), and the reason."""
     branches = [BRANCHES[name] for name in names(config.pattern)]
+    if config.short_conv:
+        branches.append(ShortConv)
     lines = []
     for operation in dict.fromkeys(operation for branch in branches for operation in branch.operations):
         name, why = config.implementation[operation], f"model.implementation.{operation}"

@@ -96,10 +96,12 @@ def test_norm_without_biases_has_none():
     assert set(variables["params"]["final_norm"]) == {"scale"}
 
 
-@pytest.mark.parametrize("pattern", ["mamba|mlp mamba+attention+mlp", "mamba attention|mlp"])
-def test_state_carries_over_any_pattern(pattern):
+@pytest.mark.parametrize(
+    ("pattern", "taps"), [("mamba|mlp mamba+attention+mlp", 0), ("mamba attention|mlp", 0), ("mamba|attention+mlp", 3)]
+)
+def test_state_carries_over_any_pattern(pattern, taps):
     """Tokens one at a time, from the state, equal the whole."""
-    model = build(config_of(pattern), 11)
+    model = build(config_of(pattern, short_conv=taps), 11)
     tokens = jnp.asarray(np.random.default_rng(2).integers(0, 11, (B, T)), jnp.int32)
     variables = perturbed(jax.jit(model.init)(jax.random.key(0), tokens))
     want, last = jax.jit(model.apply)(variables, tokens)
@@ -110,6 +112,40 @@ def test_state_carries_over_any_pattern(pattern):
         got.append(hidden)
     np.testing.assert_allclose(jnp.concatenate(got, axis=1), want, rtol=2e-4, atol=2e-5)
     assert jax.tree.structure(state) == jax.tree.structure(last)
+
+
+def test_a_short_convolution_before_every_mixer_of_time():
+    """x + mixer(n + conv(n)) with n = norm(x); the convolution is numpy's, the mixer the branch by itself."""
+    stack, variables, x, seq = make("attention|mlp", short_conv=3)
+    params = variables["params"]["block_0"]
+    assert set(params) == {"norm", "mixer", "mixer_conv", "mixer_1"}, "a mixer of channels has none"
+    normed = rms(np.asarray(x, np.float64), np.asarray(params["norm"]["scale"]))
+    taps = np.asarray(params["mixer_conv"]["taps"], np.float64)
+    conv = np.stack([[np.convolve(normed[b, :, c], taps[::-1, c])[:T] for c in range(D)] for b in range(B)]).swapaxes(
+        1, 2
+    )
+    attention, mlp = (backbone.branch_of(stack.config, name) for name in ("attention", "mlp"))
+    want = x + attention.apply({"params": params["mixer"]}, jnp.float32(normed + conv), seq)[0]
+    want = want + mlp.apply({"params": params["mixer_1"]}, jnp.float32(normed), seq)[0]
+    got, _ = stack.apply(variables, x, seq)
+    final = np.asarray(variables["params"]["final_norm"]["scale"])
+    np.testing.assert_allclose(got, rms(np.asarray(want), final), rtol=2e-4, atol=2e-4)
+    assert set(stack.init_state(1, T)["block_0"]) == {"mixer", "mixer_conv"}
+
+
+def test_a_short_convolution_in_both_directions_and_beside_dense_links():
+    _, variables, *_ = make("bi:attention+mlp", short_conv=2)
+    assert set(variables["params"]["block_0"]["mixer_conv"]) == {"ahead", "back"}
+    dense = config_of("mamba").dense.copy_and_resolve_references()
+    dense.update(variant="read", bottleneck=4)
+    stack, variables, x, seq = make("mamba", short_conv=2, repeats=2, dense=dense)
+    without = jax.tree_util.tree_map_with_path(
+        lambda path, v: 0 * v if "mixer_conv" in jax.tree_util.keystr(path) else v, variables
+    )
+    plain = Backbone(FrozenConfigDict(config_of("mamba", repeats=2, dense=dense)))
+    bare = {"params": {k: {n: w for n, w in v.items() if n != "mixer_conv"} for k, v in variables["params"].items()}}
+    np.testing.assert_allclose(stack.apply(without, x, seq)[0], plain.apply(bare, x, seq)[0], rtol=1e-5, atol=1e-5)
+    assert np.abs(stack.apply(variables, x, seq)[0] - plain.apply(bare, x, seq)[0]).max() > 1e-2
 
 
 def test_both_directions_have_no_state_and_no_next_token():

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import attention, generation, grouped_matmul, models, trace
+from benchmarks import attention, extrapolation, generation, grouped_matmul, models, trace
 from benchmarks import kernels as script
 from benchmarks.record import record, slug
 from seqmodels import cli
@@ -375,3 +375,16 @@ def test_kernels_of_all_layers_count_together():
         ["1.000", "25.0", "2", "the", "other", "2"],
         ["4.000", "100.0", "4", "all", "kernels"],
     ]
+
+
+def test_extrapolation_of_several_runs(tmp_path):
+    figures = {"none": {"16": {"loss": 2.0}, "64": {"not_served": "memory"}}, "yarn": {"16": {"loss": 1.5}}}
+    for name in ("rope", "alibi"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "config.json").write_text(json.dumps({"seq_len": 16}))
+        (tmp_path / name / "eval.json").write_text(json.dumps({"extrapolation": {"test": figures}}))
+    losses, trained = extrapolation.read(tmp_path / "rope", "test")
+    assert (losses, trained) == ({"rope": {16: 2.0, 64: None}, "rope, yarn": {16: 1.5}}, 16)
+    assert extrapolation.table(losses).splitlines()[2:] == ["| rope | 2.0000 | – |", "| rope, yarn | 1.5000 | – |"]
+    extrapolation.plot(losses, trained, tmp_path / "losses.png")
+    assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")

@@ -14,17 +14,20 @@ from jax.sharding import PartitionSpec as P
 from seqmodels.branches import BRANCHES
 from seqmodels.errors import UserError
 from seqmodels.mixers.bidirectional import Bidirectional
+from seqmodels.mixers.short_conv import ShortConv
 from seqmodels.pattern import BOTH_WAYS, name_of
 from seqmodels.sequence import make_sequence
 from seqmodels.training.sharding import AXES, RULES
 
 B, T, D = 2, 10, 16
+PARTS = {"short_conv": ShortConv}  # of a block, no words of the pattern language
 
 
 @functools.cache
 def branch(name, dtype="float32"):
     """A small branch with perturbed parameters: fresh ones hide bugs. `name` is a word of the pattern language."""
-    small = functools.partial(BRANCHES[name_of(name)], width=D, dtype=jnp.dtype(dtype), layers=2)
+    kind = PARTS.get(name) or BRANCHES[name_of(name)]
+    small = functools.partial(kind, width=D, dtype=jnp.dtype(dtype), layers=2)
     if name.startswith(BOTH_WAYS):
         module = Bidirectional(D, jnp.dtype(dtype), ahead=small(parent=None), back=small(parent=None))
     else:
@@ -172,10 +175,10 @@ def marked(words):
     return [word if word in QUICK else pytest.param(word, marks=pytest.mark.slow) for word in words]
 
 
-every_branch = pytest.mark.parametrize("name", marked(BRANCHES))
+every_branch = pytest.mark.parametrize("name", marked([*BRANCHES, *PARTS]))
 # One of each kind: what turns the tokens around is the same for all.
 reversible = [BOTH_WAYS + name for name in ("attention", "linear_attention", "mamba", "mamba3")]
-both_ways = pytest.mark.parametrize("name", marked([*BRANCHES, *reversible]))
+both_ways = pytest.mark.parametrize("name", marked([*BRANCHES, *PARTS, *reversible]))
 
 PIECES = (3, 1, 6)
 DOCUMENTS = [

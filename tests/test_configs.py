@@ -23,12 +23,14 @@ REGENERATE = "if the change is meant: python tests/golden/regenerate.py, and loo
 CONFIGS = every_config()
 GOLDEN = sorted(path.name for path in HERE.glob("*.json"))
 NAMES = (
-    *("deltanet", "densemamba", "denseretnet", "gated_deltanet", "gla", "jamba", "linear_attention", "mamba"),
-    *("mamba2", "mamba3", "mixcon", "mixtral", "performer", "retnet", "transformer"),
+    *("deltanet", "densemamba", "denseretnet", "gated_deltanet", "gla", "griffin", "jamba", "linear_attention"),
+    *("llama", "mamba", "mamba2", "mamba3", "mistral", "mixcon", "mixtral", "performer", "pythia", "retnet", "samba"),
+    "transformer",
 )
 LARGE = {  # a preset of a paper's size, where it is not 130m
     **{"deltanet": "340m", "denseretnet": "350m", "gated_deltanet": "340m", "gla": "340m", "retnet": "200m"},
     **{"jamba": "tiny-dev", "mixcon": "5b-active", "mixtral": "8x7b"},
+    **{"griffin": "small", "llama": "2-7b", "mistral": "7b-v0.1", "pythia": "70m", "samba": "421m"},
 }
 
 
@@ -113,8 +115,8 @@ def test_the_three_are_matched_in_parameters(arg, mamba_arg):
         assert abs(parameters(other) / dense - 1) < 0.02
 
 
-@pytest.mark.parametrize("name", ["jamba", "mixtral"])
-def test_small_presets_of_hybrids_have_the_same_size(name):
+@pytest.mark.parametrize("name", ["griffin", "jamba", "llama", "mistral", "mixtral", "pythia", "samba"])
+def test_small_presets_of_published_models_have_the_same_size(name):
     assert abs(parameters(config_of(name)) / parameters(config_of("densemamba")) - 1) < 0.02
 
 
@@ -217,7 +219,10 @@ CHOICES = {
     "model.dense.activation": ("silu", "sigmoid", "identity"),
     "model.dense.projection": ("identity", "linear"),
     "model.mamba.norms": ("none", "rms", "learned"),
-    "model.attention.positions": ("rope", "none"),
+    "model.attention.positions": ("rope", "none", "xpos", "alibi", "kerple", "sandwich", "t5"),
+    "model.attention.rope_style": ("half", "interleaved"),
+    "model.attention.scaling": ("none", "linear", "ntk", "yarn", "llama3", "rerope", "leaky_rerope"),
+    "model.positions": ("none", "learned", "sinusoidal"),
     "model.attention.mask": ("causal", "strided", "fixed", "bigbird"),
     "model.attention.qk_norm": ("none", "rms"),
     "model.moe.router": ("softmax", "renormalised", "sigmoid"),
@@ -251,6 +256,7 @@ SMALLEST = {
         *("model.attention.kv_heads", "model.attention.head_dim", "model.attention.window", "model.mlp.hidden"),
         *("model.attention.sinks", "model.attention.first", "model.attention.random"),
         *("model.attention.softcap", "model.attention.log_n"),
+        *("model.attention.init_std", "model.attention.trained_length", "model.position_table"),
         *("model.moe.hidden", "model.moe.shared", "model.moe.capacity"),
         *("model.moe.balance", "model.moe.z_loss", "model.moe.bias_rate"),
         *("model.performer.redraw", "model.gla.key_dim", "model.gla.value_dim", "model.conba.delay"),
@@ -278,6 +284,7 @@ SMALLEST = {
         *("model.linear_attention.heads", "model.performer.heads", "model.performer.random_features"),
         *("model.gla.heads", "model.gla.gate_rank", "model.gla.gate_divisor", "model.conba.sweeps"),
         *(f"model.{name}.{field}" for name in CONBAS for field in ("state", "expand", "head_dim")),
+        "model.attention.scaling_factor",
         *("model.attention.block", "model.attention.stride", "model.attention.summary", "model.attention.near"),
         *("model.retnet.heads", "model.attention.heads", "model.deltanet.heads", "model.gated_deltanet.heads"),
         *("training.accumulate", "training.profile_steps"),
@@ -287,17 +294,29 @@ SMALLEST = {
     ),
     2: CONVS,
 }
-LARGEST = {8: CONVS, 1: ("optimizer.decay", "optimizer.floor", "sample.top_p")}
+LARGEST = {8: CONVS, 1: ("model.attention.rotary", "optimizer.decay", "optimizer.floor", "sample.top_p")}
 POSITIVE = (
     *("model.embedding_std", "model.norm_eps", "model.dense.norm_eps", "optimizer.learning_rate", "optimizer.eps"),
     *("model.mamba.norm_eps", "model.mamba2.norm_eps", "model.mamba3.norm_eps", "model.gla.norm_eps"),
     *("model.retnet.norm_eps", "model.mamba.dt_min", "model.mamba.dt_max", "model.attention.rope_theta"),
+    "model.attention.rotary",
     *("model.mamba2.dt_min", "model.mamba2.dt_max", "model.mamba3.dt_min", "model.mamba3.dt_max"),
     *("model.deltanet.norm_eps", "model.gated_deltanet.norm_eps", "model.moe.scale"),
+    *("model.mamba.dt_scale", "model.mamba2.dt_scale", "model.mamba3.dt_scale"),
     *("model.gated_deltanet.dt_min", "model.gated_deltanet.dt_max"),
     *(f"model.{name}.{field}" for name in CONBAS for field in ("norm_eps", "dt_min", "dt_max")),
 )
 SHARES = ("model.dropout", "optimizer.b1", "optimizer.b2", "optimizer.ema")  # at least 0, less than 1
+
+
+OTHERS = ("seed", "model.performer.seed", "mesh.data", "model.short_conv")  # which have tests of their own or need none
+
+
+@pytest.mark.parametrize("taps", [-1, 1, 9])
+def test_taps_of_short_convolutions(taps):
+    config = with_field("model.short_conv")
+    set_field(config, "model.short_conv", taps)
+    assert f"config.model.short_conv={taps}: must be 0, or from 2 to 8" in refusal(config)
 
 
 def with_field(field):
@@ -377,7 +396,7 @@ def test_numbers_above_the_largest_are_refused(largest, field):
 
 
 def test_every_number_that_a_config_holds_has_a_case_here():
-    """But for those that may be anything: seeds, and a mesh whose -1 has a test of its own."""
+    """But for OTHERS: seeds may be anything, and the rest has tests of its own."""
     cases = {
         *POSITIVE,
         *SHARES,
@@ -388,7 +407,7 @@ def test_every_number_that_a_config_holds_has_a_case_here():
         numbers = {
             field for field, value in flat(config) if isinstance(value, (int, float)) and value is not bool(value)
         }
-        assert numbers - cases - {*CHOICES, "seed", "model.performer.seed", "mesh.data"} == set(), name
+        assert numbers - cases - {*CHOICES, *OTHERS} == set(), name
 
 
 @pytest.mark.parametrize("field", sorted((*POSITIVE, *SHARES)))
@@ -459,6 +478,8 @@ def test_factors_of_learning_rates():
         ("transformer", "model.attention.heads", 5, "divisor of model.width=128"),
         ("transformer", "model.attention.kv_heads", 3, "divisor of heads=4"),
         ("transformer", "model.attention.head_dim", 31, "even"),
+        ("pythia", "model.attention.rotary", 0.1, "an even number of channels, not 3"),
+        ("transformer", "model.parallel_norms", True, "without branches side by side"),
         ("performer", "model.performer.heads", 3, "divisor of model.width=128"),
         ("linear_attention", "model.linear_attention.heads", 3, "divisor of model.width=128"),
         ("deltanet", "model.deltanet.heads", 3, "divisor of model.width=128"),

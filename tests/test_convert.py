@@ -31,7 +31,7 @@ VOCABULARY = 270
 TEXT = "it is a truth universally acknowledged that all is well"
 
 
-def save_tokenizer(folder, text=TEXT, **config):
+def save_tokenizer(folder, text=TEXT):
     """tokenizer.json as of a Llama, which puts <s> before a text."""
     made = tk.Tokenizer(tk.models.BPE())
     made.pre_tokenizer, made.decoder = tk.pre_tokenizers.ByteLevel(add_prefix_space=False), tk.decoders.ByteLevel()
@@ -40,7 +40,9 @@ def save_tokenizer(folder, text=TEXT, **config):
     made.train_from_iterator([text], trainer)
     made.post_processor = tk.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
     made.save(str(folder / "tokenizer.json"))
-    fields = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token={"content": "</s>"}, **config)
+    flags = dict.fromkeys(("lstrip", "normalized", "rstrip", "single_word"), False)
+    end = dict(__type="AddedToken", content="</s>", special=True, **flags)
+    fields = dict(tokenizer_class="PreTrainedTokenizerFast", bos_token="<s>", eos_token=end)
     (folder / "tokenizer_config.json").write_text(json.dumps(fields))
 
 

@@ -12,11 +12,12 @@ import pytest
 from flax import linen as nn
 
 from seqmodels import evals
-from seqmodels.configs import densemamba, transformer
+from seqmodels.config import validate
+from seqmodels.configs import densemamba, mamba, transformer
 from seqmodels.data import TokenSplit
 from seqmodels.data.sizes import Sizes
 from seqmodels.errors import UserError
-from seqmodels.evals import by_position, extrapolation, memory, perplexity, report, scoring
+from seqmodels.evals import by_position, context_lengths, extrapolation, memory, perplexity, report, scoring
 from seqmodels.kernels.dispatch import UnsupportedError
 from seqmodels.model import build
 from seqmodels.training.sharding import AXES, RULES, unbox
@@ -139,7 +140,7 @@ def test_buckets_cover_every_position_once(length):
 def test_longer_contexts_predict_the_same_tokens(model_and_params, split):
     model, params = model_and_params
     lengths = [T, 2 * T, 8 * T]
-    result = extrapolation.evaluate(model, params, split, lengths=lengths, piece=8, scored=8, batch_size=2, limit=99)
+    result = context_lengths.evaluate(model, params, split, lengths=lengths, piece=8, scored=8, batch_size=2, limit=99)
     ids = split.segment_ids(0, 100)
     for length in lengths[:2]:
         expected = []
@@ -167,8 +168,8 @@ def test_what_a_model_cannot_do_is_said_and_what_is_broken_is_raised(model_and_p
                 raise error
             return np.ones(batch["tokens"].shape), None
 
-        monkeypatch.setattr(extrapolation, "score_long", score)
-        return extrapolation.evaluate(
+        monkeypatch.setattr(context_lengths, "score_long", score)
+        return context_lengths.evaluate(
             *model_and_params, split, lengths=[T, 48], piece=T, scored=8, batch_size=2, limit=9
         )
 
@@ -181,7 +182,9 @@ def test_what_a_model_cannot_do_is_said_and_what_is_broken_is_raised(model_and_p
 
 def test_a_recurrent_models_memory_does_not_grow_with_the_context(model_and_params, split):
     def read(pieces):
-        extrapolation.evaluate(*model_and_params, split, lengths=[T * pieces], piece=T, scored=8, batch_size=1, limit=1)
+        context_lengths.evaluate(
+            *model_and_params, split, lengths=[T * pieces], piece=T, scored=8, batch_size=1, limit=1
+        )
         return scoring.score_piece._cache_size()
 
     assert read(1) == read(6)  # one program, of one piece and a state of one size
@@ -199,7 +202,7 @@ def attention_model():
 def test_a_transformer_is_read_in_pieces_as_far_as_memory_allows(split, monkeypatch):
     model, params = attention_model()
     run = functools.partial(
-        extrapolation.evaluate, model, params, split, lengths=[48], piece=T, scored=8, batch_size=2, limit=9
+        context_lengths.evaluate, model, params, split, lengths=[48], piece=T, scored=8, batch_size=2, limit=9
     )
     text, ids = split.tokens.astype(int), split.segment_ids(0, 100)
     expected = [token_nats(model, params, text[s : s + 48], text[s + 1 : s + 49], ids[s : s + 48]) for s in (0, 48)]
@@ -215,9 +218,9 @@ class FakeRun:
 
     measured_by = "perplexity"  # of the dataset, which it is too
 
-    def __init__(self, model_and_params, split):
-        self.config = densemamba.get_config().unlock()
-        self.config.seq_len = T
+    def __init__(self, model_and_params, split, config=None):
+        self.config = densemamba.get_config().unlock() if config is None else config
+        self.config.seq_len = T if config is None else config.seq_len
         self.model, self.params = model_and_params
         self.dataset, self.mesh, self.batch_size = self, None, 2
         self.split = split
@@ -304,3 +307,58 @@ def test_unknown_evaluators_and_unwritable_files(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot be written"):
         report.write_json(tmp_path / "file" / "eval.json", {})
+
+
+@pytest.mark.parametrize("pattern", ["mamba", "attention"])
+def test_extrapolation_measures_the_model_that_each_method_makes(split, pattern):
+    """Against the model built from a config with the method's fields, read in one piece."""
+    config = transformer.get_config() if pattern == "attention" else mamba.get_config()
+    config.model.unlock().update(width=16, repeats=1, pattern=pattern)
+    config.unlock().update(seq_len=8)
+    methods = ["none", "dynamic", "yarn", "rerope", "log_n", "window"] if pattern == "attention" else ["none", "dt"]
+    config.evaluation.update(extrapolate=",".join(methods), lengths=(1, 4), rows=3)
+    model = build(config.model, VOCAB)
+    params = unbox(jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"])
+    params = jax.tree.map(lambda x: x + 0.2 * jax.random.normal(jax.random.key(x.size), x.shape), params)
+    run = FakeRun((model, params), split, config)
+    extrapolation.check(config)
+    result = extrapolation.evaluate_run(run, ["test"], None)
+    by_method = result["extrapolation"]["test"]
+    assert list(by_method) == methods
+    fields = {
+        "none": {},
+        "dynamic": dict(scaling="ntk", scaling_factor=4.0),
+        "yarn": dict(scaling="yarn", scaling_factor=4.0, trained_length=8),
+        "rerope": dict(scaling="rerope", trained_length=8),
+        "log_n": dict(log_n=8),
+        "window": dict(window=8),
+        "dt": dict(dt_scale=0.25),
+    }
+    ids, text, losses = split.segment_ids(0, 100), split.tokens.astype(int), {}
+    for method in methods:
+        other = config.model.copy_and_resolve_references()
+        other[pattern].update(fields[method])
+        made = build(other, VOCAB)
+        rows = [(text[s : s + 32], text[s + 1 : s + 33], ids[s : s + 32]) for s in (0, 32, 64)]
+        losses[method] = np.mean([token_nats(made, params, *row)[-4:] for row in rows])
+        np.testing.assert_allclose(by_method[method]["32"]["loss"], losses[method], rtol=1e-4)
+        if method in ("none", "dynamic", "log_n", "window"):  # these leave rows of the trained length as they were
+            assert by_method[method]["8"]["loss"] == pytest.approx(by_method["none"]["8"]["loss"], rel=1e-5)
+    assert len({f"{loss:.5f}" for loss in losses.values()}) == len(methods)
+    assert f"{by_method['none']['32']['loss']:.4f}" in extrapolation.table(result)
+
+
+@pytest.mark.parametrize(
+    ("config", "method", "message"),
+    [
+        (mamba, "yarn", "extrapolate=yarn: does not fit this model: model.pattern='mamba' has none of attention"),
+        (transformer, "dt", "extrapolate=dt: does not fit .* has none of mamba, mamba2, mamba3"),
+        (transformer, "none,yran", r"extrapolate='none,yran': must be one or more of none, linear"),
+    ],
+)
+def test_methods_of_extrapolation_that_do_not_fit(config, method, message):
+    config = config.get_config()
+    config.evaluation.extrapolate = method
+    with pytest.raises(UserError, match=message):
+        validate(config)
+        extrapolation.check(config)

@@ -22,7 +22,7 @@ from seqmodels.fields.mamba2 import MAMBA2
 from seqmodels.fields.mlp import MLP
 from seqmodels.fields.model import DENSE, IMPLEMENTATION, MODEL
 from seqmodels.fields.moe import MOE
-from seqmodels.interop import huggingface, jamba, llama, mamba, mamba2, mixtral
+from seqmodels.interop import gpt_neox, huggingface, jamba, llama, mamba, mamba2, mixtral
 from seqmodels.interop.huggingface import from_huggingface, to_huggingface
 from seqmodels.interop.stacking import unstack
 from seqmodels.model import build
@@ -44,6 +44,11 @@ MODELS = {
     "mamba": dict(TINY, pattern="mamba", mamba=dict(state=4)),
     "mamba2": dict(TINY, pattern="mamba2", mamba2=dict(state=4)),
     "transformer": TRANSFORMER,
+    "gpt_neox": dict(
+        TINY,
+        **dict(pattern="attention|mlp", parallel_norms=True, norm="layer", bias=True),
+        mlp=dict(hidden=24, gated=False),
+    ),
     "mixtral": dict(
         TINY, pattern="attention+moe", attention=dict(kv_heads=2), moe=EXPERTS | {"router": "renormalised"}
     ),
@@ -63,6 +68,7 @@ GROUPS = {  # our fields, and what the export does with them
         (ATTENTION, llama.EXPORTED_ATTENTION),
         (MLP, llama.EXPORTED_MLP),
     ],
+    "gpt_neox": [(ATTENTION, gpt_neox.EXPORTED_ATTENTION), (MLP, gpt_neox.EXPORTED_MLP)],
     "mixtral": [(ATTENTION, llama.EXPORTED_ATTENTION), (MOE, mixtral.EXPORTED_MOE)],
     "jamba": [
         (ATTENTION, jamba.EXPORTED_ATTENTION),
@@ -89,6 +95,12 @@ CHANGED = {
     "model.attention.head_dim": [6],
     "model.attention.rope_theta": [50.0],
     "model.attention.window": [4, 1],
+    "model.attention.rotary": [0.5, 1.0],
+    "model.attention.init_std": [0.0],
+    "model.short_conv": [3],
+    "model.positions": ["sinusoidal"],
+    "model.attention.rope_style": ["interleaved"],
+    "model.attention.scaling": ["ntk"],
     "model.mlp.hidden": [0, 32],
     "model.mamba.state": [5],
     "model.mamba.norm_eps": [0.1],
@@ -114,6 +126,14 @@ TOGETHER = [
         for pattern in (
             *("mamba+mlp", "mamba+moe attention+mlp", "attention+mlp attention+moe", "mamba+mlp attention+mlp x2"),
             *("(mamba+mlp) x4 attention@1/2 +moe@1/2", "attention+mlp mamba+mlp", "mamba+mlp|moe", "mamba+moe+mlp"),
+        )
+    ),
+    *(
+        ("gpt_neox", change)
+        for change in (
+            *({"model.bias": False}, {"model.norm": "rms"}, {"model.parallel_norms": False}, {"model.norm_eps": 0.1}),
+            {"model.pattern": "attention+mlp", "model.parallel_norms": False, "model.tie_embeddings": True},
+            {"model.pattern": "attention|mlp x2", "model.repeats": 2},
         )
     ),
     ("mixtral", {"model.attention.window": 4, "model.norm_eps": 0.1}),
@@ -182,7 +202,8 @@ def our_logits(config, params):
 
 def their_logits(tensors, config, directory):
     (directory / "config.json").write_text(json.dumps(config))
-    if any(".experts." in name for name in tensors):  # of which a file has other names than a model in memory
+    # of these a file has other names than a model in memory
+    if any(".experts." in name or name == "embed_out.weight" for name in tensors):
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
         with torch.no_grad():

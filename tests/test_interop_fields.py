@@ -39,19 +39,23 @@ TINY = {
     "llama": dict(SIZES, **HEADS),
     "mistral": dict(SIZES, **HEADS, sliding_window=6),
     "mixtral": dict(SIZES, **HEADS, num_local_experts=3, num_experts_per_tok=2),
+    "gpt_neox": dict(SIZES, num_attention_heads=4, intermediate_size=24, rotary_pct=1.0),
     "jamba": dict(
         SIZES | HEADS | {"num_hidden_layers": 2}, attn_layer_period=2, attn_layer_offset=0, expert_layer_period=2,
         expert_layer_offset=0, num_experts=3, num_experts_per_tok=2, mamba_d_state=4,
     ),
 }  # fmt: skip
 CLASSES = dict(mamba="Mamba", falcon_mamba="FalconMamba", mamba2="Mamba2", llama="Llama", mistral="Mistral")
-CLASSES |= dict(mixtral="Mixtral", jamba="Jamba")
-OWN_FIELDS = ("mixtral", "jamba")  # whose fields that every family has are not changed again
+CLASSES |= dict(mixtral="Mixtral", jamba="Jamba", gpt_neox="GPTNeoX")
+OWN_FIELDS = ("mixtral", "jamba", "gpt_neox")  # whose fields that every family has are not changed again
 
 TOO_LARGE = ("hidden_size", "num_hidden_layers")  # by default
 MISSING = object()  # the change that a field is not there
 
 # Other values of the fields for which `other` knows none, or not all that matter
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+)
 DEFAULT_ROTARY = dict(rope_type="default", rope_theta=100.0)
 CHANGED = {
     "attention_chunk_size": [4],
@@ -102,6 +106,9 @@ CHANGED = {
         dict(DEFAULT_ROTARY, rope_type="linear", factor=2.0),
         dict(type="linear", rope_theta=100.0, factor=2.0),
         dict(DEFAULT_ROTARY, rope_type="yarn", factor=2.0),
+        dict(LLAMA3, rope_theta=1e6),
+        dict(LLAMA3, factor=0.5),
+        dict(LLAMA3, high_freq_factor=8.0),
         dict(full_attention=DEFAULT_ROTARY),
         dict(DEFAULT_ROTARY, rope_theta=-1.0),
         {},
@@ -114,6 +121,8 @@ CHANGED = {
         None,
     ],
     "rope_theta": [100.0, 100],
+    "rotary_emb_base": [100.0],
+    "rotary_pct": [0.5, 0.25, 0.8],
     "sliding_window": [3, None, 1],
     "ssm_cfg": [{"layer": "Mamba2"}],
     "tie_word_embeddings": [True, False],
@@ -157,6 +166,12 @@ TOGETHER = {
         dict(rope_theta=50.0, rope_scaling=dict(rope_type="default")),
         dict(head_dim=6, num_key_value_heads=None),
         dict(router_jitter_noise=0.5, output_router_logits=True),
+    ],
+    "gpt_neox": [
+        dict(use_parallel_residual=False, rotary_pct=1.0),
+        dict(rotary_pct=1.0, rope_parameters=dict(DEFAULT_ROTARY, partial_rotary_factor=0.5)),
+        dict(rotary_emb_base=50.0, rope_scaling=dict(type="default")),
+        dict(rope_theta=50.0, partial_rotary_factor=1.0),
     ],
     "jamba": [
         dict(attn_layer_period=3, attn_layer_offset=2, use_cache=False),  # no attention

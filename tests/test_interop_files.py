@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 
 from seqmodels.errors import UserError
 from seqmodels.interop.huggingface import FAMILIES, HEAD, from_huggingface
+from seqmodels.interop.huggingface import OTHERS as WITHOUT_BRANCH
 from seqmodels.interop.pretrained import load, save
 from seqmodels.interop.table import read
 from seqmodels.interop.weights import head
@@ -314,8 +315,14 @@ def test_damaged_files_are_named_in_one_line(directory, damage, message):
 
 @pytest.mark.parametrize("kind", [None, "gpt2", ["mamba"], 3])
 def test_other_models_are_named(kind):
-    families = "mamba, mamba2, falcon_mamba, llama, mistral, mixtral, jamba"
+    families = "mamba, mamba2, falcon_mamba, llama, mistral, mixtral, jamba, gpt_neox"
     with pytest.raises(UserError, match=rf"model_type is .*; allowed: {families}$"):
+        from_huggingface(TENSORS, {**CONFIG, "model_type": kind})
+
+
+@pytest.mark.parametrize("kind", WITHOUT_BRANCH)
+def test_models_without_a_branch_are_refused_by_name(kind):
+    with pytest.raises(UserError, match=f"model_type '{kind}' cannot be converted: .*{WITHOUT_BRANCH[kind][-8:]}$"):
         from_huggingface(TENSORS, {**CONFIG, "model_type": kind})
 
 

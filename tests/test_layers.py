@@ -199,6 +199,15 @@ def test_branches_start_smaller_in_deeper_models():
     np.testing.assert_allclose(shallow["gate"], 0.02, rtol=0.05)
 
 
+@pytest.mark.parametrize(("init_std", "std"), [(0.02, 0.02), (0.3, 0.3), (0.0, 1 / 8)])
+def test_fresh_attention(init_std, std):
+    module = Attention(width=64, layers=2, init_std=init_std)
+    params = module.init(jax.random.key(0), jnp.ones((1, 1, 64)), make_sequence(1, 1)[0])["params"]
+    for name in ("query", "key", "value"):
+        np.testing.assert_allclose(np.std(params[name].value), std, rtol=0.05)
+    np.testing.assert_allclose(np.std(params["out"].value), std / 2, rtol=0.05)
+
+
 @pytest.fixture
 def mixer():
     attention = Attention(width=WIDTH, heads=4, kv_heads=2, window=3)
@@ -286,7 +295,7 @@ def test_without_positions_the_order_of_earlier_tokens_does_not_matter():
 @pytest.mark.parametrize(
     "fields, message",
     [
-        (dict(positions="alibi"), r"config.model.attention.positions='alibi': must be one of 'rope', 'none'"),
+        (dict(positions="alibis"), r"config.model.attention.positions='alibis': must be one of 'rope', 'none'"),
         (dict(heads=3), r"config.model.attention.heads=3: must be a divisor of model.width=16"),
         (dict(heads=0), r"config.model.attention.heads=0: must be at least 1"),
         (dict(kv_heads=3), r"config.model.attention.kv_heads=3: must be a divisor of heads=4"),

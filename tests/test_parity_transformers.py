@@ -1,4 +1,4 @@
-"""Mamba, Mamba-2, FalconMamba, Llama, Mistral of transformers against ours: logits, gradients, decoding, files.
+"""Mamba, Mamba-2, FalconMamba, Llama, Mistral and GPT-NeoX of transformers: logits, gradients, decoding, files.
 
 Parameters are perturbed until the logits' standard deviation is 1 to 3: with the initial ones every defect hides
 below 1e-4. Theirs run in float64 as far as they can, so the rounding is ours: float32 sums through two layers of
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmodels.configs import mamba, mamba2, transformer
+from seqmodels.configs import mamba, mamba2, pythia, transformer
 from seqmodels.configs.base import base
 from seqmodels.errors import UserError
 from seqmodels.interop.huggingface import from_huggingface, to_huggingface
@@ -34,6 +34,11 @@ TOLERANCE = 1e-5
 
 SIZES = dict(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2)
 LLAMA = dict(**SIZES, num_attention_heads=4, num_key_value_heads=2, intermediate_size=48)
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192
+)
+DEFAULT = dict(rope_type="default")
+NEOX = dict(**SIZES, num_attention_heads=4, intermediate_size=48, layer_norm_eps=1e-3)
 MODELS = {
     "mamba": ("Mamba", dict(**SIZES, state_size=8)),
     "untied falcon mamba": (
@@ -42,6 +47,12 @@ MODELS = {
     ),
     "mamba2": ("Mamba2", dict(**SIZES, num_heads=8, head_dim=8, state_size=6, n_groups=2, chunk_size=4)),
     "llama": ("Llama", dict(**LLAMA, head_dim=12, rope_theta=500.0, rms_norm_eps=1e-2)),
+    "llama 3.1": (
+        "Llama",
+        dict(**LLAMA, max_position_embeddings=8 * 8192, rope_parameters=dict(rope_theta=5e4, **LLAMA3)),
+    ),
+    "gpt neox": ("GPTNeoX", dict(**NEOX, rope_parameters=dict(rope_theta=500.0, partial_rotary_factor=0.5, **DEFAULT))),
+    "sequential gpt neox": ("GPTNeoX", dict(**NEOX, use_parallel_residual=False, tie_word_embeddings=True)),
     "tied mistral": ("Mistral", dict(**LLAMA, sliding_window=8, head_dim=8, tie_word_embeddings=True)),
 }
 
@@ -215,7 +226,7 @@ def test_mamba2_files_of_mambas_authors():
         from_huggingface(arrays(model), {**model.config.to_dict(), "time_step_limit": (0.0, 0.1)})
 
 
-PRESETS = [(mamba, "Mamba"), (mamba2, "Mamba2"), (transformer, "Llama")]
+PRESETS = [(mamba, "Mamba"), (mamba2, "Mamba2"), (transformer, "Llama"), (pythia, "GPTNeoX")]
 
 
 @pytest.mark.slow

@@ -249,5 +249,6 @@ def test_trials_of_the_sweeps_are_valid_and_differ():
         config.update_from_flattened_dict(trial)
         wanted = synthetic.get_config(f"induction,mixer={mixer}")
         groups = {name for block in wanted.model.pattern.split() for name in block.split("+")} | {"dense", "pattern"}
-        for name in groups:
+        for name in (*groups, "short_conv"):
             assert config.model[name] == wanted.model[name]
+        assert bool(wanted.model.short_conv) == (mixer in synthetic.CONVOLVED)

@@ -49,6 +49,7 @@ class Mlp(Branch):
     gated: bool = MLP["gated"]
 
     options = MLP
+    mixes_time = False
     biased = True
 
     @nn.compact

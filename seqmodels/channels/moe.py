@@ -35,6 +35,7 @@ class Moe(Branch):
     bias_rate: float = MOE["bias_rate"]
 
     options = MOE
+    mixes_time = False
     operations = ("grouped_matmul",)
     warnings: ClassVar[Mapping[str, str]] = {
         "router_collapsed": "its router sends all tokens to the same experts; raise model.moe.balance or lower the "

@@ -18,6 +18,7 @@ from seqmodels.evals import (
     accuracy,
     by_position,
     classification,
+    context_lengths,
     extrapolation,
     figures,
     harness,
@@ -31,7 +32,8 @@ from seqmodels.evals.run import RunData
 EVALUATORS: dict[str, ModuleType] = {
     "perplexity": perplexity,
     "loss_by_position": by_position,
-    "context_lengths": extrapolation,
+    "context_lengths": context_lengths,
+    "extrapolation": extrapolation,
     "accuracy": accuracy,
     "figures": figures,
     "needle": needle,
@@ -40,7 +42,7 @@ EVALUATORS: dict[str, ModuleType] = {
     "training_speed": training_speed,
     "lm_eval": harness,
 }
-BY_NAME = ("classification", "throughput", "training_speed", "lm_eval")  # only when asked for
+BY_NAME = ("extrapolation", "classification", "throughput", "training_speed", "lm_eval")  # only when asked for
 BY_NAME_ON_TEXT = ("needle", *BY_NAME)
 
 

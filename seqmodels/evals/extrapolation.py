@@ -1,153 +1,122 @@
-"""Context lengths beyond the one in training: the same tokens, with more and more text before them.
+"""Train short, test long: what methods that need no training do for a trained model on rows longer than in training.
 
-A row is read in pieces of the trained length. Each piece starts from the state after the piece before. So a recurrent
-model needs no more memory for 64 times its context than for its context. The cache of a Transformer grows with it.
+Each method changes fields of `config.model` that have no parameters, so the trained parameters fit. The figure is the
+loss of the last tokens of a row as the row grows (Su 2024, kexue.fm/archives/9948): a mean over all positions would
+hide a failure at the end. The tokens that count are the same for all lengths and methods.
 """
 
-import functools
-import math
 from typing import TYPE_CHECKING, Any
 
 import flax.linen as nn
-import numpy as np
-from jax.sharding import Mesh
+from ml_collections import ConfigDict, FrozenConfigDict
 
-from seqmodels.data.dataset import TokenSplit
-from seqmodels.evals.by_position import by_position
-from seqmodels.evals.memory import served
+from seqmodels import pattern
+from seqmodels.errors import UserError
+from seqmodels.evals.context_lengths import evaluate
 from seqmodels.evals.run import Run
-from seqmodels.evals.scoring import PositionSums, rows_of, score_long
+from seqmodels.layers.rope_scaling import dynamic_factor
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Fields = dict[str, Any]
+STEPPED = ("mamba", "mamba2", "mamba3")  # branches with a step size dt
+SCALINGS = ("linear", "ntk", "yarn", "llama3", "rerope", "leaky_rerope")  # methods that are values of attention.scaling
 
-def evaluate(
-    model: nn.Module,
-    params: Any,
-    split: TokenSplit,
-    *,
-    lengths: list[int],
-    piece: int,
-    scored: int,
-    batch_size: int,
-    limit: int,
-    mesh: Mesh | None = None,
-) -> dict[str, dict]:
-    """Loss of the same tokens after contexts of different lengths.
 
-    The split is cut into rows of the longest length. For every length the model reads the last `length` tokens of each
-    row from a zero state, and its loss on the last `scored` tokens counts. If `limit` leaves some rows out, the others
-    are spread evenly over the split.
+def changes(method: str, trained: int, length: int, longest: int) -> dict[str, Fields]:
+    """Fields that a method sets, for each branch that it concerns.
 
     Args:
-      lengths: context lengths in tokens, multiples of `piece`.
-      piece: tokens of a row that are read at once.
-      scored: targets in each row that count; at most the shortest length.
-      batch_size: rows at once.
-      limit: the most rows.
-
-    Returns:
-      For each length, as a decimal string: {"loss": nats a token, "perplexity", "tokens", "by_position"}, or
-      {"not_served": reason}. "by_position" is the loss of all tokens that were read, by their position in the row.
+        trained: tokens of a row in training. length: of the row to be read. longest: of the longest row.
     """
-    longest = max((n for n in lengths if split.rows(n)), default=0)
-    available = split.rows(longest) if longest else 0
-    count = min(limit, available)
-    ends = (np.arange(count) * available // max(count, 1) + 1) * longest  # of the row in the split
-    batch_size = rows_of(min(batch_size, max(count, 1)), mesh)
-    result = {}
-    for length in lengths:
-        if length > longest:
-            result[str(length)] = {
-                "not_served": f"the split has {len(split.tokens):,} tokens, a row needs {length + 1:,}"
-            }
-            continue
-        result[str(length)] = served(
-            functools.partial(_figures, model, params, split, ends, length, piece, batch_size, mesh, scored)
-        )
-    return result
+    factor = longest / trained  # one for all lengths, as of a model that is put to use; only `dynamic` looks at the row
+    if method == "dynamic":
+        return {"attention": dict(scaling="ntk", scaling_factor=dynamic_factor(length, trained))}
+    if method in SCALINGS:
+        return {"attention": dict(scaling=method, scaling_factor=factor, trained_length=trained)}
+    if method == "log_n":
+        return {"attention": dict(log_n=trained)}
+    if method == "window":
+        return {"attention": dict(window=trained)}
+    if method == "dt":
+        return {branch: dict(dt_scale=1 / factor) for branch in STEPPED}
+    return {}
 
 
-def _figures(model, params, split, ends, length, piece, batch_size, mesh, scored: int) -> dict:
-    """Figures of the rows of `length` tokens before each of the ends; the last `scored` tokens of a row count."""
-    nats, rows = _sums_of_nats(model, params, split, ends, length, piece, batch_size, mesh), len(ends)
-    loss = float(nats[len(nats) - scored :].sum()) / (rows * scored)
-    return dict(
-        loss=loss,
-        perplexity=math.exp(min(loss, 700.0)),
-        tokens=rows * scored,
-        by_position=by_position(PositionSums(nats, np.full(len(nats), rows), 0)),
-    )
+def methods_of(config: ConfigDict) -> list[str]:
+    """The methods in config.evaluation.extrapolate, in order."""
+    return [name.strip() for name in config.evaluation.extrapolate.split(",")]
 
 
-def _sums_of_nats(model, params, split, ends, length, piece, batch_size, mesh) -> np.ndarray:
-    """[length] float64: nats of the `length` tokens before each of the ends, summed over the ends."""
-    total = np.zeros(length)
-    for first in range(0, len(ends), batch_size):
-        stops = ends[first : first + batch_size]
-        filled = np.resize(stops, batch_size)  # rows are repeated to keep one shape; the repeats do not count
-        text = np.stack([split.tokens[end - length : end + 1] for end in filled]).astype(np.int32)
-        segment_ids = np.stack([split.segment_ids(end - length, end) for end in filled])
-        batch = {"tokens": text[:, :-1], "targets": text[:, 1:], "segment_ids": segment_ids}
-        total += score_long(model, params, batch, piece, mesh)[0][: len(stops)].sum(axis=0)
-    return total
+def check(config: ConfigDict) -> None:
+    """Raises UserError for a method that does not fit the model."""
+    there = pattern.names(config.model.pattern)
+    for method in methods_of(config):
+        concerned = changes(method, 2, 4, 4)
+        if concerned and not set(concerned) & set(there):
+            _refuse(method, f"model.pattern={config.model.pattern!r} has none of {', '.join(concerned)}")
+        positions = config.model.attention.positions if "attention" in there else ""
+        if method in (*SCALINGS, "dynamic") and positions != "rope":
+            _refuse(method, f"it changes rotary positions, and model.attention.positions={positions!r}")
+
+
+def _refuse(method: str, reason: str) -> None:
+    raise UserError(f"config.evaluation.extrapolate={method}: does not fit this model: {reason}")
+
+
+def changed(model: nn.Module, changes: dict[str, Fields]) -> nn.Module:
+    """The model with other fields of its branches, for the same parameters."""
+    config = ConfigDict(model.config.to_dict())  # a new one: two that were made from each other compare as equal
+    for branch, fields in changes.items():
+        if branch in config:
+            config[branch].update(fields)
+    return model.clone(config=FrozenConfigDict(config))
 
 
 def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:
-    """Figures at config.evaluation.lengths times seq_len. The last seq_len / 2 tokens of each row count."""
+    """Loss by split, method and length. The last seq_len / 2 tokens of each row count."""
     config = run.config
-    return {
-        "context_lengths": {
-            split: evaluate(
-                run.model,
-                run.params,
-                run.dataset[split],
-                lengths=sorted({config.seq_len * n for n in config.evaluation.lengths}),
-                piece=config.seq_len,
-                scored=max(config.seq_len // 2, 1),
-                batch_size=run.batch_size,
-                limit=config.evaluation.rows if limit is None else min(limit, config.evaluation.rows),
-                mesh=run.mesh,
-            )
-            for split in splits
-        }
-    }
+    lengths = sorted({config.seq_len * n for n in config.evaluation.lengths})
+    options: dict[str, Any] = dict(
+        lengths=lengths,
+        piece=config.seq_len,
+        scored=max(config.seq_len // 2, 1),
+        batch_size=run.batch_size,
+        limit=config.evaluation.rows if limit is None else min(limit, config.evaluation.rows),
+        mesh=run.mesh,
+    )
+    result: dict[str, dict] = {}
+    for split in splits:
+        result[split] = {}
+        for method in methods_of(config):
+            known = {n: changed(run.model, changes(method, config.seq_len, n, lengths[-1])) for n in lengths}
+            figures = evaluate(known.__getitem__, run.params, run.dataset[split], **options)
+            result[split][method] = {
+                n: {k: v for k, v in row.items() if k != "by_position"} for n, row in figures.items()
+            }
+    return {"extrapolation": result}
 
 
 def table(result: dict) -> str:
-    by_split = result["context_lengths"]
-    lines = [f"{'context':<12}" + "".join(f"{split:>12}" for split in by_split) + "   nats a token"]
-    for length in next(iter(by_split.values()), {}):
-        cells, reasons = "", set()
-        for values in by_split.values():
-            cells += f"{values[length]['loss']:>12.4f}" if "loss" in values[length] else f"{'not served':>12}"
-            reasons |= {values[length]["not_served"]} if "not_served" in values[length] else set()
-        lines.append(f"{length:<12}{cells}" + (f"   {'; '.join(sorted(reasons))}" if reasons else ""))
+    lines = []
+    for split, by_method in result["extrapolation"].items():
+        lengths = list(next(iter(by_method.values())))
+        lines.append(f"{split:<14}" + "".join(f"{n:>12}" for n in lengths) + "   nats a token at the end of so many")
+        for method, by_length in by_method.items():
+            cells = (f"{row['loss']:>12.4f}" if "loss" in row else f"{'not served':>12}" for row in by_length.values())
+            lines.append(f"{method:<14}{''.join(cells)}")
     return "\n".join(lines)
 
 
 def plot(axes: "Axes", result: dict) -> None:
-    for split, by_length in result["context_lengths"].items():
-        served = [(int(length), values["loss"]) for length, values in by_length.items() if "loss" in values]
+    """The first split."""
+    split, by_method = next(iter(result["extrapolation"].items()))
+    for method, by_length in by_method.items():
+        served = [(int(n), row["loss"]) for n, row in by_length.items() if "loss" in row]
         if served:
-            axes.plot(*zip(*served, strict=True), "o-", label=split)
+            axes.plot(*zip(*served, strict=True), "o-", label=method)
             axes.legend()
-    axes.set(xlabel="context (tokens)", ylabel="nats a token", title="the same tokens, longer context")
+    axes.set(xlabel="tokens of the row", ylabel="nats a token", title=f"loss of the last tokens ({split})")
     axes.set_xscale("log", base=2)
     axes.xaxis.set_major_formatter("{x:.0f}")
-
-
-def plot_positions(axes: "Axes", result: dict) -> None:
-    """Loss by position in the longest context that is served."""
-    for split, by_length in result["context_lengths"].items():
-        served = {int(length): values for length, values in by_length.items() if "loss" in values}
-        if served:
-            positions = served[max(served)]["by_position"]
-            middle = np.sqrt((np.array(positions["first"]) + 1) * (np.array(positions["last"]) + 1))
-            axes.plot(middle, positions["loss"], "o-", label=f"{split}, {max(served):,} tokens")
-            axes.legend()
-    axes.set(xscale="log", xlabel="position in the context, from 1", ylabel="nats a token", title="the longest context")
-
-
-PLOTS = (plot, plot_positions)

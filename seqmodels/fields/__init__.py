@@ -7,7 +7,7 @@ text. Nothing in this package imports JAX, so that mistakes are found before it 
 
 from seqmodels.fields.field import Field, refuse
 from seqmodels.fields.group import Group, group
-from seqmodels.fields.rules import Rule, above, any_value, at_least, between, each_at_least, one_of, share
+from seqmodels.fields.rules import Rule, above, any_value, at_least, between, each_at_least, names_among, one_of, share
 
 __all__ = [
     "Field",
@@ -19,6 +19,7 @@ __all__ = [
     "between",
     "each_at_least",
     "group",
+    "names_among",
     "one_of",
     "refuse",
     "share",

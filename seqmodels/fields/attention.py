@@ -2,7 +2,11 @@
 
 from typing import Any
 
-from seqmodels.fields import Field, Group, above, at_least, one_of, refuse
+from seqmodels.fields import Field, Group, Rule, above, at_least, one_of, refuse
+
+ROTARY = ("rope", "xpos")
+SCALINGS = ("none", "linear", "ntk", "yarn", "llama3", "rerope", "leaky_rerope")
+BY_LENGTH = ("yarn", "llama3", "rerope", "leaky_rerope")  # which read trained_length
 
 
 def check(options: Any, width: int) -> None:
@@ -12,9 +16,23 @@ def check(options: Any, width: int) -> None:
         refuse("model.attention.heads", heads, f"a divisor of model.width={width}, or head_dim must be set")
     if heads % (kv_heads or heads):
         refuse("model.attention.kv_heads", kv_heads, f"a divisor of heads={heads}, or 0 for all")
-    if options.positions == "rope" and (head_dim := options.head_dim or width // heads) % 2:
+    head_dim = options.head_dim or width // heads
+    if options.positions in ROTARY and head_dim % 2:
         made = "" if options.head_dim else f"; it is model.width={width} / heads={heads}"
         refuse("model.attention.head_dim", head_dim, f"even, as rotary positions turn pairs{made}")
+    if options.positions in ROTARY and (turned := int(head_dim * options.rotary)) % 2:
+        refuse("model.attention.rotary", options.rotary, f"a share that makes an even number of channels, not {turned}")
+    if options.positions == "xpos" and options.rotary != 1:
+        refuse("model.attention.rotary", options.rotary, "1.0 with positions='xpos', whose pairs all decay")
+    if options.scaling != "none" and options.positions != "rope":
+        refuse("model.attention.scaling", options.scaling, f"'none' with positions={options.positions!r}")
+    if options.scaling == "ntk" and head_dim * options.rotary < 4:
+        refuse("model.attention.scaling", "ntk", f"another with head_dim={head_dim}, of which one pair turns")
+    if options.scaling in BY_LENGTH and options.trained_length < 2:
+        allowed = f"at least 2 with scaling={options.scaling!r}"
+        refuse("model.attention.trained_length", options.trained_length, allowed)
+    if "rerope" in options.scaling and (options.softcap or options.forget):
+        refuse("model.attention.scaling", options.scaling, "another with softcap or forget")
     if options.sinks > options.window:
         refuse("model.attention.sinks", options.sinks, f"at most model.attention.window={options.window}")
     if options.mask != "causal" and options.window:
@@ -35,12 +53,49 @@ ATTENTION = Group(
         "head_dim": Field(0, "channels of a head; 0: width / heads", at_least(0)),
         "positions": Field(
             "rope",
-            "how a token's position enters: rope (queries and keys are rotated) or none (only the mask knows it, as in "
+            "how a token's position enters: rope (queries and keys are rotated), xpos (they also decay with distance), "
+            "alibi, kerple, sandwich, t5 (a bias of the scores by distance) or none (only the mask knows it, as in "
             "Jamba, where recurrent layers see the order)",
-            one_of("rope", "none"),
+            one_of("rope", "none", "xpos", "alibi", "kerple", "sandwich", "t5"),
             since=2,
         ),
         "rope_theta": Field(1e4, "base of the rotary positions' wavelengths; read with positions=rope", above(0)),
+        "rotary": Field(
+            1.0,
+            "share of a head's channels, the first ones, that rotary positions turn; 0.25 in GPT-NeoX",
+            Rule(lambda share: 0 < share <= 1, "greater than 0 and at most 1"),
+            since=2,
+        ),
+        "rope_style": Field(
+            "half",
+            "which channels of a head rotary positions turn together: i and i + d/2 (half, as Llama) or 2i and 2i + 1 "
+            "(interleaved, as GPT-J)",
+            one_of("half", "interleaved"),
+            since=2,
+        ),
+        "scaling": Field(
+            "none",
+            "change of rotary positions for rows longer than in training (docs/positions.md); rerope and leaky_rerope "
+            "are for measuring trained models",
+            one_of(*SCALINGS),
+            since=2,
+        ),
+        "scaling_factor": Field(
+            1.0, "by which rows are longer than in training; read with scaling", at_least(1), since=2
+        ),
+        "trained_length": Field(
+            0,
+            f"tokens of a row in training; read with scaling={', '.join(BY_LENGTH)}",
+            at_least(0),
+            since=2,
+        ),
+        "init_std": Field(
+            0.02,
+            "standard deviation of fresh projections of queries, keys and values, and sqrt(2 layers) times that of the "
+            "output's; 0.02 is GPT-2's, for widths near 1000; 0: width^-0.5, for any width",
+            at_least(0),
+            since=2,
+        ),
         "window": Field(0, "newest tokens that a token sees, itself included; 0: all", at_least(0), since=2),
         "sinks": Field(0, "first tokens of its document that a token sees beside its window", at_least(0), since=2),
         "mask": Field(

@@ -4,7 +4,7 @@ from typing import Any
 
 from seqmodels.fields import Field, Group, above, at_least, between, one_of
 from seqmodels.fields.field import MOST_EXPANDED
-from seqmodels.fields.steps import STEPS, check_steps
+from seqmodels.fields.steps import STEPS, STRETCH, check_steps
 
 
 def check(options: Any, width: int) -> None:
@@ -26,6 +26,7 @@ MAMBA = Group(
         ),
         "norm_eps": Field(1e-5, "epsilon of those norms", above(0), since=2),
         **STEPS,
+        **STRETCH,
     },
     check,
 )

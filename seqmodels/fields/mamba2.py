@@ -5,7 +5,7 @@ from typing import Any
 from seqmodels.fields import Field, Group, above, at_least, between
 from seqmodels.fields.field import MOST_EXPANDED
 from seqmodels.fields.heads import check_heads
-from seqmodels.fields.steps import STEPS, check_steps
+from seqmodels.fields.steps import STEPS, STRETCH, check_steps
 
 
 def check(options: Any, width: int) -> None:
@@ -24,6 +24,7 @@ MAMBA2 = Group(
         "conv": Field(4, "W, tokens that the short convolution sees", between(2, 8)),
         "norm_eps": Field(1e-5, "epsilon of the norm after the gate", above(0)),
         **STEPS,
+        **STRETCH,
     },
     check,
 )

@@ -5,7 +5,7 @@ from typing import Any
 from seqmodels.fields import Field, Group, above, at_least, one_of, refuse
 from seqmodels.fields.field import MOST_EXPANDED
 from seqmodels.fields.heads import check_heads
-from seqmodels.fields.steps import STEPS, check_steps
+from seqmodels.fields.steps import STEPS, STRETCH, check_steps
 
 
 def check(options: Any, width: int) -> None:
@@ -32,6 +32,7 @@ MAMBA3 = Group(
         ),
         "norm_eps": Field(1e-5, "epsilon of the norms of B and C", above(0)),
         **STEPS,
+        **STRETCH,
     },
     check,
 )

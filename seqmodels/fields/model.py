@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from seqmodels.fields import Field, Group, above, at_least, one_of, refuse, share
+from seqmodels.fields import Field, Group, Rule, above, at_least, one_of, refuse, share
 from seqmodels.fields.depth import KINDS
 from seqmodels.fields.field import WIDEST
 from seqmodels.kernels import OPERATIONS
@@ -28,6 +28,18 @@ MODEL = Group(
         ),
         "norm_eps": Field(1e-5, "epsilon of those norms", above(0)),
         "bias": Field(False, "biases in layer norms, and in the projections of branches that can have them", since=2),
+        "short_conv": Field(
+            0,
+            "newest tokens that a causal convolution before every mixer of time sees, its own included; 0: there is no "
+            "such convolution",
+            Rule(lambda taps: taps == 0 or 2 <= taps <= 8, "0, or from 2 to 8"),
+            since=2,
+        ),
+        "parallel_norms": Field(
+            False,
+            "branches side by side (a|b) have a norm each, as in GPT-NeoX; False: they read the same normed input",
+            since=2,
+        ),
         "dropout": Field(0.0, "share of the numbers dropped at the output of every branch and of the input", share),
         "dtype": Field(
             "float32", "dtype of activations and matrix products; parameters, states and losses are float32", DTYPES
@@ -45,6 +57,19 @@ MODEL = Group(
             "what the model predicts: next_token, classify (a class for each row), regress (numbers for each row) or "
             "forecast (numbers for each of the next steps)",
             one_of("next_token", "classify", "regress", "forecast"),
+            since=2,
+        ),
+        "positions": Field(
+            "none",
+            "vectors of positions added to the input: learned, sinusoidal or none (attention has its own: "
+            "model.attention.positions)",
+            one_of("none", "learned", "sinusoidal"),
+            since=2,
+        ),
+        "position_table": Field(
+            0,
+            "learned vectors, at least as many as a document has tokens; read with positions=learned",
+            at_least(0),
             since=2,
         ),
         "pool": Field(

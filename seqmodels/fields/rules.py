@@ -62,3 +62,12 @@ def each_at_least(smallest: int, what: str, empty: bool = False) -> Rule:
         return whole and (empty or len(values) > 0) and all(smallest <= n < 2**31 for n in values)
 
     return Rule(test, f"{what}, each an integer, at least {smallest}")
+
+
+def names_among(*names: str) -> Rule:
+    """A text: one or more of these names, apart by commas."""
+
+    def test(text: Any) -> bool:
+        return all(part.strip() in names for part in text.split(","))
+
+    return Rule(test, f"one or more of {', '.join(names)}, apart by commas")

@@ -5,7 +5,7 @@ import re
 
 from ml_collections import ConfigDict
 
-from seqmodels.fields import Field, Group, Rule, above, at_least, between, each_at_least, one_of, share
+from seqmodels.fields import Field, Group, Rule, above, at_least, between, each_at_least, names_among, one_of, share
 from seqmodels.fields.depth import ATTNRES, HYPER
 from seqmodels.fields.field import HUGE
 from seqmodels.fields.model import DENSE, IMPLEMENTATION, MODEL
@@ -17,6 +17,10 @@ def _is_factors(text: str) -> bool:
     parts = [part.strip() for part in text.split(",")] if text else []
     return all(FACTORS.fullmatch(part) and float(part.partition("=")[2]) <= HUGE for part in parts)
 
+
+EXTRAPOLATIONS = tuple(
+    ["none", "linear", "ntk", "dynamic", "yarn", "llama3", "rerope", "leaky_rerope", "log_n", "window", "dt"]
+)
 
 ROOT = Group(
     "",
@@ -183,6 +187,12 @@ EVALUATION = Group(
             (1, 4, 16, 64),
             "lengths of context that eval.py measures, as multiples of seq_len",
             each_at_least(1, "multiples of seq_len"),
+        ),
+        "extrapolate": Field(
+            "none",
+            "methods of --evals=extrapolation for rows longer than in training, apart by commas (docs/positions.md)",
+            names_among(*EXTRAPOLATIONS),
+            since=2,
         ),
         "classification": Field(
             "", "JSON lines of prompt, choices and answer, as a glob; empty: those of the project", path=True

@@ -11,6 +11,15 @@ STEPS = {
     "dt_floor": Field(1e-4, "no step size of a fresh model is below this", at_least(0)),
 }
 
+STRETCH = {
+    "dt_scale": Field(
+        1.0,
+        "factor of every step size dt; below 1 a trained model reads longer rows as it read those of training",
+        above(0),
+        since=2,
+    ),
+}
+
 
 def check_steps(name: str, options: Any) -> None:
     """Raises UserError if the range of step sizes of the branch `name` is empty."""

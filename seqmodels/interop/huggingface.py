@@ -14,7 +14,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from seqmodels import pattern
 from seqmodels.errors import UserError
 from seqmodels.fields.model import DENSE, MODEL
-from seqmodels.interop import denseretnet, jamba, llama, mamba, mamba2, mixtral, original
+from seqmodels.interop import denseretnet, gpt_neox, jamba, llama, mamba, mamba2, mixtral, original
 from seqmodels.interop.generic import FRESH, ROUNDING, TRAINING
 from seqmodels.interop.table import Table, check_export, harmless, honoured, missing, only, read
 from seqmodels.interop.weights import Weight, arrays_of, convert, export, head
@@ -23,6 +23,7 @@ IGNORED = ("rotary_emb.inv_freq",)  # buffers in old Llama files, which follow f
 HEAD = "lm_head.weight"
 MAMBA_EMBEDDINGS = ("backbone.embeddings.weight", "backbone.embedding.weight")
 LLAMA_EMBEDDINGS = ("model.embed_tokens.weight",)
+NEOX_EMBEDDINGS = ("gpt_neox.embed_in.weight",)
 FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}  # JSON does not have them
 
 
@@ -36,6 +37,7 @@ class Family:
         weights: every tensor but the head, from the fields of config.model.
         embeddings: names that the embedding may have.
         as_in_files: the tensors of a model in memory under their names in files; None: these are the same.
+        head: name of the matrix of the logits in files.
     """
 
     table: Table
@@ -43,6 +45,7 @@ class Family:
     weights: Callable[..., list[Weight]]
     embeddings: tuple[str, ...] = MAMBA_EMBEDDINGS
     as_in_files: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    head: str = HEAD
 
 
 FAMILIES = {
@@ -53,14 +56,34 @@ FAMILIES = {
     "mistral": Family(llama.MISTRAL, llama.config_of, llama.weights, LLAMA_EMBEDDINGS),
     "mixtral": Family(mixtral.MIXTRAL, mixtral.config_of, mixtral.weights, LLAMA_EMBEDDINGS, mixtral.as_in_files),
     "jamba": Family(jamba.JAMBA, jamba.config_of, jamba.weights, LLAMA_EMBEDDINGS, jamba.as_in_files),
+    "gpt_neox": Family(
+        gpt_neox.GPT_NEOX,
+        gpt_neox.config_of,
+        gpt_neox.weights,
+        NEOX_EMBEDDINGS,
+        gpt_neox.as_in_files,
+        gpt_neox.HEAD,
+    ),
+}
+
+OTHERS = {  # known models that no branch of ours can be, and why
+    "qwen3_next": "its attention has an output gate and norms of queries and keys, its shared expert a gate",
+    "qwen3_5": "its attention has an output gate and norms of queries and keys",
+    "qwen3_5_moe": "its attention has an output gate and norms of queries and keys, its shared expert a gate",
+    "olmo_hybrid": "the norms of its attention and MLP are behind them, and it has norms of queries and keys",
+    "recurrent_gemma": "its RG-LRU is no branch here",
+    "rwkv": "RWKV-4 is no branch here",
 }
 
 EXPORTED: Table = {  # fields of config.model itself
     **honoured("bias", "norm_eps", "pattern", "repeats", "tie_embeddings", "vocab_size", "width"),
-    "norm": only("rms"),
+    **honoured("norm", "parallel_norms"),  # as far as EXPORTED_NORMS allows, or GPT-NeoX has them
     "input": only("tokens"),
     "head": only("next_token"),
     "depth": only("none"),
+    "short_conv": only(0),
+    "positions": only("none"),
+    **harmless("read with positions='learned'", "position_table"),
     **harmless(FRESH, "embedding_std"),
     **harmless(TRAINING, "dropout", "remat", "remat_blocks"),
     **harmless(ROUNDING, "dtype", "residual_dtype"),
@@ -68,6 +91,7 @@ EXPORTED: Table = {  # fields of config.model itself
     **harmless("vocab_size is filled in", "vocab_multiple"),
     **harmless("read by other heads", "horizon", "pool"),
 }
+EXPORTED_NORMS: Table = {"norm": only("rms"), "parallel_norms": only(False)}  # of all families but GPT-NeoX
 EXPORTED_DENSE: Table = {
     **harmless("read only with a variant", *DENSE.fields),
     "variant": only("none"),  # transformers has no DenseSSM models
@@ -108,6 +132,8 @@ def read_model(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[d
     if kind is None and "d_model" in config:
         model = original.config_of(config, vocab_size=rows_of(tensors))
         return model, converted(tensors, model, FAMILIES[model["pattern"]])
+    if isinstance(kind, str) and kind in OTHERS:
+        raise UserError(f"Hugging Face config: model_type {kind!r} cannot be converted: {OTHERS[kind]}")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"Hugging Face config: model_type is {kind!r}; allowed: {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
@@ -133,14 +159,14 @@ def converted(tensors: Mapping[str, Any], model: Mapping[str, Any], family: Fami
         )
     embedding = next((name for name in family.embeddings if name in tensors), family.embeddings[0])
     if model["tie_embeddings"]:
-        tensors = once(tensors, embedding)
+        tensors = once(tensors, embedding, family.head)
     spelling = dict(embedding=embedding.split(".")[1]) if len(family.embeddings) > 1 else {}
-    return convert(tensors, family.weights(model, **spelling) + head(model))
+    return convert(tensors, family.weights(model, **spelling) + head(model, family.head))
 
 
 def rows_of(tensors: Mapping[str, Any]) -> int:
     """Size of the vocabulary. A UserError if there is no matrix with a row for each token."""
-    names = [*MAMBA_EMBEDDINGS, *LLAMA_EMBEDDINGS]
+    names = [*MAMBA_EMBEDDINGS, *LLAMA_EMBEDDINGS, *NEOX_EMBEDDINGS]
     for name in (*names, HEAD):
         if name in tensors:
             return tensors[name].shape[0]
@@ -158,27 +184,30 @@ def plain(value: Any) -> Any:
 
 def with_prefix(tensors: Mapping[str, Any]) -> dict[str, Any]:
     """Tensors under their names in a model with a head. The file of a model without one has no prefix."""
-    for name in (*MAMBA_EMBEDDINGS, *LLAMA_EMBEDDINGS):
+    for name in (*MAMBA_EMBEDDINGS, *LLAMA_EMBEDDINGS, *NEOX_EMBEDDINGS):
         prefix, rest = name.split(".", 1)
         if rest in tensors:
-            return {each if each == HEAD else f"{prefix}.{each}": tensor for each, tensor in tensors.items()}
+            return {
+                each if each in (HEAD, gpt_neox.HEAD) else f"{prefix}.{each}": tensor
+                for each, tensor in tensors.items()
+            }
     return dict(tensors)
 
 
-def once(tensors: Mapping[str, Any], embedding: str) -> dict[str, Any]:
+def once(tensors: Mapping[str, Any], embedding: str, head: str) -> dict[str, Any]:
     """The tensors with a tied matrix under the name `embedding` only. A file may have it as the head, or twice.
 
     Raises:
         UserError: the head and the embedding differ.
     """
-    if HEAD not in tensors:
+    if head not in tensors:
         return dict(tensors)
-    if embedding in tensors and not np.array_equal(tensors[HEAD], tensors[embedding]):
+    if embedding in tensors and not np.array_equal(tensors[head], tensors[embedding]):
         raise UserError(
-            f"Hugging Face weights: {HEAD} differs from {embedding}, to which tie_word_embeddings ties it; "
+            f"Hugging Face weights: {head} differs from {embedding}, to which tie_word_embeddings ties it; "
             "set that field to false in config.json if both are right"
         )
-    return {embedding: tensors[HEAD]} | {name: tensor for name, tensor in tensors.items() if name != HEAD}
+    return {embedding: tensors[head]} | {name: tensor for name, tensor in tensors.items() if name != head}
 
 
 def to_huggingface(params: Mapping, model: Mapping[str, Any]) -> tuple[dict[str, np.ndarray], dict]:
@@ -206,10 +235,12 @@ def write_model(params: Mapping, model: Mapping[str, Any]) -> tuple[Iterator[tup
     check_export(model["dense"], EXPORTED_DENSE, DENSE.home)
     blocks = pattern.parse(model["pattern"])
     layers = model["repeats"] * len(blocks)
-    kind, exported = _export_of(blocks, model["pattern"])
+    kind, exported = _export_of(blocks, model)
     if len(set(blocks)) == 1:
-        model |= dict(pattern="+".join(word for (word,) in blocks[0]), repeats=layers)
-    if model.get("bias") and kind != "llama":
+        model |= dict(pattern="+".join("|".join(step) for step in blocks[0]), repeats=layers)
+    if kind != "gpt_neox":
+        check_export({name: fields[name] for name in EXPORTED_NORMS if name in fields}, EXPORTED_NORMS, MODEL.home)
+    if model.get("bias") and kind not in ("llama", "gpt_neox"):
         raise UserError(f"model.bias is True; only False can be exported as model_type {kind}")
     model, fields = exported(model, params)
     family = FAMILIES[kind]
@@ -221,10 +252,10 @@ def write_model(params: Mapping, model: Mapping[str, Any]) -> tuple[Iterator[tup
         hidden_act="silu",
         dtype="float32",
     )
-    return export(params, family.weights(model) + head(model)), {**config, **fields}
+    return export(params, family.weights(model) + head(model, family.head)), {**config, **fields}
 
 
-def _export_of(blocks: list[pattern.Block], text: str) -> tuple[str, Callable[..., tuple[dict, dict]]]:
+def _export_of(blocks: list[pattern.Block], model: Mapping[str, Any]) -> tuple[str, Callable[..., tuple[dict, dict]]]:
     """The family that has models of these blocks, and its function `exported(model, params)`.
 
     Raises:
@@ -235,6 +266,8 @@ def _export_of(blocks: list[pattern.Block], text: str) -> tuple[str, Callable[..
         return "mamba", lambda model, params: mamba.exported(model)
     if kinds == {(("mamba2",),)}:
         return "mamba2", lambda model, params: mamba2.exported(model)
+    if gpt_neox.is_like(model, blocks):
+        return "gpt_neox", gpt_neox.exported
     if kinds == {(("attention",), ("mlp",))}:
         return "llama", llama.exported
     if kinds == {(("attention",), ("moe",))}:
@@ -242,4 +275,4 @@ def _export_of(blocks: list[pattern.Block], text: str) -> tuple[str, Callable[..
     if kinds <= {((mixer,), (channel,)) for mixer in ("attention", "mamba") for channel in ("mlp", "moe")}:
         return "jamba", jamba.exported
     allowed = "'mamba', 'mamba2', 'attention+mlp', 'attention+moe', or of these with 'mamba+mlp' and 'mamba+moe'"
-    raise UserError(f"model.pattern is {text!r}; only blocks of {allowed} can be exported")
+    raise UserError(f"model.pattern is {model['pattern']!r}; only blocks of {allowed} can be exported")

@@ -58,15 +58,19 @@ JAMBA: Table = {
 }
 
 EXPORTED_ATTENTION: Table = {
+    **llama.PLAIN_ATTENTION,
     **honoured("heads", "kv_heads", "head_dim"),
     "positions": only("none"),
+    "scaling": only("none"),
+    **harmless("read with scaling", "scaling_factor", "trained_length"),
     "window": only(0),
-    **harmless("read with positions='rope'", "rope_theta"),
+    **harmless("read with positions='rope'", "rope_theta", "rotary"),
 }
 EXPORTED_MAMBA: Table = {
     **honoured("state", "expand", "conv", "dt_rank", "norm_eps"),
     "norms": only("learned"),
     **harmless(FRESH, "dt_min", "dt_max", "dt_floor"),
+    "dt_scale": only(1.0),
 }
 EXPORTED_MLP: Table = {**honoured("hidden"), "activation": only("silu"), "gated": only(True)}
 EXPORTED_MOE: Table = {**experts.EXPORTED, "router": only("softmax")}

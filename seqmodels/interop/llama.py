@@ -9,7 +9,7 @@ from seqmodels.errors import UserError
 from seqmodels.fields.attention import ATTENTION
 from seqmodels.fields.mlp import MLP
 from seqmodels.fields.rules import Rule, one_of
-from seqmodels.interop.generic import COMMON, TRAINING, sizes
+from seqmodels.interop.generic import COMMON, FRESH, TRAINING, sizes
 from seqmodels.interop.table import (
     Honoured,
     Table,
@@ -27,6 +27,9 @@ from seqmodels.interop.weights import Weight, find, same, turned
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}  # theirs and ours
 ROTARY = Rule(lambda value: value is None or isinstance(value, Mapping), "an object, or null")
+# of seqmodels.layers.rope.stretched
+LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
+stretch = Rule(lambda value: positive.test(value) and value >= 1, "a number, at least 1")
 FULL = Rule(
     lambda value: value is None or (isinstance(value, list) and all(kind == "full_attention" for kind in value)),
     "'full_attention' for every layer, or null",
@@ -70,28 +73,61 @@ MISTRAL: Table = {
     **harmless("their class has no biases", "attention_bias", "mlp_bias"),
 }
 
+PLAIN_ATTENTION: Table = {  # options of ours that their attention does not have
+    **harmless(FRESH, "init_std"),
+    "rope_style": only("half"),
+    "sinks": only(0),
+    "mask": only("causal"),
+    **harmless("read with other masks", "block", "stride", "summary", "near", "first", "random"),
+    "softcap": only(0.0),
+    "qk_norm": only("none"),
+    "log_n": only(0),
+    "forget": only(False),
+}
 EXPORTED_ATTENTION: Table = {
+    **PLAIN_ATTENTION,
     **honoured("heads", "kv_heads", "head_dim", "rope_theta", "window"),
     "positions": only("rope"),
+    "rotary": only(1.0),
+    "scaling": only("none", "llama3"),
+    "trained_length": only(0, LLAMA3["original_max_position_embeddings"]),
+    **honoured("scaling_factor"),
 }
 EXPORTED_MLP: Table = {**honoured("hidden", "activation"), "gated": only(True)}
 
 
-def rope_theta_of(theirs: Mapping[str, Any]) -> float:
-    """The base of the rotary positions, by the rules of transformers 5.
+def rotary_of(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of model.attention for the rotary positions, by the rules of transformers 5.
 
     Raises:
-        UserError: the positions are scaled, or differ from layer to layer.
+        UserError: the positions are scaled in another way than those of Llama 3.1, or differ from layer to layer.
     """
     name = "rope_scaling" if theirs["rope_scaling"] else "rope_parameters"
     rotary = theirs[name] or {}
     kind = rotary.get("rope_type", rotary.get("type", "default"))
-    if kind != "default" or any(isinstance(value, Mapping) for value in rotary.values()):
-        refuse(name, rotary, "only rope_type 'default' can be converted")
+    if kind not in ("default", "llama3") or any(isinstance(value, Mapping) for value in rotary.values()):
+        refuse(name, rotary, "only rope_type 'default' and 'llama3' can be converted")
     theta = rotary.get("rope_theta", theirs["rope_theta"])
     if not positive.test(theta):
         refuse(f"{name}.rope_theta", theta, f"allowed: {positive.words}")
-    return theta
+    if kind == "default":
+        return dict(rope_theta=theta)
+    for field, value in LLAMA3.items():
+        if rotary.get(field) != value:
+            refuse(f"{name}.{field}", rotary.get(field), f"only {value} can be converted")
+    if not stretch.test(rotary.get("factor")):
+        refuse(f"{name}.factor", rotary.get("factor"), f"allowed: {stretch.words}")
+    trained = LLAMA3["original_max_position_embeddings"]
+    return dict(rope_theta=theta, scaling="llama3", scaling_factor=rotary["factor"], trained_length=trained)
+
+
+def rotary_fields(attention: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of their config for the rotary positions, for transformers 5 and 4."""
+    theta, factor = attention["rope_theta"], attention["scaling_factor"]
+    if attention["scaling"] == "none":
+        return dict(rope_theta=theta, rope_parameters=dict(rope_type="default", rope_theta=theta))
+    rotary = dict(rope_type="llama3", rope_theta=theta, factor=factor, **LLAMA3)
+    return dict(rope_theta=theta, rope_parameters=rotary, rope_scaling=rotary)
 
 
 def heads_of(theirs: Mapping[str, Any], rotary: bool = True) -> dict[str, int]:
@@ -123,7 +159,7 @@ def config_of(theirs: Mapping[str, Any]) -> dict[str, Any]:
         **(dict(bias=True) if bias else {}),
         attention=dict(
             **heads_of(theirs),
-            rope_theta=rope_theta_of(theirs),
+            **rotary_of(theirs),
             window=theirs.get("sliding_window") or 0,
         ),
         mlp=dict(hidden=theirs["intermediate_size"], activation=ACTIVATIONS[theirs["hidden_act"]]),
@@ -219,8 +255,7 @@ def exported(model: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[dict[
         num_key_value_heads=attention["kv_heads"],
         head_dim=attention["head_dim"],
         rms_norm_eps=model["norm_eps"],
-        rope_theta=attention["rope_theta"],
-        rope_parameters=dict(rope_type="default", rope_theta=attention["rope_theta"]),
+        **rotary_fields(attention),
         **(dict(sliding_window=attention["window"]) if mistral else biases),
     )
     return model, fields

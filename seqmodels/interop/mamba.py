@@ -35,6 +35,7 @@ EXPORTED: Table = {
     "norms": only("none", "rms"),
     **honoured("norm_eps"),  # of these norms, so without them it means nothing
     **harmless(FRESH, "dt_min", "dt_max", "dt_floor"),
+    "dt_scale": only(1.0),
 }
 
 

@@ -8,7 +8,7 @@ from seqmodels.fields.mamba2 import MAMBA2 as OURS
 from seqmodels.fields.rules import Rule
 from seqmodels.interop.generic import FRESH, ROUNDING, mamba_fields
 from seqmodels.interop.mamba import stack
-from seqmodels.interop.table import Honoured, Table, check_export, harmless, honoured, integer, refuse
+from seqmodels.interop.table import Honoured, Table, check_export, harmless, honoured, integer, only, refuse
 from seqmodels.interop.weights import Weight, parts, same, turned
 
 
@@ -33,6 +33,7 @@ MAMBA2: Table = {
 EXPORTED: Table = {
     **honoured("state", "expand", "head_dim", "groups", "conv", "norm_eps"),
     **harmless(FRESH, "dt_min", "dt_max", "dt_floor"),
+    "dt_scale": only(1.0),
 }
 
 

@@ -44,7 +44,7 @@ def config_of(theirs: Mapping[str, Any]) -> dict[str, Any]:
         tie_embeddings=theirs["tie_word_embeddings"],
         attention=dict(
             **llama.heads_of(theirs),
-            rope_theta=llama.rope_theta_of(theirs),
+            **llama.rotary_of(theirs),
             window=theirs["sliding_window"] or 0,
         ),
         moe=dict(
@@ -95,8 +95,7 @@ def exported(model: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[dict[
         num_key_value_heads=kv_heads,
         head_dim=head_dim,
         rms_norm_eps=model["norm_eps"],
-        rope_theta=attention["rope_theta"],
-        rope_parameters=dict(rope_type="default", rope_theta=attention["rope_theta"]),
+        **llama.rotary_fields(attention),
         sliding_window=attention["window"] or None,
         num_local_experts=moe["experts"],
         num_experts_per_tok=moe["top_k"],

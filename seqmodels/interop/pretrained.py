@@ -12,6 +12,7 @@ import numpy as np
 from seqmodels.atomic import replace_file
 from seqmodels.errors import UserError
 from seqmodels.interop.files import INDEX, NAMES, read_json, read_tensors
+from seqmodels.interop.gguf import as_llama, is_gguf
 from seqmodels.interop.huggingface import read_model, write_model
 from seqmodels.interop.weights import arrays_of
 
@@ -30,9 +31,15 @@ def load(directory: str | Path) -> tuple[dict, dict]:
 
 
 def open_model(directory: str | Path) -> tuple[dict, dict, dict]:
-    """As `load`, but no parameter is read yet: `np.asarray` makes an array of each. Also returns their config.json."""
+    """As `load`, but no parameter is read yet: `np.asarray` makes an array of each. Also returns their config.json.
+
+    In place of a directory, a GGUF file.
+    """
     try:
         directory = Path(directory).expanduser()
+        if is_gguf(directory):
+            tensors, config = as_llama(directory)
+            return *read_model(tensors, config), config
         if not (directory / "config.json").is_file():
             raise UserError(f"{directory} has no config.json; a directory written by save_pretrained is needed")
         config = read_json(directory / "config.json")

@@ -1,11 +1,12 @@
 """Run directories from directories of transformers, and back, with the tokenizer.
 
-Parameters are read one after another, straight to the devices that hold them, and written in the same way. So the host
-needs memory for two or three tensors.
+Parameters are read one after another, straight to the devices that hold them, and on export written in the same way. So
+the host holds two or three tensors at a time.
 """
 
 import dataclasses
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from seqmodels.config import upgrade, validate
 from seqmodels.errors import UserError
 from seqmodels.evals.run import load_run
 from seqmodels.fields.run import defaults
-from seqmodels.interop import pretrained, tokenizer
+from seqmodels.interop import gguf, pretrained, tokenizer
 from seqmodels.interop.files import read_json
 from seqmodels.interop.huggingface import write_model
 from seqmodels.interop.stacking import Stacked, stack_views, unstack_views
@@ -38,9 +39,9 @@ KEPT = ("bos_token_id", "eos_token_id", "max_position_embeddings", "pad_token_id
 
 
 def config_of(source: Path, workdir: Path) -> ConfigDict:
-    """The config of a run with the model of a directory of transformers.
+    """The config of a run with the model of a directory of transformers, or of a GGUF file.
 
-    `data.tokenizer` is the file in that directory, "" if there is none.
+    `data.tokenizer` is the file in that directory, "" if there is none; or the GGUF file.
 
     Raises: UserError where the directory has no model that can be imported.
     """
@@ -51,6 +52,9 @@ def config_of(source: Path, workdir: Path) -> ConfigDict:
     positions = theirs.get("max_position_embeddings")
     config.seq_len = min(positions, SEQ_LEN) if isinstance(positions, int) and positions > 0 else SEQ_LEN
     config.optimizer.learning_rate = LEARNING_RATE
+    if gguf.is_gguf(source):
+        config.data.tokenizer, config.data.separator = str(source), gguf.begins_with(source)
+        return upgrade(config).lock()
     try:
         found = tokenizer.find(source)
         config.data.tokenizer, config.data.separator = str(found), tokenizer.begins_with(found)
@@ -59,14 +63,14 @@ def config_of(source: Path, workdir: Path) -> ConfigDict:
     return upgrade(config).lock()
 
 
-def import_run(source: Path, workdir: Path, config: ConfigDict) -> dict[str, int]:
+def import_run(source: Path, workdir: Path, config: ConfigDict) -> int:
     """Makes a run directory with one checkpoint, of step 0, which holds the parameters alone.
 
     Args:
       config: result of `config_of`; fields that do not change the shape of a parameter may be changed, and
         `model.scan_blocks`.
 
-    Returns: the number of parameters, and of bytes of the tokenizer's files.
+    Returns: the number of parameters.
 
     Raises: UserError where the directory holds a run, a file is missing or damaged, or weights or tokenizer do not fit
       the config.
@@ -74,11 +78,14 @@ def import_run(source: Path, workdir: Path, config: ConfigDict) -> dict[str, int
     if not config.data.tokenizer:
         tokenizer.find(source)  # says what is missing
     validate(config)
-    with run.held(workdir):
+    with run.held(workdir), tempfile.TemporaryDirectory() as folder:
         if (workdir / "config.json").exists():
             raise UserError(f"--workdir={workdir}: holds a run already; name another directory")
         _, params, theirs = pretrained.open_model(source)
-        words = data.load_tokenizer(config.data.tokenizer, config.data.separator)
+        path = config.data.tokenizer
+        if gguf.is_gguf(Path(path)):
+            path = str(gguf.write_tokenizer(Path(path).expanduser(), Path(folder)))
+        words = data.load_tokenizer(path, config.data.separator)
         model = build(config.model, words.vocab_size)
         abstract = placed_params(abstract_params(model, config), sharding.flat_mesh())
         views = _as_in(model.config, params)
@@ -93,7 +100,7 @@ def import_run(source: Path, workdir: Path, config: ConfigDict) -> dict[str, int
             about = {"from": str(source), "config": theirs}
             replace_file(workdir / run.IMPORTED, json.dumps(about, indent=2) + "\n")
         run.write_config(workdir, config)
-    return {"parameters": sum(leaf.size for leaf in jax.tree.leaves(abstract))}
+    return sum(leaf.size for leaf in jax.tree.leaves(abstract))
 
 
 def _as_in(model: Any, params: Mapping[str, Any]) -> dict[str, Any]:

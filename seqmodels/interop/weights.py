@@ -76,10 +76,10 @@ def turned(theirs: str, their_shape: tuple[int, ...], ours: tuple[str, ...], our
     return Weight(theirs, their_shape, ours, our_shape, turned=True)
 
 
-def head(model: Mapping) -> list[Weight]:
+def head(model: Mapping, theirs: str = "lm_head.weight") -> list[Weight]:
     """The matrix of the logits, unless it is that of the embeddings."""
     V, D = model["vocab_size"], model["width"]
-    return [] if model["tie_embeddings"] else [turned("lm_head.weight", (V, D), ("head",), (D, V))]
+    return [] if model["tie_embeddings"] else [turned(theirs, (V, D), ("head",), (D, V))]
 
 
 def parts(theirs: str, rest: tuple[int, ...], *ours: tuple[tuple[str, ...], int, tuple[int, ...]]) -> list[Weight]:

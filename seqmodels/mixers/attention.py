@@ -1,6 +1,8 @@
 """Softmax attention of grouped heads, by default causal with rotary positions (Llama 2: Touvron et al. 2023, 2.2)."""
 
+import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -28,19 +30,28 @@ from seqmodels.layers.kv_cache import (
 )
 from seqmodels.layers.norm import RMSNorm
 from seqmodels.layers.parameter import normal, parameter, residual_std, zeros
+from seqmodels.layers.positions import BIASES, xpos
+from seqmodels.layers.rerope import rerope
 from seqmodels.layers.rope import rope
+from seqmodels.layers.rope_scaling import frequencies, frequencies_of, scale_of
 from seqmodels.parallel import attention
 from seqmodels.sequence import Sequence
 
+Kernel = Callable[..., jax.Array]
+
 
 class Rules(NamedTuple):
-    """Which tokens of its document a token sees, and how: static options of `kernels.attention`; 0 for none."""
+    """Which tokens of its document a token sees, and how: static options of `kernels.attention`; 0 for none.
+
+    `kernel` is `kernels.attention`, or a function with its arguments in which scores depend on distances too.
+    """
 
     window: int = 0
     sinks: int = 0
     pattern: Pattern | None = None
     softcap: float = 0.0
     implementation: str | None = None
+    kernel: Kernel = attention
 
     @property
     def absolute(self) -> bool:
@@ -50,6 +61,7 @@ class Rules(NamedTuple):
     def options(self) -> dict[str, Any]:
         """Arguments of `kernels.attention.attention`."""
         given = self._asdict()
+        del given["kernel"]
         return given | dict(window=self.window or None, softcap=self.softcap or None)
 
 
@@ -61,14 +73,14 @@ def attend_within(q: jax.Array, new: Cache, seq: Sequence, rules: Rules) -> tupl
     place = positions_in_row(jnp.zeros((batch,), jnp.int32), length, seq.mask)
     if rules.absolute and (seq.mask is not None or seq.segment_ids is not None):
         options["positions"] = seq.positions
-    elif rules.window and seq.mask is not None:
+    elif seq.mask is not None and (rules.window or rules.kernel is not attention):
         options["positions"] = place
     if seq.mask is not None:
         documents = jnp.where(seq.mask, document, PADDING), jnp.where(seq.mask, document, EMPTY)
         options |= dict(segment_ids=documents[0], key_segment_ids=documents[1])
     elif seq.segment_ids is not None:
         options["segment_ids"] = document
-    o = attention(q, new["k"], new["v"], gates=gates, **options)
+    o = rules.kernel(q, new["k"], new["v"], gates=gates, **options)
     new = dict(new, document=document)
     if rules.absolute:
         new["position"] = seq.positions
@@ -116,7 +128,7 @@ def attend_from_cache(q: jax.Array, new: Cache, cache: Cache, seq: Sequence, rul
         places = jnp.concatenate([key_positions(cache), place], axis=1)
     else:
         places = key_positions(after) if window else jnp.broadcast_to(jnp.arange(slots), (batch, slots))
-    o = attention(
+    o = rules.kernel(
         q,
         keys["k"],
         keys["v"],
@@ -147,6 +159,12 @@ class Attention(Branch):
     head_dim: int = ATTENTION["head_dim"]
     positions: str = ATTENTION["positions"]
     rope_theta: float = ATTENTION["rope_theta"]
+    rotary: float = ATTENTION["rotary"]
+    rope_style: str = ATTENTION["rope_style"]
+    scaling: str = ATTENTION["scaling"]
+    scaling_factor: float = ATTENTION["scaling_factor"]
+    trained_length: int = ATTENTION["trained_length"]
+    init_std: float = ATTENTION["init_std"]
     window: int = ATTENTION["window"]
     sinks: int = ATTENTION["sinks"]
     mask: str = ATTENTION["mask"]
@@ -204,14 +222,48 @@ class Attention(Branch):
         heads, _, head_dim = self.sizes
         return 4 * length * heads * head_dim
 
+    @property
+    def turned(self) -> int:
+        """Channels of a head that rotary positions turn."""
+        return int(self.sizes[2] * self.rotary)
+
+    @nn.nowrap
+    def kernel(self) -> Kernel:
+        """`attention` with those positions that are not in queries and keys already."""
+        interleaved = self.rope_style == "interleaved"
+        if self.positions in BIASES:
+            bias = BIASES[self.positions]
+            return functools.partial(attention, bias=bias.function, bias_weights=bias.weights(self, self.heads))
+        if self.positions == "xpos":
+            return functools.partial(xpos, attention, interleaved=interleaved)
+        if "rerope" in self.scaling:
+            factor = self.scaling_factor if self.scaling == "leaky_rerope" else None
+            turn: dict[str, Any] = dict(rotary=self.turned, interleaved=interleaved)
+            turn["frequency"] = frequencies(self.turned // 2, self.rope_theta)
+            return functools.partial(rerope, trained=self.trained_length, factor=factor, **turn)
+        return attention
+
+    @nn.nowrap
+    def rotate(self, x: jax.Array, positions: jax.Array) -> jax.Array:
+        """Queries or keys [B, T, H, d] at positions [B, T], rotated. ReRoPE rotates later, in its kernel."""
+        if self.positions not in ("rope", "xpos") or "rerope" in self.scaling:
+            return x
+        options: dict[str, Any] = dict(rotary=self.turned, interleaved=self.rope_style == "interleaved")
+        if self.scaling != "none":
+            sizes = self.turned // 2, self.rope_theta, self.scaling_factor, self.trained_length
+            options |= dict(frequency=frequencies_of(self.scaling, *sizes))
+            options |= dict(scale=scale_of(self.scaling, self.scaling_factor))
+        return rope(x, positions, self.rope_theta, **options)
+
     @nn.compact
     def __call__(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[jax.Array, State]:
         """x [B, T, D] to y [B, T, D] and the cache with these tokens. Without a state it holds only these tokens."""
         heads, kv_heads, head_dim = self.sizes
+        std = self.init_std or self.width**-0.5
         x = real(x, seq, self.dtype)
 
         def project(name, heads, axis):
-            weight = self.matrix(name, (self.width, heads, head_dim), ("embed", axis, "head_dim"), normal(0.02))
+            weight = self.matrix(name, (self.width, heads, head_dim), ("embed", axis, "head_dim"), normal(std))
             y = jnp.einsum("btd,dhk->bthk", x, weight)
             if not self.bias:
                 return y
@@ -221,20 +273,20 @@ class Attention(Branch):
         q, k = project("query", heads, "heads"), project("key", kv_heads, "kv_heads")
         if self.qk_norm == "rms":
             q, k = RMSNorm(1e-6, "head_dim", name="query_norm")(q), RMSNorm(1e-6, "head_dim", name="key_norm")(k)
-        if self.positions == "rope":
-            q, k = (rope(x, seq.positions, self.rope_theta) for x in (q, k))
+        q, k = (self.rotate(x, seq.positions) for x in (q, k))
         if self.log_n:
             q = log_n(q, seq.positions, self.log_n)
         new = dict(k=k, v=project("value", kv_heads, "kv_heads"))
         if self.forget:
             new["gate"] = self._gates(x, seq, state)
+        rules = self.rules._replace(kernel=self.kernel())
         if state is None:
-            o, state = attend_within(q, new, seq, self.rules)
+            o, state = attend_within(q, new, seq, rules)
         else:
-            o, state = attend_from_cache(q, new, state, seq, self.rules)
+            o, state = attend_from_cache(q, new, state, seq, rules)
 
         out_axes = ("heads", "head_dim", "embed")
-        out = self.matrix("out", (heads, head_dim, self.width), out_axes, normal(residual_std(self.layers)))
+        out = self.matrix("out", (heads, head_dim, self.width), out_axes, normal(residual_std(self.layers, std)))
         y = jnp.einsum("bthk,hkd->btd", o, out)
         if self.bias:
             y = y + parameter(self, "out_bias", (self.width,), ("embed",), zeros, dtype=self.dtype)

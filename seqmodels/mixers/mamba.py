@@ -95,6 +95,7 @@ class Mamba(Linked):
     dt_min: float = MAMBA["dt_min"]
     dt_max: float = MAMBA["dt_max"]
     dt_floor: float = MAMBA["dt_floor"]
+    dt_scale: float = MAMBA["dt_scale"]
 
     options = MAMBA
     operations: ClassVar[tuple[str, ...]] = ("selective_scan", "short_conv")
@@ -170,6 +171,8 @@ class Mamba(Linked):
         u, delta, B = (checkpoint_name(v, "stream") for v in (u, delta, B))  # for model.remat
         C = checkpoint_name(C, "projected")
         A = -jnp.exp(self.A_log)
+        if self.dt_scale != 1:  # dt enters as dt A and dt B alone
+            A, B = self.dt_scale * A, self.dt_scale * B
         stream = Stream(u, delta, self.dt_proj, self.dt_bias, A, B, state["ssm"])
         return stream, Readout(C, self.D, z, conv)
 

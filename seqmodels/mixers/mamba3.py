@@ -93,6 +93,7 @@ class Mamba3(Branch):
     dt_min: float = MAMBA3["dt_min"]
     dt_max: float = MAMBA3["dt_max"]
     dt_floor: float = MAMBA3["dt_floor"]
+    dt_scale: float = MAMBA3["dt_scale"]
 
     options = MAMBA3
     operations = ("linear_attention",)
@@ -151,7 +152,7 @@ class Mamba3(Branch):
         wide = dict(preferred_element_type=jnp.float32)
         numbers = jnp.einsum("btd,dch->btch", x, self.head_proj, **wide)
         theta = jnp.pi * jnp.tanh(jnp.einsum("btd,dr->btr", x, self.angle_proj, **wide))
-        dt = jax.nn.softplus(numbers[:, :, 0] + self.dt_bias)
+        dt = self.dt_scale * jax.nn.softplus(numbers[:, :, 0] + self.dt_bias)
         log_decay = -dt * jnp.maximum(A_ACTIVATIONS[self.A_activation](numbers[:, :, 1]), SLOWEST_DECAY)
         share = jax.nn.sigmoid(numbers[:, :, 2])  # lambda: share of a token's step for its own input
         dt = dt if mask is None else jnp.where(mask[..., None], dt, 0)

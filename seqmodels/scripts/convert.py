@@ -73,8 +73,8 @@ def main(flag_values: flags.FlagValues) -> None:
     from seqmodels.interop import runs  # after use_platform: it imports JAX
 
     if source is not None:
-        made = runs.import_run(cli.folder_of(source), workdir, flag_values.config)
-        print(f"{workdir}: {made['parameters']:,} parameters", flush=True)
+        parameters = runs.import_run(cli.folder_of(source), workdir, flag_values.config)
+        print(f"{workdir}: {parameters:,} parameters", flush=True)
         return
     written = runs.export_run(workdir, cli.folder_of(target), flag_values.step, flag_values.dtype)
     without = "" if written["tokenizer"] else "; the tokens of a synthetic task have no tokenizer"

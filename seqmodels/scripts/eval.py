@@ -19,11 +19,11 @@ from ml_collections import ConfigDict, config_flags
 from seqmodels import cli
 from seqmodels.errors import UserError
 from seqmodels.fields import Field
-from seqmodels.fields.run import ROOT, defaults
+from seqmodels.fields.run import EVALUATION, ROOT, defaults
 from seqmodels.scripts import as_typed
 
 OF_PROMPT = ("tokens", "temperature", "top_k", "top_p", "seed", "stop")
-OF_EVALUATION = ("out", "splits", "evals", "tasks", "limit")
+OF_EVALUATION = ("out", "splits", "evals", "tasks", "extrapolate", "limit")
 
 if TYPE_CHECKING:  # it imports JAX, which comes after use_platform
     from seqmodels.evals.run import Run
@@ -40,6 +40,8 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_list("splits", ["validation", "test"], "Splits to read.", **values)
     flags.DEFINE_list("evals", [], "Evaluators by name; config.evals if left out, or the usual ones.", **values)
     flags.DEFINE_string("tasks", None, "Of --evals=lm_eval, in place of config.evaluation.tasks.", **values)
+    flags.DEFINE_string("extrapolate", None, "Methods of --evals=extrapolation, apart by commas, in place of "
+                        "config.evaluation.extrapolate.", **values)  # fmt: skip
     flags.DEFINE_integer("limit", None, "Rows, examples or documents to read of each; all if left out.",
                          lower_bound=1, **values)  # fmt: skip
     flags.DEFINE_integer("batch_size", None, "Rows at once; the run's if left out.", lower_bound=1, **values)
@@ -73,8 +75,9 @@ def main(flag_values: flags.FlagValues) -> None:
     from seqmodels.training.sharding import RULES
 
     overrides = config_flags.get_override_values(flag_values["config"])
-    if flag_values.tasks is not None:
-        overrides["evaluation.tasks"] = flag_values.tasks
+    for name in ("tasks", "extrapolate"):
+        if getattr(flag_values, name) is not None:
+            overrides[f"evaluation.{name}"] = getattr(flag_values, name)
     prompted = flag_values.prompt is not None
     run = load_run(workdir, flag_values.step, flag_values.batch_size or 0, overrides, text=not prompted)
     with jax.set_mesh(run.mesh), nn.logical_axis_rules(RULES):
@@ -98,6 +101,8 @@ def check(flag_values: flags.FlagValues) -> None:
         values = getattr(flag_values, name)
         if (flag_values[name].present or name == "splits") and not all(map(str.strip, values or [""])):
             raise UserError(f"--{name}={','.join(values)}: must be one or more names, apart by commas")
+    if flag_values.extrapolate is not None:
+        EVALUATION.fields["extrapolate"].check("extrapolate", flag_values.extrapolate, prefix="--")
     ROOT.fields["seed"].check("seed", flag_values.seed, prefix="--")
     for name in ("tokens", "top_k", "limit", "batch_size"):
         if getattr(flag_values, name) is not None:
@@ -135,8 +140,9 @@ def evaluate(run: "Run", flag_values: flags.FlagValues, out: Path) -> None:
 
     field = "--evals" if flag_values.evals else "config.evals"
     evaluators = evals.find(flag_values.evals or evals.named(run.config) or evals.default(run), field)
-    if flag_values.tasks is not None and "lm_eval" not in evaluators:
-        raise UserError(f"--tasks={flag_values.tasks}: is for --evals=lm_eval, which is not among the evaluators")
+    for name, evaluator in (("tasks", "lm_eval"), ("extrapolate", "extrapolation")):
+        if (value := getattr(flag_values, name)) is not None and evaluator not in evaluators:
+            raise UserError(f"--{name}={value}: is for --evals={evaluator}, which is not among the evaluators")
     evals.check(evaluators, run, field)
     for split in flag_values.splits:
         run.dataset[split]  # a UserError now rather than after the first split

@@ -15,7 +15,7 @@ from jax.sharding import AbstractMesh
 from ml_collections import ConfigDict
 
 from seqmodels import data, depth
-from seqmodels.backbone import BlockSpec, branch_of, scanned
+from seqmodels.backbone import BlockSpec, branch_of, convolutions, scanned
 from seqmodels.backbone import plan as blocks_of
 from seqmodels.config import upgrade, validate
 from seqmodels.errors import UserError
@@ -148,6 +148,8 @@ def _row_of(config: Any, specs: dict[Path, BlockSpec], path: Path) -> str:
         spec = specs.get(path[:depth_of_block])
         if spec is not None:
             place = path[depth_of_block]
+            if place in convolutions(config, spec):
+                return "short_conv"
             return place if place == depth.kind(config) else spec.names().get(place, "norms")
     return "norms" if path[0] == "final_norm" else path[0]
 
