@@ -93,11 +93,11 @@ def test_perplexity_on_the_embedded_text_equals_transformers(ours, theirs):
     rows = np.array(ours["rows"])
     inputs, targets = (rows[i : i + ROWS * LENGTH].reshape(ROWS, LENGTH) for i in (0, 1))
     with torch.no_grad():
-        logits = theirs(torch.from_numpy(inputs)).logits
+        logits = theirs(torch.from_numpy(inputs)).logits.double()  # a sum in float32 is off by 2e-6
         wanted = torch.from_numpy(targets.ravel())
         nats = torch.nn.functional.cross_entropy(logits.flatten(0, 1), wanted, reduction="sum")
     assert 2.5 < nats.item() / rows.size < 4.5
-    np.testing.assert_allclose(ours["nats"], nats.item(), rtol=2e-6)
+    np.testing.assert_allclose(ours["nats"], nats.item(), rtol=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")
