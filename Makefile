@@ -20,10 +20,10 @@ train: $(VENV)/.installed
 	$(BIN)/python train.py --config=configs/densemamba.py --workdir=runs/densemamba
 
 test: $(VENV)/.installed-test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST)
 
 test-fast: $(VENV)/.installed-test
-	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow and not smoke" $(LONG_KERNELS) $(PYTEST)
+	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder -m "not slow and not smoke" $(LONG_KERNELS) $(PYTEST)
 
 smoke: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) -m smoke $(PYTEST)

@@ -2,8 +2,6 @@
 
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import jax
@@ -11,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqmodels import cli
 from seqmodels.branch import Branch
 from seqmodels.branches import BRANCHES
 from seqmodels.errors import UserError
+from seqmodels.scripts import train as train_script
 from seqmodels.training import debug, loop, metrics
 from seqmodels.training.state import init_state
 from tests.run_fixtures import tiny, write_text
@@ -137,27 +137,23 @@ SMALL = [
 ]
 
 
-def run(folder, *command):
-    done = subprocess.run([sys.executable, *command], cwd=folder, capture_output=True, text=True, timeout=600)
-    return done.returncode, done.stdout + done.stderr
-
-
 @pytest.mark.slow
-def test_every_command_of_the_page_runs(tmp_path, text, monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    commands = re.findall(r"^    python (train\.py .*)$", PAGE, re.MULTILINE)
+def test_every_command_of_the_page_runs(tmp_path, text, monkeypatch, capfd):
+    """In this process: others run train.py in one of its own."""
+    monkeypatch.chdir(tmp_path)
+    commands = re.findall(r"^    python train\.py (.*)$", PAGE, re.MULTILINE)
     assert len(commands) == 5
     data = ["--config.data.name=text", f"--config.data.path={text}/*.txt", f"--config.data.cache={text}/cache"]
     for command in commands:
         line, _, comment = command.partition("  # ")
-        script, *flags = shlex.split(line)
-        flags = [flag.replace("configs/", f"{ROOT}/configs/") for flag in flags]
-        status, said = run(tmp_path, str(ROOT / script), *SMALL, *data, *flags)
-        assert status == (1 if comment == "fails" else 0), said
+        flags = [flag.replace("configs/", f"{ROOT}/configs/") for flag in shlex.split(line)]
+        arguments = ["train.py", *SMALL, *data, "--config.mesh.data=1", *flags]
+        status = cli.run(train_script.main, train_script.define, "", arguments)
+        assert status == (1 if comment == "fails" else 0), capfd.readouterr().err
     assert list((tmp_path / "runs/profiled/profile").rglob("*.xplane.pb"))
 
     scripts = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     for script, words in zip(scripts, ("['__call__'][0] (1, 32, 16)", "temp"), strict=True):
-        (tmp_path / "script.py").write_text(script)
-        status, said = run(tmp_path, "script.py")
-        assert status == 0 and words in said, said
+        capfd.readouterr()
+        exec(compile(script, "the page", "exec"), {})
+        assert words in capfd.readouterr().out
