@@ -23,11 +23,12 @@ REGENERATE = "if the change is meant: python tests/golden/regenerate.py, and loo
 CONFIGS = every_config()
 GOLDEN = sorted(path.name for path in HERE.glob("*.json"))
 NAMES = (
-    *("deltanet", "densemamba", "denseretnet", "gated_deltanet", "gla", "jamba", "linear_attention", "mamba"),
-    *("mamba2", "mamba3", "mixcon", "mixtral", "performer", "retnet", "transformer"),
+    *("deltanet", "densemamba", "denseretnet", "gated_deltanet", "gla", "gru", "jamba", "linear_attention", "lstm"),
+    *("mamba", "mamba2", "mamba3", "mixcon", "mixtral", "performer", "retnet", "transformer"),
 )
 LARGE = {  # a preset of a paper's size, where it is not 130m
     **{"deltanet": "340m", "denseretnet": "350m", "gated_deltanet": "340m", "gla": "340m", "retnet": "200m"},
+    **{"gru": "small", "lstm": "small"},
     **{"jamba": "tiny-dev", "mixcon": "5b-active", "mixtral": "8x7b"},
 }
 
@@ -113,8 +114,8 @@ def test_the_three_are_matched_in_parameters(arg, mamba_arg):
         assert abs(parameters(other) / dense - 1) < 0.02
 
 
-@pytest.mark.parametrize("name", ["jamba", "mixtral"])
-def test_small_presets_of_hybrids_have_the_same_size(name):
+@pytest.mark.parametrize("name", ["gru", "jamba", "lstm", "mixtral"])
+def test_small_presets_have_the_same_size(name):
     assert abs(parameters(config_of(name)) / parameters(config_of("densemamba")) - 1) < 0.02
 
 
@@ -249,7 +250,14 @@ SMALLEST = {
         *("model.attention.kv_heads", "model.attention.head_dim", "model.attention.window", "model.mlp.hidden"),
         *("model.moe.hidden", "model.moe.shared", "model.moe.capacity"),
         *("model.moe.balance", "model.moe.z_loss", "model.moe.bias_rate"),
-        *("model.performer.redraw", "model.gla.key_dim", "model.gla.value_dim", "model.conba.delay"),
+        *(
+            "model.lstm.hidden",
+            "model.gru.hidden",
+            "model.performer.redraw",
+            "model.gla.key_dim",
+            "model.gla.value_dim",
+            "model.conba.delay",
+        ),
         *(f"model.{name}.{field}" for name in CONBAS for field in ("dt_rank", "dt_floor")),
         *(f"model.{name}.{field}_noise" for name in CONBAS for field in ("process", "observation")),
         *("model.retnet.key_dim", "model.retnet.value_dim", "model.retnet.init_std"),
