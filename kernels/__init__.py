@@ -31,7 +31,9 @@ class Operations(Mapping[str, ModuleType]):
         return len(self._names)
 
 
-OPERATIONS = Operations("selective_scan", "short_conv", "attention", "linear_attention", "delta_rule", "grouped_matmul")
+OPERATIONS = Operations(
+    "selective_scan", "short_conv", "attention", "linear_attention", "delta_rule", "linear_scan", "grouped_matmul"
+)
 
 
 def interpret(**options: Any) -> contextlib.AbstractContextManager[None]:

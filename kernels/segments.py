@@ -40,6 +40,16 @@ def resets(
     return changed if mask is None else changed & mask
 
 
+def resets_in_reverse(
+    segment_ids: jax.Array | None, initial_segment: jax.Array | None, mask: jax.Array | None
+) -> jax.Array | None:
+    """As `resets`, if time runs from the last token to the first: initial_segment is that of a state after the last."""
+    if segment_ids is None:
+        return None
+    turned = resets(jnp.flip(segment_ids, 1), initial_segment, None if mask is None else jnp.flip(mask, 1))
+    return None if turned is None else jnp.flip(turned, 1)
+
+
 def forget(state: jax.Array, reset: jax.Array | None) -> jax.Array:
     """`state` [B, ...] (or [T, B, ...]), replaced by zeros where `reset` [B] (or [T, B]) is True.
 
@@ -49,9 +59,15 @@ def forget(state: jax.Array, reset: jax.Array | None) -> jax.Array:
 
 
 def segment_before(
-    segment_ids: jax.Array, initial_segment: jax.Array | None, mask: jax.Array | None, axis: str | tuple[str, ...]
+    segment_ids: jax.Array,
+    initial_segment: jax.Array | None,
+    mask: jax.Array | None,
+    axis: str | tuple[str, ...],
+    reverse: bool = False,
 ) -> jax.Array:
     """Segment of the last real token before this device's piece of time. Call it inside shard_map.
+
+    With `reverse` time runs backwards: the segment of the first real token after the piece.
 
     Args:
         segment_ids, mask: [B, T], this device's piece of time.
@@ -62,10 +78,15 @@ def segment_before(
         [B] int32. If no real token precedes the piece and initial_segment is None, the segment of the piece's own
         first real token.
     """
+    if reverse:
+        segment_ids, mask = jnp.flip(segment_ids, 1), None if mask is None else jnp.flip(mask, 1)
     around = previous_segment(segment_ids, None, mask)
     real = jnp.ones(segment_ids.shape[:1], bool) if mask is None else jnp.any(mask, axis=1)
     last, real = jax.lax.all_gather((around[:, -1], real), axis)  # [S, B]
+    index = jax.lax.axis_index(axis)
+    if reverse:
+        last, real, index = jnp.flip(last, 0), jnp.flip(real, 0), len(last) - 1 - index
     number = jnp.arange(1, len(last) + 1)[:, None]
-    earlier = real & (number <= jax.lax.axis_index(axis))
+    earlier = real & (number <= index)
     ids = jnp.concatenate([around[None, :, 0] if initial_segment is None else initial_segment[None], last])
     return jnp.take_along_axis(ids, jnp.max(jnp.where(earlier, number, 0), axis=0, keepdims=True), axis=0)[0]

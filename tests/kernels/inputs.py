@@ -83,6 +83,22 @@ def delta_rule_inputs(
     return {name: np.asarray(value, dtype) for name, value in args.items()}
 
 
+def linear_scan_inputs(batch=2, length=11, width=5, rate=0.3, seed=0, dtype=np.float32) -> dict:
+    """The initial state given. A complex dtype: decays that rotate. `width` may be several axes."""
+    draw = np.random.default_rng(seed)
+    channels = (width,) if isinstance(width, int) else width
+    shape = (batch, length, *channels)
+
+    def normal(shape):
+        x = draw.normal(size=shape)
+        return x + 1j * draw.normal(size=shape) if np.issubdtype(dtype, np.complexfloating) else x
+
+    rotation = 1j * np.imag(normal(shape))
+    logs = -rate * np.abs(draw.normal(size=shape)) + (rotation if rotation.any() else 0)
+    args = dict(log_decay=logs, x=normal(shape), initial_state=normal((batch, *channels)))
+    return {name: np.asarray(value, dtype) for name, value in args.items()}
+
+
 def short_conv_inputs(taps=4, length=9, seed=0, dtype=np.float32, batch=3, width=5) -> dict:
     """Bias and state given."""
     draw = np.random.default_rng(seed)

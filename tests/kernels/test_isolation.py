@@ -16,11 +16,14 @@ from seqmodels import parallel
 from seqmodels.kernels.attention import attention
 from seqmodels.kernels.delta_rule import delta_rule
 from seqmodels.kernels.linear_attention import linear_attention
+from seqmodels.kernels.linear_scan import linear_scan
+from seqmodels.kernels.linear_scan import xla as linear_scan_xla
 from seqmodels.kernels.selective_scan import coupled, selective_scan, xla
 from seqmodels.kernels.short_conv import short_conv
 from tests.kernels.inputs import (
     delta_rule_inputs,
     linear_attention_inputs,
+    linear_scan_inputs,
     selective_scan_inputs,
     short_conv_inputs,
 )
@@ -83,6 +86,30 @@ def test_linear_attention(implementation, length, decay, read):
     check_isolation(operation, args, ("q", "k", "v", "log_decay"), 1e-5)
 
 
+@both
+@pytest.mark.parametrize("length", LENGTHS)
+def test_linear_scan(implementation, length):
+    operation = functools.partial(linear_scan, implementation=implementation)
+    check_isolation(operation, linear_scan_inputs(length=length), ("log_decay", "x"))
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_linear_scan_in_reverse(length):
+    def operation(**arrays):
+        turned = {name: jnp.flip(x, 1) if x.shape[1:2] == (length,) else x for name, x in arrays.items()}
+        h, state = linear_scan(**turned, reverse=True, implementation="xla")
+        return jnp.flip(h, 1), state
+
+    check_isolation(operation, linear_scan_inputs(length=length), ("log_decay", "x"))
+
+
+def test_linear_scan_by_several_chunks(monkeypatch):
+    """As on GPUs and TPUs."""
+    monkeypatch.setattr(linear_scan_xla, "_by_platform", lambda whole, several, *arrays: several(*arrays))
+    operation = functools.partial(linear_scan, implementation="xla")
+    check_isolation(operation, linear_scan_inputs(length=33), ("log_decay", "x"))
+
+
 DELTA = ("q", "k", "v", "a", "b", "log_decay")
 
 
@@ -123,6 +150,7 @@ SPLIT = {
     "linear_attention": (linear_attention_inputs(length=40), ("q", "k", "v", "log_decay"), {}),
     "short_conv": (short_conv_inputs(length=40, batch=2, width=4), ("x",), dict(activation="silu")),
     "delta_rule": (delta_rule_inputs(length=40), DELTA, {}),
+    "linear_scan": (linear_scan_inputs(length=40, width=4), ("log_decay", "x"), {}),
 }
 
 

@@ -37,6 +37,10 @@ SHAPES = {  # of every array that an operation takes, and of what it gives
         | dict(initial_state=(B, 4, 3, 5), **DOCUMENTS),
         [(B, T, 4, 5), (B, 4, 3, 5)],
     ),
+    "linear_scan": (
+        dict(log_decay=(B, T, 3, E), x=(B, T, 3, E), initial_state=(B, 3, E), **DOCUMENTS),
+        [(B, T, 3, E), (B, 3, E)],
+    ),
     "grouped_matmul": (dict(x=(7, 5), w=(3, 5, 4), sizes=(3,)), [(7, 4)]),
 }
 
