@@ -134,8 +134,8 @@ def scanned(config: Any) -> tuple[int, int]:
     return first * size, len(groups) - first
 
 
-def branch_of(config: Any, word: str, **parent: Any) -> Branch:
-    """The branch of a word of the pattern. Its own fields come from config.model.<name>."""
+def branch_of(config: Any, word: str, layer: int | None = None, **parent: Any) -> Branch:
+    """The branch of a word of the pattern in the block `layer`. Its own fields come from config.model.<name>."""
     name, dtype = name_of(word), jnp.dtype(config.dtype)
     kind, options = BRANCHES[name], dict(config.get(name, {}))
     for option in options:
@@ -147,6 +147,7 @@ def branch_of(config: Any, word: str, **parent: Any) -> Branch:
     common = dict(
         width=config.width,
         layers=config.repeats * len(parse(config.pattern)),
+        layer=layer,
         dtype=dtype,
         implementation=dict(config.implementation),
         bias=config.bias and kind.biased,
@@ -178,10 +179,14 @@ def with_leaves(states: dict[str, State]) -> dict[str, State]:
 
 
 class Block(nn.Module):
-    """For each step x + branches(norm(x)), with the connection across depth around and between them."""
+    """For each step x + branches(norm(x)), with the connection across depth around and between them.
+
+    `layer` is the block's number in the stack; None inside a scan over layers, which computes many with one program.
+    """
 
     config: FrozenConfigDict
     spec: BlockSpec
+    layer: int | None = None
 
     def setup(self) -> None:
         config, spec = self.config, self.spec
@@ -190,7 +195,7 @@ class Block(nn.Module):
         for step in range(len(spec.steps)):
             setattr(self, norm_name(step), norm_of(config))
         for name, word in spec.names().items():
-            setattr(self, name, branch_of(config, word))
+            setattr(self, name, branch_of(config, word, self.layer))
 
     def __call__(
         self, x: jax.Array, seq: Sequence, state: dict[str, State] | None, carry: depth.Carry, deterministic: bool
@@ -277,7 +282,7 @@ class Backbone(nn.Module):
         setattr(self, depth.kind(config), depth.connection_of(config, [], 0))
         specs = plan(config)
         unrolled, self.repeats = scanned(config)
-        self.block = [rematerialised(config, i)(config, spec) for i, spec in enumerate(specs[:unrolled])]
+        self.block = [rematerialised(config, i)(config, spec, i) for i, spec in enumerate(specs[:unrolled])]
         self.super_specs = tuple(specs[unrolled : unrolled + (len(specs) - unrolled) // max(self.repeats, 1)])
 
     def blocks(self, deterministic: bool) -> nn.Module:

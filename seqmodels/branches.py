@@ -59,5 +59,7 @@ BRANCHES = Table(
         "moe": "seqmodels.channels.moe:Moe",
         "performer": "seqmodels.mixers.performer:Performer",
         "retnet": "seqmodels.mixers.retnet:RetNet",
+        "rwkv": "seqmodels.mixers.rwkv:Rwkv",
+        "rwkv_channel": "seqmodels.channels.rwkv_channel:RwkvChannel",
     }
 )
