@@ -6,8 +6,8 @@ Expected:  not measured yet
 
 Presets: small (no argument), and the published sizes 169m, 430m, 1.5b, 3b, 7b and 14b. Their models have one more norm,
 behind the embedding, which can be folded into its table when a model is trained. They have the training of the Mamba
-paper at GPT-3's rates, with rows of 1024 tokens. All blocks are unrolled (model.scan_blocks=0), as a fresh block depends
-on its place in the stack.
+paper at GPT-3's rates, with rows of 1024 tokens. All blocks are unrolled (model.scan_blocks=0), as a fresh block
+depends on its place in the stack.
 """
 
 from collections.abc import Callable

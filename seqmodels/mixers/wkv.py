@@ -1,4 +1,4 @@
-"""The recurrence of RWKV-4 (Peng et al. 2023, arXiv 2305.13048, eq. 14, appendix D), an average with weights that decay.
+"""The recurrence of RWKV-4 (Peng et al. 2023, arXiv 2305.13048, eq. 14, appendix D): an average, its weights decay.
 
 num_t = e^-w num_{t-1} + e^k_t v_t,  den_t = e^-w den_{t-1} + e^k_t
 y_t = (num_{t-1} + e^(u + k_t) v_t) / (den_{t-1} + e^(u + k_t))
