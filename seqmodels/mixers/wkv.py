@@ -4,7 +4,8 @@ num_t = e^-w num_{t-1} + e^k_t v_t,  den_t = e^-w den_{t-1} + e^k_t
 y_t = (num_{t-1} + e^(u + k_t) v_t) / (den_{t-1} + e^(u + k_t))
 
 Both sums are kept divided by e^max, where max is the largest exponent so far, so that nothing overflows. Two stretches
-of tokens are joined by `join`, which is associative: a chunk is computed in parallel, chunks one after the other.
+of tokens are joined by `join`, which is associative. So the tokens are split into chunks, which are computed side by
+side, token after token, and then joined one after the other: C + T / C small steps in place of T.
 """
 
 import functools
@@ -14,8 +15,9 @@ import jax.numpy as jnp
 from flax import struct
 
 from seqmodels.kernels.arrays import expand_to, join_time, split_time
+from seqmodels.kernels.tuning import UNROLLED
 
-CHUNK = 64  # tokens computed in parallel
+CHUNK = 32  # C, tokens of a chunk: about the root of usual lengths
 EMPTY = -1e38  # exponent of a sum without tokens: finite, as inf - inf is not a number
 
 State = dict[str, jax.Array]  # num, den, max, each [B, E] float32
@@ -83,37 +85,46 @@ def wkv(
         state: before the first token, as `empty` or returned by a call before.
         reset: [B, T] bool, True where a document starts. None: nowhere.
         mask: [B, T] bool, False on padding, which leaves the state as it is and whose output is 0. None: all are real.
-        chunk: tokens computed in parallel. Only the states between chunks are saved for the backward pass.
+        chunk: C.
 
     Returns:
         y [B, T, E] float32, and the state after the last token.
     """
-    batch, length = k.shape[:2]
-    k, v, size = k.astype(jnp.float32), v.astype(jnp.float32), min(chunk, length)
-    if mask is None and length % size:  # the last chunk has tokens that do not exist
-        mask = jnp.ones((batch, length), bool)
-    wider = lambda x: None if x is None else expand_to(x, 3)  # noqa: E731
-
-    @functools.partial(jax.checkpoint, prevent_cse=False)
-    def step(state, piece):
-        return _chunk(*piece, log_decay, bonus, state)
-
-    state, y = jax.lax.scan(step, state, split_time((k, v, wider(reset), wider(mask)), size))
-    return join_time(y, length), state
-
-
-def _chunk(k, v, reset, mask, log_decay, bonus, state):
-    """One chunk: the state after it, and y. k and v are [B, C, E]; reset and mask [B, C, 1] or None."""
-    padding = None if mask is None else ~mask
-    token = select(padding, dict(num=v, den=jnp.ones_like(k), max=k))
-    age = jnp.ones_like(k[..., :1]) if mask is None else mask.astype(k.dtype)
-    inside = jax.lax.associative_scan(functools.partial(join, log_decay), Sums(age, fresh=reset, **token), axis=1)
-    incoming = {name: x[:, None] for name, x in state.items()}
-    after = join(log_decay, Sums(jnp.zeros_like(age[:, :1]), fresh=None, **incoming), inside)
-    sums = dict(num=after.num, den=after.den, max=after.max)
-    before = {name: jnp.concatenate([incoming[name], x[:, :-1]], axis=1) for name, x in sums.items()}
+    k, v = k.astype(jnp.float32), v.astype(jnp.float32)
+    reset, mask = (None if x is None else expand_to(x, 3) for x in (reset, mask))
+    sums = _every_sum(k, v, log_decay, state, reset, mask, min(chunk, k.shape[1]))
+    before = {name: jnp.concatenate([state[name][:, None], x[:, :-1]], axis=1) for name, x in sums.items()}
     before = select(reset, before)
     top = jnp.maximum(before["max"], k + bonus)
     past, now = jnp.exp(before["max"] - top), jnp.exp(k + bonus - top)
     y = (past * before["num"] + now * v) / (past * before["den"] + now)
-    return {name: x[:, -1] for name, x in sums.items()}, y if mask is None else jnp.where(mask, y, 0)
+    return y if mask is None else jnp.where(mask, y, 0), {name: x[:, -1] for name, x in sums.items()}
+
+
+def _every_sum(k, v, log_decay, state, reset, mask, size):
+    """The sums num, den and max [B, T, E] after every token; reset and mask are [B, T, 1] or None."""
+    length = k.shape[1]
+    if mask is None and length % size:  # the last chunk has tokens that do not exist
+        mask = jnp.ones_like(k[..., :1], bool)
+    # [C, chunks, B, ...]: the chunks are side by side
+    arrays = split_time((k, v, reset, mask), size, time_first=True)
+    k, v, reset, mask = jax.tree.map(lambda x: jnp.swapaxes(x, 0, 1), arrays)
+    token = select(None if mask is None else ~mask, dict(num=v, den=jnp.ones_like(k), max=k))
+    age = jnp.ones_like(k[..., :1]) if mask is None else mask.astype(k.dtype)
+    tokens = Sums(age, fresh=reset, **token)
+    after = jax.checkpoint(functools.partial(join, log_decay), prevent_cse=False)  # saves what it joins, nothing else
+
+    def within(sums, token):
+        return (new := after(sums, token)), new
+
+    def across(sums, chunk):
+        return after(sums, chunk), sums
+
+    first = jax.tree.map(lambda x: jnp.zeros_like(x[0]), tokens)
+    first = first.replace(max=jnp.full_like(first.max, EMPTY))
+    whole, inside = jax.lax.scan(within, first, tokens, unroll=size if size <= UNROLLED else 1)
+    incoming = Sums(jnp.zeros_like(whole.age[0]), fresh=None, **state)
+    _, before = jax.lax.scan(across, incoming, whole)
+    sums = after(before, inside)
+    turn = lambda x: join_time(jnp.swapaxes(x, 0, 1), length, time_first=True)  # noqa: E731
+    return dict(num=turn(sums.num), den=turn(sums.den), max=turn(sums.max))
