@@ -4,13 +4,15 @@
     python benchmarks/kernels.py --shapes=table,decode --implementations=mosaic_gpu --repeat=30
     python benchmarks/kernels.py --op=short_conv --shapes=8x2048x2048x4:silu --dtypes=float32
     python benchmarks/kernels.py --op=linear_attention --shapes=table
+    python benchmarks/kernels.py --op=linear_scan --shapes=table        # and jax's associative scan
 
 A shape consists of its sizes (B x T x E x N for the selective scan, B x T x E x W for the short convolution,
-B x T x H x K x V for linear attention), a colon, and a variant. A name such as "table" stands for several shapes. The
-variants of the selective scan are "full" (softplus, bias, D, z), "bare" (none of these) and "readG" (full, with G
-groups of states read into one output, each group with one weight per channel). The variants of linear attention are
-"ssd" (Mamba-2: one decay per token and head, keys shared by all heads), "retention" (RetNet: constant decays), "linear"
-(no decay) and "gla" (a decay for each channel).
+B x T x H x K x V for linear attention, B x T x D for the linear scan), a colon, and a variant. A name such as "table"
+stands for several shapes. The variants of the selective scan are "full" (softplus, bias, D, z), "bare" (none of these)
+and "readG" (full, with G groups of states read into one output, each group with one weight per channel). The variants
+of linear attention are "ssd" (Mamba-2: one decay per token and head, keys shared by all heads), "retention" (RetNet:
+constant decays), "linear" (no decay) and "gla" (a decay for each channel). Those of the linear scan are "hgrn" (log
+decays in float32) and "hgrn16" (in the dtype of the activations).
 
 The outputs, the final state and the gradient of every argument are checked, at the same shape that is timed. The
 outputs' gradients are zero except for some rows and channels, scattered over the arrays. For these rows and channels,
@@ -352,7 +354,7 @@ def main(flag_values: flags.FlagValues) -> int:
     (name,) = choices("op", flag_values.op, OPERATIONS, ())
     dtypes = choices("dtypes", flag_values.dtypes, TOLERANCE, ["float32" if cpu else "bfloat16"])
     cases = parse_shapes(OPERATIONS[name], flag_values.shapes or ("small" if cpu else "table,decode"), dtypes)
-    there = importlib.import_module(f"seqmodels.kernels.{name}").IMPLEMENTATIONS
+    there = (*importlib.import_module(f"seqmodels.kernels.{name}").IMPLEMENTATIONS, *OPERATIONS[name].peers)
     others = [implementation for implementation in there if implementation != "reference"]
     implementations = choices("implementations", flag_values.implementations, there, others)
     passes = choices("passes", flag_values.passes, PASSES, PASSES)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from seqmodels.kernels.delta_rule import delta_rule
 from seqmodels.kernels.linear_attention import linear_attention
+from seqmodels.kernels.linear_scan import linear_scan
 from seqmodels.kernels.selective_scan import selective_scan
 from seqmodels.kernels.short_conv import short_conv
 
@@ -52,6 +53,7 @@ class Operation:
         shapes: names of groups of shapes. "small" is for CPUs, "table" for accelerators.
         carried: maps an argument to the output that replaces it in the next call: the state.
         work: letters whose sizes, multiplied, are the work of the reference.
+        peers: what `call` takes for `implementation` beside the implementations: other code that computes the same.
     """
 
     letters: str
@@ -65,6 +67,7 @@ class Operation:
     work: str
     carried: dict[str, str]
     flops: Callable[[dict[str, int]], tuple[float, float]] = lambda sizes: (0, 0)
+    peers: tuple[str, ...] = ()
 
 
 def normal(key, shape, scale=1.0):
@@ -255,6 +258,40 @@ def delta_flops(sizes):
     return forward, 2 * forward
 
 
+def gate_decays(key, shape):
+    """HGRN's log decays: log sigmoid of a normal number."""
+    return jax.nn.log_sigmoid(normal(key, shape))
+
+
+def diagonal_arguments(variant):
+    if variant not in ("hgrn", "hgrn16"):
+        raise ValueError(f"variant {variant!r} of linear_scan is none of hgrn, hgrn16")
+    return dict(
+        log_decay=Argument("BTD", gate_decays, low=variant == "hgrn16"),
+        x=Argument("BTD", normal),
+        initial_state=Argument("BD", normal, low=False),
+    )
+
+
+def diagonal_call(arguments, variant, implementation):
+    scan = associative_scan if implementation == "associative_scan" else linear_scan
+    options = {} if scan is associative_scan else dict(implementation=implementation)
+    h, state = scan(**arguments, **options)
+    return dict(h=h, state=state)
+
+
+def associative_scan(log_decay, x, initial_state):
+    """The linear scan as users of jax write it, in float32."""
+
+    def join(first, second):
+        return second[0] * first[0], second[0] * first[1] + second[1]
+
+    decay, added = jnp.exp(log_decay.astype(initial_state.dtype)), x.astype(initial_state.dtype)
+    added = added.at[:, 0].add(decay[:, 0] * initial_state)
+    _, h = jax.lax.associative_scan(join, (decay, added), axis=1)
+    return h.astype(x.dtype), h[:, -1]
+
+
 OPERATIONS = {
     "selective_scan": Operation(
         letters="BTEN",
@@ -346,5 +383,22 @@ OPERATIONS = {
         ),
         work="BTHKV",
         carried=dict(initial_state="state"),
+    ),
+    "linear_scan": Operation(
+        letters="BTD",
+        apart="BD",
+        sizes=lambda shape, variant: dict(zip("BTD", shape, strict=True)),
+        arguments=diagonal_arguments,
+        outputs=lambda variant: dict(h="BTD", state="BD"),
+        call=diagonal_call,
+        exps=lambda s: s["B"] * s["T"] * s["D"],
+        shapes=dict(
+            table=("8x2048x4096:hgrn", "8x2048x4096:hgrn16", "1x65536x4096:hgrn", "1x262144x1024:hgrn"),
+            decode=tuple(f"{b}x1x4096:hgrn" for b in (1, 64, 128)),
+            small=("2x256x64:hgrn", "1x500x24:hgrn16", "4x1x128:hgrn"),
+        ),
+        work="BTD",
+        carried=dict(initial_state="state"),
+        peers=("associative_scan",),
     ),
 }

@@ -43,12 +43,14 @@ PUBLISHED = {
     "paper-layout": ("2to6", 4096, 4, 32, 2, 14336, 16, 262144, 1.2e-4, 8, 2),
     "5b-active": ("2to6", 2560, 4, 40, 4, 7680, 16, 262144, 1.6e-4, 8, 1),
 }
-TASKS = {  # what the argument of configs/synthetic.py is, and the fields of the task that differ from it
+TASKS = {  # what the argument of configs/synthetic.py is, the fields of the task that differ from it, rows and steps
     "mqar": (
         "mqar,length=64,vocab=64",
         dict(shapes=((32, 4, 1.0), (64, 8, 1.0)), test_shapes=((32, 4), (64, 8), (128, 16))),
+        256,
+        1500,
     ),
-    "copying": ("copying,length=48,tokens=16", {}),
+    "copying": ("copying,length=48,tokens=16", {}, 128, 1000),
 }
 
 
@@ -124,8 +126,10 @@ def _set_states(model: ConfigDict) -> None:
 
 def _of_task(name: str) -> ConfigDict:
     """Data and training of a synthetic task, without a model."""
-    arg, fields = TASKS[name]
+    arg, fields, rows, steps = TASKS[name]
     config = ConfigDict(synthetic.get_config(arg).to_dict())
+    config.batch_size, config.steps = rows, steps
+    config.evaluation.every = config.checkpoint.every = steps // 5
     config.data.task.update(fields)
     config.model = base().model
     config.model.embedding_std = 0.3

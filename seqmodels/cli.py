@@ -21,7 +21,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from seqmodels.config import check_names, upgrade, with_pattern
+from seqmodels.config import check_names, read_stored, upgrade, with_pattern
 from seqmodels.config_help import describe
 from seqmodels.errors import UserError
 from seqmodels.fields.run import ROOT
@@ -131,8 +131,15 @@ def _written_at(path: Path, error: UserError) -> str:
 def written_config(spec: str) -> ConfigDict:
     """What get_config of `path/to/config.py`, `path/to/config.py:preset` or `mamba:preset` returns.
 
+    Or the config of a run, named by its config.json.
+
     Raises: UserError where the file is missing or does not define get_config, or the preset is unknown.
     """
+    if spec.endswith(".json"):
+        try:
+            return read_stored(folder_of(spec))
+        except (FileNotFoundError, NotADirectoryError):
+            raise UserError(f"--config={spec}: there is no file {spec}") from None
     module, (_, preset) = load_module(spec), split_spec(spec)
     try:
         config = module.get_config(preset) if preset else module.get_config()

@@ -20,6 +20,11 @@ def sweep() -> int:
     return _command("sweep")
 
 
+def convert() -> int:
+    """seqmodels/scripts/convert.py."""
+    return _command("convert")
+
+
 def _command(name: str) -> int:
     interrupt.install()
     return importlib.import_module(f"seqmodels.scripts.{name}").command()

@@ -4,8 +4,10 @@ The fields themselves are declared in `seqmodels/fields`; here are the rules bet
 """
 
 import copy
+import json
 import numbers
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FrozenConfigDict
@@ -98,6 +100,27 @@ def upgrade(stored: ConfigDict | Mapping[str, Any]) -> ConfigDict:
         model.implementation = ConfigDict(dict.fromkeys(("selective_scan", "short_conv", "attention"), backend))
     _fill(config)
     return config
+
+
+def read_stored(path: Path) -> ConfigDict:
+    """The config in the config.json of a run, locked. Fields that an older run lacks get defaults.
+
+    Raises FileNotFoundError or NotADirectoryError where there is none, UserError where it is damaged.
+    """
+    try:
+        stored = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror})") from error
+    except ValueError as error:
+        raise UserError(f"{path} is not JSON ({error}); restore it from a backup") from error
+    try:
+        if not isinstance(stored["model"], dict):
+            raise TypeError("model is no group of fields")
+        return upgrade(stored).lock()
+    except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
+        raise UserError(f"{path} is not the config of a run ({error}); restore it from a backup") from error
 
 
 def complete_model(model: ConfigDict | Mapping[str, Any]) -> ConfigDict:

@@ -85,6 +85,7 @@ def test_results_have_the_fields_and_replace_their_own_kind(tmp_path, capsys):
         ("short_conv", "2x6x4x3:silu"),
         ("linear_attention", "2x12x4x3x5:ssd,1x12x2x3x5:retention,1x12x2x3x5:linear,1x12x2x3x5:gla"),
         ("delta_rule", "2x12x4x3x5:gated,1x12x2x3x5:deltanet,1x12x2x3x5:kda"),
+        ("linear_scan", "2x12x4:hgrn,1x12x3:hgrn16"),
     ],
 )
 def test_other_operations_in_low_precision(tmp_path, op, shapes):

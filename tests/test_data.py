@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seqmodels.data import load, prefetch, text
+from seqmodels.data import load, prefetch, readers, text
 from seqmodels.data.permutation import permute
 from seqmodels.errors import UserError
 from tests.data_fixtures import POEM, data_config, text_config
@@ -223,7 +223,7 @@ def test_all_kinds_of_files_are_read(tmp_path):
         "f.txt": b" \n",
     }
     config = text_config(tmp_path, files)
-    documents = [d for f in text.find_files(config.path) for d in text.read_documents(f, "body")]
+    documents = list(readers.read_all(readers.find_files(config.path), "body"))
     assert documents == ["plain\n", "xz\n", "gz\n", "from json\n", "from json\n", "from json\n"]
 
 
@@ -435,8 +435,12 @@ def test_dataset_that_cannot_be_had_offline(tmp_path, monkeypatch):
         (dict(name="pg19"), r"config\.data\.text_key='text': 'pg19' has the features book_text"),
         (dict(name="lm1b", path="/nowhere"), r"config\.data\.path='/nowhere': no prepared dataset"),
         (dict(name=""), r"config\.data\.name='': must be 'shakespeare_austen'"),
-        (dict(path="x.txt"), r"config\.data\.path='x.txt': is for config\.data\.name='text'"),
-        (dict(name="text"), r"config\.data\.path='': config\.data\.name='text' needs a glob"),
+        (dict(path="x.txt"), r"config\.data\.path='x.txt': matches no file"),
+        (
+            dict(held_out="documents"),
+            r"config\.data\.held_out='documents': is for files",
+        ),
+        (dict(name="text"), r"config\.data\.path='': config\.data\.name='text' needs files, a glob or a folder"),
         (dict(name="text", path="/nowhere/*.txt"), r"config\.data\.path='/nowhere/\*\.txt': matches no file"),
         (dict(cache="/dev/null/cache"), r"config\.data\.cache='/dev/null/cache': cannot be written"),
     ],
@@ -450,14 +454,14 @@ def test_bad_fields(tmp_path, fields, message):
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"a.pdf": "x"}, r"a\.pdf must end in \.txt or \.jsonl"),
+        ({"a.pdf": "x"}, r"a\.pdf must end in \.txt, .* or \.arrow, or these and \.xz, .* or \.zst"),
         ({"a.txt": ""}, r"config\.data\.path='.*': no text in 1 file"),
         ({"a.txt": "  \n", "b.jsonl": "\n"}, r"no text in 2 file"),
         ({"a.txt": b"caf\xe9 noir"}, r"a\.txt is not UTF-8 \(byte 3\): convert it"),
         ({"a.txt.xz": b"plain"}, r"a\.txt\.xz is damaged or not xz"),
         ({"a.txt.gz": gzip.compress(b"plain text" * 99)[:30]}, r"a\.txt\.gz is damaged or not gz"),
-        ({"a.jsonl": '{"text": "x"}\nnot json'}, r"a\.jsonl:2 is not a JSON object with config\.data\.text_key='text'"),
-        ({"a.jsonl": '{"body": "x"}'}, r"a\.jsonl:1 is not a JSON object with config\.data\.text_key='text'"),
+        ({"a.jsonl": '{"text": "x"}\nnot json'}, r"a\.jsonl:2 is not JSON"),
+        ({"a.jsonl": '{"body": "x"}'}, r"config\.data\.text_key='text': .*a\.jsonl:1 has the keys body"),
         ({"a.jsonl": '{"text": 3}'}, r"a\.jsonl:1 holds no string under config\.data\.text_key='text'"),
         ({"a.txt": "ab"}, r"config\.data\.path='.*': 2 characters are too few to cut a validation split"),
     ],

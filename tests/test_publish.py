@@ -60,7 +60,7 @@ def test_corpus_and_tokenizer(tmp_path, monkeypatch, capsys):
     rfc_prose.main()
     assert "40 documents" in capsys.readouterr().out
     from seqmodels.data import load_tokenizer
-    from seqmodels.data.text import read_documents
+    from seqmodels.data.readers import read_documents
 
     texts = list(read_documents(out / "prose.jsonl.xz", "text"))
     assert len(texts) == 40 and all(f"a{number}s" in text for number, text in enumerate(texts))

@@ -40,9 +40,9 @@ from seqmodels.kernels.linear_attention.xla import factors_dtype, product
 from seqmodels.kernels.segments import forget, resets
 from seqmodels.kernels.tuning import UNROLLED
 
-CHUNK = 64  # tokens of a chunk
-BLOCK = 16  # tokens of a chunk if every channel has its own decay
-SPAN = 4  # chunks between the states that are kept
+CHUNK = 64  # most tokens of a chunk
+BLOCK = 16  # least tokens of a chunk, and those of a chunk if every channel has its own decay
+SPAN = 4  # chunks of this size between the states that are kept
 
 
 class Options(NamedTuple):
@@ -103,11 +103,27 @@ def delta_rule(
     if log_decay is None:  # axes of size one are broadcast over rows and heads: decays are computed once
         log_decay = jnp.zeros((1, length, 1, 1), accumulator)
     decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
-    chunk = min(chunk or (CHUNK if decay.shape[-1] == 1 else BLOCK), length)
-    span = min(SPAN, -(-length // chunk))
+    chunk, span = _lengths(chunk, length, max(state.shape[2:]), decay.shape[-1] > 1)
     options = Options(scale, read, dtype, factors_dtype(q, k, v, a, b), chunk, span)
     y, state = _scan(options, Tokens(q, k, v, a, b, decay, reset), state)
     return (y, state) if spoilt is None else (spoil(y, spoilt.reads), spoil(state, spoilt.writes[:, -1]))
+
+
+def _lengths(chunk: int | None, length: int, size: int, channels: bool) -> tuple[int, int]:
+    """Tokens of a chunk, and chunks of a span.
+
+    With one decay for each head, chunks are as long as a state's longer side. Then the products of pairs of tokens take
+    as much work as those with the state.
+
+    Args:
+        chunk: as asked for. size: larger of K and V. channels: whether each channel has its own decay.
+    """
+    span = SPAN
+    if not chunk:
+        chunk = BLOCK if channels else min(CHUNK, max(BLOCK, 1 << (size - 1).bit_length()))
+        span = SPAN if channels else SPAN * CHUNK // chunk
+    chunk = min(chunk, length)
+    return chunk, min(span, -(-length // chunk))
 
 
 def _few_tokens(scale, read, tokens, state):

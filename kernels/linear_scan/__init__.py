@@ -15,17 +15,17 @@ import jax.numpy as jnp
 from seqmodels.kernels import dispatch
 from seqmodels.kernels.arrays import zero_padding
 from seqmodels.kernels.axes import DOCUMENTS, TOKENS, Layout
-from seqmodels.kernels.linear_scan import reference, xla
+from seqmodels.kernels.linear_scan import mosaic_gpu, reference, xla
 
-BACKENDS = {"reference": reference, "xla": xla}
+BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu}
 # By platform, fastest first; the last one serves everything.
-WINNERS = {"default": ("xla",)}
+WINNERS = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}
 IMPLEMENTATIONS = tuple(BACKENDS)
 
 
 def choose(platform: str, shape: tuple[int, ...] = (8, 2048, 4096), **facts: object) -> tuple[str, str]:
     """Name of the default implementation on a platform for a shape [B, T, D], and the reason."""
-    usual = dict(dtype=jnp.dtype("bfloat16"))
+    usual = dict(dtype=jnp.dtype("bfloat16"), accumulator=jnp.dtype("float32"))
     return dispatch.choose("linear_scan", BACKENDS, WINNERS, platform, shape=shape, **usual | facts)
 
 

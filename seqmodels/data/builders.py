@@ -5,15 +5,12 @@ They write ArrayRecord files, which allow random access and need no TensorFlow.
 This module is imported only to build or read a dataset. A finished token cache needs neither it nor the library.
 """
 
-import functools
-from pathlib import Path
 from typing import Any
 
 import tensorflow_datasets as tfds
 
 from seqmodels.data import text
-
-SPLITS = ("train", "validation", "test")
+from seqmodels.data.local import SPLITS, LocalText
 
 
 class ShakespeareAusten(tfds.core.GeneratorBasedBuilder):
@@ -35,17 +32,17 @@ class ShakespeareAusten(tfds.core.GeneratorBasedBuilder):
 
 
 class TextFiles(tfds.core.GeneratorBasedBuilder):
-    """Documents of .txt and .jsonl files, cut into splits by `seqmodels.data.text.cut`.
+    """Documents of local files by split.
 
     Args:
-      files, text_key: see `seqmodels.data.text.read_documents`.
-      **kwargs: arguments of tfds. Each set of files needs its own data directory.
+      local: the text.
+      **kwargs: arguments of tfds. Each text needs its own data directory.
     """
 
     VERSION = tfds.core.Version("1.0.0")
 
-    def __init__(self, *, files: list[Path], text_key: str, **kwargs: Any) -> None:
-        self._documents = functools.partial(text.read_all, files, text_key)
+    def __init__(self, *, local: LocalText, **kwargs: Any) -> None:
+        self._local = local
         super().__init__(**kwargs)
 
     def _info(self):
@@ -53,11 +50,10 @@ class TextFiles(tfds.core.GeneratorBasedBuilder):
 
     def _split_generators(self, dl_manager):
         del dl_manager
-        total = sum(map(len, self._documents()))
-        return {split: self._generate_examples(split, total) for split in SPLITS}
+        return {split: self._generate_examples(split) for split in SPLITS}
 
-    def _generate_examples(self, split, total):
-        for key, document in enumerate(text.cut(self._documents(), total, split)):
+    def _generate_examples(self, split):
+        for key, document in enumerate(self._local.documents(split)):
             yield key, {"text": document}
 
 

@@ -217,7 +217,7 @@ def load(
         raise UserError(f"config.batch_size={batch_size}: must be at least 1")
     if "task" in config:
         return synthetic.load(config, seq_len=seq_len, batch_size=batch_size, seed=seed, bptt=bptt)
-    tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer = load_tokenizer(config.tokenizer, config.get("separator", ""))
     folder = cache.find_or_build(find_source(config), tokenizer, Path(config.cache))
     dataset = Dataset(folder, tokenizer, seq_len, batch_size, seed, bptt, config.reset)
     tokens = len(dataset["train"].tokens)
@@ -229,6 +229,34 @@ def load(
             f"must hold a row of {seq_len} tokens for each of the {batch_size} streams"
         )
     return dataset
+
+
+@dataclasses.dataclass(frozen=True)
+class Unread(BatchSource):
+    """Text of which only the tokenizer is there: for a model that reads prompts or is converted. See `Dataset`."""
+
+    tokenizer: Tokenizer
+    seq_len: int
+    batch_size: int
+
+    @property
+    def spec(self) -> Spec:
+        """As of `Dataset`."""
+        return text_spec(self.batch_size, self.seq_len, self.tokenizer.vocab_size)
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """Hash of the tokenizer."""
+        return {"tokenizer": self.tokenizer.fingerprint}
+
+
+def load_unread(
+    config: ConfigDict, *, seq_len: int, batch_size: int, seed: int = 0
+) -> Unread | synthetic.SyntheticDataset:
+    """As `load`, but no text is read or tokenised, and none needs to be there."""
+    if "task" in config:
+        return synthetic.load(config, seq_len=seq_len, batch_size=batch_size, seed=seed)
+    return Unread(load_tokenizer(config.tokenizer, config.get("separator", "")), seq_len, batch_size)
 
 
 class prefetch:

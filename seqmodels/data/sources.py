@@ -7,7 +7,6 @@ import functools
 import hashlib
 import io
 import json
-import os
 import re
 import socket
 import sys
@@ -19,10 +18,11 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from seqmodels.data import text
+from seqmodels.data import local, text
+from seqmodels.data.local import SPLITS
 from seqmodels.errors import UserError
 
-SPLITS = ("train", "validation", "test")
+EMBEDDED = "shakespeare_austen"  # the text that comes with the project
 # For a dataset without a validation or test split: how these are cut from the end of its train split.
 CUTS = {
     ("validation", "test"): {"train": "train[:-10%]", "validation": "train[-10%:-5%]", "test": "train[-5%:]"},
@@ -75,14 +75,15 @@ def find_source(config: ConfigDict) -> Source:
       UserError: fields do not fit together, or a file is of an unknown kind.
     """
     root = Path(config.cache).expanduser() / "tensorflow_datasets"
-    if config.name == "shakespeare_austen":
-        if config.path:
-            raise UserError(f"config.data.path={config.path!r}: is for config.data.name='text', not {config.name!r}")
+    if config.name == "text" or (config.name == EMBEDDED and config.path):  # a path alone says what is meant
+        return _text_source(config, root)
+    for name, default in (("validation_path", ""), ("test_path", ""), ("held_out", "end")):
+        if config.get(name, default) != default:
+            raise UserError(f"config.data.{name}={config[name]!r}: is for files, which config.data.path names")
+    if config.name == EMBEDDED:
         content = hashlib.sha256(text.EMBEDDED.read_bytes()).hexdigest()[:12]
         key = {"name": config.name, "splits": text.HELD_OUT}
         return Source(config.name, key, content, lambda: _open_embedded(root, content), (key, content))
-    if config.name == "text":
-        return _text_source(config, root)
     if not config.name:
         raise UserError(
             "config.data.name='': must be 'shakespeare_austen', 'text' or the name of a tensorflow-datasets text set"
@@ -92,46 +93,29 @@ def find_source(config: ConfigDict) -> Source:
     return Source(label, key, None, lambda: _open_public(config, root), (key, None))
 
 
-def _text_source(config, root: Path) -> Source:
-    if not config.path:
-        raise UserError(
-            "config.data.path='': config.data.name='text' needs a glob of .txt, .txt.xz, .txt.gz or .jsonl files"
-        )
-    files = text.find_files(config.path)
-    old = {"name": "text", "path": config.path, "text_key": config.text_key, "held_out": text.HELD_OUT_SHARE}
-    key = old | {"path": _place(config.path, Path(config.cache))}
+def _text_source(config: ConfigDict, root: Path) -> Source:
+    found = local.local_text(config)
+    files = [file for files in found.files.values() for file in files]
+    key = local.key(config)
+    old = key | {"path": config.path}
     # The contents are read at every start. Size and time of a file may stay the same when its text changes, and reading
     # takes about a second for a gigabyte, far less than tokenising it. Without files a finished cache suffices.
-    content = fingerprint([text.content_hash(file) for file in files]) if files else None
+    content = fingerprint(local.content(found)) if files else None
     stats = [(str(f), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
 
-    def open_files():
-        if not files:
+    def open_files() -> tuple[str, dict[str, Documents]]:
+        if content is None:
             raise UserError(f"config.data.path={config.path!r}: matches no file")
-        total = sum(map(len, text.read_all(files, config.text_key)))
-        if not total:
-            raise UserError(f"config.data.path={config.path!r}: no text in {len(files)} file(s)")
-        for split in SPLITS:
-            if not any(text.cut(text.read_all(files, config.text_key), total, split)):
-                raise UserError(
-                    f"config.data.path={config.path!r}: {total} characters are too few to cut a {split} split"
-                )
+        found.check()
+        if warning := found.warning():
+            print(warning, file=sys.stderr, flush=True)
         from seqmodels.data.builders import TextFiles
 
         folder = root / f"text-{fingerprint([key, content])}"
-        builder = TextFiles(files=files, text_key=config.text_key, data_dir=str(folder), file_format="array_record")
+        builder = TextFiles(local=found, data_dir=str(folder), file_format="array_record")
         return content, _prepare_local(builder)
 
     return Source("text", key, content, open_files, (old, fingerprint(stats) if files else None))
-
-
-def _place(path: str, cache: Path) -> str:
-    """A path as it identifies a text in a cache: absolute, or from the cache's folder.
-
-    So two folders that share a cache do not share texts of the same name, and a folder can be moved with its cache.
-    """
-    place = Path(path).expanduser()
-    return str(place) if place.is_absolute() else os.path.relpath(place, cache.expanduser())
 
 
 def _open_embedded(root: Path, content: str):

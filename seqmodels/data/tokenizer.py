@@ -57,6 +57,10 @@ class Tokenizer:
         """Text of a sequence of ids. Separators, and ids that the model's padded vocabulary adds, are left out."""
         raise NotImplementedError
 
+    def id_of(self, token: str) -> int | None:
+        """Id of a token as it is written in the tokenizer's file; None: there is no such token."""
+        return None
+
     @property
     def dtype(self) -> np.dtype:
         """Smallest unsigned type that holds every id."""
@@ -81,13 +85,17 @@ class ByteTokenizer(Tokenizer):
 
 
 class SentencePieceTokenizer(Tokenizer):
-    """A sentencepiece `.model`. The separator is its eos; without eos its bos; without both a new id at the end."""
+    """A sentencepiece `.model`. The separator is its eos; without eos its bos; without both a new id at the end.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+      separator: the piece that is the separator instead; "": as above.
+    """
+
+    def __init__(self, path: Path, separator: str = "") -> None:
         import sentencepiece
 
         content = _read(path)
-        self.name, self.fingerprint = str(path), _hash(content)
+        self.name, self.fingerprint = str(path), _hash(content, separator)
         self._model = sentencepiece.SentencePieceProcessor()
         try:
             self._model.LoadFromSerializedProto(content)
@@ -96,6 +104,8 @@ class SentencePieceTokenizer(Tokenizer):
         pieces = self._model.vocab_size()
         ids = [i for i in (self._model.eos_id(), self._model.bos_id()) if i >= 0]
         self.separator = ids[0] if ids else pieces
+        if separator:
+            self.separator = _known(self.id_of(separator), separator, path)
         self.vocab_size = max(pieces, self.separator + 1)
         self._pieces = pieces
 
@@ -111,18 +121,26 @@ class SentencePieceTokenizer(Tokenizer):
             result.append((np.asarray(encoding["ids"], self.dtype), sizes))
         return result
 
+    def id_of(self, token: str) -> int | None:
+        number = self._model.piece_to_id(token)  # that of unknown pieces, if it is none
+        return number if self._model.id_to_piece(number) == token else None
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.DecodeIds([i for i in map(int, ids) if i < self._pieces and i != self.separator])
 
 
 class HuggingFaceTokenizer(Tokenizer):
-    """A `tokenizer.json` of the `tokenizers` library. Its separator is the first of SEPARATORS, else an added id."""
+    """A `tokenizer.json` of the `tokenizers` library. Its separator is the first of SEPARATORS, else an added id.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+      separator: the token that is the separator instead; "": as above.
+    """
+
+    def __init__(self, path: Path, separator: str = "") -> None:
         import tokenizers
 
         content = _read(path)
-        self.name, self.fingerprint = str(path), _hash(content)
+        self.name, self.fingerprint = str(path), _hash(content, separator)
         try:
             self._model = tokenizers.Tokenizer.from_buffer(content)
         except ValueError as error:
@@ -132,8 +150,10 @@ class HuggingFaceTokenizer(Tokenizer):
         self._model.post_processor = None  # it would add special tokens, and cut white space off the tokens' places
         self._model.encode_special_tokens = True  # a separator written out in a text is text
         self._ids = max(self._model.get_vocab(with_added_tokens=True).values()) + 1
-        known = [i for i in map(self._model.token_to_id, SEPARATORS) if i is not None]
+        known = [i for i in map(self.id_of, SEPARATORS) if i is not None]
         self.separator = known[0] if known else self._ids
+        if separator:
+            self.separator = _known(self.id_of(separator), separator, path)
         self.vocab_size = max(self._ids, self.separator + 1)
 
     def encode_batch(self, texts: list[str]) -> list[np.ndarray]:
@@ -150,20 +170,26 @@ class HuggingFaceTokenizer(Tokenizer):
             result.append((np.asarray(encoding.ids, self.dtype), sizes))
         return result
 
+    def id_of(self, token: str) -> int | None:
+        return self._model.token_to_id(token)
+
     def decode(self, ids: Iterable[int]) -> str:
         return self._model.decode([i for i in map(int, ids) if i < self._ids and i != self.separator])
 
 
-def load_tokenizer(name: str) -> Tokenizer:
+def load_tokenizer(name: str, separator: str = "") -> Tokenizer:
     """The tokenizer that `config.data.tokenizer` names.
 
     Args:
       name: "bytes", or the path of a sentencepiece `.model` or a Hugging Face `tokenizer.json`.
+      separator: `config.data.separator`, the token at the beginning of each document; "": see the classes.
 
     Raises:
       UserError: another name, no such file, or a file whose contents do not match its name.
     """
     if name == "bytes":
+        if separator:
+            raise UserError(f"config.data.separator={separator!r}: must be '' with config.data.tokenizer='bytes'")
         return ByteTokenizer()
     path = Path(name).expanduser()
     kinds = {".model": SentencePieceTokenizer, ".json": HuggingFaceTokenizer}
@@ -172,7 +198,7 @@ def load_tokenizer(name: str) -> Tokenizer:
             f"config.data.tokenizer={name!r}: must be 'bytes' or the path of a sentencepiece .model "
             "or a Hugging Face tokenizer.json"
         )
-    return kinds[path.suffix](path)
+    return kinds[path.suffix](path, separator)
 
 
 def _byte_places(text: str) -> np.ndarray:
@@ -193,5 +219,11 @@ def _unreadable(path: Path, kind: str) -> UserError:
     return UserError(f"config.data.tokenizer={str(path)!r}: is not {kind}")
 
 
-def _hash(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()
+def _known(number: int | None, separator: str, path: Path) -> int:
+    if number is None:
+        raise UserError(f"config.data.separator={separator!r}: must be '' or a token of {path}")
+    return number
+
+
+def _hash(content: bytes, separator: str) -> str:
+    return hashlib.sha256(content + (b"\0" + separator.encode() if separator else b"")).hexdigest()

@@ -6,8 +6,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Protocol
 
-import jax
-from jax.sharding import AxisType, Mesh
+from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from seqmodels import data
@@ -19,7 +18,7 @@ from seqmodels.nearest import nearest
 from seqmodels.training import identity, metrics, sharding
 from seqmodels.training.checkpoint import restore_params, steps
 from seqmodels.training.run import read_config
-from seqmodels.training.state import abstract_params
+from seqmodels.training.state import abstract_params, placed_params
 
 TEXT = ("data.name", "data.path", "data.text_key")  # fields that name a text, in an evaluation on purpose another one
 
@@ -89,6 +88,7 @@ def load_run(
     batch_size: int = 0,
     overrides: Mapping[str, Any] = MappingProxyType({}),
     dataset: data.BatchSource | None = None,
+    text: bool = True,
 ) -> Run:
     """The model of a run directory.
 
@@ -97,6 +97,7 @@ def load_run(
       batch_size: rows at once; 0: as the config says.
       overrides: dotted fields of the config's `evaluation` and `data` and their values, in place of the run's.
       dataset: your own, if the run was trained on one; None: what `config.data` names.
+      text: whether the text is needed; without it `Run.dataset` has the tokenizer alone, and the text may be gone.
 
     Raises: UserError if there is no run or no such checkpoint, if the data is no longer there, or if it is not what the
       run was trained on: then other data must be named, by `overrides` or `dataset`, and only its tokenizer must be
@@ -107,17 +108,13 @@ def load_run(
     number = _checkpoint_step(workdir, config, step)
     other = dataset is not None or any(name in TEXT for name in overrides)
     if dataset is None:
-        dataset = data.load(config.data, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
+        load = data.load if text else data.load_unread
+        dataset = load(config.data, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
     advice = "restore it; other text is measured with --config.data.name and --config.data.path"
     identity.check(workdir, dataset, config.data, advice, parts=("tokenizer",) if other else None)
     model = build_for(config.model, dataset)
-    mesh = jax.make_mesh((1, jax.device_count(), 1, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 5)
-    boxed = abstract_params(model, config)
-    abstract = jax.tree.map(
-        lambda leaf, placed: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=placed),
-        sharding.unbox(boxed),
-        sharding.param_shardings(boxed, mesh),
-    )
+    mesh = sharding.flat_mesh()
+    abstract = placed_params(abstract_params(model, config), mesh)
     number, params = restore_params(workdir / "checkpoints", abstract, step=number, ema=config.optimizer.ema > 0)
     batch_size = batch_size or rows_at_once(config)
     return Run(config, number, dataset, model, params, mesh, batch_size)

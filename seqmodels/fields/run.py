@@ -39,10 +39,28 @@ DATA = Group(
             "shakespeare_austen",
             "shakespeare_austen (comes with the project), text (local files) or a TFDS name such as wiki40b/en",
         ),
-        "path": Field("", "files of name=text, as a glob: .txt, .txt.xz, .txt.gz or .jsonl", path=True),
-        "text_key": Field("text", "feature of a TFDS dataset or of JSON lines that holds the text"),
+        "path": Field(
+            "",
+            "files of your own: names, globs, folders, apart by commas (text, JSON, CSV, Parquet, Arrow; docs/data.md)",
+            path=True,
+        ),
+        "validation_path": Field("", "files of the validation split; empty: see held_out", since=2, path=True),
+        "test_path": Field("", "files of the test split; empty: see held_out", since=2, path=True),
+        "held_out": Field(
+            "end",
+            "splits without files: a twentieth of the text at its end (end), or of the documents, drawn (documents)",
+            one_of("end", "documents"),
+            since=2,
+        ),
+        "text_key": Field("text", "feature of a TFDS dataset, key of JSON or column of a table that holds the text"),
         "tokenizer": Field(
             "bytes", "bytes, or path of a sentencepiece .model or a Hugging Face tokenizer.json", path=True
+        ),
+        "separator": Field(
+            "",
+            "token of the tokenizer's file that begins each document, such as <s>; empty: its end-of-text token "
+            "(docs/data.md)",
+            since=2,
         ),
         "cache": Field("data", "folder of datasets and of tokenised text", path=True),
         "reset": Field(True, "keep the documents of a row apart: states are reset, and attention sees one document"),
@@ -115,6 +133,12 @@ TRAINING = Group(
             "those of all activations) or nojit (run without compilation)",
             one_of("", "nans", "shapes", "nojit"),
             since=2,
+        ),
+        "start": Field(
+            "",
+            "run directory whose parameters a new run begins with (docs/checkpoints.md); empty: fresh ones",
+            since=2,
+            path=True,
         ),
         "profile_start": Field(0, "step at which a profile is started; 0: none", at_least(0)),
         "profile_steps": Field(3, "steps of that profile", at_least(1)),

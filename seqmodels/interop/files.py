@@ -2,10 +2,13 @@
 
 The files are those that transformers takes: it looks for model.safetensors, then for the index of several such files,
 then for the same of torch. Other files beside them are not read.
+
+A tensor of a file is not in memory: it has a shape and a dtype, and `np.asarray` reads it.
 """
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -21,6 +24,29 @@ NAMES = (
     f"pytorch_model.bin{INDEX}",
 )
 LFS = b"version https://git-lfs"  # begins a file that Git LFS has not fetched
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FileTensor:
+    """A tensor in a file.
+
+    Attributes:
+        dtype: its name, such as "bfloat16".
+        read: the whole tensor, read anew.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    read: Callable[[], np.ndarray]
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes."""
+        return len(self.shape)
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        array = self.read()
+        return array if dtype is None else array.astype(dtype, copy=False)
 
 
 def read_tensors(directory: Path, chosen: str | None = None) -> dict[str, Any]:
@@ -90,12 +116,12 @@ def read_index(file: Path) -> dict[str, Any]:
     return tensors
 
 
-def same_bits(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays have the same shape, dtype and bytes."""
-    return a.shape == b.shape and a.dtype == b.dtype and a.tobytes() == b.tobytes()
+def same_bits(a: FileTensor, b: FileTensor) -> bool:
+    """Whether two tensors have the same shape, dtype and bytes."""
+    return a.shape == b.shape and a.dtype == b.dtype and a.read().tobytes() == b.read().tobytes()
 
 
-def read_file(file: Path) -> dict[str, np.ndarray]:
+def read_file(file: Path) -> dict[str, FileTensor]:
     """Every tensor of a .safetensors file, or of a file of torch."""
     try:
         with open(file, "rb") as opened:
@@ -107,31 +133,55 @@ def read_file(file: Path) -> dict[str, np.ndarray]:
     return read_safetensors(file) if file.suffix == ".safetensors" else read_torch(file)
 
 
-def read_safetensors(file: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a .safetensors file, including bfloat16 ones."""
+LETTERS = {"F": "float", "BF": "bfloat", "I": "int", "U": "uint", "C": "complex"}  # of dtypes in safetensors
+
+
+def read_safetensors(file: Path) -> dict[str, FileTensor]:
+    """Every tensor of a .safetensors file. The file is checked as a whole, but no tensor is read."""
     import ml_dtypes  # noqa: F401  gives numpy its bfloat16
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
+    from safetensors import SafetensorError, safe_open
 
     try:
-        return load_file(file)
+        opened = safe_open(file, framework="np")
+        places = {name: opened.get_slice(name) for name in opened.keys()}  # noqa: SIM118  it is no mapping
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be read: {error}") from None
-    except (AttributeError, KeyError, TypeError) as error:  # dtypes that numpy does not have, of 8 bits or fewer
-        raise UserError(f"{file} has tensors of a dtype that cannot be converted: {error}") from None
+
+    def tensor(name: str, place: Any) -> FileTensor:
+        letters = place.get_dtype().rstrip("0123456789")
+        bits = place.get_dtype().removeprefix(letters)
+        try:
+            dtype = np.dtype(LETTERS.get(letters, letters.lower()) + bits).name
+        except TypeError:  # one of 8 bits or fewer
+            problem = f"has tensors of a dtype that cannot be converted: {name} is {place.get_dtype()}"
+            raise UserError(f"{file} {problem}") from None
+        return FileTensor(tuple(place.get_shape()), dtype, lambda: opened.get_tensor(name))
+
+    return {name: tensor(name, place) for name, place in places.items()}
 
 
-def read_torch(file: Path) -> dict[str, np.ndarray]:
-    """Every tensor of a file of torch; bfloat16 ones as float32, which changes no number."""
+def read_torch(file: Path) -> dict[str, FileTensor]:
+    """Every tensor of a file of torch, which maps them into memory; bfloat16 ones as float32, which changes no number.
+
+    Nothing in the file is run: it is loaded with `weights_only=True`.
+    """
     try:
         import torch
     except ImportError:
         problem = "needs torch to be read: pip install torch, or convert it to model.safetensors where torch is"
         raise UserError(f"{file} {problem} (safetensors.torch.save_file)") from None
     try:
-        tensors = torch.load(file, "cpu", weights_only=True)
+        try:
+            tensors = torch.load(file, "cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format before torch 1.6, which cannot be mapped
+            tensors = torch.load(file, "cpu", weights_only=True)
     except Exception as error:  # whatever damage does to a zip file or to a pickle
         raise UserError(f"{file} cannot be read: {str(error).splitlines()[0]}") from None
     if not isinstance(tensors, Mapping) or not all(isinstance(tensor, torch.Tensor) for tensor in tensors.values()):
         raise UserError(f"{file} is not a table of tensors by name, such as torch.save(model.state_dict(), file) makes")
-    return {name: (t.float() if t.dtype == torch.bfloat16 else t).numpy() for name, t in tensors.items()}
+
+    def tensor(t: Any) -> FileTensor:
+        dtype = str(t.dtype).removeprefix("torch.")
+        return FileTensor(tuple(t.shape), dtype, lambda: (t.float() if dtype == "bfloat16" else t).numpy(force=True))
+
+    return {name: tensor(t) for name, t in tensors.items()}

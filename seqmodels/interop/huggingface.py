@@ -5,7 +5,7 @@ if it is tied.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ from seqmodels.fields.model import DENSE, MODEL
 from seqmodels.interop import denseretnet, jamba, llama, mamba, mamba2, mixtral, original
 from seqmodels.interop.generic import FRESH, ROUNDING, TRAINING
 from seqmodels.interop.table import Table, check_export, harmless, honoured, missing, only, read
-from seqmodels.interop.weights import Weight, convert, export, head
+from seqmodels.interop.weights import Weight, arrays_of, convert, export, head
 
 IGNORED = ("rotary_emb.inv_freq",)  # buffers in old Llama files, which follow from the config
 HEAD = "lm_head.weight"
@@ -90,6 +90,15 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any
         UserError: another kind of model, a field with a value that our models do not have, or tensors that are missing,
             unexpected or of the wrong shape or dtype.
     """
+    model, params = read_model(tensors, config)
+    return model, arrays_of(params)
+
+
+def read_model(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[dict, dict]:
+    """As `from_huggingface`, but the parameters are not read yet: `np.asarray` makes an array of each.
+
+    So `tensors` may be those of files (`seqmodels.interop.files`), of which one at a time is in memory.
+    """
     config = plain(config)
     if denseretnet.WITNESS in tensors:  # their config.json may say llama
         model = denseretnet.config_of(tensors, config)
@@ -116,7 +125,7 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any
 
 
 def converted(tensors: Mapping[str, Any], model: Mapping[str, Any], family: Family) -> dict:
-    """Our parameters from their tensors, for the fields of config.model."""
+    """Our parameters, not read yet, from their tensors, for the fields of config.model."""
     rows_of(tensors)
     if model["repeats"] > len(tensors):  # before a list of their names is made
         raise UserError(
@@ -185,6 +194,12 @@ def to_huggingface(params: Mapping, model: Mapping[str, Any]) -> tuple[dict[str,
     Raises:
         UserError: transformers has no such model.
     """
+    tensors, config = write_model(params, model)
+    return dict(tensors), config
+
+
+def write_model(params: Mapping, model: Mapping[str, Any]) -> tuple[Iterator[tuple[str, np.ndarray]], dict]:
+    """As `to_huggingface`, with one tensor after another. So no more than one parameter must be in memory."""
     model = model.to_dict() if isinstance(model, ConfigDict | FrozenConfigDict) else dict(model)
     fields = {name: value for name, value in model.items() if not isinstance(value, Mapping)}  # without groups
     check_export(fields, EXPORTED, MODEL.home)

@@ -64,7 +64,7 @@ class Conba(Mamba):
     observation_noise: float = CONBA["observation_noise"]
 
     options = CONBA
-    operations = ("selective_scan", "short_conv", "delta_rule")
+    operations = ("selective_scan", "short_conv", "delta_rule", "linear_scan")
     link = ""  # DenseSSM would read Mamba's state, and not the scaled one
 
     @property
@@ -160,7 +160,10 @@ class Conba(Mamba):
     ) -> tuple[jax.Array, jax.Array | None, Memory]:
         """`read_states` for the input u [B, T, E] of the recurrence; y with the skip."""
         tokens = Tokens(u, stream.delta, stream.B, readout.C, resets(**seq.documents()))
-        y, before, memory = read_states(tokens, self.plant(stream), memory, seq.mask, key)
+        implementation = self.implementation.get("linear_scan")
+        y, before, memory = read_states(
+            tokens, self.plant(stream), memory, seq.mask, key, implementation=implementation
+        )
         return y + readout.D * stream.u, before, memory
 
     def fed_back(

@@ -1,4 +1,4 @@
-"""The commands train, eval and sweep.
+"""The commands train, eval, sweep and convert.
 
 In a checkout one types `python train.py`; where the package is installed, `seqmodels-train` or
 `python -m seqmodels.scripts.train`. All three are the same function.
@@ -29,7 +29,7 @@ def as_typed(doc: str, argv: list[str] | None = None) -> str:
     """
     if _is_file(sys.argv if argv is None else argv):
         return doc
-    doc = re.sub(r"python (train|eval|sweep)\.py", r"seqmodels-\1", doc)
+    doc = re.sub(r"python (train|eval|sweep|convert)\.py", r"seqmodels-\1", doc)
     return re.sub(r"--config=configs/(\w+)\.py", r"--config=\1", doc)
 
 

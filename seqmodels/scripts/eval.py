@@ -75,12 +75,13 @@ def main(flag_values: flags.FlagValues) -> None:
     overrides = config_flags.get_override_values(flag_values["config"])
     if flag_values.tasks is not None:
         overrides["evaluation.tasks"] = flag_values.tasks
-    run = load_run(workdir, flag_values.step, flag_values.batch_size or 0, overrides)
+    prompted = flag_values.prompt is not None
+    run = load_run(workdir, flag_values.step, flag_values.batch_size or 0, overrides, text=not prompted)
     with jax.set_mesh(run.mesh), nn.logical_axis_rules(RULES):
-        if flag_values.prompt is None:
-            evaluate(run, flag_values, out)
-        else:
+        if prompted:
             print(flag_values.prompt + continuation(run, flag_values))
+        else:
+            evaluate(run, flag_values, out)
 
 
 def check(flag_values: flags.FlagValues) -> None:

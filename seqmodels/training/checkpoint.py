@@ -154,6 +154,30 @@ def restore_params(
     raise UserError(f"no checkpoint in {directory} can be read")
 
 
+def save_params(directory: Path, params: Any) -> None:
+    """Saves parameters alone, as the checkpoint of step 0, and waits until it is written.
+
+    Raises: UserError where it cannot be written.
+    """
+    item = {"params": {"arrays": params, "fingerprint": fingerprint(params)}}
+    try:
+        ocp.save_checkpointables(_for_orbax(Path(directory).absolute()) / "0", item, overwrite=True)
+    except Exception as error:
+        reason = system_reason(error) or f"{type(error).__name__}: {' '.join(str(error).split())[:160]}"
+        raise UserError(f"{directory}: the checkpoint cannot be written ({reason})") from error
+
+
+def param_shapes(directory: Path) -> dict[str, tuple[int, ...]]:
+    """Shape of each parameter in the newest checkpoint, by its path with slashes; empty if that cannot be known."""
+    found: dict[str, tuple[int, ...]] = {}
+    for step in steps(directory)[:1]:
+        with contextlib.suppress(Exception):  # whatever Orbax raises; `restore_params` says what is wrong
+            items: Any = ocp.checkpointables_metadata(_for_orbax(Path(directory).absolute()) / str(step)).metadata
+            for path, leaf in jax.tree_util.tree_leaves_with_path(items["params"]["arrays"]):
+                found["/".join(key.key for key in path)] = tuple(leaf.shape)
+    return found
+
+
 def steps(directory: Path) -> list[int]:
     """Steps of the finished checkpoints in a directory, newest first."""
     names = [path.name for path in Path(directory).glob("*")]

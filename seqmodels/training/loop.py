@@ -18,12 +18,12 @@ from seqmodels.data.contract import check_spec
 from seqmodels.errors import NOT_FINITE, UserError
 from seqmodels.kernels.dispatch import UnsupportedError
 from seqmodels.model import build_for, describe_kernels
-from seqmodels.training import checkpoint, debug, finish, flops, identity, profile, report, run, sharding
+from seqmodels.training import checkpoint, debug, finish, flops, identity, profile, report, run, sharding, start
 from seqmodels.training.metrics import Metrics
 from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
 from seqmodels.training.preemption import Preempted, StopSignal
 from seqmodels.training.progress import Progress
-from seqmodels.training.state import TrainState, abstract_params, abstract_state, init_state, not_finite
+from seqmodels.training.state import TrainState, abstract_params, abstract_state, init_state, not_finite, state_from
 from seqmodels.training.step import lower_train_step, make_train_step
 
 LOWER = "Lower --config.optimizer.learning_rate in a new --workdir"
@@ -87,6 +87,9 @@ class Trainer:
         boxed = abstract_params(self.model, config)
         self.optimizer = make_optimizer(config.optimizer, decay_mask(boxed))
         self.abstract = abstract_state(self.model, self.optimizer, config, self.mesh, boxed)
+        if config.training.start and not run.begun(workdir):
+            for line in start.check(config, self.dataset, self.abstract.params):
+                _say(line)
         self.checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint)
         branches = (BRANCHES[name] for name in pattern.names(config.model.pattern))
         self.warnings = {figure: text for branch in branches for figure, text in branch.warnings.items()}
@@ -115,7 +118,7 @@ class Trainer:
         identity.write(self.workdir, self.dataset)
         self._announce(state)
         if state is None:
-            state = init_state(self.model, self.optimizer, config, self.abstract)
+            state = self._first_state()
         first, main = int(state.step), jax.process_index() == 0
         with self.on_mesh():
             compiled = self._compiled() if first < config.steps else None
@@ -136,6 +139,12 @@ class Trainer:
                 with contextlib.suppress(Exception):  # what went wrong first is what is told
                     close()
             raise
+
+    def _first_state(self) -> TrainState:
+        model, optimizer, config, abstract = self.model, self.optimizer, self.config, self.abstract
+        if not config.training.start:
+            return init_state(model, optimizer, config, abstract)
+        return state_from(start.params(config, abstract.params), model, optimizer, config, abstract)
 
     def _announce(self, restored: TrainState | None) -> None:
         _say(report.devices(self.mesh))

@@ -13,7 +13,7 @@ from seqmodels.fields import refuse
 from seqmodels.layers.parameter import declarations
 from seqmodels.nearest import nearest
 from seqmodels.schedule import rate
-from seqmodels.training.sharding import unbox
+from seqmodels.training.sharding import is_box, unbox
 
 
 def make_optimizer(config: ConfigDict, mask: Any = None) -> optax.GradientTransformation:
@@ -62,8 +62,9 @@ def decay_mask(boxed: Any) -> Any:
 def rate_factors(groups: str, boxed: Any) -> Any:
     """The factor of the learning rate of each parameter, from "ssm=0.1,embedding=0.5".
 
-    A group that is not named has 1; a group with 0 is frozen. The factor also scales the weight decay, which is a part
-    of the update.
+    A group is the one that a parameter is declared with, or a name on its path, such as mlp, block_0 or embedding. Of
+    several that a parameter is in, the last in the text counts. Without one the factor is 1; with 0 the parameter is
+    frozen. The factor also scales the weight decay, which is a part of the update.
 
     Args:
         groups: `config.optimizer.groups`.
@@ -72,8 +73,13 @@ def rate_factors(groups: str, boxed: Any) -> Any:
     Raises:
         UserError: text that is not NAME=FACTOR, or a group that no parameter of this model is in.
     """
-    declared = declarations(boxed)
-    there = sorted({leaf.group for leaf in declared} - {""})
+    leaves = jax.tree_util.tree_leaves_with_path(boxed, is_leaf=is_box)
+    names = [
+        {leaf.group, *(key.key for key in path if hasattr(key, "key"))}
+        for (path, _), leaf in zip(leaves, declarations(boxed), strict=True)
+    ]
+    there = sorted(set().union(*names) - {""})
+    groups_there = sorted({leaf.group for leaf in declarations(boxed)} - {""})
     factors = {}
     for text in filter(None, map(str.strip, groups.split(","))):
         name, equals, number = text.partition("=")
@@ -90,10 +96,11 @@ def rate_factors(groups: str, boxed: Any) -> Any:
         if name not in there:
             near = nearest(name, there)
             guess = near if "did you mean" in near else ""
-            known = f"of this model's groups, {', '.join(there)}{guess}" if there else "'', as this model has no groups"
-            refuse("optimizer.groups", groups, known)
+            known = f"of this model's groups, {', '.join(groups_there)}{guess}; or names on the paths of parameters"
+            refuse("optimizer.groups", groups, f"{known}, such as block_0")
         factors[name] = factor
-    return jax.tree.unflatten(jax.tree.structure(unbox(boxed)), [factors.get(leaf.group, 1.0) for leaf in declared])
+    found = [next((factors[name] for name in reversed(factors) if name in own), 1.0) for own in names]
+    return jax.tree.unflatten(jax.tree.structure(unbox(boxed)), found)
 
 
 def sign_rule(boxed: Any) -> Callable[[Any], tuple[Any, Any]] | None:

@@ -21,7 +21,7 @@ from seqmodels.config import upgrade, validate
 from seqmodels.errors import UserError
 from seqmodels.kernels.dispatch import UnsupportedError
 from seqmodels.layers.parameter import declarations
-from seqmodels.model import SequenceModel, build, build_for
+from seqmodels.model import SequenceModel, build_for
 from seqmodels.training import checkpoint, flops, sharding
 from seqmodels.training.optimizer import decay_mask, make_optimizer
 from seqmodels.training.state import TrainState, abstract_params, abstract_state
@@ -108,10 +108,8 @@ def make_plan(config: ConfigDict, context: int | None = None, dataset: data.Batc
 def _model_of(config: ConfigDict, dataset: data.BatchSource | None) -> SequenceModel:
     if dataset is not None:
         return build_for(config.model, dataset)
-    if "task" in config.data:
-        sizes = dict(seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
-        return build_for(config.model, data.load(config.data, **sizes))
-    return build(config.model, data.load_tokenizer(config.data.tokenizer).vocab_size)  # reads no text
+    sizes = dict(seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
+    return build_for(config.model, data.load_unread(config.data, **sizes))
 
 
 def _names() -> list[str]:

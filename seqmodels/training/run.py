@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 from seqmodels.atomic import replace_file, writing
 from seqmodels.claim import RUN, Claim, NoLocksError, holder
 from seqmodels.cli import fields
-from seqmodels.config import upgrade
+from seqmodels.config import read_stored, upgrade
 from seqmodels.errors import UserError
 
 # Fields that change neither the mathematics of a run nor its data: they may differ when a run goes on.
@@ -24,6 +24,9 @@ FREE = (
     "training.debug", "training.profile_start", "training.profile_steps", "training.nan", "model.implementation.",
     "model.remat", "model.remat_blocks",
 )  # fmt: skip
+
+
+IMPORTED = "imported.json"  # in a run directory whose weights came from elsewhere (seqmodels.interop.runs)
 
 
 def is_free(field: str) -> bool:
@@ -49,6 +52,11 @@ def check_run(workdir: Path, config: ConfigDict) -> None:
         raise UserError(f"--workdir={workdir}: is a file; name a directory")
     if unbegun:
         return
+    if (workdir / IMPORTED).exists():
+        raise UserError(
+            f"--workdir={workdir}: holds imported weights and no training; train in another --workdir, with "
+            f"--config.training.start={workdir}"
+        )
     stored, asked = (dict(fields(ConfigDict(_plain(c)))) for c in (read_config(workdir), upgrade(config)))
     missing = "(not there)"
     differ = [
@@ -146,26 +154,18 @@ def write_config(workdir: Path, config: ConfigDict) -> None:
             replace_file(Path(workdir) / "config.json", json.dumps(_plain(config), indent=2) + "\n")
 
 
-def read_config(workdir: Path) -> ConfigDict:
+def read_config(workdir: Path, named: str = "--workdir") -> ConfigDict:
     """The config of a run, locked. Fields that an older run lacks get defaults.
+
+    Args:
+      named: the flag or field that names the directory, for the message.
 
     Raises: UserError if there is none, or the file is damaged.
     """
-    path = Path(workdir) / "config.json"
     try:
-        stored = json.loads(path.read_text())
+        return read_stored(Path(workdir) / "config.json")
     except (FileNotFoundError, NotADirectoryError):
-        raise UserError(f"--workdir={workdir}: no config.json there; it is not a run directory") from None
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror})") from error
-    except ValueError as error:
-        raise UserError(f"{path} is not JSON ({error}); restore it from a backup") from error
-    try:
-        if not isinstance(stored["model"], dict):
-            raise TypeError("model is no group of fields")
-        return upgrade(stored).lock()
-    except (KeyError, TypeError, ValueError, AttributeError, UserError) as error:
-        raise UserError(f"{path} is not the config of a run ({error}); restore it from a backup") from error
+        raise UserError(f"{named}={workdir}: no config.json there; it is not a run directory") from None
 
 
 def _plain(config: ConfigDict) -> dict:

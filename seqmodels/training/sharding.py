@@ -62,6 +62,11 @@ def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Me
     return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count])
 
 
+def flat_mesh() -> Mesh:
+    """All devices on the axis fsdp, which splits parameters and rows: for what is no training."""
+    return jax.make_mesh((1, jax.device_count(), 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
 def abstract_mesh(config: ConfigDict) -> AbstractMesh:
     """The mesh of `config.mesh` without devices, to plan for a machine that is not there; data=-1 becomes data=1.
 

@@ -9,7 +9,7 @@ import optax
 from flax import linen as nn
 from flax import struct
 from jax.sharding import AbstractMesh, Mesh, NamedSharding, PartitionSpec
-from ml_collections import ConfigDict
+from ml_collections import ConfigDict, FrozenConfigDict
 
 from seqmodels.errors import UserError
 from seqmodels.training import sharding
@@ -42,7 +42,7 @@ def abstract_state(
     shardings = sharding.param_shardings(boxed, mesh)
     replicated = NamedSharding(mesh, PartitionSpec())
 
-    params = jax.tree.map(_with_sharding, sharding.unbox(boxed), shardings)
+    params = placed_params(boxed, mesh)
     opt_state = optax.tree.map_params(
         optimizer,
         _with_sharding,
@@ -64,6 +64,11 @@ def abstract_state(
 def abstract_params(model: nn.Module, config: ConfigDict) -> Any:
     """Shapes of the parameters, in the boxes that name their axes."""
     return jax.eval_shape(_init_params(model, config), jax.random.key(0))
+
+
+def placed_params(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
+    """The parameters of `abstract_params` as jax.ShapeDtypeStruct with their shardings on a mesh."""
+    return jax.tree.map(_with_sharding, sharding.unbox(boxed), sharding.param_shardings(boxed, mesh))
 
 
 def abstract_carry(model: nn.Module, config: ConfigDict, mesh: Mesh | AbstractMesh) -> Any:
@@ -131,19 +136,31 @@ def lower_init(
     """The function from a key to a fresh state, to be compiled."""
 
     def create(key):
-        params = sharding.unbox(_init_params(model, config)(key))
-        return TrainState(
-            step=jnp.zeros((), jnp.int32),
-            skipped=jnp.zeros((), jnp.int32),
-            params=params,
-            opt_state=optimizer.init(params),
-            # A copy: two donated arguments may not share a buffer.
-            ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema else None,
-            carry=model.init_state(config.batch_size, config.seq_len) if config.training.bptt else None,
-        )
+        return _first_state(sharding.unbox(_init_params(model, config)(key)), model, optimizer, config)
 
     shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
     return jax.jit(create, out_shardings=shardings).lower(jax.random.key(config.seed))
+
+
+def state_from(
+    params: Any, model: nn.Module, optimizer: optax.GradientTransformation, config: ConfigDict, abstract: TrainState
+) -> TrainState:
+    """The state before the first step with parameters that are there already, which are consumed."""
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, abstract)
+    create = jax.jit(_first_state, static_argnums=(1, 2, 3), donate_argnums=0, out_shardings=shardings)
+    return create(params, model, optimizer, FrozenConfigDict(config))
+
+
+def _first_state(params, model, optimizer, config):
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        params=params,
+        opt_state=optimizer.init(params),
+        # A copy: two donated arguments may not share a buffer.
+        ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema else None,
+        carry=model.init_state(config.batch_size, config.seq_len) if config.training.bptt else None,
+    )
 
 
 def _init_params(model, config):

@@ -3,6 +3,7 @@
     MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py selective_scan BxTxExN groups dtype documents(0|1)
     MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py linear_attention BxTxHkxHxKxV dtype decay documents(0|1) read
     MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py short_conv BxTxExW dtype documents(0|1)
+    MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py linear_scan BxTxD dtype documents(0|1)
     MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py grouped_matmul MxKxNxX dtype
 
 The gradient, or of a few tokens of the scan and the convolution a step that is given its state's memory and must need
@@ -26,6 +27,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 
 from seqmodels.kernels.grouped_matmul import grouped_matmul
 from seqmodels.kernels.linear_attention import linear_attention
+from seqmodels.kernels.linear_scan import linear_scan
 from seqmodels.kernels.selective_scan import selective_scan
 from seqmodels.kernels.short_conv import short_conv
 from seqmodels.kernels.tuning import UNROLLED
@@ -85,6 +87,16 @@ def convolution(sizes, dtype, documents):
     return functools.partial(short_conv, activation="silu"), args, documents, length
 
 
+def diagonal(sizes, dtype, documents):
+    batch, length, width = map(int, sizes.split("x"))
+    args = dict(
+        log_decay=array(batch, length, width),
+        x=array(batch, length, width, dtype=jnp.dtype(dtype)),
+        initial_state=array(batch, width),
+    )
+    return linear_scan, args, layout(batch, length, documents), None
+
+
 def layout(batch, length, documents):
     if documents == "0":
         return {}
@@ -101,7 +113,13 @@ def experts(sizes, dtype):
     return product, dict(x=low(rows, inner), w=low(groups, inner, outer)), dict(sizes=counts), None
 
 
-OPERATIONS = dict(selective_scan=scan, linear_attention=attention, short_conv=convolution, grouped_matmul=experts)
+OPERATIONS = dict(
+    selective_scan=scan,
+    linear_attention=attention,
+    short_conv=convolution,
+    linear_scan=diagonal,
+    grouped_matmul=experts,
+)
 
 
 def main(name, *facts):
