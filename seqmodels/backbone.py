@@ -153,8 +153,8 @@ def convolutions(config: Any, spec: BlockSpec) -> dict[str, str]:
     return {conv_name(name): word for name, word in spec.names().items() if BRANCHES[name_of(word)].mixes_time}
 
 
-def branch_of(config: Any, word: str, **parent: Any) -> Branch:
-    """The branch of a word of the pattern. Its own fields come from config.model.<name>."""
+def branch_of(config: Any, word: str, layer: int | None = None, **parent: Any) -> Branch:
+    """The branch of a word of the pattern in the block `layer`. Its own fields come from config.model.<name>."""
     name = name_of(word)
     kind, options = BRANCHES[name], dict(config.get(name, {}))
     for option in options:
@@ -177,6 +177,7 @@ def _in_directions(config: Any, word: str, kind: type[Branch], options: dict, pa
     common = dict(
         width=config.width,
         layers=config.repeats * len(parse(config.pattern)),
+        layer=layer,
         dtype=dtype,
         implementation=dict(config.implementation),
         bias=config.bias and kind.biased,
@@ -210,10 +211,14 @@ def with_leaves(states: dict[str, State]) -> dict[str, State]:
 
 
 class Block(nn.Module):
-    """For each step x + branches(norm(x)), with the connection across depth around and between them."""
+    """For each step x + branches(norm(x)), with the connection across depth around and between them.
+
+    `layer` is the block's number in the stack; None inside a scan over layers, which computes many with one program.
+    """
 
     config: FrozenConfigDict
     spec: BlockSpec
+    layer: int | None = None
 
     def setup(self) -> None:
         config, spec = self.config, self.spec
@@ -223,7 +228,7 @@ class Block(nn.Module):
             for name in dict.fromkeys(norms_of(i, len(step), config.parallel_norms)):
                 setattr(self, name, norm_of(config))
         for name, word in spec.names().items():
-            setattr(self, name, branch_of(config, word))
+            setattr(self, name, branch_of(config, word, self.layer))
         for name, word in convolutions(config, spec).items():
             setattr(self, name, conv_of(config, word))
 
@@ -316,7 +321,7 @@ class Backbone(nn.Module):
         setattr(self, depth.kind(config), depth.connection_of(config, [], 0))
         specs = plan(config)
         unrolled, self.repeats = scanned(config)
-        self.block = [rematerialised(config, i)(config, spec) for i, spec in enumerate(specs[:unrolled])]
+        self.block = [rematerialised(config, i)(config, spec, i) for i, spec in enumerate(specs[:unrolled])]
         self.super_specs = tuple(specs[unrolled : unrolled + (len(specs) - unrolled) // max(self.repeats, 1)])
 
     def blocks(self, deterministic: bool) -> nn.Module:

@@ -26,6 +26,7 @@ class Branch(nn.Module):
         implementation: maps an operation to the name of its implementation in `seqmodels.kernels`. For operations left
             out, the device decides.
         layers: depth of the whole model, for the scale of fresh output projections.
+        layer: number of the block in the stack, from the lowest, which is 0. None: not known, as in a scan over layers.
         bias: biases in the projections (`config.model.bias`), in branches that have them.
 
     Class attributes:
@@ -43,6 +44,7 @@ class Branch(nn.Module):
     dtype: DTypeLike = jnp.float32
     implementation: Mapping[str, str] = FrozenDict()
     layers: int = 1
+    layer: int | None = None
     bias: bool = False
 
     options: ClassVar[Group | None] = None
@@ -62,6 +64,11 @@ class Branch(nn.Module):
     def redraw_every(self) -> int:
         """Training steps after which the random stream "features", used by the branch, changes; 0: never."""
         return 0
+
+    @property
+    def below(self) -> float:
+        """Number of blocks below, for fresh parameters that depend on it; half of the others if it is not known."""
+        return (self.layers - 1) / 2 if self.layer is None else self.layer
 
     @property
     def training(self) -> bool:

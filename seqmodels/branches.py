@@ -44,18 +44,27 @@ class Table(MutableMapping[str, "type[Branch]"]):
 BRANCHES = Table(
     {
         "attention": "seqmodels.mixers.attention:Attention",
+        "cnn": "seqmodels.mixers.cnn:Cnn",
         "conba": "seqmodels.mixers.conba:Conba",
         "conba_seq": "seqmodels.mixers.conba_seq:ConbaSeq",
         "deltanet": "seqmodels.mixers.deltanet:DeltaNet",
         "gated_deltanet": "seqmodels.mixers.gated_deltanet:GatedDeltaNet",
         "gla": "seqmodels.mixers.gla:Gla",
+        "gru": "seqmodels.mixers.gru:Gru",
+        "hgrn": "seqmodels.mixers.hgrn:Hgrn",
         "linear_attention": "seqmodels.mixers.linear_attention:LinearAttention",
+        "lstm": "seqmodels.mixers.lstm:Lstm",
         "mamba": "seqmodels.mixers.mamba:Mamba",
         "mamba2": "seqmodels.mixers.mamba2:Mamba2",
         "mamba3": "seqmodels.mixers.mamba3:Mamba3",
+        "mingru": "seqmodels.mixers.mingru:MinGru",
+        "minlstm": "seqmodels.mixers.minlstm:MinLstm",
         "mlp": "seqmodels.channels.mlp:Mlp",
         "moe": "seqmodels.channels.moe:Moe",
         "performer": "seqmodels.mixers.performer:Performer",
         "retnet": "seqmodels.mixers.retnet:RetNet",
+        "rglru": "seqmodels.mixers.rglru:RgLru",
+        "rwkv": "seqmodels.mixers.rwkv:Rwkv",
+        "rwkv_channel": "seqmodels.channels.rwkv_channel:RwkvChannel",
     }
 )

@@ -207,6 +207,9 @@ DOCUMENTS = [
 SEGMENTS = np.array([[0] * 4 + [1] + [2] + [3] * 4, [7] + [5] * 4 + [4] * 4 + [6]], np.int32)
 
 
+SHORT = {"rwkv_channel": 2}  # outputs that a token reaches, of branches that remember few tokens
+
+
 @every_branch
 def test_causal(name):
     _, params = branch(name)
@@ -217,7 +220,8 @@ def test_causal(name):
     np.testing.assert_array_equal(y[:, :6], changed[:, :6])
     differ = np.abs(y[:, 6:] - changed[:, 6:]).max(-1) > 1e-6
     remembers = jax.tree.leaves(empty_state(name))
-    assert np.all(differ if remembers else differ[:, :1]), "an output does not depend on token 6"
+    reach = SHORT.get(name, T if remembers else 1)
+    assert np.all(differ[:, :reach]), "an output does not depend on token 6"
 
 
 @every_branch

@@ -23,14 +23,16 @@ REGENERATE = "if the change is meant: python tests/golden/regenerate.py, and loo
 CONFIGS = every_config()
 GOLDEN = sorted(path.name for path in HERE.glob("*.json"))
 NAMES = (
-    *("deltanet", "densemamba", "denseretnet", "gated_deltanet", "gla", "griffin", "jamba", "linear_attention"),
-    *("llama", "mamba", "mamba2", "mamba3", "mistral", "mixcon", "mixtral", "performer", "pythia", "retnet", "samba"),
-    "transformer",
+    *("cnn", "deltanet", "densemamba", "denseretnet", "gated_deltanet", "gla", "griffin", "gru", "hgrn", "jamba"),
+    *("linear_attention", "llama", "lstm", "mamba", "mamba2", "mamba3", "mingru", "minlstm", "mistral", "mixcon"),
+    *("mixtral", "performer", "pythia", "retnet", "rwkv", "samba", "transformer"),
 )
 LARGE = {  # a preset of a paper's size, where it is not 130m
     **{"deltanet": "340m", "denseretnet": "350m", "gated_deltanet": "340m", "gla": "340m", "retnet": "200m"},
+    **dict.fromkeys(("cnn", "gru", "hgrn", "lstm", "mingru", "minlstm"), "small"),
+    **{"griffin": "2b", "rwkv": "169m"},
     **{"jamba": "tiny-dev", "mixcon": "5b-active", "mixtral": "8x7b"},
-    **{"griffin": "small", "llama": "2-7b", "mistral": "7b-v0.1", "pythia": "70m", "samba": "421m"},
+    **{"llama": "2-7b", "mistral": "7b-v0.1", "pythia": "70m", "samba": "421m"},
 }
 
 
@@ -115,8 +117,12 @@ def test_the_three_are_matched_in_parameters(arg, mamba_arg):
         assert abs(parameters(other) / dense - 1) < 0.02
 
 
-@pytest.mark.parametrize("name", ["griffin", "jamba", "llama", "mistral", "mixtral", "pythia", "samba"])
-def test_small_presets_of_published_models_have_the_same_size(name):
+SAME_SIZE = ("cnn", "griffin", "gru", "hgrn", "jamba", "llama", "lstm", "mingru", "minlstm", "mistral", "mixtral",
+             "pythia", "rwkv", "samba")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SAME_SIZE)
+def test_small_presets_have_the_same_size(name):
     assert abs(parameters(config_of(name)) / parameters(config_of("densemamba")) - 1) < 0.02
 
 
@@ -239,6 +245,7 @@ CHOICES = {
     **{f"model.{name}.gain": ("input", "scalar") for name in CONBAS},
     "model.retnet.schedule": ("octaves", "spread"),
     "model.retnet.activation": ("identity", "silu"),
+    **{f"model.{name}.candidate": ("linear", "positive") for name in ("mingru", "minlstm")},
     "model.linear_attention.feature_map": ("elu", "relu", "softmax", "taylor"),
     "model.mamba3.rotated": (0.5, 1.0),
     "model.mamba3.A_activation": ("heavy_tail", "softplus"),
@@ -247,7 +254,9 @@ CHOICES = {
     "training.nan": ("stop", "skip"),
     "training.debug": ("", "nans", "shapes", "nojit"),
 }
-CONVS = tuple(f"model.{name}.conv" for name in ("mamba", "mamba2", "deltanet", "gated_deltanet", *CONBAS))
+CONVS = tuple(
+    f"model.{name}.conv" for name in ("mamba", "mamba2", "deltanet", "gated_deltanet", "rglru", "cnn", *CONBAS)
+)
 SMALLEST = {
     0: (
         *("model.vocab_size", "model.remat_blocks", "model.scan_blocks"),
@@ -260,6 +269,9 @@ SMALLEST = {
         *("model.moe.hidden", "model.moe.shared", "model.moe.capacity"),
         *("model.moe.balance", "model.moe.z_loss", "model.moe.bias_rate"),
         *("model.performer.redraw", "model.gla.key_dim", "model.gla.value_dim", "model.conba.delay"),
+        *(f"model.{name}.hidden" for name in ("gru", "hgrn", "lstm", "mingru", "minlstm")),
+        *("model.lstm.forget_bias", "model.minlstm.forget_bias"),
+        *(f"model.{name}.hidden" for name in ("rglru", "rwkv", "rwkv_channel")),
         *(f"model.{name}.{field}" for name in CONBAS for field in ("dt_rank", "dt_floor")),
         *(f"model.{name}.{field}_noise" for name in CONBAS for field in ("process", "observation")),
         *("model.retnet.key_dim", "model.retnet.value_dim", "model.retnet.init_std"),
@@ -286,7 +298,8 @@ SMALLEST = {
         *(f"model.{name}.{field}" for name in CONBAS for field in ("state", "expand", "head_dim")),
         "model.attention.scaling_factor",
         *("model.attention.block", "model.attention.stride", "model.attention.summary", "model.attention.near"),
-        *("model.retnet.heads", "model.attention.heads", "model.deltanet.heads", "model.gated_deltanet.heads"),
+        *("model.retnet.heads", "model.rglru.heads", "model.attention.heads"),
+        *("model.deltanet.heads", "model.gated_deltanet.heads"),
         *("training.accumulate", "training.profile_steps"),
         *("mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.expert"),
         *("checkpoint.every", "checkpoint.keep", "evaluation.rows", "metrics.every"),
@@ -301,7 +314,7 @@ POSITIVE = (
     *("model.retnet.norm_eps", "model.mamba.dt_min", "model.mamba.dt_max", "model.attention.rope_theta"),
     "model.attention.rotary",
     *("model.mamba2.dt_min", "model.mamba2.dt_max", "model.mamba3.dt_min", "model.mamba3.dt_max"),
-    *("model.deltanet.norm_eps", "model.gated_deltanet.norm_eps", "model.moe.scale"),
+    *("model.deltanet.norm_eps", "model.gated_deltanet.norm_eps", "model.hgrn.norm_eps", "model.moe.scale"),
     *("model.mamba.dt_scale", "model.mamba2.dt_scale", "model.mamba3.dt_scale"),
     *("model.gated_deltanet.dt_min", "model.gated_deltanet.dt_max"),
     *(f"model.{name}.{field}" for name in CONBAS for field in ("norm_eps", "dt_min", "dt_max")),

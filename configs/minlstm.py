@@ -1,0 +1,38 @@
+"""minLSTM (Feng et al. 2024, arXiv 2410.01201): an LSTM whose gates do not read the state and add up to one.
+
+Command:   python train.py --config=configs/minlstm.py --workdir=runs/minlstm
+Hardware:  2 CPU cores.
+Expected:  not measured yet
+
+Preset: small (no argument). It has the same number of parameters as that of configs/densemamba.py, within
+2 %.
+"""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from seqmodels.configs.base import base, finish, preset
+from seqmodels.fields.minlstm import MINLSTM
+from seqmodels.fields.mlp import MLP
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The preset `arg`, locked. Raises ValueError if there is no such preset."""
+    chosen = preset(arg, ["small"])
+    config = base()
+    config.model.pattern = "minlstm+mlp"
+    config.model.minlstm = MINLSTM.defaults(hidden=144)
+    config.model.mlp = MLP.defaults(hidden=112)
+    return finish(config, "minlstm", chosen)
+
+
+def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
+    """Width of the state, kind of candidate, forget bias and learning rate. Each trial is a dict of dotted fields."""
+    config = get_config(arg)
+    for hidden in (128, 384):
+        add({"model.minlstm.hidden": hidden})
+    add({"model.minlstm.candidate": "positive"})
+    add({"model.minlstm.forget_bias": 0.0})
+    for factor in (0.3, 3.0):
+        add({"optimizer.learning_rate": config.optimizer.learning_rate * factor})
