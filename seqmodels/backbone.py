@@ -163,7 +163,7 @@ def branch_of(config: Any, word: str, layer: int | None = None, **parent: Any) -
             refuse(
                 f"model.{name}.{option}", options[option], f"left out: {name} has no such field{nearest(option, known)}"
             )
-    return _in_directions(config, word, kind, options, parent)
+    return _in_directions(config, word, kind, options | dict(layer=layer), parent)
 
 
 def conv_of(config: Any, word: str, **parent: Any) -> Branch:
@@ -177,7 +177,6 @@ def _in_directions(config: Any, word: str, kind: type[Branch], options: dict, pa
     common = dict(
         width=config.width,
         layers=config.repeats * len(parse(config.pattern)),
-        layer=layer,
         dtype=dtype,
         implementation=dict(config.implementation),
         bias=config.bias and kind.biased,

@@ -25,6 +25,14 @@ class Table(MutableMapping[str, "type[Branch]"]):
             place = self._places[name] = getattr(importlib.import_module(module), member)
         return place
 
+    def place(self, name: str) -> tuple[str, str]:
+        """The module and the name of a class, which is not imported for it."""
+        place = self._places[name]
+        if isinstance(place, str):
+            module, _, member = place.partition(":")
+            return module, member
+        return place.__module__, place.__name__
+
     def __setitem__(self, name: str, branch: "str | type[Branch]") -> None:
         self._places[name] = branch
 

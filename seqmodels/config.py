@@ -107,6 +107,21 @@ def upgrade(stored: ConfigDict | Mapping[str, Any]) -> ConfigDict:
     return config
 
 
+def override(config: ConfigDict, fields: Mapping[str, Any]) -> ConfigDict:
+    """The config with some fields replaced, in place. `fields` has dotted names.
+
+    Raises: UserError for a field or value that is not allowed.
+    """
+    declared = declared_fields(config)
+    for name, value in fields.items():
+        if name not in declared:
+            raise UserError(f"config.{name}={value!r}: there is no such field{nearest(name, list(declared))}")
+        declared[name].check(name, value)
+    with config.unlocked():
+        config.update_from_flattened_dict(dict(fields))
+    return config
+
+
 def read_stored(path: Path) -> ConfigDict:
     """The config in the config.json of a run, locked. Fields that an older run lacks get defaults.
 

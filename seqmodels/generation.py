@@ -231,7 +231,7 @@ def decode(
       logits are not finite, so that there is no token to draw.
     """
     _check(tokens, sampling)
-    _check_prompts(prompts, vocab_size)
+    check_prompts(prompts, vocab_size)
     batch, length = len(prompts), max(len(prompt) for prompt in prompts)
     ids = np.zeros((batch, length), np.int32)
     mask = np.zeros((batch, length), bool)
@@ -263,7 +263,8 @@ def decode(
     return out
 
 
-def _check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int) -> None:
+    """Raises UserError for an empty prompt, or an id that is not from 0 to vocab_size - 1."""
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise UserError("prompt='': must hold at least one token")
     for prompt in prompts:
@@ -277,11 +278,16 @@ def fresh_state(model: nn.Module, batch: int, max_length: int) -> Any:
     return model.init_state(batch, max_length)
 
 
-def generate(
+def generate(model: nn.Module, params: Any, tokenizer: Tokenizer, prompt: str, **options: Any) -> str:
+    """As `generate_all`, for one prompt."""
+    return generate_all(model, params, tokenizer, [prompt], **options)[0]
+
+
+def generate_all(
     model: nn.Module,
     params: Any,
     tokenizer: Tokenizer,
-    prompt: str,
+    prompts: Sequence[str],
     *,
     tokens: int,
     temperature: float = 1.0,
@@ -290,43 +296,48 @@ def generate(
     seed: int = 0,
     stop: str | None = None,
     context: int | None = None,
-) -> str:
-    """The text that follows `prompt`: `tokens` tokens, or up to the end of the document or to `stop`.
+) -> list[str]:
+    """The texts that follow the prompts, side by side: `tokens` tokens, or up to the end of the document or to `stop`.
 
     Args:
-      tokenizer: as in docs/architecture.md. The prompt begins a document, if the tokenizer has a separator.
+      tokenizer: as in docs/architecture.md. A prompt begins a document, if the tokenizer has a separator.
       temperature, top_k, top_p: as in `Sampling`.
-      stop: text at which the result ends; it is left out.
+      stop: text at which a result ends; it is left out.
       context: tokens that the model can see, prompt and answer together (`seqmodels.backbone.context`); None: any
         number.
 
-    Raises: UserError for numbers out of range, or if prompt and answer exceed the context.
+    Raises: UserError for numbers out of range, or if a prompt and its answer exceed the context.
     """
     sampling = Sampling(temperature, top_k, top_p)
     _check(tokens, sampling)
-    ids = [*([tokenizer.separator] if tokenizer.separator >= 0 else []), *tokenizer.encode(prompt)]
-    if not ids:
+    begin = [tokenizer.separator] if tokenizer.separator >= 0 else []
+    rows = [[*begin, *tokenizer.encode(prompt)] for prompt in prompts]
+    if not all(rows):
         raise UserError(
             "the prompt is empty; where tokens have no separator, as in synthetic tasks, it needs one token"
         )
-    if context is not None and len(ids) + tokens > context:
+    longest = max(map(len, rows), default=0)
+    if context is not None and longest + tokens > context:
         raise UserError(
-            f"prompt of {len(ids)} tokens and tokens={tokens} exceed the Transformer's context of {context}: at most "
-            f"{max(context - tokens, 0)} tokens of prompt, or tokens={max(context - len(ids), 0)}, would fit"
+            f"prompt of {longest} tokens and tokens={tokens} exceed the Transformer's context of {context}: at most "
+            f"{max(context - tokens, 0)} tokens of prompt, or tokens={max(context - longest, 0)}, would fit"
         )
     out = decode(
         model,
         params,
-        [ids],
+        rows,
         tokens=tokens,
         vocab_size=tokenizer.vocab_size,
         sampling=sampling,
         seed=seed,
         stop=tokenizer.separator,
-    )[0]
-    ended = np.flatnonzero(out == tokenizer.separator)
-    text = tokenizer.decode(out[: ended[0]].tolist() if ended.size else out.tolist())
-    return text.split(stop)[0] if stop else text
+    )
+    texts = []
+    for row in out:
+        ended = np.flatnonzero(row == tokenizer.separator)
+        text = tokenizer.decode(row[: ended[0]].tolist() if ended.size else row.tolist())
+        texts.append(text.split(stop)[0] if stop else text)
+    return texts
 
 
 def _check(tokens: int, sampling: Sampling) -> None:

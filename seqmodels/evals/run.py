@@ -10,11 +10,10 @@ from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
 from seqmodels import data
-from seqmodels.config import declared_fields
+from seqmodels.config import override
 from seqmodels.errors import UserError
 from seqmodels.evals.scoring import PositionSums, position_sums
 from seqmodels.model import build_for
-from seqmodels.nearest import nearest
 from seqmodels.training import identity, metrics, sharding
 from seqmodels.training.checkpoint import restore_params, steps
 from seqmodels.training.run import read_config
@@ -104,7 +103,7 @@ def load_run(
       that of the run.
     """
     workdir = Path(workdir).expanduser()
-    config = _with_options(read_config(workdir), overrides)
+    config = override(read_config(workdir), overrides)
     number = _checkpoint_step(workdir, config, step)
     other = dataset is not None or any(name in TEXT for name in overrides)
     if dataset is None:
@@ -123,18 +122,6 @@ def load_run(
 def rows_at_once(config: ConfigDict) -> int:
     """Rows at once in an evaluation: as the config says, or as many as training had in memory at once."""
     return config.evaluation.batch_size or config.batch_size // config.training.accumulate
-
-
-def _with_options(config: ConfigDict, overrides: Mapping[str, Any]) -> ConfigDict:
-    """The config of a run with some fields replaced. Raises: UserError for a field or value that is not allowed."""
-    declared = declared_fields(config)
-    for name, value in overrides.items():
-        if name not in declared:
-            raise UserError(f"config.{name}={value!r}: the run has no such field{nearest(name, list(declared))}")
-        declared[name].check(name, value)
-    with config.unlocked():
-        config.update_from_flattened_dict(dict(overrides))
-    return config
 
 
 def _checkpoint_step(workdir: Path, config: ConfigDict, step: str) -> int | None:
