@@ -37,6 +37,16 @@ def zero_padding(x: jax.Array, mask: jax.Array | None) -> jax.Array:
     return x if mask is None else jnp.where(expand_to(mask, x.ndim), x, 0)
 
 
+def shifted(first: jax.Array, x: jax.Array) -> jax.Array:
+    """x [B, T, ...] of S tokens earlier, in the dtype of `first` [B, S, ...], which are the tokens before x.
+
+    It is not a slice of both together: with rows and time on several devices, XLA (jax 0.10, 0.11) computes wrong
+    gradients of that.
+    """
+    kept = x[:, : max(x.shape[1] - first.shape[1], 0)]
+    return jnp.concatenate([first, kept.astype(first.dtype)], axis=1)[:, : x.shape[1]]
+
+
 def split_time(tree: Any, size: int, *, time_first: bool = False) -> Any:
     """Split arrays [B, T, ...] into pieces of time for `lax.scan`. The last piece is padded with zeros at its end.
 

@@ -14,6 +14,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from seqmodels.branch import Branch, State, real
 from seqmodels.fields.cnn import CNN
+from seqmodels.kernels.arrays import shifted
 from seqmodels.layers.parameter import normal, parameter, residual_std, uniform
 from seqmodels.sequence import Sequence
 
@@ -29,13 +30,12 @@ def dilated_conv(x: jax.Array, weight: jax.Array, dilation: int, history: jax.Ar
     Returns:
         [B, T, D] in the dtype of x.
     """
-    taps, length = len(weight), x.shape[1]
-    tokens = jnp.concatenate([history, x.astype(history.dtype)], axis=1)
-    y = weight[-1] * tokens[:, history.shape[1] :]
-    for back in range(1, taps):
-        start = (taps - 1 - back) * dilation
-        inside = (positions >= back * dilation)[..., None]
-        y = y + weight[-1 - back] * jnp.where(inside, tokens[:, start : start + length], 0)
+    y = weight[-1] * x.astype(history.dtype)
+    for back in range(1, len(weight)):
+        distance = back * dilation
+        inside = (positions >= distance)[..., None]
+        earlier = shifted(history[:, history.shape[1] - distance :], x)
+        y = y + weight[-1 - back] * jnp.where(inside, earlier, 0)
     return y.astype(x.dtype)
 
 

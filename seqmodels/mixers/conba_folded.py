@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.branch import State
-from seqmodels.kernels.arrays import expand_to
+from seqmodels.kernels.arrays import expand_to, shifted
 from seqmodels.kernels.segments import resets
 from seqmodels.kernels.short_conv.xla import final_history, tokens_in_reach
 from seqmodels.mixers.conba_state import Places, Plant
@@ -78,7 +78,7 @@ def delayed_stream(stream: Stream, delay: int, seq: Sequence, old: State) -> tup
     for name in ("u", "delta", "B"):
         x = place.to_front(getattr(stream, name))
         before = old[f"late_{name}"]
-        earlier = jnp.concatenate([before.astype(x.dtype), x], axis=1)[:, : x.shape[1]]
+        earlier = shifted(before.astype(x.dtype), x)
         if reach is not None:
             earlier = jnp.where(expand_to(reach >= delay, x.ndim), earlier, 0)
         late[name] = place.back(earlier)

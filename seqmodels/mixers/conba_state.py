@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from seqmodels.kernels.arrays import expand_to, join_time, split_time
+from seqmodels.kernels.arrays import expand_to, join_time, shifted, split_time
 from seqmodels.kernels.dispatch import platforms
 from seqmodels.kernels.segments import forget
 from seqmodels.kernels.short_conv.xla import tokens_in_reach
@@ -170,16 +170,14 @@ def _chunk(plant: Plant, key: Any, implementation: str | None, carry: Any, piece
     )
     lagged = states
     if lag is not None:
-        history = jnp.concatenate([lag, states], axis=1)
-        lagged = history[:, :size]
+        lagged = shifted(lag, states)
         lagged = lagged if within is None else jnp.where(expand_to(within, lagged.ndim), lagged, 0)
-        lag = _rows(history, real, plant.delay)
+        lag = _rows(jnp.concatenate([lag, states], axis=1), real, plant.delay)
     x = rescale(states + mix(plant.F, lagged) + plant.f[:, None], plant.Z, plant.g, plant.scaling)
     C, before = tokens.C.astype(dtype), None
     if scaled is not None:
-        around = jnp.concatenate([scaled[:, None], x], axis=1)
-        before = read(forget(around[:, :-1], tokens.reset), C)
-        scaled = _rows(around, real, 1)[:, 0]
+        before = read(forget(shifted(scaled[:, None], x), tokens.reset), C)
+        scaled = _rows(jnp.concatenate([scaled[:, None], x], axis=1), real, 1)[:, 0]
     return (state, lag, scaled), (read(x, C), before)
 
 
