@@ -23,13 +23,26 @@ REGENERATE = "if the change is meant: python tests/golden/regenerate.py, and loo
 CONFIGS = every_config()
 GOLDEN = sorted(path.name for path in HERE.glob("*.json"))
 NAMES = (
-    *("cnn", "deltanet", "densemamba", "denseretnet", "gated_deltanet", "gla", "griffin", "gru", "hgrn", "jamba"),
+    *(
+        "bigbird",
+        "cnn",
+        "deltanet",
+        "densemamba",
+        "denseretnet",
+        "gated_deltanet",
+        "gla",
+        "griffin",
+        "gru",
+        "hgrn",
+        "jamba",
+    ),
     *("linear_attention", "llama", "lstm", "mamba", "mamba2", "mamba3", "mingru", "minlstm", "mistral", "mixcon"),
-    *("mixtral", "performer", "pythia", "retnet", "rwkv", "samba", "transformer"),
+    *("mixtral", "performer", "pythia", "retnet", "rwkv", "samba", "sparse_transformer", "transformer"),
 )
 LARGE = {  # a preset of a paper's size, where it is not 130m
     **{"deltanet": "340m", "denseretnet": "350m", "gated_deltanet": "340m", "gla": "340m", "retnet": "200m"},
-    **dict.fromkeys(("cnn", "gru", "hgrn", "lstm", "mingru", "minlstm"), "small"),
+    **dict.fromkeys(("cnn", "gru", "hgrn", "lstm", "mingru", "minlstm", "sparse_transformer"), "small"),
+    "bigbird": "base",
     **{"griffin": "2b", "rwkv": "169m"},
     **{"jamba": "tiny-dev", "mixcon": "5b-active", "mixtral": "8x7b"},
     **{"llama": "2-7b", "mistral": "7b-v0.1", "pythia": "70m", "samba": "421m"},
