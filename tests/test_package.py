@@ -131,7 +131,7 @@ def test_installation_holds_the_package_and_nothing_else(installed):
     files = {row[0] for row in csv.reader(record.read_text().splitlines())}
     assert {file.split("/")[0] for file in files} == {"..", "seqmodels", record.parent.name}
     commands = {file.rpartition("/")[2] for file in files if file.startswith("..")}
-    assert commands == {"seqmodels-train", "seqmodels-eval", "seqmodels-sweep"}
+    assert commands == {f"seqmodels-{name}" for name in ("train", "eval", "sweep", "convert")}
 
     def ours(folder: Path) -> set[str]:
         paths = [path for path in folder.rglob("*") if path.is_file() and "__pycache__" not in path.parts]
@@ -147,10 +147,13 @@ def test_installation_holds_the_package_and_nothing_else(installed):
 @pytest.mark.slow
 def test_the_readme_s_script_trains_from_an_empty_directory(installed, tmp_path):
     (script,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    small = "config.steps = 10\nconfig.model.update(width=16, repeats=1)"
-    (tmp_path / "script.py").write_text(script.replace("config.steps = 10", small))
+    assert "steps=10)" in script
+    small = "steps=10, **{'model.width': 16, 'model.repeats': 1})"
+    (tmp_path / "script.py").write_text(script.replace("steps=10)", small))
     said = run(installed, tmp_path, "python", "script.py")
-    assert "trained 10 steps" in said and 2 < float(said.splitlines()[-1]) < 7  # nats a byte: at random 5.5
+    (loss,) = re.findall(r"^\d\.\d+$", said, re.MULTILINE)
+    assert "trained 10 steps" in said and 2 < float(loss) < 7  # nats a byte: at random 5.5
+    assert "(6, 257) ['0.mixer']" in said
 
 
 @pytest.mark.slow
