@@ -50,6 +50,10 @@ class TokenSplit:
         """Number of whole rows. Row r is `tokens[r * length : (r + 1) * length + 1]`; the last one is only a target."""
         return (len(self.tokens) - 1) // length
 
+    def row_count(self, length: int) -> int:
+        """Number of rows of `windows`, the last of which may not be whole."""
+        return -(-(len(self.tokens) - 1) // length)
+
     def segment_ids(self, start: int, stop: int) -> np.ndarray:
         """[stop - start] int32: index in the split of each token's document, or 0."""
         if not self.separate:
@@ -76,8 +80,7 @@ class TokenSplit:
           after the end of the split (where tokens and targets are 0, and the segment id stays) and in added rows.
         """
         targets = len(self.tokens) - 1
-        rows = -(-targets // length)
-        rows = rows if limit is None else min(rows, limit)
+        rows = self.row_count(length) if limit is None else min(self.row_count(length), limit)
         for first in range(0, rows, batch_size):
             batch = {k: np.zeros((batch_size, length), np.int32) for k in ("tokens", "targets", "segment_ids")}
             batch["mask"] = np.zeros((batch_size, length), bool)

@@ -22,6 +22,7 @@ from seqmodels.generation import generate
 from seqmodels.training import metrics as rows_of_metrics
 from seqmodels.training import report
 from seqmodels.training.metrics import Metrics
+from seqmodels.training.progress import counted
 from seqmodels.training.state import TrainState
 
 
@@ -72,6 +73,26 @@ def _tokenizer(dataset: Any) -> Any:
     return getattr(dataset, "tokenizer", None) if dataset.objective == "next_token" else None
 
 
+class Watched:
+    """A split; how much of it was read is shown, and after each batch `after` is called."""
+
+    def __init__(self, split: Any, name: str, after: Callable[[], None]) -> None:
+        self._split, self._name, self._after = split, name, after
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._split, name)
+
+    def windows(self, length: int, batch_size: int = 1, limit: int | None = None) -> Iterator[Any]:
+        """As of the split."""
+        rows = self._split.row_count(length)
+        total = -(-(rows if limit is None else min(rows, limit)) // batch_size)
+        return counted(self._split.windows(length, batch_size, limit), total, self._name, self._after)
+
+    def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Any]:
+        """As of the split."""
+        return counted(self._split.batches(batch_size, limit), None, self._name, self._after)
+
+
 class Finish:
     """Measures a model on the splits of its dataset.
 
@@ -86,11 +107,20 @@ class Finish:
         self.config, self.workdir, self.dataset = config, workdir, dataset
         self.model, self.mesh, self.say = model, mesh, say
 
-    def figures(self, params: Any, split: str, rows: int | None) -> dict[str, float]:
-        """The figures of a split, "loss" first. rows: the most rows that are read; None: all."""
+    def figures(
+        self, params: Any, split: str, rows: int | None, after: Callable[[], None] | None = None
+    ) -> dict[str, float]:
+        """The figures of a split, "loss" first.
+
+        Args:
+          rows: the most rows that are read; None: all.
+          after: is called after each batch, and how far it has come is shown; None: neither.
+        """
         config, by = self.config, self.dataset.measured_by
         options = dict(batch_size=config.evaluation.batch_size or config.batch_size, limit=rows, mesh=self.mesh)
         part = self.dataset[split]
+        if after is not None:
+            part = Watched(part, split, after)
         if by == "head":
             return head_figures.evaluate(self.model, params, part, reset=config.data.reset, **options)
         options["length"] = config.seq_len
@@ -111,9 +141,13 @@ class Finish:
         self.failed: list[str] = []
         splits: dict[str, dict[str, float]] = {}
         summary: dict[str, Any] = {"name": config.name, "steps": step, "splits": splits, "sample": ""}
+        if config.evaluation.limit:
+            summary["rows"] = config.evaluation.limit
+        # Several processes stop at the same place: between the parts.
+        after = between if jax.process_count() == 1 else lambda: None
         for split in self.dataset.held_out:
             with self._reported(split):
-                splits[split] = self.figures(params, split, None)
+                splits[split] = self.figures(params, split, self.config.evaluation.limit or None, after)
                 if self.dataset.measured_by == "perplexity":
                     splits[split]["xz_bits_per_byte"] = self.dataset.xz_bits_per_byte(split)
             between()
@@ -160,7 +194,7 @@ class Finish:
             trained,
             evaluators,
             splits=list(self.dataset.held_out),
-            limit=None,
+            limit=config.evaluation.limit or None,
             out=self.workdir / "eval.json",
             say=self.say,
             write=jax.process_index() == 0,

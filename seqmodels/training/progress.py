@@ -4,20 +4,22 @@ import contextlib
 import os
 import sys
 import time
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Self
+
+SECONDS = 10.0  # between two lines, where there is no terminal
 
 
 class Progress:
     """Shows loss, tokens/s and time left: as a bar on a terminal, else as a line at most every `seconds` seconds."""
 
-    def __init__(self, first: int, last: int, *, enabled: bool = True, seconds: float = 10.0) -> None:
+    def __init__(self, first: int, last: int, *, enabled: bool = True, seconds: float = SECONDS) -> None:
         self._last, self._seconds = last, seconds
         self._shown: float | None = None
         self._start = (first, time.monotonic())
         self._enabled = enabled
         self._bar: Any = None
-        # Some containers give a terminal of no size, on which a bar cannot be seen.
-        if enabled and sys.stderr.isatty() and min(os.get_terminal_size(sys.stderr.fileno())) > 0:
+        if enabled and on_terminal():
             from tqdm import tqdm
 
             self._bar = tqdm(total=last, initial=first, unit="step", dynamic_ncols=True)
@@ -52,6 +54,36 @@ class Progress:
     def __exit__(self, *_: Any) -> None:
         if self._bar is not None:
             self._bar.close()
+
+
+def on_terminal() -> bool:
+    """Whether a bar can be seen. Some containers give a terminal of no size."""
+    return sys.stderr.isatty() and min(os.get_terminal_size(sys.stderr.fileno())) > 0
+
+
+def counted(batches: Iterable[Any], total: int | None, what: str, after: Callable[[], None]) -> Iterator[Any]:
+    """The batches of an evaluation, with a bar or lines that say how many are done.
+
+    Args:
+      total: number of batches; None: unknown.
+      what: name of what is measured.
+      after: is called after each batch; it may end the process.
+    """
+    if on_terminal():
+        from tqdm import tqdm
+
+        for batch in tqdm(batches, desc=what, total=total, unit="batch", dynamic_ncols=True, leave=False):
+            yield batch
+            after()
+        return
+    said = time.monotonic()
+    for n, batch in enumerate(batches, 1):
+        yield batch
+        after()
+        if time.monotonic() - said >= SECONDS:
+            said = time.monotonic()
+            with contextlib.suppress(OSError):
+                print(f"{what}: {n} of {total or 'all'} batches", file=sys.stderr, flush=True)
 
 
 def clock(seconds: float) -> str:

@@ -79,6 +79,10 @@ class SyntheticSplit:
         held_out = None if length != self.train_length else self.name != "train"
         return sample(self.task, rng, 1, length, held_out)
 
+    def row_count(self, length: int) -> int:
+        """Number of rows of `windows`."""
+        return self.count
+
     def windows(self, length: int, batch_size: int = 1, limit: int | None = None) -> Iterator[dict[str, np.ndarray]]:
         """The rows of the split, in order.
 
