@@ -18,9 +18,14 @@ import gzip
 import json
 import lzma
 import re
+import sys
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from seqmodels.data.train_tokenizer import train
 
 NUMBER = re.compile(r"rfc0*([1-9]\d*)\.txt(\.gz)?$")
 PAGE = re.compile(r"^(?:.*\[Page [\divxlc]+\]|RFC \d+ .*\b\d{4})[ \t]*$", re.IGNORECASE | re.MULTILINE)
@@ -89,21 +94,6 @@ def sample(corpus: list[tuple[int, str]], size: int, whole: int) -> list[tuple[i
     return [(number, text) for number, text in corpus if number >= whole or number in chosen]
 
 
-def train_tokenizer(texts: list[str], size: int):
-    """A byte-level BPE of `size` ids, the separator <|endoftext|> among them."""
-    import tokenizers
-
-    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
-    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    tokenizer.decoder = tokenizers.decoders.ByteLevel()
-    alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
-    trainer = tokenizers.trainers.BpeTrainer(
-        vocab_size=size, special_tokens=["<|endoftext|>"], initial_alphabet=alphabet, show_progress=False
-    )
-    tokenizer.train_from_iterator(texts, trainer)
-    return tokenizer
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
@@ -136,7 +126,7 @@ def main() -> None:
         before += len(text)
     newest = _first_held_out(corpus, size)
     path = options.out / f"bpe{options.vocabulary}.json"
-    train_tokenizer([text for number, text in seen if number < newest], options.vocabulary).save(str(path))
+    train([text for number, text in seen if number < newest], options.vocabulary).save(str(path))
     print(f"{path}: trained on documents before RFC {newest}")
 
 

@@ -5,7 +5,7 @@ import io
 import numpy as np
 import pytest
 
-from seqmodels.data import load, load_tokenizer
+from seqmodels.data import load, load_tokenizer, train_tokenizer
 from seqmodels.errors import UserError
 from tests.data_fixtures import POEM, text_config
 
@@ -103,7 +103,7 @@ def test_dataset_reads_back(models, tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("words", None, r"config\.data\.tokenizer='.*words': must be 'bytes' or the path of"),
+        ("words", None, r"config\.data\.tokenizer='.*words': must be 'bytes', the path of"),
         ("a.model", None, r"config\.data\.tokenizer='.*a\.model': cannot be read \(No such file or directory\)"),
         ("a.json", None, r"cannot be read \(No such file or directory\)"),
         ("a.model", "not a model", r"a\.model': is not a sentencepiece model"),
@@ -115,3 +115,44 @@ def test_bad_tokenizers(tmp_path, name, content, message):
         (tmp_path / name).write_text(content)
     with pytest.raises(UserError, match=message):
         load_tokenizer(str(tmp_path / name))
+
+
+def test_a_folder_and_a_name_on_the_hub(models, tmp_path, monkeypatch):
+    for name in ("tokenizer.json", "tokenizer.model"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / name).write_bytes((models / f"eos{folder.suffix}").read_bytes())
+        assert load_tokenizer(str(folder)).encode(TEXT) == load_tokenizer(str(models / f"eos{folder.suffix}")).encode(
+            TEXT
+        )
+    with pytest.raises(UserError, match=r"the folder has neither tokenizer\.json nor tokenizer\.model"):
+        load_tokenizer(str(tmp_path))
+
+    def download(repository, file):
+        if (repository, file) != ("somebody/words", "tokenizer.json"):
+            raise ConnectionError("no network\nat all")
+        return str(models / "eos.json")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    assert load_tokenizer("somebody/words").name == str(models / "eos.json")
+    with pytest.raises(UserError, match=r"'other/words': no such file or folder, and .* does not give it: no network$"):
+        load_tokenizer("other/words")
+
+
+def test_a_tokenizer_is_trained_by_one_command(tmp_path, capsys):
+    (tmp_path / "poem.txt").write_text(POEM)
+    out = tmp_path / "made" / "bpe.json"
+    command = [f"--path={tmp_path}/*.txt", "--size=300", f"--out={out}"]
+    assert train_tokenizer.main(command) == 0 and "300 ids" in capsys.readouterr().out
+    tokenizer, before = load_tokenizer(str(out)), out.read_bytes()
+    assert tokenizer.vocab_size == 300 and tokenizer.decode(tokenizer.encode(TEXT)) == TEXT
+    assert len(tokenizer.encode(POEM)) < len(POEM) / 3
+    assert train_tokenizer.main(command) == 0 and out.read_bytes() == before
+    capsys.readouterr()
+    for wrong, message in (
+        ("--size=256", "--size=256: must be from 257"),
+        ("--path=/nowhere/x", "--path=/nowhere/x: matches no file"),
+        ("--out=x.txt", "--out=x.txt: must be a file that ends in .json"),
+    ):
+        assert train_tokenizer.main([*command, wrong]) == 1
+        assert message in (said := capsys.readouterr().err) and said.count("\n") == 1

@@ -2,6 +2,7 @@
 
 import pytest
 
+from seqmodels.data import train_tokenizer
 from seqmodels.evals import perplexity
 from seqmodels.evals.run import load_run
 from seqmodels.training import progress
@@ -43,3 +44,16 @@ def test_every_batch_may_be_the_last(tmp_path, capsys, monkeypatch):
     rows = split.row_count(16)
     assert len(list(split.windows(16, 4))) == -(-rows // 4)
     assert capsys.readouterr().err == f"test: 1 of {-(-rows // 4)} batches\n"
+
+
+def test_a_run_keeps_its_tokenizer(tmp_path):
+    text = write_text(tmp_path)
+    file = tmp_path / "bpe.json"
+    assert train_tokenizer.main([f"--path={text}", "--size=270", f"--out={file}"]) == 0
+    config = tiny(text, steps=1, checkpoint__every=1, evaluation__limit=1, data__tokenizer=str(file))
+    train(config, tmp_path / "run")
+    before = load_run(tmp_path / "run")
+    file.unlink()
+    after = load_run(tmp_path / "run")  # the token cache is found by what the file holds
+    assert after.dataset.folder == before.dataset.folder
+    assert after.dataset.tokenizer.encode("all is well") == before.dataset.tokenizer.encode("all is well")

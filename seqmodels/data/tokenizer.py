@@ -1,6 +1,7 @@
 """Tokenizers: bytes, a sentencepiece model, or a Hugging Face tokenizer.json. All read from local files."""
 
 import hashlib
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -181,24 +182,58 @@ def load_tokenizer(name: str, separator: str = "") -> Tokenizer:
     """The tokenizer that `config.data.tokenizer` names.
 
     Args:
-      name: "bytes", or the path of a sentencepiece `.model` or a Hugging Face `tokenizer.json`.
+      name: "bytes"; the path of a sentencepiece `.model` or a Hugging Face `tokenizer.json`, or of a folder with one of
+        them, as `save_pretrained` writes; or the name of a repository of the Hugging Face Hub, such as "gpt2".
       separator: `config.data.separator`, the token at the beginning of each document; "": see the classes.
 
     Raises:
-      UserError: another name, no such file, or a file whose contents do not match its name.
+      UserError: no such file or name, or a file whose contents do not match its name.
     """
     if name == "bytes":
         if separator:
             raise UserError(f"config.data.separator={separator!r}: must be '' with config.data.tokenizer='bytes'")
         return ByteTokenizer()
+    path = file_of(name)
+    return KINDS[path.suffix](path, separator)
+
+
+KINDS: dict[str, type[SentencePieceTokenizer | HuggingFaceTokenizer]] = {
+    ".model": SentencePieceTokenizer,
+    ".json": HuggingFaceTokenizer,
+}
+FILES = ("tokenizer.json", "tokenizer.model")  # in a folder or a repository
+HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
+
+
+def file_of(name: str) -> Path:
+    """The file of a tokenizer: of that name, in the folder of that name, or of the repository, which is fetched once.
+
+    Raises: UserError where there is none.
+    """
     path = Path(name).expanduser()
-    kinds = {".model": SentencePieceTokenizer, ".json": HuggingFaceTokenizer}
-    if path.suffix not in kinds:
+    if path.is_dir():
+        for file in FILES:
+            if (path / file).is_file():
+                return path / file
+        raise UserError(f"config.data.tokenizer={name!r}: the folder has neither {' nor '.join(FILES)}")
+    if path.suffix in KINDS:
+        return path
+    if path.exists() or not HUB_NAME.fullmatch(name):
         raise UserError(
-            f"config.data.tokenizer={name!r}: must be 'bytes' or the path of a sentencepiece .model "
-            "or a Hugging Face tokenizer.json"
+            f"config.data.tokenizer={name!r}: must be 'bytes', the path of a sentencepiece .model or a Hugging Face "
+            "tokenizer.json, a folder with one, or a name on the Hugging Face Hub"
         )
-    return kinds[path.suffix](path, separator)
+    import huggingface_hub  # comes with tokenizers
+
+    reason = ""
+    for file in FILES:
+        try:
+            return Path(huggingface_hub.hf_hub_download(name, file))
+        except Exception as error:  # of many types: no network, no such repository, no right to read it
+            reason = reason or (str(error).strip() or type(error).__name__).splitlines()[0][:150]
+    raise UserError(
+        f"config.data.tokenizer={name!r}: no such file or folder, and the Hugging Face Hub does not give it: {reason}"
+    )
 
 
 def _byte_places(text: str) -> np.ndarray:

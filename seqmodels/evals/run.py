@@ -106,6 +106,9 @@ def load_run(
     config = override(read_config(workdir), overrides)
     number = _checkpoint_step(workdir, config, step)
     other = dataset is not None or any(name in TEXT for name in overrides)
+    if "task" not in config.data and "data.tokenizer" not in overrides:
+        with config.unlocked():
+            config.data.tokenizer = identity.tokenizer_of(workdir, config.data.tokenizer)
     if dataset is None:
         load = data.load if text else data.load_unread
         dataset = load(config.data, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)

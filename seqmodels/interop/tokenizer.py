@@ -46,7 +46,7 @@ def begins_with(path: Path) -> str:
 def keep(path: Path, folder: Path) -> Path:
     """Copy a tokenizer's file, and what transformers wrote beside it, into a folder of a run. Returns the copy."""
     folder.mkdir(parents=True, exist_ok=True)
-    name = path.name if path.suffix == ".model" else FILE
+    name = MODEL if path.suffix == ".model" else FILE
     shutil.copyfile(path, folder / name)
     for beside in BESIDE:
         if (file := path.with_name(beside)).is_file():
