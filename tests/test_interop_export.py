@@ -101,6 +101,7 @@ CHANGED = {
     "model.positions": ["sinusoidal"],
     "model.attention.rope_style": ["interleaved"],
     "model.attention.scaling": ["ntk"],
+    "model.attention.scaling_factor": [2.0],
     "model.mlp.hidden": [0, 32],
     "model.mamba.state": [5],
     "model.mamba.norm_eps": [0.1],

@@ -206,10 +206,10 @@ def check(inputs: Inputs, tokens: Tokens, options: Options) -> None:
     rows, slots, heads = q.shape[:2], k.shape[:2], q.shape[2:3]
     shapes = dict(
         segment_ids=(tokens.segment_ids, rows),
-        key_segment_ids=(tokens.key_segment_ids, slots),
+        key_segment_ids=(tokens.segment_ids if tokens.key_segment_ids is None else tokens.key_segment_ids, slots),
         key_mask=(tokens.key_mask, slots),
         positions=(tokens.positions, rows),
-        key_positions=(tokens.key_positions, slots),
+        key_positions=(tokens.positions if tokens.key_positions is None else tokens.key_positions, slots),
         gates=(gates, rows + heads),
         key_gates=(key_gates, slots + heads),
         bias_weights=(bias_weights, (*heads, options.bias.size if options.bias is not None else 0)),
