@@ -224,7 +224,6 @@ def test_recurrent_equals_parallel(variant):
     np.testing.assert_array_equal(jnp.where(keep, changed, 0)[:, :4], jnp.where(keep, whole, 0)[:, :4])
 
 
-@pytest.mark.slow
 def test_shared_gate_equals_two_equal_gates():
     shared, params = make(variant="read")
     single, _ = make(variant="read", per_source=True)
@@ -291,7 +290,6 @@ def test_rematerialisation_changes_nothing(remat):
         np.testing.assert_allclose(x, y, atol=1e-4 * max(1, float(np.abs(y).max())))
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["mamba", "mamba2"])
 def test_rematerialisation_keeps_less(pattern):
     """Each in turn keeps fewer bytes for the backward pass than the one before."""

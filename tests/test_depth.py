@@ -254,7 +254,6 @@ def test_one_token_at_a_time(form):
     np.testing.assert_allclose(jnp.concatenate(ys, 1), whole, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.slow
 @every_form
 def test_every_parameter_learns(form):
     """But those of the first step, which has one source and so no choice."""

@@ -57,7 +57,6 @@ def one_step():
     return config, model, batch, before, jax.device_get(state), {name: float(v) for name, v in values.items()}
 
 
-@pytest.mark.slow
 @functools.cache
 def of_each_piece():
     """By layer and micro-batch: the load [X] and the mean probabilities [X]."""

@@ -61,7 +61,6 @@ class FakeSlurm(Fakes):
         return super().start("--engine=slurm", *arguments, PATH=path, **environment)
 
 
-@pytest.mark.slow
 def test_trials_are_tasks_of_an_array(tmp_path):
     fakes = FakeSlurm(tmp_path, ("fine", "diverges", "better"))
     options = "--slurm=slurm_partition=gpu,gpus_per_node=1,timeout_min=60"
