@@ -25,7 +25,7 @@ OPTIONS = {
     "forget, sinks": dict(forget=True, window=3, sinks=1),
 }
 each = pytest.mark.parametrize(
-    "name", [name if name in ("sinks", "forget") else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
+    "name", [name if name == "sinks" else pytest.param(name, marks=pytest.mark.slow) for name in OPTIONS]
 )
 SEGMENTS = np.array([[0] * 9 + [1] * 2 + [0] * 5, [7] * 1 + [3] * 14 + [4]], np.int32)
 MASK = np.array([[0, 0, 1, 1, 0, 1, 1, 1, 1, 0, 0, 1, 1, 1, 0, 1], [1] * 6 + [0] * 3 + [1] * 7], bool)

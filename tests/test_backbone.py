@@ -48,6 +48,7 @@ def rms(x, scale):
     return scale * x / np.sqrt(np.mean(x**2, -1, keepdims=True) + 1e-5)
 
 
+@pytest.mark.slow
 def test_branches_side_by_side_read_the_same_normed_input():
     """GPT-NeoX's parallel residual: x + attention(norm(x)) + mlp(norm(x)), with one norm."""
     stack, variables, x, seq = make("attention|mlp")
@@ -133,6 +134,7 @@ def test_a_short_convolution_before_every_mixer_of_time():
     assert set(stack.init_state(1, T)["block_0"]) == {"mixer", "mixer_conv"}
 
 
+@pytest.mark.slow
 def test_a_short_convolution_in_both_directions_and_beside_dense_links():
     _, variables, *_ = make("bi:attention+mlp", short_conv=2)
     assert set(variables["params"]["block_0"]["mixer_conv"]) == {"ahead", "back"}

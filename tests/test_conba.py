@@ -194,6 +194,7 @@ def test_chunks_of_any_size_compute_the_same(chunk):
 # The gain
 
 
+@pytest.mark.slow
 def test_the_gain_stays_bounded():
     """65,536 steps, of errors that are random, and of errors that are nearly always the same."""
     length, size = 65_536, 64
@@ -233,6 +234,7 @@ def test_which_rule_makes_errors_smaller():
 # Noise
 
 
+@pytest.mark.slow
 def test_noise_is_in_training_only():
     noisy = Conba(**SIZES, scaling="off", control="off", process_noise=0.1, observation_noise=0.2)
     params, x, seq = perturbed(noisy), draw(B, T, D), sequence(None, jnp.asarray(MASK))[0]

@@ -110,6 +110,7 @@ def test_as_many_sweeps_as_tokens_are_the_closed_loop():
 # The MIT rule, and contraction
 
 
+@pytest.mark.slow
 def test_the_mit_rule_descends_the_gradient_of_the_next_error():
     """`mit_gradient` is jax.grad of |e_{t+1}|^2 by the gain of token t."""
     module, params = conba_seq("mit")

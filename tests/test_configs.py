@@ -292,7 +292,14 @@ SMALLEST = {
         *("model.gated_deltanet.key_dim", "model.gated_deltanet.value_dim", "model.gated_deltanet.dt_floor"),
         *("optimizer.warmup", "optimizer.decay", "optimizer.floor", "optimizer.weight_decay", "optimizer.clip"),
         *("training.z_loss", "training.loss_chunk", "training.profile_start", "checkpoint.keep_every"),
-        *("evaluation.every", "evaluation.batch_size", "sample.tokens", "sample.temperature", "sample.top_k"),
+        *(
+            "evaluation.every",
+            "evaluation.limit",
+            "evaluation.batch_size",
+            "sample.tokens",
+            "sample.temperature",
+            "sample.top_k",
+        ),
     ),
     1: (
         *("steps", "batch_size", "seq_len", "model.width", "model.repeats", "model.vocab_multiple", "model.horizon"),

@@ -162,6 +162,7 @@ def test_tensors_are_read_one_after_another(theirs, tmp_path, monkeypatch):
     assert most == 1
 
 
+@pytest.mark.slow
 def test_a_prompt_needs_no_text(imported, capsys):
     argv = ["eval.py", f"--workdir={imported}", "--prompt=it is", "--tokens=4", "--temperature=0"]
     assert cli.run(eval_script.main, eval_script.define, "", argv) == 0
@@ -186,6 +187,7 @@ def text(tmp_path_factory):
     return write_text(tmp_path_factory.mktemp("text"), lines=20)
 
 
+@pytest.mark.slow
 def test_training_starts_with_the_weights_of_another_run(imported, text, tmp_path):
     """And leaves frozen groups as they were. What the other run was trained on is gone."""
     groups = "mlp=0.5,embedding=0,block_0=0"
@@ -202,6 +204,7 @@ def test_training_starts_with_the_weights_of_another_run(imported, text, tmp_pat
     assert (tmp_path / "out" / "generation_config.json").exists()  # the tokenizer's files go along
 
 
+@pytest.mark.slow
 def test_a_start_that_does_not_fit_is_refused(imported, text, tmp_path, capsys):
     def refused(message, **changes):
         with pytest.raises(UserError, match=message) as error:
@@ -320,6 +323,7 @@ def test_separator_of_sentencepiece(tmp_path):
         data.load_tokenizer("bytes", "<s>")
 
 
+@pytest.mark.slow
 def test_models_that_transformers_lacks_are_refused_before_anything_is_written(tmp_path):
     config = tiny(
         write_text(tmp_path, lines=20),

@@ -97,6 +97,7 @@ def test_events_of_tensorboard(finished, mine, how):
 
 
 # Orbax leaves coroutines behind where it cannot read an array; Python reports them when it collects them.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_checkpoints(finished, mine, tmp_path):
     """The newest is read right, or the one before it, or nothing is: never other numbers."""

@@ -233,6 +233,7 @@ def test_shared_gate_equals_two_equal_gates():
     np.testing.assert_allclose(hidden(shared, params, tokens()), hidden(single, both, tokens()), atol=2e-6)
 
 
+@pytest.mark.slow
 def test_variants_differ():
     """Guards against one variant computed under another's name."""
     _, params = make(variant="read", gate="none")
@@ -290,6 +291,7 @@ def test_rematerialisation_changes_nothing(remat):
         np.testing.assert_allclose(x, y, atol=1e-4 * max(1, float(np.abs(y).max())))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["mamba", "mamba2"])
 def test_rematerialisation_keeps_less(pattern):
     """Each in turn keeps fewer bytes for the backward pass than the one before."""

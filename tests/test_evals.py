@@ -309,6 +309,7 @@ def test_unknown_evaluators_and_unwritable_files(tmp_path):
         report.write_json(tmp_path / "file" / "eval.json", {})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("pattern", ["mamba", "attention"])
 def test_extrapolation_measures_the_model_that_each_method_makes(split, pattern):
     """Against the model built from a config with the method's fields, read in one piece."""

@@ -46,6 +46,7 @@ def test_every_batch_may_be_the_last(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().err == f"test: 1 of {-(-rows // 4)} batches\n"
 
 
+@pytest.mark.slow
 def test_a_run_keeps_its_tokenizer(tmp_path):
     text = write_text(tmp_path)
     file = tmp_path / "bpe.json"

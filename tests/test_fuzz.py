@@ -55,6 +55,7 @@ def check_field(name, field, value):
     return True
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["densemamba", "synthetic", "transformer"])
 def test_odd_values_of_fields(name):
     """A few for some configs; test_many_odd_values_of_fields has more."""

@@ -211,6 +211,7 @@ def test_losses_without_a_coefficient_are_not_reported():
     assert not call(module, parameters(), draw((B, T, D)), collect=("losses",))[1]
 
 
+@pytest.mark.slow
 def test_logits_of_every_layer_through_the_scan_over_blocks():
     """And the pooled loss of them, which differs from the mean over the layers."""
     config = base().unlock()

@@ -79,6 +79,7 @@ def of_each_piece():
     return load, probabilities
 
 
+@pytest.mark.slow
 def test_the_balance_loss_sees_the_load_of_the_micro_batches_before():
     """The last one sees the load of the whole batch."""
     *_, values = one_step()
@@ -166,6 +167,7 @@ def constant(rng, count, length=8):
     }
 
 
+@pytest.mark.slow
 def test_a_run_tells_of_the_load_and_of_a_router_that_collapsed(tmp_path, capsys):
     config = base().unlock()
     config.model.pattern, config.model.head = "attention+moe", "classify"

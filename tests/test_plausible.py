@@ -113,10 +113,10 @@ def test_no_report_fails_a_finished_run(tmp_path, monkeypatch, capsys):
     def broken(*_, **__):
         raise RuntimeError("boom\nin two lines")
 
-    def one_split(self, params, split, rows):
+    def one_split(self, params, split, rows, after=None):
         if split == "validation":
             raise MemoryError
-        return figures(self, params, split, rows)
+        return figures(self, params, split, rows, after)
 
     monkeypatch.setattr(finish.Finish, "figures", one_split)
     monkeypatch.setattr(finish, "generate", broken)

@@ -211,6 +211,7 @@ def test_bad_fields_are_named(fields, message):
         Attention(width=16, **fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "constant"), [("mamba", "dt_proj"), ("mamba2", "dt_proj"), ("mamba3", "head_proj")])
 def test_dt_scale_is_a_factor_of_every_step(name, constant):
     """Where the step is softplus(dt_bias) alone, a factor of it is another bias."""
@@ -260,6 +261,7 @@ def test_positions_at_the_input(positions):
     assert np.abs(plain.apply(shifted, tokens)[0][:, 4] - want[:, 4]).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_learned_positions_end():
     model, tokens, variables = model_with("learned", position_table=T - 2)
     hidden, _ = model.apply(variables, tokens)

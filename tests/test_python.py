@@ -55,6 +55,7 @@ def test_states_by_layer(run):
         np.testing.assert_allclose(states[f"{layer}.mixer"]["ssm"], want, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_continuations(run):
     options = dict(tokens=6, seed=3)
     one = run.generate("all", **options)
@@ -127,7 +128,7 @@ def test_every_mixer_can_stand_alone():
     assert set(names()) <= set(dir(sq.mixers))
 
 
-@pytest.mark.parametrize("name", ["Mamba", "Attention"])
+@pytest.mark.parametrize("name", ["Mamba", pytest.param("Attention", marks=pytest.mark.slow)])
 def test_a_mixer_in_another_model(name):
     x = jax.random.normal(jax.random.key(0), (2, 9, 16))
     mixer = getattr(sq.mixers, name)(width=16)

@@ -135,6 +135,7 @@ def test_a_loss_and_a_figure_by_layer(overrides):
     assert len({found[f"size/{i}"] for i in range(4)}) == 4  # or layers could be taken for one another
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides",
     [pytest.param({}, marks=pytest.mark.slow), dict(model__scan_blocks=1, model__remat="block", mesh__fsdp=2)],

@@ -125,6 +125,7 @@ def test_parameters_are_counted_as_the_model_has_them(fields):
     assert densemamba.parameters(model) == count(model)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "module, name",
     [(densemamba, "budgets"), (densemamba, "pair"), (denseretnet, "forms"), (denseretnet, "rates")],

@@ -76,6 +76,7 @@ def test_trials_are_tasks_of_an_array(tmp_path):
     assert not (fakes.bin / "script").exists() and len(fakes.calls()) == 3
 
 
+@pytest.mark.slow
 def test_preempted_task_is_put_back_into_the_queue(tmp_path):
     """Slurm's warning reaches the task and the trial alike; the trial saves, and goes on in another task."""
     fakes = FakeSlurm(tmp_path, ("fine", "better"))
