@@ -2,6 +2,8 @@
 
 Command:   python train.py --config=configs/deltanet.py --workdir=runs/deltanet
 Hardware:  2 CPU cores. `:340m` one GPU of 80 GB, `:1.3b` eight of them (with training.accumulate=4).
+Expected:  validation 2.324, test 2.346 bits per byte (small; 2026-11-30; xz -9: 2.591, 2.543)
+Cost:      8 minutes of training on one CPU core (small)
 
 Presets: small (no argument), and the paper's sizes 340m (15 B tokens) and 1.3b (100 B tokens).
 """

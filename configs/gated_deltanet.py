@@ -2,6 +2,8 @@
 
 Command:   python train.py --config=configs/gated_deltanet.py --workdir=runs/gated_deltanet
 Hardware:  2 CPU cores. `:340m` one GPU of 80 GB, `:1.3b` eight of them (with training.accumulate=4).
+Expected:  validation 2.130, test 2.156 bits per byte (small; 2026-11-30; xz -9: 2.591, 2.543)
+Cost:      10 minutes of training on one CPU core (small)
 
 Presets: small (no argument), 340m (15 B tokens), and the paper's size 1.3b (100 B tokens). A layer's mixer has 6 D^2
 parameters: queries and keys of 3/4 D, values, gate and output of 3/2 D.

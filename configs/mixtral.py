@@ -2,8 +2,8 @@
 
 Command:   python train.py --config=configs/mixtral.py --workdir=runs/mixtral
 Hardware:  2 CPU cores. `:8x7b` 16 GPUs of 80 GB or more, `:8x22b` 64 (planned, never run)
-Expected:  not measured yet
-Cost:      about 10 minutes of training on 2 CPU cores (small; from its first steps)
+Expected:  validation 2.403, test 2.425 bits per byte (small; 2026-11-30; xz -9: 2.591, 2.543)
+Cost:      6 minutes of training on 2 CPU cores (small)
 
 Presets: small (no argument), 8x7b, 8x22b with 46,702,792,704 and 140,630,071,296 parameters, of which a token uses
 12,879,925,248 and 39,161,468,928. Sizes are those of the published models; how these were trained is not public, so
