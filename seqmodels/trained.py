@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from seqmodels import data, generation
+from seqmodels import generation
 from seqmodels.backbone import context, scanned
 from seqmodels.config import upgrade
 from seqmodels.data.tokenizer import Tokenizer
@@ -146,7 +147,7 @@ def load(path: str | Path, step: str = "latest") -> Trained:
 
 
 def from_pretrained(path: str | Path) -> Trained:
-    """The model of a directory that transformers wrote (`save_pretrained`), or in another layout of docs/interop.md.
+    """The model of a directory that transformers wrote (`save_pretrained`), or in another form of docs/interop.md.
 
     Raises: UserError if files are missing, or hold a model that cannot be imported.
     """
@@ -155,7 +156,8 @@ def from_pretrained(path: str | Path) -> Trained:
     path = Path(path).expanduser()
     config = runs.config_of(path, Path(path.name))
     fields, params = pretrained.load(path)
-    words = data.load_tokenizer(config.data.tokenizer, config.data.separator) if config.data.tokenizer else None
+    with tempfile.TemporaryDirectory() as folder:
+        words = runs.load_words(config, Path(folder)) if config.data.tokenizer else None
     model = build(config.model, words.vocab_size if words else fields["vocab_size"])
     return Trained(upgrade(config), model, jax.device_put(params), words, 0, sharding.flat_mesh())
 

@@ -205,6 +205,11 @@ FILES = ("tokenizer.json", "tokenizer.model")  # in a folder or a repository
 HUB_NAME = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 
 
+def in_folder(folder: Path) -> Path | None:
+    """The file of a tokenizer in a folder, as `save_pretrained` writes it; None: there is none."""
+    return next((folder / file for file in FILES if (folder / file).is_file()), None)
+
+
 def file_of(name: str) -> Path:
     """The file of a tokenizer: of that name, in the folder of that name, or of the repository, which is fetched once.
 
@@ -212,9 +217,8 @@ def file_of(name: str) -> Path:
     """
     path = Path(name).expanduser()
     if path.is_dir():
-        for file in FILES:
-            if (path / file).is_file():
-                return path / file
+        if found := in_folder(path):
+            return found
         raise UserError(f"config.data.tokenizer={name!r}: the folder has neither {' nor '.join(FILES)}")
     if path.suffix in KINDS:
         return path

@@ -66,13 +66,13 @@ FAMILIES = {
     ),
 }
 
-OTHERS = {  # known models that no branch of ours can be, and why
-    "qwen3_next": "its attention has an output gate and norms of queries and keys, its shared expert a gate",
-    "qwen3_5": "its attention has an output gate and norms of queries and keys",
-    "qwen3_5_moe": "its attention has an output gate and norms of queries and keys, its shared expert a gate",
-    "olmo_hybrid": "the norms of its attention and MLP are behind them, and it has norms of queries and keys",
-    "recurrent_gemma": "its RG-LRU is no branch here",
-    "rwkv": "RWKV-4 is no branch here",
+OTHERS = {  # known models that cannot be imported, and why
+    "qwen3_next": "its attention has an output gate, its shared expert a gate",
+    "qwen3_5": "its attention has an output gate",
+    "qwen3_5_moe": "its attention has an output gate, its shared expert a gate",
+    "olmo_hybrid": "the norms of its attention and MLP are behind them",
+    "recurrent_gemma": "its logits have a limit, and its embedding a scale",
+    "rwkv": "no importer is written for it",
 }
 
 EXPORTED: Table = {  # fields of config.model itself

@@ -63,6 +63,14 @@ def config_of(source: Path, workdir: Path) -> ConfigDict:
     return upgrade(config).lock()
 
 
+def load_words(config: ConfigDict, folder: Path) -> data.Tokenizer:
+    """The tokenizer of a result of `config_of`; one in a GGUF file is first written to `folder`."""
+    path = config.data.tokenizer
+    if gguf.is_gguf(Path(path)):
+        path = str(gguf.write_tokenizer(Path(path).expanduser(), folder))
+    return data.load_tokenizer(path, config.data.separator)
+
+
 def import_run(source: Path, workdir: Path, config: ConfigDict) -> int:
     """Makes a run directory with one checkpoint, of step 0, which holds the parameters alone.
 
@@ -82,10 +90,7 @@ def import_run(source: Path, workdir: Path, config: ConfigDict) -> int:
         if (workdir / "config.json").exists():
             raise UserError(f"--workdir={workdir}: holds a run already; name another directory")
         _, params, theirs = pretrained.open_model(source)
-        path = config.data.tokenizer
-        if gguf.is_gguf(Path(path)):
-            path = str(gguf.write_tokenizer(Path(path).expanduser(), Path(folder)))
-        words = data.load_tokenizer(path, config.data.separator)
+        words = load_words(config, Path(folder))
         model = build(config.model, words.vocab_size)
         abstract = placed_params(abstract_params(model, config), sharding.flat_mesh())
         views = _as_in(model.config, params)

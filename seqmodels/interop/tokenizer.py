@@ -5,11 +5,11 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from seqmodels.data.tokenizer import SEPARATORS, Tokenizer
+from seqmodels.data.tokenizer import FILES, SEPARATORS, Tokenizer, in_folder
 from seqmodels.errors import UserError
 from seqmodels.interop.files import read_json
 
-FILE, MODEL, CONFIG = "tokenizer.json", "tokenizer.model", "tokenizer_config.json"
+(FILE, MODEL), CONFIG = FILES, "tokenizer_config.json"
 # What transformers writes beside them: they are copied as they are, as is what it reads for generation.
 BESIDE = (
     *(CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "chat_template.jinja"),
@@ -23,9 +23,8 @@ def find(directory: Path) -> Path:
     Raises:
         UserError: there is none that `config.data.tokenizer` can name.
     """
-    for name in (FILE, MODEL):
-        if (path := directory / name).is_file():
-            return path
+    if path := in_folder(directory):
+        return path
     raise UserError(
         f"{directory} has neither {FILE} nor {MODEL}; name one with --config.data.tokenizer (a path, or bytes)"
     )

@@ -143,8 +143,9 @@ class Finish:
         summary: dict[str, Any] = {"name": config.name, "steps": step, "splits": splits, "sample": ""}
         if config.evaluation.limit:
             summary["rows"] = config.evaluation.limit
-        # Several processes stop at the same place: between the parts.
-        after = between if jax.process_count() == 1 else lambda: None
+        # Several processes stop at the same place, which is between the parts, and one of them shows how far it is.
+        within = between if jax.process_count() == 1 else lambda: None
+        after = within if jax.process_index() == 0 else None
         for split in self.dataset.held_out:
             with self._reported(split):
                 splits[split] = self.figures(params, split, self.config.evaluation.limit or None, after)
