@@ -8,6 +8,7 @@ import struct
 import numpy as np
 import pytest
 
+import seqmodels as sq
 from seqmodels import data
 from seqmodels.errors import UserError
 from seqmodels.interop import gguf, pretrained
@@ -123,6 +124,11 @@ def test_tokenizer(tmp_path):
     assert gguf.begins_with(path) == "<s>"
     made = data.load_tokenizer(str(gguf.write_tokenizer(path, tmp_path / "words")), "<s>")
     assert made.encode("abc") == [4, 3] and made.separator == 0 and made.vocab_size == VOCABULARY
+
+
+def test_from_python(tmp_path):
+    run = sq.from_pretrained(write(tmp_path / "tiny.gguf"))
+    assert run.encode("abc") == [0, 4, 3] and run.logits("abc").shape == (3, VOCABULARY)
 
 
 def cut(path):
