@@ -17,8 +17,8 @@ from seqmodels.kernels import lanes
 from seqmodels.kernels.arrays import mapped, pad, round_up
 from seqmodels.kernels.attention.arguments import Inputs, Options, Tokens
 from seqmodels.kernels.attention.mosaic_gpu import backward, forward
-from seqmodels.kernels.attention.mosaic_gpu.tile import ROWS, Rules
 from seqmodels.kernels.attention.mosaic_gpu.tables import NOBODY, Documents, visits
+from seqmodels.kernels.attention.mosaic_gpu.tile import ROWS, Rules
 from seqmodels.kernels.interpreter import gpu_interpreter
 
 DTYPES, WIDTHS = ("bfloat16", "float16"), (64, 128)
@@ -71,7 +71,7 @@ def attention(inputs: Inputs, tokens: Tokens, options: Options) -> jax.Array:
     length = inputs.q.shape[1]
     whole = round_up(length, ROWS)
     q, k, v = (pad(x, {1: whole}) for x in inputs[:3])
-    documents = documents_of(tokens, inputs.q.shape[:2], whole, options.mask.causal)
+    documents = documents_of(tokens, (len(inputs.q), length), whole, options.mask.causal)
     rules = Rules(options.mask, options.scale, documents is not None)
     return _attend(rules, q, k, v, documents)[:, :length]
 
@@ -100,7 +100,8 @@ def _forward(rules: Rules, q: jax.Array, k: jax.Array, v: jax.Array, documents: 
     """o, and the logarithms of the sums of exponentials."""
 
     def run(q, k, v, documents):
-        return forward.forward(q, k, v, visits(rules.mask, documents, q.shape[1], forward.TILES), documents, rules=rules)
+        found = visits(rules.mask, documents, q.shape[1], forward.TILES)
+        return forward.forward(q, k, v, found, documents, rules=rules)
 
     return mapped(run)(dict(q=q, k=k, v=v, documents=documents))
 

@@ -14,6 +14,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from seqmodels.kernels.attention.mosaic_gpu.tables import Documents, Tiles, Visits
 from seqmodels.kernels.attention.mosaic_gpu.tile import (
     ROWS,
     WORKER_REGISTERS,
@@ -21,21 +22,10 @@ from seqmodels.kernels.attention.mosaic_gpu.tile import (
     Rules,
     Stream,
     kernel,
-    seen,
+    where_seen,
 )
-from seqmodels.kernels.attention.mosaic_gpu.tables import Documents, Tiles, Visits
 from seqmodels.kernels.lanes import LOG2E
-from seqmodels.kernels.linear_attention.mosaic_gpu.tile import (
-    COLUMN,
-    ROW,
-    SIDE,
-    along,
-    gather,
-    load,
-    products,
-    shared,
-    zeros,
-)
+from seqmodels.kernels.tensor_cores import COLUMN, ROW, SIDE, along, gather, load, products, shared, zeros
 
 KEYS = {64: 128, 128: 64}  # of a tile that queries visit, by the width of a head
 QUERIES = {64: 64, 128: 64}  # of a tile that keys visit
@@ -100,12 +90,9 @@ def queries_gradient(
             weights = jnp.exp2(scores * (rules.scale * LOG2E) - along(lse_row, 0, shape))
             dscores = weights * (dweights - along(delta_row, 0, shape))
 
-            def masked(x):
-                column = number * columns
-                documents = [ids[0].at[b, rows], ids[1].at[b, pl.ds(column, columns)]] if ids else None
-                return jnp.where(seen(rules, shape, row, column, documents, by_keys=False), x, 0.0)
-
-            dscores = lax.cond(partly, masked, lambda x: x, dscores)
+            column = number * columns
+            documents = (ids[0].at[b, rows], ids[1].at[b, pl.ds(column, columns)]) if ids else None
+            (dscores,) = where_seen(rules, partly, (dscores,), 0.0, row, column, documents)
             (sums,) = products((sums, (dscores.astype(k_s.dtype), k_s.at[slot])))
             plgpu.barrier_arrive(empty.at[slot])
             return sums
@@ -189,21 +176,17 @@ def keys_gradients(
             slot = stream.slot(n)
             number, partly, _ = stream.at(n)
             plgpu.barrier_wait(full.at[slot])
-            lse_column, delta_column = (load(x.at[slot], COLUMN) for x in (lse_s, delta_s))
             scores, dweights = products(
                 (zeros(*shape), (k_s.at[thread], q_s.at[slot].transpose((1, 0)))),
                 (zeros(*shape), (v_s.at[thread], do_s.at[slot].transpose((1, 0)))),
             )
-            weights = jnp.exp2(scores * (rules.scale * LOG2E) - along(lse_column, 1, shape))
-            dscores = weights * (dweights - along(delta_column, 1, shape))
+            weights = jnp.exp2(scores * (rules.scale * LOG2E) - along(load(lse_s.at[slot], COLUMN), 1, shape))
+            dscores = weights * (dweights - along(load(delta_s.at[slot], COLUMN), 1, shape))
 
-            def masked(*both):
-                column = number * columns
-                documents = [ids[1].at[b, rows], ids[0].at[b, pl.ds(column, columns)]] if ids else None
-                visible = seen(rules, shape, row, column, documents, by_keys=True)
-                return tuple(jnp.where(visible, x, 0.0) for x in both)
-
-            weights, dscores = lax.cond(partly, masked, lambda *both: both, weights, dscores)
+            column = number * columns
+            documents = (ids[1].at[b, rows], ids[0].at[b, pl.ds(column, columns)]) if ids else None
+            both = (weights, dscores)
+            weights, dscores = where_seen(rules, partly, both, 0.0, row, column, documents, by_keys=True)
             weights, dscores = weights.astype(do_s.dtype), dscores.astype(q_s.dtype)
             sums = products((sums[0], (dscores, q_s.at[slot])), (sums[1], (weights, do_s.at[slot])))
             plgpu.barrier_arrive(empty.at[slot])

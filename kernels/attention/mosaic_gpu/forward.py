@@ -13,6 +13,7 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from seqmodels.kernels.attention.mosaic_gpu.tables import Documents, Tiles, Visits
 from seqmodels.kernels.attention.mosaic_gpu.tile import (
     ROWS,
     WORKER_REGISTERS,
@@ -20,11 +21,10 @@ from seqmodels.kernels.attention.mosaic_gpu.tile import (
     Rules,
     Stream,
     kernel,
-    seen,
+    where_seen,
 )
-from seqmodels.kernels.attention.mosaic_gpu.tables import Documents, Tiles, Visits
 from seqmodels.kernels.lanes import LOG2E
-from seqmodels.kernels.linear_attention.mosaic_gpu.tile import ROW, SIDE, along, products, shared, zeros
+from seqmodels.kernels.tensor_cores import ROW, SIDE, along, products, shared, zeros
 
 KEYS = 128  # of a tile
 SLOTS = {64: 4, 128: 2}  # tiles of keys and values in shared memory, by the width of a head
@@ -71,13 +71,9 @@ def forward(
             keys = k_s.at[slot].transpose((1, 0))
             (scores,) = products((zeros(SIDE, KEYS), (q_s.at[thread], keys)), meanwhile=take_turn)
 
-            def masked(scores):
-                column = number * KEYS
-                documents = [ids[0].at[b, pl.ds(row, SIDE)], ids[1].at[b, pl.ds(column, KEYS)]] if ids else None
-                visible = seen(rules, scores.shape, row, column, documents, by_keys=False)
-                return jnp.where(visible, scores, -jnp.inf)
-
-            scores = lax.cond(partly, masked, lambda scores: scores, scores)
+            column = number * KEYS
+            documents = (ids[0].at[b, pl.ds(row, SIDE)], ids[1].at[b, pl.ds(column, KEYS)]) if ids else None
+            (scores,) = where_seen(rules, partly, (scores,), -jnp.inf, row, column, documents)
             before, highest = highest, jnp.maximum(highest, jnp.max(scores, axis=1) * factor)
             weights = jnp.exp2(scores * factor - along(highest, 0, scores.shape))
             fading = jnp.exp2(before - highest)

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from seqmodels.kernels.attention.masks import Mask
+from seqmodels.kernels.attention.masks import Mask, Range
 
 NOBODY = np.iinfo(np.int32).min  # document of keys that no query sees
 
@@ -27,13 +27,13 @@ class Visits(NamedTuple):
     """The tiles that each of N tiles visits.
 
     Attributes:
-        order: [B or 1, N, M] int32, for each visit twice the number of the tile, plus 1 if the tokens of both tiles see
+        order: [B or 1, N, M] int32: for each visit twice the number of the tile, plus 1 if the tokens of both tiles see
             each other in part only, so that a mask is needed.
         span: [B or 1, N, 2] int32: the place in `order` of the first visit, and that after the last one.
     """
 
-    order: jax.Array
-    span: jax.Array
+    order: jax.Array | np.ndarray
+    span: jax.Array | np.ndarray
 
 
 class Documents(NamedTuple):
@@ -53,7 +53,7 @@ def visits(mask: Mask, documents: Documents | None, length: int, tiles: Tiles, *
     number = np.arange(order.shape[1])
     if documents is None:
         span = np.stack([np.zeros_like(count), count], axis=-1)
-        return Visits(jnp.asarray(2 * order + ~whole)[None], jnp.asarray(span)[None])
+        return Visits((2 * order + ~whole)[None], span[None])
     touched, alike = _documents_meet(documents, tiles, by_keys)
     touched, alike = (jnp.take_along_axis(x, order[None], axis=2) for x in (touched, alike))
     touched &= number < count[:, None]
@@ -73,7 +73,7 @@ def of_positions(mask: Mask, length: int, tiles: Tiles, by_keys: bool) -> tuple[
     """
     queries, keys = tiles[::-1] if by_keys else tiles
     i, j = ((np.arange(0, length, n), np.arange(0, length, n) + n - 1) for n in (queries, keys))
-    rows, columns = tuple(x[:, None] for x in i), tuple(x[None] for x in j)
+    rows, columns = (i[0][:, None], i[1][:, None]), (j[0][None], j[1][None])
     needed, whole = mask.touches(rows, columns, queries), covers(mask, rows, columns)
     if by_keys:
         needed, whole = needed.T, whole.T
@@ -82,7 +82,7 @@ def of_positions(mask: Mask, length: int, tiles: Tiles, by_keys: bool) -> tuple[
     return order, count, np.take_along_axis(whole, order, axis=1)
 
 
-def covers(mask: Mask, rows: tuple, columns: tuple) -> np.ndarray:
+def covers(mask: Mask, rows: Range, columns: Range) -> np.ndarray:
     """Whether every query in a range of positions sees every key in another, for patterns whose blocks hold the ranges.
 
     It is not asked where no query sees a key.

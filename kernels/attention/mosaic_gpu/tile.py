@@ -11,11 +11,11 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from seqmodels.kernels.attention.masks import Mask
 from seqmodels.kernels.interpreter import gpu_interpreter
-from seqmodels.kernels.linear_attention.mosaic_gpu.tile import ACCUMULATOR, COLUMN, ROW, SIDE, along, gather
+from seqmodels.kernels.tensor_cores import ACCUMULATOR, COLUMN, ROW, SIDE, along, gather
 
 WORKERS = 2  # warpgroups that multiply; each has 64 rows of a tile
 ROWS = WORKERS * SIDE
-COPIER_REGISTERS, WORKER_REGISTERS = 40, 232  # for each thread
+COPIER_REGISTERS, WORKER_REGISTERS = 24, 240  # for each thread
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,6 +30,11 @@ class Rules:
     mask: Mask
     scale: float
     documents: bool
+
+    @property
+    def masks(self) -> bool:
+        """Whether there may be tiles that are seen in part: patterns see tiles of tokens as a whole."""
+        return self.documents or not dataclasses.replace(self.mask, pattern=None).trivial
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,26 +111,45 @@ def kernel(body: Callable[..., None], **options: Any) -> Callable[..., Any]:
     return plgpu.kernel(body, compiler_params=compiler_params(), interpret=gpu_interpreter(), **threads, **options)
 
 
-def seen(
-    rules: Rules, shape: tuple[int, int], row: Array, column: Array, ids: tuple[Any, Any] | None, *, by_keys: bool
-) -> Array:
-    """[rows, columns] bool: whether queries and keys see each other by positions and documents; not by the pattern.
+def where_seen(
+    rules: Rules,
+    partly: Array,
+    arrays: tuple[Array, ...],
+    other: float,
+    row: Array,
+    column: Array,
+    ids: tuple[Any, Any] | None,
+    *,
+    by_keys: bool = False,
+) -> Any:
+    """The arrays [rows, columns] where a query sees a key, else `other`; as they are unless the tile needs a mask.
 
     Args:
+        partly: whether it does.
         row, column: positions of the first row and column. Rows are queries, or with `by_keys`, keys.
         ids: documents of the rows and of the columns, in global memory.
     """
+    if not rules.masks:
+        return arrays
+
+    def masked(*arrays):
+        visible = seen(rules, arrays[0].shape, row, column, ids, by_keys)
+        return tuple(jnp.where(visible, x, other) for x in arrays)
+
+    return lax.cond(partly, masked, lambda *arrays: arrays, *arrays)
+
+
+def seen(
+    rules: Rules, shape: tuple[int, int], row: Array, column: Array, ids: tuple[Any, Any] | None, by_keys: bool
+) -> Array:
+    """[rows, columns] bool: whether queries and keys see each other by positions and documents; not by the pattern."""
     i, j = (
         start + plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=ACCUMULATOR)
         for axis, start in ((0, row), (1, column))
     )
-    if by_keys:
-        i, j = j, i
-    visible = dataclasses.replace(rules.mask, pattern=None).sees(i, j)
-    if ids is not None:
-        vectors = (gather(ref, layout) for ref, layout in zip(ids, (ROW, COLUMN), strict=True))
-        same: Any = [along(x, axis, shape) for axis, x in enumerate(vectors)]
-        same = same[0] == same[1]
-        visible = same if visible is None else visible & same
-    assert visible is not None, "a tile of which all is seen needs no mask"
-    return visible
+    visible: Any = dataclasses.replace(rules.mask, pattern=None).sees(*((j, i) if by_keys else (i, j)))
+    if ids is None:
+        return visible
+    of_row, of_column = gather(ids[0], ROW), gather(ids[1], COLUMN)
+    same = along(of_row, 0, shape) == along(of_column, 1, shape)
+    return same if visible is None else visible & same
