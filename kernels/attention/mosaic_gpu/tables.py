@@ -56,10 +56,10 @@ def visits(mask: Mask, documents: Documents | None, length: int, tiles: Tiles, *
         return Visits((2 * order + ~whole)[None], span[None])
     touched, alike = _documents_meet(documents, tiles, by_keys)
     touched, alike = (jnp.take_along_axis(x, order[None], axis=2) for x in (touched, alike))
-    touched &= number < count[:, None]
-    any_at_all = jnp.any(touched, axis=-1)
+    touched = touched & (number < count[:, None])
+    some = jnp.any(touched, axis=-1)
     first, last = jnp.argmax(touched, axis=-1), len(number) - jnp.argmax(touched[..., ::-1], axis=-1)
-    span = jnp.stack([first, jnp.where(any_at_all, last, first)], axis=-1)
+    span = jnp.stack([first, jnp.where(some, last, first)], axis=-1)
     return Visits((2 * order + ~(whole & alike)).astype(jnp.int32), span.astype(jnp.int32))
 
 

@@ -1,0 +1,256 @@
+"""The GPU kernels of attention: their tables of tiles, numbers in Pallas's GPU interpreter, compilation ahead of time.
+
+The interpreter multiplies by jax.numpy what the tensor cores multiply, everything else it runs as it stands. On a
+machine with such a GPU the kernels themselves run, in more cases:
+
+    JAX_PLATFORMS=cuda XLA_FLAGS= python -m pytest -n 0 tests/kernels/test_attention_gpu.py -k "not compile"
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from seqmodels.kernels import attention as op
+from seqmodels.kernels.attention import attention, mosaic_gpu
+from seqmodels.kernels.attention.arguments import Tokens
+from seqmodels.kernels.attention.masks import BigBird, Fixed, Mask, Strided
+from seqmodels.kernels.attention.mosaic_gpu import backward, documents_of, forward
+from seqmodels.kernels.attention.mosaic_gpu.tables import NOBODY, Documents, Tiles, visits
+from seqmodels.kernels.attention.visible import visible
+from seqmodels.kernels.dispatch import UnsupportedError
+from tests.kernels.helpers import SHARED_MEMORY, assembled, needs_cuda_plugin
+
+GPU = jax.default_backend() == "gpu"
+ROUNDINGS = 2**-7  # of weights, their gradients and the result, to bfloat16
+
+
+def packed(length, seed=1, batch=2):
+    """Rows of about five documents each."""
+    return np.cumsum(np.random.default_rng(seed).random((batch, length)) < 5 / length, axis=1).astype(np.int32)
+
+
+def some(length, share=0.7):
+    return np.random.default_rng(3).random((2, length)) < share
+
+
+def padded(length):
+    """Documents as models give them: padding sees nothing but itself, and no other query sees it."""
+    ids, real = packed(length), some(length)
+    return dict(segment_ids=np.where(real, ids, -1), key_segment_ids=np.where(real, ids, -2))
+
+
+BLOCK = 128
+# (T, H, Hkv, d), then options
+CASES = {
+    "documents": ((300, 2, 1, 64), dict(segment_ids=packed(300), key_mask=some(300))),
+    "pattern in a window": ((384, 2, 2, 64), dict(pattern=BigBird(1, 0, 1, BLOCK, 1), window=200)),
+}
+ON_GPU = {
+    "causal": ((1500, 4, 4, 64), {}),
+    "one tile": ((7, 4, 2, 64), {}),
+    "wide": ((1000, 4, 2, 128), {}),
+    "full": ((1024, 4, 1, 64), dict(causal=False, scale=0.2)),
+    "full, ragged": ((1100, 2, 1, 128), dict(causal=False)),
+    "window": ((1100, 2, 1, 64), dict(window=150)),
+    "window of few": ((700, 2, 1, 128), dict(window=3, sinks=2)),
+    "sinks": ((1100, 2, 1, 64), dict(window=200, sinks=130)),
+    "window, not causal": ((640, 2, 1, 64), dict(window=100, causal=False)),
+    "long documents": ((2048, 4, 2, 64), dict(segment_ids=packed(2048))),
+    "wide documents": ((900, 4, 2, 128), dict(segment_ids=packed(900), window=170)),
+    "documents in any order": ((600, 2, 1, 64), dict(segment_ids=packed(600) * 7 % 3 - 1)),
+    "documents, not causal": ((900, 2, 1, 64), dict(segment_ids=packed(900), causal=False)),
+    "padding of documents": ((900, 2, 1, 64), padded(900)),
+    "mask": ((700, 2, 1, 64), dict(key_mask=some(700, 0.3))),
+    "mask, not causal": ((700, 2, 1, 128), dict(key_mask=some(700, 0.3), causal=False)),
+    "nothing to see": ((256, 2, 1, 64), dict(key_mask=np.zeros((2, 256), bool))),
+    "strided": ((2048, 2, 1, 64), dict(pattern=Strided(3, BLOCK))),
+    "fixed": ((2048, 2, 1, 128), dict(pattern=Fixed(4, 1, BLOCK))),
+    "BigBird": ((2000, 2, 1, 64), dict(pattern=BigBird(2, 1, 2, BLOCK))),
+    "BigBird, not causal": ((2048, 2, 1, 64), dict(pattern=BigBird(2, 1, 2, 2 * BLOCK), causal=False)),
+    "BigBird of documents": ((2048, 2, 1, 128), dict(pattern=BigBird(2, 1, 2, BLOCK), segment_ids=packed(2048))),
+}
+
+
+@pytest.fixture
+def interpreter(gpu_interpreter, monkeypatch):
+    """Two slots in the interpreter, so that they are used again at small lengths."""
+    if not GPU:
+        monkeypatch.setattr(forward, "SLOTS", {64: 2})
+        monkeypatch.setattr(backward, "SLOTS", 2)
+
+
+def inputs(length, heads, kv_heads, width, dtype=jnp.bfloat16):
+    draw, sizes = np.random.default_rng(0), dict(q=heads, k=kv_heads, v=kv_heads, do=heads)
+    return {name: jnp.asarray(draw.normal(size=(2, length, n, width)), dtype) for name, n in sizes.items()}
+
+
+def results(options, implementation, compile=True):
+    """A function of q, k, v and do: o, and the gradients of q, k and v."""
+
+    def run(q, k, v, do):
+        o, pull = jax.vjp(functools.partial(attention, **options, implementation=implementation), q, k, v)
+        return dict(zip(("o", "q", "k", "v"), (o, *pull(do)), strict=True))
+
+    return jax.jit(run) if compile else run
+
+
+def wanted(args, options):
+    with jax.enable_x64(True):
+        double = {name: np.asarray(x, np.float64) for name, x in args.items()}
+        return results(options, "reference")(**double)
+
+
+def assert_near(got, want, where=slice(None)):
+    """Norms of the difference, also where the gradient is next to nothing, as for a query that sees one key."""
+    for name, x in got.items():
+        x, y = (np.asarray(z, np.float64)[where] for z in (x, want[name]))
+        error, size = np.linalg.norm(x - y), np.linalg.norm(y)
+        assert error <= ROUNDINGS * size + 1e-6 * x.size**0.5, f"{name}: {error:.2e} of {size:.2e}"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", [*CASES, *(ON_GPU if GPU else ())])
+def test_equals_float64_reference(interpreter, case):
+    shape, options = (CASES | ON_GPU)[case]
+    args, run = inputs(*shape), results(options, "mosaic_gpu")
+    got, want = run(**args), wanted(args, options)
+    assert all(x.dtype == jnp.bfloat16 for x in got.values())
+    assert_near(got, want)
+    if (ids := options.get("segment_ids")) is not None:  # infinity and NaN in a document reach no other
+        bad = ids == ids[0, shape[0] // 2]
+        poison = np.where(bad & some(shape[0], 0.3), np.array([[np.nan], [np.inf]]), 0)[..., None, None]
+        got = run(**{name: x + poison.astype(x.dtype) for name, x in args.items()})
+        assert_near(got, want, where=~bad)
+        assert not all(np.isfinite(np.asarray(x, np.float32)[bad]).all() for x in got.values())
+
+
+@pytest.mark.skipif(not GPU, reason="it takes a minute in the interpreter")
+def test_float16_and_vmap():
+    args, options = inputs(200, 2, 1, 64, jnp.float16), dict(window=70)
+    rows = {name: x[:, None] for name, x in args.items()}
+    got = jax.vmap(lambda args: results(options, "mosaic_gpu", compile=False)(**args))(rows)
+    assert_near({name: x[:, 0] for name, x in got.items()}, wanted(args, options))
+
+
+@pytest.mark.skipif(not GPU, reason="the interpreter has one order")
+def test_deterministic():
+    args, run = inputs(1000, 4, 2, 64), results(dict(segment_ids=packed(1000)), "mosaic_gpu")
+    first = run(**args)
+    for _ in range(3):
+        assert all(np.array_equal(x, y) for x, y in zip(first.values(), run(**args).values(), strict=True))
+
+
+MASKS = {
+    "causal": Mask(),
+    "full": Mask(causal=False),
+    "window": Mask(window=10),
+    "sinks": Mask(window=5, sinks=9),
+    "window, not causal": Mask(causal=False, window=3),
+    "strided": Mask(pattern=Strided(2, 8)),
+    "fixed in a window": Mask(pattern=Fixed(3, 1, 8), window=21),
+    "BigBird": Mask(pattern=BigBird(1, 1, 1, 8), causal=False),
+}
+
+
+@pytest.mark.parametrize("by_keys", [False, True])
+@pytest.mark.parametrize("name", MASKS)
+def test_tables_hold_what_is_seen(name, by_keys):
+    """Each pair that sees each other is in a visited tile, once, and tiles without a mask are seen as a whole."""
+    mask, length, tiles = MASKS[name], 64, Tiles(8, 4)
+    shape = (length // tiles.visitor, length // tiles.visited)
+    for packing in (None, packed(length), np.random.default_rng(0).integers(0, 3, (2, length), np.int32)):
+        ids = None if packing is None else Documents(packing, np.where(some(length, 0.9), packing, NOBODY))
+        seen = visible((length, length), mask, Tokens())
+        seen = np.ones((1, length, length), bool) if seen is None else np.asarray(seen)
+        if ids is not None:
+            seen = seen & (ids.queries[:, :, None] == ids.keys[:, None])
+        seen = seen.transpose(0, 2, 1) if by_keys else seen
+        blocks = seen.reshape(len(seen), shape[0], tiles.visitor, shape[1], tiles.visited)
+        order, span = map(np.asarray, visits(mask, ids, length, tiles, by_keys=by_keys))
+        assert order.dtype == span.dtype == np.int32 and len(order) == len(seen)
+        for b, n in np.ndindex(len(order), shape[0]):
+            entries = order[b, n, slice(*span[b, n])]
+            visited, masked = entries // 2, entries % 2 == 1
+            left_out = np.setdiff1d(np.arange(shape[1]), visited)
+            assert len(set(visited)) == len(visited) and not blocks[b, n][:, left_out].any()
+            assert blocks[b, n][:, visited[~masked]].all()
+            if ids is None:  # then nothing is visited or masked in vain
+                assert blocks[b, n][:, visited].any(axis=(0, 2)).all()
+                assert not blocks[b, n][:, visited[masked]].all(axis=(0, 2)).any()
+
+
+def test_documents_leave_out_tiles():
+    """Of 64 documents of 16 tokens each, a tile of 8 queries visits one tile of 16 keys, its own."""
+    ids = np.repeat(np.arange(64, dtype=np.int32), 16)[None]
+    span = np.asarray(visits(Mask(), Documents(ids, ids), 1024, Tiles(8, 16)).span)
+    assert (span[..., 1] - span[..., 0] == 1).all()
+    nobody = Documents(ids, np.full_like(ids, NOBODY))
+    span = np.asarray(visits(Mask(), nobody, 1024, Tiles(8, 16)).span)
+    assert (span[..., 1] == span[..., 0]).all()
+
+
+def test_no_documents_where_none_are_needed():
+    find = functools.partial(documents_of, shape=(2, 5), whole=8)
+    assert find(Tokens(), causal=True) is None
+    assert documents_of(Tokens(), (2, 8), 8, causal=False) is None
+    np.testing.assert_array_equal(find(Tokens(), causal=False).keys[0], [0] * 5 + [NOBODY] * 3)
+    ids, real = packed(5), some(5)
+    given = find(Tokens(segment_ids=jnp.asarray(ids), key_mask=jnp.asarray(real)), causal=True)
+    np.testing.assert_array_equal(given.keys[:, :5], np.where(real, ids, NOBODY))
+
+
+def test_reasons(gpu_interpreter):
+    facts = dict(dtype="bfloat16", queries=8, keys=8, width=64)
+    assert mosaic_gpu.supports("cuda", **facts) is None
+    assert mosaic_gpu.supports("cuda", **facts, masked=True, placed=True, window=3, sinks=1, block=512) is None
+    for change, reason in (
+        (dict(dtype="float32"), "float32"),
+        (dict(width=96), "96 channels; it takes 64 and 128"),
+        (dict(keys=9), "no caches"),
+        (dict(positioned=True), "no other positions"),
+        (dict(queries=2**18, keys=2**18), "T is 262144"),
+        (dict(biased=True), "no biases"),
+        (dict(capped=True), "caps of scores"),
+        (dict(block=64), "multiples of 128"),
+        (dict(scale=-1.0), "scale is -1.0"),
+    ):
+        assert reason in mosaic_gpu.supports("cuda", **{**facts, **change})
+    args = inputs(8, 2, 1, 64)
+    del args["do"]
+    with pytest.raises(UnsupportedError, match="blocks of 1 tokens"):
+        attention(**args, pattern=Strided(2), implementation="mosaic_gpu")
+    with pytest.raises(UnsupportedError, match="no other positions"):
+        attention(**args, positions=np.zeros((2, 8), np.int32), implementation="mosaic_gpu")
+
+
+@pytest.mark.skipif(GPU, reason="there is a GPU")
+def test_needs_a_gpu_and_is_no_default():
+    assert "needs an NVIDIA GPU" in mosaic_gpu.supports("cpu")
+    assert all("mosaic_gpu" not in names for names in op.WINNERS.values())
+
+
+@pytest.mark.skipif(needs_cuda_plugin.args[0] is False, reason="it is compiled, see test_compiles_into_registers")
+def test_lowers_for_cuda():
+    """By jax 0.10, which has no interpreter."""
+    args = inputs(300, 2, 1, 64)
+
+    def gradients(q, k, v, do, ids):
+        options = op.Options(Mask(window=100), 0.1)
+        attend = lambda *a: mosaic_gpu.attention(op.Inputs(*a), Tokens(segment_ids=ids), options)  # noqa: E731
+        o, pull = jax.vjp(attend, q, k, v)
+        return o, pull(do)
+
+    traced = jax.jit(gradients).trace(*args.values(), jnp.asarray(packed(300)))
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("mosaic_gpu_v2") >= 3
+
+
+@needs_cuda_plugin
+@pytest.mark.slow
+@pytest.mark.parametrize("shape, allowed", [("2x300x4x2x64", 0), ("1x2048x2x2x128", 32)])
+def test_compiles_into_registers(shape, allowed):
+    """The interpreter takes what the compiler refuses. Keys' gradients of 128 channels spill a few registers."""
+    shared, spilled = assembled("attention", shape, "bfloat16", 1)
+    assert len(spilled) == 3 and max(spilled) <= allowed and all(n < SHARED_MEMORY for n in shared)
