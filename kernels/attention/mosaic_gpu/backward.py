@@ -104,6 +104,7 @@ def queries_gradient(
             vectors = [gather(x.at[b, h, rows], ROW) for x in (lse, delta)]
             plgpu.barrier_wait(loaded.at[thread])
             sums = lax.fori_loop(0, stream.count, functools.partial(step, *vectors), zeros(SIDE, width))
+            plgpu.commit_smem()  # all warps have read q_s
             q_s.at[thread][...] = (sums * rules.scale).astype(dq.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(q_s.at[thread], dq.at[b, rows, h])
@@ -198,6 +199,7 @@ def keys_gradients(
                 plgpu.copy_gmem_to_smem(source.at[b, rows, h], buffer.at[thread], loaded.at[thread])
             plgpu.barrier_wait(loaded.at[thread])
             sums = lax.fori_loop(0, stream.steps, step, (zeros(SIDE, width), zeros(SIDE, width)))
+            plgpu.commit_smem()  # all warps have read k_s and v_s
             for x, buffer, factor in zip(sums, (k_s, v_s), (rules.scale, 1.0), strict=True):
                 buffer.at[thread][...] = (x * factor).astype(buffer.dtype)
             plgpu.commit_smem()
