@@ -69,6 +69,6 @@ def gather(ref: Any, layout: Any = ACCUMULATOR) -> Array:
     return plgpu.load(ref, **index, layout=layout, optimized=False)
 
 
-def along(vector: Array, axis: int, shape: tuple[int, int]) -> Array:
+def along(vector: Array, axis: int, shape: tuple[int, ...]) -> Array:
     """Broadcast a vector [shape[axis]] over the other axis."""
     return lax.broadcast_in_dim(vector, shape, (axis,))

@@ -17,9 +17,10 @@ from seqmodels.kernels import lanes
 from seqmodels.kernels.arrays import mapped, pad, round_up
 from seqmodels.kernels.attention.arguments import Inputs, Options, Tokens
 from seqmodels.kernels.attention.mosaic_gpu import backward, forward
-from seqmodels.kernels.attention.mosaic_gpu.tables import NOBODY, Documents, visits
-from seqmodels.kernels.attention.mosaic_gpu.tile import ROWS, Rules
+from seqmodels.kernels.attention.mosaic_gpu.block import Rules
+from seqmodels.kernels.attention.mosaic_gpu.tables import NOBODY, ROWS, Documents, visits
 from seqmodels.kernels.interpreter import gpu_interpreter
+from seqmodels.kernels.tensor_cores import SIDE
 
 DTYPES, WIDTHS = ("bfloat16", "float16"), (64, 128)
 LONGEST = 2**17  # the tables are quadratic in the number of tiles: 4 MiB at this length
@@ -59,8 +60,8 @@ def supports(
         return f"T is {queries}; it takes 1 to {LONGEST}"
     if biased or capped:
         return "it takes no biases, gates or caps of scores"
-    if block is not None and block % ROWS:
-        return f"the pattern has blocks of {block} tokens; it takes multiples of {ROWS}"
+    if block is not None and block % SIDE:
+        return f"the pattern has blocks of {block} tokens; it takes multiples of {SIDE}"
     if not scale > 0:
         return f"scale is {scale}; it takes numbers greater than 0"
     return None
@@ -100,7 +101,7 @@ def _forward(rules: Rules, q: jax.Array, k: jax.Array, v: jax.Array, documents: 
     """o, and the logarithms of the sums of exponentials."""
 
     def run(q, k, v, documents):
-        found = visits(rules.mask, documents, q.shape[1], forward.TILES)
+        found = visits(rules.mask, documents, q.shape[1], forward.KEYS)
         return forward.forward(q, k, v, found, documents, rules=rules)
 
     return mapped(run)(dict(q=q, k=k, v=v, documents=documents))
@@ -117,12 +118,12 @@ def _attend_bwd(rules, residuals, do):
     delta = jnp.moveaxis(jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1), 1, 2)
 
     def run(documents, **arrays):
-        length, width = arrays["q"].shape[1], arrays["q"].shape[3]
-        find = functools.partial(visits, rules.mask, documents, length)
-        of_queries, of_keys = find(backward.query_tiles(width)), find(backward.key_tiles(width), by_keys=True)
-        options: Any = dict(arrays, documents=documents, rules=rules)
-        dq = backward.queries_gradient(**options, visits=of_queries)
-        return dq, *backward.keys_gradients(**options, visits=of_keys)
+        arrays = backward.Arrays(**arrays)
+        _, length, _, width = arrays.q.shape
+        keys = visits(rules.mask, documents, length, backward.KEYS[width])
+        queries = visits(rules.mask, documents, length, backward.QUERIES[width], by_keys=True)
+        dq = backward.queries_gradient(arrays, keys, documents, rules=rules)
+        return dq, *backward.keys_gradients(arrays, queries, documents, rules=rules)
 
     arrays = dict(q=q, k=k, v=v, do=do.astype(q.dtype), lse=lse, delta=delta, documents=documents)
     return *mapped(run)(arrays), None
