@@ -17,7 +17,7 @@ from seqmodels.kernels import attention as op
 from seqmodels.kernels.attention import attention, mosaic_gpu
 from seqmodels.kernels.attention.arguments import Tokens
 from seqmodels.kernels.attention.masks import BigBird, Fixed, Mask, Strided
-from seqmodels.kernels.attention.mosaic_gpu import backward, documents_of, forward
+from seqmodels.kernels.attention.mosaic_gpu import backward, block, documents_of, forward
 from seqmodels.kernels.attention.mosaic_gpu.tables import NOBODY, ROWS, Documents, visits
 from seqmodels.kernels.attention.visible import visible
 from seqmodels.kernels.dispatch import UnsupportedError
@@ -78,10 +78,11 @@ ON_GPU = {
 
 @pytest.fixture
 def interpreter(gpu_interpreter, monkeypatch):
-    """Two slots in the interpreter, so that they are used again at small lengths."""
+    """In the interpreter two slots and five blocks, so that they are used again at small lengths."""
     if not GPU:
         monkeypatch.setattr(forward, "SLOTS", {64: 2})
-        monkeypatch.setattr(backward, "SLOTS", 2)
+        monkeypatch.setattr(backward, "SLOTS", {64: 2})
+        monkeypatch.setattr(block, "processors", lambda: 5)
 
 
 def inputs(length, heads, kv_heads, width, dtype=jnp.bfloat16):
@@ -201,6 +202,21 @@ def test_documents_leave_out_tiles():
     nobody = Documents(ids, np.full_like(ids, NOBODY))
     span = np.asarray(visits(Mask(), nobody, len(ids[0]), ROWS).span)
     assert (span[..., 1] == span[..., 0]).all()
+
+
+@pytest.mark.parametrize("rows, tiles", [(1, 1), (128, 16), (16, 256), (9, 30)])
+def test_blocks_share_all_tiles(rows, tiles):
+    """Each tile once, and nearly the same work for each block, if each has several tiles."""
+    places = block.Places.of(rows, 1, np.arange(tiles, 0, -1), documents=False)
+    visits, taken = [], []
+    for number in range(places.blocks):
+        n = np.arange(int(places.mine(jnp.int32(number))))
+        b, h, tile = (np.broadcast_to(x, n.shape) for x in places.place(number, n))
+        visits.append((tiles - tile).sum())
+        taken += list(zip(b, h, tile, strict=True))
+    assert len(set(taken)) == len(taken) == rows * tiles
+    assert max(visits) == places.longest(np.arange(tiles, 0, -1))
+    assert rows * tiles < 1000 or max(visits) < 1.06 * np.mean(visits)
 
 
 def test_no_documents_where_none_are_needed():

@@ -21,7 +21,7 @@ from seqmodels.kernels.tensor_cores import COLUMN, ROW, SIDE, along, gather, loa
 
 KEYS = {64: 128, 128: 64}  # of a tile that queries visit, by the width of a head
 QUERIES = {64: 64, 128: 64}  # of a tile that keys visit
-SLOTS = 4  # visited tiles in shared memory
+SLOTS = {64: 4, 128: 3}  # visited tiles in shared memory
 
 
 class Arrays(NamedTuple):
@@ -45,45 +45,45 @@ def queries_gradient(arrays: Arrays, visits: Visits, documents: Documents | None
     """The gradient of q [B, T, H, d]. `visits` are of tiles of `KEYS` keys."""
     q, heads, width = arrays.q, *arrays.q.shape[2:]
     body = functools.partial(attention_dq, heads // arrays.k.shape[2])
-    kernel = Kernel(body, "attention_dq", rules, KEYS[width], SLOTS, copies=2)
-    own, tile = shared(WORKERS, SIDE, width, dtype=q.dtype), shared(SLOTS, KEYS[width], width, dtype=q.dtype)
-    scratch = [own, own, tile, tile, plgpu.Barrier(num_arrivals=2, num_barriers=WORKERS)]
-    return kernel(heads, arrays, visits, documents, jax.ShapeDtypeStruct(q.shape, q.dtype), scratch)
+    kernel = Kernel(body, "attention_dq", rules, KEYS[width], SLOTS[width], copies=2, own=2)
+    own, tile = (shared(*n, width, dtype=q.dtype) for n in ((WORKERS, 2, SIDE), (kernel.slots, KEYS[width])))
+    out = jax.ShapeDtypeStruct(q.shape, q.dtype)
+    return kernel(heads, arrays, visits, documents, out, [own, own, tile, tile])
 
 
 def attention_dq(group: int, block: Block, *refs: Any) -> None:
     """The kernel. `group`: heads that share a head of keys."""
-    q, k, v, do, lse, delta, dq, q_s, do_s, k_s, v_s, loaded = refs
-    b, h, thread, rows, rules = block.b, block.h, block.thread, block.rows, block.kernel.rules
-    q_s, do_s, loaded = (x.at[thread] for x in (q_s, do_s, loaded))
+    q, k, v, do, lse, delta, dq, q_s, do_s, k_s, v_s = refs
+    thread, rules = block.thread, block.kernel.rules
 
-    def copies(visit):
-        at = b, block.part(visit), lax.div(h, jnp.int32(group))
+    def own(here):
+        return [(x.at[here.b, here.rows, here.h], y.at[thread, here.half]) for x, y in ((q, q_s), (do, do_s))]
+
+    def visited(here, visit):
+        at = here.b, here.part(visit), lax.div(here.h, jnp.int32(group))
         return [(k.at[at], k_s), (v.at[at], v_s)]
 
-    def add(lse, delta, visit, sums):
+    def add(here, lse, delta, visit, sums):
+        keys, values = k_s.at[visit.slot], v_s.at[visit.slot]
         scores, dweights = products(
-            (zeros(*block.shape), (q_s, k_s.at[visit.slot].transpose((1, 0)))),
-            (zeros(*block.shape), (do_s, v_s.at[visit.slot].transpose((1, 0)))),
+            (zeros(*here.shape), (q_s.at[thread, here.half], keys.transpose((1, 0)))),
+            (zeros(*here.shape), (do_s.at[thread, here.half], values.transpose((1, 0)))),
         )
-        weights = jnp.exp2(scores * (rules.scale * LOG2E) - along(lse, 0, block.shape))
-        (dscores,) = block.where_seen(visit, 0.0, weights * (dweights - along(delta, 0, block.shape)))
-        (sums,) = products((sums, (dscores.astype(k_s.dtype), k_s.at[visit.slot])))
+        weights = jnp.exp2(scores * (rules.scale * LOG2E) - along(lse, 0, here.shape))
+        (dscores,) = here.where_seen(visit, 0.0, weights * (dweights - along(delta, 0, here.shape)))
+        (sums,) = products((sums, (dscores.astype(k_s.dtype), keys)))
         return sums
 
-    def work():
-        for source, buffer in ((q, q_s), (do, do_s)):
-            plgpu.copy_gmem_to_smem(source.at[b, rows, h], buffer, loaded)
-        vectors = [gather(x.at[b, h, rows], ROW) for x in (lse, delta)]
-        plgpu.barrier_wait(loaded)
-        sums = block.visit_all(functools.partial(add, *vectors), zeros(SIDE, dq.shape[-1]))
+    def work(here):
+        vectors = [gather(x.at[here.b, here.h, here.rows], ROW) for x in (lse, delta)]
+        sums = here.visit_all(functools.partial(add, here, *vectors), zeros(SIDE, dq.shape[-1]))
         plgpu.commit_smem()  # all warps have read q_s
-        q_s[...] = (sums * rules.scale).astype(dq.dtype)
+        result = q_s.at[thread, here.half]
+        result[...] = (sums * rules.scale).astype(dq.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_s, dq.at[b, rows, h])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.copy_smem_to_gmem(result, dq.at[here.b, here.rows, here.h])
 
-    block.run(copies, work)
+    block.run(own, visited, work)
 
 
 @functools.partial(jax.jit, static_argnames="rules")
@@ -92,46 +92,44 @@ def keys_gradients(arrays: Arrays, visits: Visits, documents: Documents | None, 
     k, kv_heads, width = arrays.k, *arrays.k.shape[2:]
     group, columns = arrays.q.shape[2] // kv_heads, QUERIES[width]
     body = functools.partial(attention_dkv, group)
-    kernel = Kernel(body, "attention_dkv", rules, columns, SLOTS, copies=4, rounds=group, by_keys=True)
-    own, tile = shared(WORKERS, SIDE, width, dtype=k.dtype), shared(SLOTS, columns, width, dtype=k.dtype)
-    vector = plgpu.SMEM((SLOTS, columns), jnp.float32)
-    scratch = [own, own, tile, tile, vector, vector, plgpu.Barrier(num_arrivals=2, num_barriers=WORKERS)]
-    return kernel(kv_heads, arrays, visits, documents, (jax.ShapeDtypeStruct(k.shape, k.dtype),) * 2, scratch)
+    kernel = Kernel(body, "attention_dkv", rules, columns, SLOTS[width], copies=4, own=2, rounds=group, by_keys=True)
+    own, tile = (shared(*n, width, dtype=k.dtype) for n in ((WORKERS, 2, SIDE), (kernel.slots, columns)))
+    vector = plgpu.SMEM((kernel.slots, columns), jnp.float32)
+    out = (jax.ShapeDtypeStruct(k.shape, k.dtype),) * 2
+    return kernel(kv_heads, arrays, visits, documents, out, [own, own, tile, tile, vector, vector])
 
 
 def attention_dkv(group: int, block: Block, *refs: Any) -> None:
     """The kernel. `group`: heads that share a head of keys."""
-    q, k, v, do, lse, delta, dk, dv, k_s, v_s, q_s, do_s, lse_s, delta_s, loaded = refs
-    b, h, thread, rows, rules = block.b, block.h, block.thread, block.rows, block.kernel.rules
-    k_s, v_s, loaded = (x.at[thread] for x in (k_s, v_s, loaded))
+    q, k, v, do, lse, delta, dk, dv, k_s, v_s, q_s, do_s, lse_s, delta_s = refs
+    thread, rules = block.thread, block.kernel.rules
 
-    def copies(visit):
-        part, head = block.part(visit), h * group + visit.round
-        tiles = [(x.at[b, part, head], buffer) for x, buffer in ((q, q_s), (do, do_s))]
-        return tiles + [(x.at[b, head, part], buffer) for x, buffer in ((lse, lse_s), (delta, delta_s))]
+    def own(here):
+        return [(x.at[here.b, here.rows, here.h], y.at[thread, here.half]) for x, y in ((k, k_s), (v, v_s))]
 
-    def add(visit, sums):
+    def visited(here, visit):
+        part, head = here.part(visit), here.h * group + visit.round
+        tiles = [(x.at[here.b, part, head], buffer) for x, buffer in ((q, q_s), (do, do_s))]
+        return tiles + [(x.at[here.b, head, part], buffer) for x, buffer in ((lse, lse_s), (delta, delta_s))]
+
+    def add(here, visit, sums):
         q, do, lse, delta = (x.at[visit.slot] for x in (q_s, do_s, lse_s, delta_s))
         scores, dweights = products(
-            (zeros(*block.shape), (k_s, q.transpose((1, 0)))),
-            (zeros(*block.shape), (v_s, do.transpose((1, 0)))),
+            (zeros(*here.shape), (k_s.at[thread, here.half], q.transpose((1, 0)))),
+            (zeros(*here.shape), (v_s.at[thread, here.half], do.transpose((1, 0)))),
         )
-        weights = jnp.exp2(scores * (rules.scale * LOG2E) - along(load(lse, COLUMN), 1, block.shape))
-        dscores = weights * (dweights - along(load(delta, COLUMN), 1, block.shape))
-        weights, dscores = (x.astype(q_s.dtype) for x in block.where_seen(visit, 0.0, weights, dscores))
+        weights = jnp.exp2(scores * (rules.scale * LOG2E) - along(load(lse, COLUMN), 1, here.shape))
+        dscores = weights * (dweights - along(load(delta, COLUMN), 1, here.shape))
+        weights, dscores = (x.astype(q_s.dtype) for x in here.where_seen(visit, 0.0, weights, dscores))
         return tuple(products((sums[0], (dscores, q)), (sums[1], (weights, do))))
 
-    def work():
-        for source, buffer in ((k, k_s), (v, v_s)):
-            plgpu.copy_gmem_to_smem(source.at[b, rows, h], buffer, loaded)
-        plgpu.barrier_wait(loaded)
-        sums = block.visit_all(add, (zeros(SIDE, dk.shape[-1]), zeros(SIDE, dv.shape[-1])))
+    def work(here):
+        sums = here.visit_all(functools.partial(add, here), (zeros(SIDE, dk.shape[-1]), zeros(SIDE, dv.shape[-1])))
         plgpu.commit_smem()  # all warps have read k_s and v_s
-        k_s[...] = (sums[0] * rules.scale).astype(dk.dtype)
-        v_s[...] = sums[1].astype(dv.dtype)
+        for x, factor, buffer in zip(sums, (rules.scale, 1.0), (k_s, v_s), strict=True):
+            buffer.at[thread, here.half][...] = (x * factor).astype(buffer.dtype)
         plgpu.commit_smem()
         for buffer, result in ((k_s, dk), (v_s, dv)):
-            plgpu.copy_smem_to_gmem(buffer, result.at[b, rows, h])
-        plgpu.wait_smem_to_gmem(0)
+            plgpu.copy_smem_to_gmem(buffer.at[thread, here.half], result.at[here.b, here.rows, here.h])
 
-    block.run(copies, work)
+    block.run(own, visited, work)

@@ -1,7 +1,8 @@
 """What the kernels share: the place of a block, the tiles that it visits, and the mask inside a tile.
 
-A block has three warpgroups and 128 rows: queries, or keys for their gradients. Two of them multiply, with 64 rows
-each. The third one copies the tiles that the block visits into slots of shared memory.
+A block has three warpgroups, and one tile of 128 rows after another: queries, or keys for their gradients. Two of them
+multiply, with 64 rows each. The third one copies the tiles that are visited into slots of shared memory, and goes on to
+those of the next tile of rows while the others store their results. There are as many blocks as multiprocessors.
 """
 
 import dataclasses
@@ -9,16 +10,19 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from seqmodels.kernels.attention.masks import Mask
-from seqmodels.kernels.attention.mosaic_gpu.tables import NUMBER, PARTLY, ROWS, Documents, Visits
+from seqmodels.kernels.attention.mosaic_gpu.tables import NUMBER, PARTLY, ROWS, Documents, Visits, of_positions
 from seqmodels.kernels.interpreter import gpu_interpreter
+from seqmodels.kernels.lanes import processors
 from seqmodels.kernels.tensor_cores import ACCUMULATOR, COLUMN, ROW, SIDE, along, gather
 
 WORKERS = ROWS // SIDE  # warpgroups that multiply
+Copies = list[tuple[Any, Any]]
 COPIER_REGISTERS, WORKER_REGISTERS = 24, 240  # for each thread
 
 
@@ -46,6 +50,64 @@ class Rules:
         return self.mask.pattern is not None and self.mask.pattern.block % ROWS > 0
 
 
+class Places(NamedTuple):
+    """In which order the blocks take the tiles of rows.
+
+    Each round gives a tile to every block. Every other round goes backwards, since the tiles at the end have less work.
+
+    Attributes:
+        batch, heads, tiles: sizes. A row of tiles is that of a head of a sequence.
+        across: whether the first tiles of all rows come first. Otherwise row by row, so that blocks share what they
+            read.
+    """
+
+    batch: int
+    heads: int
+    tiles: int
+    across: bool = False
+
+    @classmethod
+    def of(cls, batch: int, heads: int, visits: np.ndarray, documents: bool) -> "Places":
+        """The order in which the last block is done first, or nearly, by the number of visits [N] of each tile.
+
+        With documents a tile has less work than that, which nobody knows before.
+        """
+        by_row, across = (cls(batch, heads, len(visits), across) for across in (False, True))
+        return across if not documents and 1.05 * across.longest(visits) < by_row.longest(visits) else by_row
+
+    @property
+    def all(self) -> int:
+        return self.batch * self.heads * self.tiles
+
+    @property
+    def blocks(self) -> int:
+        return min(processors(), self.all)
+
+    def longest(self, visits: np.ndarray) -> int:
+        """The visits of the block that has most of them."""
+        around, within = np.divmod(np.arange(self.all), self.blocks)
+        block = np.where(around % 2 == 0, within, self.blocks - 1 - within)
+        return np.bincount(block, visits[self.row_and_tile(np.arange(self.all))[1]]).max()
+
+    def mine(self, block: Array) -> Array:
+        """How many tiles a block has."""
+        rounds, rest = divmod(self.all, self.blocks)
+        last = block if rounds % 2 == 0 else self.blocks - 1 - block
+        return rounds + (last < rest).astype(jnp.int32)
+
+    def place(self, block: Array, n: Array) -> tuple[Array, Array, Array]:
+        """Indices in the batch, of the head, and of the tile: a block's n-th tile."""
+        within = jnp.where(n % 2 == 0, block, self.blocks - 1 - block)
+        row, tile = self.row_and_tile(n * self.blocks + within)
+        return row // self.heads, row % self.heads, tile
+
+    def row_and_tile(self, number: Any) -> tuple[Any, Any]:
+        if self.across:
+            rows = self.batch * self.heads
+            return number % rows, number // rows
+        return number // self.tiles, number % self.tiles
+
+
 class Visit(NamedTuple):
     """A tile that is visited: its number, whether a mask is needed, this warpgroup's quarters, its round and slot."""
 
@@ -64,6 +126,7 @@ class Kernel:
         body: called inside the kernel as `body(block, *references)`, of the inputs, the outputs and `scratch`.
         name: in profiles.
         columns: tokens of a visited tile. slots: of shared memory. copies: how many fill a slot.
+        own: how many copies bring a warpgroup's own rows.
         rounds: how often all tiles are visited, for several heads.
         by_keys: whether rows are keys, and columns queries.
     """
@@ -74,6 +137,7 @@ class Kernel:
     columns: int
     slots: int
     copies: int
+    own: int
     rounds: int = 1
     by_keys: bool = False
 
@@ -84,14 +148,19 @@ class Kernel:
 
         Args:
             inputs: arrays, the first one [B, T, ...]. out: shapes and dtypes of the results.
-            scratch: shared memory and barriers besides those of slots.
+            scratch: shared memory, and barriers besides those of copies.
         """
         batch, length = inputs[0].shape[:2]
+        visits = of_positions(self.rules.mask, length, self.columns, self.by_keys).visits
+        places = Places.of(batch, heads, visits if self.by_keys else visits[::-1], self.rules.documents)
 
         def run(*refs):
             arrays, (order, span, *rest) = refs[: len(inputs)], refs[len(inputs) :]
-            ids, (*rest, full, empty) = (rest[:2], rest[2:]) if self.rules.documents else (None, rest)
-            self.body(Block.here(self, length // ROWS, order, span, ids, full, empty), *arrays, *rest)
+            ids, (*rest, loaded, full, empty) = (rest[:2], rest[2:]) if self.rules.documents else (None, rest)
+            ids = ids[::-1] if ids is not None and self.by_keys else ids
+            self.body(
+                Block(self, places, order, span, ids, loaded, full, empty, lax.axis_index("thread")), *arrays, *rest
+            )
 
         run.__name__ = self.name
         kernel = plgpu.kernel(
@@ -99,11 +168,12 @@ class Kernel:
             out_type=out,
             scratch_types=[
                 *scratch,
+                plgpu.Barrier(num_arrivals=self.own, num_barriers=2 * WORKERS),
                 plgpu.Barrier(num_arrivals=self.copies, num_barriers=self.slots),
                 plgpu.Barrier(num_arrivals=WORKERS, num_barriers=self.slots),
             ],
-            grid=(batch, heads, length // ROWS),
-            grid_names=("b", "h", "tile"),
+            grid=(places.blocks,),
+            grid_names=("block",),
             num_threads=WORKERS + 1,
             thread_name="thread",
             compiler_params=compiler_params(),
@@ -123,34 +193,64 @@ def compiler_params() -> plgpu.CompilerParams:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Inside a kernel: one warpgroup of one block.
+    """Inside a kernel: one warpgroup of one block, at one of its tiles of rows.
 
     Attributes:
-        kernel: its sizes.
+        kernel: its sizes. places: where the tiles are.
         order, span: `Visits` in global memory. ids: documents of the rows and of the columns, or None.
-        full, empty: barriers that signal that a slot is filled, and that all have read it.
-        b, h, tile, thread: of the batch, head, tile of rows, and warpgroup.
+        loaded, full, empty: barriers that signal that own rows are there, that a slot is filled, that all have read it.
+        thread: number of the warpgroup.
+        n: how many tiles of this block came before, and done: how many visits.
+        b, h, tile: indices in the batch, of the head and of the tile of rows.
     """
 
     kernel: Kernel
+    places: Places
     order: Any
     span: Any
     ids: tuple[Any, Any] | None
+    loaded: Any
     full: Any
     empty: Any
-    b: Array
-    h: Array
-    tile: Array
     thread: Array
+    n: Any = 0
+    done: Any = 0
+    b: Any = None
+    h: Any = None
+    tile: Any = None
 
-    @classmethod
-    def here(cls, kernel: Kernel, tiles: int, order: Any, span: Any, ids: Any, full: Any, empty: Any) -> "Block":
-        """The warpgroup that runs. `ids` are documents of queries and of keys; `tiles` the number of tiles of rows."""
-        b, h, tile, thread = (lax.axis_index(name) for name in ("b", "h", "tile", "thread"))
-        if not kernel.by_keys:
-            tile = tiles - 1 - tile  # with a causal mask the last queries have the most work; they begin first
-        ids = ids[::-1] if ids is not None and kernel.by_keys else ids
-        return cls(kernel, order, span, ids, full, empty, b, h, tile, thread)
+    def at(self, n: Any, done: Any = 0) -> "Block":
+        """The same at its n-th tile."""
+        b, h, tile = self.places.place(lax.axis_index("block"), n)
+        if not self.kernel.by_keys:
+            tile = (
+                self.places.tiles - 1 - tile
+            )  # with a causal mask the last queries have the most work; they are first
+        return dataclasses.replace(self, n=n, done=done, b=b, h=h, tile=tile)
+
+    def each_tile(self, one: Callable[["Block"], None]) -> Array:
+        """Call `one` at each tile. Returns the number of all visits."""
+
+        def step(n, done):
+            here = self.at(n, done)
+            one(here)
+            return done + here.steps
+
+        return lax.fori_loop(0, self.mine, step, jnp.int32(0))
+
+    @property
+    def mine(self) -> Array:
+        return self.places.mine(lax.axis_index("block"))
+
+    @property
+    def half(self) -> Array:
+        """Which half of the memory for own rows they are in: the next tile's are copied to the other one."""
+        return lax.rem(self.n, jnp.int32(2))
+
+    @property
+    def steps(self) -> Array:
+        """How many visits this tile makes."""
+        return self.count * self.kernel.rounds
 
     @property
     def columns(self) -> int:
@@ -195,44 +295,63 @@ class Block:
         return Visit(lax.shift_right_logical(entry, NUMBER), partly, quarters, around, self.slot(step))
 
     def slot(self, step: Array) -> Array:
-        return lax.rem(step, jnp.int32(self.kernel.slots))
+        return lax.rem(self.done + step, jnp.int32(self.kernel.slots))
 
-    def run(self, copies: Callable[[Visit], list[tuple[Any, Any]]], work: Callable[[], None]) -> None:
-        """Let one warpgroup copy and the others work.
+    def run(
+        self, own: Callable[["Block"], Copies], visited: Callable[["Block", Visit], Copies], work: Callable[..., None]
+    ) -> None:
+        """Let one warpgroup copy and the others work, tile by tile.
 
         Args:
-            copies: gives, for a visit, pairs of a piece in global memory and the slots that it goes to.
-            work: what each of the others does. It calls `visit_all`.
+            own: pairs of a warpgroup's own rows in global memory, and their memory. The latter may hold results later.
+            visited: pairs of a piece of the visited tile in global memory, and the slots that it goes to.
+            work: called as `work(block)` at each tile. It calls `visit_all`, and may leave copies of results under way.
         """
 
         def copy():
             plgpu.set_max_registers(COPIER_REGISTERS, action="decrease")
-            self._copy_all(copies)
+            self._copy_all(visited)
+
+        def load(n):
+            here = self.at(n)
+            for source, buffer in own(here):
+                plgpu.copy_gmem_to_smem(source, buffer, self.loaded.at[2 * self.thread + here.half])
+
+        def one(here):
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the results of the tile before have left
+            pl.when(here.n + 1 < self.mine)(lambda: load(here.n + 1))
+            plgpu.barrier_wait(self.loaded.at[2 * self.thread + here.half])
+            work(here)
 
         def multiply():
             plgpu.set_max_registers(WORKER_REGISTERS, action="increase")
-            work()
+            load(jnp.int32(0))
+            self.each_tile(one)
+            plgpu.wait_smem_to_gmem(0)
 
         pl.when(self.thread == WORKERS)(copy)
         pl.when(self.thread < WORKERS)(multiply)
 
-    def _copy_all(self, copies: Callable[[Visit], list[tuple[Any, Any]]]) -> None:
+    def _copy_all(self, visited: Callable[["Block", Visit], Copies]) -> None:
         """Fill slots as soon as they are empty."""
+        slots = self.kernel.slots
 
-        def step(n, _):
-            visit = self.visit(n)
-            pl.when(n >= self.kernel.slots)(lambda: plgpu.barrier_wait(self.empty.at[visit.slot]))
-            for source, buffer in copies(visit):
-                plgpu.copy_gmem_to_smem(source, buffer.at[visit.slot], self.full.at[visit.slot])
-            return 0
+        def one(here):
+            def step(n, _):
+                visit = here.visit(n)
+                pl.when(here.done + n >= slots)(lambda: plgpu.barrier_wait(self.empty.at[visit.slot]))
+                for source, buffer in visited(here, visit):
+                    plgpu.copy_gmem_to_smem(source, buffer.at[visit.slot], self.full.at[visit.slot])
+                return 0
+
+            lax.fori_loop(0, here.steps, step, 0)
 
         def drain(n, _):
-            plgpu.barrier_wait(self.empty.at[self.slot(n)])
+            plgpu.barrier_wait(self.empty.at[lax.rem(n, jnp.int32(slots))])
             return 0
 
-        steps = self.count * self.kernel.rounds
-        lax.fori_loop(0, steps, step, 0)
-        lax.fori_loop(jnp.maximum(steps - self.kernel.slots, 0), steps, drain, 0)  # no barrier ends while it is used
+        done = self.each_tile(one)
+        lax.fori_loop(jnp.maximum(done - slots, 0), done, drain, 0)  # no barrier ends while it is used
 
     def visit_all(self, one: Callable[[Visit, Any], Any], sums: Any) -> Any:
         """The sums after all visits; `one(visit, sums)` gives those after one, whose slot it reads."""
@@ -244,7 +363,7 @@ class Block:
             plgpu.barrier_arrive(self.empty.at[visit.slot])
             return sums
 
-        return lax.fori_loop(0, self.count * self.kernel.rounds, step, sums)
+        return lax.fori_loop(0, self.steps, step, sums)
 
     def where_seen(self, visit: Visit, other: float, *arrays: Array) -> Any:
         """The arrays [rows, columns] where a query sees a key, else `other`; as they are if the tile needs no mask."""

@@ -35,14 +35,13 @@ def forward(
     """
     batch, length, heads, width = q.shape
     body = functools.partial(attention, heads // k.shape[2])
-    kernel = Kernel(body, "attention", rules, KEYS, SLOTS[width], copies=2)
+    kernel = Kernel(body, "attention", rules, KEYS, SLOTS[width], copies=2, own=1)
     tile = shared(kernel.slots, KEYS, width, dtype=q.dtype)
     scratch = [
-        shared(WORKERS, SIDE, width, dtype=q.dtype),
+        shared(WORKERS, 2, SIDE, width, dtype=q.dtype),
         plgpu.SMEM((WORKERS, SIDE), jnp.float32),
         tile,
         tile,
-        plgpu.Barrier(num_barriers=WORKERS),
         plgpu.Barrier(num_arrivals=WORKERS),
     ]
     lse = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
@@ -51,36 +50,36 @@ def forward(
 
 def attention(group: int, block: Block, *refs: Any) -> None:
     """The kernel. `group`: heads that share a head of keys."""
-    q, k, v, o, lse, q_s, lse_s, k_s, v_s, loaded, turn = refs
-    b, h, thread, rows = block.b, block.h, block.thread, block.rows
-    q_s, lse_s, loaded = (x.at[thread] for x in (q_s, lse_s, loaded))
+    q, k, v, o, lse, q_s, lse_s, k_s, v_s, turn = refs
+    thread = block.thread
 
-    def copies(visit):
-        at = b, block.part(visit), lax.div(h, jnp.int32(group))
+    def own(here):
+        return [(q.at[here.b, here.rows, here.h], q_s.at[thread, here.half])]
+
+    def visited(here, visit):
+        at = here.b, here.part(visit), lax.div(here.h, jnp.int32(group))
         return [(k.at[at], k_s), (v.at[at], v_s)]
 
     def take_turn():
         plgpu.barrier_arrive(turn)
         plgpu.barrier_wait(turn)
 
-    def work():
-        plgpu.copy_gmem_to_smem(q.at[b, rows, h], q_s, loaded)
-        plgpu.barrier_wait(loaded)
-        pl.when(thread == 1)(take_turn)
+    def work(here):
+        pl.when((thread == 1) & (here.n == 0))(take_turn)
+        own_q, own_lse, rows = q_s.at[thread, here.half], lse_s.at[thread], here.rows
         empty = (plgpu.layout_cast(jnp.full((SIDE,), x, jnp.float32), ROW) for x in (LOWEST, 0))
-        one = functools.partial(attend, block, q_s, k_s, v_s, take_turn)
-        values, highest, total = block.visit_all(one, (zeros(SIDE, o.shape[-1]), *empty))
-        pl.when(thread == 0)(take_turn)
+        one = functools.partial(attend, here, own_q, k_s, v_s, take_turn)
+        values, highest, total = here.visit_all(one, (zeros(SIDE, o.shape[-1]), *empty))
+        pl.when((thread == 0) & (here.n == here.mine - 1))(take_turn)
         some = total > 0
         total = jnp.where(some, total, 1.0)
-        q_s[...] = (values * along(jnp.where(some, 1 / total, 0.0), 0, values.shape)).astype(o.dtype)
-        lse_s[...] = jnp.where(some, highest + jnp.log2(total), 0.0)
+        own_q[...] = (values * along(jnp.where(some, 1 / total, 0.0), 0, values.shape)).astype(o.dtype)
+        own_lse[...] = jnp.where(some, highest + jnp.log2(total), 0.0)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(q_s, o.at[b, rows, h])
-        plgpu.copy_smem_to_gmem(lse_s, lse.at[b, h, rows])
-        plgpu.wait_smem_to_gmem(0)
+        plgpu.copy_smem_to_gmem(own_q, o.at[here.b, rows, here.h])
+        plgpu.copy_smem_to_gmem(own_lse, lse.at[here.b, here.h, rows])
 
-    block.run(copies, work)
+    block.run(own, visited, work)
 
 
 def attend(
