@@ -92,7 +92,8 @@ def keys_gradients(arrays: Arrays, visits: Visits, documents: Documents | None, 
     k, kv_heads, width = arrays.k, *arrays.k.shape[2:]
     group, columns = arrays.q.shape[2] // kv_heads, QUERIES[width]
     body = functools.partial(attention_dkv, group)
-    kernel = Kernel(body, "attention_dkv", rules, columns, SLOTS[width], copies=4, own=2, rounds=group, by_keys=True)
+    sizes: Any = dict(copies=4, own=2, rounds=group, by_keys=True, stays=width == 64)
+    kernel = Kernel(body, "attention_dkv", rules, columns, SLOTS[width], **sizes)
     own, tile = (shared(*n, width, dtype=k.dtype) for n in ((WORKERS, 2, SIDE), (kernel.slots, columns)))
     vector = plgpu.SMEM((kernel.slots, columns), jnp.float32)
     out = (jax.ShapeDtypeStruct(k.shape, k.dtype),) * 2

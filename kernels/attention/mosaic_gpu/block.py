@@ -2,7 +2,8 @@
 
 A block has three warpgroups, and one tile of 128 rows after another: queries, or keys for their gradients. Two of them
 multiply, with 64 rows each. The third one copies the tiles that are visited into slots of shared memory, and goes on to
-those of the next tile of rows while the others store their results. There are as many blocks as multiprocessors.
+those of the next tile of rows while the others store their results. There are as many blocks as multiprocessors,
+or as many as tiles where registers are short.
 """
 
 import dataclasses
@@ -57,6 +58,7 @@ class Places(NamedTuple):
 
     Attributes:
         batch, heads, tiles: sizes. A row of tiles is that of a head of a sequence.
+        blocks: how many there are, as many as tiles at most.
         across: whether the first tiles of all rows come first. Otherwise row by row, so that blocks share what they
             read.
     """
@@ -64,24 +66,24 @@ class Places(NamedTuple):
     batch: int
     heads: int
     tiles: int
-    across: bool = False
+    blocks: int
+    across: bool
 
     @classmethod
-    def of(cls, batch: int, heads: int, visits: np.ndarray, documents: bool) -> "Places":
-        """The order in which the last block is done first, or nearly, by the number of visits [N] of each tile.
+    def of(cls, batch: int, heads: int, visits: np.ndarray, most: int, documents: bool) -> "Places":
+        """The order in which the last block is done first, or nearly.
 
-        With documents a tile has less work than that, which nobody knows before.
+        Args:
+            visits: [N], how many visits each tile makes. With documents it is less, which nobody knows before.
+            most: blocks at most.
         """
-        by_row, across = (cls(batch, heads, len(visits), across) for across in (False, True))
+        sizes = batch, heads, len(visits), min(most, batch * heads * len(visits))
+        by_row, across = cls(*sizes, across=False), cls(*sizes, across=True)
         return across if not documents and 1.05 * across.longest(visits) < by_row.longest(visits) else by_row
 
     @property
     def all(self) -> int:
         return self.batch * self.heads * self.tiles
-
-    @property
-    def blocks(self) -> int:
-        return min(processors(), self.all)
 
     def longest(self, visits: np.ndarray) -> int:
         """The visits of the block that has most of them."""
@@ -129,6 +131,7 @@ class Kernel:
         own: how many copies bring a warpgroup's own rows.
         rounds: how often all tiles are visited, for several heads.
         by_keys: whether rows are keys, and columns queries.
+        stays: whether a block takes one tile after another. Otherwise there is a block for each, with more registers.
     """
 
     body: Callable[..., None]
@@ -140,6 +143,7 @@ class Kernel:
     own: int
     rounds: int = 1
     by_keys: bool = False
+    stays: bool = True
 
     def __call__(
         self, heads: int, inputs: Sequence[Array], tables: Visits, documents: Documents | None, out: Any, scratch: list
@@ -152,7 +156,8 @@ class Kernel:
         """
         batch, length = inputs[0].shape[:2]
         visits = of_positions(self.rules.mask, length, self.columns, self.by_keys).visits
-        places = Places.of(batch, heads, visits if self.by_keys else visits[::-1], self.rules.documents)
+        visits, most = visits if self.by_keys else visits[::-1], processors() if self.stays else batch * heads * length
+        places = Places.of(batch, heads, visits, most, self.rules.documents)
 
         def run(*refs):
             arrays, (order, span, *rest) = refs[: len(inputs)], refs[len(inputs) :]
@@ -202,6 +207,7 @@ class Block:
         thread: number of the warpgroup.
         n: how many tiles of this block came before, and done: how many visits.
         b, h, tile: indices in the batch, of the head and of the tile of rows.
+        first, count: place of the first visit in `Visits.order`, and how many tiles are visited in a round.
     """
 
     kernel: Kernel
@@ -218,15 +224,17 @@ class Block:
     b: Any = None
     h: Any = None
     tile: Any = None
+    first: Any = None
+    count: Any = None
 
     def at(self, n: Any, done: Any = 0) -> "Block":
         """The same at its n-th tile."""
         b, h, tile = self.places.place(lax.axis_index("block"), n)
-        if not self.kernel.by_keys:
-            tile = (
-                self.places.tiles - 1 - tile
-            )  # with a causal mask the last queries have the most work; they are first
-        return dataclasses.replace(self, n=n, done=done, b=b, h=h, tile=tile)
+        if not self.kernel.by_keys:  # the last queries have the most work with a causal mask: they come first
+            tile = self.places.tiles - 1 - tile
+        here = dataclasses.replace(self, n=n, done=done, b=b, h=h, tile=tile)
+        first = self.span[*here.own, 0]
+        return dataclasses.replace(here, first=first, count=self.span[*here.own, 1] - first)
 
     def each_tile(self, one: Callable[["Block"], None]) -> Array:
         """Call `one` at each tile. Returns the number of all visits."""
@@ -279,17 +287,12 @@ class Block:
         """Indices of the block's lists in the tables."""
         return self.b if self.order.shape[0] > 1 else 0, self.tile
 
-    @property
-    def count(self) -> Array:
-        """How many tiles are visited in a round."""
-        return self.span[*self.own, 1] - self.span[*self.own, 0]
-
     def visit(self, step: Array) -> Visit:
         """The visit of a step, of `count` times `rounds`."""
         around, number = jnp.int32(0), step
         if self.kernel.rounds > 1:
             around, number = lax.div(step, self.count), lax.rem(step, self.count)
-        entry = self.order[*self.own, self.span[*self.own, 0] + number]
+        entry = self.order[*self.own, self.first + number]
         quarters = lax.shift_right_logical(entry, 2 * self.thread) & 3
         partly = (entry & 2**PARTLY) > 0
         return Visit(lax.shift_right_logical(entry, NUMBER), partly, quarters, around, self.slot(step))
