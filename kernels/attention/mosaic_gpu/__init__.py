@@ -71,7 +71,7 @@ def attention(inputs: Inputs, tokens: Tokens, options: Options) -> jax.Array:
     """See `kernels.attention.attention`. Documents are any numbers but the lowest of int32."""
     length = inputs.q.shape[1]
     whole = round_up(length, ROWS)
-    q, k, v = (pad(x, {1: whole}) for x in inputs[:3])
+    q, k, v = (pad(x.astype(inputs.q.dtype), {1: whole}) for x in inputs[:3])
     documents = documents_of(tokens, (len(inputs.q), length), whole, options.mask.causal)
     rules = Rules(options.mask, options.scale, documents is not None)
     return _attend(rules, q, k, v, documents)[:, :length]

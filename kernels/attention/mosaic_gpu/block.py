@@ -207,6 +207,7 @@ class Block:
         thread: number of the warpgroup.
         n: how many tiles of this block came before, and done: how many visits.
         b, h, tile: indices in the batch, of the head and of the tile of rows.
+        load_next: starts to copy the rows of the next tile.
         first, count: place of the first visit in `Visits.order`, and how many tiles are visited in a round.
     """
 
@@ -224,6 +225,7 @@ class Block:
     b: Any = None
     h: Any = None
     tile: Any = None
+    load_next: Any = None
     first: Any = None
     count: Any = None
 
@@ -321,10 +323,12 @@ class Block:
                 plgpu.copy_gmem_to_smem(source, buffer, self.loaded.at[2 * self.thread + here.half])
 
         def one(here):
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the results of the tile before have left
-            pl.when(here.n + 1 < self.mine)(lambda: load(here.n + 1))
+            def load_next():
+                plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the results of the tile before have left
+                pl.when(here.n + 1 < self.mine)(lambda: load(here.n + 1))
+
             plgpu.barrier_wait(self.loaded.at[2 * self.thread + here.half])
-            work(here)
+            work(dataclasses.replace(here, load_next=load_next))
 
         def multiply():
             plgpu.set_max_registers(WORKER_REGISTERS, action="increase")
@@ -364,8 +368,10 @@ class Block:
             plgpu.barrier_wait(self.full.at[visit.slot])
             sums = one(visit, sums)
             plgpu.barrier_arrive(self.empty.at[visit.slot])
+            pl.when(n == 0)(self.load_next)  # not before, when the results of the tile before are on their way
             return sums
 
+        pl.when(self.steps == 0)(self.load_next)
         return lax.fori_loop(0, self.steps, step, sums)
 
     def where_seen(self, visit: Visit, other: float, *arrays: Array) -> Any:
