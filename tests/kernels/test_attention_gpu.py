@@ -18,6 +18,7 @@ from seqmodels.kernels.attention import attention, mosaic_gpu
 from seqmodels.kernels.attention.arguments import Tokens
 from seqmodels.kernels.attention.masks import BigBird, Fixed, Mask, Strided
 from seqmodels.kernels.attention.mosaic_gpu import backward, block, documents_of, forward
+from seqmodels.kernels.attention.mosaic_gpu.places import Places
 from seqmodels.kernels.attention.mosaic_gpu.tables import NOBODY, ROWS, Documents, visits
 from seqmodels.kernels.attention.visible import visible
 from seqmodels.kernels.dispatch import UnsupportedError
@@ -207,7 +208,7 @@ def test_documents_leave_out_tiles():
 @pytest.mark.parametrize("rows, tiles", [(1, 1), (128, 16), (16, 256), (9, 30)])
 def test_blocks_share_all_tiles(rows, tiles):
     """Each tile once, and nearly the same work for each block, if each has several tiles."""
-    places = block.Places.of(rows, 1, np.arange(tiles, 0, -1), most=132, documents=False)
+    places = Places.of(rows, 1, np.arange(tiles, 0, -1), most=132, documents=False)
     visits, taken = [], []
     for number in range(places.blocks):
         n = np.arange(int(places.mine(jnp.int32(number))))
