@@ -19,7 +19,7 @@ import jax.numpy as jnp
 
 from seqmodels.kernels.arrays import pad, round_up
 
-BLOCK = 16
+BLOCK = 32
 
 
 def supports(**facts: object) -> str | None:
@@ -45,15 +45,17 @@ def _blocks(x: jax.Array, size: int, fill: int = 0) -> jax.Array:
 
 def _within_blocks(x: jax.Array, weight: jax.Array, document: jax.Array | None) -> jax.Array:
     """What the tokens of each block add to this block, tap by tap: [B, T, E]."""
-    tokens = _blocks(x, BLOCK)
-    numbers = None if document is None else _blocks(document, BLOCK, -1)
-    y = weight[0] * tokens
-    for k in range(1, min(BLOCK, len(weight))):
-        added = tokens[:, :, :-k]
-        if numbers is not None:
-            added = jnp.where((numbers[:, :, k:] == numbers[:, :, :-k])[..., None], added, 0)
-        y = y.at[:, :, k:].add(weight[k] * added)
-    return y.reshape(x.shape[0], -1, x.shape[2])[:, : x.shape[1]]
+    place, count = jnp.arange(x.shape[1]) % BLOCK, min(BLOCK, len(weight))
+
+    @jax.checkpoint
+    def add(y, tap):
+        k, w = tap
+        same = jnp.broadcast_to(place >= k, x.shape[:2])
+        if document is not None:
+            same = same & (document == jnp.roll(document, k, axis=1))
+        return y + w * jnp.where(same[..., None], jnp.roll(x, k, axis=1), 0), None
+
+    return jax.lax.scan(add, weight[0] * x, (jnp.arange(1, count), weight[1:count]))[0]
 
 
 # The transforms are computed again in the backward pass: they are larger than x.
