@@ -7,7 +7,7 @@ documents included. From a state on it is run as a recurrence, token by token or
 of the same parameters, for rows of any length.
 """
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import flax.linen as nn
 import jax
@@ -85,7 +85,7 @@ class Lti(Branch):
     dt_max: float = 1e-1
     dt_scale: float = 1.0
 
-    operations = ("long_conv",)
+    operations: ClassVar[tuple[str, ...]] = ("long_conv",)
     biased = True
 
     @property
