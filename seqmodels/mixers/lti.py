@@ -137,7 +137,7 @@ class Lti(Branch):
             state: as in `init_state`, or None.
         """
         system = self.system()
-        skip = parameter(self, "D", (self.width,), ("inner",), ones, group="ssm")
+        skip = parameter(self, "D", (self.width,), ("inner",), ones)
         old = self.init_state(x.shape[0]) if state is None else state
         h = jax.lax.complex(old["real"], old["imag"])
         read, h = in_spans(system, x.astype(jnp.float32), h, resets(**seq.documents()), seq.mask)
