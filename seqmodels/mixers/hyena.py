@@ -100,7 +100,7 @@ class Hyena(Branch):
 
     @nn.nowrap
     def flops(self, length: int) -> float:
-        """The sums of the convolution as transforms of all halves of halves, and the gates."""
+        """About those of the transforms, three for each half of halves, and of the gates."""
         return (5 * math.log2(max(length, 2)) ** 2 + 2) * self.width
 
     @nn.nowrap

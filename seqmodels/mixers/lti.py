@@ -7,6 +7,7 @@ documents included. From a state on it is run as a recurrence, token by token or
 of the same parameters, for rows of any length.
 """
 
+import math
 from typing import ClassVar, Protocol
 
 import flax.linen as nn
@@ -39,7 +40,7 @@ class System(Protocol):
 
 def fresh_log_dt(smallest: float, largest: float) -> Init:
     """log of a step size that is log-uniform in [smallest, largest]."""
-    low, high = jnp.log(smallest), jnp.log(largest)
+    low, high = math.log(smallest), math.log(largest)
     return lambda key, shape, dtype=jnp.float32: jax.random.uniform(key, shape, dtype, low, high)
 
 
