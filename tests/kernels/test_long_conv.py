@@ -13,7 +13,7 @@ from seqmodels.kernels.long_conv import diagonal, dplr, long_conv
 from seqmodels.layers import hippo
 from tests.kernels.helpers import assert_close, documents
 
-E, T = 3, 150  # several levels of halves, and a piece of the last
+E, T = 3, 75  # several levels of halves, and a piece of the last
 
 
 def inputs(length=T, taps=T, seed=0):
@@ -43,10 +43,8 @@ def expected(args, static):
 CASES = {
     "plain": (dict(), {}),
     "short": (dict(length=5), {}),
-    "few taps": (dict(taps=21), documents(length=T)),
+    "few taps, packed and padded": (dict(taps=21), documents(length=T)),
     "packed": (dict(), documents(length=T, padded=False)),
-    "padded": (dict(), documents(length=T, packed=False)),
-    "packed and padded": (dict(), documents(length=T)),
 }
 
 
@@ -68,7 +66,7 @@ def test_reference_equals_scipys_filter():
 
 def test_what_is_not_finite_stays_in_its_document():
     args = of_dtype(inputs(), "float32")
-    ids = np.repeat([[0, 1, 2]] * 2, 50, axis=1).astype(np.int32)
+    ids = np.repeat([[0, 1, 2]] * 2, 25, axis=1).astype(np.int32)
     bad = (ids == 1)[..., None]
     y, gradients = value_and_gradients(args | dict(x=jnp.where(bad, jnp.nan, args["x"])), dict(segment_ids=ids), "xla")
     want, want_gradients = value_and_gradients(args, dict(segment_ids=ids), "xla")
@@ -81,16 +79,16 @@ def test_what_is_not_finite_stays_in_its_document():
 def test_no_output_depends_on_a_later_token_even_by_rounding():
     args = of_dtype(inputs(), "float32")
     run = jax.jit(lambda x: long_conv(x, args["weight"]))
-    for at in (1, 40, 128):
+    for at in (1, 40, 64):
         np.testing.assert_array_equal(run(args["x"])[:, :at], run(args["x"].at[:, at:].add(100))[:, :at])
 
 
 def test_memory_is_linear_in_time():
-    """Forward and backward at T = 32,768, where there are 10 levels: some arrays of x's size a level."""
-    x, weight = jax.ShapeDtypeStruct((1, 2**15, 4), "float32"), jax.ShapeDtypeStruct((2**15, 4), "float32")
+    """Forward and backward at T = 4,096, where there are 7 levels: some arrays of x's size a level."""
+    x, weight = jax.ShapeDtypeStruct((1, 2**12, 4), "float32"), jax.ShapeDtypeStruct((2**12, 4), "float32")
     loss = jax.grad(lambda x, weight: jnp.sum(long_conv(x, weight) ** 2), argnums=(0, 1))
     memory = jax.jit(loss).lower(x, weight).compile().memory_analysis()
-    assert memory.temp_size_in_bytes < 5 * 10 * (4 * 2**15 * 4)
+    assert memory.temp_size_in_bytes < 5 * 7 * (4 * 2**12 * 4)
 
 
 # Filters of state space models
@@ -149,8 +147,8 @@ def test_a_bilinear_step_equals_the_dense_one():
     draw = np.random.default_rng(1)
     h, x = draw.normal(size=(8, E)) + 1j * draw.normal(size=(8, E)), draw.normal(size=E)
     with jax.enable_x64(True):
-        step = dplr.bilinear(jax.tree.map(jnp.asarray, system))
-        new, power = np.asarray(step(h, x)), np.asarray(dplr.matrix(step))
+        both = jax.jit(lambda system, h, x: ((step := dplr.bilinear(system))(h, x), dplr.matrix(step)))
+        new, power = jax.tree.map(np.asarray, both(system, h, x))
     for e in range(E):
         A, B, _, dt = dense(system, c, e)
         A, B = bilinear(A, B, dt)
@@ -172,42 +170,28 @@ def test_diagonal_filter_equals_powers(length):
 
 def test_a_zero_decay_has_a_filter_of_one_tap():
     a, c = jnp.zeros((1, 1), jnp.complex64), jnp.ones((1, 1), jnp.complex64)
-    value, gradient = jax.value_and_grad(lambda a: jnp.sum(diagonal.diagonal_filter(a, c, 9)), holomorphic=False)(a)
+    value, gradient = jax.jit(jax.value_and_grad(lambda a: jnp.sum(diagonal.diagonal_filter(a, c, 9))))(a)
     assert value == 2 and np.isfinite(gradient).all()
 
 
-FILTERS = {
+FILTERS = {  # of a system, its readout and a length
     "diagonal": lambda system, c, length: diagonal.diagonal_filter(jnp.exp(system.dt * system.L), c, length),
     "dplr": dplr.dplr_filter,
 }
 
 
-@pytest.mark.parametrize("kind", FILTERS)
-def test_gradients_of_filters_equal_float64(kind, monkeypatch):
-    """In several pieces of roots, of all parameters."""
-    monkeypatch.setattr(dplr, "ELEMENTS", 5 * 8 * E)
-    arguments, weight = systems(), np.random.default_rng(3).normal(size=(40, E))
+def test_gradients_of_the_dplr_filter_equal_float64(monkeypatch):
+    """In several pieces of roots, of all parameters. Those of the diagonal one are tested with S4D."""
+    monkeypatch.setattr(dplr, "ELEMENTS", 3 * 4 * E)
+    arguments, weight = systems(states=8), np.random.default_rng(3).normal(size=(17, E))
 
     def gradient(arguments):
-        return jax.jit(jax.grad(lambda a: jnp.sum(weight * FILTERS[kind](*a, 40))))(arguments)
+        return jax.jit(jax.grad(lambda a: jnp.sum(weight * dplr.dplr_filter(*a, 17))))(arguments)
 
     with jax.enable_x64(True):
         want = jax.tree.map(np.asarray, gradient(jax.tree.map(jnp.asarray, arguments)))
     parts = lambda tree: jax.tree.map(lambda v: (np.real(v), np.imag(v)), tree)  # noqa: E731
     assert_close(parts(gradient(single(arguments))), parts(want), 1e-4)
-
-
-def test_gradients_of_the_dplr_filter_equal_finite_differences():
-    system, c = systems(states=4)
-    with jax.enable_x64(True):
-        loss = jax.jit(lambda system: jnp.sum(jnp.sin(dplr.dplr_filter(system, c, 9))))
-        slope = jax.grad(loss)(jax.tree.map(jnp.asarray, system))
-        draw = np.random.default_rng(4)
-        for name in system._fields:
-            v = getattr(system, name)
-            way = draw.normal(size=v.shape) * abs(v) * (1 if name == "dt" else np.exp(1j * draw.uniform(0, 6, v.shape)))
-            ahead, back = (loss(system._replace(**{name: v + s * 1e-6 * way})) for s in (1, -1))
-            np.testing.assert_allclose(np.sum(getattr(slope, name) * way).real, (ahead - back) / 2e-6, rtol=1e-6)
 
 
 @pytest.mark.parametrize("kind", FILTERS)
@@ -226,7 +210,7 @@ def test_filters_make_no_array_of_taps_states_and_channels(kind):
     [
         (dict(x=np.zeros((2, 5))), r"x has shape \(2, 5\)"),
         (dict(x=np.zeros((2, 0, E))), r"x has shape \(2, 0, 3\)"),
-        (dict(weight=np.zeros((4, E + 1))), r"weight has shape \(4, 4\); allowed with x \(2, 150, 3\): \(L, 3\)"),
+        (dict(weight=np.zeros((4, E + 1))), r"weight has shape \(4, 4\); allowed with x \(2, 75, 3\): \(L, 3\)"),
         (dict(skip=np.zeros(1)), "skip has shape"),
         (dict(mask=np.ones((2, 10), bool)), "mask has shape"),
     ],
