@@ -62,7 +62,7 @@ class Diagonal(NamedTuple):
 
     def filter(self, length: int) -> jax.Array:
         """The taps [L, E]."""
-        return diagonal_filter(jnp.exp(self.log_a), self.b * self.c, length)
+        return diagonal_filter(self.log_a, self.b * self.c, length)
 
     def scan(
         self, x: jax.Array, h: jax.Array, reset: jax.Array | None, mask: jax.Array | None
