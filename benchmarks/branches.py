@@ -62,6 +62,16 @@ GROUPS: dict[str, tuple[tuple[int, int, int], dict[str, tuple[str, dict[str, Any
             "gated_deltanet": ("gated_deltanet", {}),
         },
     ),
+    "linear systems": (
+        (1024, 8, 2048),
+        {
+            "mamba": ("mamba", {}),
+            "s4d": ("s4d", {}),
+            "s4": ("s4", {}),
+            "h3": ("h3", {}),
+            "hyena": ("hyena", {}),
+        },
+    ),
 }
 
 

@@ -59,7 +59,9 @@ BRANCHES = Table(
         "gated_deltanet": "seqmodels.mixers.gated_deltanet:GatedDeltaNet",
         "gla": "seqmodels.mixers.gla:Gla",
         "gru": "seqmodels.mixers.gru:Gru",
+        "h3": "seqmodels.mixers.h3:H3",
         "hgrn": "seqmodels.mixers.hgrn:Hgrn",
+        "hyena": "seqmodels.mixers.hyena:Hyena",
         "linear_attention": "seqmodels.mixers.linear_attention:LinearAttention",
         "lstm": "seqmodels.mixers.lstm:Lstm",
         "mamba": "seqmodels.mixers.mamba:Mamba",
@@ -74,5 +76,7 @@ BRANCHES = Table(
         "rglru": "seqmodels.mixers.rglru:RgLru",
         "rwkv": "seqmodels.mixers.rwkv:Rwkv",
         "rwkv_channel": "seqmodels.channels.rwkv_channel:RwkvChannel",
+        "s4": "seqmodels.mixers.s4:S4",
+        "s4d": "seqmodels.mixers.s4d:S4d",
     }
 )

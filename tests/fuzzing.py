@@ -22,6 +22,8 @@ from seqmodels.configs import (
     densemamba,
     gated_deltanet,
     gla,
+    h3,
+    hyena,
     linear_attention,
     mamba2,
     mamba3,
@@ -40,6 +42,7 @@ from seqmodels.training.state import abstract_params
 CONFIGS = {
     "deltanet": deltanet.get_config, "densemamba": densemamba.get_config, "gated_deltanet": gated_deltanet.get_config,
     "gla": gla.get_config, "linear_attention": linear_attention.get_config,
+    "h3": h3.get_config, "hyena": hyena.get_config,
     "mamba2": mamba2.get_config, "mamba3": mamba3.get_config, "performer": performer.get_config,
     "retnet": retnet.get_config, "synthetic": synthetic.get_config, "transformer": transformer.get_config,
 }  # fmt: skip
