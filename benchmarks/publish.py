@@ -19,10 +19,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from seqmodels.sweeps.labels import labels
-from seqmodels.sweeps.results import EQUAL_TIME, mean_and_spread
+from seqmodels.sweeps.results import EQUAL_TIME
+from seqmodels.sweeps.spread import mean_and_spread
 from seqmodels.sweeps.trial import read_json
 
-FILES = ("results.csv", "report.md", "losses.png", "bars.png", "quality.png")
+FILES = ("results.csv", "report.md", "tables.tex")
 FIGURES = {  # columns of the short table, with their headings and formats
     "parameters": ("parameters", ",.0f"),
     "validation.loss": ("validation loss, nats a token", ".4f"),
@@ -99,7 +100,8 @@ def main() -> None:
     try:
         text = table(read(options.sweep), further=list(filter(None, options.figures.split(","))))
         options.out.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
+        pictures = [path.name for ending in ("png", "svg") for path in options.sweep.glob(f"*.{ending}")]
+        for name in (*FILES, *pictures):
             if (options.sweep / name).exists():
                 shutil.copyfile(options.sweep / name, options.out / name)
         print(text)
