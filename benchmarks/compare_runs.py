@@ -2,7 +2,8 @@
 
     python benchmarks/compare_runs.py runs/densemamba runs/mamba runs/transformer --out=docs/results/small
 
-writes docs/results/small.md, small.png and other pictures whose names begin with small, from the runs' config.json, metrics.jsonl and summary.json.
+writes docs/results/small.md, small.png and other pictures whose names begin with small, from the config.json,
+metrics.jsonl and summary.json of the runs.
 """
 
 import argparse

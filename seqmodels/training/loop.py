@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from seqmodels import data, pattern, plausible
+from seqmodels import data, pattern, plausible, source
 from seqmodels.branches import BRANCHES
 from seqmodels.config import upgrade, validate
 from seqmodels.data.contract import check_spec
@@ -120,6 +120,8 @@ class Trainer:
         if state is None:
             state = self._first_state()
         first, main = int(state.step), jax.process_index() == 0
+        if main:
+            source.write(self.workdir, first)
         with self.on_mesh():
             compiled = self._compiled() if first < config.steps else None
         self.metrics = Metrics(self.workdir, first, config, enabled=main)
