@@ -36,11 +36,10 @@ lint: $(VENV)/.installed-test
 
 # The site, in site/. Without a network: nothing is fetched.
 docs: $(VENV)/.installed-docs
-	$(BIN)/python docs/api.py
 	$(BIN)/mkdocs build --strict --quiet
 
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build seqmodels.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build site seqmodels.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:

@@ -55,7 +55,11 @@ def table(groups: dict[str, list[dict]], metric: str = "validation.loss", furthe
         raise ValueError(f"--figures={','.join(missing)}: in no row of results.csv that is done")
     figures = {name: about for name, about in FIGURES.items() if name in there}
     figures |= {name: (name.removeprefix("eval."), ",.4f") for name in further}
-    heading = [cell for name, (text, _) in figures.items() for cell in (text, *["less the first"] * (name == metric))]
+    heading = [
+        cell
+        for name, (text, _) in figures.items()
+        for cell in (text, *["difference from the first"] * (name == metric))
+    ]
     lines = [f"| trial | seeds | {' | '.join(heading)} |", f"|---|---{'|---:' * len(heading)}|"]
     first = next(iter(groups.values()), [])
     for label, rows in groups.items():
