@@ -20,7 +20,7 @@ def use() -> None:
 
     # a program that another process is just writing is compiled here
     warnings.filterwarnings("ignore", message="Error reading persistent compilation cache entry")
-    if jax.config.jax_compilation_cache_dir:
+    if jax.config.jax_compilation_cache_dir:  # type: ignore[attr-defined]
         return
     with contextlib.suppress(OSError, RuntimeError):  # a home that is read-only, or not known
         place = folder()
@@ -52,7 +52,7 @@ def paused() -> Iterator[None]:
     import jax
     from jax.experimental.compilation_cache import compilation_cache
 
-    before = jax.config.jax_enable_compilation_cache
+    before = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]
     try:
         jax.config.update("jax_enable_compilation_cache", False)
         compilation_cache.reset_cache()  # or JAX goes on as it began
