@@ -31,13 +31,15 @@ def curves_of(group: Group) -> list[Result]:
 
 def _by_step(groups: list[Group], style: Style) -> Any:
     figure, axes = new_figure(xlabel="step", ylabel="training loss")
-    ends = []
+    drawn, ends = [], []
     for group in groups:
         steps, values = _common([_table(result) for result in curves_of(group)])
-        ends.append(_draw(axes, steps, values, group, style))
+        if steps:
+            ends.append(_draw(axes, steps, values, group, style))
+            drawn.append(group)
     _limit(axes, [result for group in groups for result in curves_of(group)])
     style.legend(figure)
-    _number_ends(figure, axes, groups, ends, style)
+    _number_ends(figure, axes, drawn, ends, style)
     return figure
 
 
@@ -62,8 +64,8 @@ def _differences(groups: list[Group], style: Style) -> Any:
             (dict(zip(r.steps, r.losses, strict=True)), first[r.seed]) for r in curves_of(group) if r.seed in first
         ]
         tables = [{step: mine[step] - its[step] for step in mine.keys() & its.keys()} for mine, its in pairs]
-        if tables and all(tables):
-            steps, values = _common(tables)
+        steps, values = _common(tables)
+        if steps:
             ends.append(_draw(axes, steps, values, group, style))
             late += [value for each in values[len(values) // 5 :] for value in each]
             drawn.append(group)
@@ -96,8 +98,8 @@ def _table(result: Result) -> dict[int, float]:
 
 
 def _common(tables: Sequence[dict[int, float]]) -> tuple[list[int], list[list[float]]]:
-    """The steps that all seeds have, and the values of all seeds at each."""
-    steps = sorted(set.intersection(*(set(table) for table in tables)))
+    """The steps that all seeds have, and the values of all seeds at each; none without seeds."""
+    steps = sorted(set.intersection(*(set(table) for table in tables))) if tables else []
     return steps, [[table[step] for table in tables] for step in steps]
 
 

@@ -15,12 +15,14 @@ NAMES = (  # of all pictures that a report may have; the last two are those of e
 )
 WIDTH, HEIGHT = 5.6, 3.7  # inches of a picture, without its legend
 LINE = 0.17  # inches of a line of the legend
+LARGEST = 2**15  # pixels of a side
 SMALL = 8  # points of the numbers in a picture
 # Where curves lie on each other, the lower one is seen through the gaps of the upper one.
 DASHES: tuple[Any, ...] = ("solid", (0, (5, 2.5)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)))
-# The same with other gaps, for every second colour where a line stands for a learning rate.
+# The same with other gaps: when all were used once, and for every second colour where a line stands for a rate.
 GAPS: tuple[Any, ...] = ((0, (11, 1.5)), (2, (5, 4)), (1, (1.5, 2.5)), (3, (7, 3, 1.5, 3)))
 MARKS = "os^Dv<>P"
+KEYS = 40  # entries of a legend
 FEW = 10  # colours that are easy to tell apart
 
 
@@ -50,8 +52,9 @@ class Style:
         return matplotlib.colormaps["tab20"]((2 * place + place // FEW) % 20)
 
     def dash(self, group: Group) -> Any:
-        second = self.by_rate and self.models.index(group.model) % 2
-        return (GAPS if second else DASHES)[self._place(group) % len(DASHES)]
+        place = self._place(group)
+        second = self.models.index(group.model) % 2 if self.by_rate else place // len(DASHES) % 2
+        return (GAPS if second else DASHES)[place % len(DASHES)]
 
     def mark(self, group: Group) -> str:
         return MARKS[self._place(group) % len(MARKS)]
@@ -77,6 +80,7 @@ class Style:
             keys += [key(f"learning rate {rate:.4g}", "0.4", group) for rate, group in of_rate.items()]
         else:
             keys = [key(name_of(group), self.colour(group), group) for group in self.groups]
+        keys = keys[:KEYS]  # of hundreds of trials nobody tells the colours apart
         longest = max(len(str(each.get_label())) for each in keys)
         columns = min(3 if longest <= 20 else 2 if longest <= 36 else 1, len(keys))
         rows = -(-len(keys) // columns)
@@ -115,6 +119,7 @@ def _saved(figure: Any, kind: str) -> bytes:
     import matplotlib
 
     buffer = io.BytesIO()
+    dpi = min(170, LARGEST / max(figure.get_size_inches()))
     with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "seqmodels"}):
-        figure.savefig(buffer, format=kind, dpi=170, metadata={"Date": None} if kind == "svg" else None)
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()
