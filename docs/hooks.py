@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
 
 # Pages of the reference: title, what it is for, and "module:name"; a module alone stands for its __all__
 REFERENCE: dict[str, tuple[str, str, list[str]]] = {
@@ -39,6 +38,7 @@ LINK = re.compile(r"(?<!!)\[([^\]]+)\]\(([^)#\s]+)(#[^)\s]*)?\)")
 def on_files(files: Any, config: Any) -> Any:
     from mkdocs.structure.files import File
 
+    sys.path.insert(0, str(ROOT))  # here, as MkDocs takes back what this file does while it is loaded
     readme = re.sub(r"\]\(docs/", "](", (ROOT / "README.md").read_text())
     pages = {"index.md": readme, "api/mixers.md": mixers(), "api/kernels.md": kernels()}
     pages |= {f"api/{name}.md": reference(*about) for name, about in REFERENCE.items()}
