@@ -42,15 +42,8 @@ def test_rows_of_a_mixture_are_those_of_its_sources_in_their_order(tmp_path):
     paths = [write(tmp_path, "one"), write(tmp_path, "two")]
     config = data_config(tmp_path, mixture=f"3 {paths[0]}; 1 {paths[1]}", held_out="documents")
     mixed = load(config, seq_len=16, batch_size=4, seed=5)
-    alone = [
-        load(
-            data_config(tmp_path, name="text", path=str(path), held_out="documents"),
-            seq_len=16,
-            batch_size=1,
-            seed=5 + n,
-        )
-        for n, path in enumerate(paths)
-    ]
+    ones = [data_config(tmp_path, name="text", path=str(path), held_out="documents") for path in paths]
+    alone = [load(one, seq_len=16, batch_size=1, seed=5 + n) for n, one in enumerate(ones)]
     taken = collections.Counter()
     for n in range(30):
         batch = mixed.batch(n)
@@ -58,14 +51,13 @@ def test_rows_of_a_mixture_are_those_of_its_sources_in_their_order(tmp_path):
             source, number = mixed.place(4 * n + row)
             assert number == taken[source]
             taken[source] += 1
-            assert same(
-                {name: batch[name][row] for name in batch}, {k: v[0] for k, v in alone[source].batch(number).items()}
-            )
+            mine = {name: array[row] for name, array in batch.items()}
+            assert same(mine, {name: array[0] for name, array in alone[source].batch(number).items()})
     assert abs(taken[0] - 90) <= 1
     again = load(config, seq_len=16, batch_size=4, seed=5)  # a resumed run
-    assert same(again.batch(29), mixed.batch(29)) and same(again.batch(29, slice(1, 3)), {
-        name: value[1:3] for name, value in mixed.batch(29).items()
-    })  # fmt: skip
+    last = mixed.batch(29)
+    assert same(again.batch(29), last)
+    assert same(again.batch(29, slice(1, 3)), {name: array[1:3] for name, array in last.items()})
 
     split = mixed["validation"]
     assert np.array_equal(split.tokens, np.concatenate([part["validation"].tokens for part in alone]))
