@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import shutil
 import sys
 import types
 
@@ -110,6 +111,9 @@ def test_a_stream_has_every_document_once_an_epoch_in_a_random_order(tmp_path):
     second = [text for text in texts if text][len(documents) : 2 * len(documents) - 1]
     assert set(second) < set(documents) and second != first[: len(second)]
     assert np.array_equal(streamed["validation"].tokens, whole["validation"].tokens)
+
+    shutil.rmtree(path)  # an evaluation needs no text
+    assert np.array_equal(stream(tmp_path, path)["test"].tokens, whole["test"].tokens)
 
 
 def test_a_stream_goes_on_from_any_step_bit_for_bit(tmp_path, monkeypatch):

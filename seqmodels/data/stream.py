@@ -220,11 +220,13 @@ class Held:
 
 def _of_files(config: ConfigDict) -> tuple[Held, Callable[[int], Iterator[str]]]:
     text = local.local_text(config)
-    if not any(text.files.values()):
-        raise UserError(f"config.data.path={config.path!r}: matches no file")
-    key, content = local.key(config) | {"streamed": True}, fingerprint(local.content(text))
+    key = local.key(config) | {"streamed": True}
+    # without files a finished cache of the held-out splits serves an evaluation
+    content = fingerprint(local.content(text)) if any(text.files.values()) else None
 
     def open_held() -> tuple[str, dict[str, Documents]]:
+        if content is None:
+            raise UserError(f"config.data.path={config.path!r}: matches no file")
         text.check()
         texts = {split: list(text.documents(split)) for split in local.SPLITS[1:]}
         return content, {split: Documents(split, len(some), some.__getitem__) for split, some in texts.items()}
