@@ -1,10 +1,11 @@
-"""Makes the pages of the site that are no files of docs/: the first page, of README.md, and the API reference.
+"""Makes the pages of the site that are no Markdown in docs/: the first page, of README.md, notebooks, API reference.
 
 MkDocs calls `on_files` and `on_page_markdown` (mkdocs.yml). Nothing is fetched, and no page is written to disk.
 """
 
 import importlib
 import inspect
+import json
 import os
 import re
 import sys
@@ -41,6 +42,7 @@ def on_files(files: Any, config: Any) -> Any:
     sys.path.insert(0, str(ROOT))  # here, as MkDocs takes back what this file does while it is loaded
     readme = re.sub(r"\]\(docs/", "](", (ROOT / "README.md").read_text())
     pages = {"index.md": readme, "api/mixers.md": mixers(), "api/kernels.md": kernels()}
+    pages |= {f"notebooks/{path.stem}.md": notebook(path) for path in sorted((ROOT / "docs").glob("notebooks/*.ipynb"))}
     pages |= {f"api/{name}.md": reference(*about) for name, about in REFERENCE.items()}
     for name, content in pages.items():
         files.append(File.generated(config, name, content=content))
@@ -61,6 +63,16 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         return text if text.strip("`") == place else f"{text} (`{place}`)"
 
     return LINK.sub(shown, markdown)
+
+
+def notebook(path: Path) -> str:
+    """A notebook with what its cells print."""
+    parts = []
+    for cell in json.loads(path.read_text())["cells"]:
+        source = "".join(cell["source"])
+        parts.append(source if cell["cell_type"] == "markdown" else f"```python\n{source}\n```")
+        parts += [f"```text\n{''.join(output['text']).strip()}\n```" for output in cell.get("outputs", [])]
+    return "\n\n".join(parts) + "\n"
 
 
 def reference(title: str, about: str, names: Iterable[str]) -> str:

@@ -1,6 +1,7 @@
 """The documentation: links lead somewhere, quoted errors exist, and the reference holds what it names."""
 
 import importlib.util
+import json
 import re
 from pathlib import Path
 from types import SimpleNamespace
@@ -52,12 +53,16 @@ def test_errors_of_the_faq_are_those_of_the_code():
         assert words in code, words
 
 
-@pytest.fixture(scope="module")
-def hooks():
-    spec = importlib.util.spec_from_file_location("hooks", ROOT / "docs" / "hooks.py")
+def module_of(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def hooks():
+    return module_of(ROOT / "docs" / "hooks.py")
 
 
 def test_the_reference_has_the_docstrings(hooks):
@@ -68,6 +73,17 @@ def test_the_reference_has_the_docstrings(hooks):
     assert "## seqmodels.kernels.selective_scan.selective_scan" in hooks.kernels()
     listed = re.findall(r"api/(\w+)\.md", (ROOT / "mkdocs.yml").read_text())
     assert sorted(listed) == sorted([*pages, "mixers", "kernels"])
+
+
+@pytest.mark.slow
+def test_the_notebooks_run(tmp_path, hooks):
+    """Each cell runs, and the notebook has the outputs of a run of these cells."""
+    execute = module_of(ROOT / "docs" / "notebooks" / "execute.py")
+    for path in (ROOT / "docs" / "notebooks").glob("*.ipynb"):
+        kept, now = json.loads(path.read_text()), execute.run(path, tmp_path)
+        printing, printed = ([bool(cell["outputs"]) for cell in execute.cells(content)] for content in (kept, now))
+        assert printing == printed and any(printed), "python docs/notebooks/execute.py"
+        assert "equal logits: True" in str(now) and "bits per byte" in hooks.notebook(path)
 
 
 def test_links_out_of_the_site_become_names(hooks):
