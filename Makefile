@@ -2,6 +2,7 @@
 # make test        all tests; make test-fast: without those of make smoke, the slow ones and the longest of the kernels; make smoke:
 #                  the least that must work, for every config, in two minutes
 # make lint        style and types
+# make docs        the documentation as a site, in site/
 # make clean       remove the virtual environment and caches; runs/ and data/ stay
 #
 # PYTHON=python3.12 picks the interpreter (3.11 or later). REQUIREMENTS=requirements-gpu.txt installs jax for NVIDIA GPUs,
@@ -33,8 +34,12 @@ lint: $(VENV)/.installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+# The site, in site/. Without a network: nothing is fetched.
+docs: $(VENV)/.installed-docs
+	$(BIN)/mkdocs build --strict --quiet
+
 clean:
-	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build seqmodels.egg-info
+	rm -rf $(VENV) .pytest_cache .ruff_cache .mypy_cache .hypothesis build site seqmodels.egg-info
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -42,7 +47,11 @@ $(BIN)/python:
 	  { echo "Python 3.11 or later is needed: make PYTHON=python3.12" >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: requirements.txt $(REQUIREMENTS) | $(BIN)/python
+# changes when REQUIREMENTS names another file than at the last install
+$(VENV)/.requirements: FORCE | $(BIN)/python
+	@echo '$(REQUIREMENTS)' | cmp -s - $@ || echo '$(REQUIREMENTS)' > $@
+
+$(VENV)/.installed: requirements.txt $(REQUIREMENTS) $(VENV)/.requirements | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --requirement $(REQUIREMENTS)
 	@touch $@
 
@@ -50,5 +59,11 @@ $(VENV)/.installed-test: requirements-test.txt $(VENV)/.installed
 	$(BIN)/python -m pip install --quiet --requirement requirements-test.txt
 	@touch $@
 
-.PHONY: train test test-fast smoke lint clean
+FORCE:
+
+$(VENV)/.installed-docs: requirements-docs.txt $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet --requirement requirements-docs.txt
+	@touch $@
+
+.PHONY: train test test-fast smoke lint docs clean FORCE
 .DEFAULT_GOAL := train

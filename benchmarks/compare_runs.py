@@ -1,8 +1,9 @@
-"""Compares finished runs: a Markdown table and a plot of their losses.
+"""Compares finished runs: a Markdown table and plots of their losses.
 
     python benchmarks/compare_runs.py runs/densemamba runs/mamba runs/transformer --out=docs/results/small
 
-writes docs/results/small.md and small.png from the runs' config.json, metrics.jsonl and summary.json.
+writes docs/results/small.md, small.png and other pictures whose names begin with small, from the config.json,
+metrics.jsonl and summary.json of the runs.
 """
 
 import argparse
@@ -15,6 +16,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from benchmarks.record import commit
+from seqmodels.sweeps import curves, results
 
 
 def read(folder: Path) -> dict:
@@ -52,25 +54,16 @@ def table(runs: list[dict]) -> str:
     return "\n".join([*lines, f"| `xz -9` | | | | {xz[0]} | {xz[1]} | |"])
 
 
-def plot(runs: list[dict], path: Path) -> None:
-    """Plot losses by step, each the mean of 20 steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4))
-    lowest, widths = float("inf"), [4 - 3 * i / max(len(runs) - 1, 1) for i in range(len(runs))]  # curves may coincide
-    for run, width in zip(runs, widths, strict=True):
-        smooth = [statistics.mean(run["loss"][max(0, i - 19) : i + 1]) for i in range(len(run["loss"]))]
-        axes.plot(run["steps"], smooth, label=run["name"], linewidth=width)
-        lowest = min(lowest, *smooth)
-    first = max(run["loss"][len(run["loss"]) // 20] for run in runs)
-    axes.set(xlabel="step", ylabel="training loss, nats a byte", ylim=(lowest - 0.05, first))
-    axes.legend()
-    axes.grid(alpha=0.3)
-    figure.tight_layout()
-    figure.savefig(path, dpi=120)
+def plot(folders: list[Path], out: Path) -> list[Path]:
+    """Draws the training losses as in the report of a sweep, as PNG and SVG; returns the PNGs, beside `out`."""
+    groups = results.group(results.distinct(results.of_runs(folders)))
+    drawn = []
+    for name, _, figure in curves.figures(groups):
+        place = out if name == "losses" else out.with_name(f"{out.name}_{name}")
+        for kind in ("png", "svg"):
+            figure.savefig(place.with_name(f"{place.name}.{kind}"), dpi=170)
+        drawn.append(place.with_name(f"{place.name}.png"))
+    return drawn
 
 
 def main() -> None:
@@ -87,18 +80,18 @@ def main() -> None:
     commands = [f"python train.py --config=configs/{run['name']}.py --workdir=runs/{run['name']}" for run in runs] + [
         f"python benchmarks/compare_runs.py {names} --out={options.out}"
     ]
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    pictures = plot(options.runs, options.out)
     seeds = f"Seeds: {', '.join(map(str, sorted({run['seed'] for run in runs})))}. "
     made = f"Commit {commit()}. " if commit() else ""
     where = f" on {options.device}" if options.device else ""
     text = [
         f"# {', '.join(run['name'] for run in runs)}{where}, {datetime.date.today().isoformat()}",
         table(runs),
-        f"![losses]({options.out.name}.png)",
+        "\n\n".join(f"![losses]({picture.name})" for picture in pictures),
         f"{seeds}{made}Made by\n\n```\n" + "\n".join(commands) + "\n```",
     ]
-    options.out.parent.mkdir(parents=True, exist_ok=True)
     options.out.with_suffix(".md").write_text("\n\n".join(text) + "\n")
-    plot(runs, options.out.with_suffix(".png"))
     print(table(runs))
 
 

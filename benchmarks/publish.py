@@ -19,10 +19,11 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from seqmodels.sweeps.labels import labels
-from seqmodels.sweeps.results import EQUAL_TIME, mean_and_spread
+from seqmodels.sweeps.results import EQUAL_TIME
+from seqmodels.sweeps.spread import mean_and_spread
 from seqmodels.sweeps.trial import read_json
 
-FILES = ("results.csv", "report.md", "losses.png", "bars.png", "quality.png")
+FILES = ("results.csv", "report.md", "tables.tex")
 FIGURES = {  # columns of the short table, with their headings and formats
     "parameters": ("parameters", ",.0f"),
     "validation.loss": ("validation loss, nats a token", ".4f"),
@@ -54,7 +55,11 @@ def table(groups: dict[str, list[dict]], metric: str = "validation.loss", furthe
         raise ValueError(f"--figures={','.join(missing)}: in no row of results.csv that is done")
     figures = {name: about for name, about in FIGURES.items() if name in there}
     figures |= {name: (name.removeprefix("eval."), ",.4f") for name in further}
-    heading = [cell for name, (text, _) in figures.items() for cell in (text, *["less the first"] * (name == metric))]
+    heading = [
+        cell
+        for name, (text, _) in figures.items()
+        for cell in (text, *["difference from the first"] * (name == metric))
+    ]
     lines = [f"| trial | seeds | {' | '.join(heading)} |", f"|---|---{'|---:' * len(heading)}|"]
     first = next(iter(groups.values()), [])
     for label, rows in groups.items():
@@ -99,7 +104,8 @@ def main() -> None:
     try:
         text = table(read(options.sweep), further=list(filter(None, options.figures.split(","))))
         options.out.mkdir(parents=True, exist_ok=True)
-        for name in FILES:
+        pictures = [path.name for ending in ("png", "svg") for path in options.sweep.glob(f"*.{ending}")]
+        for name in (*FILES, *pictures):
             if (options.sweep / name).exists():
                 shutil.copyfile(options.sweep / name, options.out / name)
         print(text)

@@ -333,7 +333,10 @@ def run(
 
 
 def folder_of(path: str) -> Path:
-    """A path of the command line, in which `~` is the home directory. Raises: UserError where nobody knows that."""
+    """A path of the command line, in which `~` is the home directory. Raises: UserError where nobody knows that, or for
+    the address of a cloud, which would become a local folder."""
+    if re.match(r"\w+://", path):
+        raise UserError(f"{path}: is no folder; mount the bucket as one (docs/howto.md)")
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

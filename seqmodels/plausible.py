@@ -32,6 +32,10 @@ def doubts(config: ConfigDict, begun: bool = False) -> list[str]:
         begun: the run was begun, perhaps under an earlier version; then the rules of `check` are among the doubts.
     """
     found = _learning_rate(config)
+    if config.model.dtype == "float16":
+        found.append(
+            "config.model.dtype='float16': nothing scales the loss, so small gradients become 0; use 'bfloat16'"
+        )
     for rule in RULES if begun else ():
         try:
             rule(config)

@@ -328,7 +328,7 @@ SMALLEST = {
         *("model.attention.block", "model.attention.stride", "model.attention.summary", "model.attention.near"),
         *("model.retnet.heads", "model.rglru.heads", "model.attention.heads"),
         *("model.deltanet.heads", "model.gated_deltanet.heads"),
-        *("training.accumulate", "training.profile_steps"),
+        *("training.accumulate", "data.shuffle_buffer", "training.profile_steps"),
         *("mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.expert"),
         *("checkpoint.every", "checkpoint.keep", "evaluation.rows", "metrics.every"),
         *("evaluation.throughput.tokens", "evaluation.throughput.repeats"),

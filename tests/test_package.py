@@ -35,7 +35,7 @@ def pinned(name: str) -> list[Requirement]:
     [
         ("requirements.txt", PROJECT["dependencies"]),
         *((f"requirements-{extra}.txt", PROJECT["optional-dependencies"][extra])
-          for extra in ("gpu", "tpu", "eval", "test")),
+          for extra in ("gpu", "tpu", "eval", "docs", "test")),
     ],
 )  # fmt: skip
 def test_requirements_files_pin_what_the_package_asks_for(file, ranges):

@@ -2,6 +2,7 @@
 
 import csv
 import importlib
+import itertools
 import json
 import math
 import os
@@ -10,12 +11,14 @@ import shlex
 import statistics
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl import flags
+from scipy.stats import t as student
 
 from seqmodels import cli
 from seqmodels.configs import densemamba, denseretnet
@@ -23,8 +26,9 @@ from seqmodels.configs.trials import chain, product, vary, zipped
 from seqmodels.errors import UserError
 from seqmodels.model import build
 from seqmodels.scripts import sweep
-from seqmodels.sweeps import definition, devices, markup, plots, report, results
+from seqmodels.sweeps import curves, definition, devices, marks, markup, placing, plots, report, results, tables
 from seqmodels.sweeps.labels import labels
+from seqmodels.sweeps.spread import mean_and_spread
 from tests.sweep_fakes import ROOT, Fakes
 
 DENSEMAMBA = str(ROOT / "configs" / "densemamba.py")
@@ -351,7 +355,8 @@ def test_a_shared_device_gives_no_speed_and_its_trials_the_time_of_their_like(tm
         assert math.isclose(result.figures["train_seconds"], 80 / speed)
     assert d.seconds == [] and "train_seconds" not in d.figures
     groups = results.group([a, b, c, d])
-    assert results.at_equal_time([a, b, c, d]) and plots.losses(groups).startswith(b"\x89PNG")
+    assert results.at_equal_time([a, b, c, d])
+    assert [name for name, _, _ in curves.figures(groups)] == ["losses", "losses_by_time", "loss_differences"]
     assert results.EQUAL_TIME in a.figures and results.EQUAL_TIME not in d.figures
 
 
@@ -372,12 +377,12 @@ def test_mean_spread_and_paired_differences_against_numpy(tmp_path):
     one, two = results.group(lined)
     assert (one.number, two.number, one.label, two.label) == (1, 2, "one", "two")
     np.testing.assert_allclose(
-        results.mean_and_spread(one.values("validation.loss")), (values[0].mean(), values[0].std(ddof=1))
+        mean_and_spread(one.values("validation.loss")), (values[0].mean(), values[0].std(ddof=1))
     )
     np.testing.assert_allclose(two.differences(one, "validation.loss"), values[1] - values[0])
     two.results.pop(0)  # only seeds that both have
     np.testing.assert_allclose(two.differences(one, "validation.loss"), values[1, 1:] - values[0, 1:])
-    assert results.mean_and_spread([2.0]) == (2.0, None) and math.isnan(results.mean_and_spread([])[0])
+    assert mean_and_spread([2.0]) == (2.0, None) and math.isnan(mean_and_spread([])[0])
 
 
 def test_compare_lines_up_runs_and_sweeps(tmp_path, monkeypatch, capsys):
@@ -386,6 +391,7 @@ def test_compare_lines_up_runs_and_sweeps(tmp_path, monkeypatch, capsys):
     run_directory(tmp_path / "other", loss=2.5)
     run_directory(tmp_path / "going", done=False)
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(plots, "pictures", lambda *_: [])
     argv = ["sweep.py", "--compare=other,out,going", "--out=lined"]
     assert cli.run(sweep.main, sweep.define, "", argv) == 0
     table = capsys.readouterr().out
@@ -493,18 +499,25 @@ def test_report_has_the_means_spreads_and_differences(tmp_path):
 
     text = (tmp_path / "report.md").read_text()
     row = next(line for line in text.splitlines() if line.startswith("| 1 | none"))
-    assert f"| 2 | 2.1000 ± {statistics.stdev(losses['none']):.4f} |  |" in row
-    assert "| 2 | read | 2 | 1.9750 ± 0.1061 | -0.1250 ± 0.0354 |" in text
-    for part in ("![training losses](losses.png)", "python sweep.py --x=<y>", "Commit abc", "1 x <H100>", "2026-01-02"):
+    half = student.interval(0.95, 1, scale=statistics.stdev(losses["none"]) / math.sqrt(2))[1]
+    interval = f"[{2.1 - half:.4f}, {2.1 + half:.4f}]"
+    assert f"| 2 | 2.1000 ± {statistics.stdev(losses['none']):.4f} | {interval} |  |  |" in row
+    assert "| 2 | read | 2 | 1.9750 ± 0.1061 | [1.0220, 2.9280] | -0.1250 ± 0.0354 | [-0.4427, 0.1927] |" in text
+    for part in ("](losses.png)", "python sweep.py --x=<y>", "Commit abc", "1 x <H100>", "2026-01-02"):
         assert part in text
     assert "a \\| b" in text and "Seeds 0, 1" in text and "4 done, 1 failed" in text
 
     page = (tmp_path / "report.html").read_text()
-    assert "<script>" not in page and "&lt;script&gt;" in page and "then &lt;b&gt;boom&lt;/b&gt;" in page
-    assert page.count("data:image/png;base64,") == 3
+    assert page.count("<script>") == 1 and "&lt;script&gt;alert(1)" in page and "then &lt;b&gt;boom&lt;/b&gt;" in page
+    names = ("losses", "losses_by_time", "loss_differences", "metric", "differences", "parameters", "speed")
+    assert page.count("data:image/png;base64,") == len(names)
     assert not re.search(r"""(src|href)=["'](?!data:)|url\(|https?:|@import""", page)
-    for name in ("losses.png", "bars.png", "quality.png"):
-        assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
+    for name in names:
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert ElementTree.parse(tmp_path / f"{name}.svg").getroot().tag.endswith("svg")
+    tex = (tmp_path / "tables.tex").read_text()
+    assert tex.count(r"\begin{tabular}") == 4 == page.count("<summary>LaTeX</summary>")
+    assert r"read & 2 & 1.9750 $\pm$ 0.1061 &" in tex and r"a \textbar{} b \textless{}script" in tex
 
 
 def test_report_of_nothing_yet(tmp_path):
@@ -515,16 +528,58 @@ def test_report_of_nothing_yet(tmp_path):
     assert not (tmp_path / "losses.png").exists() and "| 1 | run | 0 of 1 |" in (tmp_path / "report.md").read_text()
 
 
-def test_plots_show_every_group(tmp_path):
-    """Marks, bars and curves are at the means; a diverged run is still a curve."""
+def test_pictures_show_what_there_is(tmp_path):
+    """A diverged run is still a curve; without a second trial there are no differences."""
     lined = results.of_runs([run_directory(tmp_path / f"run{i}", seed=i, loss=2.0 + i) for i in range(3)])
     lined[2].record["status"], lined[2].figures = "diverged", {}
     groups = results.group(lined)
-    for png in (
-        plots.losses(groups), plots.bars(groups, "validation.loss"), plots.quality(groups, "validation.loss")
-    ):  # fmt: skip
-        assert png.startswith(b"\x89PNG")
-    assert plots.bars(groups[2:], "validation.loss") is None and plots.quality(groups[2:], "validation.loss") is None
+    (axes,) = dict((name, figure) for name, _, figure in curves.figures(groups))["losses"].axes
+    assert [text.get_text() for text in axes.texts] == ["1", "2", "3"]
+    found = [name for name, _, _ in marks.figures(groups, "validation.loss")]
+    assert found == ["metric", "parameters", "speed"]  # no seed is in two trials
+    assert not list(marks.figures(groups[2:], "validation.loss"))
+
+
+def test_the_best_rate_of_each_model_is_a_row(tmp_path):
+    """Rates of one model have its colour; the best one is by the mean over seeds, upwards for accuracies."""
+    lined = []
+    for model, rate, losses in [("a", 1e-3, (3.0, 1.0)), ("a", 1e-2, (1.5, 1.7)), ("b", 1e-3, (1.2, 1.4))]:
+        for seed, loss in enumerate(losses):
+            (result,) = results.of_runs([run_directory(tmp_path / f"{model}{rate}{seed}", seed=seed, loss=loss)])
+            result.label, result.model, result.rate = f"{model}, {rate}", model, rate
+            result.figures["test.accuracy"] = 1 / loss
+            lined.append(result)
+    groups = results.group(lined)
+    _, table, _ = tables.best_rates(groups, "validation.loss")
+    assert [row[:6] for row in table.rows] == [
+        ["2", "a", "0.01, the highest", "2", "2", "1.6000 ± 0.1414"],
+        ["3", "b", "0.001", "1", "2", "1.3000 ± 0.1414"],
+    ]
+    _, table, _ = tables.best_rates(groups, "test.accuracy")
+    assert table.rows[0][:3] == ["1", "a", "0.001, the lowest"]  # (1/3 + 1)/2 is more than that of 0.01
+    style = plots.Style(groups)
+    assert style.colour(groups[0]) == style.colour(groups[1]) != style.colour(groups[2])
+    assert style.dash(groups[0]) != style.dash(groups[1])
+    assert tables.best_rates(groups[1:], "validation.loss") == []
+
+
+def test_labels_are_moved_apart_as_little_as_possible():
+    assert np.allclose(placing.apart([0.5, 0.1, 0.9], 0.1, 0, 1), [0.5, 0.1, 0.9])
+    assert np.allclose(placing.apart([0.5, 0.5, 0.5], 0.2, 0, 1), [0.3, 0.5, 0.7])
+    assert np.allclose(placing.apart([1.0, 0.99, 0.0], 0.1, 0, 1), [1.0, 0.9, 0.0])
+    assert np.allclose(placing.apart([0.2] * 5, 0.5, 0, 1), [0, 0.25, 0.5, 0.75, 1])  # as far as there is room
+    places = np.random.default_rng(0).uniform(size=12)
+    found = placing.apart(list(places), 0.05, 0, 1)
+    assert np.array_equal(np.argsort(found), np.argsort(places)) and np.diff(np.sort(found)).min() > 0.05 - 1e-9
+
+
+def test_numbers_stand_on_no_other_number_or_mark():
+    points = [(float(x), float(y)) for x, y in np.random.default_rng(0).normal(50, 6, (18, 2))]
+    offsets = placing.beside(points, [(14.0, 10.0)] * 18, 4.0)
+    boxes = [(x + dx, y + dy, 14.0, 10.0) for (x, y), (dx, dy) in zip(points, offsets, strict=True)]
+    dots = [(x, y, 8.0, 8.0) for x, y in points]
+    assert not any(placing.overlap(one, other) for one, other in itertools.combinations(boxes, 2))
+    assert not any(placing.overlap(box, dot) for box in boxes for dot in dots)
 
 
 def test_markup_in_both_forms():
@@ -535,7 +590,11 @@ def test_markup_in_both_forms():
         "# One\n\n## Two\n\n| a | b | c |\n| --- | --- | ---: |\n| x\\|y | < | 1 |\n\nLog\n\n````\n```\n````\n\nText.\n"
     )
     page = markup.page("One", blocks)
-    assert '<td class="text">x|y</td><td class="text">&lt;</td><td>1</td>' in page
+    assert '<td class="text first">x|y</td><td class="text">&lt;</td><td>1</td>' in page
+    assert markup.tabular(markup.Table(["50% \\"], [["a_b & 1 ± 2"]], texts=1)).splitlines() == [
+        r"\begin{tabular}{l}", r"\toprule", r"50\% \textbackslash{} \\", r"\midrule", r"a\_b \& 1 $\pm$ 2 \\",
+        r"\bottomrule", r"\end{tabular}",
+    ]  # fmt: skip
     assert "<details><summary>Log</summary><pre>```</pre></details>" in page
 
 

@@ -1,4 +1,4 @@
-"""report.html in a real browser: every picture is drawn, every table laid out, and nothing is asked of a network."""
+"""report.html in a real browser, at two widths: all pictures and tables are whole, and no network is asked."""
 
 import contextlib
 import json
@@ -17,13 +17,24 @@ pytestmark = pytest.mark.skipif(not BROWSER, reason=f"no browser on PATH, such a
 LOOK = """
 ({
   title: document.title,
-  pictures: [...document.images].map(i => [i.complete, i.naturalWidth, i.naturalHeight, i.width]),
+  pictures: [...document.images].map(i => [i.complete, i.naturalWidth, i.width]),
   tables: [...document.querySelectorAll('table')].map(t => [t.rows.length, t.rows[1].innerText]),
   logs: [...document.querySelectorAll('details')].map(d => { d.open = true; return d.innerText; }),
-  width: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+  beyond: document.documentElement.scrollWidth - document.documentElement.clientWidth,
+  hidden: [...document.querySelectorAll('.wide')].map(w => w.scrollWidth - w.clientWidth),
   fetched: performance.getEntriesByType('resource').filter(e => !e.name.startsWith('data:')).map(e => e.name),
 })
 """
+# The column `trial` of the first table after clicks on the metric's heading.
+SORT = """
+(() => {
+  const table = document.querySelector('table');
+  const trials = () => [...table.tBodies[0].rows].map(row => row.cells[1].textContent);
+  const click = column => { table.tHead.rows[0].cells[column].firstElementChild.click(); return trials(); };
+  return [trials(), click(3), click(3), click(1)];
+})()
+"""
+WIDE, NARROW = 1280, 500  # pixels of a window
 
 
 class Browser:
@@ -94,19 +105,31 @@ def test_report_in_a_browser(tmp_path, browser):
     for domain in ("Page", "Network", "Log", "Runtime"):
         browser.call(f"{domain}.enable", session)
     url = (fakes.out / "report.html").absolute().as_uri()
+
+    def evaluate(code):
+        return browser.call("Runtime.evaluate", session, expression=code, returnByValue=True)["result"]["value"]
+
+    def look(width):
+        size = dict(width=width, height=1000, deviceScaleFactor=1, mobile=False)
+        browser.call("Emulation.setDeviceMetricsOverride", session, **size)
+        return evaluate(LOOK)
+
     browser.call("Page.navigate", session, url=url)
     browser.wait("Page.loadEventFired")
-    answer = browser.call("Runtime.evaluate", session, expression=LOOK, returnByValue=True)
-    seen = answer["result"]["value"]
-
+    seen = look(WIDE)
     assert seen["title"] == "ablation of fake.py"
-    assert len(seen["pictures"]) == 3
-    for complete, width, height, shown in seen["pictures"]:
-        assert complete and width > 900 and height > 200 and 300 < shown <= width
-    assert [rows for rows, _ in seen["tables"]] == [1 + 3, 1 + 2]  # the trials, and those that are not done
+    assert [rows for rows, _ in seen["tables"]] == [1 + 3, 1 + 3, 1 + 2]  # trials, their costs, those that are not done
     assert seen["tables"][0][1].startswith("1\tprompt=fine\t2\t4.0625 ± 0.0884")
-    assert len(seen["logs"]) == 2 and all("No space left on device" in log for log in seen["logs"])
-    assert seen["width"] <= 0  # no scrolling sideways
+    assert sum(log.startswith("End of") and "No space left on device" in log for log in seen["logs"]) == 2
+    assert seen["hidden"] == [0, 0, 0]  # tables are whole, and not cut at the side
+    narrow = look(NARROW)
+    for state, least in ((seen, 450), (narrow, NARROW - 40)):
+        assert len(state["pictures"]) == 8
+        assert all(complete and natural > 900 and least < shown for complete, natural, shown in state["pictures"])
+        assert state["beyond"] <= 0  # the page does not scroll sideways
+
+    fine, better, full = ("prompt=fine", "prompt=better", "prompt=full disk")
+    assert evaluate(SORT) == [[fine, better, full], [fine, better, full], [better, fine, full], [better, fine, full]]
 
     assert seen["fetched"] == []
     asked = [e["params"]["request"]["url"] for e in browser.events if e["method"] == "Network.requestWillBeSent"]

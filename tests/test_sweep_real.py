@@ -31,7 +31,7 @@ def test_miniature(tmp_path):
         assert abs(float(row["validation.loss"]) - float(row["eval.loss.validation"])) < 1e-4
         assert float(row["validation.loss"]) < 3
     assert int(read["parameters"]) - int(none["parameters"]) == 32 + 64  # one gate of rank 1, D to E
-    for name in ("report.md", "report.html", "losses.png", "bars.png", "quality.png"):
+    for name in ("report.md", "report.html", "tables.tex", "losses.png", "metric.svg", "speed.png"):
         assert (tmp_path / "out" / name).stat().st_size > 500
     again = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert again.returncode == 0 and "running" not in again.stdout

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 
+from seqmodels.data.contract import FIGURES
 from seqmodels.errors import UserError
 from seqmodels.training import checkpoint, loop, metrics
 from tests.run_fixtures import tiny, write_text
@@ -33,6 +34,9 @@ def test_a_run_and_the_same_command_again(tmp_path, text, capsys):
     assert json.loads((tmp_path / "run" / "summary.json").read_text()) == summary
     assert list(rows(tmp_path / "run")) == [1, 2, 3, 4, 5]
     assert list(rows(tmp_path / "run", "validation_loss")) == [2, 4]
+    for split in ("validation", "test"):  # of the evaluation at the end, also where there is none during training
+        figures = {name: rows(tmp_path / "run", f"{split}.{name}")[5] for name in FIGURES["perplexity"]}
+        assert figures == {name: summary["splits"][split][name] for name in figures}
     assert (tmp_path / "run" / "loss.png").read_bytes().startswith(b"\x89PNG")
     for name in ("learning_rate", "grad_norm", "param_norm", "update_norm", "tokens_per_second"):
         assert all(value > 0 for value in rows(tmp_path / "run", name).values())

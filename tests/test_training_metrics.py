@@ -1,7 +1,10 @@
 """metrics.jsonl: every digit, every step once, after any crash; the run directory; the reports."""
 
 import json
+import math
 import struct
+import sys
+import types
 from pathlib import Path
 
 import jax
@@ -230,6 +233,25 @@ def test_runs_of_one_name_are_two_runs_of_wandb(tmp_path):
     assert metrics._wandb_id(tmp_path / "a" / "run", begun=True) == first
     (old,) = make_folders(tmp_path, "old/run")
     assert metrics._wandb_id(old, begun=True) == "run"  # begun by an earlier version
+
+
+def test_wandb_gets_the_names_and_all_rows(tmp_path, monkeypatch):
+    told, logged = [], []
+    fake = types.SimpleNamespace(init=lambda **about: told.append(about) or run_of_wandb)
+    run_of_wandb = types.SimpleNamespace(
+        log=lambda row, step: logged.append((step, row)), finish=lambda: logged.append("end")
+    )
+    monkeypatch.setitem(sys.modules, "wandb", fake)
+    config = small_config(metrics__wandb="project", name="mamba")
+    for name in ("mamba-wide", "001f93ed22"):
+        (folder,) = make_folders(tmp_path, name)
+        writer = metrics.Metrics(folder, 0, config)
+        writer.write(1, {"loss": 2.0, "tokens_per_second": 5.0, "grad_norm": math.nan})
+        writer.write(1, {"validation.loss": 3.0})
+        writer.close()
+    assert [about["name"] for about in told] == ["mamba-wide", "mamba-001f93ed22"]
+    assert len({about["id"] for about in told}) == 2 and told[0]["config"]["name"] == "mamba" == told[0]["group"]
+    assert logged[:3] == [(1, {"loss": 2.0, "tokens_per_second": 5.0}), (1, {"validation.loss": 3.0}), "end"]
 
 
 def make_folders(tmp_path, *names):

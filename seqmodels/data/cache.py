@@ -29,6 +29,7 @@ from seqmodels.claim import waited
 from seqmodels.data import damage
 from seqmodels.data.sizes import SizeWriter
 from seqmodels.data.sources import Documents, Source, fingerprint
+from seqmodels.data.token_files import TokenRange
 from seqmodels.data.tokenizer import Tokenizer
 from seqmodels.errors import UserError
 
@@ -98,7 +99,10 @@ def _build(source: Source, tokenizer: Tokenizer, folder: Path, stem: str) -> Pat
         "splits": {},
     }
     for split, documents in splits.items():
-        meta["splits"][split] = _write_split(documents, tokenizer, partial / split)
+        if isinstance(documents, TokenRange):
+            meta["splits"][split] = documents.write(tokenizer, partial / split)
+        else:
+            meta["splits"][split] = _write_split(documents, tokenizer, partial / split)
         if not meta["splits"][split]["tokens"] > 1:
             shutil.rmtree(partial)
             raise UserError(

@@ -199,10 +199,8 @@ class Dataset(BatchSource):
         return train.read(permute(samples % available, available, self.seed, samples // available), self.seq_len)
 
 
-def load(
-    config: ConfigDict, *, seq_len: int, batch_size: int, seed: int = 0, bptt: bool = False
-) -> Dataset | synthetic.SyntheticDataset:
-    """The dataset that a config names. Text is tokenised on first use. With a `config.task` the data are generated.
+def load(config: ConfigDict, *, seq_len: int, batch_size: int, seed: int = 0, bptt: bool = False) -> Any:
+    """The dataset that a config names: text, tokenised on first use, streamed or mixed; or generated (`config.task`).
 
     Args:
       config: `config.data`, see seqmodels/fields/run.py.
@@ -211,6 +209,7 @@ def load(
       seed: seed of the order of rows.
       bptt: contiguous streams in place of shuffled rows (truncated backpropagation through time).
 
+    Returns: a Dataset, Stream, Mixture or SyntheticDataset.
     Raises:
       UserError: a name, path, tokenizer or size cannot be used; the message says which and why.
     """
@@ -218,9 +217,28 @@ def load(
         raise UserError(f"config.seq_len={seq_len}: must be at least 1")
     if batch_size < 1:
         raise UserError(f"config.batch_size={batch_size}: must be at least 1")
+    sizes = dict(seq_len=seq_len, batch_size=batch_size, seed=seed)
     if "task" in config:
-        return synthetic.load(config, seq_len=seq_len, batch_size=batch_size, seed=seed, bptt=bptt)
+        return synthetic.load(config, **sizes, bptt=bptt)
     tokenizer = load_tokenizer(config.tokenizer, config.get("separator", ""))
+    for field in ("mixture", "streaming"):
+        if bptt and config.get(field):
+            raise UserError(f"config.training.bptt=True: must be False with config.data.{field}")
+    if config.get("mixture"):
+        from seqmodels.data import mixture  # which imports this module
+
+        return mixture.load(config, tokenizer, **sizes)
+    return load_one(config, tokenizer, **sizes, bptt=bptt)
+
+
+def load_one(
+    config: ConfigDict, tokenizer: Tokenizer, *, seq_len: int, batch_size: int, seed: int, bptt: bool = False
+) -> Any:
+    """As `load`, of one text: a Dataset, or a Stream."""
+    if config.get("streaming"):
+        from seqmodels.data import stream  # which imports this module
+
+        return stream.load(config, tokenizer, seq_len=seq_len, batch_size=batch_size, seed=seed)
     folder = cache.find_or_build(find_source(config), tokenizer, Path(config.cache))
     dataset = Dataset(folder, tokenizer, seq_len, batch_size, seed, bptt, config.reset)
     tokens = len(dataset["train"].tokens)

@@ -12,14 +12,15 @@ import socket
 import sys
 import urllib.parse
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict
 
-from seqmodels.data import local, text
+from seqmodels.data import hub, local, text, token_files
 from seqmodels.data.local import SPLITS
+from seqmodels.data.token_files import TokenRange
 from seqmodels.errors import UserError
 
 EMBEDDED = "shakespeare_austen"  # the text that comes with the project
@@ -59,7 +60,7 @@ class Source:
     label: str
     key: dict
     content: str | None
-    open: Callable[[], tuple[str, dict[str, Documents]]]
+    open: Callable[[], tuple[str, Mapping[str, Documents | TokenRange]]]
     before: tuple[dict, str | None]
 
 
@@ -76,7 +77,8 @@ def find_source(config: ConfigDict) -> Source:
     """
     root = Path(config.cache).expanduser() / "tensorflow_datasets"
     if config.name == "text" or (config.name == EMBEDDED and config.path):  # a path alone says what is meant
-        return _text_source(config, root)
+        files = token_files.files_of(config)
+        return _token_source(config, files) if files else _text_source(config, root)
     for name, default in (("validation_path", ""), ("test_path", ""), ("held_out", "end")):
         if config.get(name, default) != default:
             raise UserError(f"config.data.{name}={config[name]!r}: is for files, which config.data.path names")
@@ -86,11 +88,42 @@ def find_source(config: ConfigDict) -> Source:
         return Source(config.name, key, content, lambda: _open_embedded(root, content), (key, content))
     if not config.name:
         raise UserError(
-            "config.data.name='': must be 'shakespeare_austen', 'text' or the name of a tensorflow-datasets text set"
+            "config.data.name='': must be 'shakespeare_austen', 'text', 'hf:NAME' or the name of a tensorflow-datasets "
+            "text set"
         )
+    if config.name.startswith(hub.PREFIX):
+        key = {"name": config.name, "text_key": config.text_key}
+        return Source("hub", key, None, lambda: _open_hub(config), (key, None))
     key = {"name": config.name, "path": config.path, "text_key": config.text_key}
     label = re.sub(r"[^\w.-]", "-", config.name)
     return Source(label, key, None, lambda: _open_public(config, root), (key, None))
+
+
+def _token_source(config: ConfigDict, files: dict[str, list[Path]]) -> Source:
+    """Files of token ids; see `seqmodels.data.token_files`."""
+    key = local.key(config) | {"kind": "tokens"}
+    content = fingerprint(token_files.content(files))
+    return Source("tokens", key, content, lambda: (content, token_files.open_splits(files)), (key, content))
+
+
+def _open_hub(config: ConfigDict) -> tuple[str, dict[str, Documents]]:
+    """The splits of a data set of the Hub. Missing ones are cut from the end of train."""
+    table = hub.open_table(config, Path(config.cache).expanduser())
+    missing = [split for split in SPLITS[1:] if split not in table]
+    rows = len(table["train"])
+    held = int(rows * text.HELD_OUT_SHARE)
+    ranges = {split: (table[split], 0, len(table[split])) for split in SPLITS if split in table}
+    ranges["train"] = (table["train"], 0, rows - held * len(missing))
+    for place, split in enumerate(missing):
+        first = rows - held * (len(missing) - place)
+        ranges[split] = (table["train"], first, first + held)
+
+    def documents(split: str) -> Documents:
+        part, first, last = ranges[split]
+        return Documents(split, last - first, lambda number: hub.text_of(part[first + number], config.text_key))
+
+    content = fingerprint([config.name, {s: [len(t), getattr(t, "_fingerprint", "")] for s, t in table.items()}])
+    return content, {split: documents(split) for split in SPLITS}
 
 
 def _text_source(config: ConfigDict, root: Path) -> Source:

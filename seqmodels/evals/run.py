@@ -19,7 +19,8 @@ from seqmodels.training.checkpoint import restore_params, steps
 from seqmodels.training.run import read_config
 from seqmodels.training.state import abstract_params, placed_params
 
-TEXT = ("data.name", "data.path", "data.text_key")  # fields that name a text, in an evaluation on purpose another one
+# fields that name a text, in an evaluation on purpose another one
+TEXT = ("data.name", "data.path", "data.text_key", "data.mixture")
 
 
 class RunData(Protocol):
@@ -103,6 +104,8 @@ def load_run(
       that of the run.
     """
     workdir = Path(workdir).expanduser()
+    if any(name in TEXT for name in overrides) and "mixture" in read_config(workdir).data:
+        overrides = {"data.mixture": ""} | dict(overrides)  # one text in place of the run's mixture
     config = override(read_config(workdir), overrides)
     number = _checkpoint_step(workdir, config, step)
     other = dataset is not None or any(name in TEXT for name in overrides)

@@ -41,7 +41,8 @@ DATA = Group(
     {
         "name": Field(
             "shakespeare_austen",
-            "shakespeare_austen (comes with the project), text (local files) or a TFDS name such as wiki40b/en",
+            "shakespeare_austen (comes with the project), text (local files), hf:NAME (Hugging Face Hub), or a TFDS "
+            "name such as wiki40b/en",
         ),
         "path": Field(
             "",
@@ -56,6 +57,14 @@ DATA = Group(
             one_of("end", "documents"),
             since=2,
         ),
+        "mixture": Field(
+            "",
+            "several texts in place of one, with weights: '0.7 books; 0.3 hf:org/name' (docs/data.md)",
+            since=2,
+            path=True,
+        ),
+        "streaming": Field(False, "read and tokenise the text while training, and keep no copy of it", since=2),
+        "shuffle_buffer": Field(10_000, "with streaming: documents that are shuffled together", at_least(1), since=2),
         "text_key": Field("text", "feature of a TFDS dataset, key of JSON or column of a table that holds the text"),
         "tokenizer": Field(
             "bytes", "bytes, or path of a sentencepiece .model or a Hugging Face tokenizer.json", path=True

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from seqmodels import cli
+from seqmodels import cli, compiled
 from seqmodels.errors import UserError
 from seqmodels.fields import Field
 from seqmodels.fields.run import EVALUATION, ROOT, defaults
@@ -67,6 +67,7 @@ def main(flag_values: flags.FlagValues) -> None:
     if flag_values.prompt is None and (flag_values.out or workdir.is_dir()):  # else the message is of the workdir
         cli.check_writable(out)
     cli.use_platform(flag_values.platform)
+    compiled.use()
 
     import jax
     from flax import linen as nn

@@ -1,11 +1,12 @@
 """Trains and evaluates every trial of a sweep, and lines up what came out.
 
   python sweep.py --config=configs/densemamba.py --sweep=ablation --out=sweeps/ablation --seeds=3
+  python sweep.py --config=configs/mamba.py --grid optimizer.learning_rate=1e-3,3e-3 --grid model.state=16,32
   python sweep.py --compare=runs/densemamba,runs/mamba --out=sweeps/two
 
-Sweeps are functions in the config. The same command skips the trials that are done and goes on with the interrupted;
-several hosts may give it at the same time. Writes results.csv, report.md, report.html and pictures. Exit status: 0 all
-done, 1 a mistake in the command or a trial that failed, 75 interrupted.
+Sweeps are functions in the config; a grid needs none. The same command skips the trials that are done and goes on with
+the interrupted; several hosts may give it at the same time. Writes results.csv, report.md, report.html and pictures.
+Exit status: 0 all done, 1 a mistake in the command or a trial that failed, 75 interrupted.
 """
 
 import signal
@@ -20,7 +21,7 @@ from seqmodels import cli, interrupt
 from seqmodels.errors import UserError
 from seqmodels.fields.field import shown
 from seqmodels.scripts import as_typed, command_line
-from seqmodels.sweeps import definition, devices, report, results, slurm
+from seqmodels.sweeps import definition, devices, grid, report, results, slurm
 from seqmodels.sweeps.attempt import Stop
 from seqmodels.sweeps.checks import check_metric
 from seqmodels.sweeps.live import Live
@@ -34,7 +35,10 @@ ENGINES = ("local", "slurm", "print", "none")
 def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
     values: dict[str, Any] = dict(flag_values=flag_values)
     flags.DEFINE_string("spec", cli.take_config(list(argv)), "", **values)  # of --config; no flag for users
-    flags.DEFINE_string("sweep", "ablation", "Sweep of the config, by name.", **values)
+    flags.DEFINE_string("sweep", None, "Sweep of the config, by name; ablation, or only the grids, if left out.",
+                        **values)  # fmt: skip
+    flags.DEFINE_multi_string("grid", [], "FIELD=VALUE,VALUE: trials with each value; several: every combination.",
+                              **values)  # fmt: skip
     flags.DEFINE_string("out", None, "Directory of the sweep; sweeps/<config>-<sweep> if left out.", **values)
     flags.DEFINE_integer("seeds", 1, "Seeds of every trial: seed, seed + 1, ...", lower_bound=1, upper_bound=MOST,
                          **values)  # fmt: skip
@@ -69,28 +73,31 @@ def main(flag_values: flags.FlagValues) -> int:
         _write(_of_comparison(flag_values.out), "Comparison", compared, command, flag_values.metric)
         return 0
     config = flag_values.config
-    folder = cli.folder_of(flag_values.out or f"sweeps/{config.name}-{flag_values.sweep}")
+    grids = flag_values.grid
+    sweep = flag_values.sweep if flag_values.sweep is not None else "" if grids else "ablation"
+    name = "-".join(filter(None, [sweep, grid.name_of(grids) if grids else ""]))
+    folder = cli.folder_of(flag_values.out or f"sweeps/{config.name}-{name}")
     try:
         folder.exists()
     except OSError as error:
         raise UserError(f"--out={shown(str(folder))}: is no file name ({error.strerror})") from None
     check_metric(flag_values.metric, config, ",".join(flag_values.evals), compared)
     trials = definition.define(
-        flag_values.spec, config, flag_values.sweep, flag_values.seeds, folder, ",".join(flag_values.evals)
+        flag_values.spec, config, sweep, flag_values.seeds, folder, ",".join(flag_values.evals), grids
     )
     if flag_values.engine == "print":
         for trial in trials:
             if trial.record()["status"] != "done":
                 print(trial.line)
         return 0
-    commands = definition.keep(folder, flag_values.spec, flag_values.sweep, trials, command)
+    commands = definition.keep(folder, flag_values.spec, name, trials, command)
     stop, unkept = Stop(), {}
     if flag_values.engine != "none":
         signal.signal(signal.SIGHUP, stop)
         with interrupt.told(stop):
             unkept = _run(trials, folder, flag_values, stop)
     lined = results.of_trials(trials, unkept)
-    title = f"{flag_values.sweep} of {flag_values.spec}"
+    title = f"{name} of {flag_values.spec}"
     _write(folder, title, lined + compared, "\n".join(commands), flag_values.metric)
     return _end(lined, stop)
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import flags
 
-from seqmodels import cli
+from seqmodels import cli, compiled
 from seqmodels.atomic import json_text, replace_file, writing
 from seqmodels.errors import UserError, describe
 from seqmodels.fields import Field, at_least
@@ -41,6 +41,7 @@ def main(flag_values: flags.FlagValues) -> None:
     if flag_values.distributed:
         cli.join_job()
     cli.use_platform(config.platform)
+    compiled.use()
 
     from seqmodels.evals.memory import exhausted  # after use_platform: they import JAX
     from seqmodels.training.loop import train

@@ -14,9 +14,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from seqmodels import __version__, interrupt
+from seqmodels import interrupt
 from seqmodels.errors import NOT_FINITE
-from seqmodels.scripts import CHECKOUT
+from seqmodels.source import commit
 from seqmodels.sweeps.devices import Slot
 from seqmodels.sweeps.trial import Trial
 
@@ -173,22 +173,3 @@ def last_row(path: Path) -> dict:
 
 def now() -> str:
     return datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-
-
-def commit() -> str:
-    """Short hash of the checkout that the trials run from, with "+" if files differ from it.
-
-    What SEQMODELS_COMMIT says goes before it, for a machine to which the files were copied; "" where neither is there.
-    The installed package says its version.
-    """
-    if said := os.environ.get("SEQMODELS_COMMIT"):
-        return said
-    if CHECKOUT is None:
-        return __version__
-    git = ["git", "-C", str(CHECKOUT)]
-    try:
-        head = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True).stdout
-        clean = subprocess.run([*git, "diff", "--quiet", "HEAD"], capture_output=True).returncode == 0
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return head.strip() + ("" if clean else "+")

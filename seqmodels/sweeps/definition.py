@@ -1,11 +1,11 @@
-"""Makes trials of `sweep(add, arg)` in a config, and finds every mistake in it before anything starts."""
+"""Makes trials of `sweep(add, arg)` in a config and of grids, and finds every mistake in it before anything starts."""
 
 import copy
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ml_collections import ConfigDict
@@ -19,22 +19,26 @@ from seqmodels.fields.field import shown
 from seqmodels.fields.run import ROOT
 from seqmodels.nearest import nearest
 from seqmodels.scripts import CHECKOUT
+from seqmodels.sweeps import grid
 from seqmodels.sweeps.checks import check_evaluators
 from seqmodels.sweeps.trial import Trial, read_json
 
 SCRIPTS = CHECKOUT  # the folder with train.py and eval.py; None: the installed package runs its own
 
 
-def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path, evals: str = "") -> list[Trial]:
+def define(
+    spec: str, config: ConfigDict, name: str, seeds: int, folder: Path, evals: str = "", grids: Sequence[str] = ()
+) -> list[Trial]:
     """The trials of a sweep in its order. Equal configs count once; the seeds of a trial follow one another.
 
     Args:
       spec: `path/to/config.py[:preset]`.
       config: the config of `spec` with the overrides of the command.
-      name: of the sweep.
+      name: of a sweep of the config. "": only the grids.
       seeds: how many; seed, seed + 1, ...
       folder: of the sweep; run directories are `folder/trials/<id>`.
       evals: names of evaluators, separated by commas. "": those of each config. "none": no evaluation after training.
+      grids: "FIELD=VALUE,VALUE" each (`seqmodels.sweeps.grid`). Each trial of the sweep is run with every combination.
 
     What is hardly meant (`seqmodels.plausible`) is said in a line on stderr.
 
@@ -42,17 +46,14 @@ def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path, e
     """
     begun = (folder / "sweep.json").exists()
     validate(config, begun)
-    listed: list[dict] = []
-    sweep = _find(spec, config, name)
-    try:
-        sweep(listed.append, cli.split_spec(spec)[1] or None)
-    except Exception as error:  # the file is a program of the user's
-        raise cli.mistake(spec, cli.find_config(spec), error) from error
-    if not listed:
-        raise UserError(f"--sweep={name}: adds no trial")
+    combined = grid.combinations(grids)
+    where = f"--sweep={name}" if name else "--grid"
+    listed = [
+        trial | grid.overrides(combination, config, trial)
+        for trial in (_listed(spec, config, name) if name else [{}])
+        for combination in combined
+    ]
     for overrides in listed:
-        if not isinstance(overrides, dict) or not all(isinstance(field, str) for field in overrides):
-            raise UserError(f"--sweep={name}: adds {shown(overrides)}: must be a dict of dotted fields and values")
         ROOT.fields["seed"].check("seed", overrides.get("seed", config.seed))
     written = cli.written_config(spec)
     trials: dict[str, Trial] = {}
@@ -60,7 +61,7 @@ def define(spec: str, config: ConfigDict, name: str, seeds: int, folder: Path, e
     for overrides in listed:
         first = overrides.get("seed", config.seed)
         for seed in range(first, first + seeds):
-            trial = _trial(spec, config, name, overrides | {"seed": seed}, written, folder, evals, begun, doubts)
+            trial = _trial(spec, config, where, overrides | {"seed": seed}, written, folder, evals, begun, doubts)
             trials.setdefault(trial.id, trial)
     for line in doubts:
         print(line, file=sys.stderr, flush=True)
@@ -102,11 +103,27 @@ def options(texts: list[str]) -> dict[str, object]:
     return {name: int(value) if value.isdecimal() else value for name, _, value in pairs}
 
 
+def _listed(spec: str, config: ConfigDict, name: str) -> list[dict]:
+    """What a sweep of the config adds. Raises: UserError where that is nothing, or no dict of fields."""
+    listed: list[dict] = []
+    sweep = _find(spec, config, name)
+    try:
+        sweep(listed.append, cli.split_spec(spec)[1] or None)
+    except Exception as error:  # the file is a program of the user's
+        raise cli.mistake(spec, cli.find_config(spec), error) from error
+    if not listed:
+        raise UserError(f"--sweep={name}: adds no trial")
+    for overrides in listed:
+        if not isinstance(overrides, dict) or not all(isinstance(field, str) for field in overrides):
+            raise UserError(f"--sweep={name}: adds {shown(overrides)}: must be a dict of dotted fields and values")
+    return listed
+
+
 def _find(spec: str, config: ConfigDict, name: str) -> Callable:
     module = cli.load_module(spec)
     sweeps = ({"ablation": module.sweep} if hasattr(module, "sweep") else {}) | getattr(module, "SWEEPS", {})
     if not sweeps:
-        raise UserError(f"--config={spec}: defines no sweep(add, arg)")
+        raise UserError(f"--config={spec}: defines no sweep(add, arg); --grid=FIELD=VALUE,VALUE needs none")
     if name not in sweeps:
         raise UserError(f"--sweep={name}: no such sweep in {spec}{nearest(name, list(sweeps))}")
     # A sweep may ask get_config for what it starts from, such as a width to match. It gets the overridden config.
@@ -114,8 +131,8 @@ def _find(spec: str, config: ConfigDict, name: str) -> Callable:
     return sweeps[name]
 
 
-def _trial(spec, config, name, overrides, written, folder, evals, begun, doubts) -> Trial:
-    resolved = resolve(config, overrides, name, begun)
+def _trial(spec, config, where, overrides, written, folder, evals, begun, doubts) -> Trial:
+    resolved = resolve(config, overrides, where, begun)
     doubts |= dict.fromkeys(plausible.doubts(resolved, begun))
     fields = dict(cli.fields(resolved))
     identity = identify(resolved, written)
@@ -156,29 +173,31 @@ def identify(resolved: ConfigDict, written: ConfigDict) -> str:
     return hashlib.sha256(json.dumps(_plain(fields), sort_keys=True).encode()).hexdigest()[:10]
 
 
-def resolve(config: ConfigDict, overrides: dict[str, object], name: str, begun: bool = False) -> ConfigDict:
+def resolve(config: ConfigDict, overrides: dict[str, object], where: str, begun: bool = False) -> ConfigDict:
     """`config` with a trial's fields set. Raises: UserError for one that is not there, or a value that does not fit.
 
-    begun: as in `seqmodels.config.validate`.
+    Args:
+      where: the flag that the fields come from, for messages.
+      begun: as in `seqmodels.config.validate`.
     """
     resolved = copy.deepcopy(config)
     if isinstance(pattern := overrides.get("model.pattern"), str):
         try:
             resolved = with_pattern(resolved, pattern).lock()
         except UserError as error:
-            raise UserError(f"--sweep={name}: {error}") from None
+            raise UserError(f"{where}: {error}") from None
     names = [field for field, _ in cli.fields(resolved)]
     for field, value in overrides.items():
         if field not in names:
-            raise UserError(f"--sweep={name}: {field}={value!r}: no such field{nearest(field, names)}")
+            raise UserError(f"{where}: {field}={value!r}: no such field{nearest(field, names)}")
         try:
             resolved.update_from_flattened_dict({field: value})
         except TypeError:
-            raise UserError(f"--sweep={name}: {field}={value!r}: must be {_kind(resolved, field)}") from None
+            raise UserError(f"{where}: {field}={value!r}: must be {_kind(resolved, field)}") from None
     try:
         validate(resolved, begun)
     except UserError as error:
-        raise UserError(f"--sweep={name}: {error}") from None
+        raise UserError(f"{where}: {error}") from None
     return resolved
 
 

@@ -1,138 +1,125 @@
-"""Pictures of a sweep. A group has the same colour and number in every picture and table."""
+"""Pictures of a sweep, one axes each, as PNG and SVG. A trial has one colour and number in all pictures and tables.
+
+Trials that differ only in the learning rate have one colour; then lines and marks tell the rates apart.
+"""
 
 import io
-from collections.abc import Sequence
+from typing import Any
 
-from seqmodels.sweeps.results import Group, mean_and_spread
+from seqmodels.sweeps.markup import Picture
+from seqmodels.sweeps.results import Group
 
-AGAINST = {  # figure: title of its axis
-    "parameters": "parameters",
-    "state_bytes_per_sequence": "bytes of state a sequence",
-    "tokens_per_second": "training tokens a second",
-}
-
-
-def losses(groups: list[Group]) -> bytes | None:
-    """Training loss by step and by time, mean and spread over seeds, as a PNG; None without a loss."""
-    groups = [group for group in groups if any(result.losses for result in group.results)]
-    if not groups:
-        return None
-    figure, (by_step, by_time) = _figure(1, 2, (13, 4.5))
-    longest = []
-    for group in groups:
-        colour = _colour(group)
-        curves = [result for result in group.results if result.losses]
-        steps, mean, spread = _over_seeds(curves)
-        by_step.plot(steps, mean, color=colour, linewidth=1.3, label=_name(group))
-        if spread is not None:
-            by_step.fill_between(steps, mean - spread, mean + spread, color=colour, alpha=0.2, linewidth=0)
-        for result in curves:
-            if result.seconds:  # else it shared its device
-                by_time.plot(result.seconds, result.losses, color=colour, linewidth=0.9, alpha=0.8)
-            longest.append(result)
-    _limit(by_step, longest)
-    _limit(by_time, longest)
-    by_step.set(xlabel="step", ylabel="training loss, nats a token", title="by step, mean and spread over seeds")
-    by_time.set(xlabel="seconds in training steps", title="by time, every seed")
-    figure.legend(loc="outside right upper", fontsize="small")
-    return _png(figure)
+NAMES = (  # of all pictures that a report may have; the last two are those of earlier versions
+    *("losses", "losses_by_time", "loss_differences", "metric", "differences", "parameters", "state", "speed"),
+    *("bars", "quality"),
+)
+WIDTH, HEIGHT = 5.6, 3.7  # inches of a picture, without its legend
+LINE = 0.17  # inches of a line of the legend
+LARGEST = 2**15  # pixels of a side
+SMALL = 8  # points of the numbers in a picture
+# Where curves lie on each other, the lower one is seen through the gaps of the upper one.
+DASHES: tuple[Any, ...] = ("solid", (0, (5, 2.5)), (0, (1.5, 1.5)), (0, (7, 2, 1.5, 2)))
+# The same with other gaps: when all were used once, and for every second colour where a line stands for a rate.
+GAPS: tuple[Any, ...] = ((0, (11, 1.5)), (2, (5, 4)), (1, (1.5, 2.5)), (3, (7, 3, 1.5, 3)))
+MARKS = "os^Dv<>P"
+KEYS = 40  # entries of a legend
+FEW = 10  # colours that are easy to tell apart
 
 
-def bars(groups: list[Group], metric: str) -> bytes | None:
-    """The metric of each group with its spread, and its difference from the first, as a PNG; None without values."""
-    groups = [group for group in groups if group.values(metric)]
-    if not groups:
-        return None
-    figure, (absolute, relative) = _figure(1, 2, (13, 1.6 + 0.4 * len(groups)))
-    names = [_name(group) for group in groups]
-    for place, group in enumerate(groups):
-        mean, spread = mean_and_spread(group.values(metric))
-        absolute.errorbar(mean, place, xerr=spread, fmt="o", color=_colour(group), capsize=4)
-        absolute.plot(group.values(metric), [place] * len(group.values(metric)), "|", color="0.4", markersize=9)
-        mean, spread = mean_and_spread(group.differences(groups[0], metric))
-        relative.barh(place, mean, xerr=spread, color=_colour(group), capsize=4, height=0.6)
-    absolute.set_yticks(range(len(groups)), names)
-    relative.set_yticks(range(len(groups)), [str(group.number) for group in groups])
-    relative.axvline(0, color="0.2", linewidth=0.8)
-    for axes in (absolute, relative):
-        axes.set_ylim(len(groups) - 0.4, -0.6)
-        axes.ticklabel_format(axis="x", useOffset=False)
-        axes.locator_params(axis="x", nbins=6)
-    absolute.set(xlabel=metric, title="mean, spread and every seed")
-    relative.set(xlabel=f"{metric}, less that of {groups[0].number}", title="difference, seed by seed")
-    return _png(figure)
+def pictures(groups: list[Group], metric: str) -> list[Picture]:
+    """All pictures for which there are values."""
+    from seqmodels.sweeps import curves, marks
+
+    found = (*curves.figures(groups), *marks.figures(groups, metric))
+    return [Picture(name, about, _saved(figure, "png"), _saved(figure, "svg")) for name, about, figure in found]
 
 
-def quality(groups: list[Group], metric: str) -> bytes | None:
-    """The metric against parameters, state and speed, as a PNG; None without values."""
-    from matplotlib.ticker import EngFormatter
+class Style:
+    """Colour, line and mark of each group, and the legend that explains them."""
 
-    groups = [group for group in groups if group.values(metric)]
-    there = [name for name in AGAINST if any(group.values(name) for group in groups)]
-    if not there:
-        return None
-    figure, panels = _figure(1, len(there), (4.6 * len(there) + 2, 4.2))
-    for axes, name in zip(panels, there, strict=True):
-        for group in groups:
-            if not group.values(name):
-                continue
-            across, width = mean_and_spread(group.values(name))
-            mean, spread = mean_and_spread(group.values(metric))
-            label = _name(group) if axes is panels[0] else None
-            axes.errorbar(across, mean, yerr=spread, xerr=width, fmt="o", color=_colour(group), capsize=3, label=label)
-            axes.annotate(
-                str(group.number), (across, mean), xytext=(5, 4), textcoords="offset points", fontsize="small"
-            )
-        axes.set(xlabel=AGAINST[name], ylabel=metric if axes is panels[0] else "")
-        axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-        axes.ticklabel_format(axis="y", useOffset=False)
-        axes.locator_params(nbins=6)
-        axes.margins(0.1)
-    figure.legend(loc="outside right upper", fontsize="small")
-    return _png(figure)
+    def __init__(self, groups: list[Group]) -> None:
+        self.groups = groups
+        self.models = list(dict.fromkeys(group.model for group in groups))
+        self.rates = sorted({group.rate for group in groups if group.rate is not None})
+        self.by_rate = len(self.models) < len(groups)
+
+    def colour(self, group: Group) -> tuple:
+        import matplotlib
+
+        place = self.models.index(group.model)
+        if len(self.models) <= FEW:
+            return matplotlib.colormaps["tab10"](place)
+        return matplotlib.colormaps["tab20"]((2 * place + place // FEW) % 20)
+
+    def dash(self, group: Group) -> Any:
+        place = self._place(group)
+        second = self.models.index(group.model) % 2 if self.by_rate else place // len(DASHES) % 2
+        return (GAPS if second else DASHES)[place % len(DASHES)]
+
+    def mark(self, group: Group) -> str:
+        return MARKS[self._place(group) % len(MARKS)]
+
+    def _place(self, group: Group) -> int:
+        if not self.by_rate:
+            return self.models.index(group.model)
+        return 0 if group.rate is None else self.rates.index(group.rate)
+
+    def legend(self, figure: Any, marks: bool = False) -> None:
+        """Puts a legend below the axes, and makes the figure as much higher."""
+        from matplotlib.lines import Line2D
+
+        def key(text: str, colour: Any, group: Group) -> Line2D:
+            line = dict(linestyle="none", marker=self.mark(group)) if marks else dict(linestyle=self.dash(group))
+            return Line2D([], [], color=colour, label=shortened(text), **line)
+
+        if self.by_rate:
+            first = {model: next(group for group in self.groups if group.model == model) for model in self.models}
+            of_rate = {rate: next(group for group in self.groups if group.rate == rate) for rate in self.rates}
+            keys = [Line2D([], [], color=self.colour(group), linewidth=4, label=shortened(model))
+                    for model, group in first.items()]  # fmt: skip
+            keys += [key(f"learning rate {rate:.4g}", "0.4", group) for rate, group in of_rate.items()]
+        else:
+            keys = [key(name_of(group), self.colour(group), group) for group in self.groups]
+        keys = keys[:KEYS]  # of hundreds of trials nobody tells the colours apart
+        longest = max(len(str(each.get_label())) for each in keys)
+        columns = min(3 if longest <= 20 else 2 if longest <= 36 else 1, len(keys))
+        rows = -(-len(keys) // columns)
+        figure.set_figheight(figure.get_figheight() + LINE * rows + 0.15)
+        figure.legend(
+            handles=keys, loc="outside lower center", ncols=columns, fontsize=SMALL, frameon=False,
+            handlelength=2.6, labelspacing=0.3, columnspacing=1.2,
+        )  # fmt: skip
 
 
-def _over_seeds(curves: Sequence):
-    """The steps that all results have, and mean and standard deviation there; the latter is None for one result."""
-    import numpy as np
-
-    common = sorted(set.intersection(*(set(result.steps) for result in curves)))
-    tables = [dict(zip(result.steps, result.losses, strict=True)) for result in curves]
-    values = np.array([[table[step] for step in common] for table in tables])
-    return common, values.mean(0), values.std(0, ddof=1) if len(curves) > 1 else None
-
-
-def _limit(axes, results: Sequence) -> None:
-    """Limits the axis to losses after the first fifth of the steps: the high ones before hide how runs differ."""
-    late = [result.losses[len(result.losses) // 5 :] for result in results]
-    low, high = min(map(min, late)), max(losses[0] for losses in late)
-    margin = 0.05 * (high - low) or 0.1
-    axes.set_ylim(low - margin, high + margin)
-
-
-def _figure(rows: int, columns: int, size: tuple[float, float]):
+def new_figure(height: float = HEIGHT, **labels: str) -> tuple[Any, Any]:
+    """A figure with one axes, which has these labels."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=size, layout="constrained")
-    panels = figure.subplots(rows, columns, squeeze=False)[0]
-    for axes in panels:
-        axes.grid(alpha=0.3)
-        axes.set_axisbelow(True)
-    return figure, panels
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
+    axes = figure.subplots()
+    axes.grid(alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.set(**labels)
+    for side in ("top", "right"):
+        axes.spines[side].set_visible(False)
+    return figure, axes
 
 
-def _colour(group: Group) -> tuple:
+def name_of(group: Group) -> str:
+    return f"{group.number}  {group.label}"
+
+
+def shortened(text: str, most: int = 72) -> str:
+    """A text without its middle, if it is longer: ends of labels differ as much as beginnings."""
+    half = (most - 3) // 2
+    return text if len(text) <= most else f"{text[:half]}...{text[-half:]}"
+
+
+def _saved(figure: Any, kind: str) -> bytes:
     import matplotlib
 
-    return matplotlib.colormaps["tab20"]((2 * (group.number - 1) + (group.number - 1) // 10) % 20)
-
-
-def _name(group: Group) -> str:
-    label = group.label if len(group.label) <= 60 else group.label[:57] + "..."
-    return f"{group.number}  {label}"
-
-
-def _png(figure) -> bytes:
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=130)
+    dpi = min(170, LARGEST / max(figure.get_size_inches()))
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "seqmodels"}):
+        figure.savefig(buffer, format=kind, dpi=dpi, metadata={"Date": None} if kind == "svg" else None)
     return buffer.getvalue()

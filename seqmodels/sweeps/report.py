@@ -1,6 +1,5 @@
-"""The report of a sweep: results.csv, report.md, report.html and pictures, each replaced in one atomic step."""
+"""The report of a sweep: results.csv, report.md, report.html, tables.tex, pictures; each is replaced in one step."""
 
-import math
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -9,21 +8,10 @@ from seqmodels.atomic import replace_file
 from seqmodels.claim import waited
 from seqmodels.errors import UserError
 from seqmodels.nearest import nearest
-from seqmodels.sweeps import plots
-from seqmodels.sweeps.markup import Block, Code, Heading, Picture, Table, markdown, page
-from seqmodels.sweeps.results import EQUAL_TIME, Group, Result, at_equal_time, group, mean_and_spread, write_csv
+from seqmodels.sweeps import plots, tables
+from seqmodels.sweeps.markup import Block, Code, Heading, Picture, Table, latex, markdown, page
+from seqmodels.sweeps.results import Group, Result, at_equal_time, group, write_csv
 
-COLUMNS = {  # of the first table: figure to its heading; the metric stands before them
-    "validation.bits_per_byte": "validation bits/byte",
-    "test.bits_per_byte": "test bits/byte",
-    "validation.accuracy": "validation accuracy",
-    "test.accuracy": "test accuracy",
-    "train_loss": "training loss",
-    EQUAL_TIME: "training loss at equal time",
-    "parameters": "parameters",
-    "state_bytes_per_sequence": "state bytes",
-    "tokens_per_second": "tokens/s",
-}
 QUALITY = ("validation.loss", "train_loss")  # the first that is there is the metric, if none is named
 LOG_LINES = 40  # of a failed trial, in the HTML
 
@@ -35,7 +23,7 @@ def write(folder: Path, *arguments: Any) -> str:
 
 
 def compose(folder: Path, title: str, results: list[Result], command: str, metric: str = "") -> str:
-    """Writes results.csv, report.md, report.html, losses.png, bars.png and quality.png, and returns the table.
+    """Writes results.csv, report.md, report.html, tables.tex and the pictures, and returns the first tables as text.
 
     Args:
       command: the commands that made the results.
@@ -47,24 +35,34 @@ def compose(folder: Path, title: str, results: list[Result], command: str, metri
     groups = group(results)
     write_csv(folder / "results.csv", results)
     metric = _metric(results, metric)
-    first = _table(groups, metric)
-    blocks: list[Block] = [first, _note(groups, metric, time)]
-    for name, description, png in (
-        ("losses.png", "training losses", plots.losses(groups)),
-        ("bars.png", f"{metric} of each trial", plots.bars(groups, metric)),
-        ("quality.png", f"{metric} against parameters, state and speed", plots.quality(groups, metric)),
-    ):
-        if png:
-            replace_file(folder / name, png)
-            blocks.append(Picture(name, description, png))
-        else:
-            (folder / name).unlink(missing_ok=True)
-    blocks += _evaluations(groups)
+    first, second = tables.results(groups, metric), tables.costs(groups, metric)
+    blocks: list[Block] = [first, _note(groups, metric), *tables.best_rates(groups, metric)]
+    pictures = plots.pictures(groups, metric)
+    _replace_pictures(folder, pictures)
+    blocks += pictures
+    if second.rows:
+        blocks += [Heading("Training and cost"), second]
+        if time is not None:
+            blocks.append(f"Equal time is {time:,.1f} s in training steps, when the first run ended.")
+    blocks += tables.evaluations(groups)
     blocks += _unfinished(results)
     blocks += [Heading("How it was made"), Code(command), _provenance(results)]
     replace_file(folder / "report.md", markdown(title, _brief(blocks)))
     replace_file(folder / "report.html", page(title, blocks))
-    return _plain(first)
+    replace_file(folder / "tables.tex", latex(title, blocks))
+    return "\n\n".join(_plain(table) for table in (first, second) if table.rows)
+
+
+def _replace_pictures(folder: Path, pictures: list[Picture]) -> None:
+    """Writes the pictures, and removes those that a report of fewer results does not have."""
+    files = {f"{picture.name}.{kind}": data for picture in pictures
+             for kind, data in (("png", picture.png), ("svg", picture.svg))}  # fmt: skip
+    for name in plots.NAMES:
+        for kind in ("png", "svg"):
+            if f"{name}.{kind}" not in files:
+                (folder / f"{name}.{kind}").unlink(missing_ok=True)
+    for name, data in files.items():
+        replace_file(folder / name, data)
 
 
 def _metric(results: list[Result], metric: str) -> str:
@@ -74,62 +72,15 @@ def _metric(results: list[Result], metric: str) -> str:
     return metric or next((name for name in QUALITY if name in names), QUALITY[0])
 
 
-def _table(groups: list[Group], metric: str) -> Table:
-    columns = {metric: metric} | {name: heading for name, heading in COLUMNS.items() if name != metric}
-    columns = {name: heading for name, heading in columns.items() if any(group.values(name) for group in groups)}
-    headers = ["#", "trial", "seeds", *columns]
-    rows = []
-    for each in groups:
-        done = sum(result.status == "done" for result in each.results)
-        row = [
-            str(each.number),
-            each.label,
-            f"{done}" if done == len(each.results) else f"{done} of {len(each.results)}",
-        ]
-        for name in columns:
-            row.append(_figure(each.values(name)))
-            if name == metric:
-                row.append("" if each is groups[0] else _figure(each.differences(groups[0], metric), sign="+"))
-        rows.append(row)
-    headers = ["#", "trial", "seeds"]
-    for name, heading in columns.items():
-        headers += [heading, f"less that of {groups[0].number}"] if name == metric else [heading]
-    return Table(headers, rows)
-
-
-def _figure(values: list[float], sign: str = "") -> str:
-    """A figure such as `1.4317 ± 0.0012`; counts and numbers above a thousand have no decimals."""
-    mean, spread = mean_and_spread(values)
-    if math.isnan(mean):
-        return "–"
-    whole = not spread and all(isinstance(value, int) for value in values)
-    digits = ".0f" if whole or abs(mean) >= 1000 else ".1f" if abs(mean) >= 100 else ".4f"
-    text = f"{mean:{sign},{digits}}"
-    return text if not spread else f"{text} ± {spread:,{digits}}"
-
-
-def _note(groups: list[Group], metric: str, time: float | None) -> str:
-    parts = [
-        f"± is the sample standard deviation over seeds. {metric} less that of {groups[0].number} is the mean over "
-        "seeds that both have, of the differences seed by seed."
-    ]
-    if time is not None:
-        parts.append(f"Equal time is {time:,.1f} s in training steps, when the first run ended.")
-    return " ".join(parts)
-
-
-def _evaluations(groups: list[Group]) -> list[Block]:
-    """A table of the figures of eval.py: a row for each figure that differs, a column for each group."""
-    names = dict.fromkeys(name for g in groups for r in g.results for name in r.figures if name.startswith("eval."))
-    rows = []
-    for name in names:
-        values = [each.values(name) for each in groups]
-        if len({value for seeds in values for value in seeds}) > 1:
-            rows.append([name.removeprefix("eval."), *(_figure(seeds) for seeds in values)])
-    if not rows:
-        return []
-    headers = ["eval.py", *(str(each.number) for each in groups)]
-    return [Heading("Evaluations"), Table(headers, rows, texts=1)]
+def _note(groups: list[Group], metric: str) -> str:
+    number = groups[0].number
+    text = (
+        f"± is the sample standard deviation over seeds. The difference from {number} is that of {metric}, seed by "
+        "seed, its mean over the seeds that both have."
+    )
+    if any(len(each.values(metric)) > 1 for each in groups):
+        text += " A 95% interval is Student's t-interval of the mean over seeds; with two seeds it is wide."
+    return text
 
 
 def _unfinished(results: list[Result]) -> list[Block]:

@@ -11,7 +11,7 @@ import statistics
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from seqmodels.atomic import replace_file
 from seqmodels.config import upgrade
@@ -21,6 +21,8 @@ from seqmodels.sweeps.labels import labels
 from seqmodels.sweeps.trial import Trial, read_json
 from seqmodels.training import metrics
 
+Grouped = TypeVar("Grouped")
+RATE = "optimizer.learning_rate"
 WINDOW = 50  # rows of training loss in a mean, or a twentieth of them if that is fewer
 UNCOUNTED = ("name", "checkpoint", "metrics", "sample")  # parts of a config that change no figure
 EQUAL_TIME = "train_loss_at_equal_time"
@@ -35,6 +37,7 @@ class Result:
       label: shared by the seeds of a trial, and by nothing else (`distinct`).
       kind: what the seeds of a trial have in common, as a text: the config without the seed, and the data.
       home: for a result of `of_runs` the run's or sweep's directory, whose name begins the label.
+      model, rate: the label without the learning rate, and the rate, where the sweep sets it; else the label, and None.
       columns: fields that the sweep sets, with the values that they have in this trial.
       figures: metrics by dotted name. Those of eval.json begin with "eval.".
       steps, seconds, losses: the training loss, each value the mean of a few rows, and the training time up to there.
@@ -55,6 +58,8 @@ class Result:
     tokens: int = 0
     kind: str = ""
     home: Path | None = None
+    model: str = ""
+    rate: float | None = None
 
     @property
     def status(self) -> str:
@@ -63,11 +68,19 @@ class Result:
 
 @dataclasses.dataclass(eq=False)
 class Group:
-    """The seeds of one trial. `number` names it in tables and plots."""
+    """The seeds of one trial. `number` names it in tables and plots. For `model` and `rate` see `Result`."""
 
     number: int
     label: str
     results: list[Result]
+
+    @property
+    def model(self) -> str:
+        return self.results[0].model or self.label
+
+    @property
+    def rate(self) -> float | None:
+        return self.results[0].rate
 
     def values(self, metric: str) -> list[float]:
         """The values of a metric, of the seeds that have it."""
@@ -80,24 +93,27 @@ class Group:
         return [mine - its for mine, its in pairs if mine is not None and its is not None]
 
 
-def mean_and_spread(values: list[float]) -> tuple[float, float | None]:
-    """Mean and sample standard deviation, None for a single value; NaN where there is no value."""
-    if not values:
-        return math.nan, None
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else None
-
-
 def of_trials(trials: list[Trial], unkept: dict[str, dict]) -> list[Result]:
     """A result for each trial, in the same order. unkept: records that could not be written to disk."""
     names = list(dict.fromkeys(name for trial in trials for name in trial.overrides if name != "seed"))
     results = []
-    for trial, label in zip(trials, labels([trial.overrides for trial in trials]), strict=True):
+    overrides = [trial.overrides for trial in trials]
+    models = _models(overrides, labels(overrides))
+    for trial, label, model in zip(trials, labels(overrides), models, strict=True):
         columns = {name: trial.fields[name] for name in names}
         record = unkept.get(trial.id) or trial.record()
         result = _read(Result(trial.id, trial.workdir, label, trial.overrides["seed"], record, columns))
         result.kind = _text({name: value for name, value in trial.fields.items() if name != "seed"})
+        result.model, result.rate = model, columns.get(RATE)
         results.append(result)
     return _timed(results)
+
+
+def _models(overrides: list[dict[str, Any]], whole: list[str]) -> list[str]:
+    """The labels of trials without their learning rates, where these are among what is set; else `whole`, theirs."""
+    if not any(RATE in trial for trial in overrides):
+        return whole
+    return labels([{name: value for name, value in trial.items() if name != RATE} for trial in overrides])
 
 
 def of_runs(folders: list[Path]) -> list[Result]:
@@ -117,9 +133,12 @@ def of_runs(folders: list[Path]) -> list[Result]:
             runs = [folder / "trials" / identity for identity in sweep["trials"]]
             overrides = [read_json(run / "trial.json").get("overrides", {}) for run in runs]
             there = []
-            for run, label, values in zip(runs, labels(overrides), overrides, strict=True):
+            models = _models(overrides, labels(overrides))
+            for run, label, model, values in zip(runs, labels(overrides), models, overrides, strict=True):
                 if (run / "config.json").exists():
                     there.append(_run(run, f"{name}: {label}", folder.resolve()))
+                    if model != label:
+                        there[-1].model, there[-1].rate = f"{name}: {model}", values.get(RATE)
                     values = {field: value for field, value in values.items() if field != "seed"}
                     there[-1].kind += _text([str(folder.resolve()), values])
             results += _timed(there)
@@ -281,9 +300,9 @@ def group(results: list[Result]) -> list[Group]:
     return [Group(number, members[0].label, members) for number, members in enumerate(groups.values(), 1)]
 
 
-def group_by(results: list[Result], key: Callable[[Result], Any]) -> dict[Any, list[Result]]:
+def group_by(results: list[Grouped], key: Callable[[Grouped], Any]) -> dict[Any, list[Grouped]]:
     """The results with equal keys, in the order of the first result of each."""
-    groups: dict[Any, list[Result]] = {}
+    groups: dict[Any, list[Grouped]] = {}
     for result in results:
         groups.setdefault(key(result), []).append(result)
     return groups

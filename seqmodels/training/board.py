@@ -17,7 +17,7 @@ from tensorboardX.crc32c import crc32c
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 from tensorboardX.proto.summary_pb2 import Summary
 
-from seqmodels.training.metrics import FINAL
+from seqmodels.training.metrics import is_final
 
 PREFIX = "events.out.tfevents."
 
@@ -66,7 +66,7 @@ def cut_after(path: Path, step: int, again: bool) -> None:
     """Cuts an event file before the first event that comes after `step`, or that a crash cut short."""
     end = 0
     for at, values, behind in events(path):
-        after = at > step or (again and at == step and any(name.startswith(FINAL) for name in values))
+        after = at > step or (again and at == step and is_final(values))
         if values and after:
             break
         end = behind

@@ -152,6 +152,9 @@ class Finish:
                 if self.dataset.measured_by == "perplexity":
                     splits[split]["xz_bits_per_byte"] = self.dataset.xz_bits_per_byte(split)
             between()
+        with self._reported("metrics"):
+            row = {f"{split}.{name}": value for split, figures in splits.items() for name, value in figures.items()}
+            metrics.write(step, {name: value for name, value in row.items() if not name.endswith("xz_bits_per_byte")})
         if named := evals.named(config):
             with self._reported("config.evals"):
                 self._run_evaluators(evals.find(named, "config.evals"), params, step, metrics)

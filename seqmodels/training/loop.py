@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from seqmodels import data, pattern, plausible
+from seqmodels import data, pattern, plausible, source
 from seqmodels.branches import BRANCHES
 from seqmodels.config import upgrade, validate
 from seqmodels.data.contract import check_spec
@@ -76,7 +76,7 @@ class Trainer:
     def __init__(self, config: ConfigDict, workdir: Path, stop: StopSignal, dataset: data.BatchSource | None) -> None:
         self.config, self.workdir, self.stop = config, workdir, stop
         self.mesh: Mesh = sharding.make_mesh(config)
-        self.source = config.data.name if dataset is None else type(dataset).__name__
+        self.source = _source_name(config) if dataset is None else type(dataset).__name__
         self.dataset = _load(config) if dataset is None else dataset
         if run.begun(workdir):
             identity.check(workdir, self.dataset, config.data, "restore it, or name another --workdir")
@@ -120,6 +120,8 @@ class Trainer:
         if state is None:
             state = self._first_state()
         first, main = int(state.step), jax.process_index() == 0
+        if main:
+            source.write(self.workdir, first)
         with self.on_mesh():
             compiled = self._compiled() if first < config.steps else None
         self.metrics = Metrics(self.workdir, first, config, enabled=main)
@@ -285,6 +287,12 @@ class Trainer:
         self.checkpoints.close()
         _say_anyway(f"stopped after step {step}; the same command goes on from there")
         raise Preempted(step)
+
+
+def _source_name(config: ConfigDict) -> str:
+    """What `config.data` names: a mixture, files or a data set."""
+    fields = (config.data.get(name, "") for name in ("mixture", "path"))
+    return next(filter(None, fields), config.data.name)
 
 
 def _load(config: ConfigDict) -> data.BatchSource:

@@ -4,6 +4,7 @@ import json
 import os
 import secrets
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +12,6 @@ from ml_collections import ConfigDict
 
 from seqmodels.atomic import replace_file, writing
 from seqmodels.errors import UserError
-
-FINAL = "eval."  # begins the names of figures of config.evals, which are written after the last checkpoint
 
 
 class Metrics:
@@ -32,7 +31,7 @@ class Metrics:
         self._file = self._board = self._wandb = None
         if not enabled:
             return
-        again = step >= config.steps  # only the evaluation after the last step is left, and its row is written again
+        again = step >= config.steps  # only the evaluation after the last step is left, and its rows are written again
         if config.metrics.wandb:
             self._wandb = _start_wandb(Path(workdir), config, begun=step > 0)
         self._path = path = Path(workdir) / "metrics.jsonl"
@@ -108,18 +107,23 @@ def drop_after(path: Path, step: int, again: bool = False) -> None:
     """Removes the rows after `step`, and a row that a crash cut short, by one atomic replacement of the file.
 
     Args:
-      again: whether the row of config.evals at `step` is removed too, as the evaluation is done again.
+      again: whether the rows of the evaluation after `step` are removed too, as it is done again.
     """
     rows = read(path) if path.exists() else []
     if step and not any(row["step"] <= step for row in rows):
         print(f"{path}: the rows up to step {step} are not there", file=sys.stderr, flush=True)
-    kept = [row for row in rows if row["step"] <= step and not (again and row["step"] == step and _is_final(row))]
+    kept = [row for row in rows if row["step"] <= step and not (again and row["step"] == step and is_final(row))]
     if path.exists():
         replace_file(path, "".join(json.dumps(row) + "\n" for row in kept))
 
 
-def _is_final(row: dict) -> bool:
-    return any(name.startswith(FINAL) for name in row)
+def is_final(row: Iterable[str]) -> bool:
+    """Whether a row, given by its names, was written after the last checkpoint.
+
+    It has figures of held-out splits, such as "validation.loss", or of config.evals, such as "eval.memory.bytes". Names
+    of other rows have no point before the layer.
+    """
+    return any("." in name.partition("/")[0] for name in row)
 
 
 def _number(value) -> float | None:
@@ -135,12 +139,19 @@ def _start_wandb(workdir: Path, config: ConfigDict, begun: bool):
         raise UserError(f"metrics.wandb={config.metrics.wandb}: pip install wandb, or set it to ''") from None
     return wandb.init(
         project=config.metrics.wandb,
-        name=config.name,
+        name=_wandb_name(workdir, config),
+        group=config.name or None,
         id=_wandb_id(workdir, begun),
         resume="allow",
         dir=str(workdir),
         config=config.to_dict(),
     )
+
+
+def _wandb_name(workdir: Path, config: ConfigDict) -> str:
+    """The run directory's name, with the config's before it where it does not say that: as of trials of a sweep."""
+    name = workdir.absolute().name
+    return name if config.name in name else f"{config.name}-{name}"
 
 
 def _wandb_id(workdir: Path, begun: bool) -> str:

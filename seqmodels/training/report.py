@@ -79,7 +79,12 @@ def plot_loss(workdir: Path, path: Path, unit: str = "nats a token") -> None:
 
     rows = metrics.read(Path(workdir) / "metrics.jsonl")
     figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
-    for name, label, style in (("loss", "training", "-"), ("validation_loss", "validation", "o-")):
+    curves = (
+        ("loss", "training", "-"),
+        ("validation_loss", "validation, during training", "o-"),
+        ("validation.loss", "validation, at the end", "D"),
+    )
+    for name, label, style in curves:
         points = [(row["step"], row[name]) for row in rows if row.get(name) is not None]
         if points:
             axes.plot(*zip(*points, strict=True), style, label=label, linewidth=1, markersize=3)
