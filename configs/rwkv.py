@@ -4,9 +4,8 @@ Command:   python train.py --config=configs/rwkv.py --workdir=runs/rwkv
 Hardware:  2 CPU cores. `:169m` one GPU of 80 GB, `:14b` eight or more (planned, never run).
 Expected:  not measured yet
 
-Presets: small (no argument), and the published sizes 169m, 430m, 1.5b, 3b, 7b and 14b. Their models have one more norm,
-behind the embedding, which can be folded into its table when a model is trained. They have the training of the Mamba
-paper at GPT-3's rates, with rows of 1024 tokens. All blocks are unrolled (model.scan_blocks=0), as a fresh block
+Presets: small (no argument), and the published sizes 169m, 430m, 1.5b, 3b, 7b and 14b. They have the training of the
+Mamba paper at GPT-3's rates, with rows of 1024 tokens. All blocks are unrolled (model.scan_blocks=0), as a fresh block
 depends on its place in the stack.
 """
 
@@ -43,6 +42,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.seq_len = 1024
         config.model.width, config.model.repeats = width, layers
         config.model.tie_embeddings = False
+        config.model.embedding_norm = True
         config.model.vocab_size = 50277
         config.model.rwkv_channel.hidden = 0
     return finish(config, "rwkv", chosen)

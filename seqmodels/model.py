@@ -18,6 +18,7 @@ from seqmodels.heads import HEADS, Head
 from seqmodels.inputs import INPUTS, Input
 from seqmodels.inputs.positions import Positions
 from seqmodels.kernels import OPERATIONS
+from seqmodels.layers.norm import norm_of
 from seqmodels.mixers.short_conv import ShortConv
 from seqmodels.pattern import names
 from seqmodels.sequence import make_sequence
@@ -50,6 +51,8 @@ class SequenceModel(nn.Module):
         nn.share_scope(self, self.backbone)  # no level of its own in the tree of parameters
         if config.positions != "none":
             self.positions = Positions(config.width, config.positions, config.position_table, config.embedding_std)
+        if config.embedding_norm:
+            self.embedding_norm = norm_of(config)
 
     @property
     def causal(self) -> bool:
@@ -126,6 +129,8 @@ class SequenceModel(nn.Module):
         x = self.reader(tokens, mask)
         if self.config.positions != "none":
             x = x + self.positions(seq.positions, mask).astype(x.dtype)
+        if self.config.embedding_norm:
+            x = self.embedding_norm(x)
         x = nn.with_logical_constraint(x, ("batch", "length", None))
         x = self.dropout(x, deterministic=deterministic)
         hidden, layers = self.backbone(x, seq, old["layers"], deterministic)

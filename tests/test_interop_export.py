@@ -22,7 +22,9 @@ from seqmodels.fields.mamba2 import MAMBA2
 from seqmodels.fields.mlp import MLP
 from seqmodels.fields.model import DENSE, IMPLEMENTATION, MODEL
 from seqmodels.fields.moe import MOE
-from seqmodels.interop import gpt_neox, huggingface, jamba, llama, mamba, mamba2, mixtral
+from seqmodels.fields.rwkv import RWKV
+from seqmodels.fields.rwkv_channel import RWKV_CHANNEL
+from seqmodels.interop import gpt_neox, huggingface, jamba, llama, mamba, mamba2, mixtral, rwkv
 from seqmodels.interop.huggingface import from_huggingface, to_huggingface
 from seqmodels.interop.stacking import unstack
 from seqmodels.model import build
@@ -52,6 +54,12 @@ MODELS = {
     "mixtral": dict(
         TINY, pattern="attention+moe", attention=dict(kv_heads=2), moe=EXPERTS | {"router": "renormalised"}
     ),
+    "rwkv": dict(
+        TINY,
+        **dict(pattern="rwkv+rwkv_channel x2", norm="layer", bias=True, embedding_norm=True),
+        rwkv=dict(hidden=24),
+        rwkv_channel=dict(hidden=32),
+    ),
     "jamba": dict(
         TRANSFORMER | dict(pattern="mamba+mlp attention+moe"),
         attention=dict(kv_heads=2, positions="none"),
@@ -69,6 +77,7 @@ GROUPS = {  # our fields, and what the export does with them
         (MLP, llama.EXPORTED_MLP),
     ],
     "gpt_neox": [(ATTENTION, gpt_neox.EXPORTED_ATTENTION), (MLP, gpt_neox.EXPORTED_MLP)],
+    "rwkv": [(RWKV, rwkv.EXPORTED_MIX), (RWKV_CHANNEL, rwkv.EXPORTED_MIX)],
     "mixtral": [(ATTENTION, llama.EXPORTED_ATTENTION), (MOE, mixtral.EXPORTED_MOE)],
     "jamba": [
         (ATTENTION, jamba.EXPORTED_ATTENTION),
@@ -114,6 +123,8 @@ CHANGED = {
     "model.mamba2.head_dim": [4],
     "model.mamba2.groups": [2],
     "model.moe.hidden": [0, 32],
+    "model.rwkv.hidden": [0, 32],
+    "model.rwkv_channel.hidden": [0, 24],
 }
 TOGETHER = [
     ("mamba", {"model.mamba.norms": "rms", "model.mamba.norm_eps": 0.1}),
@@ -135,6 +146,13 @@ TOGETHER = [
             *({"model.bias": False}, {"model.norm": "rms"}, {"model.parallel_norms": False}, {"model.norm_eps": 0.1}),
             {"model.pattern": "attention+mlp", "model.parallel_norms": False, "model.tie_embeddings": True},
             {"model.pattern": "attention|mlp x2", "model.repeats": 2},
+        )
+    ),
+    *(
+        ("rwkv", change)
+        for change in (
+            *({"model.bias": False}, {"model.norm": "rms"}, {"model.norm_eps": 0.1}, {"model.embedding_norm": False}),
+            *({"model.tie_embeddings": True, "model.repeats": 2}, {"model.pattern": "rwkv+mlp"}),
         )
     ),
     ("mixtral", {"model.attention.window": 4, "model.norm_eps": 0.1}),
@@ -208,7 +226,7 @@ def their_logits(tensors, config, directory):
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
         with torch.no_grad():
-            return model(torch.from_numpy(TOKENS)).logits.numpy()
+            return model(torch.from_numpy(TOKENS), use_cache=False).logits.numpy()
     settings = transformers.AutoConfig.from_pretrained(directory)
     model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="eager").eval()
     parameters = dict(model.named_parameters())
@@ -216,7 +234,7 @@ def their_logits(tensors, config, directory):
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(torch.from_numpy(tensors[name]))
-        return model(torch.from_numpy(TOKENS)).logits.numpy()
+        return model(torch.from_numpy(TOKENS), use_cache=False).logits.numpy()
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -40,16 +40,27 @@ TINY = {
     "mistral": dict(SIZES, **HEADS, sliding_window=6),
     "mixtral": dict(SIZES, **HEADS, num_local_experts=3, num_experts_per_tok=2),
     "gpt_neox": dict(SIZES, num_attention_heads=4, intermediate_size=24, rotary_pct=1.0),
+    "rwkv": dict(SIZES | {"num_hidden_layers": 2}, attention_hidden_size=24, intermediate_size=32),  # 1: theirs fails
     "jamba": dict(
         SIZES | HEADS | {"num_hidden_layers": 2}, attn_layer_period=2, attn_layer_offset=0, expert_layer_period=2,
         expert_layer_offset=0, num_experts=3, num_experts_per_tok=2, mamba_d_state=4,
     ),
 }  # fmt: skip
 CLASSES = dict(mamba="Mamba", falcon_mamba="FalconMamba", mamba2="Mamba2", llama="Llama", mistral="Mistral")
-CLASSES |= dict(mixtral="Mixtral", jamba="Jamba", gpt_neox="GPTNeoX")
-OWN_FIELDS = ("mixtral", "jamba", "gpt_neox")  # whose fields that every family has are not changed again
+CLASSES |= dict(mixtral="Mixtral", jamba="Jamba", gpt_neox="GPTNeoX", rwkv="Rwkv")
+OWN_FIELDS = ("mixtral", "jamba", "gpt_neox", "rwkv")  # whose fields that every family has are not changed again
 
 TOO_LARGE = ("hidden_size", "num_hidden_layers")  # by default
+SCALES = (
+    "norm.weight",
+    "norm_f.weight",
+    "layernorm.weight",
+    ".D",
+    "ln.weight",
+    "ln1.weight",
+    "ln2.weight",
+    "ln_out.weight",
+)
 MISSING = object()  # the change that a field is not there
 
 # Other values of the fields for which `other` knows none, or not all that matter
@@ -59,6 +70,7 @@ LLAMA3 = dict(
 DEFAULT_ROTARY = dict(rope_type="default", rope_theta=100.0)
 CHANGED = {
     "attention_chunk_size": [4],
+    "attention_hidden_size": [32, None],
     "attn_layer_offset": [1, 2],
     "attn_layer_period": [1, 3],
     "attn_implementation": ["sdpa"],
@@ -98,6 +110,7 @@ CHANGED = {
     "per_layer_config": [{"0": {"intermediate_size": 12}}],
     "problem_type": ["regression"],
     "quantization_config": [{"quant_method": "bitsandbytes", "load_in_8bit": True}],
+    "rescale_every": [1, 0],
     "rms_norm_eps": [0.1, -1.0, "1e-5"],
     "rope_parameters": [
         DEFAULT_ROTARY,
@@ -173,6 +186,10 @@ TOGETHER = {
         dict(rotary_emb_base=50.0, rope_scaling=dict(type="default")),
         dict(rope_theta=50.0, partial_rotary_factor=1.0),
     ],
+    "rwkv": [
+        dict(attention_hidden_size=None, intermediate_size=None),
+        dict(num_hidden_layers=3, rescale_every=2),
+    ],
     "jamba": [
         dict(attn_layer_period=3, attn_layer_offset=2, use_cache=False),  # no attention
         dict(num_hidden_layers=6, attn_layer_period=3, attn_layer_offset=2),
@@ -228,7 +245,7 @@ def weights_of(shapes):
 
     def draw(name, shape):
         noise = random.normal(size=shape).astype(np.float32) * np.float32(0.3 if len(shape) > 1 else 0.2)
-        return noise + np.float32(name.endswith(("norm.weight", "norm_f.weight", "layernorm.weight", ".D")))
+        return noise + np.float32(name.endswith(SCALES))
 
     return {name: draw(name, shape) for name, shape in shapes}
 
@@ -246,7 +263,7 @@ def oracle(config, directory):
         with torch.no_grad():
             for name, parameter in model.named_parameters():
                 parameter.copy_(torch.from_numpy(tensors[name]))
-            out = model(torch.from_numpy(TOKENS))
+            out = model(torch.from_numpy(TOKENS), use_cache=False)  # RWKV-4 with a wider average has no cache
             return tensors, (out[0] if isinstance(out, tuple) else out.logits).numpy(), settings.to_dict()
     except Exception:  # theirs has many kinds
         return None

@@ -27,6 +27,7 @@ MODEL = Group(
             "rms", "kind of the norms before every branch and after the last block", one_of("rms", "layer"), since=2
         ),
         "norm_eps": Field(1e-5, "epsilon of those norms", above(0)),
+        "embedding_norm": Field(False, "one more such norm, behind the input, as in RWKV-4", since=2),
         "bias": Field(False, "biases in layer norms, and in the projections of branches that can have them", since=2),
         "short_conv": Field(
             0,

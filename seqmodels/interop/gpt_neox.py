@@ -62,7 +62,8 @@ EXPORTED_ATTENTION: Table = {
 }
 EXPORTED_MLP: Table = {**honoured("hidden", "activation"), "gated": only(False)}
 PARTS = {"norm": "layer", "bias": True, "mlp.gated": False, "parallel_norms": True}  # of ours
-HEAD = "embed_out.weight"
+EXPORTED: Table = {"norm": only("layer"), "bias": only(True), **honoured("parallel_norms")}
+EMBEDDING, HEAD = "gpt_neox.embed_in.weight", "embed_out.weight"
 STEPS = {"attention|mlp": ("mixer_1", "mixer_1_norm"), "attention+mlp": ("mlp", "mlp_norm")}  # where the MLP is
 
 
@@ -115,7 +116,7 @@ def weights(model: Mapping[str, Any]) -> list[Weight]:
     V, D, F, heads = model["vocab_size"], model["width"], model["mlp"]["hidden"], model["attention"]["heads"]
     mlp_name, mlp_norm = STEPS[model["pattern"]]
     found = [
-        same("gpt_neox.embed_in.weight", ("embedding",), V, D),
+        same(EMBEDDING, ("embedding",), V, D),
         *norm_weights("gpt_neox.final_layer_norm.", ("final_norm",), D),
     ]
     for i in range(model["repeats"]):

@@ -187,6 +187,7 @@ def exported(model: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[dict[
     fields = dict(
         model_type="jamba",
         architectures=["JambaForCausalLM"],
+        hidden_act="silu",
         rms_norm_eps=model["norm_eps"],
         num_experts=1,
         **_period("attn_layer", places["attention"], model),

@@ -84,6 +84,7 @@ PLAIN_ATTENTION: Table = {  # options of ours that their attention does not have
     "log_n": only(0),
     "forget": only(False),
 }
+EXPORTED: Table = honoured("bias")
 EXPORTED_ATTENTION: Table = {
     **PLAIN_ATTENTION,
     **honoured("heads", "kv_heads", "head_dim", "rope_theta", "window"),
