@@ -74,6 +74,7 @@ class SequenceModel(nn.Module):
             "tied": config.tie_embeddings,
             "pool": config.pool,
             "horizon": config.horizon,
+            "softcap": config.logit_softcap,
         }
         fields = {name: value for name, value in options.items() if name in head.__dataclass_fields__}
         return head(config.width, self.output_size, dtype=jnp.dtype(config.dtype), **fields)
@@ -127,6 +128,8 @@ class SequenceModel(nn.Module):
         rows, length = tokens.shape[:2]
         seq, segment, position = make_sequence(rows, length, segment_ids, mask, old["segment"], old["position"])
         x = self.reader(tokens, mask)
+        if self.config.embedding_scale != 1:
+            x = x * self.config.embedding_scale
         if self.config.positions != "none":
             x = x + self.positions(seq.positions, mask).astype(x.dtype)
         if self.config.embedding_norm:
@@ -195,8 +198,10 @@ def _build(config, spec: Spec, objective: str) -> SequenceModel:
         refuse("model.position_table", 0, "at least the number of tokens in a row, with model.positions='learned'")
     if config.positions == "sinusoidal" and config.width % 2:
         refuse("model.width", config.width, "even with model.positions='sinusoidal'")
-    if config.bias and config.norm == "rms" and not any(BRANCHES[name].biased for name in names(config.pattern)):
-        allowed = f"False with model.norm='rms' and model.pattern={config.pattern!r}, where nothing has a bias"
+    if config.bias and config.norm != "layer" and not any(BRANCHES[name].biased for name in names(config.pattern)):
+        allowed = (
+            f"False with model.norm={config.norm!r} and model.pattern={config.pattern!r}, where nothing has a bias"
+        )
         refuse("model.bias", True, allowed)
     check_implementation(config.implementation)
     kind = LanguageModel if len(vocabularies) == 2 else SequenceModel

@@ -277,7 +277,7 @@ SMALLEST = {
         *("model.mamba.dt_rank", "model.mamba.dt_floor", "model.mamba2.dt_floor", "model.mamba3.dt_floor"),
         *("model.attention.kv_heads", "model.attention.head_dim", "model.attention.window", "model.mlp.hidden"),
         *("model.attention.sinks", "model.attention.first", "model.attention.random"),
-        *("model.attention.softcap", "model.attention.log_n"),
+        *("model.attention.softcap", "model.attention.log_n", "model.logit_softcap"),
         *("model.attention.init_std", "model.attention.trained_length", "model.position_table"),
         *("model.moe.hidden", "model.moe.shared", "model.moe.capacity"),
         *("model.moe.balance", "model.moe.z_loss", "model.moe.bias_rate"),
@@ -329,7 +329,14 @@ SMALLEST = {
 }
 LARGEST = {8: CONVS, 1: ("model.attention.rotary", "optimizer.decay", "optimizer.floor", "sample.top_p")}
 POSITIVE = (
-    *("model.embedding_std", "model.norm_eps", "model.dense.norm_eps", "optimizer.learning_rate", "optimizer.eps"),
+    *(
+        "model.embedding_std",
+        "model.embedding_scale",
+        "model.norm_eps",
+        "model.dense.norm_eps",
+        "optimizer.learning_rate",
+        "optimizer.eps",
+    ),
     *("model.mamba.norm_eps", "model.mamba2.norm_eps", "model.mamba3.norm_eps", "model.gla.norm_eps"),
     *("model.retnet.norm_eps", "model.mamba.dt_min", "model.mamba.dt_max", "model.attention.rope_theta"),
     "model.attention.rotary",

@@ -36,6 +36,10 @@ MODELS = {
     "mistral": ("Mistral", dict(SIZES, **HEADS, sliding_window=6)),
     "mixtral": ("Mixtral", dict(SIZES, **HEADS, num_local_experts=3, num_experts_per_tok=2)),
     "jamba": ("Jamba", dict(SIZES, **HEADS, **EXPERTS, attn_layer_period=2, attn_layer_offset=1, mamba_d_state=4)),
+    "recurrent_gemma": (
+        "RecurrentGemma",
+        dict(SIZES, **HEADS, attention_window_size=6, block_types=["recurrent", "attention"], pad_token_id=None),
+    ),
     "rwkv": ("Rwkv", dict(SIZES, attention_hidden_size=24, intermediate_size=32, context_length=64)),
     "gpt_neox": ("GPTNeoX", dict(SIZES, num_attention_heads=4, intermediate_size=24, rotary_pct=0.5)),
 }

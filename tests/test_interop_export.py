@@ -22,9 +22,10 @@ from seqmodels.fields.mamba2 import MAMBA2
 from seqmodels.fields.mlp import MLP
 from seqmodels.fields.model import DENSE, IMPLEMENTATION, MODEL
 from seqmodels.fields.moe import MOE
+from seqmodels.fields.rglru import RGLRU
 from seqmodels.fields.rwkv import RWKV
 from seqmodels.fields.rwkv_channel import RWKV_CHANNEL
-from seqmodels.interop import gpt_neox, huggingface, jamba, llama, mamba, mamba2, mixtral, rwkv
+from seqmodels.interop import gpt_neox, huggingface, jamba, llama, mamba, mamba2, mixtral, recurrent_gemma, rwkv
 from seqmodels.interop.huggingface import from_huggingface, to_huggingface
 from seqmodels.interop.stacking import unstack
 from seqmodels.model import build
@@ -54,6 +55,13 @@ MODELS = {
     "mixtral": dict(
         TINY, pattern="attention+moe", attention=dict(kv_heads=2), moe=EXPERTS | {"router": "renormalised"}
     ),
+    "recurrent_gemma": dict(
+        TINY,
+        **dict(pattern="rglru+mlp attention+mlp", norm="centred", bias=True, embedding_scale=4.0, logit_softcap=4.0),
+        rglru=dict(hidden=24),
+        attention=dict(kv_heads=2, window=4, biases="out"),
+        mlp=dict(hidden=24, activation="gelu_tanh"),
+    ),
     "rwkv": dict(
         TINY,
         **dict(pattern="rwkv+rwkv_channel x2", norm="layer", bias=True, embedding_norm=True),
@@ -77,6 +85,11 @@ GROUPS = {  # our fields, and what the export does with them
         (MLP, llama.EXPORTED_MLP),
     ],
     "gpt_neox": [(ATTENTION, gpt_neox.EXPORTED_ATTENTION), (MLP, gpt_neox.EXPORTED_MLP)],
+    "recurrent_gemma": [
+        (RGLRU, recurrent_gemma.EXPORTED_RGLRU),
+        (ATTENTION, recurrent_gemma.EXPORTED_ATTENTION),
+        (MLP, recurrent_gemma.EXPORTED_MLP),
+    ],
     "rwkv": [(RWKV, rwkv.EXPORTED_MIX), (RWKV_CHANNEL, rwkv.EXPORTED_MIX)],
     "mixtral": [(ATTENTION, llama.EXPORTED_ATTENTION), (MOE, mixtral.EXPORTED_MOE)],
     "jamba": [
@@ -123,6 +136,9 @@ CHANGED = {
     "model.mamba2.head_dim": [4],
     "model.mamba2.groups": [2],
     "model.moe.hidden": [0, 32],
+    "model.rglru.hidden": [0, 32],
+    "model.rglru.heads": [2],
+    "model.rglru.conv": [3],
     "model.rwkv.hidden": [0, 32],
     "model.rwkv_channel.hidden": [0, 24],
 }
@@ -146,6 +162,15 @@ TOGETHER = [
             *({"model.bias": False}, {"model.norm": "rms"}, {"model.parallel_norms": False}, {"model.norm_eps": 0.1}),
             {"model.pattern": "attention+mlp", "model.parallel_norms": False, "model.tie_embeddings": True},
             {"model.pattern": "attention|mlp x2", "model.repeats": 2},
+        )
+    ),
+    *(
+        ("recurrent_gemma", change)
+        for change in (
+            *({"model.bias": False}, {"model.norm": "rms"}, {"model.norm_eps": 0.1}, {"model.embedding_scale": 1.0}),
+            *({"model.logit_softcap": 0.0}, {"model.logit_softcap": 1.0}, {"model.tie_embeddings": True}),
+            *({"model.attention.heads": 2, "model.rglru.heads": 2}, {"model.pattern": "rglru+mlp"}),
+            *({"model.pattern": "rglru+mlp x2 attention+mlp", "model.repeats": 2}, {"model.attention.window": 0}),
         )
     ),
     *(

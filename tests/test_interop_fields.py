@@ -40,6 +40,10 @@ TINY = {
     "mistral": dict(SIZES, **HEADS, sliding_window=6),
     "mixtral": dict(SIZES, **HEADS, num_local_experts=3, num_experts_per_tok=2),
     "gpt_neox": dict(SIZES, num_attention_heads=4, intermediate_size=24, rotary_pct=1.0),
+    "recurrent_gemma": dict(
+        SIZES | {"num_hidden_layers": 2}, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48,
+        lru_width=24, attention_window_size=6, block_types=["recurrent", "attention"], logits_soft_cap=4.0,
+    ),
     "rwkv": dict(SIZES | {"num_hidden_layers": 2}, attention_hidden_size=24, intermediate_size=32),  # 1: theirs fails
     "jamba": dict(
         SIZES | HEADS | {"num_hidden_layers": 2}, attn_layer_period=2, attn_layer_offset=0, expert_layer_period=2,
@@ -47,8 +51,14 @@ TINY = {
     ),
 }  # fmt: skip
 CLASSES = dict(mamba="Mamba", falcon_mamba="FalconMamba", mamba2="Mamba2", llama="Llama", mistral="Mistral")
-CLASSES |= dict(mixtral="Mixtral", jamba="Jamba", gpt_neox="GPTNeoX", rwkv="Rwkv")
-OWN_FIELDS = ("mixtral", "jamba", "gpt_neox", "rwkv")  # whose fields that every family has are not changed again
+CLASSES |= dict(mixtral="Mixtral", jamba="Jamba", gpt_neox="GPTNeoX", rwkv="Rwkv", recurrent_gemma="RecurrentGemma")
+OWN_FIELDS = (
+    "mixtral",
+    "jamba",
+    "gpt_neox",
+    "rwkv",
+    "recurrent_gemma",
+)  # whose fields that every family has are not changed again
 
 TOO_LARGE = ("hidden_size", "num_hidden_layers")  # by default
 SCALES = (
@@ -70,18 +80,22 @@ LLAMA3 = dict(
 DEFAULT_ROTARY = dict(rope_type="default", rope_theta=100.0)
 CHANGED = {
     "attention_chunk_size": [4],
+    "attention_window_size": [3, 1, 0],
     "attention_hidden_size": [32, None],
     "attn_layer_offset": [1, 2],
     "attn_layer_period": [1, 3],
     "attn_implementation": ["sdpa"],
     "_attn_implementation": ["sdpa"],
     "auto_map": [{"AutoModelForCausalLM": "modeling_other.OtherForCausalLM"}],
+    "block_types": [["attention", "recurrent"], ["recurrent"], ["recurrent", "mlp"], [], None],
+    "conv1d_width": [3, 9, 1],
     "conv_kernel": [3, 9, 1],
     "dtype": ["bfloat16", "float32"],
     "expand": [1, 0, 1.5, "2"],
     "expert_layer_offset": [1, 2],
     "expert_layer_period": [1, 3],
     "experts_implementation": ["eager"],
+    "final_w_init_variance_scale": [0.5],
     "fusion_config": [{"rms_norm": True}],
     "head_dim": [6, 5, 0],
     "hidden_act": ["swish", "gelu", "relu", "gelu_new", "gelu_pytorch_tanh", "tanh", None],
@@ -102,11 +116,14 @@ CHANGED = {
     "mamba_d_conv": [3, 9, 1],
     "mamba_dt_rank": [3, "auto", 0],
     "mamba_expand": [1, 3, 0],
+    "logits_soft_cap": [1.0, 0.0],
+    "lru_width": [32, 25, None],
     "max_new_tokens": [5],
     "num_labels": [3],
     "num_local_experts": [1, 4, 0],
     "output_attentions": [True],
     "pad_token_id": [2, None],
+    "partial_rotary_factor": [1.0, 0.25],
     "per_layer_config": [{"0": {"intermediate_size": 12}}],
     "problem_type": ["regression"],
     "quantization_config": [{"quant_method": "bitsandbytes", "load_in_8bit": True}],
@@ -185,6 +202,12 @@ TOGETHER = {
         dict(rotary_pct=1.0, rope_parameters=dict(DEFAULT_ROTARY, partial_rotary_factor=0.5)),
         dict(rotary_emb_base=50.0, rope_scaling=dict(type="default")),
         dict(rope_theta=50.0, partial_rotary_factor=1.0),
+    ],
+    "recurrent_gemma": [
+        dict(num_hidden_layers=3, block_types=["recurrent", "recurrent", "attention"], tie_word_embeddings=False),
+        dict(hidden_size=24, num_attention_heads=2),  # their scale of the embedding is rounded
+        dict(attention_bias=True, num_key_value_heads=2),
+        dict(rope_theta=50.0, partial_rotary_factor=1.0, rope_scaling=dict(type="default")),
     ],
     "rwkv": [
         dict(attention_hidden_size=None, intermediate_size=None),

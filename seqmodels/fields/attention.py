@@ -89,6 +89,12 @@ ATTENTION = Group(
             at_least(0),
             since=2,
         ),
+        "biases": Field(
+            "all",
+            "projections with a bias where model.bias is True: all, or out, that of the output alone (RecurrentGemma)",
+            one_of("all", "out"),
+            since=2,
+        ),
         "init_std": Field(
             0.02,
             "standard deviation of fresh projections of queries, keys and values, and sqrt(2 layers) times that of the "

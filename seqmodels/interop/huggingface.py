@@ -14,7 +14,18 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from seqmodels import pattern
 from seqmodels.errors import UserError
 from seqmodels.fields.model import DENSE, MODEL
-from seqmodels.interop import denseretnet, gpt_neox, jamba, llama, mamba, mamba2, mixtral, original, rwkv
+from seqmodels.interop import (
+    denseretnet,
+    gpt_neox,
+    jamba,
+    llama,
+    mamba,
+    mamba2,
+    mixtral,
+    original,
+    recurrent_gemma,
+    rwkv,
+)
 from seqmodels.interop.generic import FRESH, ROUNDING, TRAINING
 from seqmodels.interop.table import Table, check_export, harmless, honoured, missing, only, read
 from seqmodels.interop.weights import Weight, arrays_of, convert, export, head
@@ -66,6 +77,13 @@ FAMILIES = {
         gpt_neox.HEAD,
         gpt_neox.EXPORTED,
     ),
+    "recurrent_gemma": Family(
+        recurrent_gemma.RECURRENT_GEMMA,
+        recurrent_gemma.config_of,
+        recurrent_gemma.weights,
+        LLAMA_EMBEDDINGS,
+        exported=recurrent_gemma.EXPORTED,
+    ),
     "rwkv": Family(rwkv.RWKV, rwkv.config_of, rwkv.weights, (rwkv.EMBEDDING,), head=rwkv.HEAD, exported=rwkv.EXPORTED),
 }
 
@@ -74,13 +92,13 @@ OTHERS = {  # known models that cannot be imported, and why
     "qwen3_5": "its attention has an output gate",
     "qwen3_5_moe": "its attention has an output gate, its shared expert a gate",
     "olmo_hybrid": "the norms of its attention and MLP are behind them",
-    "recurrent_gemma": "its logits have a limit, and its embedding a scale",
     "rwkv7": "it needs the mixer of RWKV-7",
 }
 
 EXPORTED: Table = {  # fields of config.model itself
     **honoured("norm_eps", "pattern", "repeats", "tie_embeddings", "vocab_size", "width"),
-    **honoured("bias", "embedding_norm", "norm", "parallel_norms"),  # as far as PLAIN or a family allows
+    # as far as PLAIN or a family allows
+    **honoured("bias", "embedding_norm", "embedding_scale", "logit_softcap", "norm", "parallel_norms"),
     "input": only("tokens"),
     "head": only("next_token"),
     "depth": only("none"),
@@ -97,6 +115,8 @@ EXPORTED: Table = {  # fields of config.model itself
 PLAIN: Table = {  # what a family has unless its `exported` says something else
     "bias": only(False),
     "embedding_norm": only(False),
+    "embedding_scale": only(1.0),
+    "logit_softcap": only(0.0),
     "norm": only("rms"),
     "parallel_norms": only(False),
 }
@@ -280,5 +300,7 @@ def _export_of(blocks: list[pattern.Block], model: Mapping[str, Any]) -> tuple[s
         return "jamba", jamba.exported
     if kinds == {(("rwkv",), ("rwkv_channel",))}:
         return "rwkv", rwkv.exported
+    if (("rglru",), ("mlp",)) in kinds and kinds <= {((mixer,), ("mlp",)) for mixer in ("rglru", "attention")}:
+        return "recurrent_gemma", recurrent_gemma.exported
     allowed = "'mamba', 'mamba2', 'attention+mlp', 'attention+moe', or of these with 'mamba+mlp' and 'mamba+moe'"
     raise UserError(f"model.pattern is {model['pattern']!r}; only blocks of {allowed} can be exported")

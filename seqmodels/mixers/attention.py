@@ -164,6 +164,7 @@ class Attention(Branch):
     scaling: str = ATTENTION["scaling"]
     scaling_factor: float = ATTENTION["scaling_factor"]
     trained_length: int = ATTENTION["trained_length"]
+    biases: str = ATTENTION["biases"]
     init_std: float = ATTENTION["init_std"]
     window: int = ATTENTION["window"]
     sinks: int = ATTENTION["sinks"]
@@ -265,7 +266,7 @@ class Attention(Branch):
         def project(name, heads, axis):
             weight = self.matrix(name, (self.width, heads, head_dim), ("embed", axis, "head_dim"), normal(std))
             y = jnp.einsum("btd,dhk->bthk", x, weight)
-            if not self.bias:
+            if not self.bias or self.biases == "out":
                 return y
             bias = parameter(self, f"{name}_bias", (heads * head_dim,), (axis,), zeros, dtype=self.dtype)
             return y + bias.reshape(heads, head_dim)
