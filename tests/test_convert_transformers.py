@@ -46,7 +46,7 @@ MODELS = {
 
 
 def test_every_family_is_here():
-    assert MODELS.keys() == FAMILIES.keys()
+    assert MODELS.keys() == FAMILIES.keys() - {"retnet"}  # of fla, which is not installed here: test_interop_retnet.py
 
 
 def logits_of(model, ids):

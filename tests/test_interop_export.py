@@ -104,7 +104,7 @@ CHANGED = {
     "model.width": [8],
     "model.pattern": [
         *("attention+mlp x2", "(attention+mlp) x1 attention+mlp", "attention", "mlp", "attention|mlp", "mlp+attention"),
-        *("bi:attention+mlp", "attention+mlp mlp", "mamba attention+mlp", "mamba mamba2", "gla", "retnet+mlp"),
+        *("bi:attention+mlp", "attention+mlp mlp", "mamba attention+mlp", "mamba mamba2", "gla", "hgrn+mlp"),
     ],
     "model.vocab_size": [32],
     "model.norm_eps": [0.1],

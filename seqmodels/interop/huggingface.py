@@ -24,7 +24,9 @@ from seqmodels.interop import (
     mixtral,
     original,
     recurrent_gemma,
+    retnet,
     rwkv,
+    torchscale,
 )
 from seqmodels.interop.generic import FRESH, ROUNDING, TRAINING
 from seqmodels.interop.table import Table, check_export, harmless, honoured, missing, only, read
@@ -84,8 +86,13 @@ FAMILIES = {
         LLAMA_EMBEDDINGS,
         exported=recurrent_gemma.EXPORTED,
     ),
+    "retnet": Family(retnet.RETNET, retnet.config_of, retnet.weights, (retnet.EMBEDDING,), retnet.as_in_files),
     "rwkv": Family(rwkv.RWKV, rwkv.config_of, rwkv.weights, (rwkv.EMBEDDING,), head=rwkv.HEAD, exported=rwkv.EXPORTED),
 }
+
+TORCHSCALE = Family(
+    torchscale.TABLE, torchscale.config_of, torchscale.weights, (torchscale.EMBEDDING,), head=torchscale.HEAD
+)
 
 OTHERS = {  # known models that cannot be imported, and why
     "qwen3_next": "its attention has an output gate, its shared expert a gate",
@@ -130,8 +137,8 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any
     """Convert a pretrained model from other code into ours.
 
     Args:
-        tensors: tensors by their names in the file, of a model_type in `FAMILIES`, or from Mamba's or DenseRetNet's
-            authors. The names of a model in memory will do too.
+        tensors: tensors by their names in the file, of a model_type in `FAMILIES`, or from Mamba's, RetNet's or
+            DenseRetNet's authors. The names of a model in memory will do too.
         config: their config.json.
 
     Returns:
@@ -155,6 +162,11 @@ def read_model(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[d
     if denseretnet.WITNESS in tensors:  # their config.json may say llama
         model = denseretnet.config_of(tensors, config)
         return model, convert(denseretnet.without_unused(tensors, model), denseretnet.weights(model))
+    if torchscale.WITNESS in tensors or torchscale.PREFIX + torchscale.WITNESS in tensors:
+        tensors = torchscale.without_prefix(tensors)
+        rows = rows_of(tensors, TORCHSCALE)
+        model = torchscale.config_of(read(config, torchscale.TABLE, "RetNet (torchscale)") | dict(vocab_size=rows))
+        return model, converted(tensors, model, TORCHSCALE)
     tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(IGNORED)}
     kind = config.get("model_type")
     if kind is None and "d_model" in config:
@@ -298,6 +310,8 @@ def _export_of(blocks: list[pattern.Block], model: Mapping[str, Any]) -> tuple[s
         return "mixtral", mixtral.exported
     if kinds <= {((mixer,), (channel,)) for mixer in ("attention", "mamba") for channel in ("mlp", "moe")}:
         return "jamba", jamba.exported
+    if kinds == {(("retnet",), ("mlp",))}:
+        return "retnet", retnet.exported
     if kinds == {(("rwkv",), ("rwkv_channel",))}:
         return "rwkv", rwkv.exported
     if (("rglru",), ("mlp",)) in kinds and kinds <= {((mixer,), ("mlp",)) for mixer in ("rglru", "attention")}:
