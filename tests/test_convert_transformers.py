@@ -40,6 +40,15 @@ MODELS = {
         "RecurrentGemma",
         dict(SIZES, **HEADS, attention_window_size=6, block_types=["recurrent", "attention"], pad_token_id=None),
     ),
+    "qwen3_next": (
+        "Qwen3Next",
+        dict(
+            SIZES | HEADS,
+            **dict(head_dim=8, full_attention_interval=2, num_experts=2, num_experts_per_tok=2),
+            **dict(moe_intermediate_size=8, shared_expert_intermediate_size=8, linear_num_key_heads=2),
+            **dict(linear_num_value_heads=2, linear_key_head_dim=6, linear_value_head_dim=5),
+        ),
+    ),
     "rwkv": ("Rwkv", dict(SIZES, attention_hidden_size=24, intermediate_size=32, context_length=64)),
     "gpt_neox": ("GPTNeoX", dict(SIZES, num_attention_heads=4, intermediate_size=24, rotary_pct=0.5)),
 }

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from seqmodels.configs.base import base
 from seqmodels.errors import UserError
 from seqmodels.fields.attention import ATTENTION
+from seqmodels.fields.gated_deltanet import GATED_DELTANET
 from seqmodels.fields.mamba import MAMBA
 from seqmodels.fields.mamba2 import MAMBA2
 from seqmodels.fields.mlp import MLP
@@ -25,7 +26,18 @@ from seqmodels.fields.moe import MOE
 from seqmodels.fields.rglru import RGLRU
 from seqmodels.fields.rwkv import RWKV
 from seqmodels.fields.rwkv_channel import RWKV_CHANNEL
-from seqmodels.interop import gpt_neox, huggingface, jamba, llama, mamba, mamba2, mixtral, recurrent_gemma, rwkv
+from seqmodels.interop import (
+    gpt_neox,
+    huggingface,
+    jamba,
+    llama,
+    mamba,
+    mamba2,
+    mixtral,
+    qwen3_next,
+    recurrent_gemma,
+    rwkv,
+)
 from seqmodels.interop.huggingface import from_huggingface, to_huggingface
 from seqmodels.interop.stacking import unstack
 from seqmodels.model import build
@@ -62,6 +74,14 @@ MODELS = {
         attention=dict(kv_heads=2, window=4, biases="out"),
         mlp=dict(hidden=24, activation="gelu_tanh"),
     ),
+    "qwen3_next": dict(
+        TINY,
+        **dict(pattern="gated_deltanet+mlp attention+moe", norm="centred"),
+        gated_deltanet=dict(heads=4, key_heads=2, key_dim=6, value_dim=5),
+        attention=dict(kv_heads=2, qk_norm="centred", qk_norm_eps=1e-5, output_gate=True),
+        mlp=dict(hidden=24),
+        moe=EXPERTS | dict(shared=1, shared_gate=True),
+    ),
     "rwkv": dict(
         TINY,
         **dict(pattern="rwkv+rwkv_channel x2", norm="layer", bias=True, embedding_norm=True),
@@ -90,6 +110,12 @@ GROUPS = {  # our fields, and what the export does with them
         (ATTENTION, recurrent_gemma.EXPORTED_ATTENTION),
         (MLP, recurrent_gemma.EXPORTED_MLP),
     ],
+    "qwen3_next": [
+        (GATED_DELTANET, qwen3_next.EXPORTED_GATED_DELTANET),
+        (ATTENTION, qwen3_next.EXPORTED_ATTENTION),
+        (MLP, qwen3_next.EXPORTED_MLP),
+        (MOE, qwen3_next.EXPORTED_MOE),
+    ],
     "rwkv": [(RWKV, rwkv.EXPORTED_MIX), (RWKV_CHANNEL, rwkv.EXPORTED_MIX)],
     "mixtral": [(ATTENTION, llama.EXPORTED_ATTENTION), (MOE, mixtral.EXPORTED_MOE)],
     "jamba": [
@@ -108,6 +134,7 @@ CHANGED = {
     ],
     "model.vocab_size": [32],
     "model.norm_eps": [0.1],
+    "model.norms_behind": ["mlp"],
     "model.residual_dtype": ["bfloat16"],
     "model.remat": ["block"],
     "model.scan_blocks": [1],
@@ -136,6 +163,14 @@ CHANGED = {
     "model.mamba2.head_dim": [4],
     "model.mamba2.groups": [2],
     "model.moe.hidden": [0, 32],
+    "model.attention.qk_norm_eps": [0.1],
+    "model.gated_deltanet.heads": [2],
+    "model.gated_deltanet.key_heads": [0, 1],
+    "model.gated_deltanet.key_dim": [4],
+    "model.gated_deltanet.value_dim": [0],
+    "model.gated_deltanet.conv": [3],
+    "model.gated_deltanet.norm_eps": [0.1],
+    "model.gated_deltanet.dt_min": [0.01],
     "model.rglru.hidden": [0, 32],
     "model.rglru.heads": [2],
     "model.rglru.conv": [3],
@@ -162,6 +197,14 @@ TOGETHER = [
             *({"model.bias": False}, {"model.norm": "rms"}, {"model.parallel_norms": False}, {"model.norm_eps": 0.1}),
             {"model.pattern": "attention+mlp", "model.parallel_norms": False, "model.tie_embeddings": True},
             {"model.pattern": "attention|mlp x2", "model.repeats": 2},
+        )
+    ),
+    *(
+        ("qwen3_next", change)
+        for change in (
+            *({"model.norm": "rms"}, {"model.bias": True}, {"model.moe.shared": 0}, {"model.tie_embeddings": True}),
+            {"model.norm_eps": 0.1, "model.attention.qk_norm_eps": 0.1, "model.gated_deltanet.norm_eps": 0.1},
+            *({"model.pattern": "gated_deltanet+mlp"}, {"model.pattern": "attention+moe gated_deltanet+moe"}),
         )
     ),
     *(

@@ -8,6 +8,7 @@ import dataclasses
 import functools
 import json
 import os
+import re
 
 import jax.numpy as jnp
 import numpy as np
@@ -44,6 +45,12 @@ TINY = {
         SIZES | {"num_hidden_layers": 2}, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48,
         lru_width=24, attention_window_size=6, block_types=["recurrent", "attention"], logits_soft_cap=4.0,
     ),
+    "qwen3_next": dict(
+        SIZES | {"num_hidden_layers": 2}, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24,
+        head_dim=16, full_attention_interval=2, mlp_only_layers=[0], num_experts=3, num_experts_per_tok=2,
+        moe_intermediate_size=8, shared_expert_intermediate_size=16, linear_num_key_heads=2, linear_num_value_heads=4,
+        linear_key_head_dim=6, linear_value_head_dim=5,
+    ),
     "rwkv": dict(SIZES | {"num_hidden_layers": 2}, attention_hidden_size=24, intermediate_size=32),  # 1: theirs fails
     "jamba": dict(
         SIZES | HEADS | {"num_hidden_layers": 2}, attn_layer_period=2, attn_layer_offset=0, expert_layer_period=2,
@@ -52,25 +59,11 @@ TINY = {
 }  # fmt: skip
 CLASSES = dict(mamba="Mamba", falcon_mamba="FalconMamba", mamba2="Mamba2", llama="Llama", mistral="Mistral")
 CLASSES |= dict(mixtral="Mixtral", jamba="Jamba", gpt_neox="GPTNeoX", rwkv="Rwkv", recurrent_gemma="RecurrentGemma")
-OWN_FIELDS = (
-    "mixtral",
-    "jamba",
-    "gpt_neox",
-    "rwkv",
-    "recurrent_gemma",
-)  # whose fields that every family has are not changed again
+CLASSES |= dict(qwen3_next="Qwen3Next")
+FIRST = ("mamba", "falcon_mamba", "mamba2", "llama", "mistral")  # the others skip the fields that all families have
 
 TOO_LARGE = ("hidden_size", "num_hidden_layers")  # by default
-SCALES = (
-    "norm.weight",
-    "norm_f.weight",
-    "layernorm.weight",
-    ".D",
-    "ln.weight",
-    "ln1.weight",
-    "ln2.weight",
-    "ln_out.weight",
-)
+SCALES = re.compile(r"(norm|norm_f|ln|ln1|ln2|ln_out)\.weight$|\.D$")  # which are about 1
 MISSING = object()  # the change that a field is not there
 
 # Other values of the fields for which `other` knows none, or not all that matter
@@ -90,6 +83,7 @@ CHANGED = {
     "block_types": [["attention", "recurrent"], ["recurrent"], ["recurrent", "mlp"], [], None],
     "conv1d_width": [3, 9, 1],
     "conv_kernel": [3, 9, 1],
+    "decoder_sparse_step": [2, 0],
     "dtype": ["bfloat16", "float32"],
     "expand": [1, 0, 1.5, "2"],
     "expert_layer_offset": [1, 2],
@@ -97,6 +91,7 @@ CHANGED = {
     "experts_implementation": ["eager"],
     "final_w_init_variance_scale": [0.5],
     "fusion_config": [{"rms_norm": True}],
+    "full_attention_interval": [1, 3, 0],
     "head_dim": [6, 5, 0],
     "hidden_act": ["swish", "gelu", "relu", "gelu_new", "gelu_pytorch_tanh", "tanh", None],
     "hidden_size": [24, 0],
@@ -105,7 +100,12 @@ CHANGED = {
     "is_causal": [False, None],
     "label2id": [{"a": 0, "b": 1}],
     "layer_norm_epsilon": [0.1, 0.0, float("nan")],
-    "layer_types": [["full_attention"], ["sliding_attention"]],
+    "layer_types": [["full_attention"], ["sliding_attention"], ["full_attention", "linear_attention"]],
+    "linear_conv_kernel_dim": [3, 9],
+    "linear_key_head_dim": [4],
+    "linear_num_key_heads": [4, 3],
+    "linear_num_value_heads": [2, 3],
+    "linear_value_head_dim": [6],
     "mixer_rms_eps": [0.1],
     "n_groups": [2, 3],
     "num_attention_heads": [2, 8, 3],
@@ -119,6 +119,8 @@ CHANGED = {
     "logits_soft_cap": [1.0, 0.0],
     "lru_width": [32, 25, None],
     "max_new_tokens": [5],
+    "mlp_only_layers": [[1], [], None, "other"],
+    "moe_intermediate_size": [4, 12],
     "num_labels": [3],
     "num_local_experts": [1, 4, 0],
     "output_attentions": [True],
@@ -153,6 +155,7 @@ CHANGED = {
     "rope_theta": [100.0, 100],
     "rotary_emb_base": [100.0],
     "rotary_pct": [0.5, 0.25, 0.8],
+    "shared_expert_intermediate_size": [8, 12],
     "sliding_window": [3, None, 1],
     "ssm_cfg": [{"layer": "Mamba2"}],
     "tie_word_embeddings": [True, False],
@@ -209,6 +212,13 @@ TOGETHER = {
         dict(attention_bias=True, num_key_value_heads=2),
         dict(rope_theta=50.0, partial_rotary_factor=1.0, rope_scaling=dict(type="default")),
     ],
+    "qwen3_next": [
+        dict(num_experts=0, mlp_only_layers=None),
+        dict(num_experts_per_tok=1, norm_topk_prob=False),
+        dict(num_hidden_layers=4, decoder_sparse_step=2, mlp_only_layers=None),
+        dict(rope_theta=50.0, partial_rotary_factor=0.5),
+        dict(layer_types=["linear_attention"] * 2, full_attention_interval=1),
+    ],
     "rwkv": [
         dict(attention_hidden_size=None, intermediate_size=None),
         dict(num_hidden_layers=3, rescale_every=2),
@@ -248,7 +258,7 @@ def cases(family):
     """Each change of each field."""
     fields = class_fields(family)
     for name in dict.fromkeys([*fields, *FAMILIES[family].table]):
-        tried = family in OWN_FIELDS and name in COMMON
+        tried = family not in FIRST and name in COMMON
         if name != "model_type" and not tried:  # model_type chooses the family
             yield from ({name: value} for value in other(name, fields.get(name)))
     yield from ({name: MISSING} for name in TINY[family] if name not in TOO_LARGE)
@@ -268,7 +278,7 @@ def weights_of(shapes):
 
     def draw(name, shape):
         noise = random.normal(size=shape).astype(np.float32) * np.float32(0.3 if len(shape) > 1 else 0.2)
-        return noise + np.float32(name.endswith(SCALES))
+        return noise + np.float32(bool(SCALES.search(name)))
 
     return {name: draw(name, shape) for name, shape in shapes}
 

@@ -40,6 +40,12 @@ MODEL = Group(
             since=2,
         ),
         "norm_eps": Field(1e-5, "epsilon of those norms", above(0)),
+        "norms_behind": Field(
+            "",
+            "branches, apart by spaces: blocks with one of them have their norms behind the branches, x + "
+            "norm(branch(x)) (attention in OLMo Hybrid); empty: x + branch(norm(x)) in all blocks",
+            since=2,
+        ),
         "embedding_norm": Field(False, "one more such norm, behind the input, as in RWKV-4", since=2),
         "bias": Field(False, "biases in layer norms, and in the projections of branches that can have them", since=2),
         "short_conv": Field(

@@ -23,6 +23,7 @@ from seqmodels.interop import (
     mamba2,
     mixtral,
     original,
+    qwen3_next,
     recurrent_gemma,
     retnet,
     rwkv,
@@ -79,6 +80,14 @@ FAMILIES = {
         gpt_neox.HEAD,
         gpt_neox.EXPORTED,
     ),
+    "qwen3_next": Family(
+        qwen3_next.QWEN3_NEXT,
+        qwen3_next.config_of,
+        qwen3_next.weights,
+        LLAMA_EMBEDDINGS,
+        qwen3_next.as_in_files,
+        exported=qwen3_next.EXPORTED,
+    ),
     "recurrent_gemma": Family(
         recurrent_gemma.RECURRENT_GEMMA,
         recurrent_gemma.config_of,
@@ -95,9 +104,8 @@ TORCHSCALE = Family(
 )
 
 OTHERS = {  # known models that cannot be imported, and why
-    "qwen3_next": "its attention has an output gate, its shared expert a gate",
-    "qwen3_5": "its attention has an output gate",
-    "qwen3_5_moe": "its attention has an output gate, its shared expert a gate",
+    "qwen3_5": "no importer is written for it",
+    "qwen3_5_moe": "no importer is written for it",
     "olmo_hybrid": "the norms of its attention and MLP are behind them",
     "rwkv7": "it needs the mixer of RWKV-7",
 }
@@ -105,7 +113,7 @@ OTHERS = {  # known models that cannot be imported, and why
 EXPORTED: Table = {  # fields of config.model itself
     **honoured("norm_eps", "pattern", "repeats", "tie_embeddings", "vocab_size", "width"),
     # as far as PLAIN or a family allows
-    **honoured("bias", "embedding_norm", "embedding_scale", "logit_softcap", "norm", "parallel_norms"),
+    **honoured("bias", "embedding_norm", "embedding_scale", "logit_softcap", "norm", "norms_behind", "parallel_norms"),
     "input": only("tokens"),
     "head": only("next_token"),
     "depth": only("none"),
@@ -125,6 +133,7 @@ PLAIN: Table = {  # what a family has unless its `exported` says something else
     "embedding_scale": only(1.0),
     "logit_softcap": only(0.0),
     "norm": only("rms"),
+    "norms_behind": only(""),
     "parallel_norms": only(False),
 }
 EXPORTED_DENSE: Table = {
@@ -310,6 +319,9 @@ def _export_of(blocks: list[pattern.Block], model: Mapping[str, Any]) -> tuple[s
         return "mixtral", mixtral.exported
     if kinds <= {((mixer,), (channel,)) for mixer in ("attention", "mamba") for channel in ("mlp", "moe")}:
         return "jamba", jamba.exported
+    with_delta = any(block[0] == ("gated_deltanet",) for block in kinds)
+    if with_delta and kinds <= {((a,), (b,)) for a in ("gated_deltanet", "attention") for b in ("mlp", "moe")}:
+        return "qwen3_next", qwen3_next.exported
     if kinds == {(("retnet",), ("mlp",))}:
         return "retnet", retnet.exported
     if kinds == {(("rwkv",), ("rwkv_channel",))}:

@@ -84,6 +84,8 @@ PLAIN_ATTENTION: Table = {  # options of ours that their attention does not have
     **harmless("read with other masks", "block", "stride", "summary", "near", "first", "random"),
     "softcap": only(0.0),
     "qk_norm": only("none"),
+    **harmless("read with qk_norm", "qk_norm_eps"),
+    "output_gate": only(False),
     "log_n": only(0),
     "forget": only(False),
 }
