@@ -40,6 +40,14 @@ MODELS = {
         "RecurrentGemma",
         dict(SIZES, **HEADS, attention_window_size=6, block_types=["recurrent", "attention"], pad_token_id=None),
     ),
+    "olmo_hybrid": (
+        "OlmoHybrid",
+        dict(
+            SIZES | HEADS,
+            **dict(linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=6, linear_value_head_dim=5),
+            **dict(pad_token_id=None),
+        ),
+    ),
     "qwen3_next": (
         "Qwen3Next",
         dict(

@@ -27,6 +27,7 @@ from seqmodels.fields.rglru import RGLRU
 from seqmodels.fields.rwkv import RWKV
 from seqmodels.fields.rwkv_channel import RWKV_CHANNEL
 from seqmodels.interop import (
+    experts,
     gpt_neox,
     huggingface,
     jamba,
@@ -34,6 +35,7 @@ from seqmodels.interop import (
     mamba,
     mamba2,
     mixtral,
+    olmo_hybrid,
     qwen3_next,
     recurrent_gemma,
     rwkv,
@@ -74,6 +76,13 @@ MODELS = {
         attention=dict(kv_heads=2, window=4, biases="out"),
         mlp=dict(hidden=24, activation="gelu_tanh"),
     ),
+    "olmo_hybrid": dict(
+        TINY,
+        **dict(pattern="gated_deltanet+mlp attention+mlp", norms_behind="attention"),
+        gated_deltanet=dict(heads=4, key_heads=2, key_dim=6, value_dim=5),
+        attention=dict(kv_heads=2, qk_norm="all", qk_norm_eps=1e-5),
+        mlp=dict(hidden=24),
+    ),
     "qwen3_next": dict(
         TINY,
         **dict(pattern="gated_deltanet+mlp attention+moe", norm="centred"),
@@ -109,6 +118,10 @@ GROUPS = {  # our fields, and what the export does with them
         (RGLRU, recurrent_gemma.EXPORTED_RGLRU),
         (ATTENTION, recurrent_gemma.EXPORTED_ATTENTION),
         (MLP, recurrent_gemma.EXPORTED_MLP),
+    ],
+    "olmo_hybrid": [
+        (GATED_DELTANET, qwen3_next.EXPORTED_DELTA),
+        (ATTENTION, olmo_hybrid.EXPORTED_ATTENTION),
     ],
     "qwen3_next": [
         (GATED_DELTANET, qwen3_next.EXPORTED_GATED_DELTANET),
@@ -200,6 +213,14 @@ TOGETHER = [
         )
     ),
     *(
+        ("olmo_hybrid", change)
+        for change in (
+            *({"model.norm": "centred"}, {"model.bias": True}, {"model.norms_behind": ""}, {"model.mlp.gated": False}),
+            *({"model.norms_behind": "mlp"}, {"model.attention.positions": "none"}, {"model.tie_embeddings": True}),
+            {"model.norm_eps": 0.1, "model.attention.qk_norm_eps": 0.1},
+        )
+    ),
+    *(
         ("qwen3_next", change)
         for change in (
             *({"model.norm": "rms"}, {"model.bias": True}, {"model.moe.shared": 0}, {"model.tie_embeddings": True}),
@@ -247,11 +268,14 @@ def others(place, field):
     return [0.5 * field.default + 0.25 if isinstance(field.default, float) else field.default + 1]
 
 
+SHARED = {**llama.PLAIN_ATTENTION, **experts.EXPORTED}  # what several tables say
+HYBRIDS = ("recurrent_gemma", "olmo_hybrid", "qwen3_next")  # in which that is not tested again
 CASES = [
     (kind, {group.place(name): value})
     for kind, groups in GROUPS.items()
-    for group, _ in groups
+    for group, table in groups
     for name, field in group.fields.items()
+    if not (kind in HYBRIDS and table[name] is SHARED.get(name))
     for value in others(group.place(name), field)
 ] + TOGETHER
 
@@ -290,7 +314,7 @@ def our_logits(config, params):
 def their_logits(tensors, config, directory):
     (directory / "config.json").write_text(json.dumps(config))
     # of these a file has other names than a model in memory
-    if any(".experts." in name or name == "embed_out.weight" for name in tensors):
+    if any(".experts." in name or ".q_conv1d." in name or name == "embed_out.weight" for name in tensors):
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
         with torch.no_grad():

@@ -45,6 +45,11 @@ TINY = {
         SIZES | {"num_hidden_layers": 2}, num_attention_heads=2, num_key_value_heads=1, intermediate_size=48,
         lru_width=24, attention_window_size=6, block_types=["recurrent", "attention"], logits_soft_cap=4.0,
     ),
+    "olmo_hybrid": dict(
+        SIZES | {"num_hidden_layers": 2}, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24,
+        layer_types=["linear_attention", "full_attention"], linear_num_key_heads=2, linear_num_value_heads=4,
+        linear_key_head_dim=6, linear_value_head_dim=5, pad_token_id=None,
+    ),
     "qwen3_next": dict(
         SIZES | {"num_hidden_layers": 2}, num_attention_heads=4, num_key_value_heads=2, intermediate_size=24,
         head_dim=16, full_attention_interval=2, mlp_only_layers=[0], num_experts=3, num_experts_per_tok=2,
@@ -59,7 +64,8 @@ TINY = {
 }  # fmt: skip
 CLASSES = dict(mamba="Mamba", falcon_mamba="FalconMamba", mamba2="Mamba2", llama="Llama", mistral="Mistral")
 CLASSES |= dict(mixtral="Mixtral", jamba="Jamba", gpt_neox="GPTNeoX", rwkv="Rwkv", recurrent_gemma="RecurrentGemma")
-CLASSES |= dict(qwen3_next="Qwen3Next")
+CLASSES |= dict(qwen3_next="Qwen3Next", olmo_hybrid="OlmoHybrid")
+WIDE = ("qwen3_next", "olmo_hybrid")  # with sizes too large for a test where they are missing
 FIRST = ("mamba", "falcon_mamba", "mamba2", "llama", "mistral")  # the others skip the fields that all families have
 
 TOO_LARGE = ("hidden_size", "num_hidden_layers")  # by default
@@ -212,6 +218,12 @@ TOGETHER = {
         dict(attention_bias=True, num_key_value_heads=2),
         dict(rope_theta=50.0, partial_rotary_factor=1.0, rope_scaling=dict(type="default")),
     ],
+    "olmo_hybrid": [
+        dict(linear_key_head_dim=None, linear_value_head_dim=None, linear_num_key_heads=None),
+        dict(num_hidden_layers=3, layer_types=None),
+        dict(rope_theta=None),
+        dict(rope_parameters=dict(rope_type="default", rope_theta=None)),
+    ],
     "qwen3_next": [
         dict(num_experts=0, mlp_only_layers=None),
         dict(num_experts_per_tok=1, norm_topk_prob=False),
@@ -261,7 +273,7 @@ def cases(family):
         tried = family not in FIRST and name in COMMON
         if name != "model_type" and not tried:  # model_type chooses the family
             yield from ({name: value} for value in other(name, fields.get(name)))
-    yield from ({name: MISSING} for name in TINY[family] if name not in TOO_LARGE)
+    yield from ({name: MISSING} for name in TINY[family] if name not in TOO_LARGE and family not in WIDE)
     yield from TOGETHER[family]
     yield from ({"a_field_that_nobody_knows": value} for value in (2.0, False))
 

@@ -37,6 +37,7 @@ SIZES = dict(
     rms_norm_eps=1e-2,
 )  # fmt: skip
 MODELS = {
+    "OlmoHybrid": dict(SIZES, rope_parameters=dict(rope_type="default", rope_theta=50.0)),
     "Qwen3Next": dict(
         SIZES, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=12, shared_expert_intermediate_size=24,
         head_dim=8, mlp_only_layers=[0],

@@ -22,6 +22,7 @@ from seqmodels.interop import (
     mamba,
     mamba2,
     mixtral,
+    olmo_hybrid,
     original,
     qwen3_next,
     recurrent_gemma,
@@ -80,6 +81,14 @@ FAMILIES = {
         gpt_neox.HEAD,
         gpt_neox.EXPORTED,
     ),
+    "olmo_hybrid": Family(
+        olmo_hybrid.OLMO_HYBRID,
+        olmo_hybrid.config_of,
+        olmo_hybrid.weights,
+        LLAMA_EMBEDDINGS,
+        olmo_hybrid.as_in_files,
+        exported=olmo_hybrid.EXPORTED,
+    ),
     "qwen3_next": Family(
         qwen3_next.QWEN3_NEXT,
         qwen3_next.config_of,
@@ -106,7 +115,6 @@ TORCHSCALE = Family(
 OTHERS = {  # known models that cannot be imported, and why
     "qwen3_5": "no importer is written for it",
     "qwen3_5_moe": "no importer is written for it",
-    "olmo_hybrid": "the norms of its attention and MLP are behind them",
     "rwkv7": "it needs the mixer of RWKV-7",
 }
 
@@ -319,6 +327,8 @@ def _export_of(blocks: list[pattern.Block], model: Mapping[str, Any]) -> tuple[s
         return "mixtral", mixtral.exported
     if kinds <= {((mixer,), (channel,)) for mixer in ("attention", "mamba") for channel in ("mlp", "moe")}:
         return "jamba", jamba.exported
+    if kinds == {(("gated_deltanet",), ("mlp",)), (("attention",), ("mlp",))} and model["norm"] != "centred":
+        return "olmo_hybrid", olmo_hybrid.exported
     with_delta = any(block[0] == ("gated_deltanet",) for block in kinds)
     if with_delta and kinds <= {((a,), (b,)) for a in ("gated_deltanet", "attention") for b in ("mlp", "moe")}:
         return "qwen3_next", qwen3_next.exported

@@ -288,7 +288,8 @@ def exported(model: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[dict[
     blocks = pattern.parse(model["pattern"]) * model["repeats"]
     mixers, channels = ([words[0] for words in steps] for steps in zip(*blocks, strict=True))
     delta = delta_sized(model, params, mixers.index("gated_deltanet"), EXPORTED_GATED_DELTANET, model["norm_eps"])
-    sized, fields = {**model, "gated_deltanet": delta}, dict(num_experts=0)
+    sized = {**model, "gated_deltanet": delta}
+    fields: dict[str, Any] = dict(num_experts=0)
     if "attention" in mixers:
         sized["attention"] = attention_sized(model, params, mixers.index("attention"), EXPORTED_ATTENTION)
         fields |= _attention_fields(sized["attention"])
