@@ -339,7 +339,7 @@ POSITIVE = (
     ),
     *("model.mamba.norm_eps", "model.mamba2.norm_eps", "model.mamba3.norm_eps", "model.gla.norm_eps"),
     *("model.retnet.norm_eps", "model.mamba.dt_min", "model.mamba.dt_max", "model.attention.rope_theta"),
-    "model.attention.rotary",
+    *("model.attention.rotary", "model.attention.qk_norm_eps"),
     *("model.mamba2.dt_min", "model.mamba2.dt_max", "model.mamba3.dt_min", "model.mamba3.dt_max"),
     *("model.deltanet.norm_eps", "model.gated_deltanet.norm_eps", "model.hgrn.norm_eps", "model.moe.scale"),
     *("model.mamba.dt_scale", "model.mamba2.dt_scale", "model.mamba3.dt_scale"),
@@ -357,6 +357,12 @@ def test_taps_of_short_convolutions(taps):
     config = with_field("model.short_conv")
     set_field(config, "model.short_conv", taps)
     assert f"config.model.short_conv={taps}: must be 0, or from 2 to 8" in refusal(config)
+
+
+def test_blocks_whose_norms_are_behind_their_branches_are_in_the_pattern():
+    config = with_field("model.norms_behind")
+    set_field(config, "model.norms_behind", "gru")
+    assert "config.model.norms_behind='gru': must be '' or some of " in refusal(config)
 
 
 def with_field(field):
