@@ -5,9 +5,9 @@ Hardware:  2 CPU cores. `:2b` one GPU of 80 GB (planned, never run).
 Expected:  validation 2.100, test 2.126 bits per byte (small; 2026-11-30; xz -9: 2.591, 2.543)
 Cost:      9 minutes of training on one CPU core (small)
 
-Presets: small (no argument), hawk (recurrent blocks only, as small) and 2b, which has the layers of RecurrentGemma-2B.
-2b differs from it in that logits have no limit and the embedding no scale. small and hawk have as many parameters as
-that of configs/densemamba.py, within 2 %.
+Presets: small (no argument), hawk (recurrent blocks only, as small) and 2b, which is RecurrentGemma-2B with its
+2,682,862,080 parameters. `python convert.py --from=DIR --workdir=RUN` imports the published weights (docs/interop.md).
+small and hawk have as many parameters as that of configs/densemamba.py, within 2 %.
 """
 
 from collections.abc import Callable
@@ -38,9 +38,15 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.model.pattern, config.model.repeats = "(rglru+mlp) x26 attention@2/3", 1
         config.model.width = 2560
         config.model.vocab_size = 256_000
+        config.model.norm = "centred"
+        config.model.bias = True
+        config.model.embedding_scale = 50.5  # the root of the width in bfloat16, as in the published model
+        config.model.logit_softcap = 30.0
         config.model.rglru.heads = config.model.attention.heads = 10
         config.model.attention.window = 2048
+        config.model.attention.biases = "out"
         config.model.mlp.hidden = 3 * 2560
+        config.model.mlp.activation = "gelu_tanh"
     return finish(config, "griffin", chosen)
 
 

@@ -78,6 +78,12 @@ def norms_of(step: int, branches: int, own: bool) -> list[str]:
     return [first] + [f"{step_name(step)}_{j}_norm" if own else first for j in range(1, branches)]
 
 
+def norms_behind(config: Any, spec: BlockSpec) -> bool:
+    """Whether the block's norms are behind its branches: one of them is named in `config.norms_behind`."""
+    chosen = config.norms_behind.split()
+    return any(name_of(word) in chosen for word in spec.names().values())
+
+
 def linked(spec: BlockSpec) -> list[str]:
     """Words of the block's branches whose hidden state DenseSSM can access."""
     words = spec.names().values()
@@ -212,6 +218,7 @@ def with_leaves(states: dict[str, State]) -> dict[str, State]:
 class Block(nn.Module):
     """For each step x + branches(norm(x)), with the connection across depth around and between them.
 
+    With `config.norms_behind` x + norm(branches(x)).
     `layer` is the block's number in the stack; None inside a scan over layers, which computes many with one program.
     """
 
@@ -240,10 +247,12 @@ class Block(nn.Module):
         old = state or {}
         own, new = old.get(kind, {}), {}
         names, convolved = iter(self.spec.names()), convolutions(self.config, self.spec)
+        behind = norms_behind(self.config, self.spec)
         for i, step in enumerate(self.spec.steps):
             u, carry = connection.enter(x, carry, i)
             norms = norms_of(i, len(step), self.config.parallel_norms)
-            normed = {norm: getattr(self, norm)(u).astype(dtype) for norm in dict.fromkeys(norms)}
+            before = {norm: (lambda u: u) if behind else getattr(self, norm) for norm in norms}
+            normed = {norm: before[norm](u).astype(dtype) for norm in before}
             if i == 0:  # model.remat knows it by this name
                 normed = {norm: checkpoint_name(y, "normed") for norm, y in normed.items()}
             ys = []
@@ -253,6 +262,7 @@ class Block(nn.Module):
                     y, new[conv] = getattr(self, conv)(u, seq, old.get(conv))
                     u = u + y
                 y, new[name], carry, own = connection.run(branch, u, seq, old.get(name), carry, own)
+                y = getattr(self, norm)(y) if behind else y
                 ys.append(self.dropout(y, deterministic=deterministic))
             x, carry = connection.leave(x, sum(ys[1:], start=ys[0]), carry, i)
         new[kind] = own

@@ -76,6 +76,9 @@ def check_blocks(model: ConfigDict) -> None:
     if model.parallel_norms and all(len(step) == 1 for block in pattern.parse(model.pattern) for step in block):
         allowed = f"False with model.pattern={model.pattern!r}, without branches side by side"
         refuse("model.parallel_norms", True, allowed)
+    for word in model.norms_behind.split():
+        if word not in (known := pattern.names(model.pattern)):
+            refuse("model.norms_behind", model.norms_behind, f"'' or some of {', '.join(known)}, of model.pattern")
 
 
 def check_implementation(implementation: ConfigDict) -> None:

@@ -18,6 +18,7 @@ from seqmodels.heads import HEADS, Head
 from seqmodels.inputs import INPUTS, Input
 from seqmodels.inputs.positions import Positions
 from seqmodels.kernels import OPERATIONS
+from seqmodels.layers.norm import norm_of
 from seqmodels.mixers.short_conv import ShortConv
 from seqmodels.pattern import names
 from seqmodels.sequence import make_sequence
@@ -50,6 +51,8 @@ class SequenceModel(nn.Module):
         nn.share_scope(self, self.backbone)  # no level of its own in the tree of parameters
         if config.positions != "none":
             self.positions = Positions(config.width, config.positions, config.position_table, config.embedding_std)
+        if config.embedding_norm:
+            self.embedding_norm = norm_of(config)
 
     @property
     def causal(self) -> bool:
@@ -71,6 +74,7 @@ class SequenceModel(nn.Module):
             "tied": config.tie_embeddings,
             "pool": config.pool,
             "horizon": config.horizon,
+            "softcap": config.logit_softcap,
         }
         fields = {name: value for name, value in options.items() if name in head.__dataclass_fields__}
         return head(config.width, self.output_size, dtype=jnp.dtype(config.dtype), **fields)
@@ -124,8 +128,12 @@ class SequenceModel(nn.Module):
         rows, length = tokens.shape[:2]
         seq, segment, position = make_sequence(rows, length, segment_ids, mask, old["segment"], old["position"])
         x = self.reader(tokens, mask)
+        if self.config.embedding_scale != 1:
+            x = x * self.config.embedding_scale
         if self.config.positions != "none":
             x = x + self.positions(seq.positions, mask).astype(x.dtype)
+        if self.config.embedding_norm:
+            x = self.embedding_norm(x)
         x = nn.with_logical_constraint(x, ("batch", "length", None))
         x = self.dropout(x, deterministic=deterministic)
         hidden, layers = self.backbone(x, seq, old["layers"], deterministic)
@@ -190,8 +198,10 @@ def _build(config, spec: Spec, objective: str) -> SequenceModel:
         refuse("model.position_table", 0, "at least the number of tokens in a row, with model.positions='learned'")
     if config.positions == "sinusoidal" and config.width % 2:
         refuse("model.width", config.width, "even with model.positions='sinusoidal'")
-    if config.bias and config.norm == "rms" and not any(BRANCHES[name].biased for name in names(config.pattern)):
-        allowed = f"False with model.norm='rms' and model.pattern={config.pattern!r}, where nothing has a bias"
+    if config.bias and config.norm != "layer" and not any(BRANCHES[name].biased for name in names(config.pattern)):
+        allowed = (
+            f"False with model.norm={config.norm!r} and model.pattern={config.pattern!r}, where nothing has a bias"
+        )
         refuse("model.bias", True, allowed)
     check_implementation(config.implementation)
     kind = LanguageModel if len(vocabularies) == 2 else SequenceModel

@@ -21,6 +21,7 @@ OPTIONS = {
     "fixed": dict(mask="fixed", stride=3, summary=1, block=1),
     "bigbird": dict(mask="bigbird", near=1, first=1, random=1, block=2),
     "scores": dict(softcap=2.0, qk_norm="rms", log_n=4, window=5),
+    "gated": dict(qk_norm="all", output_gate=True),
     "forget": dict(forget=True, positions="none"),
     "forget, sinks": dict(forget=True, window=3, sinks=1),
 }

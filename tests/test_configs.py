@@ -284,7 +284,7 @@ SMALLEST = {
         *("model.mamba.dt_rank", "model.mamba.dt_floor", "model.mamba2.dt_floor", "model.mamba3.dt_floor"),
         *("model.attention.kv_heads", "model.attention.head_dim", "model.attention.window", "model.mlp.hidden"),
         *("model.attention.sinks", "model.attention.first", "model.attention.random"),
-        *("model.attention.softcap", "model.attention.log_n"),
+        *("model.attention.softcap", "model.attention.log_n", "model.logit_softcap"),
         *("model.attention.init_std", "model.attention.trained_length", "model.position_table"),
         *("model.moe.hidden", "model.moe.shared", "model.moe.capacity"),
         *("model.moe.balance", "model.moe.z_loss", "model.moe.bias_rate"),
@@ -341,10 +341,17 @@ LARGEST = {
     1024: tuple(f"model.{name}.state" for name in LINEAR),
 }
 POSITIVE = (
-    *("model.embedding_std", "model.norm_eps", "model.dense.norm_eps", "optimizer.learning_rate", "optimizer.eps"),
+    *(
+        "model.embedding_std",
+        "model.embedding_scale",
+        "model.norm_eps",
+        "model.dense.norm_eps",
+        "optimizer.learning_rate",
+        "optimizer.eps",
+    ),
     *("model.mamba.norm_eps", "model.mamba2.norm_eps", "model.mamba3.norm_eps", "model.gla.norm_eps"),
     *("model.retnet.norm_eps", "model.mamba.dt_min", "model.mamba.dt_max", "model.attention.rope_theta"),
-    "model.attention.rotary",
+    *("model.attention.rotary", "model.attention.qk_norm_eps"),
     *("model.mamba2.dt_min", "model.mamba2.dt_max", "model.mamba3.dt_min", "model.mamba3.dt_max"),
     *("model.deltanet.norm_eps", "model.gated_deltanet.norm_eps", "model.hgrn.norm_eps", "model.moe.scale"),
     *("model.mamba.dt_scale", "model.mamba2.dt_scale", "model.mamba3.dt_scale"),
@@ -363,6 +370,12 @@ def test_taps_of_short_convolutions(taps):
     config = with_field("model.short_conv")
     set_field(config, "model.short_conv", taps)
     assert f"config.model.short_conv={taps}: must be 0, or from 2 to 8" in refusal(config)
+
+
+def test_blocks_whose_norms_are_behind_their_branches_are_in_the_pattern():
+    config = with_field("model.norms_behind")
+    set_field(config, "model.norms_behind", "gru")
+    assert "config.model.norms_behind='gru': must be '' or some of " in refusal(config)
 
 
 def with_field(field):

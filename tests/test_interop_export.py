@@ -17,14 +17,32 @@ from safetensors.numpy import save_file
 from seqmodels.configs.base import base
 from seqmodels.errors import UserError
 from seqmodels.fields.attention import ATTENTION
+from seqmodels.fields.gated_deltanet import GATED_DELTANET
 from seqmodels.fields.mamba import MAMBA
 from seqmodels.fields.mamba2 import MAMBA2
 from seqmodels.fields.mlp import MLP
 from seqmodels.fields.model import DENSE, IMPLEMENTATION, MODEL
 from seqmodels.fields.moe import MOE
-from seqmodels.interop import gpt_neox, huggingface, jamba, llama, mamba, mamba2, mixtral
+from seqmodels.fields.rglru import RGLRU
+from seqmodels.fields.rwkv import RWKV
+from seqmodels.fields.rwkv_channel import RWKV_CHANNEL
+from seqmodels.interop import (
+    experts,
+    gpt_neox,
+    huggingface,
+    jamba,
+    llama,
+    mamba,
+    mamba2,
+    mixtral,
+    olmo_hybrid,
+    qwen3_next,
+    recurrent_gemma,
+    rwkv,
+)
 from seqmodels.interop.huggingface import from_huggingface, to_huggingface
 from seqmodels.interop.stacking import unstack
+from seqmodels.interop.table import Harmless
 from seqmodels.model import build
 
 pytestmark = pytest.mark.slow
@@ -52,6 +70,34 @@ MODELS = {
     "mixtral": dict(
         TINY, pattern="attention+moe", attention=dict(kv_heads=2), moe=EXPERTS | {"router": "renormalised"}
     ),
+    "recurrent_gemma": dict(
+        TINY,
+        **dict(pattern="rglru+mlp attention+mlp", norm="centred", bias=True, embedding_scale=4.0, logit_softcap=4.0),
+        rglru=dict(hidden=24),
+        attention=dict(kv_heads=2, window=4, biases="out"),
+        mlp=dict(hidden=24, activation="gelu_tanh"),
+    ),
+    "olmo_hybrid": dict(
+        TINY,
+        **dict(pattern="gated_deltanet+mlp attention+mlp", norms_behind="attention"),
+        gated_deltanet=dict(heads=4, key_heads=2, key_dim=6, value_dim=5),
+        attention=dict(kv_heads=2, qk_norm="all", qk_norm_eps=1e-5),
+        mlp=dict(hidden=24),
+    ),
+    "qwen3_next": dict(
+        TINY,
+        **dict(pattern="gated_deltanet+mlp attention+moe", norm="centred"),
+        gated_deltanet=dict(heads=4, key_heads=2, key_dim=6, value_dim=5),
+        attention=dict(kv_heads=2, qk_norm="centred", qk_norm_eps=1e-5, output_gate=True),
+        mlp=dict(hidden=24),
+        moe=EXPERTS | dict(shared=1, shared_gate=True),
+    ),
+    "rwkv": dict(
+        TINY,
+        **dict(pattern="rwkv+rwkv_channel x2", norm="layer", bias=True, embedding_norm=True),
+        rwkv=dict(hidden=24),
+        rwkv_channel=dict(hidden=32),
+    ),
     "jamba": dict(
         TRANSFORMER | dict(pattern="mamba+mlp attention+moe"),
         attention=dict(kv_heads=2, positions="none"),
@@ -69,6 +115,18 @@ GROUPS = {  # our fields, and what the export does with them
         (MLP, llama.EXPORTED_MLP),
     ],
     "gpt_neox": [(ATTENTION, gpt_neox.EXPORTED_ATTENTION), (MLP, gpt_neox.EXPORTED_MLP)],
+    "recurrent_gemma": [
+        (RGLRU, recurrent_gemma.EXPORTED_RGLRU),
+        (ATTENTION, recurrent_gemma.EXPORTED_ATTENTION),
+        (MLP, recurrent_gemma.EXPORTED_MLP),
+    ],
+    "olmo_hybrid": [(ATTENTION, olmo_hybrid.EXPORTED_ATTENTION)],  # the rest is that of qwen3_next
+    "qwen3_next": [
+        (GATED_DELTANET, qwen3_next.EXPORTED_GATED_DELTANET),
+        (ATTENTION, qwen3_next.EXPORTED_ATTENTION),
+        (MOE, qwen3_next.EXPORTED_MOE),
+    ],
+    "rwkv": [(RWKV, rwkv.EXPORTED_MIX), (RWKV_CHANNEL, rwkv.EXPORTED_MIX)],
     "mixtral": [(ATTENTION, llama.EXPORTED_ATTENTION), (MOE, mixtral.EXPORTED_MOE)],
     "jamba": [
         (ATTENTION, jamba.EXPORTED_ATTENTION),
@@ -82,10 +140,11 @@ CHANGED = {
     "model.width": [8],
     "model.pattern": [
         *("attention+mlp x2", "(attention+mlp) x1 attention+mlp", "attention", "mlp", "attention|mlp", "mlp+attention"),
-        *("bi:attention+mlp", "attention+mlp mlp", "mamba attention+mlp", "mamba mamba2", "gla", "retnet+mlp"),
+        *("bi:attention+mlp", "attention+mlp mlp", "mamba attention+mlp", "mamba mamba2", "gla", "hgrn+mlp"),
     ],
     "model.vocab_size": [32],
     "model.norm_eps": [0.1],
+    "model.norms_behind": ["mlp"],
     "model.residual_dtype": ["bfloat16"],
     "model.remat": ["block"],
     "model.scan_blocks": [1],
@@ -114,6 +173,19 @@ CHANGED = {
     "model.mamba2.head_dim": [4],
     "model.mamba2.groups": [2],
     "model.moe.hidden": [0, 32],
+    "model.attention.qk_norm_eps": [0.1],
+    "model.gated_deltanet.heads": [2],
+    "model.gated_deltanet.key_heads": [0, 1],
+    "model.gated_deltanet.key_dim": [4],
+    "model.gated_deltanet.value_dim": [0],
+    "model.gated_deltanet.conv": [3],
+    "model.gated_deltanet.norm_eps": [0.1],
+    "model.gated_deltanet.dt_min": [0.01],
+    "model.rglru.hidden": [0, 32],
+    "model.rglru.heads": [2],
+    "model.rglru.conv": [3],
+    "model.rwkv.hidden": [0, 32],
+    "model.rwkv_channel.hidden": [0, 24],
 }
 TOGETHER = [
     ("mamba", {"model.mamba.norms": "rms", "model.mamba.norm_eps": 0.1}),
@@ -135,6 +207,39 @@ TOGETHER = [
             *({"model.bias": False}, {"model.norm": "rms"}, {"model.parallel_norms": False}, {"model.norm_eps": 0.1}),
             {"model.pattern": "attention+mlp", "model.parallel_norms": False, "model.tie_embeddings": True},
             {"model.pattern": "attention|mlp x2", "model.repeats": 2},
+        )
+    ),
+    *(
+        ("olmo_hybrid", change)
+        for change in (
+            *({"model.norm": "centred"}, {"model.bias": True}, {"model.norms_behind": ""}, {"model.mlp.gated": False}),
+            *({"model.norms_behind": "mlp"}, {"model.attention.positions": "none"}, {"model.tie_embeddings": True}),
+            {"model.norm_eps": 0.1, "model.attention.qk_norm_eps": 0.1},
+            *({"model.gated_deltanet.negative_eigenvalues": True}, {"model.gated_deltanet.norm_eps": 0.1}),
+        )
+    ),
+    *(
+        ("qwen3_next", change)
+        for change in (
+            *({"model.norm": "rms"}, {"model.bias": True}, {"model.moe.shared": 0}, {"model.tie_embeddings": True}),
+            {"model.norm_eps": 0.1, "model.attention.qk_norm_eps": 0.1, "model.gated_deltanet.norm_eps": 0.1},
+            *({"model.pattern": "gated_deltanet+mlp"}, {"model.pattern": "attention+moe gated_deltanet+moe"}),
+        )
+    ),
+    *(
+        ("recurrent_gemma", change)
+        for change in (
+            *({"model.bias": False}, {"model.norm": "rms"}, {"model.norm_eps": 0.1}, {"model.embedding_scale": 1.0}),
+            *({"model.logit_softcap": 0.0}, {"model.logit_softcap": 1.0}, {"model.tie_embeddings": True}),
+            *({"model.attention.heads": 2, "model.rglru.heads": 2}, {"model.pattern": "rglru+mlp"}),
+            *({"model.pattern": "rglru+mlp x2 attention+mlp", "model.repeats": 2}, {"model.attention.window": 0}),
+        )
+    ),
+    *(
+        ("rwkv", change)
+        for change in (
+            *({"model.bias": False}, {"model.norm": "rms"}, {"model.norm_eps": 0.1}, {"model.embedding_norm": False}),
+            *({"model.tie_embeddings": True, "model.repeats": 2}, {"model.pattern": "rwkv+mlp"}),
         )
     ),
     ("mixtral", {"model.attention.window": 4, "model.norm_eps": 0.1}),
@@ -161,11 +266,14 @@ def others(place, field):
     return [0.5 * field.default + 0.25 if isinstance(field.default, float) else field.default + 1]
 
 
+SHARED = {**llama.PLAIN_ATTENTION, **experts.EXPORTED}  # what several tables say
+HYBRIDS = ("recurrent_gemma", "olmo_hybrid", "qwen3_next")  # in which that is not tested again, and no harmless field
 CASES = [
     (kind, {group.place(name): value})
     for kind, groups in GROUPS.items()
-    for group, _ in groups
+    for group, table in groups
     for name, field in group.fields.items()
+    if not (kind in HYBRIDS and (table[name] is SHARED.get(name) or isinstance(table[name], Harmless)))
     for value in others(group.place(name), field)
 ] + TOGETHER
 
@@ -204,11 +312,11 @@ def our_logits(config, params):
 def their_logits(tensors, config, directory):
     (directory / "config.json").write_text(json.dumps(config))
     # of these a file has other names than a model in memory
-    if any(".experts." in name or name == "embed_out.weight" for name in tensors):
+    if any(".experts." in name or ".q_conv1d." in name or name == "embed_out.weight" for name in tensors):
         save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
         model = transformers.AutoModelForCausalLM.from_pretrained(directory, attn_implementation="eager").eval()
         with torch.no_grad():
-            return model(torch.from_numpy(TOKENS)).logits.numpy()
+            return model(torch.from_numpy(TOKENS), use_cache=False).logits.numpy()
     settings = transformers.AutoConfig.from_pretrained(directory)
     model = transformers.AutoModelForCausalLM.from_config(settings, attn_implementation="eager").eval()
     parameters = dict(model.named_parameters())
@@ -216,7 +324,7 @@ def their_logits(tensors, config, directory):
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(torch.from_numpy(tensors[name]))
-        return model(torch.from_numpy(TOKENS)).logits.numpy()
+        return model(torch.from_numpy(TOKENS), use_cache=False).logits.numpy()
 
 
 @pytest.fixture(scope="module", autouse=True)

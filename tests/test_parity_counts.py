@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from seqmodels.configs import mamba, mamba2
+from seqmodels.configs import griffin, mamba, mamba2
 from seqmodels.model import build
 
 pytestmark = pytest.mark.slow
@@ -65,3 +65,13 @@ def test_transformers_agrees_on_mamba2(preset):
     with torch.device("meta"):
         theirs = transformers.Mamba2ForCausalLM(transformers.Mamba2Config(**sizes, **heads, tie_word_embeddings=True))
     assert sum(parameter.numel() for parameter in theirs.parameters()) == MAMBA2[preset]
+
+
+def test_recurrent_gemma():
+    """google/recurrentgemma-2b: the default of transformers, but for one head of keys and an MLP of twice the width."""
+    torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
+    with torch.device("meta"):
+        config = transformers.RecurrentGemmaConfig(num_key_value_heads=1, intermediate_size=15360)
+        theirs = transformers.RecurrentGemmaForCausalLM(config)
+    assert sum(parameter.numel() for parameter in theirs.parameters()) == 2_682_862_080
+    assert count(build(griffin.get_config("2b").model, 256_000)) == 2_682_862_080

@@ -1,4 +1,4 @@
-"""Mamba, Mamba-2, FalconMamba, Llama, Mistral and GPT-NeoX of transformers: logits, gradients, decoding, files.
+"""Models of transformers without experts against ours: logits, gradients, decoding, files. RWKV-4 is in test_rwkv.py.
 
 Parameters are perturbed until the logits' standard deviation is 1 to 3: with the initial ones every defect hides
 below 1e-4. Theirs run in float64 as far as they can, so the rounding is ours: float32 sums through two layers of
@@ -53,6 +53,15 @@ MODELS = {
     ),
     "gpt neox": ("GPTNeoX", dict(**NEOX, rope_parameters=dict(rope_theta=500.0, partial_rotary_factor=0.5, **DEFAULT))),
     "sequential gpt neox": ("GPTNeoX", dict(**NEOX, use_parallel_residual=False, tie_word_embeddings=True)),
+    "recurrent gemma": (
+        "RecurrentGemma",
+        dict(
+            SIZES,
+            **dict(num_attention_heads=4, num_key_value_heads=1, lru_width=24, intermediate_size=96, conv1d_width=3),
+            **dict(attention_window_size=8, block_types=["recurrent", "attention"], logits_soft_cap=4.0),
+            **dict(tie_word_embeddings=False, pad_token_id=None, rms_norm_eps=1e-3),
+        ),
+    ),
     "tied mistral": ("Mistral", dict(**LLAMA, sliding_window=8, head_dim=8, tie_word_embeddings=True)),
 }
 
@@ -140,15 +149,21 @@ def test_cached_decoding(exact, ours):
     model, params, _ = ours
     step = jax.jit(lambda tokens, state: logits(model, params, tokens, state))
     state = model.init_state(BATCH, LENGTH)
-    cache, tokens = None, torch.from_numpy(TOKENS)
+    cache, tokens = new_cache(exact), torch.from_numpy(TOKENS)
     prefill = [(0, 3), (3, PREFILL)] if exact.config.model_type == "mamba2" else [(0, PREFILL)]
     for start, stop in [*prefill, *((t, t + 1) for t in range(PREFILL, LENGTH))]:
         got, state = step(TOKENS[:, start:stop].astype(np.int32), state)
         with torch.no_grad():
             cached = {} if cache is None else {name_of_cache(exact): cache}
             out = exact(tokens[:, start:stop], use_cache=True, **cached)
-        cache = getattr(out, name_of_cache(exact))
+        cache = getattr(out, name_of_cache(exact), cache)
         assert_logits(got, out.logits, f"tokens {start} to {stop}")
+
+
+def new_cache(model):
+    """None, from which a model makes one, except RecurrentGemma: it keeps states in its modules, and returns none."""
+    recurrent_gemma = model.config.model_type == "recurrent_gemma"
+    return transformers.DynamicCache(config=model.config) if recurrent_gemma else None
 
 
 def name_of_cache(model):
@@ -182,7 +197,7 @@ def test_bfloat16_file(theirs, ours, tmp_path):
 
 def test_scan_over_layers_takes_the_same_weights(theirs, ours):
     _, params, fields = ours
-    stacked = stack(params, size=1)
+    stacked = stack(params, size=len(fields["pattern"].split()))
     model = ours_of({**fields, "scan_blocks": 1})
     got, want = logits(model, stacked, TOKENS)[0], logits(ours[0], params, TOKENS)[0]
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)

@@ -1,12 +1,12 @@
-"""minGRU, minLSTM, HGRN and the dilated convolutions against their equations in torch, in float64; RG-LRU against
-transformers' RecurrentGemma, whose recurrence adds up in float32.
+"""minGRU, minLSTM, HGRN and the dilated convolutions against their equations in torch, in float64.
+
+test_parity_transformers.py has RG-LRU, in RecurrentGemma.
 
 Outputs, states, and the gradients of every parameter, of the input and of the first state, from parameters that are
 drawn. Measured: they differ by at most 2e-6 of their norm.
 """
 
 import functools
-import os
 
 import flax.linen as nn
 import jax
@@ -164,78 +164,6 @@ def test_the_stack_is_torchs_convolutions(conv, dilations):
 
 
 # RG-LRU
-
-
-@functools.cache
-def griffin_block():
-    """Their recurrent block in float64, its parameters drawn."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    transformers = pytest.importorskip("transformers")
-    from transformers.models.recurrent_gemma.modeling_recurrent_gemma import RecurrentGemmaRecurrentBlock
-
-    sizes = dict(hidden_size=D, lru_width=E, num_attention_heads=2, num_hidden_layers=1, intermediate_size=8)
-    block = RecurrentGemmaRecurrentBlock(transformers.RecurrentGemmaConfig(**sizes), 0).double()
-    with torch.no_grad():
-        for i, p in enumerate(block.parameters()):
-            p.copy_(torch.from_numpy(0.6 * draw(*p.shape, seed=i)))
-    return block
-
-
-PLACES = {
-    **{f"linear_{theirs}.weight": f"{ours}_proj" for theirs, ours in (("x", "in"), ("y", "gate"), ("out", "out"))},
-    **{f"linear_{theirs}.bias": f"{ours}_bias" for theirs, ours in (("x", "in"), ("y", "gate"), ("out", "out"))},
-    **{"conv_1d.weight": "conv_weight", "conv_1d.bias": "conv_bias", "rg_lru.recurrent_param": "rate"},
-    **{"rg_lru.input_gate_weight": "input_gate", "rg_lru.recurrent_gate_weight": "recurrence_gate"},
-    **{"rg_lru.input_gate_bias": "input_gate_bias", "rg_lru.recurrent_gate_bias": "recurrence_gate_bias"},
-}
-
-
-def block_params(tensors):
-    def placed(name, x):
-        if name.startswith("linear") and x.ndim == 2:
-            return x.T
-        return x[:, 0].T if name == "conv_1d.weight" else x.reshape(-1) if name.endswith("bias") else x
-
-    return {PLACES[name]: placed(name, x) for name, x in tensors.items()}
-
-
-GRIFFIN = RgLru(width=D, hidden=E, heads=2, bias=True)
-
-
-@pytest.mark.slow
-def test_the_recurrent_block_is_that_of_transformers():
-    """A whole row: the output, and the gradients of x and of every parameter."""
-    block, x, dy = griffin_block(), draw(B, T, D), draw(B, T, D, seed=1)
-    block.zero_grad()
-    tensor = torch.tensor(x, requires_grad=True)
-    y, _ = block(tensor, torch.arange(T)[None].expand(B, T), None, use_cache=False)
-    (y * torch.tensor(dy)).sum().backward()
-    params = block_params({name: p.detach().numpy() for name, p in block.named_parameters()})
-    gradients = block_params({name: p.grad.numpy() for name, p in block.named_parameters()})
-
-    @jax.jit
-    def run(params, x):
-        y, pull = jax.vjp(lambda p, x: GRIFFIN.apply({"params": p}, x, make_sequence(B, T)[0])[0], params, x)
-        return y, pull(jnp.asarray(dy, jnp.float32))
-
-    near(run(*float32((params, x))), (y.detach().numpy(), (gradients, tensor.grad.numpy())))
-
-
-@pytest.mark.slow
-def test_the_recurrent_block_decodes_as_that_of_transformers():
-    """A prefill, whose first token is scaled by 1, and single tokens, whose scale is not."""
-    block, x, start = griffin_block(), draw(B, T, D), 5
-    params = float32(block_params({name: p.detach().numpy() for name, p in block.named_parameters()}))
-    run = jax.jit(
-        lambda x, state, at: GRIFFIN.apply({"params": params}, x, make_sequence(B, x.shape[1], position=at)[0], state)
-    )
-    state = GRIFFIN.init_state(B)
-    for first, stop in [(0, start), *((t, t + 1) for t in range(start, T))]:
-        y, state = run(jnp.asarray(x[:, first:stop], jnp.float32), state, jnp.full((B,), first, jnp.int32))
-        with torch.no_grad():
-            positions = torch.arange(first, stop)[None].expand(B, stop - first)
-            want, _ = block(torch.tensor(x[:, first:stop]), positions, None, use_cache=True)
-        near((y, state["lru"]), (want.numpy(), block.rg_lru.recurrent_states.numpy()))
 
 
 def test_the_root_is_not_steeper_than_its_limit():

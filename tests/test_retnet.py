@@ -135,7 +135,7 @@ def test_mlp_with_gelu_is_the_papers_or_torchscales(gated):
     want = (hidden * (x @ params["up"] if gated else 1)) @ params["down"]
     y, _ = module.apply({"params": params}, x[None], make_sequence(1, 3)[0])
     np.testing.assert_allclose(y[0], want, rtol=1e-5, atol=1e-5)
-    with pytest.raises(UserError, match=r"config.model.mlp.activation='tanh': must be one of 'silu', 'gelu', 'relu'"):
+    with pytest.raises(UserError, match=r"config.model.mlp.activation='tanh': must be one of 'silu', 'gelu', .*'relu'"):
         Mlp(width=4, activation="tanh")
 
 

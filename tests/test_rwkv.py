@@ -14,7 +14,7 @@ import pytest
 
 from seqmodels.configs import rwkv
 from seqmodels.configs.base import base
-from seqmodels.layers.norm import layer_norm
+from seqmodels.interop.huggingface import from_huggingface
 from seqmodels.mixers.wkv import empty, wkv
 from seqmodels.model import build
 
@@ -66,16 +66,7 @@ def test_sums_are_their_definition(scale):
 
 VOCABULARY, LENGTH, PREFILL = 37, 17, 5
 TOKENS = np.random.default_rng(0).integers(0, VOCABULARY, (1, LENGTH))
-PLACES = {  # of a matrix or vector of a block: their name, ours
-    **{f"attention.{name}.weight": ("mixer", f"{name}_proj") for name in ("key", "value", "receptance")},
-    **{f"attention.time_mix_{name}": ("mixer", f"mix_{name}") for name in ("key", "value", "receptance")},
-    **{f"feed_forward.{name}.weight": ("mlp", f"{name}_proj") for name in ("key", "value", "receptance")},
-    **{f"feed_forward.time_mix_{name}": ("mlp", f"mix_{name}") for name in ("key", "receptance")},
-    **{"attention.output.weight": ("mixer", "out_proj"), "attention.time_decay": ("mixer", "decay")},
-    **{"attention.time_first": ("mixer", "bonus"), "ln1.weight": ("norm", "scale"), "ln1.bias": ("norm", "bias")},
-    **{"ln2.weight": ("mlp_norm", "scale"), "ln2.bias": ("mlp_norm", "bias")},
-}
-NORM = ("rwkv.blocks.0.pre_ln.weight", "rwkv.blocks.0.pre_ln.bias")
+VECTORS = dict(mixer=("mix_key", "mix_value", "mix_receptance", "decay"), mlp=("mix_key", "mix_receptance"))
 
 
 def transformers_model(**sizes):
@@ -97,43 +88,24 @@ def theirs():
     return model
 
 
-def arrays(model, gradients=False):
-    return {name: (p.grad if gradients else p.detach()).numpy() for name, p in model.named_parameters()}
-
-
-def params_of(tensors):
-    """Our parameters but the embedding, which is theirs behind their first norm."""
-    params = dict(head=tensors["head.weight"].T)
-    params["final_norm"] = dict(scale=tensors["rwkv.ln_out.weight"], bias=tensors["rwkv.ln_out.bias"])
-    for block in range(2):
-        at = params[f"block_{block}"] = {}
-        for name, (branch, parameter) in PLACES.items():
-            tensor = tensors[f"rwkv.blocks.{block}.{name}"]
-            at.setdefault(branch, {})[parameter] = tensor.T if tensor.ndim == 2 else tensor.reshape(-1)
-    return params
+def imported(model, gradients=False):
+    """Fields of config.model, and their parameters, or the gradients of these, as ours."""
+    tensors = {name: (p.grad if gradients else p.detach()).numpy() for name, p in model.named_parameters()}
+    return from_huggingface(tensors, model.config.to_dict())
 
 
 @functools.cache
 def ours():
+    fields, params = imported(theirs())
     config = base().model
-    fields = dict(pattern="rwkv+rwkv_channel", norm="layer", bias=True, width=16, repeats=2, tie_embeddings=False)
-    config.update(fields, vocab_size=VOCABULARY, rwkv=dict(), rwkv_channel=dict(hidden=24))
-    return build(config, VOCABULARY)
+    config.update(fields)
+    return build(config, VOCABULARY), params
 
 
-def logits(params, first, tokens, state=None):
-    """`first`: their embedding, and scale and bias of the norm behind it."""
-    params = {"params": dict(params, embedding=layer_norm(*first))}
-    hidden, state = ours().apply(params, jnp.asarray(tokens, jnp.int32), state=state)
-    return ours().apply(params, hidden, method="logits"), state
-
-
-def float32(tree):
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), tree)
-
-
-def first_of(tensors):
-    return [tensors[name] for name in ("rwkv.embeddings.weight", *NORM)]
+def logits(params, tokens, state=None):
+    model, _ = ours()
+    hidden, state = model.apply({"params": params}, jnp.asarray(tokens, jnp.int32), state=state)
+    return model.apply({"params": params}, hidden, method="logits"), state
 
 
 @pytest.mark.slow
@@ -144,25 +116,21 @@ def test_logits_and_gradients_are_those_of_transformers():
     want = model(torch.from_numpy(TOKENS), use_cache=False).logits
     (want * torch.from_numpy(weights)).sum().backward()
     assert 0.5 < want.std() < 10
-    tensors, gradients = arrays(model), arrays(model, gradients=True)
 
     @jax.jit
-    def run(params, first):
-        got, pull = jax.vjp(lambda *args: logits(*args, TOKENS)[0], params, first)
-        return got, pull(jnp.asarray(weights, jnp.float32))
+    def run(params):
+        got, pull = jax.vjp(lambda params: logits(params, TOKENS)[0], params)
+        return got, *pull(jnp.asarray(weights, jnp.float32))
 
-    got = run(float32(params_of(tensors)), float32(first_of(tensors)))
-    near(got, (want.detach().numpy(), (params_of(gradients), first_of(gradients))))
+    near(run(ours()[1]), (want.detach().numpy(), imported(model, gradients=True)[1]))
 
 
 @pytest.mark.slow
 def test_decoding_is_that_of_transformers():
     """A prefill in two pieces and single tokens: logits, and the sums of the last state."""
-    model, tensors = theirs(), arrays(theirs())
-    torch = pytest.importorskip("torch")
-    params, first = float32(params_of(tensors)), float32(first_of(tensors))
-    step = jax.jit(lambda tokens, state: logits(params, first, tokens, state))
-    cache, state = None, ours().init_state(1)
+    model, torch = theirs(), pytest.importorskip("torch")
+    step = jax.jit(lambda tokens, state: logits(ours()[1], tokens, state))
+    cache, state = None, ours()[0].init_state(1)
     pieces = [(0, 3), (3, PREFILL), *((t, t + 1) for t in range(PREFILL, LENGTH))]
     for start, stop in pieces:
         got, state = step(TOKENS[:, start:stop], state)
@@ -185,21 +153,20 @@ def test_a_fresh_model_is_that_of_transformers_by_depth():
     config = rwkv.get_config().model
     config.update(width=24, repeats=3)
     params = build(config, VOCABULARY).init(jax.random.key(0), jnp.zeros((1, 2), jnp.int32))["params"]
-    model = transformers_model(hidden_size=24, num_hidden_layers=3)
-    tensors = arrays(model)
-    for block in range(3):
-        for name, (branch, parameter) in PLACES.items():
-            if "time_" in name and name != "attention.time_first":
-                got = params[f"block_{block}"][branch][parameter].value
-                want = tensors[f"rwkv.blocks.{block}.{name}"].reshape(-1)
-                np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6, err_msg=f"{block} {name}")
-        bonus = np.log(0.3) + 0.5 * np.tile([0, 1, -1], 8)
-        np.testing.assert_allclose(params[f"block_{block}"]["mixer"]["bonus"].value, bonus, rtol=1e-6)
+    _, want = imported(transformers_model(hidden_size=24, num_hidden_layers=3))
+    bonus = np.log(0.3) + 0.5 * np.tile([0, 1, -1], 8)
+    for block in (f"block_{i}" for i in range(3)):
+        for branch, names in VECTORS.items():
+            for name in names:
+                got = params[block][branch][name].value
+                np.testing.assert_allclose(
+                    got, want[block][branch][name], rtol=1e-5, atol=1e-6, err_msg=f"{block} {name}"
+                )
+        np.testing.assert_allclose(params[block]["mixer"]["bonus"].value, bonus, rtol=1e-6)
 
 
 @pytest.mark.slow
 def test_published_sizes():
-    """Theirs have the norm behind the embedding in addition."""
     torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
     for name in ("169m", "430m"):
         width, layers, _ = rwkv.PUBLISHED[name]
@@ -208,4 +175,4 @@ def test_published_sizes():
             count = sum(p.numel() for p in transformers.RwkvForCausalLM(config).parameters())
         model = build(rwkv.get_config(name).model, 257)
         shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 2), jnp.int32))
-        assert sum(x.size for x in jax.tree.leaves(shapes)) == count - 2 * width, name
+        assert sum(x.size for x in jax.tree.leaves(shapes)) == count, name

@@ -12,7 +12,12 @@ from seqmodels.sequence import Sequence
 
 Weights = tuple[jax.Array, jax.Array | None]  # a matrix and its bias
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu": lambda x: jax.nn.gelu(x, approximate=False), "relu": jax.nn.relu}
+ACTIVATIONS = {
+    "silu": jax.nn.silu,
+    "gelu": lambda x: jax.nn.gelu(x, approximate=False),
+    "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True),
+    "relu": jax.nn.relu,
+}
 
 
 def affine(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:

@@ -29,6 +29,7 @@ class Moe(Branch):
     router: str = MOE["router"]
     scale: float = MOE["scale"]
     shared: int = MOE["shared"]
+    shared_gate: bool = MOE["shared_gate"]
     capacity: float = MOE["capacity"]
     balance: float = MOE["balance"]
     z_loss: float = MOE["z_loss"]
@@ -62,7 +63,11 @@ class Moe(Branch):
             inner *= self.shared
             gate_up = self.matrix("shared_gate_up", (self.width, 2, inner), ("embed", None, "mlp"), normal(0.02))
             down = self.matrix("shared_down", (inner, self.width), ("mlp", "embed"), out)
-            y += gated_mlp(x, (gate_up[:, 0], None), (gate_up[:, 1], None), (down, None))
+            common = gated_mlp(x, (gate_up[:, 0], None), (gate_up[:, 1], None), (down, None))
+            if self.shared_gate:
+                weight = self.matrix("shared_gate", (self.width, 1), ("embed", None), normal(0.02))
+                common *= jax.nn.sigmoid(x @ weight)
+            y += common
         return y, {}
 
     @nn.nowrap

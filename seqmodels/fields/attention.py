@@ -89,6 +89,12 @@ ATTENTION = Group(
             at_least(0),
             since=2,
         ),
+        "biases": Field(
+            "all",
+            "projections with a bias where model.bias is True: all, or out, that of the output alone (RecurrentGemma)",
+            one_of("all", "out"),
+            since=2,
+        ),
         "init_std": Field(
             0.02,
             "standard deviation of fresh projections of queries, keys and values, and sqrt(2 layers) times that of the "
@@ -126,8 +132,15 @@ ATTENTION = Group(
         ),
         "qk_norm": Field(
             "none",
-            "norm of queries and keys: none, or rms over the channels of a head with learned scales, as in Qwen 3",
-            one_of("none", "rms"),
+            "norm of queries and keys: none; rms over the channels of a head, with learned scales (Qwen 3); centred, "
+            "the same with 1 + w as scales (Qwen3-Next); or all, over the channels of all heads (OLMo 2)",
+            one_of("none", "rms", "centred", "all"),
+            since=2,
+        ),
+        "qk_norm_eps": Field(1e-6, "epsilon of that norm", above(0), since=2),
+        "output_gate": Field(
+            False,
+            "the output of every head is multiplied by the sigmoids of a projection of the input, as in Qwen3-Next",
             since=2,
         ),
         "log_n": Field(

@@ -7,7 +7,10 @@ MLP = Group(
     {
         "hidden": Field(0, "inner width; 0: 8/3 of the width, rounded up to a multiple of 64", at_least(0)),
         "activation": Field(
-            "silu", "activation of the inner channels; gelu is the exact one", one_of("silu", "gelu", "relu"), 2
+            "silu",
+            "activation of the inner channels; gelu is the exact one, gelu_tanh its approximation",
+            one_of("silu", "gelu", "gelu_tanh", "relu"),
+            2,
         ),
         "gated": Field(True, "multiply the activated channels by a second projection, as SwiGLU does", since=2),
     },

@@ -23,10 +23,30 @@ MODEL = Group(
         "vocab_multiple": Field(8, "what a vocabulary size of 0 is rounded up to a multiple of", at_least(1)),
         "tie_embeddings": Field(True, "the matrix of the logits is that of the embeddings"),
         "embedding_std": Field(0.02, "standard deviation of fresh embeddings", above(0)),
+        "embedding_scale": Field(
+            1.0, "factor of the input that the blocks read, such as sqrt(width) in Gemma", above(0), since=2
+        ),
+        "logit_softcap": Field(
+            0.0,
+            "logits z of next_token become logit_softcap tanh(z / logit_softcap), as in Gemma; 0: they stay",
+            at_least(0),
+            since=2,
+        ),
         "norm": Field(
-            "rms", "kind of the norms before every branch and after the last block", one_of("rms", "layer"), since=2
+            "rms",
+            "kind of the norms before every branch and after the last block: rms, centred (rms whose scale is 1 + w, "
+            "with w = 0 at first, as in Gemma) or layer",
+            one_of("rms", "centred", "layer"),
+            since=2,
         ),
         "norm_eps": Field(1e-5, "epsilon of those norms", above(0)),
+        "norms_behind": Field(
+            "",
+            "branches, apart by spaces: blocks with one of them have their norms behind the branches, x + "
+            "norm(branch(x)) (attention in OLMo Hybrid); empty: x + branch(norm(x)) in all blocks",
+            since=2,
+        ),
+        "embedding_norm": Field(False, "one more such norm, behind the input, as in RWKV-4", since=2),
         "bias": Field(False, "biases in layer norms, and in the projections of branches that can have them", since=2),
         "short_conv": Field(
             0,

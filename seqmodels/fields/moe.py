@@ -31,6 +31,11 @@ MOE = Group(
         ),
         "scale": Field(1.0, "factor of the weights", above(0)),
         "shared": Field(0, "shared experts: every token goes to them too, with the weight 1", at_least(0)),
+        "shared_gate": Field(
+            False,
+            "the weight of the shared experts is the sigmoid of a projection of the token, as in Qwen3-Next",
+            since=2,
+        ),
         "capacity": Field(
             0.0,
             "capacity factor: in training an expert takes at most this many times its equal share of a row's tokens, "

@@ -27,6 +27,13 @@ RETNET = Group(
             "decays of the heads: octaves (1 - 2^-5, 1 - 2^-6, ...) or spread (from 1 - 1/32 to 1 - 1/512)",
             one_of("octaves", "spread"),
         ),
+        "angles": Field(
+            "retnet",
+            "radians a token of rotation i of a head's K / 2, 10000^-x: x = i / (K / 2 - 1) (retnet, as torchscale) or "
+            "x = i / (K / 2) (rope, as attention and flash-linear-attention)",
+            one_of("retnet", "rope"),
+            since=2,
+        ),
         "activation": Field("identity", "activation of queries, keys and values", one_of("identity", "silu")),
         "row_scale": Field(False, "divide the readout by the root of the decays' sum, as torchscale does"),
         "norm_eps": Field(1e-6, "epsilon of the heads' norm", above(0)),

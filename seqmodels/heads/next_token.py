@@ -140,9 +140,11 @@ class NextToken(Head):
 
     Attributes:
         tied: whether the input's table is the matrix of the logits, too. Else the head has a matrix `head` [D, V].
+        softcap: limit of the logits, which z approaches as softcap tanh(z / softcap); 0: there is none.
     """
 
     tied: bool = True
+    softcap: float = 0.0
 
     at_root: ClassVar[bool] = True
     method: ClassVar[str] = "logits"
@@ -158,7 +160,8 @@ class NextToken(Head):
     def __call__(self, hidden: jax.Array, mask: jax.Array | None = None, table: jax.Array | None = None) -> jax.Array:
         """[B, T, D], and the input's table [V, D] if tied, to [B, T, V] float32. The mask is not used."""
         kernel = table.T if self.tied and table is not None else self.kernel
-        return wide_matmul(hidden.astype(self.dtype), kernel.astype(self.dtype))
+        logits = wide_matmul(hidden.astype(self.dtype), kernel.astype(self.dtype))
+        return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
 
     @staticmethod
     def options(training: Any) -> dict[str, Any]:

@@ -20,6 +20,7 @@ EXPORTED: Table = {
     **honoured("experts", "top_k", "hidden"),
     "scale": only(1.0),
     "shared": only(0),
+    **harmless("read with shared experts", "shared_gate"),
     **harmless(TRAINING, "balance", "z_loss", "bias_rate", "capacity"),
 }
 ROUTING: Table = {

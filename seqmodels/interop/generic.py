@@ -4,7 +4,11 @@
 own class unless it is told to trust code from the file.
 """
 
-from seqmodels.interop.table import Honoured, Table, flag, harmless, integer, only, positive
+from collections.abc import Mapping
+from typing import Any
+
+from seqmodels import pattern
+from seqmodels.interop.table import Honoured, Table, flag, harmless, integer, only, positive, refuse
 
 GENERATION = (
     *("assistant_confidence_threshold", "assistant_lookbehind", "bad_words_ids", "begin_suppress_tokens"),
@@ -74,6 +78,20 @@ def sizes(vocab_size: int, width: int, layers: int, tied: bool) -> dict[str, Hon
         "num_hidden_layers": Honoured(layers, integer()),
         "tie_word_embeddings": Honoured(tied, flag),
     }
+
+
+def check_layers(theirs: Mapping[str, Any]) -> None:
+    """Raise a UserError for more layers than a model of ours can have, before a list of them is made."""
+    if theirs["num_hidden_layers"] > pattern.MOST_BLOCKS:
+        refuse("num_hidden_layers", theirs["num_hidden_layers"], f"allowed: at most {pattern.MOST_BLOCKS}")
+
+
+def repeated(blocks: list[str]) -> tuple[str, int]:
+    """model.pattern and model.repeats of these blocks: the shortest group of them that is repeated."""
+    layers = len(blocks)
+    sizes = (size for size in range(1, layers + 1) if layers % size == 0)
+    size = next(size for size in sizes if blocks == blocks[:size] * (layers // size))
+    return " ".join(blocks[:size]), layers // size
 
 
 def mamba_fields(vocab_size: int, width: int, layers: int, tied: bool) -> Table:

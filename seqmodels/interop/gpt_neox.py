@@ -62,19 +62,26 @@ EXPORTED_ATTENTION: Table = {
 }
 EXPORTED_MLP: Table = {**honoured("hidden", "activation"), "gated": only(False)}
 PARTS = {"norm": "layer", "bias": True, "mlp.gated": False, "parallel_norms": True}  # of ours
-HEAD = "embed_out.weight"
+EXPORTED: Table = {"norm": only("layer"), "bias": only(True), **honoured("parallel_norms")}
+EMBEDDING, HEAD = "gpt_neox.embed_in.weight", "embed_out.weight"
 STEPS = {"attention|mlp": ("mixer_1", "mixer_1_norm"), "attention+mlp": ("mlp", "mlp_norm")}  # where the MLP is
 
 
-def rotary_of(theirs: Mapping[str, Any]) -> dict[str, float]:
-    """Fields of model.attention for the rotary positions, by the rules of transformers 5."""
+def rotary_of(
+    theirs: Mapping[str, Any], base: str = "rotary_emb_base", share_name: str = "rotary_pct"
+) -> dict[str, float]:
+    """Fields of model.attention for rotary positions of a part of a head, by the rules of transformers 5.
+
+    Args:
+        base, share_name: fields that have them in transformers 4.
+    """
     name = "rope_scaling" if theirs["rope_scaling"] else "rope_parameters"
     rotary = theirs[name] or {}
     kind = rotary.get("rope_type", rotary.get("type", "default"))
     if kind != "default" or any(isinstance(value, Mapping) for value in rotary.values()):
         refuse(name, rotary, "only rope_type 'default' can be converted")
-    theta = rotary.get("rope_theta", theirs["rotary_emb_base"])
-    share = rotary.get("partial_rotary_factor", theirs["rotary_pct"])
+    theta = rotary.get("rope_theta", theirs[base])
+    share = rotary.get("partial_rotary_factor", theirs[share_name])
     for field, value, rule in (("rope_theta", theta, positive), ("partial_rotary_factor", share, SHARE)):
         if not rule.test(value):
             refuse(f"{name}.{field}", value, f"allowed: {rule.words}")
@@ -115,7 +122,7 @@ def weights(model: Mapping[str, Any]) -> list[Weight]:
     V, D, F, heads = model["vocab_size"], model["width"], model["mlp"]["hidden"], model["attention"]["heads"]
     mlp_name, mlp_norm = STEPS[model["pattern"]]
     found = [
-        same("gpt_neox.embed_in.weight", ("embedding",), V, D),
+        same(EMBEDDING, ("embedding",), V, D),
         *norm_weights("gpt_neox.final_layer_norm.", ("final_norm",), D),
     ]
     for i in range(model["repeats"]):
@@ -192,7 +199,7 @@ def exported(model: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[dict[
     fields = dict(
         model_type="gpt_neox",
         architectures=["GPTNeoXForCausalLM"],
-        hidden_act=mlp["activation"],
+        hidden_act=llama.THEIR_ACTIVATIONS[mlp["activation"]],
         intermediate_size=hidden,
         num_attention_heads=H,
         layer_norm_eps=model["norm_eps"],

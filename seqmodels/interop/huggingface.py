@@ -14,7 +14,22 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from seqmodels import pattern
 from seqmodels.errors import UserError
 from seqmodels.fields.model import DENSE, MODEL
-from seqmodels.interop import denseretnet, gpt_neox, jamba, llama, mamba, mamba2, mixtral, original
+from seqmodels.interop import (
+    denseretnet,
+    gpt_neox,
+    jamba,
+    llama,
+    mamba,
+    mamba2,
+    mixtral,
+    olmo_hybrid,
+    original,
+    qwen3_next,
+    recurrent_gemma,
+    retnet,
+    rwkv,
+    torchscale,
+)
 from seqmodels.interop.generic import FRESH, ROUNDING, TRAINING
 from seqmodels.interop.table import Table, check_export, harmless, honoured, missing, only, read
 from seqmodels.interop.weights import Weight, arrays_of, convert, export, head
@@ -23,7 +38,6 @@ IGNORED = ("rotary_emb.inv_freq",)  # buffers in old Llama files, which follow f
 HEAD = "lm_head.weight"
 MAMBA_EMBEDDINGS = ("backbone.embeddings.weight", "backbone.embedding.weight")
 LLAMA_EMBEDDINGS = ("model.embed_tokens.weight",)
-NEOX_EMBEDDINGS = ("gpt_neox.embed_in.weight",)
 FLOATS = {"Infinity": float("inf"), "-Infinity": float("-inf"), "NaN": float("nan")}  # JSON does not have them
 
 
@@ -38,6 +52,7 @@ class Family:
         embeddings: names that the embedding may have.
         as_in_files: the tensors of a model in memory under their names in files; None: these are the same.
         head: name of the matrix of the logits in files.
+        exported: fields of config.model itself that they have, or must have, in place of those of `PLAIN`.
     """
 
     table: Table
@@ -46,13 +61,14 @@ class Family:
     embeddings: tuple[str, ...] = MAMBA_EMBEDDINGS
     as_in_files: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     head: str = HEAD
+    exported: Table = dataclasses.field(default_factory=dict)
 
 
 FAMILIES = {
     "mamba": Family(mamba.MAMBA, mamba.config_of, mamba.weights),
     "mamba2": Family(mamba2.MAMBA2, mamba2.config_of, mamba2.weights),
     "falcon_mamba": Family(mamba.FALCON, mamba.config_of, mamba.weights),
-    "llama": Family(llama.LLAMA, llama.config_of, llama.weights, LLAMA_EMBEDDINGS),
+    "llama": Family(llama.LLAMA, llama.config_of, llama.weights, LLAMA_EMBEDDINGS, exported=llama.EXPORTED),
     "mistral": Family(llama.MISTRAL, llama.config_of, llama.weights, LLAMA_EMBEDDINGS),
     "mixtral": Family(mixtral.MIXTRAL, mixtral.config_of, mixtral.weights, LLAMA_EMBEDDINGS, mixtral.as_in_files),
     "jamba": Family(jamba.JAMBA, jamba.config_of, jamba.weights, LLAMA_EMBEDDINGS, jamba.as_in_files),
@@ -60,24 +76,52 @@ FAMILIES = {
         gpt_neox.GPT_NEOX,
         gpt_neox.config_of,
         gpt_neox.weights,
-        NEOX_EMBEDDINGS,
+        (gpt_neox.EMBEDDING,),
         gpt_neox.as_in_files,
         gpt_neox.HEAD,
+        gpt_neox.EXPORTED,
     ),
+    "olmo_hybrid": Family(
+        olmo_hybrid.OLMO_HYBRID,
+        olmo_hybrid.config_of,
+        olmo_hybrid.weights,
+        LLAMA_EMBEDDINGS,
+        olmo_hybrid.as_in_files,
+        exported=olmo_hybrid.EXPORTED,
+    ),
+    "qwen3_next": Family(
+        qwen3_next.QWEN3_NEXT,
+        qwen3_next.config_of,
+        qwen3_next.weights,
+        LLAMA_EMBEDDINGS,
+        qwen3_next.as_in_files,
+        exported=qwen3_next.EXPORTED,
+    ),
+    "recurrent_gemma": Family(
+        recurrent_gemma.RECURRENT_GEMMA,
+        recurrent_gemma.config_of,
+        recurrent_gemma.weights,
+        LLAMA_EMBEDDINGS,
+        exported=recurrent_gemma.EXPORTED,
+    ),
+    "retnet": Family(retnet.RETNET, retnet.config_of, retnet.weights, (retnet.EMBEDDING,), retnet.as_in_files),
+    "rwkv": Family(rwkv.RWKV, rwkv.config_of, rwkv.weights, (rwkv.EMBEDDING,), head=rwkv.HEAD, exported=rwkv.EXPORTED),
 }
 
+TORCHSCALE = Family(
+    torchscale.TABLE, torchscale.config_of, torchscale.weights, (torchscale.EMBEDDING,), head=torchscale.HEAD
+)
+
 OTHERS = {  # known models that cannot be imported, and why
-    "qwen3_next": "its attention has an output gate, its shared expert a gate",
-    "qwen3_5": "its attention has an output gate",
-    "qwen3_5_moe": "its attention has an output gate, its shared expert a gate",
-    "olmo_hybrid": "the norms of its attention and MLP are behind them",
-    "recurrent_gemma": "its logits have a limit, and its embedding a scale",
-    "rwkv": "no importer is written for it",
+    "qwen3_5": "no importer is written for it",
+    "qwen3_5_moe": "no importer is written for it",
+    "rwkv7": "it needs the mixer of RWKV-7",
 }
 
 EXPORTED: Table = {  # fields of config.model itself
-    **honoured("bias", "norm_eps", "pattern", "repeats", "tie_embeddings", "vocab_size", "width"),
-    **honoured("norm", "parallel_norms"),  # as far as EXPORTED_NORMS allows, or GPT-NeoX has them
+    **honoured("norm_eps", "pattern", "repeats", "tie_embeddings", "vocab_size", "width"),
+    # as far as PLAIN or a family allows
+    **honoured("bias", "embedding_norm", "embedding_scale", "logit_softcap", "norm", "norms_behind", "parallel_norms"),
     "input": only("tokens"),
     "head": only("next_token"),
     "depth": only("none"),
@@ -91,7 +135,15 @@ EXPORTED: Table = {  # fields of config.model itself
     **harmless("vocab_size is filled in", "vocab_multiple"),
     **harmless("read by other heads", "horizon", "pool"),
 }
-EXPORTED_NORMS: Table = {"norm": only("rms"), "parallel_norms": only(False)}  # of all families but GPT-NeoX
+PLAIN: Table = {  # what a family has unless its `exported` says something else
+    "bias": only(False),
+    "embedding_norm": only(False),
+    "embedding_scale": only(1.0),
+    "logit_softcap": only(0.0),
+    "norm": only("rms"),
+    "norms_behind": only(""),
+    "parallel_norms": only(False),
+}
 EXPORTED_DENSE: Table = {
     **harmless("read only with a variant", *DENSE.fields),
     "variant": only("none"),  # transformers has no DenseSSM models
@@ -102,8 +154,8 @@ def from_huggingface(tensors: Mapping[str, np.ndarray], config: Mapping[str, Any
     """Convert a pretrained model from other code into ours.
 
     Args:
-        tensors: tensors by their names in the file, of a model_type in `FAMILIES`, or from Mamba's or DenseRetNet's
-            authors. The names of a model in memory will do too.
+        tensors: tensors by their names in the file, of a model_type in `FAMILIES`, or from Mamba's, RetNet's or
+            DenseRetNet's authors. The names of a model in memory will do too.
         config: their config.json.
 
     Returns:
@@ -127,16 +179,23 @@ def read_model(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[d
     if denseretnet.WITNESS in tensors:  # their config.json may say llama
         model = denseretnet.config_of(tensors, config)
         return model, convert(denseretnet.without_unused(tensors, model), denseretnet.weights(model))
-    tensors = with_prefix({name: tensor for name, tensor in tensors.items() if not name.endswith(IGNORED)})
+    if torchscale.WITNESS in tensors or torchscale.PREFIX + torchscale.WITNESS in tensors:
+        tensors = torchscale.without_prefix(tensors)
+        rows = rows_of(tensors, TORCHSCALE)
+        model = torchscale.config_of(read(config, torchscale.TABLE, "RetNet (torchscale)") | dict(vocab_size=rows))
+        return model, converted(tensors, model, TORCHSCALE)
+    tensors = {name: tensor for name, tensor in tensors.items() if not name.endswith(IGNORED)}
     kind = config.get("model_type")
     if kind is None and "d_model" in config:
-        model = original.config_of(config, vocab_size=rows_of(tensors))
+        tensors = with_prefix(tensors, FAMILIES["mamba"])
+        model = original.config_of(config, vocab_size=rows_of(tensors, FAMILIES["mamba"]))
         return model, converted(tensors, model, FAMILIES[model["pattern"]])
     if isinstance(kind, str) and kind in OTHERS:
         raise UserError(f"Hugging Face config: model_type {kind!r} cannot be converted: {OTHERS[kind]}")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise UserError(f"Hugging Face config: model_type is {kind!r}; allowed: {', '.join(FAMILIES)}")
     family = FAMILIES[kind]
+    tensors = with_prefix(tensors, family)
     tensors = family.as_in_files(tensors) if family.as_in_files else tensors
     model = family.config_of(read(config, family.table, kind))
     try:
@@ -152,7 +211,7 @@ def read_model(tensors: Mapping[str, Any], config: Mapping[str, Any]) -> tuple[d
 
 def converted(tensors: Mapping[str, Any], model: Mapping[str, Any], family: Family) -> dict:
     """Our parameters, not read yet, from their tensors, for the fields of config.model."""
-    rows_of(tensors)
+    rows_of(tensors, family)
     if model["repeats"] > len(tensors):  # before a list of their names is made
         raise UserError(
             f"Hugging Face weights: only {len(tensors)} tensors; the config asks for {model['repeats']} layers"
@@ -164,13 +223,12 @@ def converted(tensors: Mapping[str, Any], model: Mapping[str, Any], family: Fami
     return convert(tensors, family.weights(model, **spelling) + head(model, family.head))
 
 
-def rows_of(tensors: Mapping[str, Any]) -> int:
+def rows_of(tensors: Mapping[str, Any], family: Family) -> int:
     """Size of the vocabulary. A UserError if there is no matrix with a row for each token."""
-    names = [*MAMBA_EMBEDDINGS, *LLAMA_EMBEDDINGS, *NEOX_EMBEDDINGS]
-    for name in (*names, HEAD):
+    for name in (*family.embeddings, family.head):
         if name in tensors:
             return tensors[name].shape[0]
-    raise UserError(f"Hugging Face weights: no embedding; one of {', '.join(names)} is needed")
+    raise UserError(f"Hugging Face weights: no embedding; {' or '.join(family.embeddings)} is needed")
 
 
 def plain(value: Any) -> Any:
@@ -182,15 +240,13 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
 
-def with_prefix(tensors: Mapping[str, Any]) -> dict[str, Any]:
+def with_prefix(tensors: Mapping[str, Any], family: Family) -> dict[str, Any]:
     """Tensors under their names in a model with a head. The file of a model without one has no prefix."""
-    for name in (*MAMBA_EMBEDDINGS, *LLAMA_EMBEDDINGS, *NEOX_EMBEDDINGS):
+    for name in family.embeddings:
         prefix, rest = name.split(".", 1)
         if rest in tensors:
-            return {
-                each if each in (HEAD, gpt_neox.HEAD) else f"{prefix}.{each}": tensor
-                for each, tensor in tensors.items()
-            }
+            heads = (HEAD, family.head)
+            return {each if each in heads else f"{prefix}.{each}": tensor for each, tensor in tensors.items()}
     return dict(tensors)
 
 
@@ -238,18 +294,15 @@ def write_model(params: Mapping, model: Mapping[str, Any]) -> tuple[Iterator[tup
     kind, exported = _export_of(blocks, model)
     if len(set(blocks)) == 1:
         model |= dict(pattern="+".join("|".join(step) for step in blocks[0]), repeats=layers)
-    if kind != "gpt_neox":
-        check_export({name: fields[name] for name in EXPORTED_NORMS if name in fields}, EXPORTED_NORMS, MODEL.home)
-    if model.get("bias") and kind not in ("llama", "gpt_neox"):
-        raise UserError(f"model.bias is True; only False can be exported as model_type {kind}")
-    model, fields = exported(model, params)
     family = FAMILIES[kind]
+    possible = {**PLAIN, **family.exported}
+    check_export({name: fields[name] for name in possible if name in fields}, possible, MODEL.home)
+    model, fields = exported(model, params)
     config = dict(
         vocab_size=model["vocab_size"],
         hidden_size=model["width"],
         num_hidden_layers=layers,
         tie_word_embeddings=model["tie_embeddings"],
-        hidden_act="silu",
         dtype="float32",
     )
     return export(params, family.weights(model) + head(model, family.head)), {**config, **fields}
@@ -274,5 +327,16 @@ def _export_of(blocks: list[pattern.Block], model: Mapping[str, Any]) -> tuple[s
         return "mixtral", mixtral.exported
     if kinds <= {((mixer,), (channel,)) for mixer in ("attention", "mamba") for channel in ("mlp", "moe")}:
         return "jamba", jamba.exported
+    if kinds == {(("gated_deltanet",), ("mlp",)), (("attention",), ("mlp",))} and model["norm"] != "centred":
+        return "olmo_hybrid", olmo_hybrid.exported
+    with_delta = any(block[0] == ("gated_deltanet",) for block in kinds)
+    if with_delta and kinds <= {((a,), (b,)) for a in ("gated_deltanet", "attention") for b in ("mlp", "moe")}:
+        return "qwen3_next", qwen3_next.exported
+    if kinds == {(("retnet",), ("mlp",))}:
+        return "retnet", retnet.exported
+    if kinds == {(("rwkv",), ("rwkv_channel",))}:
+        return "rwkv", rwkv.exported
+    if (("rglru",), ("mlp",)) in kinds and kinds <= {((mixer,), ("mlp",)) for mixer in ("rglru", "attention")}:
+        return "recurrent_gemma", recurrent_gemma.exported
     allowed = "'mamba', 'mamba2', 'attention+mlp', 'attention+moe', or of these with 'mamba+mlp' and 'mamba+moe'"
     raise UserError(f"model.pattern is {model['pattern']!r}; only blocks of {allowed} can be exported")

@@ -12,7 +12,7 @@ from seqmodels.fields.mamba import MAMBA
 from seqmodels.fields.mlp import MLP
 from seqmodels.fields.moe import MOE
 from seqmodels.interop import experts, llama, mamba
-from seqmodels.interop.generic import COMMON, FRESH, ROUNDING, TRAINING, sizes
+from seqmodels.interop.generic import COMMON, FRESH, ROUNDING, TRAINING, check_layers, repeated, sizes
 from seqmodels.interop.table import (
     Honoured,
     Table,
@@ -112,9 +112,7 @@ def pattern_of(theirs: Mapping[str, Any]) -> tuple[str, int]:
     Raises:
         UserError: an offset that is not below its period, or more layers than a model of ours can have.
     """
-    layers = theirs["num_hidden_layers"]
-    if layers > pattern.MOST_BLOCKS:
-        refuse("num_hidden_layers", layers, f"allowed: at most {pattern.MOST_BLOCKS}")
+    check_layers(theirs)
     for name in ("attn_layer", "expert_layer"):
         period, offset = theirs[f"{name}_period"], theirs[f"{name}_offset"]
         if offset >= period:
@@ -123,9 +121,7 @@ def pattern_of(theirs: Mapping[str, Any]) -> tuple[str, int]:
     moe = "moe" if theirs["num_experts"] > 1 else "mlp"
     channels = (moe if chosen else "mlp" for chosen in _every(theirs, "expert_layer"))
     blocks = [f"{mixer}+{channel}" for mixer, channel in zip(mixers, channels, strict=True)]
-    sizes = (size for size in range(1, layers + 1) if layers % size == 0)
-    size = next(size for size in sizes if blocks == blocks[:size] * (layers // size))
-    return " ".join(blocks[:size]), layers // size
+    return repeated(blocks)
 
 
 def _every(theirs: Mapping[str, Any], name: str) -> list[bool]:
@@ -187,6 +183,7 @@ def exported(model: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[dict[
     fields = dict(
         model_type="jamba",
         architectures=["JambaForCausalLM"],
+        hidden_act="silu",
         rms_norm_eps=model["norm_eps"],
         num_experts=1,
         **_period("attn_layer", places["attention"], model),

@@ -26,6 +26,8 @@ from seqmodels.interop.table import (
 from seqmodels.interop.weights import Weight, find, same, turned
 
 ACTIVATIONS = {"silu": "silu", "swish": "silu", "gelu": "gelu", "relu": "relu"}  # theirs and ours
+ACTIVATIONS |= {"gelu_pytorch_tanh": "gelu_tanh", "gelu_new": "gelu_tanh"}
+THEIR_ACTIVATIONS = {ours: theirs for theirs, ours in reversed(ACTIVATIONS.items())}  # and back: the first name of each
 ROTARY = Rule(lambda value: value is None or isinstance(value, Mapping), "an object, or null")
 # of seqmodels.layers.rope.stretched
 LLAMA3 = {"low_freq_factor": 1.0, "high_freq_factor": 4.0, "original_max_position_embeddings": 8192}
@@ -75,15 +77,19 @@ MISTRAL: Table = {
 
 PLAIN_ATTENTION: Table = {  # options of ours that their attention does not have
     **harmless(FRESH, "init_std"),
+    "biases": only("all"),
     "rope_style": only("half"),
     "sinks": only(0),
     "mask": only("causal"),
     **harmless("read with other masks", "block", "stride", "summary", "near", "first", "random"),
     "softcap": only(0.0),
     "qk_norm": only("none"),
+    **harmless("read with qk_norm", "qk_norm_eps"),
+    "output_gate": only(False),
     "log_n": only(0),
     "forget": only(False),
 }
+EXPORTED: Table = honoured("bias")
 EXPORTED_ATTENTION: Table = {
     **PLAIN_ATTENTION,
     **honoured("heads", "kv_heads", "head_dim", "rope_theta", "window"),
@@ -249,7 +255,7 @@ def exported(model: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[dict[
     fields = dict(
         model_type="mistral" if mistral else "llama",
         architectures=["MistralForCausalLM" if mistral else "LlamaForCausalLM"],
-        hidden_act=model["mlp"]["activation"],
+        hidden_act=THEIR_ACTIVATIONS[model["mlp"]["activation"]],
         intermediate_size=model["mlp"]["hidden"],
         num_attention_heads=attention["heads"],
         num_key_value_heads=attention["kv_heads"],

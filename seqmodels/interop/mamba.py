@@ -127,6 +127,7 @@ def exported(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         conv_kernel=options["conv"],
         time_step_rank=options["dt_rank"] or -(-model["width"] // 16),
         layer_norm_epsilon=model["norm_eps"],
+        hidden_act="silu",
         use_bias=False,
         use_conv_bias=True,
         **(dict(mixer_rms_eps=options["norm_eps"]) if falcon else {}),

@@ -116,6 +116,7 @@ def exported(model: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
         n_groups=options["groups"],
         conv_kernel=options["conv"],
         layer_norm_epsilon=model["norm_eps"],
+        hidden_act="silu",
         use_bias=False,
         use_conv_bias=True,
     )

@@ -91,6 +91,7 @@ def exported(model: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[dict[
         model_type="mixtral",
         architectures=["MixtralForCausalLM"],
         intermediate_size=moe["hidden"],
+        hidden_act="silu",
         num_attention_heads=heads,
         num_key_value_heads=kv_heads,
         head_dim=head_dim,

@@ -35,7 +35,8 @@ from seqmodels.training.state import abstract_params, placed_params
 
 SEQ_LEN = 2048  # longest row of an imported run, unless the command asks for more
 LEARNING_RATE = 2e-5  # of a training that begins with imported weights
-KEPT = ("bos_token_id", "eos_token_id", "max_position_embeddings", "pad_token_id")  # of their config.json
+LENGTHS = ("max_position_embeddings", "context_length")  # names that the longest row has in a config.json
+KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", *LENGTHS)  # of their config.json
 
 
 def config_of(source: Path, workdir: Path) -> ConfigDict:
@@ -49,7 +50,7 @@ def config_of(source: Path, workdir: Path) -> ConfigDict:
     config = defaults()
     config.name = workdir.name
     config.model.update(fields)
-    positions = theirs.get("max_position_embeddings")
+    positions = next((theirs[name] for name in LENGTHS if name in theirs), None)
     config.seq_len = min(positions, SEQ_LEN) if isinstance(positions, int) and positions > 0 else SEQ_LEN
     config.optimizer.learning_rate = LEARNING_RATE
     if gguf.is_gguf(source):

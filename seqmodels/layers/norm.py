@@ -90,15 +90,17 @@ gated_norm.defvjp(_gated_forward, _gated_backward)
 class RMSNorm(nn.Module):
     """`rms_norm` over the last axis with a learned float32 scale [D], which starts at one.
 
-    `axis` is the logical name of the normalised axis.
+    `axis` is the logical name of the normalised axis. If `centred`, the scale is 1 + the parameter, which starts at 0.
     """
 
     eps: float = 1e-5
     axis: str = "embed"
+    centred: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        return rms_norm(x, parameter(self, "scale", (x.shape[-1],), (self.axis,), ones), self.eps)
+        scale = parameter(self, "scale", (x.shape[-1],), (self.axis,), zeros if self.centred else ones)
+        return rms_norm(x, 1 + scale if self.centred else scale, self.eps)
 
 
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array | None = None, eps: float = 1e-5) -> jax.Array:
@@ -131,4 +133,4 @@ def norm_of(config: Any) -> nn.Module:
     """The norm of the residual stream that `config.norm` names; `config` is config.model."""
     if config.norm == "layer":
         return LayerNorm(config.norm_eps, bias=config.bias)
-    return RMSNorm(config.norm_eps)
+    return RMSNorm(config.norm_eps, centred=config.norm == "centred")

@@ -164,6 +164,7 @@ class Attention(Branch):
     scaling: str = ATTENTION["scaling"]
     scaling_factor: float = ATTENTION["scaling_factor"]
     trained_length: int = ATTENTION["trained_length"]
+    biases: str = ATTENTION["biases"]
     init_std: float = ATTENTION["init_std"]
     window: int = ATTENTION["window"]
     sinks: int = ATTENTION["sinks"]
@@ -176,6 +177,8 @@ class Attention(Branch):
     random: int = ATTENTION["random"]
     softcap: float = ATTENTION["softcap"]
     qk_norm: str = ATTENTION["qk_norm"]
+    qk_norm_eps: float = ATTENTION["qk_norm_eps"]
+    output_gate: bool = ATTENTION["output_gate"]
     log_n: int = ATTENTION["log_n"]
     forget: bool = ATTENTION["forget"]
 
@@ -266,14 +269,14 @@ class Attention(Branch):
         def project(name, heads, axis):
             weight = self.matrix(name, (self.width, heads, head_dim), ("embed", axis, "head_dim"), normal(std))
             y = jnp.einsum("btd,dhk->bthk", x, weight)
-            if not self.bias:
+            if not self.bias or self.biases == "out":
                 return y
             bias = parameter(self, f"{name}_bias", (heads * head_dim,), (axis,), zeros, dtype=self.dtype)
             return y + bias.reshape(heads, head_dim)
 
         q, k = project("query", heads, "heads"), project("key", kv_heads, "kv_heads")
-        if self.qk_norm == "rms":
-            q, k = RMSNorm(1e-6, "head_dim", name="query_norm")(q), RMSNorm(1e-6, "head_dim", name="key_norm")(k)
+        if self.qk_norm != "none":
+            q, k = self._normed("query_norm", q, "heads"), self._normed("key_norm", k, "kv_heads")
         q, k = (self.rotate(x, seq.positions) for x in (q, k))
         if self.log_n:
             q = log_n(q, seq.positions, self.log_n)
@@ -285,6 +288,8 @@ class Attention(Branch):
             o, state = attend_within(q, new, seq, rules)
         else:
             o, state = attend_from_cache(q, new, state, seq, rules)
+        if self.output_gate:
+            o = o * jax.nn.sigmoid(project("gate", heads, "heads"))
 
         out_axes = ("heads", "head_dim", "embed")
         out = self.matrix("out", (heads, head_dim, self.width), out_axes, normal(residual_std(self.layers, std)))
@@ -292,6 +297,12 @@ class Attention(Branch):
         if self.bias:
             y = y + parameter(self, "out_bias", (self.width,), ("embed",), zeros, dtype=self.dtype)
         return y, state
+
+    def _normed(self, name: str, x: jax.Array, axis: str) -> jax.Array:
+        """Queries or keys [B, T, H, d] under `qk_norm`, the norm `name`. `axis`: logical name of their heads."""
+        if self.qk_norm == "all":
+            return RMSNorm(self.qk_norm_eps, axis, name=name)(x.reshape(*x.shape[:2], -1)).reshape(x.shape)
+        return RMSNorm(self.qk_norm_eps, "head_dim", self.qk_norm == "centred", name=name)(x)
 
     def _gates(self, x: jax.Array, seq: Sequence, state: State) -> jax.Array:
         """[B, T, H] float32: sums of the logarithms of forget gates sigmoid(w x + b), over the document so far."""

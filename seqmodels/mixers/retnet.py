@@ -44,9 +44,12 @@ def log_decay(heads: int, schedule: str) -> jax.Array:
     return jnp.asarray(np.log1p(-SCHEDULES[schedule](heads)), jnp.float32)
 
 
-def rotation(positions: jax.Array, keys: int) -> jax.Array:
-    """Angles [B, T, K / 2] float32 of keys at positions [B, T]. The slowest rotates by exactly 1 / base per token."""
-    frequency = ROTATION_BASE ** -np.linspace(0, 1, keys // 2)
+def rotation(positions: jax.Array, keys: int, angles: str = "retnet") -> jax.Array:
+    """Angles [B, T, K / 2] float32 of keys at positions [B, T].
+
+    The slowest rotates by exactly 1 / base per token; with `angles="rope"` faster, base^(2 / K - 1).
+    """
+    frequency = ROTATION_BASE ** -np.linspace(0, 1, keys // 2, endpoint=angles == "retnet")
     return positions[..., None].astype(jnp.float32) * frequency.astype(np.float32)
 
 
@@ -93,6 +96,7 @@ class RetNet(Linked):
     key_dim: int = RETNET["key_dim"]
     value_dim: int = RETNET["value_dim"]
     schedule: str = RETNET["schedule"]
+    angles: str = RETNET["angles"]
     activation: str = RETNET["activation"]
     row_scale: bool = RETNET["row_scale"]
     norm_eps: float = RETNET["norm_eps"]
@@ -154,7 +158,7 @@ class RetNet(Linked):
         gate = project(self.gate_proj, jax.nn.silu, "projected")
         decay = log_decay(heads, self.schedule)
         divisor = row_scale(decay, seq.positions) if self.row_scale else None
-        stream = Stream(k=k, v=v, log_decay=decay, state=state, angle=rotation(seq.positions, keys))
+        stream = Stream(k=k, v=v, log_decay=decay, state=state, angle=rotation(seq.positions, keys, self.angles))
         return stream, Readout(q, gate, divisor, self.scale if self.norm_weight else None, self.norm_eps)
 
     def scan(self, stream: Stream, readout: Readout, seq: Sequence) -> tuple[jax.Array, jax.Array]:

@@ -151,7 +151,7 @@ def _row_of(config: Any, specs: dict[Path, BlockSpec], path: Path) -> str:
             if place in convolutions(config, spec):
                 return "short_conv"
             return place if place == depth.kind(config) else spec.names().get(place, "norms")
-    return "norms" if path[0] == "final_norm" else path[0]
+    return "norms" if path[0] in ("embedding_norm", "final_norm") else path[0]
 
 
 def _count_state(model: SequenceModel, specs: dict[Path, BlockSpec], rows: dict[str, Row], context: int) -> int:
