@@ -108,6 +108,7 @@ class SequenceModel(nn.Module):
         mask: jax.Array | None = None,
         state: Any = None,
         deterministic: bool = True,
+        steps: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Hidden states, from which the head predicts.
 
@@ -116,13 +117,21 @@ class SequenceModel(nn.Module):
             segment_ids: [B, T] int32, document of each token; None: one document.
             mask: [B, T] bool, False on padding.
             state: result of `init_state` or of an earlier call. None: nothing came before.
+            steps: [B, T] float32, time from the token before to each; see `Sequence`. None: 1.
+
+        Raises:
+            UserError: steps, and a mixer that does not follow them.
 
         Returns:
             hidden [B, T, D] after the last norm, and the new state.
         """
         old = state or dict(segment=None, position=None, layers=None)
         rows, length = tokens.shape[:2]
-        seq, segment, position = make_sequence(rows, length, segment_ids, mask, old["segment"], old["position"])
+        if steps is not None:
+            check_stepped(self.config, "steps")
+        seq, segment, position = make_sequence(
+            rows, length, segment_ids, mask, old["segment"], old["position"], steps, self.config.rescale
+        )
         x = self.reader(tokens, mask)
         if self.config.positions != "none":
             x = x + self.positions(seq.positions, mask).astype(x.dtype)
@@ -193,6 +202,8 @@ def _build(config, spec: Spec, objective: str) -> SequenceModel:
     if config.bias and config.norm == "rms" and not any(BRANCHES[name].biased for name in names(config.pattern)):
         allowed = f"False with model.norm='rms' and model.pattern={config.pattern!r}, where nothing has a bias"
         refuse("model.bias", True, allowed)
+    if config.rescale != 1:
+        check_stepped(config, f"config.model.rescale={config.rescale}")
     check_implementation(config.implementation)
     kind = LanguageModel if len(vocabularies) == 2 else SequenceModel
     model = kind(FrozenConfigDict(config), *sizes)
@@ -212,6 +223,19 @@ def _check_both_ways(config: Any, head: type[Head]) -> None:
     for spec in plan(config):
         for word in spec.names().values():
             branch_of(config, word, parent=None)
+
+
+def check_stepped(config: Any, wish: str) -> None:
+    """Check that all of a model follows the time between tokens; `config` is config.model.
+
+    Raises: UserError that names the mixer, or the positions, for which tokens are equally far apart.
+    """
+    unable = [name for name in names(config.pattern) if BRANCHES[name].mixes_time and not BRANCHES[name].uses_steps]
+    if unable:
+        able = ", ".join(name for name in BRANCHES if BRANCHES[name].uses_steps)
+        raise UserError(f"{wish}: does not fit {unable[0]!r} in model.pattern, which has no step size; {able} have one")
+    if config.positions != "none":
+        raise UserError(f"{wish}: does not fit model.positions={config.positions!r}, which count tokens; allowed: 'none'")
 
 
 def check_parts(config: ConfigDict, spec: Spec, objective: str) -> None:
