@@ -23,9 +23,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "digits": dict(split="last", validation=0.1),
     "mnist5k": dict(permuted=False, validation=0.1),
     "forda": dict(set="FordA", ending="tsv", validation=0.1),
-    "electricity": dict(
-        file="vic_elec.csv", columns="Demand,Temperature", lookback=96, horizon=96, season=48
-    ),
+    "electricity": dict(file="vic_elec.csv", columns="Demand,Temperature", lookback=96, horizon=96, season=48),
 }
 NAMES = {"forda": "series"}  # presets whose domain has another name
 # Sizes of each preset: the row's length in steps, and what a training run takes

@@ -102,7 +102,7 @@ class BatchSource:
         raise NotImplementedError
 
     def baselines(self, split: str) -> dict[str, dict[str, float]]:
-        """Figures that simple methods reach on a split: name of a method -> figure -> value. Printed beside a model's."""
+        """Figures of simple methods on a split, printed beside a model's: name of a method -> figure -> value."""
         return {}
 
     def describe(self) -> str:

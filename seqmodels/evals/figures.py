@@ -82,7 +82,7 @@ def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:
     """Each figure by split, and with `limit=None` "baselines": name of a baseline -> figure -> split -> value."""
     options = dict(batch_size=run.batch_size, reset=run.config.data.reset, limit=limit, mesh=run.mesh)
     by_split = {split: evaluate(run.model, run.params, run.dataset[split], **options) for split in splits}
-    figures = _by_figure(by_split)
+    figures: dict[str, Any] = _by_figure(by_split)
     if limit is None:  # a baseline is measured on whole splits
         simple = {split: run.dataset.baselines(split) for split in splits if split != "train"}
         names = dict.fromkeys(name for found in simple.values() for name in found)

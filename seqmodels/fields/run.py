@@ -93,15 +93,15 @@ TASK_DATA = Group(
     path="data",
 )
 
-# for configs whose rows are images, series, DNA or sound (docs/domains.md); the fields of `data.domain` are those of the
-# domain's class
+# for configs whose rows are images, series, DNA or sound (docs/domains.md); the fields of `data.domain` are those of
+# the domain's class
 DOMAIN_DATA = Group(
     "data",
     {
         "name": Field("digits", "domain of seqmodels/data/domains that reads the rows", since=2),
         "path": Field(
             "",
-            "file or folder of the data, or of a wheel that holds them; empty: packages in the cache, or installed ones",
+            "file or folder of the data, or wheel that holds them; empty: packages in the cache, or installed ones",
             since=2,
             path=True,
         ),

@@ -35,11 +35,11 @@ class DomainSplit:
 
 
 def filled(batch: Batch, rows: int) -> Batch:
-    """A batch with rows at the end that do not count, up to `rows`: labels and targets of -1 or NaN, a mask of False."""
+    """A batch with rows at the end that do not count, so that it has `rows`: labels and targets -1 or NaN, no mask."""
     result = {}
     for name, array in batch.items():
         missing = rows - len(array)
-        value = 0
+        value = 0.0
         if name in ("labels", "targets"):
             value = np.nan if np.issubdtype(array.dtype, np.floating) else -1
         result[name] = np.concatenate([array, np.full((missing, *array.shape[1:]), value, array.dtype)])

@@ -65,5 +65,3 @@ def longest(splits: Splits, length: int) -> None:
 def classes(splits: Splits) -> int:
     """Number of classes of labelled splits."""
     return int(max(split.labels.max() for split in splits.values() if split.count)) + 1
-
-
