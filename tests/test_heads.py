@@ -242,13 +242,13 @@ def test_parameters_of_inputs_and_heads():
         (dict(), dataset("classify", tokens=TOKENS, **ROW),
          "config.model.head='next_token': must be 'classify', which is what the dataset is for"),
         (dict(head="classify"), dataset("classify", **SERIES),
-         "config.model.input='tokens': must be 'frames'; it needs 'tokens' in .* which have values, mask"),
+         "config.model.input='tokens': must be 'frames' or 'patches'; it needs 'tokens' in .* which have values, mask"),
         (dict(head="classify"), dataset("classify", tokens=TOKENS, labels=ROW["labels"]),
          "config.model.head='classify': needs 'mask' in .* which have tokens, labels"),
         (dict(head="classify"), dataset("classify", tokens=TOKENS, mask=ROW["mask"], labels=((), "int32", 0)),
          "dataset.spec\\['labels'\\].count=0: must be the number of different ids"),
-        (dict(head="classify", pool="max"), dataset("classify", tokens=TOKENS, **ROW),
-         "config.model.pool='max': must be one of 'mean', 'last', 'attention'"),
+        (dict(head="classify", pool="median"), dataset("classify", tokens=TOKENS, **ROW),
+         "config.model.pool='median': must be one of 'mean', 'last', 'attention', 'max'"),
         (dict(input="frames", head="forecast", horizon=0), dataset("forecast", **SERIES),
          "config.model.horizon=0: must be at least 1"),
         (dict(input="one_hot"), dataset("next_token", tokens=TOKENS, targets=TOKENS),
@@ -263,7 +263,7 @@ def test_what_does_not_fit_is_one_line(fields, data, words):
 
 def test_a_head_that_must_not_see_the_future():
     """A stack that reads later positions cannot predict them, but may classify."""
-    words = r"config.model.head='next_token': must be 'classify' or 'regress' with model.pattern='bi:mamba'"
+    words = r"config.model.head='next_token': must be 'classify' or 'regress' or 'window' or 'pair' with model.pattern='bi:mamba'"
     with pytest.raises(UserError, match=words):
         build(settings(pattern="bi:mamba"), 11)
     data = dataset("classify", tokens=TOKENS, **ROW)

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from ml_collections import ConfigDict
 
-from seqmodels.data import cache, synthetic
+from seqmodels.data import cache, domains, synthetic
 from seqmodels.data.contract import Batch, BatchSource, Spec, text_spec
 from seqmodels.data.permutation import permute
 from seqmodels.data.sizes import Sizes
@@ -201,8 +201,10 @@ class Dataset(BatchSource):
 
 def load(
     config: ConfigDict, *, seq_len: int, batch_size: int, seed: int = 0, bptt: bool = False
-) -> Dataset | synthetic.SyntheticDataset:
+) -> Dataset | synthetic.SyntheticDataset | domains.DomainDataset:
     """The dataset that a config names. Text is tokenised on first use. With a `config.task` the data are generated.
+
+    With a `config.domain` they are images, series and the like.
 
     Args:
       config: `config.data`, see seqmodels/fields/run.py.
@@ -220,6 +222,8 @@ def load(
         raise UserError(f"config.batch_size={batch_size}: must be at least 1")
     if "task" in config:
         return synthetic.load(config, seq_len=seq_len, batch_size=batch_size, seed=seed, bptt=bptt)
+    if "domain" in config:
+        return domains.load(config, seq_len=seq_len, batch_size=batch_size, seed=seed, bptt=bptt)
     tokenizer = load_tokenizer(config.tokenizer, config.get("separator", ""))
     folder = cache.find_or_build(find_source(config), tokenizer, Path(config.cache))
     dataset = Dataset(folder, tokenizer, seq_len, batch_size, seed, bptt, config.reset)
@@ -255,10 +259,13 @@ class Unread(BatchSource):
 
 def load_unread(
     config: ConfigDict, *, seq_len: int, batch_size: int, seed: int = 0
-) -> Unread | synthetic.SyntheticDataset:
-    """As `load`, but no text is read or tokenised, and none needs to be there."""
+) -> Unread | synthetic.SyntheticDataset | domains.DomainDataset:
+    """As `load`, but no text is read or tokenised, and none needs to be there. A domain is read."""
+    sizes = dict(seq_len=seq_len, batch_size=batch_size, seed=seed)
     if "task" in config:
-        return synthetic.load(config, seq_len=seq_len, batch_size=batch_size, seed=seed)
+        return synthetic.load(config, **sizes)
+    if "domain" in config:
+        return domains.load(config, **sizes)
     return Unread(load_tokenizer(config.tokenizer, config.get("separator", "")), seq_len, batch_size)
 
 
