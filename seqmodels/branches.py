@@ -74,5 +74,6 @@ BRANCHES = Table(
         "rglru": "seqmodels.mixers.rglru:RgLru",
         "rwkv": "seqmodels.mixers.rwkv:Rwkv",
         "rwkv_channel": "seqmodels.channels.rwkv_channel:RwkvChannel",
+        "s5": "seqmodels.mixers.s5:S5",
     }
 )

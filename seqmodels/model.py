@@ -117,6 +117,7 @@ class SequenceModel(nn.Module):
         mask: jax.Array | None = None,
         state: Any = None,
         deterministic: bool = True,
+        steps: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Hidden states, from which the head predicts.
 
@@ -125,15 +126,23 @@ class SequenceModel(nn.Module):
             segment_ids: [B, T] int32, document of each token; None: one document.
             mask: [B, T] bool, False on padding.
             state: result of `init_state` or of an earlier call. None: nothing came before.
+            steps: [B, T] float32, time from the token before to each; see `Sequence`. None: 1.
+
+        Raises:
+            UserError: steps, and a mixer that does not follow them.
 
         Returns:
             hidden [B, T, D] after the last norm, and the new state.
         """
         old = state or dict(segment=None, position=None, layers=None)
+        if steps is not None:
+            check_stepped(self.config, "steps")
         x = self.reader(tokens, mask)
-        mask, segment_ids = self.reader.steps(mask, segment_ids)
+        mask, segment_ids = self.reader.shortened(mask, segment_ids)
         rows, length = x.shape[:2]
-        seq, segment, position = make_sequence(rows, length, segment_ids, mask, old["segment"], old["position"])
+        seq, segment, position = make_sequence(
+            rows, length, segment_ids, mask, old["segment"], old["position"], steps, self.config.rescale
+        )
         if self.config.positions != "none":
             x = x + self.positions(seq.positions, mask).astype(x.dtype)
         x = nn.with_logical_constraint(x, ("batch", "length", None))
@@ -158,7 +167,7 @@ class SequenceModel(nn.Module):
             documents: S, for heads that predict for each document of a row.
             values: [B, T, C] of the batch, whose units the predictions get.
         """
-        mask, segment_ids = self.reader.steps(mask, segment_ids)
+        mask, segment_ids = self.reader.shortened(mask, segment_ids)
         more = dict(segment_ids=segment_ids, documents=documents) if documents else {}
         predicted = self.predictor(hidden, mask, self.table, **more)
         return predicted if values is None else self.reader.restore(predicted, values, mask)
@@ -225,6 +234,8 @@ def _build(config, spec: Spec, objective: str) -> SequenceModel:
     if config.bias and config.norm == "rms" and not any(BRANCHES[name].biased for name in names(config.pattern)):
         allowed = f"False with model.norm='rms' and model.pattern={config.pattern!r}, where nothing has a bias"
         refuse("model.bias", True, allowed)
+    if config.rescale != 1:
+        check_stepped(config, f"config.model.rescale={config.rescale}")
     check_implementation(config.implementation)
     kind = LanguageModel if len(vocabularies) == 2 else SequenceModel
     model = kind(FrozenConfigDict(config), *sizes)
@@ -244,6 +255,19 @@ def _check_both_ways(config: Any, head: type[Head]) -> None:
     for spec in plan(config):
         for word in spec.names().values():
             branch_of(config, word, parent=None)
+
+
+def check_stepped(config: Any, wish: str) -> None:
+    """Check that all of a model follows the time between tokens; `config` is config.model.
+
+    Raises: UserError that names the mixer, or the positions, for which tokens are equally far apart.
+    """
+    unable = [name for name in names(config.pattern) if BRANCHES[name].mixes_time and not BRANCHES[name].uses_steps]
+    if unable:
+        able = ", ".join(name for name in BRANCHES if BRANCHES[name].uses_steps)
+        raise UserError(f"{wish}: does not fit {unable[0]!r} in model.pattern, which has no step size; {able} have one")
+    if config.positions != "none":
+        raise UserError(f"{wish}: does not fit model.positions={config.positions!r}, which count tokens; allowed: 'none'")
 
 
 def check_parts(config: ConfigDict, spec: Spec, objective: str) -> None:
@@ -267,6 +291,8 @@ def check_parts(config: ConfigDict, spec: Spec, objective: str) -> None:
         refuse("model.input", "patches", f"another with model.head={name!r}, which predicts at every position")
     if config.input == "patches" and (length := spec[reader.key].shape[1]) % config.patch:
         refuse("model.patch", config.patch, f"a divisor of the {length} steps of a row")
+    if config.input == "patches" and "steps" in spec:
+        refuse("model.input", "patches", "another where the dataset has steps, which patches would join")
     if name == "window" and (steps := spec[head.target].shape[1]) != config.horizon:
         refuse("model.horizon", config.horizon, f"{steps}, as the dataset's targets have so many steps")
     if config.tie_embeddings and name == "next_token" and not reader.at_root:

@@ -83,7 +83,8 @@ class BatchSource:
         regress: an input, `mask` and `targets` [B, R] float32, or [B, S, R].
         window: `values` [B, T, C] float32, `mask` and `targets` [B, horizon, C] float32.
         forecast: `values` [B, T, C] float32 and `mask`.
-        The input is `tokens` [B, T] int32 or `values` [B, T, C] float32. Padding is False in the mask.
+        The input is `tokens` [B, T] int32 or `values` [B, T, C] float32. Padding is False in the mask. Where tokens are
+        not equally far apart in time, `steps` [B, T] float32 (`seqmodels.data.times`).
         """
         raise NotImplementedError
 
@@ -116,7 +117,7 @@ def check_spec(spec: Spec, batch_size: int, seq_len: int) -> None:
     Raises: UserError that names the first array that does not fit.
     """
     for name, array in spec.items():
-        over_time = name in ("tokens", "values", "mask", "segment_ids") or len(array.shape) == 3
+        over_time = name in ("tokens", "values", "mask", "segment_ids", "steps") or len(array.shape) == 3
         allowed = (batch_size, seq_len) if over_time else (batch_size,)
         fields = "(config.batch_size, config.seq_len)" if over_time else "(config.batch_size,)"
         if array.shape[: len(allowed)] != allowed:

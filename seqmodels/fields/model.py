@@ -73,6 +73,13 @@ MODEL = Group(
             at_least(0),
             since=2,
         ),
+        "rescale": Field(
+            1.0,
+            "distance of the tokens in time, 1 being that of training: 2 where every second sample is left out; "
+            "a factor of the step sizes of mixers that have them",
+            above(0),
+            since=2,
+        ),
         "pool": Field(
             "mean",
             "how classify, regress, window and pair make one vector of a row",
