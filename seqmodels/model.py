@@ -267,7 +267,9 @@ def check_stepped(config: Any, wish: str) -> None:
         able = ", ".join(name for name in BRANCHES if BRANCHES[name].uses_steps)
         raise UserError(f"{wish}: does not fit {unable[0]!r} in model.pattern, which has no step size; {able} have one")
     if config.positions != "none":
-        raise UserError(f"{wish}: does not fit model.positions={config.positions!r}, which count tokens; allowed: 'none'")
+        raise UserError(
+            f"{wish}: does not fit model.positions={config.positions!r}, which count tokens; allowed: 'none'"
+        )
 
 
 def check_parts(config: ConfigDict, spec: Spec, objective: str) -> None:

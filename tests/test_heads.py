@@ -263,7 +263,9 @@ def test_what_does_not_fit_is_one_line(fields, data, words):
 
 def test_a_head_that_must_not_see_the_future():
     """A stack that reads later positions cannot predict them, but may classify."""
-    words = "config.model.head='next_token': must be 'classify' or 'regress' or 'window' or 'pair' with model.pattern='bi"
+    words = (
+        "config.model.head='next_token': must be 'classify' or 'regress' or 'window' or 'pair' with model.pattern='bi"
+    )
     with pytest.raises(UserError, match=words):
         build(settings(pattern="bi:mamba"), 11)
     data = dataset("classify", tokens=TOKENS, **ROW)

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -69,7 +69,7 @@ class Labelled:
         batch = self.read(np.arange(self.count), self.inputs.shape[1])
         return batch[self.key].reshape(self.count, -1).astype(np.float64)
 
-    def part(self, chosen: np.ndarray) -> "Labelled":
+    def part(self, chosen: np.ndarray) -> Self:
         """The rows of these numbers."""
         rows = dict(inputs=self.inputs[chosen], lengths=self.lengths[chosen], labels=self.labels[chosen])
         return dataclasses.replace(self, **rows)

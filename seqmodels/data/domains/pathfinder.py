@@ -1,9 +1,9 @@
 """Pathfinder (Linsley et al. 2018; Tay et al. 2020), drawn here: do two discs lie on the same dashed curve?
 
-Two curves ("snakes") of `paddles` strokes each grow from tails that are 27 units apart on a canvas of 300. A disc lies on
-the tail of one and on the head of the same (1) or of the other (0). Shorter curves distract. Sizes and turns are those of
-the authors' generator, except that strokes are drawn by their distance to pixels and not by OpenCV, straight at the size
-of the image.
+Two curves ("snakes") of `paddles` strokes each grow from tails that are 27 units apart on a canvas of 300. A disc lies
+on the tail of one and on the head of the same (1) or of the other (0). Shorter curves distract. Sizes and turns are
+those of the authors' generator, except that strokes are drawn by their distance to pixels and not by OpenCV, straight
+at the size of the image.
 
 With `matched`, only pairs of curves count whose two candidate distances between discs are almost equal. Without, the
 distance of the discs alone tells much of the answer: the baseline "distance of the discs" says how much.
@@ -14,6 +14,7 @@ import hashlib
 import json
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Self
 
 import numpy as np
 
@@ -100,8 +101,8 @@ class Discs(Labelled):
 
     apart: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
 
-    def part(self, chosen: np.ndarray) -> "Discs":
-        return dataclasses.replace(super().part(chosen), apart=self.apart[chosen])  # type: ignore[return-value]
+    def part(self, chosen: np.ndarray) -> Self:
+        return dataclasses.replace(super().part(chosen), apart=self.apart[chosen])
 
 
 def draw_many(settings: Pathfinder, first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -162,7 +163,7 @@ def curve(rng: np.random.Generator, start: np.ndarray, paddles: int, others: np.
             stroke = np.stack([begin, begin + STROKE * step])
             near = np.concatenate([taken, along(np.stack(strokes[:-1]))]) if len(strokes) > 1 else taken
             distance = np.linalg.norm(along(stroke[None])[:, None] - near[None], axis=-1)
-            if BORDER <= stroke.min() and stroke.max() <= CANVAS - BORDER and distance.min() >= MARGIN:
+            if stroke.min() >= BORDER and stroke.max() <= CANVAS - BORDER and distance.min() >= MARGIN:
                 strokes.append(stroke)
                 angle = turned
                 break
