@@ -28,7 +28,7 @@ def logistic(train: np.ndarray, labels: np.ndarray, test: np.ndarray, strength: 
         return -(log_p * y).sum() + strength / 2 * (weights**2).sum(), gradient
 
     found = minimize(objective, np.zeros((features + 1) * count), jac=True, method="L-BFGS-B",
-                     options=dict(maxiter=1000)).x  # fmt: skip
+                     options=dict(maxiter=200)).x  # fmt: skip
     scores = (test - mean) / deviation @ found[: features * count].reshape(features, count) + found[features * count :]
     return scores.argmax(axis=1)
 

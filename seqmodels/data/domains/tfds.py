@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from seqmodels.data.domains.baselines import logistic
+from seqmodels.data.domains.dataset import ORDER
 from seqmodels.data.domains.domain import Baselines, Domain, Splits, classes
 from seqmodels.data.domains.examples import Labelled, divided, standardised
 from seqmodels.data.domains.files import Place
@@ -65,8 +66,10 @@ class Prepared(Domain):
         folder = place.path or str(place.cache / "tensorflow_datasets")
         try:
             builder = tfds.builder(self.name, data_dir=folder)
-            splits = [split for split in ("train", "validation", "test") if split in builder.info.splits]
-            return {split: builder.as_data_source(split=split) for split in splits}
+            sources = {split: builder.as_data_source(split=split) for split in ORDER if split in builder.info.splits}
+            if "train" not in sources:
+                raise FileNotFoundError("no split train")
+            return sources
         except Exception as error:  # of any type: it is not prepared, or not in this format
             reason = " ".join(str(error).split())[:200]
             raise UserError(
