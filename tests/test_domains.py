@@ -150,7 +150,7 @@ def test_series(tmp_path):
     assert list(dataset.splits) == ["train", "test"] and dataset.spec["values"].shape == (4, 4, 2)
     assert rows(dataset, "test")["mask"].sum(axis=1).tolist() == [2, 3, 2]
     assert dataset.splits["test"].inputs[1].tolist() == [[1, 4], [2, 5], [3, 0]]
-    with pytest.raises(UserError, match="config.seq_len=2: must be at least 3, the longest row"):
+    with pytest.raises(UserError, match=r"config.seq_len=2: must be at least 3, the longest row"):
         load("series", 2, tmp_path, set="Tiny", ending="ts")
 
 
@@ -190,9 +190,9 @@ def test_electricity(table):
         guess = (found["values"][:, :, c] - found["values"][:, -1:, c]) @ weights + found["values"][:, -1:, c]
         squared += ((guess - found["targets"][:, :, c]) ** 2).mean() / 2
     assert simple["ridge"]["loss"] == pytest.approx(squared, rel=1e-4)
-    with pytest.raises(UserError, match="config.data.domain.columns='c': must be among b, day, a"):
+    with pytest.raises(UserError, match=r"config.data.domain.columns='c': must be among b, day, a"):
         load("electricity", 6, path, **fields | dict(columns="c"))
-    with pytest.raises(UserError, match="config.seq_len=7: must be config.data.domain.lookback=6"):
+    with pytest.raises(UserError, match=r"config.seq_len=7: must be config.data.domain.lookback=6"):
         load("electricity", 7, path, **fields)
     assert electricity.SPLITS[-1][2] == 1.0
 
@@ -280,7 +280,7 @@ def test_sound(tmp_path):
     listed = load("sound", 20, tmp_path, every=2, other="")
     assert listed.splits["test"].count == 2 and listed.splits["train"].count == 78
     (tmp_path / "no" / "broken.wav").write_bytes(b"RIFF")
-    with pytest.raises(UserError, match="broken.wav: is no WAV file"):
+    with pytest.raises(UserError, match=r"broken.wav: is no WAV file"):
         load("sound", 20, tmp_path, every=2, other="")
 
 
@@ -327,7 +327,7 @@ def test_pathfinder(tmp_path, monkeypatch):
             distances = [np.linalg.norm(curve[-1, 1] - one[0, 0]) for curve in (one, two)]
             assert abs(distances[0] - distances[1]) < tolerance and apart == pytest.approx(distances[1 - label])
             near = np.linalg.norm(pathfinder.along(one)[:, None] - pathfinder.along(two)[None], axis=-1)
-            assert near.min() >= pathfinder.MARGIN and 22 <= strokes.min() and strokes.max() <= 278
+            assert near.min() >= pathfinder.MARGIN and strokes.min() >= 22 and strokes.max() <= 278
             directions = np.diff(one, axis=1)[:, 0] / 5
             turns = np.arccos(np.clip((directions[1:] * directions[:-1]).sum(-1), -1, 1))
             assert turns.max() <= np.deg2rad(50) + 1e-6
