@@ -32,7 +32,14 @@ class Operations(Mapping[str, ModuleType]):
 
 
 OPERATIONS = Operations(
-    "selective_scan", "short_conv", "attention", "linear_attention", "delta_rule", "linear_scan", "grouped_matmul"
+    "selective_scan",
+    "short_conv",
+    "attention",
+    "linear_attention",
+    "delta_rule",
+    "linear_scan",
+    "grouped_matmul",
+    "long_conv",
 )
 
 

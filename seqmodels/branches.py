@@ -74,6 +74,8 @@ BRANCHES = Table(
         "rglru": "seqmodels.mixers.rglru:RgLru",
         "rwkv": "seqmodels.mixers.rwkv:Rwkv",
         "rwkv_channel": "seqmodels.channels.rwkv_channel:RwkvChannel",
+        "s4": "seqmodels.mixers.s4:S4",
+        "s4d": "seqmodels.mixers.s4d:S4d",
         "s5": "seqmodels.mixers.s5:S5",
     }
 )

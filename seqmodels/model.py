@@ -135,13 +135,14 @@ class SequenceModel(nn.Module):
             hidden [B, T, D] after the last norm, and the new state.
         """
         old = state or dict(segment=None, position=None, layers=None)
-        if steps is not None:
-            check_stepped(self.config, "steps")
         x = self.reader(tokens, mask)
         mask, segment_ids = self.reader.shortened(mask, segment_ids)
         rows, length = x.shape[:2]
+        if steps is not None:
+            self._check_steps(steps, length)
+        before = old["segment"], old["position"]
         seq, segment, position = make_sequence(
-            rows, length, segment_ids, mask, old["segment"], old["position"], steps, self.config.rescale
+            rows, length, segment_ids, mask, *before, steps=steps, rescale=self.config.rescale
         )
         if self.config.positions != "none":
             x = x + self.positions(seq.positions, mask).astype(x.dtype)
@@ -150,6 +151,13 @@ class SequenceModel(nn.Module):
         hidden, layers = self.backbone(x, seq, old["layers"], deterministic)
         head = self.predictor.extend(old.get("head"), hidden, mask, segment_ids, old["segment"])
         return hidden, dict(segment=segment, position=position, layers=layers) | self._of_head(head)
+
+    @nn.nowrap
+    def _check_steps(self, steps, length):
+        """Raise UserError for steps that the model cannot follow."""
+        check_stepped(self.config, "steps")
+        if steps.shape[1] != length:
+            raise UserError(f"steps: do not fit model.input={self.config.input!r}, which makes one step of several")
 
     def outputs(
         self,

@@ -30,6 +30,7 @@ if TYPE_CHECKING:  # the functions that `__getattr__` returns have the signature
     from seqmodels.kernels.grouped_matmul import grouped_matmul as grouped_matmul
     from seqmodels.kernels.linear_attention import linear_attention as linear_attention
     from seqmodels.kernels.linear_scan import linear_scan as linear_scan
+    from seqmodels.kernels.long_conv import long_conv as long_conv
     from seqmodels.kernels.selective_scan import selective_scan as selective_scan
     from seqmodels.kernels.short_conv import short_conv as short_conv
 

@@ -97,7 +97,7 @@ def _scan_fwd(options, arrays, documents):
 def _scan_bwd(options, residuals, cotangents):
     arrays, documents, factors, fresh, transpose = residuals
     dh, dend = cotangents
-    dend = _sum_over(options.axis, dend)  # every device holds a copy of the end; their gradients add up
+    dend = _total(dend, options.axis)  # every device holds a copy of the end; their gradients add up
     dstart = jax.lax.all_gather(_start_gradient(options, arrays, documents, dh), options.axis)
     dends, _ = chain(factors, dstart, dend, fresh, reverse=not options.reverse)
     index = jax.lax.axis_index(options.axis)
@@ -110,11 +110,11 @@ def _scan_bwd(options, residuals, cotangents):
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
-def _sum_over(axis: str | tuple[str, ...], x: jax.Array) -> jax.Array:
-    """The sum over devices. XLA (jax 0.10) aborts at that of complex constants, as a gradient may be: so by parts."""
-    if jnp.iscomplexobj(x):
-        return jax.lax.complex(*jax.lax.psum((x.real, x.imag), axis))
-    return jax.lax.psum(x, axis)
+def _total(x: jax.Array, axis: str | tuple[str, ...]) -> jax.Array:
+    """The sum over devices. Of complex constants, such as zeros, XLA's (jax 0.10, 0.11) ends the process on a CPU."""
+    if not jnp.iscomplexobj(x):
+        return jax.lax.psum(x, axis)
+    return jax.lax.complex(*jax.lax.psum((x.real, x.imag), axis))
 
 
 def _piece(options: Options, documents: dict[str, Any], arrays: dict[str, Any]) -> tuple[jax.Array, jax.Array]:
