@@ -136,7 +136,7 @@ class SequenceModel(nn.Module):
         """
         old = state or dict(segment=None, position=None, layers=None)
         x = self.reader(tokens, mask)
-        mask, segment_ids = self.reader.steps(mask, segment_ids)
+        mask, segment_ids = self.reader.shortened(mask, segment_ids)
         rows, length = x.shape[:2]
         if steps is not None:
             self._check_steps(steps, length)
@@ -175,7 +175,7 @@ class SequenceModel(nn.Module):
             documents: S, for heads that predict for each document of a row.
             values: [B, T, C] of the batch, whose units the predictions get.
         """
-        mask, segment_ids = self.reader.steps(mask, segment_ids)
+        mask, segment_ids = self.reader.shortened(mask, segment_ids)
         more = dict(segment_ids=segment_ids, documents=documents) if documents else {}
         predicted = self.predictor(hidden, mask, self.table, **more)
         return predicted if values is None else self.reader.restore(predicted, values, mask)
@@ -305,6 +305,8 @@ def check_parts(config: ConfigDict, spec: Spec, objective: str) -> None:
         refuse("model.input", "patches", f"another with model.head={name!r}, which predicts at every position")
     if config.input == "patches" and (length := spec[reader.key].shape[1]) % config.patch:
         refuse("model.patch", config.patch, f"a divisor of the {length} steps of a row")
+    if config.input == "patches" and "steps" in spec:
+        refuse("model.input", "patches", "another where the dataset has steps, which patches would join")
     if name == "window" and (steps := spec[head.target].shape[1]) != config.horizon:
         refuse("model.horizon", config.horizon, f"{steps}, as the dataset's targets have so many steps")
     if config.tie_embeddings and name == "next_token" and not reader.at_root:

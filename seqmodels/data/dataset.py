@@ -261,11 +261,10 @@ def load_unread(
     config: ConfigDict, *, seq_len: int, batch_size: int, seed: int = 0
 ) -> Unread | synthetic.SyntheticDataset | domains.DomainDataset:
     """As `load`, but no text is read or tokenised, and none needs to be there. A domain is read."""
-    sizes = dict(seq_len=seq_len, batch_size=batch_size, seed=seed)
     if "task" in config:
-        return synthetic.load(config, **sizes)
+        return synthetic.load(config, seq_len=seq_len, batch_size=batch_size, seed=seed)
     if "domain" in config:
-        return domains.load(config, **sizes)
+        return domains.load(config, seq_len=seq_len, batch_size=batch_size, seed=seed)
     return Unread(load_tokenizer(config.tokenizer, config.get("separator", "")), seq_len, batch_size)
 
 

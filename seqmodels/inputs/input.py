@@ -38,7 +38,9 @@ class Input(nn.Module):
         """[size, D] parameter that a tied head may read, if there is one."""
         return None
 
-    def steps(self, mask: jax.Array | None, segment_ids: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
+    def shortened(
+        self, mask: jax.Array | None, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array | None, jax.Array | None]:
         """mask and segment_ids [B, T] of a batch to those of the stream, which may have fewer steps."""
         return mask, segment_ids
 

@@ -30,7 +30,9 @@ class Patches(Frames):
             raise ValueError(f"{length} frames are no multiple of config.model.patch={self.patch}")
         return values.reshape(batch, length // self.patch, self.patch * channels)
 
-    def steps(self, mask: jax.Array | None, segment_ids: jax.Array | None) -> tuple[jax.Array | None, jax.Array | None]:
+    def shortened(
+        self, mask: jax.Array | None, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array | None, jax.Array | None]:
         """mask and segment_ids [B, T] to those of the stream [B, T / P]."""
         if mask is not None:
             mask = jnp.any(mask.reshape(mask.shape[0], -1, self.patch), axis=2)

@@ -13,11 +13,17 @@ from ml_collections import ConfigDict
 
 from seqmodels.data.domains.dataset import DomainDataset, DomainSplit
 from seqmodels.data.domains.digits import Digits
+from seqmodels.data.domains.dna import Bases, Species
 from seqmodels.data.domains.domain import Domain
 from seqmodels.data.domains.electricity import Electricity
 from seqmodels.data.domains.files import Place
+from seqmodels.data.domains.listops import ListOps
 from seqmodels.data.domains.mnist import Mnist5k
+from seqmodels.data.domains.pathfinder import Pathfinder
 from seqmodels.data.domains.series import Series
+from seqmodels.data.domains.sound import Sound
+from seqmodels.data.domains.texts import TextPairs, Texts
+from seqmodels.data.domains.tfds import Cifar10, ImdbReviews, Mnist, SpeechCommands
 from seqmodels.errors import UserError
 from seqmodels.nearest import nearest
 
@@ -26,6 +32,17 @@ DOMAINS: dict[str, type[Domain]] = {
     "mnist5k": Mnist5k,
     "series": Series,
     "electricity": Electricity,
+    "pathfinder": Pathfinder,
+    "listops": ListOps,
+    "bases": Bases,
+    "species": Species,
+    "sound": Sound,
+    "texts": Texts,
+    "text_pairs": TextPairs,
+    "mnist": Mnist,
+    "cifar10": Cifar10,
+    "speech_commands": SpeechCommands,
+    "imdb_reviews": ImdbReviews,
 }
 
 __all__ = ["DOMAINS", "Domain", "DomainDataset", "DomainSplit", "load", "make_domain"]

@@ -1,7 +1,6 @@
 """Simple methods that a sequence model has to beat. Each is fitted on the train split and measured on another one."""
 
 import numpy as np
-from scipy.optimize import minimize
 
 
 def logistic(train: np.ndarray, labels: np.ndarray, test: np.ndarray, strength: float = 1.0) -> np.ndarray:
@@ -12,6 +11,8 @@ def logistic(train: np.ndarray, labels: np.ndarray, test: np.ndarray, strength: 
     Args:
         train: [n, F]. labels: [n] from 0. test: [m, F].
     """
+    from scipy.optimize import minimize
+
     mean, deviation = train.mean(axis=0), train.std(axis=0)
     deviation = np.where(deviation > 1e-8, deviation, 1.0)
     x, y = (train - mean) / deviation, np.eye(labels.max() + 1)[labels]
@@ -27,7 +28,7 @@ def logistic(train: np.ndarray, labels: np.ndarray, test: np.ndarray, strength: 
         return -(log_p * y).sum() + strength / 2 * (weights**2).sum(), gradient
 
     found = minimize(objective, np.zeros((features + 1) * count), jac=True, method="L-BFGS-B",
-                     options=dict(maxiter=1000)).x  # fmt: skip
+                     options=dict(maxiter=200)).x  # fmt: skip
     scores = (test - mean) / deviation @ found[: features * count].reshape(features, count) + found[features * count :]
     return scores.argmax(axis=1)
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import hashlib
-from typing import Protocol
+from typing import Any, Protocol, Self
 
 import numpy as np
 
@@ -32,14 +32,17 @@ class Labelled:
     """Rows with a class each.
 
     Attributes:
-        inputs: [n, T, C] float32 values, or [n, T] int32 tokens; what lies at or after a row's length is not read.
+        inputs: [n, T, C] numbers, or [n, T] tokens; what lies at or after a row's length is not read.
         lengths: [n] int, positions of each row.
         labels: [n] int32, from 0.
+        mean, deviation: [C], of values, which are read less the mean, over the deviation.
     """
 
     inputs: np.ndarray
     lengths: np.ndarray
     labels: np.ndarray
+    mean: Any = 0.0
+    deviation: Any = 1.0
 
     @property
     def count(self) -> int:
@@ -53,10 +56,12 @@ class Labelled:
     def read(self, numbers: np.ndarray, length: int, rng: np.random.Generator | None = None) -> Batch:
         """`tokens` [B, T] or `values` [B, T, C], 0 behind a row's end; `mask` [B, T] bool; `labels` [B] int32."""
         inputs = self.inputs[numbers]
+        inputs = inputs if inputs.ndim == 2 else (inputs - self.mean) / self.deviation
         mask = np.arange(length) < self.lengths[numbers, None]
         missing = length - inputs.shape[1]
         inputs = np.pad(inputs, [(0, 0), (0, max(missing, 0))] + [(0, 0)] * (inputs.ndim - 2))[:, :length]
         inputs = np.where(mask if inputs.ndim == 2 else mask[..., None], inputs, 0)
+        inputs = inputs.astype(np.int32 if inputs.ndim == 2 else np.float32)
         return {self.key: inputs, "mask": mask, "labels": self.labels[numbers].astype(np.int32)}
 
     def flat(self) -> np.ndarray:
@@ -64,9 +69,10 @@ class Labelled:
         batch = self.read(np.arange(self.count), self.inputs.shape[1])
         return batch[self.key].reshape(self.count, -1).astype(np.float64)
 
-    def part(self, chosen: np.ndarray) -> "Labelled":
+    def part(self, chosen: np.ndarray) -> Self:
         """The rows of these numbers."""
-        return Labelled(self.inputs[chosen], self.lengths[chosen], self.labels[chosen])
+        rows = dict(inputs=self.inputs[chosen], lengths=self.lengths[chosen], labels=self.labels[chosen])
+        return dataclasses.replace(self, **rows)
 
     def fingerprint(self) -> str:
         return digest(self.inputs, self.lengths, self.labels)
@@ -114,14 +120,13 @@ def digest(*arrays: np.ndarray) -> str:
     return total.hexdigest()
 
 
-def standardised(splits: dict[str, Labelled]) -> dict[str, Labelled]:
-    """Values less their mean, over their deviation, channel by channel: those of the train split, real positions."""
+def standardised(splits: dict[str, Any]) -> dict[str, Any]:
+    """Labelled splits whose values are read less the mean, over the deviation, of the train split's real positions."""
     train = splits["train"]
     real = np.arange(train.inputs.shape[1]) < train.lengths[:, None]
     values = train.inputs[real].astype(np.float64)
-    mean, deviation = values.mean(axis=0), np.maximum(values.std(axis=0), 1e-8)
-    scale = lambda x: ((x - mean) / deviation).astype(np.float32)  # noqa: E731
-    return {name: dataclasses.replace(split, inputs=scale(split.inputs)) for name, split in splits.items()}
+    scale = dict(mean=values.mean(axis=0), deviation=np.maximum(values.std(axis=0), 1e-8))
+    return {name: dataclasses.replace(split, **scale) for name, split in splits.items()}
 
 
 def divided(labels: np.ndarray, share: float, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
