@@ -7,7 +7,7 @@ documents included. From a state on it is run as a recurrence, token by token or
 of the same parameters, for rows of any length.
 """
 
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import flax.linen as nn
 import jax
@@ -85,7 +85,7 @@ class Lti(Branch):
     dt_max: float = 1e-1
     dt_scale: float = 1.0
 
-    operations = ("long_conv",)
+    operations: ClassVar[tuple[str, ...]] = ("long_conv",)
     biased = True
 
     @property
@@ -137,7 +137,7 @@ class Lti(Branch):
             state: as in `init_state`, or None.
         """
         system = self.system()
-        skip = parameter(self, "D", (self.width,), ("inner",), ones, group="ssm")
+        skip = parameter(self, "D", (self.width,), ("inner",), ones)
         old = self.init_state(x.shape[0]) if state is None else state
         h = jax.lax.complex(old["real"], old["imag"])
         read, h = in_spans(system, x.astype(jnp.float32), h, resets(**seq.documents()), seq.mask)

@@ -69,16 +69,16 @@ class Diagonal(NamedTuple):
     ) -> tuple[jax.Array, jax.Array]:
         """See `lti.System`."""
         inputs = self.b * x[:, :, None]
-        ids = dict(segment_ids=None, initial_segment=None)
-        if reset is not None:  # documents of this piece are numbered, that of the state is 0
-            ids = dict(segment_ids=jnp.cumsum(reset, axis=1), initial_segment=jnp.zeros(len(x), int))
+        # documents of this piece are numbered, that of the state is 0
+        ids, first = (None, None) if reset is None else (jnp.cumsum(reset, axis=1), jnp.zeros(len(x), int))
         h, last = linear_scan(
             jnp.broadcast_to(self.log_a, inputs.shape),
             inputs,
             initial_state=h,
+            segment_ids=ids,
+            initial_segment=first,
             mask=mask,
             implementation=self.implementation,
-            **ids,
         )
         return real_sum(self.c * h), last
 
@@ -118,8 +118,8 @@ class S4d(Lti):
     @nn.nowrap
     def system(self) -> Diagonal:
         """Its system in discrete time."""
-        a, b = FRESH[self.init_A](self.state)
-        decay = -jnp.exp(self.per_state("A_log", everywhere(np.log(-a.real))))
-        a = jax.lax.complex(decay, self.per_state("A_imag", everywhere(a.imag)))
-        log_a, b = RULES[self.rule](a, self.complex_per_state("B", b), self.step_size())
+        eigenvalues, inputs = FRESH[self.init_A](self.state)
+        decay = -jnp.exp(self.per_state("A_log", everywhere(np.log(-eigenvalues.real))))
+        a = jax.lax.complex(decay, self.per_state("A_imag", everywhere(eigenvalues.imag)))
+        log_a, b = RULES[self.rule](a, self.complex_per_state("B", inputs), self.step_size())
         return Diagonal(log_a, b, self.readout(), self.implementation.get("linear_scan"))
