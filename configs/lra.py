@@ -8,9 +8,9 @@ The argument is `preset[,mixer=s5|s4|s4d|...]`. S4D takes S4's numbers, and so d
 both directions where its mixers allow it. listops and pathfinder are generated here; text and image need
 tensorflow-datasets, retrieval --config.data.path with a table of two texts and a label.
 
-What differs from the repositories: RMSNorm in place of BatchNorm, always before the mixers; text is read by bytes, not by characters that occur 15 times;
-ListOps has 17 symbols; pathfinder is drawn here, and its distances say more than they should without `matched`. S4's A,
-B and dt keep a rate of 1e-3, also in the three tasks in which the repository gives dt the rate of the rest.
+What differs from the repositories: RMSNorm in place of BatchNorm, always before the mixers; text is read by bytes, not
+by characters that occur 15 times; ListOps has 17 symbols; pathfinder is drawn here, and without `matched`, as there. A,
+B and dt of S4 keep a rate of 1e-3, also in the three tasks in which the repository gives dt the rate of the rest.
 """
 
 from collections.abc import Callable

@@ -15,6 +15,7 @@ from scipy import ndimage
 
 from seqmodels import data
 from seqmodels.configs import domains as configs
+from seqmodels.data import mu_law
 from seqmodels.data.domains import DOMAINS, baselines, dna, electricity, make_domain, pathfinder, sound
 from seqmodels.data.domains.images import warped
 from seqmodels.data.synthetic.listops import value
@@ -282,6 +283,27 @@ def test_sound(tmp_path):
     (tmp_path / "no" / "broken.wav").write_bytes(b"RIFF")
     with pytest.raises(UserError, match=r"broken.wav: is no WAV file"):
         load("sound", 20, tmp_path, every=2, other="")
+
+
+def test_waves(tmp_path):
+    """Ids are finest near zero and come back within their width; tokens are the targets one step later."""
+    x = np.linspace(-1, 1, 999)
+    ids = mu_law.encode(x)
+    assert (np.diff(ids) >= 0).all() and ids[0] == 0 and ids[-1] == 255 and mu_law.encode(np.array(0.0)) == 128
+    np.testing.assert_array_equal(mu_law.encode(mu_law.decode(ids)), ids)
+    half_width = (1 / 255 + np.abs(x)) * np.log(256) / 256  # of the bin: its width in the law, over the law's slope
+    assert (np.abs(mu_law.decode(ids) - x) < 1.03 * half_width).all()
+    for n in range(20):
+        wav(tmp_path / "any" / f"{n:02}.wav", 9000 * np.sin(np.arange(50) / (2 + n / 10)))
+    dataset = load("waves", 20, tmp_path, every=1)
+    assert [split.count for split in dataset.splits.values()] == [36, 2, 2]
+    found = rows(dataset, "train")
+    np.testing.assert_array_equal(found["tokens"][:, 1:], found["targets"][:, :-1])
+    assert (found["tokens"][:, 0] == 128).all()
+    simple = dataset.baselines("test")
+    table = Counter(found["targets"].ravel().tolist())
+    expected = -np.mean([log2((table[i] + 1) / (720 + 256)) for i in rows(dataset, "test")["targets"].ravel()])
+    assert simple["ids"]["bits"] == pytest.approx(expected) and simple["ids by the last"]["bits"] < expected
 
 
 def test_texts_and_pairs(tmp_path):
