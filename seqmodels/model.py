@@ -155,7 +155,7 @@ class SequenceModel(nn.Module):
     @nn.nowrap
     def _check_steps(self, steps, length):
         """Raise UserError for steps that the model cannot follow."""
-        check_stepped(self.config, "steps")
+        check_time(self.config, "steps", ("token",))
         if steps.shape[1] != length:
             raise UserError(f"steps: do not fit model.input={self.config.input!r}, which makes one step of several")
 
@@ -243,7 +243,7 @@ def _build(config, spec: Spec, objective: str) -> SequenceModel:
         allowed = f"False with model.norm='rms' and model.pattern={config.pattern!r}, where nothing has a bias"
         refuse("model.bias", True, allowed)
     if config.rescale != 1:
-        check_stepped(config, f"config.model.rescale={config.rescale}")
+        check_time(config, f"config.model.rescale={config.rescale}", ("rate", "token"))
     check_implementation(config.implementation)
     kind = LanguageModel if len(vocabularies) == 2 else SequenceModel
     model = kind(FrozenConfigDict(config), *sizes)
@@ -265,15 +265,19 @@ def _check_both_ways(config: Any, head: type[Head]) -> None:
             branch_of(config, word, parent=None)
 
 
-def check_stepped(config: Any, wish: str) -> None:
+def check_time(config: Any, wish: str, kinds: tuple[str, ...]) -> None:
     """Check that all of a model follows the time between tokens; `config` is config.model.
 
-    Raises: UserError that names the mixer, or the positions, for which tokens are equally far apart.
+    Args:
+        wish: what asks for it, for the message. kinds: values of `Branch.follows_time` that serve it.
+
+    Raises: UserError that names the mixer, or the positions, that do not.
     """
-    unable = [name for name in names(config.pattern) if BRANCHES[name].mixes_time and not BRANCHES[name].uses_steps]
-    if unable:
-        able = ", ".join(name for name in BRANCHES if BRANCHES[name].uses_steps)
-        raise UserError(f"{wish}: does not fit {unable[0]!r} in model.pattern, which has no step size; {able} have one")
+    able = [name for name in BRANCHES if not BRANCHES[name].mixes_time or BRANCHES[name].follows_time in kinds]
+    for name in names(config.pattern):
+        if name not in able:
+            mixers = ", ".join(name for name in able if BRANCHES[name].mixes_time)
+            raise UserError(f"{wish}: does not fit {name!r} in model.pattern, which does not follow time; {mixers} do")
     if config.positions != "none":
         raise UserError(
             f"{wish}: does not fit model.positions={config.positions!r}, which count tokens; allowed: 'none'"

@@ -1,5 +1,6 @@
 """Description of a batch's tokens: which are real, and each token's document and position in it."""
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -95,7 +96,7 @@ def reversed_in_time(seq: Sequence) -> Sequence:
     if seq.steps is None:
         return turned
     steps = token_before(seq.steps[:, ::-1], mask)
-    return turned.replace(steps=jnp.where(turned.positions == 0, 1, steps))
+    return dataclasses.replace(turned, steps=jnp.where(turned.positions == 0, 1, steps))
 
 
 def token_before(x: jax.Array, mask: jax.Array | None) -> jax.Array:

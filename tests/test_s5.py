@@ -87,7 +87,7 @@ def test_a_held_input_read_at_half_the_rate():
 
 
 def test_fresh_parameters():
-    """Each block is HiPPO-N; B and C come from real and complex matrices of variance 1 / P; steps lie in their range."""
+    """Blocks are HiPPO-N; B and C come from real and complex matrices of variance 1 / P; steps lie in their range."""
     half, width, blocks = 32, 128, 2
     module, seq = S5(width, state=2 * half, blocks=blocks, dt_min=0.01), make_sequence(1, 2)[0]
     p = nn.unbox(module.init(jax.random.key(0), jnp.zeros((1, 2, width)), seq))["params"]

@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from tests.test_branches import QUICK, B, D, T, branch, close, draw, empty_state
 
 from seqmodels import mixers
 from seqmodels.branches import BRANCHES
@@ -16,8 +15,9 @@ from seqmodels.errors import UserError
 from seqmodels.mixers.bidirectional import Bidirectional
 from seqmodels.model import build
 from seqmodels.sequence import make_sequence, reversed_in_time
+from tests.test_branches import QUICK, B, D, T, branch, close, draw, empty_state
 
-FOLLOW = [name for name in BRANCHES if BRANCHES[name].uses_steps]
+FOLLOW = [name for name in BRANCHES if BRANCHES[name].follows_time == "token"]
 followers = pytest.mark.parametrize(
     "name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in FOLLOW]
 )
@@ -99,6 +99,31 @@ def test_gradient_of_steps(name):
     assert np.sum(gradient * direction) == pytest.approx(want, abs=1e-3 * float(np.sum(np.abs(gradient * direction))))
 
 
+def at_rate(name, params, x, rescale):
+    """y of another distance of the tokens, the same for all."""
+    seq = make_sequence(*x.shape[:2], rescale=rescale)[0]
+    return jax.jit(branch(name)[0].apply)(params, x, seq)[0]
+
+
+@pytest.mark.slow
+def test_retention_at_another_rate():
+    """Where every other token writes nothing, retention reads what it reads without them at steps of 2."""
+    _, params = branch("retnet")
+    x = draw((B, T, D))
+    between = np.stack([x, np.zeros_like(x)], axis=2).reshape(B, 2 * T, D)
+    np.testing.assert_allclose(at_rate("retnet", params, between, 1.0)[:, ::2], at_rate("retnet", params, x, 2.0), 1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["conba", "conba_seq"])
+def test_conba_at_another_rate(name):
+    """dt enters as dt A and dt B alone."""
+    _, params = branch(name)
+    x, own = draw((B, T, D)), params["params"]
+    other = {"params": own | dict(A_log=own["A_log"] + np.log(0.25), B_norm=0.25 * own["B_norm"])}
+    np.testing.assert_allclose(at_rate(name, params, x, 0.25), at_rate(name, other, x, 1.0), rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("name", ["mamba", pytest.param("s5", marks=pytest.mark.slow)])
 def test_both_directions_have_their_own_steps(name):
     """The branch that reads backwards is given t_{k+1} - t_k: it is that branch on the reversed times."""
@@ -148,14 +173,16 @@ def test_who_cannot_follow_says_so():
     config.rescale = 1.0
     model = build(config, 11)
     tokens = jnp.zeros((B, T), jnp.int32)
-    with pytest.raises(UserError, match=r"^steps: does not fit 'attention' in model.pattern, which has no step size"):
+    with pytest.raises(
+        UserError, match=r"^steps: does not fit 'attention' in model.pattern, which does not follow time; "
+    ):
         jax.eval_shape(lambda: model.init(jax.random.key(0), tokens, steps=jnp.ones((B, T))))
     config = mamba.get_config().model.unlock()
     config.update(positions="sinusoidal", rescale=0.5)
     with pytest.raises(UserError, match=r"rescale=0.5: does not fit model.positions='sinusoidal', which count tokens"):
         build(config, 11)
     alone, x = mixers.RetNet(width=D), jnp.zeros((B, T, D))
-    with pytest.raises(UserError, match="steps: must be left out with RetNet, which has no step size"):
+    with pytest.raises(UserError, match="steps: must be left out with RetNet, which has none for each token"):
         alone.init(jax.random.key(0), x, steps=jnp.ones((B, T)))
 
 

@@ -37,8 +37,8 @@ def batch_sums(
     """
     head, variables = head_of(model.config), {"params": params}
     ids = batch.get("segment_ids") if reset else None
-    tokens = dict(segment_ids=ids, mask=batch.get("mask"), steps=batch.get("steps"))
-    hidden, _ = model.apply(variables, batch[input_of(model.config).key], **tokens)
+    tokens, mask, steps = (batch.get(name) for name in (input_of(model.config).key, "mask", "steps"))
+    hidden, _ = model.apply(variables, tokens, segment_ids=ids, mask=mask, steps=steps)
     options = {"chunk": LOGIT_TOKENS} if head.method == "logits" else {}
 
     def outputs_of(*arguments: Any) -> Any:

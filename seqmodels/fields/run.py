@@ -215,6 +215,12 @@ EVALUATION = Group(
             names_among(*EXTRAPOLATIONS),
             since=2,
         ),
+        "rates": Field(
+            (2,),
+            "of --evals=rate: one sample in so many is read",
+            each_at_least(2, "numbers of samples"),
+            since=2,
+        ),
         "classification": Field(
             "", "JSON lines of prompt, choices and answer, as a glob; empty: those of the project", path=True
         ),

@@ -51,8 +51,8 @@ class Mixer(nn.Module):
         Raises:
             UserError: steps, and a mixer that has no step size.
         """
-        if steps is not None and not self.branch.uses_steps:
-            raise UserError(f"steps: must be left out with {type(self.branch).__name__}, which has no step size")
+        if steps is not None and self.branch.follows_time != "token":
+            raise UserError(f"steps: must be left out with {type(self.branch).__name__}, which has none for each token")
         old = state or dict(segment=None, position=None, mixer=None)
         rows, length, _ = x.shape
         before = old["segment"], old["position"]

@@ -65,7 +65,7 @@ class Conba(Mamba):
 
     options = CONBA
     operations = ("selective_scan", "short_conv", "delta_rule", "linear_scan")
-    uses_steps = False
+    follows_time = "rate"  # the delays of states and errors count tokens
     link = ""  # DenseSSM would read Mamba's state, and not the scaled one
 
     @property

@@ -64,7 +64,7 @@ class ConbaSeq(Mamba):
 
     options = CONBA_SEQ
     operations = ("short_conv",)
-    uses_steps = False
+    follows_time = "rate"
     link = ""
 
     @property

@@ -109,7 +109,7 @@ class Mamba(Linked):
     options = MAMBA
     operations: ClassVar[tuple[str, ...]] = ("selective_scan", "short_conv")
     link = "vector"
-    uses_steps: ClassVar[bool] = True
+    follows_time: ClassVar[str] = "token"
 
     @property
     def inner(self) -> int:

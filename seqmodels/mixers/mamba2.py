@@ -67,7 +67,7 @@ class Mamba2(Linked):
     options = MAMBA2
     operations = ("linear_attention", "short_conv")
     link = "matrix"
-    uses_steps = True
+    follows_time = "token"
 
     @property
     def inner(self) -> int:

@@ -97,7 +97,7 @@ class Mamba3(Branch):
 
     options = MAMBA3
     operations = ("linear_attention",)
-    uses_steps = True
+    follows_time = "token"
 
     @property
     def heads(self) -> int:

@@ -27,9 +27,13 @@ from seqmodels.sequence import Sequence
 
 SLOWEST_DECAY = 1e-4  # smallest -Re(L) with clip_eigs
 
-# Group and weight decay of B, C and D by the field `rates`. None: decay of matrices, and none of vectors.
-REST, SSM, DECAYED_SSM = dict(group=""), dict(group="ssm", decay=False), dict(group="ssm", decay=True)
-RATES: dict[str, tuple[dict[str, Any], dict[str, Any], dict[str, Any]]] = {
+Declared = dict[str, Any]  # options of `parameter`
+
+# Group and weight decay of B, C and D by the field `rates`; without `decay`, matrices have it, and vectors do not.
+REST: Declared = dict(group="")
+SSM: Declared = dict(group="ssm", decay=False)
+DECAYED_SSM: Declared = dict(group="ssm", decay=True)
+RATES: dict[str, tuple[Declared, Declared, Declared]] = {
     "standard": (SSM, REST, REST),
     "BandCdecay": (DECAYED_SSM, REST, REST),
     "BfastandCdecay": (REST, REST, REST),
@@ -137,7 +141,7 @@ class S5(Branch):
     options = OPTIONS
     operations = ("linear_scan",)
     biased = True
-    uses_steps = True
+    follows_time = "token"
 
     @property
     def pairs(self) -> int:
@@ -146,17 +150,16 @@ class S5(Branch):
 
     def setup(self) -> None:
         width, pairs = self.width, self.pairs
-        own = dict(group="ssm", decay=False)
         of_B, of_C, of_D = RATES[self.rates]
         real_part, imaginary_part = fresh_eigenvalues(self.blocks)
-        self.Lambda_re = parameter(self, "Lambda_re", (pairs,), ("inner",), real_part, **own)
-        self.Lambda_im = parameter(self, "Lambda_im", (pairs,), ("inner",), imaginary_part, **own)
-        of_step = dict(decay=True) if self.dt_global else own
+        self.Lambda_re = parameter(self, "Lambda_re", (pairs,), ("inner",), real_part, **SSM)
+        self.Lambda_im = parameter(self, "Lambda_im", (pairs,), ("inner",), imaginary_part, **SSM)
+        of_step = REST | dict(decay=True) if self.dt_global else SSM
         log_step = fresh_log_step(self.dt_min, self.dt_max)
         self.log_step = parameter(self, "log_step", (pairs,), ("inner",), log_step, **of_step)
-        read, B, C = dict(dtype=self.dtype), fresh_B(self.blocks), fresh_C(self.blocks, self.C_init)
-        self.B = parameter(self, "B", (pairs, width, 2), ("inner", "embed", None), B, **read, **of_B)
-        self.C = parameter(self, "C", (width, pairs, 2), ("embed", "inner", None), C, **read, **of_C)
+        B, C = fresh_B(self.blocks), fresh_C(self.blocks, self.C_init)
+        self.B = parameter(self, "B", (pairs, width, 2), ("inner", "embed", None), B, dtype=self.dtype, **of_B)
+        self.C = parameter(self, "C", (width, pairs, 2), ("embed", "inner", None), C, dtype=self.dtype, **of_C)
         self.D = parameter(self, "D", (width,), ("embed",), normal(1.0), **of_D)
         outputs = {"gelu": (), "full_glu": ("value", "gate")}.get(self.activation, ("gate",))
         self.projections = {name: self.dense(name) for name in outputs}

@@ -1,0 +1,40 @@
+"""S4D (Gu et al. 2022, arXiv 2206.11893): a diagonal linear system for each channel, and an MLP behind it.
+
+Command:   python train.py --config=configs/s4d.py --workdir=runs/s4d
+Hardware:  2 CPU cores.
+Expected:  not measured yet
+
+Preset: small (no argument). It has the same number of parameters as that of configs/densemamba.py, within 2 %. A, B, D
+and dt have a smaller learning rate and no weight decay.
+"""
+
+from collections.abc import Callable
+
+from ml_collections import ConfigDict
+
+from seqmodels.configs.base import base, finish, preset
+from seqmodels.fields.mlp import MLP
+from seqmodels.fields.s4d import S4D
+
+
+def get_config(arg: str | None = None) -> ConfigDict:
+    """The preset `arg`, locked. Raises ValueError if there is no such preset."""
+    chosen = preset(arg, ["small"])
+    config = base()
+    config.model.pattern = "s4d+mlp"
+    config.model.s4d = S4D.defaults(state=32)
+    config.model.mlp = MLP.defaults(hidden=188)
+    config.optimizer.groups = "ssm=0.3"  # a rate of about 1e-3 for A, B and dt, as in the authors' recipes
+    return finish(config, "s4d", chosen)
+
+
+def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
+    """Matrices of fresh models, the rule, states and learning rate. Each trial is a dict of dotted fields."""
+    config = get_config(arg)
+    for matrix in ("lin", "inv", "real"):
+        add({"model.s4d.init_A": matrix})
+    add({"model.s4d.rule": "bilinear"})
+    for state in (8, 128):
+        add({"model.s4d.state": state})
+    for factor in (0.3, 3.0):
+        add({"optimizer.learning_rate": config.optimizer.learning_rate * factor})
