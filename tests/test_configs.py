@@ -37,11 +37,11 @@ NAMES = (
         "jamba",
     ),
     *("linear_attention", "llama", "lstm", "mamba", "mamba2", "mamba3", "mingru", "minlstm", "mistral", "mixcon"),
-    *("mixtral", "performer", "pythia", "retnet", "rwkv", "samba", "sparse_transformer", "transformer"),
+    *("mixtral", "performer", "pythia", "retnet", "rwkv", "s5", "samba", "sparse_transformer", "transformer"),
 )
 LARGE = {  # a preset of a paper's size, where it is not 130m
     **{"deltanet": "340m", "denseretnet": "350m", "gated_deltanet": "340m", "gla": "340m", "retnet": "200m"},
-    **dict.fromkeys(("cnn", "gru", "hgrn", "lstm", "mingru", "minlstm", "sparse_transformer"), "small"),
+    **dict.fromkeys(("cnn", "gru", "hgrn", "lstm", "mingru", "minlstm", "s5", "sparse_transformer"), "small"),
     "bigbird": "base",
     **{"griffin": "2b", "rwkv": "169m"},
     **{"jamba": "tiny-dev", "mixcon": "5b-active", "mixtral": "8x7b"},
@@ -131,7 +131,7 @@ def test_the_three_are_matched_in_parameters(arg, mamba_arg):
 
 
 SAME_SIZE = ("cnn", "griffin", "gru", "hgrn", "jamba", "llama", "lstm", "mingru", "minlstm", "mistral", "mixtral",
-             "pythia", "rwkv", "samba")  # fmt: skip
+             "pythia", "rwkv", "s5", "samba")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SAME_SIZE)
@@ -245,6 +245,10 @@ CHOICES = {
     "model.attention.mask": ("causal", "strided", "fixed", "bigbird"),
     "model.attention.qk_norm": ("none", "rms"),
     "model.moe.router": ("softmax", "renormalised", "sigmoid"),
+    "model.s5.discretization": ("zoh", "bilinear"),
+    "model.s5.activation": ("half_glu1", "half_glu2", "full_glu", "gelu"),
+    "model.s5.C_init": ("trunc_standard_normal", "lecun_normal", "complex_normal"),
+    "model.s5.rates": ("standard", "BandCdecay", "BfastandCdecay", "noBCdecay"),
     "model.conba.control": ("off", "output", "input"),
     "model.conba.rule": ("nlms", "published"),
     "model.conba.state_eval": ("exact", "folded"),
@@ -319,13 +323,13 @@ SMALLEST = {
         "model.attention.scaling_factor",
         *("model.attention.block", "model.attention.stride", "model.attention.summary", "model.attention.near"),
         *("model.retnet.heads", "model.rglru.heads", "model.attention.heads"),
-        *("model.deltanet.heads", "model.gated_deltanet.heads"),
+        *("model.deltanet.heads", "model.gated_deltanet.heads", "model.s5.blocks"),
         *("training.accumulate", "training.profile_steps"),
         *("mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.expert"),
         *("checkpoint.every", "checkpoint.keep", "evaluation.rows", "metrics.every"),
         *("evaluation.throughput.tokens", "evaluation.throughput.repeats"),
     ),
-    2: CONVS,
+    2: (*CONVS, "model.s5.state"),
 }
 LARGEST = {8: CONVS, 1: ("model.attention.rotary", "optimizer.decay", "optimizer.floor", "sample.top_p")}
 POSITIVE = (
@@ -335,7 +339,8 @@ POSITIVE = (
     "model.attention.rotary",
     *("model.mamba2.dt_min", "model.mamba2.dt_max", "model.mamba3.dt_min", "model.mamba3.dt_max"),
     *("model.deltanet.norm_eps", "model.gated_deltanet.norm_eps", "model.hgrn.norm_eps", "model.moe.scale"),
-    *("model.mamba.dt_scale", "model.mamba2.dt_scale", "model.mamba3.dt_scale"),
+    *("model.mamba.dt_scale", "model.mamba2.dt_scale", "model.mamba3.dt_scale", "model.rescale"),
+    *("model.s5.dt_min", "model.s5.dt_max", "model.s5.dt_scale"),
     *("model.gated_deltanet.dt_min", "model.gated_deltanet.dt_max"),
     *(f"model.{name}.{field}" for name in CONBAS for field in ("norm_eps", "dt_min", "dt_max")),
 )
