@@ -17,8 +17,7 @@ from pathlib import Path
 
 def blocks(path: Path) -> Iterator[tuple[str, str]]:
     """Source, such as Hsap.22, and bases without gaps, of each line of sequence."""
-    opened = gzip.open(path, "rt") if path.suffix == ".gz" else path.open()
-    with opened as file:
+    with gzip.open(path, "rt") if path.suffix == ".gz" else path.open() as file:
         for line in file:
             if line.startswith("s"):
                 _, source, _, _, _, _, bases = line.split()

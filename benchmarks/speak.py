@@ -25,7 +25,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from seqmodels.data.domains.sound import read_wav
 
-DIGITS = "zero one two three four five six seven eight nine".split()
+DIGITS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"]
 VOICES = [f"{kind}{n}" for kind, last in (("m", 8), ("f", 5)) for n in range(1, last + 1)]  # espeak-ng's variants
 ACCENTS = ["en-us", "en-gb", "en-gb-scotland", "en-gb-x-rp", "en-029"]
 SPEEDS, PITCHES = (130, 165, 200), (35, 65)
