@@ -33,6 +33,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "bases": dict(reverse_complement=True),
     "species": dict(rows=20000, held=2000),
     "sound": dict(every=1, other=""),
+    "waves": dict(every=1),
     "texts": dict(text="text", label="label"),
     "text_pairs": dict(text="text", label="label", other="other"),
     "mnist": dict(validation=0.1, grey=True, warp=0.05),
@@ -41,10 +42,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     "imdb_reviews": dict(validation=0.1),
 }
 NAMES = {"forda": "series", "vowels": "series"}  # presets whose domain has another name
-PATHS = ("bases", "species", "sound", "texts", "text_pairs")
+PATHS = ("bases", "species", "sound", "waves", "texts", "text_pairs")
 
 FRAMES: dict[str, Any] = dict(input="frames", head="classify", pool="mean")
 TOKENS: dict[str, Any] = dict(input="tokens", head="classify", pool="mean")
+NEXT: dict[str, Any] = dict(input="tokens", head="next_token", pool="mean")
 USUAL: dict[str, Any] = dict(
     batch_size=32, steps=1000, width=64, layers=2, learning_rate=3e-3, weight_decay=0.05, dropout=0.1
 )
@@ -57,9 +59,10 @@ SIZES: dict[str, dict[str, Any]] = {
     "electricity": FRAMES | dict(length=96, head="window", pool="last", steps=3000),
     "pathfinder": FRAMES | dict(length=1024, steps=20000, width=192, layers=6, batch_size=64, learning_rate=1e-3),
     "listops": TOKENS | dict(length=100, steps=2000),
-    "bases": dict(input="tokens", head="next_token", pool="mean", length=1024, steps=5000, width=256, layers=6),
+    "bases": NEXT | dict(length=1024, steps=5000, width=256, layers=6),
     "species": TOKENS | dict(length=64, steps=3000, width=128, batch_size=128),
     "sound": FRAMES | dict(length=16000, steps=5000, width=128, layers=6, batch_size=16),
+    "waves": NEXT | dict(length=8000, steps=10000, width=128, layers=6, batch_size=8),
     "texts": TOKENS | dict(length=1024, steps=5000, width=128, layers=4),
     "text_pairs": TOKENS | dict(head="pair", length=2048, steps=5000, width=128, layers=4),
     "mnist": FRAMES | dict(length=784, steps=20000, width=128, layers=4),

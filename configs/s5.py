@@ -26,10 +26,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     chosen = preset(arg, ["small", "digits"])
     config = base()
     if chosen == "digits":
-        config.model.pattern, config.model.repeats, config.model.width = "bi:s5", 4, 64
-        config.model.s5 = S5.defaults(state=64, blocks=4)
+        config.model.pattern, config.model.repeats, config.model.width = "bi:s5", 2, 64
+        config.model.s5 = S5.defaults(state=64, blocks=4, dt_min=0.01, dt_max=1.0)  # rows are short
         config.model.bias = True
-        domains.read(config, "digits", domains.USUAL | domains.SIZES["digits"], {})
+        domains.read(config, "digits", domains.USUAL | domains.SIZES["digits"] | dict(steps=3000), {})
         config.optimizer.groups = "ssm=0.25"
     else:
         config.model.pattern = "s5+mlp"

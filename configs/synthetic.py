@@ -182,7 +182,7 @@ def parse(arg: str) -> tuple[str, dict]:
 def mixers() -> list[str]:
     """Configs of this folder, each of which has a model."""
     mine = pathlib.Path(__file__)
-    others = ("__init__", "base", "domains", "trials", mine.stem)
+    others = ("__init__", "base", "domains", "lra", "trials", mine.stem)
     return sorted(path.stem for path in mine.parent.glob("*.py") if path.stem not in others)
 
 

@@ -24,6 +24,7 @@ from seqmodels.data.domains.series import Series
 from seqmodels.data.domains.sound import Sound
 from seqmodels.data.domains.texts import TextPairs, Texts
 from seqmodels.data.domains.tfds import Cifar10, ImdbReviews, Mnist, SpeechCommands
+from seqmodels.data.domains.waves import Waves
 from seqmodels.errors import UserError
 from seqmodels.nearest import nearest
 
@@ -37,6 +38,7 @@ DOMAINS: dict[str, type[Domain]] = {
     "bases": Bases,
     "species": Species,
     "sound": Sound,
+    "waves": Waves,
     "texts": Texts,
     "text_pairs": TextPairs,
     "mnist": Mnist,

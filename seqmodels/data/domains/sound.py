@@ -16,7 +16,7 @@ from seqmodels.data.domains.files import Place
 from seqmodels.errors import UserError
 
 LISTS = (("test", "testing_list.txt"), ("validation", "validation_list.txt"))
-WINDOW, BANDS = 400, 40  # samples of a window of the baseline's spectrogram, and its bands
+WINDOW, BANDS = 400, 24  # samples of a window of the baseline's spectrogram, and its bands at most
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,15 +85,25 @@ def split_of(stem: str) -> str:
 
 
 def spectrogram(rows: Labelled, frames: int = 20) -> np.ndarray:
-    """[n, frames * BANDS]: logarithm of the power in bands of the spectrum, in windows spread over each row."""
-    samples = rows.read(np.arange(rows.count), rows.inputs.shape[1])["values"][..., 0]
-    width = min(WINDOW, samples.shape[1])
-    starts = np.linspace(0, samples.shape[1] - width, frames).astype(int)
-    windows = samples[:, starts[:, None] + np.arange(width)] * np.hanning(width)
-    power = np.abs(np.fft.rfft(windows, axis=-1)) ** 2
-    edges = np.linspace(0, power.shape[-1], min(BANDS, power.shape[-1]) + 1).astype(int)
-    bands = np.stack([power[..., a:b].sum(-1) for a, b in itertools.pairwise(edges)], axis=-1)
-    return np.log(bands + 1e-6).reshape(len(samples), -1)
+    """[n, frames * BANDS]: logarithm of the power in bands of the spectrum, less its mean over the clip.
+
+    The windows are spread over the real samples of a clip, and the bands over the logarithm of the frequency.
+    """
+    longest = rows.inputs.shape[1]
+    width = min(WINDOW, longest)
+    place = np.linspace(0, 1, frames)[None] * np.maximum(rows.lengths - width, 0)[:, None]
+    edges = np.unique(np.geomspace(1, width // 2 + 1, BANDS + 1).round().astype(int))
+    features = []
+    for first in range(0, rows.count, 64):  # so many clips at a time
+        numbers = np.arange(first, min(first + 64, rows.count))
+        samples = rows.read(numbers, longest)["values"][..., 0]
+        windows = place[numbers].astype(int)[..., None] + np.arange(width)
+        taken = np.take_along_axis(samples, windows.reshape(len(numbers), -1), axis=1).reshape(windows.shape)
+        power = np.abs(np.fft.rfft(taken * np.hanning(width), axis=-1)) ** 2
+        bands = np.stack([power[..., a:b].sum(-1) for a, b in itertools.pairwise(edges)], axis=-1)
+        logs = np.log(bands + 1e-3 * bands.mean(axis=(1, 2), keepdims=True) + 1e-12)
+        features.append((logs - logs.mean(axis=(1, 2), keepdims=True)).reshape(len(numbers), -1))
+    return np.concatenate(features)
 
 
 def read_wav(path: Path) -> np.ndarray:
