@@ -7,8 +7,8 @@ Expected:  not measured yet
 
 Presets: small (no argument), which has as many parameters as that of configs/densemamba.py within 2 %, and digits,
 which names the digit that 64 pixels in a row show (scikit-learn's 8 x 8 images). digits has the authors' layers, which
-are S5 in both directions without an MLP, but for the norm: RMSNorm in place of BatchNorm. All parameters have one
-rate, unless --config.optimizer.groups=ssm=0.25 gives eigenvalues, steps and B another (docs/training.md).
+are S5 in both directions without an MLP, but for the norm: RMSNorm in place of BatchNorm. There
+eigenvalues, steps and B learn at a quarter of the rate (optimizer.groups, docs/training.md).
 """
 
 from collections.abc import Callable
