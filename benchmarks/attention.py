@@ -2,7 +2,7 @@
 
     python benchmarks/attention.py                                        # the shapes for this device
     python benchmarks/attention.py --shapes=1x32768x16x16x64 --masks=causal,window4096,bigbird --by=xla,cudnn
-    python benchmarks/attention.py --shapes=8x2048x16x16x64 --masks=causal --by=cudnn,torch
+    python benchmarks/attention.py --shapes=8x2048x16x16x64 --masks=causal --by=cudnn,mosaic_gpu,torch
 
 A shape is B x T x H x Hkv x d. Masks are "causal"; "full"; "windowN", the last N tokens; "strided", "fixed" and
 "bigbird", patterns of blocks of 512 tokens (strided: the last 4 blocks and every fourth one before; fixed: groups of 4,
@@ -124,7 +124,7 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
     define_flag = functools.partial(flags.DEFINE_string, flag_values=flag_values)
     define_flag("shapes", "", "B x T x H x Hkv x d, several with commas.")
     define_flag("masks", f"causal,window{BLOCK},{','.join(PATTERNS)},documents", "Masks.")
-    define_flag("by", "", "Implementations, and torch; xla, and on a GPU cudnn and torch, if left out.")
+    define_flag("by", "", "Implementations, and torch; xla, and on a GPU cudnn, mosaic_gpu and torch, if left out.")
     define_flag("passes", ",".join(PASSES), "Passes.")
     define_flag("dtype", "", "bfloat16 or float32; float32 on a CPU if left out.")
     define_flag("platform", "", "cpu, gpu or tpu; what is there if left out.")
@@ -136,7 +136,8 @@ def main(flag_values: flags.FlagValues) -> int:
     cli.use_platform(flag_values.platform)
     device = jax.devices()[0]
     cpu, gpu = device.platform == "cpu", device.platform == "gpu"
-    names = choices("by", flag_values.by, (*op.IMPLEMENTATIONS, "torch"), ["xla", *(["cudnn", "torch"] if gpu else [])])
+    on_gpu = ["cudnn", "mosaic_gpu", "torch"] if gpu else []
+    names = choices("by", flag_values.by, (*op.IMPLEMENTATIONS, "torch"), ["xla", *on_gpu])
     passes = choices("passes", flag_values.passes, PASSES, PASSES)
     dtype = flag_values.dtype or ("float32" if cpu else "bfloat16")
     path = Path(flag_values.out or RESULTS / f"attention_{slug(device_name(device))}.json")

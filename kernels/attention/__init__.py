@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from seqmodels.kernels import dispatch
-from seqmodels.kernels.attention import cudnn, reference, splash, xla
+from seqmodels.kernels.attention import cudnn, mosaic_gpu, reference, splash, xla
 from seqmodels.kernels.attention.apart import apart, hide
 from seqmodels.kernels.attention.arguments import Inputs, Options, Tokens
 from seqmodels.kernels.attention.biases import Bias
@@ -14,7 +14,7 @@ from seqmodels.kernels.attention.masks import Mask, Pattern
 from seqmodels.kernels.attention.visible import reached, visible
 from seqmodels.kernels.axes import Axes, Layout
 
-BACKENDS = {"reference": reference, "xla": xla, "cudnn": cudnn, "splash": splash}
+BACKENDS = {"reference": reference, "xla": xla, "cudnn": cudnn, "mosaic_gpu": mosaic_gpu, "splash": splash}
 WINNERS = {"cuda": ("cudnn", "xla"), "default": ("xla",)}  # measured on an H100, jax 0.11.2
 IMPLEMENTATIONS = tuple(BACKENDS)
 
@@ -168,9 +168,12 @@ def _by_backend(implementation: str | None, options: Options, inputs: Inputs, to
         causal=mask.causal,
         masked=placed or tokens.segment_ids is not None,
         placed=placed,
+        positioned=tokens.positions is not None,
+        scale=options.scale,
         window=mask.window,
         sinks=mask.sinks,
         pattern=mask.pattern is not None,
+        block=None if mask.pattern is None else mask.pattern.block,
         biased=biased,
         capped=options.softcap is not None,
     )

@@ -5,6 +5,7 @@
     MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py short_conv BxTxExW dtype documents(0|1)
     MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py linear_scan BxTxD dtype documents(0|1)
     MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py grouped_matmul MxKxNxX dtype
+    MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py attention BxTxHxHkvxd dtype documents(0|1)
 
 The gradient, or of a few tokens of the scan and the convolution a step that is given its state's memory and must need
 less than that besides. What the assembler says of registers and shared memory goes to the standard output. It needs
@@ -25,6 +26,9 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, SingleDeviceSharding
 
+from seqmodels.kernels.attention import mosaic_gpu
+from seqmodels.kernels.attention.arguments import Inputs, Options, Tokens
+from seqmodels.kernels.attention.masks import Mask
 from seqmodels.kernels.grouped_matmul import grouped_matmul
 from seqmodels.kernels.linear_attention import linear_attention
 from seqmodels.kernels.linear_scan import linear_scan
@@ -60,7 +64,7 @@ def scan(sizes, groups, dtype, documents):
     return selective_scan, args, layout(batch, length, documents), length
 
 
-def attention(sizes, dtype, decay, documents, read):
+def memory(sizes, dtype, decay, documents, read):
     batch, length, groups, heads, keys, values = map(int, sizes.split("x"))
     low = functools.partial(array, dtype=jnp.dtype(dtype))
     args = dict(
@@ -113,12 +117,26 @@ def experts(sizes, dtype):
     return product, dict(x=low(rows, inner), w=low(groups, inner, outer)), dict(sizes=counts), None
 
 
+def softmax(sizes, dtype, documents):
+    """By its kernel, which is not the choice on any platform."""
+    batch, length, heads, kv_heads, width = map(int, sizes.split("x"))
+    low = functools.partial(array, dtype=jnp.dtype(dtype))
+
+    def attend(q, k, v, segment_ids=None, mask=None):
+        tokens = Tokens(segment_ids=segment_ids, key_mask=mask)
+        return (mosaic_gpu.attention(Inputs(q, k, v), tokens, Options(Mask(), width**-0.5)),)
+
+    args = {name: low(batch, length, n, width) for name, n in (("q", heads), ("k", kv_heads), ("v", kv_heads))}
+    return attend, args, layout(batch, length, documents), None
+
+
 OPERATIONS = dict(
     selective_scan=scan,
-    linear_attention=attention,
+    linear_attention=memory,
     short_conv=convolution,
     linear_scan=diagonal,
     grouped_matmul=experts,
+    attention=softmax,
 )
 
 

@@ -27,9 +27,9 @@ from seqmodels.kernels.lanes import LN2
 from seqmodels.kernels.linear_attention.mosaic_gpu.decay import exponents, gradient, spoilt_reads, starts, vectors
 from seqmodels.kernels.linear_attention.mosaic_gpu.keys import keys_gradient
 from seqmodels.kernels.linear_attention.mosaic_gpu.readout import readout
-from seqmodels.kernels.linear_attention.mosaic_gpu.tile import SIDE
 from seqmodels.kernels.linear_attention.mosaic_gpu.walk import walk
 from seqmodels.kernels.segments import resets
+from seqmodels.kernels.tensor_cores import SIDE
 
 WIDEST = 256  # largest K for which one warpgroup can hold the states while it reads them
 LEAST = 16  # up to so many tokens, a chunk is not worthwhile

@@ -12,8 +12,8 @@ from jax import Array, lax
 
 from seqmodels.kernels.finite import finite_or_zero
 from seqmodels.kernels.lanes import LOG2E
-from seqmodels.kernels.linear_attention.mosaic_gpu.tile import SIDE
 from seqmodels.kernels.pieces import chain_unrolled
+from seqmodels.kernels.tensor_cores import SIDE
 
 FORGET = -200.0  # log2 of a decay that is 0 in float32
 LEAST = -150.0  # least log2 of any other decay: also 0 in float32, and sums over a chunk are accurate to a thousandth

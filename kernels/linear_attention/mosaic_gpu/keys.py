@@ -18,18 +18,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from seqmodels.kernels import lanes
-from seqmodels.kernels.linear_attention.mosaic_gpu.tile import (
-    ROW,
-    SIDE,
-    SLOTS,
-    along,
-    decayed,
-    load,
-    products,
-    shared,
-    zeros,
-)
+from seqmodels.kernels.linear_attention.mosaic_gpu.tile import SLOTS, decayed
 from seqmodels.kernels.linear_attention.mosaic_gpu.walk import VECTORS
+from seqmodels.kernels.tensor_cores import ROW, SIDE, along, load, products, shared, zeros
 
 SUMS = 4
 

@@ -13,19 +13,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from seqmodels.kernels import lanes
-from seqmodels.kernels.linear_attention.mosaic_gpu.tile import (
-    ROW,
-    SIDE,
-    SLOTS,
-    along,
-    decayed,
-    load,
-    products,
-    shared,
-    weighted,
-    zeros,
-)
+from seqmodels.kernels.linear_attention.mosaic_gpu.tile import SLOTS, decayed, weighted
 from seqmodels.kernels.linear_attention.mosaic_gpu.walk import VECTORS
+from seqmodels.kernels.tensor_cores import ROW, SIDE, along, load, products, shared, zeros
 
 
 @functools.partial(jax.jit, static_argnames=("reverse", "strict", "dtype"))  # traced once per shape, not per layer

@@ -20,19 +20,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jax.typing import DTypeLike
 
 from seqmodels.kernels import lanes
-from seqmodels.kernels.linear_attention.mosaic_gpu.tile import (
-    ROW,
-    SIDE,
-    SLOTS,
-    along,
-    decayed,
-    gather,
-    load,
-    products,
-    shared,
-    weighted,
-    zeros,
-)
+from seqmodels.kernels.linear_attention.mosaic_gpu.tile import SLOTS, decayed, weighted
+from seqmodels.kernels.tensor_cores import ROW, SIDE, along, gather, load, products, shared, zeros
 
 VECTORS = 5  # row, column, rin, wout, keep
 MEANWHILE = 192  # most rows of the state with registers left to compute weighted values while products run
