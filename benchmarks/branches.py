@@ -53,6 +53,15 @@ GROUPS: dict[str, tuple[tuple[int, int, int], dict[str, tuple[str, dict[str, Any
     ),
     "moe": ((4096, 8, 2048), MIXTURE),
     "moe-4k": ((4096, 2, 2048), MIXTURE),
+    "ssm": (
+        (1024, 8, 2048),
+        {
+            "mamba": ("mamba", {}),
+            "s4d": ("s4d", {}),
+            "s5, state 256": ("s5", {"s5.state": 256, "s5.blocks": 8}),
+            "s5, state 1024": ("s5", {"s5.state": 1024, "s5.blocks": 8}),
+        },
+    ),
     "delta": (
         (1024, 8, 2048),
         {

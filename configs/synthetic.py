@@ -32,6 +32,7 @@ SHORT_CONV = 4
 CONVOLVED = ("denseretnet", "gla", "linear_attention", "mixtral", "performer", "retnet", "transformer")
 
 DEFAULT = "mqar"
+RATES = (1e-4, 4.6e-4, 2.2e-3, 1e-2)  # learning rates of Zoology
 
 # Fields of each task (seqmodels/data/synthetic/<task>.py) with their values in its small preset
 FIELDS: dict[str, dict[str, Any]] = {
@@ -181,7 +182,7 @@ def parse(arg: str) -> tuple[str, dict]:
 def mixers() -> list[str]:
     """Configs of this folder, each of which has a model."""
     mine = pathlib.Path(__file__)
-    others = ("__init__", "base", "trials", mine.stem)
+    others = ("__init__", "base", "domains", "lra", "trials", mine.stem)
     return sorted(path.stem for path in mine.parent.glob("*.py") if path.stem not in others)
 
 
@@ -251,7 +252,13 @@ def sweep_widths(add: Callable[[dict], None], arg: str | None = None) -> None:
 
 def sweep_rates(add: Callable[[dict], None], arg: str | None = None) -> None:
     """The mixers at the learning rates of Zoology, because recall depends much on them."""
-    for trial in product(trials_of(arg), vary("optimizer.learning_rate", 1e-4, 4.6e-4, 2.2e-3, 1e-2)):
+    for trial in product(trials_of(arg), vary("optimizer.learning_rate", *RATES)):
+        add(trial)
+
+
+def sweep_own_rates(add: Callable[[dict], None], arg: str | None = None) -> None:
+    """The mixer of `arg` alone, at those rates: before it is said that a mixer cannot learn a task."""
+    for trial in vary("optimizer.learning_rate", *RATES):
         add(trial)
 
 
@@ -271,6 +278,7 @@ SWEEPS = {
     "mixers": sweep,
     "widths": sweep_widths,
     "rates": sweep_rates,
+    "own_rates": sweep_own_rates,
     "two_rates": sweep_two_rates,
     "miniature": sweep_miniature,
 }

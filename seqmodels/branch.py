@@ -36,6 +36,9 @@ class Branch(nn.Module):
         mixes_time: whether an output depends on other tokens: a mixer of time. False: a mixer of channels.
         causal: whether an output depends on no later token.
         biased: whether `bias` may be True.
+        follows_time: what distances of tokens in time it follows: "" only that of training; "rate" another one, the
+            same for all tokens (`Sequence.rescale`); "token" one for each token (`Sequence.steps`) too. Models refuse
+            what a mixer of time does not follow.
         link: how DenseSSM reads its hidden state: "vector" (as Mamba's), "matrix" (as RetNet's), "" not at all.
         warnings: what it means, in words, that a figure that the branch reports is 1. A run writes it to its log.
     """
@@ -52,6 +55,7 @@ class Branch(nn.Module):
     mixes_time: ClassVar[bool] = True
     causal: ClassVar[bool] = True
     biased: ClassVar[bool] = False
+    follows_time: ClassVar[str] = ""
     link: ClassVar[str] = ""
     warnings: ClassVar[Mapping[str, str]] = FrozenDict()
 

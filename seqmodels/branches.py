@@ -78,5 +78,6 @@ BRANCHES = Table(
         "rwkv_channel": "seqmodels.channels.rwkv_channel:RwkvChannel",
         "s4": "seqmodels.mixers.s4:S4",
         "s4d": "seqmodels.mixers.s4d:S4d",
+        "s5": "seqmodels.mixers.s5:S5",
     }
 )

@@ -24,7 +24,7 @@ from seqmodels.kernels import OPERATIONS
 from seqmodels.nearest import nearest
 
 MOST_TOKENS = 2**28  # of a step; the host makes all of them at once
-OPEN = "data.task"  # whose fields are those of the task's class, which checks them (seqmodels/data/synthetic)
+OPEN = ("data.task", "data.domain")  # whose fields are those of a class, which checks them (seqmodels/data)
 
 
 def validate(config: ConfigDict, begun: bool = False) -> None:
@@ -60,6 +60,10 @@ def validate(config: ConfigDict, begun: bool = False) -> None:
 
         sizes = dict(seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
         synthetic.load(config.data, **sizes, bptt=config.training.bptt)
+    if "domain" in config.data:
+        from seqmodels.data import domains
+
+        domains.make_domain(config.data.name, dict(config.data.domain))
     check_implementation(config.model.implementation)
     _check_branches(config)
     _check_connections(config.model)
@@ -224,7 +228,7 @@ def part(config: ConfigDict, home: str, create: bool = False) -> ConfigDict:
 def check_names(config: ConfigDict) -> None:
     """Raises UserError for the first field or group of a config that is not declared, with the nearest name that is."""
     allowed, homes = declared_fields(config), {declared.home for declared in groups(config)}
-    for name, value in _entries(config, open_groups=(OPEN, *(f"model.{branch}" for branch in BRANCHES))):
+    for name, value in _entries(config, open_groups=(*OPEN, *(f"model.{branch}" for branch in BRANCHES))):
         is_group = isinstance(value, ConfigDict)
         if name in (homes if is_group else allowed):
             continue

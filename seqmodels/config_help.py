@@ -27,8 +27,9 @@ def describe(config: ConfigDict, columns: int) -> Iterator[str]:
             yield from _field(group.place(name), values[name], field, columns)
         if group.home == "model":
             yield from _undeclared(values, [other.home for other in groups(config)], columns)
-        if group.home == "data" and "task" in values:
-            yield from _undeclared(ConfigDict({"task": values.task}), [], columns, "data")
+        for kind in ("task", "domain"):
+            if group.home == "data" and kind in values:
+                yield from _undeclared(ConfigDict({kind: values[kind]}), [], columns, "data")
 
 
 def _undeclared(inside: ConfigDict, homes: list[str], columns: int, home: str = "model") -> Iterator[str]:

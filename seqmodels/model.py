@@ -57,14 +57,16 @@ class SequenceModel(nn.Module):
     @property
     def causal(self) -> bool:
         """Whether no hidden state depends on a later token; only then is there a state."""
-        return causal(self.config)
+        return causal(self.config) and not self.config.window_norm
 
     @nn.nowrap
     def new_input(self) -> Input:
         """The input, not yet part of a model."""
         config = self.config
         dtypes = dict(dtype=jnp.dtype(config.dtype), residual_dtype=jnp.dtype(config.residual_dtype))
-        return input_of(config)(config.width, self.input_size, std=config.embedding_std, **dtypes)
+        kind, options = input_of(config), {"window_norm": config.window_norm, "patch": config.patch}
+        fields = {name: value for name, value in options.items() if name in kind.__dataclass_fields__}
+        return kind(config.width, self.input_size, std=config.embedding_std, **dtypes, **fields)
 
     @nn.nowrap
     def new_head(self) -> Head:
@@ -89,14 +91,21 @@ class SequenceModel(nn.Module):
 
         Returns:
             segment [B] and position [B] int32: document of the last token, and number of its tokens so far; layers:
-            states of the blocks. The first axis of every leaf is the batch.
+            states of the blocks; head: of heads that have a state. The first axis of every leaf is the batch.
 
         Raises:
             ValueError: the model has attention, and max_length is left out or below 1.
+            UserError: the model reads whole rows.
         """
+        if self.config.window_norm:
+            raise UserError("config.model.window_norm=True: reads whole rows, and so has no state from piece to piece")
         layers = Backbone(self.config, parent=None).init_state(batch, max_length)
         zeros = jnp.zeros((batch,), jnp.int32)
-        return dict(segment=zeros, position=zeros, layers=layers)
+        return dict(segment=zeros, position=zeros, layers=layers) | self._of_head(self.new_head().init_state(batch))
+
+    @staticmethod
+    def _of_head(state: dict[str, jax.Array]) -> dict[str, Any]:
+        return {"head": state} if state else {}
 
     @nn.nowrap
     def example_input(self, length: int) -> jax.Array:
@@ -112,6 +121,7 @@ class SequenceModel(nn.Module):
         mask: jax.Array | None = None,
         state: Any = None,
         deterministic: bool = True,
+        steps: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Hidden states, from which the head predicts.
 
@@ -120,16 +130,26 @@ class SequenceModel(nn.Module):
             segment_ids: [B, T] int32, document of each token; None: one document.
             mask: [B, T] bool, False on padding.
             state: result of `init_state` or of an earlier call. None: nothing came before.
+            steps: [B, T] float32, time from the token before to each; see `Sequence`. None: 1.
+
+        Raises:
+            UserError: steps, and a mixer that does not follow them.
 
         Returns:
             hidden [B, T, D] after the last norm, and the new state.
         """
         old = state or dict(segment=None, position=None, layers=None)
-        rows, length = tokens.shape[:2]
-        seq, segment, position = make_sequence(rows, length, segment_ids, mask, old["segment"], old["position"])
         x = self.reader(tokens, mask)
         if self.config.embedding_scale != 1:
             x = x * self.config.embedding_scale
+        mask, segment_ids = self.reader.shortened(mask, segment_ids)
+        rows, length = x.shape[:2]
+        if steps is not None:
+            self._check_steps(steps, length)
+        before = old["segment"], old["position"]
+        seq, segment, position = make_sequence(
+            rows, length, segment_ids, mask, *before, steps=steps, rescale=self.config.rescale
+        )
         if self.config.positions != "none":
             x = x + self.positions(seq.positions, mask).astype(x.dtype)
         if self.config.embedding_norm:
@@ -137,11 +157,40 @@ class SequenceModel(nn.Module):
         x = nn.with_logical_constraint(x, ("batch", "length", None))
         x = self.dropout(x, deterministic=deterministic)
         hidden, layers = self.backbone(x, seq, old["layers"], deterministic)
-        return hidden, dict(segment=segment, position=position, layers=layers)
+        head = self.predictor.extend(old.get("head"), hidden, mask, segment_ids, old["segment"])
+        return hidden, dict(segment=segment, position=position, layers=layers) | self._of_head(head)
 
-    def outputs(self, hidden: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """The head's predictions from hidden states [B, T, D] and a mask [B, T]: float32, in the head's shape."""
-        return self.predictor(hidden, mask, self.table)
+    @nn.nowrap
+    def _check_steps(self, steps, length):
+        """Raise UserError for steps that the model cannot follow."""
+        check_time(self.config, "steps", ("token",))
+        if steps.shape[1] != length:
+            raise UserError(f"steps: do not fit model.input={self.config.input!r}, which makes one step of several")
+
+    def outputs(
+        self,
+        hidden: jax.Array,
+        mask: jax.Array | None = None,
+        segment_ids: jax.Array | None = None,
+        documents: int = 0,
+        values: jax.Array | None = None,
+    ) -> jax.Array:
+        """The head's predictions from hidden states: float32, in the head's shape.
+
+        Args:
+            hidden: [B, T, D].
+            mask, segment_ids: as of a call.
+            documents: S, for heads that predict for each document of a row.
+            values: [B, T, C] of the batch, whose units the predictions get.
+        """
+        mask, segment_ids = self.reader.shortened(mask, segment_ids)
+        more = dict(segment_ids=segment_ids, documents=documents) if documents else {}
+        predicted = self.predictor(hidden, mask, self.table, **more)
+        return predicted if values is None else self.reader.restore(predicted, values, mask)
+
+    def read_out(self, state: dict[str, Any]) -> jax.Array:
+        """The head's predictions for the document that is open in a state: of a row that was read in pieces."""
+        return self.predictor.read_out(state["head"])
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits of a next-token head: [B, T, D] to [B, T, V] float32, with V the padded vocabulary."""
@@ -203,12 +252,14 @@ def _build(config, spec: Spec, objective: str) -> SequenceModel:
             f"False with model.norm={config.norm!r} and model.pattern={config.pattern!r}, where nothing has a bias"
         )
         refuse("model.bias", True, allowed)
+    if config.rescale != 1:
+        check_time(config, f"config.model.rescale={config.rescale}", ("rate", "token"))
     check_implementation(config.implementation)
     kind = LanguageModel if len(vocabularies) == 2 else SequenceModel
     model = kind(FrozenConfigDict(config), *sizes)
     # Both cases declare every branch, which checks the branch's fields.
     if causal(config):
-        jax.eval_shape(lambda: model.init_state(1, 1))
+        jax.eval_shape(lambda: Backbone(model.config, parent=None).init_state(1, 1))
     else:
         _check_both_ways(config, head)
     return model
@@ -222,6 +273,25 @@ def _check_both_ways(config: Any, head: type[Head]) -> None:
     for spec in plan(config):
         for word in spec.names().values():
             branch_of(config, word, parent=None)
+
+
+def check_time(config: Any, wish: str, kinds: tuple[str, ...]) -> None:
+    """Check that all of a model follows the time between tokens; `config` is config.model.
+
+    Args:
+        wish: what asks for it, for the message. kinds: values of `Branch.follows_time` that serve it.
+
+    Raises: UserError that names the mixer, or the positions, that do not.
+    """
+    able = [name for name in BRANCHES if not BRANCHES[name].mixes_time or BRANCHES[name].follows_time in kinds]
+    for name in names(config.pattern):
+        if name not in able:
+            mixers = ", ".join(name for name in able if BRANCHES[name].mixes_time)
+            raise UserError(f"{wish}: does not fit {name!r} in model.pattern, which does not follow time; {mixers} do")
+    if config.positions != "none":
+        raise UserError(
+            f"{wish}: does not fit model.positions={config.positions!r}, which count tokens; allowed: 'none'"
+        )
 
 
 def check_parts(config: ConfigDict, spec: Spec, objective: str) -> None:
@@ -239,6 +309,16 @@ def check_parts(config: ConfigDict, spec: Spec, objective: str) -> None:
     for array in (head.target, *head.needs):
         if array not in spec:
             raise UserError(f"config.model.head={name!r}: needs {array!r} {has}")
+    if config.window_norm and name != "window":
+        refuse("model.window_norm", True, f"False with model.head={name!r}; it is for 'window'")
+    if config.input == "patches" and head.causal:
+        refuse("model.input", "patches", f"another with model.head={name!r}, which predicts at every position")
+    if config.input == "patches" and (length := spec[reader.key].shape[1]) % config.patch:
+        refuse("model.patch", config.patch, f"a divisor of the {length} steps of a row")
+    if config.input == "patches" and "steps" in spec:
+        refuse("model.input", "patches", "another where the dataset has steps, which patches would join")
+    if name == "window" and (steps := spec[head.target].shape[1]) != config.horizon:
+        refuse("model.horizon", config.horizon, f"{steps}, as the dataset's targets have so many steps")
     if config.tie_embeddings and name == "next_token" and not reader.at_root:
         without = f"config.model.input={config.input!r}, which has no table of tokens"
         refuse("model.tie_embeddings", True, f"False with {without}")

@@ -39,12 +39,13 @@ NAMES = (
         "jamba",
     ),
     *("linear_attention", "llama", "lstm", "mamba", "mamba2", "mamba3", "mingru", "minlstm", "mistral", "mixcon"),
-    *("mixtral", "performer", "pythia", "retnet", "rwkv", "s4", "s4d", "samba", "sparse_transformer", "transformer"),
+    *("mixtral", "performer", "pythia", "retnet", "rwkv", "s4", "s4d", "s5", "samba"),
+    *("sparse_transformer", "transformer"),
 )
 LARGE = {  # a preset of a paper's size, where it is not 130m
     **{"deltanet": "340m", "denseretnet": "350m", "gated_deltanet": "340m", "gla": "340m", "retnet": "200m"},
     **dict.fromkeys(("cnn", "gru", "hgrn", "lstm", "mingru", "minlstm", "sparse_transformer"), "small"),
-    **dict.fromkeys(("h3", "hyena", "s4", "s4d"), "small"),
+    **dict.fromkeys(("h3", "hyena", "s4", "s4d", "s5"), "small"),
     "bigbird": "base",
     **{"griffin": "2b", "rwkv": "169m"},
     **{"jamba": "tiny-dev", "mixcon": "5b-active", "mixtral": "8x7b"},
@@ -134,7 +135,7 @@ def test_the_three_are_matched_in_parameters(arg, mamba_arg):
 
 
 SAME_SIZE = ("cnn", "griffin", "gru", "h3", "hgrn", "hyena", "jamba", "llama", "lstm", "mingru", "minlstm", "mistral",
-             "mixtral", "pythia", "rwkv", "s4", "s4d", "samba")  # fmt: skip
+             "mixtral", "pythia", "rwkv", "s4", "s4d", "s5", "samba")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SAME_SIZE)
@@ -248,6 +249,10 @@ CHOICES = {
     "model.attention.mask": ("causal", "strided", "fixed", "bigbird"),
     "model.attention.qk_norm": ("none", "rms"),
     "model.moe.router": ("softmax", "renormalised", "sigmoid"),
+    "model.s5.discretization": ("zoh", "bilinear"),
+    "model.s5.activation": ("half_glu1", "half_glu2", "full_glu", "gelu"),
+    "model.s5.C_init": ("trunc_standard_normal", "lecun_normal", "complex_normal"),
+    "model.s5.rates": ("standard", "BandCdecay", "BfastandCdecay", "noBCdecay"),
     "model.conba.control": ("off", "output", "input"),
     "model.conba.rule": ("nlms", "published"),
     "model.conba.state_eval": ("exact", "folded"),
@@ -327,13 +332,13 @@ SMALLEST = {
         "model.attention.scaling_factor",
         *("model.attention.block", "model.attention.stride", "model.attention.summary", "model.attention.near"),
         *("model.retnet.heads", "model.rglru.heads", "model.attention.heads"),
-        *("model.deltanet.heads", "model.gated_deltanet.heads"),
+        *("model.deltanet.heads", "model.gated_deltanet.heads", "model.s5.blocks"),
         *("training.accumulate", "data.shuffle_buffer", "training.profile_steps"),
         *("mesh.fsdp", "mesh.tensor", "mesh.sequence", "mesh.expert"),
         *("checkpoint.every", "checkpoint.keep", "evaluation.rows", "metrics.every"),
         *("evaluation.throughput.tokens", "evaluation.throughput.repeats"),
     ),
-    2: (*CONVS, *(f"model.{name}.state" for name in LINEAR)),
+    2: (*CONVS, *(f"model.{name}.state" for name in LINEAR), "model.s5.state"),
 }
 LARGEST = {
     8: CONVS,
@@ -354,9 +359,9 @@ POSITIVE = (
     *("model.attention.rotary", "model.attention.qk_norm_eps"),
     *("model.mamba2.dt_min", "model.mamba2.dt_max", "model.mamba3.dt_min", "model.mamba3.dt_max"),
     *("model.deltanet.norm_eps", "model.gated_deltanet.norm_eps", "model.hgrn.norm_eps", "model.moe.scale"),
-    *("model.mamba.dt_scale", "model.mamba2.dt_scale", "model.mamba3.dt_scale"),
+    *("model.mamba.dt_scale", "model.mamba2.dt_scale", "model.mamba3.dt_scale", "model.rescale"),
     *("model.gated_deltanet.dt_min", "model.gated_deltanet.dt_max", "model.hyena.frequency"),
-    *(f"model.{name}.{field}" for name in LINEAR for field in ("dt_min", "dt_max", "dt_scale")),
+    *(f"model.{name}.{field}" for name in (*LINEAR, "s5") for field in ("dt_min", "dt_max", "dt_scale")),
     *(f"model.{name}.{field}" for name in CONBAS for field in ("norm_eps", "dt_min", "dt_max")),
 )
 SHARES = ("model.dropout", "optimizer.b1", "optimizer.b2", "optimizer.ema")  # at least 0, less than 1

@@ -1,5 +1,7 @@
 """Inputs and heads against NumPy in float64, values and gradients; what does not count; what does not fit."""
 
+import itertools
+import math
 import types
 
 import jax
@@ -12,8 +14,13 @@ from seqmodels.data import ArraySpec
 from seqmodels.errors import UserError
 from seqmodels.heads.classify import Classify
 from seqmodels.heads.forecast import Forecast, future
+from seqmodels.heads.pair import Pair
 from seqmodels.heads.regress import Regress
+from seqmodels.heads.window import Window
 from seqmodels.inputs import INPUTS
+from seqmodels.inputs.frames import Frames
+from seqmodels.inputs.patches import Patches
+from seqmodels.layers import pooling
 from seqmodels.model import LanguageModel, SequenceModel, build, build_for
 
 B, T, D = 4, 6, 5
@@ -34,6 +41,8 @@ def pooled(p, pool):
         vectors = [row.mean(axis=0) for row in rows]
     elif pool == "last":
         vectors = [row[-1] for row in rows]
+    elif pool == "max":
+        vectors = [row.max(axis=0) for row in rows]
     else:
         vectors = [soft(row @ p["pool_query"] / np.sqrt(D)) @ row for row in rows]
     return np.stack(vectors) @ p["kernel"] + p["bias"]
@@ -78,7 +87,7 @@ def compare(head, batch, total, p):
     def loss(p):
         hidden = jnp.where(MASK[..., None], p["hidden"], jnp.nan)
         variables = {"params": {name: x for name, x in p.items() if name != "hidden"}}
-        outputs_of = lambda *arguments: head.apply(variables, *arguments)  # noqa: E731
+        outputs_of = lambda hidden, mask, *more: head.apply(variables, hidden, mask, None, *more)  # noqa: E731
         return head.loss(outputs_of, hidden, {"mask": MASK, **batch})
 
     small = jax.tree.map(lambda x: jnp.asarray(x, jnp.float32), p)
@@ -96,7 +105,7 @@ def parameters(outputs):
     return p | {"pool_query": RNG.normal(size=D)}
 
 
-@pytest.mark.parametrize("pool", ["mean", "last", "attention"])
+@pytest.mark.parametrize("pool", pooling.POOLS)
 def test_classify(pool):
     """One row has no label."""
     p, batch = parameters(3), {"labels": np.array([2, -1, 0, 1])}
@@ -121,6 +130,104 @@ def test_regress(pool):
     sums = compare(Regress(D, 2, pool=pool), batch, lambda p: regress_total(p, batch, pool), p)
     assert float(sums.count) == 5
     assert float(Regress.figures(sums)["loss"]) == pytest.approx(regress_total(p, batch, pool) / 5, rel=1e-5)
+
+
+def documents_of(pool, p, ids, count):
+    """Oracle: the vectors [B, count, D] of each row's documents, which change where ids do; zeros where none is."""
+    vectors = np.zeros((B, count, D))
+    for b, (hidden, real) in enumerate(zip(p["hidden"], MASK, strict=True)):
+        rows, own = hidden[real], ids[b][real]
+        number = np.cumsum(np.append(0, own[1:] != own[:-1]))
+        for n in range(min(count, number[-1] + 1)):
+            row = rows[number == n]
+            vectors[b, n] = {"mean": row.mean(axis=0), "last": row[-1], "max": row.max(axis=0)}[pool]
+    return vectors
+
+
+IDS = np.array([[4, 4, 1, 1, 4, 4], [0, 0, 0, 2, 0, 0], [7, 0, 0, 0, 0, 0], [1, 2, 2, 3, 3, 9]])
+
+
+@pytest.mark.parametrize("pool", ["mean", "last", "max"])
+def test_classes_of_documents(pool):
+    """Three a row at most; what is not there has no label."""
+    p = parameters(3)
+    del p["pool_query"]
+    batch = {"labels": np.array([[2, 0, 1], [0, 1, -1], [1, -1, -1], [-1, 2, 2]]), "segment_ids": IDS}
+
+    def total(p):
+        log_p = np.log(soft(documents_of(pool, p, IDS, 3) @ p["kernel"] + p["bias"]))
+        return sum(-log_p[b, s, y] for (b, s), y in np.ndenumerate(batch["labels"]) if y >= 0)
+
+    assert float(compare(Classify(D, 3, pool=pool), batch, total, p).count) == 8
+
+
+def test_pair():
+    """[a, b, a - b, a b] of a row's first two documents, through a layer with GELU."""
+    p, batch = parameters(2), {"labels": np.array([1, 0, -1, 1]), "segment_ids": IDS}
+    del p["pool_query"]
+    p |= {"mix": RNG.normal(size=(4 * D, D)), "mix_bias": RNG.normal(size=D)}
+    erf = np.vectorize(math.erf)
+
+    def total(p):
+        a, b = np.moveaxis(documents_of("mean", p, IDS, 2), 1, 0)
+        x = np.concatenate([a, b, a - b, a * b], axis=-1) @ p["mix"] + p["mix_bias"]
+        log_p = np.log(soft(x / 2 * (1 + erf(x / np.sqrt(2))) @ p["kernel"] + p["bias"]))
+        return sum(-log_p[b, y] for b, y in enumerate(batch["labels"]) if y >= 0)
+
+    assert float(compare(Pair(D, 2), batch, total, p).count) == 3
+
+
+def test_window():
+    """Targets that are not known are NaN; the mean absolute error is reported too."""
+    p, targets = parameters(3 * 2), RNG.normal(size=(B, 3, 2))
+    del p["pool_query"]
+    targets[1, 2] = np.nan
+    batch = {"targets": targets, "values": np.zeros((B, T, 2))}
+    predicted = lambda p: pooled(p, "last").reshape(B, 3, 2)  # noqa: E731
+
+    class Alone(Window):  # without an input that would scale the predictions back
+        def __call__(self, hidden, mask, table, segment_ids, documents, values):
+            return super().__call__(hidden, mask)
+
+    head = Alone(D, 2, pool="last", horizon=3)
+    sums = compare(head, batch, lambda p: np.nansum((predicted(p) - targets) ** 2), p)
+    assert float(sums.count) == 22
+    assert float(Window.figures(sums)["mae"]) == pytest.approx(np.nanmean(np.abs(predicted(p) - targets)), rel=1e-5)
+
+
+@pytest.mark.parametrize("pool", pooling.POOLS)
+def test_a_pool_in_pieces_is_the_pool_of_the_whole(pool):
+    """Cut anywhere, with padding and documents: of the document that is open at the end, value and gradient."""
+    query = jnp.asarray(RNG.normal(size=D), jnp.float32)
+    length = 9
+    hidden = jnp.asarray(RNG.normal(size=(B, length, D)), jnp.float32)
+    mask = jnp.asarray(RNG.random((B, length)) < 0.7).at[:, [0, 8]].set(True)
+    ids = jnp.asarray(np.cumsum(RNG.random((B, length)) < 0.2, axis=1) % 2)
+
+    def newest(hidden):
+        """Of each row, the positions from the start of its last document on."""
+        number = pooling.document_numbers(ids, mask)
+        return pooling.whole(pool, hidden, mask & (number == number[:, -1:]), query)
+
+    def in_pieces(hidden, cuts):
+        state, before = pooling.start(pool, B, D), None
+        for a, b in itertools.pairwise([0, *cuts, length]):
+            piece = slice(a, b)
+            state = pooling.carry_on(pool, state, hidden[:, piece], mask[:, piece], ids[:, piece], before, query)
+            last = jnp.max(jnp.where(mask[:, :b], jnp.arange(b), 0), axis=1)
+            before = jnp.take_along_axis(ids, last[:, None], axis=1)[:, 0]
+        return pooling.finish(pool, state)
+
+    weights = RNG.normal(size=(B, D))
+
+    @jax.jit
+    def both(hidden):
+        one = jax.value_and_grad(lambda h: (newest(h) * weights).sum())(hidden)
+        return one, jax.value_and_grad(lambda h: (in_pieces(h, [1, 3, 7]) * weights).sum())(hidden)
+
+    (expected, slope), (found, slopes) = both(hidden)
+    np.testing.assert_allclose(found, expected, rtol=2e-5)
+    np.testing.assert_allclose(slopes, slope, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("horizon", [1, 3, 8])
@@ -185,6 +292,31 @@ def test_inputs():
     np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_patches_and_window_norm():
+    """Two frames side by side, those of padding as zeros; mean and deviation of real values go and come back."""
+    values = RNG.normal(2, 3, size=(2, 4, 2)).astype(np.float32)
+    mask = np.array([[True, True, True, False], [True] * 4])
+    values[0, 3] = np.nan
+    layer = Patches(width=D, size=2, patch=2)
+    variables = jax.tree.map(lambda p: p.value, layer.init(jax.random.key(0), values, mask),
+                             is_leaf=lambda p: hasattr(p, "names"))  # fmt: skip
+    kernel = np.asarray(variables["params"]["kernel"], np.float64)
+    expected = np.where(mask[..., None], values, 0).reshape(2, 2, 4) @ kernel
+    np.testing.assert_allclose(layer.apply(variables, values, mask), expected, rtol=1e-5, atol=1e-5)
+    short, ids = layer.shortened(jnp.asarray([[True, False, False, False]]), jnp.asarray([[0, 0, 1, 1]]))
+    assert short.tolist() == [[True, False]] and ids.tolist() == [[0, 1]]
+    with pytest.raises(ValueError, match=r"3 frames are no multiple of config.model.patch=2"):
+        layer.apply(variables, values[:, :3])
+
+    layer = Frames(width=D, size=2, window_norm=True)
+    found = layer.apply({"params": {"kernel": np.eye(2, D), "bias": np.zeros(D)}}, values, mask)[..., :2]
+    for row, real, result in zip(values, mask, found, strict=True):
+        mean, deviation = row[real].mean(axis=0), row[real].std(axis=0)
+        np.testing.assert_allclose(result[real], (row[real] - mean) / deviation, rtol=1e-4, atol=1e-5)
+        back = layer.restore(result[None][:, :2], row[None], jnp.asarray(real[None]))
+        np.testing.assert_allclose(back[0], row[:2], rtol=1e-4, atol=1e-4)
+
+
 def settings(**fields):
     config = mamba.get_config().model.unlock()
     config.width, config.repeats = 8, 1
@@ -242,15 +374,25 @@ def test_parameters_of_inputs_and_heads():
         (dict(), dataset("classify", tokens=TOKENS, **ROW),
          "config.model.head='next_token': must be 'classify', which is what the dataset is for"),
         (dict(head="classify"), dataset("classify", **SERIES),
-         "config.model.input='tokens': must be 'frames'; it needs 'tokens' in .* which have values, mask"),
+         "config.model.input='tokens': must be 'frames' or 'patches'; it needs 'tokens' in .* which have values, mask"),
         (dict(head="classify"), dataset("classify", tokens=TOKENS, labels=ROW["labels"]),
          "config.model.head='classify': needs 'mask' in .* which have tokens, labels"),
         (dict(head="classify"), dataset("classify", tokens=TOKENS, mask=ROW["mask"], labels=((), "int32", 0)),
          "dataset.spec\\['labels'\\].count=0: must be the number of different ids"),
-        (dict(head="classify", pool="max"), dataset("classify", tokens=TOKENS, **ROW),
-         "config.model.pool='max': must be one of 'mean', 'last', 'attention'"),
+        (dict(head="classify", pool="median"), dataset("classify", tokens=TOKENS, **ROW),
+         "config.model.pool='median': must be one of 'mean', 'last', 'attention', 'max'"),
         (dict(input="frames", head="forecast", horizon=0), dataset("forecast", **SERIES),
          "config.model.horizon=0: must be at least 1"),
+        (dict(input="patches", patch=4, head="classify"), dataset("classify", **SERIES, labels=ROW["labels"]),
+         "config.model.patch=4: must be a divisor of the 6 steps of a row"),
+        (dict(input="patches", head="forecast"), dataset("forecast", **SERIES),
+         "config.model.input='patches': must be another with model.head='forecast'"),
+        (dict(input="frames", head="window"), dataset("window", **SERIES, targets=((3, 2), "float32", 0)),
+         "config.model.horizon=1: must be 3, as the dataset's targets have so many steps"),
+        (dict(input="frames", head="classify", window_norm=True), dataset("classify", **SERIES, labels=ROW["labels"]),
+         "config.model.window_norm=True: must be False with model.head='classify'"),
+        (dict(head="pair"), dataset("pair", tokens=TOKENS, **ROW),
+         "config.model.head='pair': needs 'segment_ids' in"),
         (dict(input="one_hot"), dataset("next_token", tokens=TOKENS, targets=TOKENS),
          "config.model.tie_embeddings=True: must be False with config.model.input='one_hot'"),
     ],
@@ -263,7 +405,9 @@ def test_what_does_not_fit_is_one_line(fields, data, words):
 
 def test_a_head_that_must_not_see_the_future():
     """A stack that reads later positions cannot predict them, but may classify."""
-    words = r"config.model.head='next_token': must be 'classify' or 'regress' with model.pattern='bi:mamba'"
+    words = (
+        "config.model.head='next_token': must be 'classify' or 'regress' or 'window' or 'pair' with model.pattern='bi"
+    )
     with pytest.raises(UserError, match=words):
         build(settings(pattern="bi:mamba"), 11)
     data = dataset("classify", tokens=TOKENS, **ROW)
@@ -275,3 +419,53 @@ def test_a_head_that_must_not_see_the_future():
         config = settings(pattern="bi:mamba", head="classify")
         config.mamba.state = 0
         build_for(config, data)
+
+
+def test_a_recording_is_classified_in_pieces():
+    """With padding in between: the logits of the whole; and each document of a row has its own."""
+    data = dataset("classify", **SERIES, labels=ROW["labels"])
+    model = build_for(settings(pattern="gru", input="frames", head="classify", pool="attention"), data)
+    values, length = RNG.normal(size=(2, 12, 2)).astype(np.float32), 12
+    mask = jnp.asarray(RNG.random((2, length)) < 0.8).at[:, -1].set(True)
+    ids = jnp.asarray(np.repeat([[3] * 6 + [8] * 6], 2, axis=0))
+    variables = jax.tree.map(lambda p: p.value, jax.jit(model.init)(jax.random.key(0), values),
+                             is_leaf=lambda p: hasattr(p, "names"))  # fmt: skip
+    variables = jax.tree.map(lambda p: p + 0.3 * np.random.default_rng(p.size).normal(size=p.shape), variables)
+
+    @jax.jit
+    def read(values, ids, mask, state):
+        hidden, state = model.apply(variables, values, ids, mask, state)
+        return hidden, state, model.apply(variables, state, method="read_out")
+
+    hidden, _, last = read(values, 0 * ids, mask, model.init_state(2))
+    whole = model.apply(variables, hidden, mask, method="outputs")
+    np.testing.assert_allclose(last, whole, rtol=1e-5)
+    state = model.init_state(2)
+    for start in range(0, length, 4):
+        piece = slice(start, start + 4)
+        _, state, last = read(values[:, piece], 0 * ids[:, piece], mask[:, piece], state)
+    np.testing.assert_allclose(last, whole, rtol=2e-4, atol=1e-5)
+    hidden, _, last = read(values, ids, mask, model.init_state(2))
+    both = model.apply(variables, hidden, mask, ids, 2, method="outputs")
+    np.testing.assert_allclose(last, both[:, 1], rtol=2e-4, atol=1e-5)
+    for n, part in enumerate((slice(0, 6), slice(6, length))):
+        alone = read(values[:, part], 0 * ids[:, part], mask[:, part], model.init_state(2))[2]
+        np.testing.assert_allclose(both[:, n], alone, rtol=2e-4, atol=1e-5)
+
+
+def test_two_texts_of_a_row_are_read_apart_in_both_directions():
+    """What the second text says changes nothing in the first; a window that is normalised has no state."""
+    data = dataset("pair", tokens=TOKENS, segment_ids=((T,), "int32", 0), **ROW)
+    model = build_for(settings(pattern="bi:gru", head="pair"), data)
+    tokens, ids = RNG.integers(11, size=(2, T)), np.array([[0] * 3 + [1] * 3] * 2)
+    variables = jax.jit(model.init)(jax.random.key(0), tokens)
+    read = jax.jit(lambda tokens, ids: model.apply(variables, tokens, ids)[0])
+    hidden, other = read(tokens, ids), read((tokens + np.array([0, 0, 0, 1, 1, 1])) % 11, ids)
+    np.testing.assert_array_equal(hidden[:, :3], other[:, :3])
+    assert np.abs(hidden - other)[:, 3:].max() > 1e-4
+    assert model.apply(variables, hidden, None, ids, 2, method="outputs").shape == (2, 3)
+    series = dataset("window", **SERIES, targets=((3, 2), "float32", 0))
+    model = build_for(settings(input="frames", head="window", horizon=3, window_norm=True), series)
+    assert not model.causal
+    with pytest.raises(UserError, match=r"config.model.window_norm=True: reads whole rows"):
+        model.init_state(1)

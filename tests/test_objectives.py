@@ -109,7 +109,9 @@ def test_next_tokens_with_padding(tmp_path):
     config = tiny(model__input="one_hot", model__tie_embeddings=False, steps=12)
     summary = loop.train(config, tmp_path / "run", data)
     values = losses(tmp_path / "run")
-    assert np.mean(values[-3:]) < 0.5 * values[0] and list(summary["splits"]["test"]) == ["loss"]
+    found = summary["splits"]["test"]
+    assert np.mean(values[-3:]) < 0.5 * values[0] and list(found) == ["loss", "bits"]
+    assert found["bits"] == pytest.approx(found["loss"] / np.log(2))
     run = load_run(tmp_path / "run", dataset=data)
     batch = data.batch(99)
     other = batch | {"tokens": np.where(batch["mask"], batch["tokens"], 1 - batch["tokens"])}

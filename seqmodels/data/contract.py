@@ -48,9 +48,10 @@ class BatchSplit(Protocol):
         ...
 
 
-FIGURES = {  # of a split that a run reports, by how it is measured; of a head all that it has
+FIGURES = {  # of a split that a run reports, by how it is measured; of a head those of these that it has
     "perplexity": ("loss", "perplexity", "bits_per_byte"),
     "accuracy": ("loss", "accuracy", "sequence_accuracy"),
+    "head": ("loss", "accuracy", "mae", "bits"),
 }
 
 
@@ -77,10 +78,13 @@ class BatchSource:
         """Every array of a batch by name.
 
         next_token: an input, `targets` [B, T] and `segment_ids` [B, T], both int32; a `mask` if there is padding.
-        classify: an input, `mask` [B, T] bool and `labels` [B] int32.
-        regress: an input, `mask` and `targets` [B, R] float32.
+        classify: an input, `mask` [B, T] bool and `labels` [B] int32, or [B, S] for a row of S documents.
+        pair: the same, and `segment_ids`; a row has two documents, which are compared.
+        regress: an input, `mask` and `targets` [B, R] float32, or [B, S, R].
+        window: `values` [B, T, C] float32, `mask` and `targets` [B, horizon, C] float32.
         forecast: `values` [B, T, C] float32 and `mask`.
-        The input is `tokens` [B, T] int32 or `values` [B, T, C] float32. Padding is False in the mask.
+        The input is `tokens` [B, T] int32 or `values` [B, T, C] float32. Padding is False in the mask. Where tokens are
+        not equally far apart in time, `steps` [B, T] float32 (`seqmodels.data.times`).
         """
         raise NotImplementedError
 
@@ -98,6 +102,10 @@ class BatchSource:
         """A split by name."""
         raise NotImplementedError
 
+    def baselines(self, split: str) -> dict[str, dict[str, float]]:
+        """Figures of simple methods on a split, printed beside a model's: name of a method -> figure -> value."""
+        return {}
+
     def describe(self) -> str:
         """One line that describes the data, which a run prints."""
         return ", ".join(f"{name} {list(array.shape)}" for name, array in self.spec.items())
@@ -109,7 +117,7 @@ def check_spec(spec: Spec, batch_size: int, seq_len: int) -> None:
     Raises: UserError that names the first array that does not fit.
     """
     for name, array in spec.items():
-        over_time = name in ("tokens", "values", "mask", "segment_ids") or len(array.shape) == 3
+        over_time = name in ("tokens", "values", "mask", "segment_ids", "steps") or len(array.shape) == 3
         allowed = (batch_size, seq_len) if over_time else (batch_size,)
         fields = "(config.batch_size, config.seq_len)" if over_time else "(config.batch_size,)"
         if array.shape[: len(allowed)] != allowed:

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Self
 import numpy as np
 from ml_collections import ConfigDict
 
-from seqmodels.data import cache, synthetic
+from seqmodels.data import cache, domains, synthetic
 from seqmodels.data.contract import Batch, BatchSource, Spec, text_spec
 from seqmodels.data.permutation import permute
 from seqmodels.data.sizes import Sizes
@@ -202,6 +202,8 @@ class Dataset(BatchSource):
 def load(config: ConfigDict, *, seq_len: int, batch_size: int, seed: int = 0, bptt: bool = False) -> Any:
     """The dataset that a config names: text, tokenised on first use, streamed or mixed; or generated (`config.task`).
 
+    With a `config.domain` they are images, series and the like.
+
     Args:
       config: `config.data`, see seqmodels/fields/run.py.
       seq_len: tokens per row.
@@ -220,6 +222,8 @@ def load(config: ConfigDict, *, seq_len: int, batch_size: int, seed: int = 0, bp
     sizes = dict(seq_len=seq_len, batch_size=batch_size, seed=seed)
     if "task" in config:
         return synthetic.load(config, **sizes, bptt=bptt)
+    if "domain" in config:
+        return domains.load(config, **sizes, bptt=bptt)
     tokenizer = load_tokenizer(config.tokenizer, config.get("separator", ""))
     for field in ("mixture", "streaming"):
         if bptt and config.get(field):
@@ -273,10 +277,12 @@ class Unread(BatchSource):
 
 def load_unread(
     config: ConfigDict, *, seq_len: int, batch_size: int, seed: int = 0
-) -> Unread | synthetic.SyntheticDataset:
-    """As `load`, but no text is read or tokenised, and none needs to be there."""
+) -> Unread | synthetic.SyntheticDataset | domains.DomainDataset:
+    """As `load`, but no text is read or tokenised, and none needs to be there. A domain is read."""
     if "task" in config:
         return synthetic.load(config, seq_len=seq_len, batch_size=batch_size, seed=seed)
+    if "domain" in config:
+        return domains.load(config, seq_len=seq_len, batch_size=batch_size, seed=seed)
     return Unread(load_tokenizer(config.tokenizer, config.get("separator", "")), seq_len, batch_size)
 
 

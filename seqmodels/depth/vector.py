@@ -112,7 +112,7 @@ class VectorFusion(nn.Module):
         )
 
     def _plain(self, stream, C, seq, **options):
-        groups = dict(u=stream.u, dt=stream.dt, A=stream.A, B=stream.B, dt_bias=stream.dt_bias)
+        groups = dict(u=stream.u, A=stream.A, B=stream.B, **stream.scanned_step())
         return self._scan(seq, C, **groups, initial_state=stream.state, **options)
 
     def _read(self, own, readout, sources, seq, channel, state, P, carried):

@@ -24,6 +24,7 @@ from seqmodels.evals import (
     harness,
     needle,
     perplexity,
+    rate,
     throughput,
     training_speed,
 )
@@ -36,13 +37,14 @@ EVALUATORS: dict[str, ModuleType] = {
     "extrapolation": extrapolation,
     "accuracy": accuracy,
     "figures": figures,
+    "rate": rate,
     "needle": needle,
     "classification": classification,
     "throughput": throughput,
     "training_speed": training_speed,
     "lm_eval": harness,
 }
-BY_NAME = ("extrapolation", "classification", "throughput", "training_speed", "lm_eval")  # only when asked for
+BY_NAME = ("extrapolation", "rate", "classification", "throughput", "training_speed", "lm_eval")  # only when asked for
 BY_NAME_ON_TEXT = ("needle", *BY_NAME)
 
 

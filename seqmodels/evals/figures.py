@@ -1,13 +1,17 @@
-"""Figures of the model's own head on a split: loss and accuracy of classes, errors of regressions and forecasts."""
+"""Figures of the model's own head on a split: loss and accuracy of classes, errors of regressions and forecasts.
+
+Beside them stand those of the dataset's simple baselines, which are computed now.
+"""
 
 import functools
+import math
 from typing import Any
 
 import flax.linen as nn
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from seqmodels.data.contract import BatchSplit
+from seqmodels.data.contract import FIGURES, BatchSplit
 from seqmodels.evals.run import Run, RunData
 from seqmodels.evals.scoring import LOGIT_TOKENS, rows_of
 from seqmodels.model import head_of, input_of
@@ -33,7 +37,8 @@ def batch_sums(
     """
     head, variables = head_of(model.config), {"params": params}
     ids = batch.get("segment_ids") if reset else None
-    hidden, _ = model.apply(variables, batch[input_of(model.config).key], segment_ids=ids, mask=batch.get("mask"))
+    tokens, mask, steps = (batch.get(name) for name in (input_of(model.config).key, "mask", "steps"))
+    hidden, _ = model.apply(variables, tokens, segment_ids=ids, mask=mask, steps=steps)
     options = {"chunk": LOGIT_TOKENS} if head.method == "logits" else {}
 
     def outputs_of(*arguments: Any) -> Any:
@@ -69,20 +74,38 @@ def evaluate(
         rows = batch if mesh is None else put_batch(batch, mesh)
         sums = jax.tree.map(float, batch_sums(model, params, rows, reset, mesh))  # added up in double precision
         total = sums if total is None else jax.tree.map(lambda a, b: a + b, total, sums)
-    return {name: float(value) for name, value in head_of(model.config).figures(total).items()}
+    head = head_of(model.config)
+    figures = {name: float(value) for name, value in head.figures(total).items()}
+    return figures | ({"bits": figures["loss"] / math.log(2)} if head.method == "logits" else {})
 
 
 def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:
-    """Each figure by split."""
+    """Each figure by split, and with `limit=None` "baselines": name of a baseline -> figure -> split -> value."""
     options = dict(batch_size=run.batch_size, reset=run.config.data.reset, limit=limit, mesh=run.mesh)
     by_split = {split: evaluate(run.model, run.params, run.dataset[split], **options) for split in splits}
+    figures: dict[str, Any] = _by_figure(by_split)
+    if limit is None:  # a baseline is measured on whole splits
+        simple = {split: run.dataset.baselines(split) for split in splits if split != "train"}
+        names = dict.fromkeys(name for found in simple.values() for name in found)
+        baselines = {name: _by_figure({split: found[name] for split, found in simple.items()}) for name in names}
+        figures |= {"baselines": baselines} if baselines else {}
+    return figures
+
+
+def _by_figure(by_split: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    """{split: {figure: value}} to {figure: {split: value}}."""
     names = next(iter(by_split.values()), {})
     return {name: {split: values[name] for split, values in by_split.items()} for name in names}
 
 
 def table(result: dict) -> str:
-    shown = [name for name in ("loss", "accuracy", "mae") if name in result]
-    lines = [f"{'split':<12}" + "".join(f"{name:>12}" for name in shown)]
+    shown = [name for name in FIGURES["head"] if name in result]
+    rows = {"": result} | result.get("baselines", {})
+    lines = [f"{'split':<12}{'':<20}" + "".join(f"{name:>12}" for name in shown)]
     for split in result.get("loss", {}):
-        lines.append(f"{split:<12}" + "".join(f"{result[name][split]:>12.4f}" for name in shown))
+        for method, figures in rows.items():
+            values = [figures.get(name, {}).get(split) for name in shown]
+            if any(value is not None for value in values):
+                cells = "".join(f"{'' if value is None else format(value, '.4f'):>12}" for value in values)
+                lines.append(f"{split if not method else '':<12}{method or 'the model':<20}{cells}".rstrip())
     return "\n".join(lines)

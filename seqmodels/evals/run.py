@@ -13,6 +13,7 @@ from seqmodels import data
 from seqmodels.config import override
 from seqmodels.errors import UserError
 from seqmodels.evals.scoring import PositionSums, position_sums
+from seqmodels.fields.run import kind_of_data
 from seqmodels.model import build_for
 from seqmodels.training import identity, metrics, sharding
 from seqmodels.training.checkpoint import restore_params, steps
@@ -109,7 +110,7 @@ def load_run(
     config = override(read_config(workdir), overrides)
     number = _checkpoint_step(workdir, config, step)
     other = dataset is not None or any(name in TEXT for name in overrides)
-    if "task" not in config.data and "data.tokenizer" not in overrides:
+    if kind_of_data(config) == "text" and "data.tokenizer" not in overrides:
         with config.unlocked():
             config.data.tokenizer = identity.tokenizer_of(workdir, config.data.tokenizer)
     if dataset is None:

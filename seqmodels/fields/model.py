@@ -68,15 +68,16 @@ MODEL = Group(
         "input": Field(
             "tokens",
             "what the model reads: tokens (numbers of a vocabulary), frames (vectors of numbers, such as audio or "
-            "pixels) or one_hot (a small alphabet, such as DNA)",
-            one_of("tokens", "frames", "one_hot"),
+            "pixels), one_hot (a small alphabet, such as DNA) or patches (several frames as one step)",
+            one_of("tokens", "frames", "one_hot", "patches"),
             since=2,
         ),
         "head": Field(
             "next_token",
-            "what the model predicts: next_token, classify (a class for each row), regress (numbers for each row) or "
-            "forecast (numbers for each of the next steps)",
-            one_of("next_token", "classify", "regress", "forecast"),
+            "what the model predicts: next_token, classify (a class for each row), regress (numbers for each row), "
+            "forecast (numbers for each of the next steps, at every step), window (the same, once for a row) or pair "
+            "(a class for two texts of a row)",
+            one_of("next_token", "classify", "regress", "forecast", "window", "pair"),
             since=2,
         ),
         "positions": Field(
@@ -92,10 +93,24 @@ MODEL = Group(
             at_least(0),
             since=2,
         ),
-        "pool": Field(
-            "mean", "how classify and regress make one vector of a row", one_of("mean", "last", "attention"), since=2
+        "rescale": Field(
+            1.0,
+            "distance of the tokens in time, 1 being that of training: 2 where every second sample is left out; "
+            "a factor of the step sizes of mixers that have them",
+            above(0),
+            since=2,
         ),
-        "horizon": Field(1, "steps ahead that forecast predicts", at_least(1), since=2),
+        "pool": Field(
+            "mean",
+            "how classify, regress, window and pair make one vector of a row",
+            one_of("mean", "last", "attention", "max"),
+            since=2,
+        ),
+        "horizon": Field(1, "steps ahead that forecast and window predict", at_least(1), since=2),
+        "patch": Field(1, "frames in one step of the input patches", at_least(1), since=2),
+        "window_norm": Field(
+            False, "with the head window: each row is read less its mean, over its deviation, and scaled back", since=2
+        ),
         "depth": Field(
             "none",
             "what passes from block to block beside or in place of the residual stream (docs/depth.md); DenseSSM is "

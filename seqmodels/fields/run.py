@@ -102,6 +102,24 @@ TASK_DATA = Group(
     path="data",
 )
 
+# for configs whose rows are images, series, DNA or sound (docs/domains.md); the fields of `data.domain` are those of
+# the domain's class
+DOMAIN_DATA = Group(
+    "data",
+    {
+        "name": Field("digits", "domain of seqmodels/data/domains that reads the rows", since=2),
+        "path": Field(
+            "",
+            "file or folder of the data, or wheel that holds them; empty: packages in the cache, or installed ones",
+            since=2,
+            path=True,
+        ),
+        "cache": Field("data", "folder whose folder packages has the wheels that were fetched", since=2, path=True),
+        "reset": Field(True, "keep the documents of a row apart, such as two texts that are compared", since=2),
+    },
+    path="data",
+)
+
 OPTIMIZER = Group(
     "optimizer",
     {
@@ -206,6 +224,12 @@ EVALUATION = Group(
             names_among(*EXTRAPOLATIONS),
             since=2,
         ),
+        "rates": Field(
+            (2,),
+            "of --evals=rate: one sample in so many is read",
+            each_at_least(2, "numbers of samples"),
+            since=2,
+        ),
         "classification": Field(
             "", "JSON lines of prompt, choices and answer, as a glob; empty: those of the project", path=True
         ),
@@ -279,7 +303,14 @@ def defaults() -> ConfigDict:
 
 
 def groups_of(config: ConfigDict) -> tuple[Group, ...]:
-    """GROUPS for this config, whose data are a task if `data.task` exists, else a text."""
+    """GROUPS for this config, whose data are a task if `data.task` exists, a domain with `data.domain`, else a text."""
+    inside = {"task": TASK_DATA, "domain": DOMAIN_DATA}.get(kind_of_data(config), DATA)
+    return tuple(inside if group is DATA else group for group in GROUPS)
+
+
+def kind_of_data(config: ConfigDict) -> str:
+    """What a config's rows are: of a "task", of a "domain", or "text"."""
     data = config.get("data")
-    task = isinstance(data, ConfigDict) and "task" in data
-    return tuple(TASK_DATA if group is DATA and task else group for group in GROUPS)
+    if not isinstance(data, ConfigDict):
+        return "text"
+    return next((kind for kind in ("task", "domain") if kind in data), "text")

@@ -7,11 +7,15 @@ from seqmodels.heads.classify import Classify
 from seqmodels.heads.forecast import Forecast
 from seqmodels.heads.head import Head
 from seqmodels.heads.next_token import NextToken
+from seqmodels.heads.pair import Pair
 from seqmodels.heads.regress import Regress
+from seqmodels.heads.window import Window
 
 HEADS: dict[str, type[Head]] = {
     "next_token": NextToken,
     "classify": Classify,
     "regress": Regress,
     "forecast": Forecast,
+    "window": Window,
+    "pair": Pair,
 }

@@ -1,4 +1,4 @@
-"""A class for each row."""
+"""A class for each row, or for each document of it."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -21,7 +21,10 @@ class ClassifySums:
 
 
 class Classify(Pooled):
-    """Logits [B, K] of `size` K classes, trained by cross-entropy on `labels` [B]; a label of -1 does not count."""
+    """Logits [B, K] of `size` K classes, trained by cross-entropy on `labels` [B]; a label of -1 does not count.
+
+    With labels [B, S] a row has S documents, and the logits are [B, S, K].
+    """
 
     target: ClassVar[str] = "labels"
 
@@ -30,14 +33,22 @@ class Classify(Pooled):
         """Sum of -log p(label) in nats, and the sums.
 
         Args:
-            outputs_of: (hidden, mask) -> logits [B, K] float32.
+            outputs_of: (hidden, mask, segment_ids, documents) -> logits [B, K] float32.
             hidden: [B, T, D].
-            batch: labels [B] int32 and mask [B, T] bool.
+            batch: labels [B] int32 and mask [B, T] bool; or labels [B, S] and segment_ids [B, T], too.
         """
-        logits, labels = outputs_of(hidden, batch["mask"]), batch["labels"]
+        labels = batch["labels"]
+        if labels.ndim == 1:
+            return Classify.cross_entropy(outputs_of(hidden, batch["mask"]), labels)
+        logits = outputs_of(hidden, batch["mask"], batch["segment_ids"], labels.shape[1])
+        return Classify.cross_entropy(logits, labels)
+
+    @staticmethod
+    def cross_entropy(logits: jax.Array, labels: jax.Array) -> tuple[jax.Array, ClassifySums]:
+        """Sum of -log p(label) in nats, and the sums, of logits [..., K] and labels [...]."""
         known = labels >= 0
         log_p = jax.nn.log_softmax(logits, axis=-1)
-        chosen = jnp.take_along_axis(log_p, jnp.where(known, labels, 0)[:, None], axis=-1)[:, 0]
+        chosen = jnp.take_along_axis(log_p, jnp.where(known, labels, 0)[..., None], axis=-1)[..., 0]
         nats = jnp.where(known, -chosen, 0.0).sum()
         right = jnp.sum(known & (jnp.argmax(logits, axis=-1) == labels), dtype=jnp.float32)
         return nats, jax.lax.stop_gradient(ClassifySums(nats, right, jnp.sum(known, dtype=jnp.float32)))

@@ -59,6 +59,31 @@ class Head(nn.Module):
         """
         raise NotImplementedError
 
+    def init_state(self, batch: int) -> dict[str, jax.Array]:
+        """What the head keeps from piece to piece of a row that is read in pieces, before the first; {}: nothing."""
+        return {}
+
+    def extend(
+        self,
+        state: dict[str, jax.Array] | None,
+        hidden: jax.Array,
+        mask: jax.Array | None,
+        segment_ids: jax.Array | None,
+        before: jax.Array | None,
+    ) -> dict[str, jax.Array]:
+        """That state after one more piece.
+
+        Args:
+            state: None: nothing came before.
+            hidden: [B, T, D]. mask: [B, T] bool or None. segment_ids: [B, T] int32 or None.
+            before: [B] int32, document of the last position before the piece; None: nothing came before.
+        """
+        return {}
+
+    def read_out(self, state: dict[str, jax.Array]) -> jax.Array:
+        """Predictions in float32 from the state alone, for the document that is open. Only of heads with a state."""
+        raise NotImplementedError
+
     @staticmethod
     def options(training: Any) -> dict[str, Any]:
         """Keyword arguments of `loss` and `figures` that `config.training` holds."""
@@ -74,7 +99,7 @@ class Head(nn.Module):
         was split into micro-batches.
 
         Args:
-            outputs_of: (hidden, mask) -> predictions.
+            outputs_of: (hidden, mask) -> predictions; the model's method `method` with these parameters.
             hidden: [B, T, D].
             batch: arrays as `dataset.spec` says.
         """

@@ -1,4 +1,4 @@
-"""Numbers for each row."""
+"""Numbers for each row, or for each document of it."""
 
 from collections.abc import Callable
 from typing import ClassVar
@@ -20,7 +20,10 @@ class RegressSums:
 
 
 class Regress(Pooled):
-    """Predictions [B, R] of `size` R targets, trained by the mean squared error; a target of NaN does not count."""
+    """Predictions [B, R] of `size` R targets, trained by the mean squared error; a target of NaN does not count.
+
+    With targets [B, S, R] a row has S documents, and so have the predictions.
+    """
 
     target: ClassVar[str] = "targets"
 
@@ -29,11 +32,13 @@ class Regress(Pooled):
         """Sum of squared errors, and the sums.
 
         Args:
-            outputs_of: (hidden, mask) -> predictions [B, R] float32.
+            outputs_of: (hidden, mask, segment_ids, documents) -> predictions [B, R] float32.
             hidden: [B, T, D].
-            batch: targets [B, R] float32 and mask [B, T] bool.
+            batch: targets [B, R] float32 and mask [B, T] bool; or targets [B, S, R] and segment_ids [B, T], too.
         """
-        predicted, targets = outputs_of(hidden, batch["mask"]), batch["targets"]
+        targets = batch["targets"]
+        more = () if targets.ndim == 2 else (batch["segment_ids"], targets.shape[1])
+        predicted = outputs_of(hidden, batch["mask"], *more)
         known = ~jnp.isnan(targets)
         # The target is replaced before the difference is taken; otherwise a NaN would reach the gradient.
         error = jnp.where(known, predicted - jnp.where(known, targets, 0.0), 0.0)

@@ -6,6 +6,7 @@ A new input is one file, a subclass of `Input`, one line here, and its name in s
 from seqmodels.inputs.frames import Frames
 from seqmodels.inputs.input import Input
 from seqmodels.inputs.one_hot import OneHot
+from seqmodels.inputs.patches import Patches
 from seqmodels.inputs.tokens import Tokens
 
-INPUTS: dict[str, type[Input]] = {"tokens": Tokens, "frames": Frames, "one_hot": OneHot}
+INPUTS: dict[str, type[Input]] = {"tokens": Tokens, "frames": Frames, "one_hot": OneHot, "patches": Patches}

@@ -38,6 +38,16 @@ class Input(nn.Module):
         """[size, D] parameter that a tied head may read, if there is one."""
         return None
 
+    def shortened(
+        self, mask: jax.Array | None, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array | None, jax.Array | None]:
+        """mask and segment_ids [B, T] of a batch to those of the stream, which may have fewer steps."""
+        return mask, segment_ids
+
+    def restore(self, predicted: jax.Array, values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
+        """What a head predicts, in the units of the array of a batch."""
+        return predicted
+
     def __call__(self, array: jax.Array, mask: jax.Array | None = None) -> jax.Array:
         """The array of a batch to [B, T, D]. mask [B, T] bool is False on padding. None: there is no padding."""
         raise NotImplementedError

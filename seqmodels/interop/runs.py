@@ -22,7 +22,7 @@ from seqmodels.backbone import context, scanned
 from seqmodels.config import upgrade, validate
 from seqmodels.errors import UserError
 from seqmodels.evals.run import load_run
-from seqmodels.fields.run import defaults
+from seqmodels.fields.run import defaults, kind_of_data
 from seqmodels.interop import gguf, pretrained, tokenizer
 from seqmodels.interop.files import read_json
 from seqmodels.interop.huggingface import write_model
@@ -183,7 +183,7 @@ def export_run(workdir: Path, directory: Path, step: str = "latest", dtype: str 
     params = unstack_views(jax.tree.map(OnDevice, loaded.params))
     model = loaded.model.config
     write_model(params, model)  # refuses here, before anything is written
-    text = "task" not in loaded.config.data
+    text = kind_of_data(loaded.config) == "text"
     notes: dict[str, Any] = {}
     if (length := context(loaded.config)) is not None:
         notes["max_position_embeddings"] = length

@@ -14,6 +14,7 @@ import jax
 
 from seqmodels.branch import Branch, State
 from seqmodels.branches import BRANCHES
+from seqmodels.errors import UserError
 from seqmodels.sequence import make_sequence
 
 
@@ -37,6 +38,7 @@ class Mixer(nn.Module):
         *,
         segment_ids: jax.Array | None = None,
         mask: jax.Array | None = None,
+        steps: jax.Array | None = None,
     ) -> tuple[jax.Array, State]:
         """y [B, T, D] of x [B, T, D], and the new state.
 
@@ -44,10 +46,17 @@ class Mixer(nn.Module):
             state: of the tokens before, from `init_state` or an earlier call; None: there are none.
             segment_ids: [B, T] int32, document of each token; a change resets the state. None: one document.
             mask: [B, T] bool, False on padding, which changes nothing. None: all tokens are real.
+            steps: [B, T] float32, time from the token before to each, 1 in training; see `Sequence`. None: 1.
+
+        Raises:
+            UserError: steps, and a mixer that has no step size.
         """
+        if steps is not None and self.branch.follows_time != "token":
+            raise UserError(f"steps: must be left out with {type(self.branch).__name__}, which has none for each token")
         old = state or dict(segment=None, position=None, mixer=None)
         rows, length, _ = x.shape
-        seq, segment, position = make_sequence(rows, length, segment_ids, mask, old["segment"], old["position"])
+        before = old["segment"], old["position"]
+        seq, segment, position = make_sequence(rows, length, segment_ids, mask, *before, steps)
         y, new = self.branch(x, seq, old["mixer"])
         return y, dict(segment=segment, position=position, mixer=new)
 

@@ -1,7 +1,7 @@
 """A branch in both directions of time: one copy reads forwards, one backwards, and their outputs are added.
 
-y = f(x) + reverse(g(reverse(x))), where f and g have separate parameters. Documents and padding are reversed together
-with the tokens, so packed documents give the same results as separate ones in both directions.
+y = f(x) + reverse(g(reverse(x))), where f and g have separate parameters. Documents, padding and steps of time are
+reversed together with the tokens, so packed documents give the same results as separate ones in both directions.
 """
 
 from typing import ClassVar
@@ -11,7 +11,7 @@ import jax
 
 from seqmodels.branch import Branch, State
 from seqmodels.errors import UserError
-from seqmodels.sequence import Sequence, make_sequence
+from seqmodels.sequence import Sequence, reversed_in_time
 
 
 class Bidirectional(Branch, kw_only=True):
@@ -47,10 +47,3 @@ class Bidirectional(Branch, kw_only=True):
     def idle_parameters(self) -> int:
         """Of both copies."""
         return self.ahead.idle_parameters() + self.back.idle_parameters()
-
-
-def reversed_in_time(seq: Sequence) -> Sequence:
-    """The same tokens in reverse order."""
-    segment_ids, mask = (None if x is None else x[:, ::-1] for x in (seq.segment_ids, seq.mask))
-    batch, length = seq.positions.shape
-    return make_sequence(batch, length, segment_ids, mask)[0]

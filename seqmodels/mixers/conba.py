@@ -65,6 +65,7 @@ class Conba(Mamba):
 
     options = CONBA
     operations = ("selective_scan", "short_conv", "delta_rule", "linear_scan")
+    follows_time = "rate"  # the delays of states and errors count tokens
     link = ""  # DenseSSM would read Mamba's state, and not the scaled one
 
     @property

@@ -64,6 +64,7 @@ class ConbaSeq(Mamba):
 
     options = CONBA_SEQ
     operations = ("short_conv",)
+    follows_time = "rate"
     link = ""
 
     @property

@@ -1,7 +1,7 @@
 """Mamba (Gu & Dao 2023, arXiv 2312.00752): a state space model whose step, input and output depend on the token."""
 
 import math
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -35,6 +35,7 @@ class Stream:
         dt_proj: [R, E]; dt_bias: [E] float32; A: [E, N] float32.
         B: [B, T, N].
         state: [B, E, N] float32, before the first token.
+        steps: [B, T, 1] float32 factor of dt; None: one.
         y: [B, T, E] the layer's own readout s_t C_t, if DenseSSM's OUTPUT needs it.
     """
 
@@ -45,6 +46,7 @@ class Stream:
     A: jax.Array
     B: jax.Array
     state: jax.Array
+    steps: jax.Array | None = None
     y: jax.Array | None = None
 
     @property
@@ -54,7 +56,14 @@ class Stream:
 
     def step(self) -> jax.Array:
         """[B, T, E] float32 step dt."""
-        return jax.nn.softplus(self.dt.astype(jnp.float32) + self.dt_bias)
+        dt = jax.nn.softplus(self.dt.astype(jnp.float32) + self.dt_bias)
+        return dt if self.steps is None else self.steps * dt
+
+    def scanned_step(self) -> dict[str, Any]:
+        """The step as arguments of `selective_scan`, which takes the softplus itself where no factor is behind it."""
+        if self.steps is None:
+            return dict(dt=self.dt, dt_bias=self.dt_bias)
+        return dict(dt=self.step().astype(self.u.dtype), dt_softplus=False)
 
 
 @struct.dataclass
@@ -100,6 +109,7 @@ class Mamba(Linked):
     options = MAMBA
     operations: ClassVar[tuple[str, ...]] = ("selective_scan", "short_conv")
     link = "vector"
+    follows_time: ClassVar[str] = "token"
 
     @property
     def inner(self) -> int:
@@ -171,9 +181,12 @@ class Mamba(Linked):
         u, delta, B = (checkpoint_name(v, "stream") for v in (u, delta, B))  # for model.remat
         C = checkpoint_name(C, "projected")
         A = -jnp.exp(self.A_log)
-        if self.dt_scale != 1:  # dt enters as dt A and dt B alone
-            A, B = self.dt_scale * A, self.dt_scale * B
-        stream = Stream(u, delta, self.dt_proj, self.dt_bias, A, B, state["ssm"])
+        steps, stretch = None, seq.stretch(self.dt_scale)
+        if isinstance(stretch, jax.Array):
+            steps = stretch
+        elif stretch != 1:  # dt enters as dt A and dt B alone
+            A, B = stretch * A, stretch * B
+        stream = Stream(u, delta, self.dt_proj, self.dt_bias, A, B, state["ssm"], steps)
         return stream, Readout(C, self.D, z, conv)
 
     def scan(self, stream: Stream, readout: Readout, seq: Sequence) -> tuple[jax.Array, jax.Array]:
@@ -182,13 +195,12 @@ class Mamba(Linked):
         def scan(stream, readout, documents):
             return selective_scan(
                 stream.u,
-                stream.dt,
-                stream.A,
-                stream.B,
-                readout.C,
+                A=stream.A,
+                B=stream.B,
+                C=readout.C,
                 D=readout.D,
                 z=readout.z,
-                dt_bias=stream.dt_bias,
+                **stream.scanned_step(),
                 initial_state=stream.state,
                 implementation=self.implementation.get("selective_scan"),
                 **documents,
@@ -219,13 +231,15 @@ def skip_and_gate(y: jax.Array, u: jax.Array, readout: Readout) -> jax.Array:
     return y.astype(u.dtype)
 
 
-def stack(streams: list[Stream]) -> dict[str, jax.Array]:
+def stack(streams: list[Stream]) -> dict[str, Any]:
     """The streams as groups of one selective scan: u, dt [B, T, G, E], A [G, E, N], B [B, T, G, N], ..."""
+    steps = [s.scanned_step() for s in streams]
+    own = {name: jnp.stack([s[name] for s in steps]) for name in steps[0] if name == "dt_bias"}
     return dict(
+        steps[0] | own,
         u=jnp.stack([s.u for s in streams], axis=2),
-        dt=jnp.stack([s.dt for s in streams], axis=2),
+        dt=jnp.stack([s["dt"] for s in steps], axis=2),
         A=jnp.stack([s.A for s in streams]),
         B=jnp.stack([s.B for s in streams], axis=2),
-        dt_bias=jnp.stack([s.dt_bias for s in streams]),
         initial_state=jnp.stack([s.state for s in streams], axis=1),
     )

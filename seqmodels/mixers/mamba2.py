@@ -67,6 +67,7 @@ class Mamba2(Linked):
     options = MAMBA2
     operations = ("linear_attention", "short_conv")
     link = "matrix"
+    follows_time = "token"
 
     @property
     def inner(self) -> int:
@@ -142,7 +143,7 @@ class Mamba2(Linked):
         B, C = jnp.split(BC.reshape(batch, length, 2 * self.groups, self.state), 2, axis=2)
         u = u.reshape(batch, length, self.heads, self.head_dim)
         # The step and the decay are always float32, because the state depends on their sums over time.
-        step = self.dt_scale * jax.nn.softplus(wide_matmul(x, self.dt_proj) + self.dt_bias)
+        step = seq.stretch(self.dt_scale) * jax.nn.softplus(wide_matmul(x, self.dt_proj) + self.dt_bias)
         stream = Stream(k=B, v=u, log_decay=-jnp.exp(self.A_log) * step, state=state["ssm"], step=step)
         conv_state = dict(conv=past, BC_conv=BC_past)
         return stream, Readout(C, u, self.D, z, self.scale, conv_state, self.groups, self.norm_eps)

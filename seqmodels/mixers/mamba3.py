@@ -97,6 +97,7 @@ class Mamba3(Branch):
 
     options = MAMBA3
     operations = ("linear_attention",)
+    follows_time = "token"
 
     @property
     def heads(self) -> int:
@@ -152,7 +153,7 @@ class Mamba3(Branch):
         wide = dict(preferred_element_type=jnp.float32)
         numbers = jnp.einsum("btd,dch->btch", x, self.head_proj, **wide)
         theta = jnp.pi * jnp.tanh(jnp.einsum("btd,dr->btr", x, self.angle_proj, **wide))
-        dt = self.dt_scale * jax.nn.softplus(numbers[:, :, 0] + self.dt_bias)
+        dt = seq.stretch(self.dt_scale) * jax.nn.softplus(numbers[:, :, 0] + self.dt_bias)
         log_decay = -dt * jnp.maximum(A_ACTIVATIONS[self.A_activation](numbers[:, :, 1]), SLOWEST_DECAY)
         share = jax.nn.sigmoid(numbers[:, :, 2])  # lambda: share of a token's step for its own input
         dt = dt if mask is None else jnp.where(mask[..., None], dt, 0)

@@ -106,6 +106,7 @@ class RetNet(Linked):
     options = RETNET
     operations = ("linear_attention",)
     link = "matrix"
+    follows_time = "rate"  # rotations would need the time of each token, and the state does not carry it
 
     @property
     def state_shape(self) -> tuple[int, int, int]:
@@ -156,9 +157,9 @@ class RetNet(Linked):
         k = project(self.k_proj, activate, "stream") * keys**-0.5
         v = project(self.v_proj, activate, "stream")
         gate = project(self.gate_proj, jax.nn.silu, "projected")
-        decay = log_decay(heads, self.schedule)
+        decay, times = seq.rescale * log_decay(heads, self.schedule), seq.rescale * seq.positions
         divisor = row_scale(decay, seq.positions) if self.row_scale else None
-        stream = Stream(k=k, v=v, log_decay=decay, state=state, angle=rotation(seq.positions, keys, self.angles))
+        stream = Stream(k=k, v=v, log_decay=decay, state=state, angle=rotation(times, keys, self.angles))
         return stream, Readout(q, gate, divisor, self.scale if self.norm_weight else None, self.norm_eps)
 
     def scan(self, stream: Stream, readout: Readout, seq: Sequence) -> tuple[jax.Array, jax.Array]:

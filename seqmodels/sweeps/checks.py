@@ -7,6 +7,7 @@ from ml_collections import ConfigDict
 
 from seqmodels.data.contract import FIGURES
 from seqmodels.errors import UserError
+from seqmodels.fields.run import kind_of_data
 from seqmodels.nearest import nearest
 from seqmodels.sweeps.results import EQUAL_TIME, Result
 
@@ -53,13 +54,13 @@ def check_metric(metric: str, config: ConfigDict, evals: str, others: list[Resul
 
 def measured_by(config: ConfigDict) -> str:
     """How the splits of a config's data are measured, as `BatchSource.measured_by` says it."""
-    return "accuracy" if "task" in config.data else "perplexity"
+    return {"task": "accuracy", "domain": "head", "text": "perplexity"}[kind_of_data(config)]
 
 
 def _dataset(config: ConfigDict) -> Any:
     """What says which evaluators fit, without a text: the dataset of a task, or the words for one of text."""
-    if measured_by(config) == "perplexity":
-        return SimpleNamespace(measured_by="perplexity")
+    if (by := measured_by(config)) != "accuracy":
+        return SimpleNamespace(measured_by=by)
     from seqmodels.data import synthetic
 
     return synthetic.load(config.data, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)

@@ -165,7 +165,8 @@ class Finish:
         with self._reported("state"):
             summary["state_bytes_per_sequence"] = report.state_bytes(self.model, config.seq_len)
         if jax.process_index() == 0:
-            unit = {"next_token": "nats a token", "classify": "nats a row"}.get(self.dataset.objective, "squared error")
+            units = {"next_token": "nats a token", "classify": "nats a row", "pair": "nats a row"}
+            unit = units.get(self.dataset.objective, "squared error")
             with self._reported("loss.png"):
                 report.plot_loss(self.workdir, self.workdir / "loss.png", unit)
                 summary["plot"] = str(self.workdir / "loss.png")

@@ -76,5 +76,5 @@ def beyond_products(config: Any, length: int) -> dict[str, float]:
 
 def train_step_flops(boxed: Any, config: ConfigDict) -> float:
     """Operations of one optimizer step over the whole batch: forward, and twice that backward."""
-    tokens = config.batch_size * config.seq_len
-    return 3.0 * tokens * forward_flops_per_token(boxed, config.model, config.seq_len)
+    length = config.seq_len // (config.model.patch if config.model.input == "patches" else 1)
+    return 3.0 * config.batch_size * length * forward_flops_per_token(boxed, config.model, length)

@@ -169,7 +169,8 @@ def _count_state(model: SequenceModel, specs: dict[Path, BlockSpec], rows: dict[
             bookkeeping += size
             continue
         names = tuple(getattr(key, "key", None) for key in path)  # ("layers", "block_0", "mixer", ...)
-        row = rows[_row_of(model.config, specs, names[1:])]
+        of_head = names[0] == "head"
+        row = rows[model.config.head if of_head else _row_of(model.config, specs, names[1:])]
         if one.shape != two.shape:
             row.kv_cache_bytes += size
         else:

@@ -39,6 +39,7 @@ def make_loss(model: nn.Module, config: ConfigDict) -> Callable[..., tuple[jax.A
             rows[key],
             segment_ids=rows.get("segment_ids") if config.data.reset else None,
             mask=rows.get("mask"),
+            steps=rows.get("steps"),
             state=carry,
             deterministic=config.model.dropout == 0,
             rngs=rngs,
