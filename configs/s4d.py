@@ -4,8 +4,8 @@ Command:   python train.py --config=configs/s4d.py --workdir=runs/s4d
 Hardware:  2 CPU cores.
 Expected:  not measured yet
 
-Preset: small (no argument). It has the same number of parameters as that of configs/densemamba.py, within 2 %. A, B, D
-and dt have a smaller learning rate and no weight decay.
+Preset: small (no argument). It has the same number of parameters as that of configs/densemamba.py, within 2 %. A, B and
+dt have a smaller learning rate and no weight decay.
 """
 
 from collections.abc import Callable

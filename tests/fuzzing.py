@@ -42,7 +42,8 @@ CONFIGS = {
     "deltanet": deltanet.get_config, "densemamba": densemamba.get_config, "gated_deltanet": gated_deltanet.get_config,
     "gla": gla.get_config, "linear_attention": linear_attention.get_config,
     "mamba2": mamba2.get_config, "mamba3": mamba3.get_config, "performer": performer.get_config,
-    "retnet": retnet.get_config, "s5": s5.get_config, "synthetic": synthetic.get_config, "transformer": transformer.get_config,
+    "retnet": retnet.get_config, "s5": s5.get_config, "synthetic": synthetic.get_config,
+    "transformer": transformer.get_config,
 }  # fmt: skip
 MOST_BLOCKS = 24  # of models that are built: the time grows with them
 SMALL = {"model.width": 32, "model.repeats": 2, "seq_len": 64, "batch_size": 4}

@@ -33,15 +33,19 @@ NAMES = (
         "gla",
         "griffin",
         "gru",
+        "h3",
         "hgrn",
+        "hyena",
         "jamba",
     ),
     *("linear_attention", "llama", "lstm", "mamba", "mamba2", "mamba3", "mingru", "minlstm", "mistral", "mixcon"),
-    *("mixtral", "performer", "pythia", "retnet", "rwkv", "s5", "samba", "sparse_transformer", "transformer"),
+    *("mixtral", "performer", "pythia", "retnet", "rwkv", "s4", "s4d", "s5", "samba"),
+    *("sparse_transformer", "transformer"),
 )
 LARGE = {  # a preset of a paper's size, where it is not 130m
     **{"deltanet": "340m", "denseretnet": "350m", "gated_deltanet": "340m", "gla": "340m", "retnet": "200m"},
-    **dict.fromkeys(("cnn", "gru", "hgrn", "lstm", "mingru", "minlstm", "s5", "sparse_transformer"), "small"),
+    **dict.fromkeys(("cnn", "gru", "hgrn", "lstm", "mingru", "minlstm", "sparse_transformer"), "small"),
+    **dict.fromkeys(("h3", "hyena", "s4", "s4d", "s5"), "small"),
     "bigbird": "base",
     **{"griffin": "2b", "rwkv": "169m"},
     **{"jamba": "tiny-dev", "mixcon": "5b-active", "mixtral": "8x7b"},
@@ -130,8 +134,8 @@ def test_the_three_are_matched_in_parameters(arg, mamba_arg):
         assert abs(parameters(other) / dense - 1) < 0.02
 
 
-SAME_SIZE = ("cnn", "griffin", "gru", "hgrn", "jamba", "llama", "lstm", "mingru", "minlstm", "mistral", "mixtral",
-             "pythia", "rwkv", "s5", "samba")  # fmt: skip
+SAME_SIZE = ("cnn", "griffin", "gru", "h3", "hgrn", "hyena", "jamba", "llama", "lstm", "mingru", "minlstm", "mistral",
+             "mixtral", "pythia", "rwkv", "s4", "s4d", "s5", "samba")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", SAME_SIZE)
@@ -263,6 +267,8 @@ CHOICES = {
     "model.retnet.schedule": ("octaves", "spread"),
     "model.retnet.activation": ("identity", "silu"),
     **{f"model.{name}.candidate": ("linear", "positive") for name in ("mingru", "minlstm")},
+    **{f"model.{name}.init_A": ("legs", "lin", "inv", "real") for name in ("h3", "s4d")},
+    **{f"model.{name}.rule": ("zoh", "bilinear") for name in ("h3", "s4d")},
     "model.linear_attention.feature_map": ("elu", "relu", "softmax", "taylor"),
     "model.mamba3.rotated": (0.5, 1.0),
     "model.mamba3.A_activation": ("heavy_tail", "softplus"),
@@ -272,8 +278,10 @@ CHOICES = {
     "training.debug": ("", "nans", "shapes", "nojit"),
 }
 CONVS = tuple(
-    f"model.{name}.conv" for name in ("mamba", "mamba2", "deltanet", "gated_deltanet", "rglru", "cnn", *CONBAS)
+    f"model.{name}.conv"
+    for name in ("mamba", "mamba2", "deltanet", "gated_deltanet", "rglru", "cnn", "h3", "hyena", *CONBAS)
 )
+LINEAR = ("h3", "s4", "s4d")  # systems that do not depend on the token
 SMALLEST = {
     0: (
         *("model.vocab_size", "model.remat_blocks", "model.scan_blocks"),
@@ -325,6 +333,7 @@ SMALLEST = {
         ),
         *("model.mamba.state", "model.mamba.expand", "model.moe.experts", "model.moe.top_k"),
         *("model.mamba2.state", "model.mamba2.expand", "model.mamba2.head_dim", "model.mamba2.groups"),
+        *(f"model.hyena.{field}" for field in ("length", "filter_width", "bands")),
         *("model.mamba3.state", "model.mamba3.expand", "model.mamba3.head_dim", "model.mamba3.groups"),
         *("model.linear_attention.heads", "model.performer.heads", "model.performer.random_features"),
         *("model.gla.heads", "model.gla.gate_rank", "model.gla.gate_divisor", "model.conba.sweeps"),
@@ -338,9 +347,13 @@ SMALLEST = {
         *("checkpoint.every", "checkpoint.keep", "evaluation.rows", "metrics.every"),
         *("evaluation.throughput.tokens", "evaluation.throughput.repeats"),
     ),
-    2: (*CONVS, "model.s5.state"),
+    2: (*CONVS, *(f"model.{name}.state" for name in LINEAR), "model.s5.state"),
 }
-LARGEST = {8: CONVS, 1: ("model.attention.rotary", "optimizer.decay", "optimizer.floor", "sample.top_p")}
+LARGEST = {
+    8: CONVS,
+    1: ("model.attention.rotary", "optimizer.decay", "optimizer.floor", "sample.top_p"),
+    1024: tuple(f"model.{name}.state" for name in LINEAR),
+}
 POSITIVE = (
     *("model.embedding_std", "model.norm_eps", "model.dense.norm_eps", "optimizer.learning_rate", "optimizer.eps"),
     *("model.mamba.norm_eps", "model.mamba2.norm_eps", "model.mamba3.norm_eps", "model.gla.norm_eps"),
@@ -349,8 +362,8 @@ POSITIVE = (
     *("model.mamba2.dt_min", "model.mamba2.dt_max", "model.mamba3.dt_min", "model.mamba3.dt_max"),
     *("model.deltanet.norm_eps", "model.gated_deltanet.norm_eps", "model.hgrn.norm_eps", "model.moe.scale"),
     *("model.mamba.dt_scale", "model.mamba2.dt_scale", "model.mamba3.dt_scale", "model.rescale"),
-    *("model.s5.dt_min", "model.s5.dt_max", "model.s5.dt_scale"),
-    *("model.gated_deltanet.dt_min", "model.gated_deltanet.dt_max"),
+    *("model.gated_deltanet.dt_min", "model.gated_deltanet.dt_max", "model.hyena.frequency"),
+    *(f"model.{name}.{field}" for name in (*LINEAR, "s5") for field in ("dt_min", "dt_max", "dt_scale")),
     *(f"model.{name}.{field}" for name in CONBAS for field in ("norm_eps", "dt_min", "dt_max")),
 )
 SHARES = ("model.dropout", "optimizer.b1", "optimizer.b2", "optimizer.ema")  # at least 0, less than 1

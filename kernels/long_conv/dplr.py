@@ -115,6 +115,6 @@ def spectrum(system: Dplr, c: jax.Array, length: int) -> jax.Array:
         )
         return turn * (cb - g * cp * pb / (1 + g * pp))
 
-    roots = (1j * np.sin(halves), np.cos(halves), np.exp(1j * halves))
-    roots = tuple(jnp.asarray(v, dt.dtype if np.isrealobj(v) else L.dtype) for v in roots)
+    angles = (1j * np.sin(halves), np.cos(halves), np.exp(1j * halves))
+    roots = [jnp.asarray(v, dt.dtype if np.isrealobj(v) else L.dtype) for v in angles]
     return jax.lax.map(values, roots).reshape(pieces * size, -1)[:count]

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Fields = dict[str, Any]
-STEPPED = ("mamba", "mamba2", "mamba3", "s5")  # branches with a step size dt
+STEPPED = ("mamba", "mamba2", "mamba3", "h3", "s4", "s4d", "s5")  # branches with a step size dt
 SCALINGS = ("linear", "ntk", "yarn", "llama3", "rerope", "leaky_rerope")  # methods that are values of attention.scaling
 
 

@@ -10,7 +10,7 @@ LARGEST_STATE = 1024  # beyond, the eigenvectors of HiPPO take long
 STATE = Field(
     64,
     "N, states of each channel; one of each conjugate pair is kept, so N / 2 complex numbers",
-    Rule(lambda n: n % 2 == 0 and 2 <= n <= LARGEST_STATE, f"even, between 2 and {LARGEST_STATE}"),
+    Rule(lambda n: n % 2 == 0 and 2 <= n <= LARGEST_STATE, f"between 2 and {LARGEST_STATE}, and even"),
 )
 RULE = Field("zoh", "how time is made discrete: zoh (the input is held) or bilinear", one_of("zoh", "bilinear"))
 RANGE = {name: STEPS[name] for name in ("dt_min", "dt_max")}

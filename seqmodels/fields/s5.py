@@ -3,7 +3,10 @@
 from typing import Any
 
 from seqmodels.fields import Field, Group, at_least, one_of, refuse
+from seqmodels.fields.s4d import LARGEST_STATE
 from seqmodels.fields.steps import STEPS, STRETCH, check_steps
+
+LARGEST_SYSTEM = 2**16  # P
 
 
 def check(options: Any, width: int) -> None:
@@ -11,13 +14,20 @@ def check(options: Any, width: int) -> None:
     if options.state % (2 * options.blocks):
         refuse("model.s5.state", options.state, f"a multiple of {2 * options.blocks} with blocks={options.blocks}, as "
                "each block has conjugate pairs")  # fmt: skip
+    if options.state > LARGEST_STATE * options.blocks:
+        refuse("model.s5.state", options.state, f"at most {LARGEST_STATE} for each of blocks={options.blocks}")
     check_steps("s5", options)
 
 
 S5 = Group(
     "s5",
     {
-        "state": Field(64, "P, size of the state: P / 2 complex numbers, one of each conjugate pair", at_least(2)),
+        "state": Field(
+            64,
+            "P, size of the state: P / 2 complex numbers, one of each conjugate pair",
+            at_least(2),
+            largest=LARGEST_SYSTEM,
+        ),
         "blocks": Field(1, "J, equal blocks of a fresh state matrix; fewer see further back", at_least(1)),
         "discretization": Field("zoh", "how the system becomes a recurrence", one_of("zoh", "bilinear")),
         "activation": Field(

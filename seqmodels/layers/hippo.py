@@ -14,6 +14,7 @@ s is the time that has passed since the input, and the functions p_n are orthono
 
 P_n and L_n are the polynomials of Legendre and Laguerre. The windows of legt and fourier have length 1; A / w and B / w
 have one of length w. These two forget what leaves the window by its value in the expansion, hence the last column.
+In fourier that value is twice the series minus u, as a series is the mean of both ends where they differ.
 Everything here is NumPy in float64: in float32 the eigenvectors of larger LegS matrices are wrong.
 """
 
@@ -45,14 +46,14 @@ def lagt(size: int) -> tuple[Array, Array]:
 
 
 def fourier(size: int) -> tuple[Array, Array]:
-    """A turns each pair of cosine and sine, minus B B^T; B is 1, 0, sqrt(2), 0, sqrt(2), 0, .. The size is even."""
-    b = np.zeros(size)
-    b[::2] = np.sqrt(2.0)
-    b[0] = 1.0
+    """A turns each pair of cosine and sine, minus 2 p p^T; B = 2 p, with p = 1, 0, sqrt(2), 0, .. The size is even."""
+    p = np.zeros(size)
+    p[::2] = np.sqrt(2.0)
+    p[0] = 1.0
     turn = np.zeros((size, size))
     cosine, frequency = np.arange(0, size, 2), 2 * np.pi * np.arange(size // 2)
     turn[cosine, cosine + 1], turn[cosine + 1, cosine] = -frequency, frequency
-    return turn - np.outer(b, b), b
+    return turn - 2 * np.outer(p, p), 2 * p
 
 
 MEASURES: dict[str, Callable[[int], tuple[Array, Array]]] = dict(legs=legs, legt=legt, lagt=lagt, fourier=fourier)

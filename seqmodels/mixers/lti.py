@@ -7,7 +7,8 @@ documents included. From a state on it is run as a recurrence, token by token or
 of the same parameters, for rows of any length.
 """
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import ClassVar, Protocol
 
 import flax.linen as nn
 import jax
@@ -58,22 +59,34 @@ def parts(value: jax.Array) -> dict[str, jax.Array]:
     return dict(real=value.real, imag=value.imag)
 
 
+# The system in discrete time, by the factor of its steps: a number, or [B, T, 1] for the tokens of a scan.
+SystemAt = Callable[[float | jax.Array], System]
+
+
 def in_spans(
-    system: System, x: jax.Array, h: jax.Array, reset: jax.Array | None, mask: jax.Array | None
+    system: SystemAt,
+    stretch: float | jax.Array,
+    x: jax.Array,
+    h: jax.Array,
+    reset: jax.Array | None,
+    mask: jax.Array | None,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `system.scan`, SPAN tokens at a time; the backward pass computes the states within a span again."""
+    """As `System.scan`, SPAN tokens at a time; the backward pass computes the states within a span again."""
     length = x.shape[1]
     if length <= SPAN:
-        return system.scan(x, h, reset, mask)
+        return system(stretch).scan(x, h, reset, mask)
     if mask is None and length % SPAN:  # the last span is padded
         mask = jnp.ones(x.shape[:2], bool)
 
+    steps = stretch if isinstance(stretch, jax.Array) else None  # of each token
+
     @jax.checkpoint
     def span(h, tokens):
-        y, h = system.scan(tokens[0], h, *tokens[1:])
+        steps, x, *documents = tokens
+        y, h = system(stretch if steps is None else steps).scan(x, h, *documents)
         return h, y
 
-    h, y = jax.lax.scan(span, h, split_time((x, reset, mask), SPAN))
+    h, y = jax.lax.scan(span, h, split_time((steps, x, reset, mask), SPAN))
     return join_time(y, length), h
 
 
@@ -85,7 +98,7 @@ class Lti(Branch):
     dt_max: float = 1e-1
     dt_scale: float = 1.0
 
-    operations = ("long_conv",)
+    operations: ClassVar[tuple[str, ...]] = ("long_conv",)
     biased = True
 
     @property
@@ -99,8 +112,8 @@ class Lti(Branch):
         return parts(jnp.zeros((batch, self.pairs, self.width), jnp.complex64))
 
     @nn.nowrap
-    def system(self) -> System:
-        """Declares the parameters, and returns the system in discrete time."""
+    def system(self) -> SystemAt:
+        """Declares the parameters, and returns the system in discrete time by the factor of its steps."""
         raise NotImplementedError
 
     @nn.nowrap
@@ -137,15 +150,16 @@ class Lti(Branch):
             state: as in `init_state`, or None.
         """
         system = self.system()
-        skip = parameter(self, "D", (self.width,), ("inner",), ones, group="ssm")
+        skip = parameter(self, "D", (self.width,), ("inner",), ones)
         old = self.init_state(x.shape[0]) if state is None else state
         h = jax.lax.complex(old["real"], old["imag"])
-        read, h = in_spans(system, x.astype(jnp.float32), h, resets(**seq.documents()), seq.mask)
-        if state is not None:
+        stretch = seq.stretch()
+        read, h = in_spans(system, stretch, x.astype(jnp.float32), h, resets(**seq.documents()), seq.mask)
+        if state is not None or isinstance(stretch, jax.Array):  # with steps of each token it is no convolution
             return (read + skip * x).astype(x.dtype), parts(h)
         # Nothing then computes what was read above, and nothing the last state unless it is asked for.
         implementation = self.implementation.get("long_conv")
-        taps = system.filter(x.shape[1])
+        taps = system(stretch).filter(x.shape[1])
         return long_conv(x, taps, skip, implementation=implementation, **seq.documents()), parts(h)
 
     @nn.compact

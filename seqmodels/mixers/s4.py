@@ -22,7 +22,7 @@ from seqmodels.kernels.long_conv.dplr import Dplr, bilinear, dplr_filter, real_s
 from seqmodels.kernels.segments import forget
 from seqmodels.kernels.tuning import UNROLLED
 from seqmodels.layers.hippo import nplr
-from seqmodels.mixers.lti import Lti, everywhere
+from seqmodels.mixers.lti import Lti, SystemAt, everywhere
 
 OPERATIONS = 6 + 4 + 4 + 4 + 4  # on a state and token: a h, the sum of q h, - w of it, + b x, and the readout
 COUNTED = 2 * (2 + 2 + 2 + 2)  # two for each parameter of L, P, B and C
@@ -65,6 +65,7 @@ class S4(Lti):
     dt_scale: float = OPTIONS["dt_scale"]
 
     options = OPTIONS
+    follows_time = "rate"  # other steps of each token would need another matrix of rank 1 for each
 
     @nn.nowrap
     def flops(self, length: int) -> float:
@@ -72,10 +73,11 @@ class S4(Lti):
         return (OPERATIONS - COUNTED) * self.pairs * self.width
 
     @nn.nowrap
-    def system(self) -> Readable:
-        """Its system, which `bilinear` makes discrete."""
+    def system(self) -> SystemAt:
+        """Its system, which `bilinear` makes discrete; all tokens have the same step."""
         form = nplr(self.state)
         decay = -jnp.exp(self.per_state("L_log", everywhere(np.log(-form.eigenvalues.real))))
         rotation = self.per_state("L_imag", everywhere(form.eigenvalues.imag))
         P, B = self.complex_per_state("P", form.low_rank), self.complex_per_state("B", form.input)
-        return Readable(Dplr(jax.lax.complex(decay, rotation), P, B, self.step_size()), self.readout())
+        L, dt, C = jax.lax.complex(decay, rotation), self.step_size(), self.readout()
+        return lambda stretch: Readable(Dplr(L, P, B, stretch * dt), C)

@@ -19,7 +19,7 @@ from seqmodels.fields.s4d import S4D
 from seqmodels.kernels.long_conv.diagonal import diagonal_filter
 from seqmodels.kernels.long_conv.dplr import real_sum
 from seqmodels.layers.hippo import nplr
-from seqmodels.mixers.lti import Lti, everywhere
+from seqmodels.mixers.lti import Lti, SystemAt, everywhere
 from seqmodels.parallel import linear_scan
 
 OPERATIONS = 6 + 4 + 4  # on a state and token: a h, + b x, and the readout, in real numbers
@@ -53,7 +53,10 @@ FRESH: dict[str, Callable[[int], tuple[np.ndarray, np.ndarray]]] = dict(legs=leg
 
 
 class Diagonal(NamedTuple):
-    """A diagonal system in discrete time, [N / 2, E] complex: log_a, the logarithm of A, and B and C."""
+    """A diagonal system in discrete time, [N / 2, E] complex: log_a, the logarithm of A, and B and C.
+
+    log_a and B may be those of each token, [B, T, N / 2, E].
+    """
 
     log_a: jax.Array
     b: jax.Array
@@ -69,16 +72,16 @@ class Diagonal(NamedTuple):
     ) -> tuple[jax.Array, jax.Array]:
         """See `lti.System`."""
         inputs = self.b * x[:, :, None]
-        ids = dict(segment_ids=None, initial_segment=None)
-        if reset is not None:  # documents of this piece are numbered, that of the state is 0
-            ids = dict(segment_ids=jnp.cumsum(reset, axis=1), initial_segment=jnp.zeros(len(x), int))
+        # documents of this piece are numbered, that of the state is 0
+        ids, first = (None, None) if reset is None else (jnp.cumsum(reset, axis=1), jnp.zeros(len(x), int))
         h, last = linear_scan(
             jnp.broadcast_to(self.log_a, inputs.shape),
             inputs,
             initial_state=h,
+            segment_ids=ids,
+            initial_segment=first,
             mask=mask,
             implementation=self.implementation,
-            **ids,
         )
         return real_sum(self.c * h), last
 
@@ -109,6 +112,7 @@ class S4d(Lti):
 
     options = S4D
     operations: ClassVar[tuple[str, ...]] = ("linear_scan", "long_conv")
+    follows_time: ClassVar[str] = "token"
 
     @nn.nowrap
     def flops(self, length: int) -> float:
@@ -116,10 +120,16 @@ class S4d(Lti):
         return (OPERATIONS - COUNTED) * self.pairs * self.width
 
     @nn.nowrap
-    def system(self) -> Diagonal:
+    def system(self) -> SystemAt:
         """Its system in discrete time."""
-        a, b = FRESH[self.init_A](self.state)
-        decay = -jnp.exp(self.per_state("A_log", everywhere(np.log(-a.real))))
-        a = jax.lax.complex(decay, self.per_state("A_imag", everywhere(a.imag)))
-        log_a, b = RULES[self.rule](a, self.complex_per_state("B", b), self.step_size())
-        return Diagonal(log_a, b, self.readout(), self.implementation.get("linear_scan"))
+        eigenvalues, inputs = FRESH[self.init_A](self.state)
+        decay = -jnp.exp(self.per_state("A_log", everywhere(np.log(-eigenvalues.real))))
+        a = jax.lax.complex(decay, self.per_state("A_imag", everywhere(eigenvalues.imag)))
+        B, dt, C = self.complex_per_state("B", inputs), self.step_size(), self.readout()
+
+        def at(stretch: float | jax.Array) -> Diagonal:
+            each = stretch[:, :, None] if isinstance(stretch, jax.Array) else stretch
+            log_a, b = RULES[self.rule](a, B, each * dt)
+            return Diagonal(log_a, b, C, self.implementation.get("linear_scan"))
+
+        return at

@@ -43,6 +43,7 @@ SHAPES = {  # of every array that an operation takes, and of what it gives
         dict(log_decay=(B, T, 3, E), x=(B, T, 3, E), initial_state=(B, 3, E), **DOCUMENTS),
         [(B, T, 3, E), (B, 3, E)],
     ),
+    "long_conv": (dict(x=(B, T, E), weight=(T, E), skip=(E,), **DOCUMENTS), [(B, T, E)]),
     "grouped_matmul": (dict(x=(7, 5), w=(3, 5, 4), sizes=(3,)), [(7, 4)]),
 }
 
