@@ -314,7 +314,16 @@ SMALLEST = {
         ),
     ),
     1: (
-        *("steps", "batch_size", "seq_len", "model.width", "model.repeats", "model.vocab_multiple", "model.horizon"),
+        *(
+            "steps",
+            "batch_size",
+            "seq_len",
+            "model.width",
+            "model.repeats",
+            "model.vocab_multiple",
+            "model.horizon",
+            "model.patch",
+        ),
         *(
             "model.dense.depth",
             "model.dense.every",
