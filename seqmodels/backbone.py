@@ -355,7 +355,7 @@ class Backbone(nn.Module):
         old = {} if state is None else state
         layers = {}
         end: depth.Connection = getattr(self, depth.kind(self.config))
-        carry = end.start(x)
+        carry = end.start(x, [getattr(block, depth.kind(self.config)) for block in self.block])
         for i, block in enumerate(self.block):
             name = f"block_{i}"
             x, layers[name], carry = block(x, seq, old.get(name), carry, deterministic)

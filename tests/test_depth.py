@@ -267,11 +267,11 @@ def test_every_parameter_learns(form):
 
 @pytest.mark.parametrize("mixing", ["lite", "sinkhorn"])
 def test_mixing_is_doubly_stochastic(mixing):
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(5, 24 if mixing == "lite" else 16)), jnp.float32)
-    H = hyper.lite(logits, 4) if mixing == "lite" else hyper.sinkhorn(logits.reshape(5, 4, 4))
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(24 if mixing == "lite" else 16, 5)), jnp.float32)
+    H = hyper.lite(logits, 4) if mixing == "lite" else hyper.sinkhorn(logits.reshape(4, 4, 5))
     assert np.all(H > 0)
-    np.testing.assert_allclose(H.sum(-1), 1, atol=1e-5)
-    np.testing.assert_allclose(H.sum(-2), 1, atol=1e-3)
+    np.testing.assert_allclose(H.sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(H.sum(0), 1, atol=1e-3)
 
 
 @pytest.mark.parametrize(

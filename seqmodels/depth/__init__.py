@@ -2,6 +2,8 @@
 
 from typing import Any
 
+import jax.numpy as jnp
+
 from seqmodels import pattern
 from seqmodels.branch import Branch
 from seqmodels.depth.attnres import AttnRes
@@ -34,16 +36,17 @@ def connection_of(config: Any, branches: list[Branch], steps: int, sources: int 
     """
     name, blocks = kind(config), pattern.parse(config.pattern)
     scanned, eps = config.scan_blocks > 0, config.norm_eps
+    dtype = jnp.dtype(config.dtype)
     if name == PLAIN:
         return Connection(**parent)
     if name == "attnres":
         total = config.repeats * sum(map(len, blocks))
-        fields = dict(total=total, scanned=scanned, eps=eps)
+        fields = dict(total=total, scanned=scanned, eps=eps, dtype=dtype)
         return AttnRes(config.attnres, config.width, steps or int(config.attnres.form != "delta"), **fields, **parent)
     if name == "denseformer":
         return DenseFormer(config.width, steps, config.repeats * len(blocks), scanned, **parent)
     if name == "hyper":
-        return Hyper(config.hyper, config.width, steps, eps, **parent)
+        return Hyper(config.hyper, config.width, steps, eps, dtype, **parent)
     return _dense(config, branches, sources, **parent)
 
 
