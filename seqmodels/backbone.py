@@ -90,6 +90,7 @@ def plan(config: Any) -> list[BlockSpec]:
     Raises UserError for a pattern that is wrong, or that does not fit the dense links.
     """
     blocks = [BlockSpec(block) for block in parse(config.pattern)] * config.repeats
+    depth.check(config, {word for block in blocks[: len(blocks) // config.repeats] for word in block.names().values()})
     dense = config.dense
     if dense.variant == "none":
         return blocks
@@ -128,7 +129,7 @@ def scanned(config: Any) -> tuple[int, int]:
         refuse("model.scan_blocks", config.scan_blocks, f"0, or a divisor of model.repeats={config.repeats}")
     size = len(parse(config.pattern)) * config.scan_blocks
     groups = [blocks[i : i + size] for i in range(0, len(blocks), size)]
-    first = 0
+    first = min(depth.growing(config), len(groups))
     while first < len(groups) and groups[first] != groups[-1]:
         first += 1
     if any(group != groups[-1] for group in groups[first:]):

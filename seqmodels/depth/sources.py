@@ -76,9 +76,15 @@ class Buffered:
 Sources = Listed | Buffered
 
 
+def empty(x: jax.Array, room: int) -> Buffered:
+    """No source yet, with room for as many as a scan over blocks will have, each like x [B, T, D]."""
+    none = jnp.zeros((), jnp.int32)
+    return Buffered(jnp.zeros((room, *x.shape), x.dtype), none, none)
+
+
 def first(x: jax.Array, room: int = 0) -> Any:
     """Sources of which x [B, T, D] is the first. room: number of sources that a scan over blocks will have; else 0."""
     if not room:
         return Listed((x,))
-    values = jnp.zeros((room, *x.shape), x.dtype).at[0].set(x)
-    return Buffered(values, jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32))
+    none = empty(x, room)
+    return Buffered(none.values.at[0].set(x), none.steps, jnp.ones((), jnp.int32))
