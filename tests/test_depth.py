@@ -1,6 +1,7 @@
 """Connections across depth, each against its paper's equations over stored arrays, in float64."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
@@ -11,6 +12,7 @@ import scipy.special
 
 from seqmodels import backbone
 from seqmodels.branch import Links
+from seqmodels.branches import BRANCHES
 from seqmodels.config import complete_model
 from seqmodels.configs.base import base
 from seqmodels.depth import hyper
@@ -289,7 +291,9 @@ def test_scanned_and_rematerialised_are_the_same(form, fields):
     """In value, and in the gradient of every parameter."""
 
     def stacked(tree):
-        return stack(tree, fields["scan_blocks"]) if "scan_blocks" in fields else tree
+        if "scan_blocks" not in fields:
+            return tree
+        return stack(tree, fields["scan_blocks"], backbone.scanned(config_of(form, **fields))[0])
 
     y, gradients = unrolled(form)
     got, got_gradients = value_and_gradients(form, tuple(fields.items()), stacked(perturbed(form)))
@@ -310,6 +314,42 @@ def test_one_token_at_a_time(form):
         y, state = hidden(form, (), params, tokens()[:, t : t + 1], state)
         ys.append(y)
     np.testing.assert_allclose(jnp.concatenate(ys, 1), whole, rtol=1e-4, atol=1e-4)
+
+
+MIXERS = ("attention", "mamba2", "retnet", "linear_attention", "conba")  # that are valued and have ways
+HYBRIDS = {"value": MIXERS, "mudd": MIXERS, "attnres block": ("gla", "rwkv+rwkv_channel", "rglru"),
+           "hyper identity": ("deltanet", "lstm|mlp", "mamba3")}  # fmt: skip
+SIZES = {"attention": dict(heads=2, kv_heads=1), "mamba2": dict(head_dim=4, state=4)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", HYBRIDS)
+def test_in_hybrids(form):
+    """Packed documents behind padding are what each is alone, and a token at a time gives the same."""
+    mixers, draw = HYBRIDS[form], np.random.default_rng(3)
+    names = {name for word in mixers for name in re.split(r"[+|]", word)}
+    config = base().model
+    config.update(pattern=" ".join(mixers), width=8, repeats=2)
+    for name in sorted(names):
+        if (options := BRANCHES[name].options) is not None:
+            config[name] = options.defaults(**SIZES.get(name, {}))
+    for name, value in FORMS[form].items():
+        holder, _, last = name.rpartition("__")
+        (config[holder] if holder else config)[last] = value
+    module = build(complete_model(config), VOCABULARY)
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))["params"]
+    params = jax.tree.map(lambda x: x + 0.1 * draw.normal(size=x.shape).astype(np.float32), params)
+    apply = jax.jit(
+        lambda tokens, segments, mask, state: module.apply({"params": params}, tokens, segments, mask, state)
+    )
+    row = tokens()[:1]
+    packed = jnp.concatenate([row, row], axis=1), jnp.arange(2 * T)[None] // T, jnp.arange(2 * T)[None] != 2
+    state, ys = module.init_state(1, 2 * T), []
+    whole, _ = apply(*packed, state)
+    for t in range(T, 2 * T):
+        y, state = apply(*(x[:, t : t + 1] for x in packed), state)
+        ys.append(y)
+    np.testing.assert_allclose(whole[:, T:], jnp.concatenate(ys, axis=1), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
@@ -341,9 +381,12 @@ def test_mixing_is_doubly_stochastic(mixing):
             "config.model.depth='hyper': must be 'none' with model.dense.var",
         ),
         (dict(hyper__mixing="lite", hyper__streams=6), "config.model.hyper.streams=6: must be at most 5 with mixing"),
+        (dict(depth="value", pattern="mamba lstm"), "config.model.depth='value': must be .*; lstm has no value stream"),
+        (dict(depth="value", pattern="bi:mamba"), "bi:mamba has no value stream"),
+        (dict(depth="mudd", short_conv=4), "config.model.short_conv=4: must be 0 with model.depth='mudd'"),
         (dict(attnres__blocks=0), "config.model.attnres.blocks=0: must be at least 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(fields, words):
     with pytest.raises(UserError, match=words):
-        config_of("", **fields)
+        backbone.plan(config_of("", **fields))
