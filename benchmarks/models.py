@@ -144,7 +144,7 @@ def measure(
     from seqmodels.config import validate
     from seqmodels.model import build
     from seqmodels.training import flops, sharding
-    from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
+    from seqmodels.training.optimizer import make_optimizer, make_schedule
     from seqmodels.training.state import abstract_params, abstract_state, lower_init
     from seqmodels.training.step import lower_train_step, make_train_step
 
@@ -152,7 +152,7 @@ def measure(
     mesh = sharding.make_mesh(config)
     model = build(config.model, config.model.vocab_size or 257)
     boxed = abstract_params(model, config)
-    optimizer = make_optimizer(config.optimizer, decay_mask(boxed))
+    optimizer = make_optimizer(config.optimizer, boxed)
     abstract = abstract_state(model, optimizer, config, mesh)
     draw = np.random.default_rng(0)
     shape = (config.batch_size, config.seq_len)

@@ -71,7 +71,7 @@ def compiled(row: str, fields: list[str]):
     from seqmodels.config import validate
     from seqmodels.model import build
     from seqmodels.training import sharding
-    from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
+    from seqmodels.training.optimizer import make_optimizer, make_schedule
     from seqmodels.training.state import abstract_params, abstract_state
     from seqmodels.training.step import lower_train_step, make_train_step
 
@@ -88,7 +88,7 @@ def compiled(row: str, fields: list[str]):
     mesh = sharding.make_mesh(config, list(devices))
     model = build(config.model, config.model.vocab_size)
     boxed = abstract_params(model, config)
-    optimizer = make_optimizer(config.optimizer, decay_mask(boxed))
+    optimizer = make_optimizer(config.optimizer, boxed)
     abstract = abstract_state(model, optimizer, config, mesh, boxed)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(sharding.RULES):
         step = make_train_step(model, optimizer, make_schedule(config.optimizer, config.steps), config, boxed)
