@@ -2,8 +2,8 @@
 
 Command:   python train.py --config=configs/bigbird.py --workdir=runs/bigbird
 Hardware:  2 CPU cores. `:base` one GPU of 80 GB (planned, never run)
-Expected:  not measured yet
-Cost:      3 minutes of training on 2 CPU cores (small; that of configs/transformer.py takes 2 1/2)
+Expected:  validation 2.365, test 2.375 bits per byte (small; 2026-11-30; xz -9: 2.591, 2.543)
+Cost:      8 minutes of training on one CPU core (small)
 
 Presets: small (no argument), the Transformer of configs/transformer.py with blocks of 16 tokens; and base, with the
 width, layers, heads, blocks and rows of the published base model. That one is an encoder with learned positions; these

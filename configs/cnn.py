@@ -2,7 +2,8 @@
 
 Command:   python train.py --config=configs/cnn.py --workdir=runs/cnn
 Hardware:  2 CPU cores.
-Expected:  not measured yet
+Expected:  validation 2.289, test 2.313 bits per byte (small; 2026-11-30; xz -9: 2.591, 2.543)
+Cost:      4 minutes of training on one CPU core (small)
 
 Preset: small (no argument). It has the same number of parameters as that of configs/densemamba.py, within
 2 %. A token sees itself and the 124 tokens before it.

@@ -2,7 +2,8 @@
 
 Command:   python train.py --config=configs/griffin.py --workdir=runs/griffin
 Hardware:  2 CPU cores. `:2b` one GPU of 80 GB (planned, never run).
-Expected:  not measured yet
+Expected:  validation 2.100, test 2.126 bits per byte (small; 2026-11-30; xz -9: 2.591, 2.543)
+Cost:      9 minutes of training on one CPU core (small)
 
 Presets: small (no argument), hawk (recurrent blocks only, as small) and 2b, which has the layers of RecurrentGemma-2B.
 2b differs from it in that logits have no limit and the embedding no scale. small and hawk have as many parameters as

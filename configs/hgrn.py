@@ -2,7 +2,8 @@
 
 Command:   python train.py --config=configs/hgrn.py --workdir=runs/hgrn
 Hardware:  2 CPU cores.
-Expected:  not measured yet
+Expected:  validation 2.138, test 2.172 bits per byte (small; 2026-11-30; xz -9: 2.591, 2.543)
+Cost:      5 minutes of training on one CPU core (small)
 
 Preset: small (no argument). It has the same number of parameters as that of configs/densemamba.py, within
 2 %. All blocks are unrolled (model.scan_blocks=0), as a fresh block depends on its place in the stack.

@@ -2,8 +2,8 @@
 
 Command:   python train.py --config=configs/jamba.py --workdir=runs/jamba
 Hardware:  2 CPU cores. `:tiny-dev` one GPU of 80 GB; `:v0.1`, `:1.5-mini` 16, `:1.5-large` 128 (planned, never run)
-Expected:  not measured yet
-Cost:      about 10 minutes of training on 2 CPU cores (small; from its first steps)
+Expected:  validation 2.071, test 2.114 bits per byte (small; 2026-11-30; xz -9: 2.591, 2.543)
+Cost:      10 minutes of training on 2 CPU cores (small)
 
 Presets: small (no argument), tiny-dev, v0.1, 1.5-mini, 1.5-large with 318,688,640, 51,570,323,328 (twice) and
 398,555,145,696 parameters, of which a token uses 167,693,696, 12,110,311,296 and 94,149,338,592. Sizes and layout are

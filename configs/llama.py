@@ -2,8 +2,8 @@
 
 Command:   python train.py --config=configs/llama.py --workdir=runs/llama
 Hardware:  2 CPU cores. `:2-7b` and `:3-8b` 8 GPUs of 80 GB, `:2-70b` 64, `:3.1-405b` 512 (planned, never run)
-Expected:  not measured yet
-Cost:      about 3 minutes of training on 2 CPU cores (small; the Transformer of configs/transformer.py takes 2 1/2)
+Expected:  validation 2.370, test 2.386 bits per byte (small; 2026-11-30; xz -9: 2.591, 2.543)
+Cost:      8 minutes of training on one CPU core (small)
 
 Presets: small (no argument); 2-7b, 2-13b, 2-70b with 6,738,415,616, 13,015,864,320 and 68,976,648,192 parameters; 3-8b,
 3-70b and 3.1-8b, 3.1-70b with 8,030,261,248 and 70,553,706,496; 3.1-405b with 405,853,388,800; 3.2-1b and 3.2-3b with

@@ -2,8 +2,8 @@
 
 Command:   python train.py --config=configs/mistral.py --workdir=runs/mistral
 Hardware:  2 CPU cores. `:7b-v0.1` and `:7b-v0.3` 8 GPUs of 80 GB (planned, never run)
-Expected:  not measured yet
-Cost:      about 3 minutes of training on 2 CPU cores (small; the Transformer of configs/transformer.py takes 2 1/2)
+Expected:  validation 2.310, test 2.332 bits per byte (small; 2026-11-30; xz -9: 2.591, 2.543)
+Cost:      8 minutes of training on one CPU core (small)
 
 Presets: small (no argument), 7b-v0.1 with 7,241,732,096 parameters and a window of 4096 tokens, 7b-v0.3 with
 7,248,023,552 and none. Sizes are those of the published models. How these were trained is not public: the training is

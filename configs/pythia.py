@@ -2,8 +2,8 @@
 
 Command:   python train.py --config=configs/pythia.py --workdir=runs/pythia
 Hardware:  2 CPU cores. `:70m` to `:1b` one GPU of 80 GB, `:6.9b` eight of them (planned, never run)
-Expected:  not measured yet
-Cost:      about 3 minutes of training on 2 CPU cores (small; the Transformer of configs/transformer.py takes 2 1/2)
+Expected:  validation 2.454, test 2.467 bits per byte (small; 2026-11-30; xz -9: 2.591, 2.543)
+Cost:      8 minutes of training on one CPU core (small)
 
 Presets: small (no argument); 70m, 160m, 410m, 1b, 1.4b, 2.8b, 6.9b, 12b with 70,426,624, 162,322,944, 405,334,016,
 1,011,781,632, 1,414,647,808, 2,775,208,960, 6,857,302,016 and 11,846,072,320 parameters. Sizes and training are those

@@ -2,7 +2,8 @@
 
 Command:   python train.py --config=configs/rwkv.py --workdir=runs/rwkv
 Hardware:  2 CPU cores. `:169m` one GPU of 80 GB, `:14b` eight or more (planned, never run).
-Expected:  not measured yet
+Expected:  validation 2.054, test 2.091 bits per byte (small; 2026-11-30; xz -9: 2.591, 2.543)
+Cost:      7 minutes of training on one CPU core (small)
 
 Presets: small (no argument), and the published sizes 169m, 430m, 1.5b, 3b, 7b and 14b. Their models have one more norm,
 behind the embedding, which can be folded into its table when a model is trained. They have the training of the Mamba

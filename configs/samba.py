@@ -2,8 +2,8 @@
 
 Command:   python train.py --config=configs/samba.py --workdir=runs/samba
 Hardware:  2 CPU cores. `:421m` one GPU of 80 GB, `:1.3b` eight (planned, never run)
-Expected:  not measured yet
-Cost:      about 4 minutes of training on 2 CPU cores (small; that of configs/mamba.py takes 4)
+Expected:  validation 2.118, test 2.150 bits per byte (small; 2026-11-30; xz -9: 2.591, 2.543)
+Cost:      10 minutes of training on one CPU core (small)
 
 Presets: small (no argument); 421m and 1.3b with the sizes of the authors' code, 421,793,280 and 1,330,207,488
 parameters, windows of 2048 tokens and rows of 4096. The training is that of the Mamba paper at GPT-3's rates. The state

@@ -2,8 +2,8 @@
 
 Command:   python train.py --config=configs/sparse_transformer.py --workdir=runs/sparse_transformer
 Hardware:  2 CPU cores
-Expected:  not measured yet
-Cost:      3 minutes of training on 2 CPU cores (small; that of configs/transformer.py takes 2 1/2)
+Expected:  validation 2.327, test 2.354 bits per byte (small; 2026-11-30; xz -9: 2.591, 2.543)
+Cost:      8 minutes of training on one CPU core (small)
 
 Preset: small, the Transformer of configs/transformer.py with the paper's `fixed` pattern, which is the one for text, in
 blocks of 16 tokens: groups of 4 blocks, the last of which all later tokens see. `model.attention.mask=strided` is the

@@ -179,6 +179,13 @@ class Mask:
         """Whether more than the difference of two positions matters."""
         return self.sinks > 0 or self.pattern is not None
 
+    def most_keys(self, length: int) -> int:
+        """How many of `length` keys a query sees that sees as many as any; of a pattern's, 64 queries are looked at."""
+        if self.pattern is None:
+            return min(length, self.window + self.sinks) if self.causal and self.window else length
+        i = np.linspace(0, length - 1, min(length, 64), dtype=np.int32)
+        return int(self.sees(i[:, None], np.arange(length, dtype=np.int32)[None]).sum(axis=1).max())
+
     def sees(self, i: Positions, j: Positions) -> Any:
         """As `Pattern.sees`."""
         seen = i - j >= 0 if self.causal else None

@@ -19,7 +19,7 @@ from seqmodels.kernels.attention import tiles
 from seqmodels.kernels.attention.arguments import Inputs, Options, Side, Tokens
 from seqmodels.kernels.attention.visible import sees
 
-TILE = {"cpu": 256, "default": 512}  # tokens per tile, of queries and of keys; measured on a CPU only
+TILE = {"cpu": 256, "default": 512}  # tokens per tile, of queries and of keys; tuned on a CPU only
 
 
 def supports(platform: str, **facts: object) -> str | None:

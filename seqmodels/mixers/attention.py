@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from seqmodels.branch import NO_LINKS, Branch, Links, State, real
 from seqmodels.fields.attention import ATTENTION
-from seqmodels.kernels.attention.masks import BigBird, Fixed, Pattern, Strided
+from seqmodels.kernels.attention.masks import BigBird, Fixed, Mask, Pattern, Strided
 from seqmodels.kernels.finite import spoil
 from seqmodels.layers.kv_cache import (
     EMPTY,
@@ -220,9 +220,10 @@ class Attention(Branch):
 
     @nn.nowrap
     def flops(self, length: int) -> float:
-        """Scores and sums over all `length` keys, as is usual, although tiles that are masked are not computed."""
+        """Scores and sums over as many keys as the query sees that sees most: all, as is usual, if it is the last."""
         heads, _, head_dim = self.sizes
-        return 4 * length * heads * head_dim
+        mask = Mask(True, self.rules.window or None, self.rules.sinks, self.rules.pattern)
+        return 4 * mask.most_keys(length) * heads * head_dim
 
     @property
     def turned(self) -> int:

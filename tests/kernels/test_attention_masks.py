@@ -44,6 +44,11 @@ def test_patterns_are_their_definitions(pattern):
 
 
 @pytest.mark.parametrize("mask", MASKS, ids=str)
+def test_most_keys(mask):
+    assert mask.most_keys(T) == whole(mask).sum(1).max()
+
+
+@pytest.mark.parametrize("mask", MASKS, ids=str)
 @pytest.mark.parametrize("size", [4, 7])
 def test_tiles_that_nobody_sees_are_left_out(mask, size):
     """Exactly these where blocks and tiles are the same, and never others."""
