@@ -43,6 +43,7 @@ TINY_DEV = {  # the sizes of Jamba's preset of this name
     "model.moe.hidden": 2048,
     "model.moe.experts": 8,
 }
+UNROLLED = {"model.scan_blocks": 0, "model.remat": "none"}
 # name: config, batch, length, and other fields; for one GPU of 80 GB
 ROWS = {
     "130m": ("configs/mamba.py:130m", 8, 2048, {}),
@@ -52,6 +53,10 @@ ROWS = {
     "densemamba-130m": ("configs/densemamba.py:130m", 8, 2048, {}),
     "mamba2-130m": ("configs/mamba2.py:130m", 8, 2048, {}),
     "mamba2-370m": ("configs/mamba2.py:370m", 8, 2048, {}),
+    "densemamba-130m-unrolled": ("configs/densemamba.py:130m", 8, 2048, UNROLLED),
+    "densemamba-130m-input": ("configs/densemamba.py:130m", 8, 2048, {"model.dense.variant": "input", **UNROLLED}),
+    "130m-value": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "value"}),
+    "130m-mudd": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "mudd"}),
     "130m-denseformer": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "denseformer"}),
     "130m-attnres": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "attnres"}),
     "130m-attnres-full": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "attnres", "model.attnres.form": "full"}),
@@ -114,8 +119,12 @@ def measure_rows(rows: list[str], options: dict) -> int:
         fields = {"batch_size": batch, "seq_len": length, "training.accumulate": 1, **fields}
         command = [sys.executable, __file__, f"--config={config}"]
         command += [f"--config.{name}={value}" for name, value in fields.items()]
-        if "model.depth" in fields or "model.width" in fields:  # the config has the name of another model
-            command += [f"--label={row if row.startswith('mixcon') else 'mamba-' + row}"]
+        if {
+            "model.depth",
+            "model.width",
+            "model.dense.variant",
+        } & fields.keys():  # the config has the name of another model
+            command += [f"--label={'mamba-' + row if row.startswith('130m') else row}"]
         command += [f"--{name}={value}" for name, value in options.items() if name != "profile"]
         command += [f"--profile={options['profile']}/{row}"] if options["profile"] else []
         # The longest rows need this share of the GPU's memory, and no row may allocate it before its turn
