@@ -119,11 +119,8 @@ def measure_rows(rows: list[str], options: dict) -> int:
         fields = {"batch_size": batch, "seq_len": length, "training.accumulate": 1, **fields}
         command = [sys.executable, __file__, f"--config={config}"]
         command += [f"--config.{name}={value}" for name, value in fields.items()]
-        if {
-            "model.depth",
-            "model.width",
-            "model.dense.variant",
-        } & fields.keys():  # the config has the name of another model
+        named = {"model.depth", "model.width", "model.dense.variant", "model.scan_blocks"}
+        if named & fields.keys():  # the config has the name of another model
             command += [f"--label={'mamba-' + row if row.startswith('130m') else row}"]
         command += [f"--{name}={value}" for name, value in options.items() if name != "profile"]
         command += [f"--profile={options['profile']}/{row}"] if options["profile"] else []

@@ -6,8 +6,7 @@ Expected:  not run yet
 Cost:      docs/depth.md has the planned minutes of an H200
 
 Presets: 25m (no argument; Mamba of 25 M parameters, as in configs/densemamba.py) and 130m. $DATA names the text, as
-there. The stage `rates` comes first. The others take the forms that it leaves: FINALISTS, which is edited after it, with
-the best learning rate of each.
+there. The stage `rates` comes first. The others take the forms that it leaves, FINALISTS, which is edited after it.
 """
 
 from collections.abc import Callable
