@@ -1,7 +1,8 @@
 r"""Counts the bytes that a training step moves on a GPU that need not be there, kernel by kernel.
 
     python benchmarks/traffic.py --rows=130m,130m-attnres,130m-hyper
-    python benchmarks/traffic.py --rows=130m-attnres --kernels=30 --fields=model.repeats=6
+    python benchmarks/traffic.py --rows=130m-attnres --kernels=30 --fields model.repeats=6
+    python benchmarks/traffic.py --streams                     # an MLP of 64 channels in place of each mixer
 
 The rows are those of models.py. The step is compiled ahead of time for an H100 (tests/kernels/h100.pbtxt), which takes
 jax's CUDA plug-in. A kernel's bytes are those of its arguments and results, each counted once, so a product or a scan
@@ -60,8 +61,8 @@ def kernels(hlo: str) -> list[tuple[str, str, int, int]]:
     return found
 
 
-def compiled(row: str, fields: list[str]):
-    """The training step of a row, compiled for an H100, and its config."""
+def compiled(row: str, fields: list[str], streams: bool = False):
+    """The training step of a row, compiled for an H100, and its config. streams: with small MLPs as mixers."""
     import importlib
 
     import jax
@@ -69,6 +70,7 @@ def compiled(row: str, fields: list[str]):
     from jax.experimental import topologies
 
     from seqmodels.config import validate
+    from seqmodels.fields.mlp import MLP
     from seqmodels.model import build
     from seqmodels.training import sharding
     from seqmodels.training.optimizer import make_optimizer, make_schedule
@@ -77,8 +79,12 @@ def compiled(row: str, fields: list[str]):
 
     place, batch, length, options = ROWS[row]
     module, _, preset = Path(place).name.partition(".py")
-    config = importlib.import_module(f"seqmodels.configs.{module}").get_config(preset.lstrip(":") or None)
+    config = importlib.import_module(f"seqmodels.configs.{module}").get_config(preset.lstrip(":") or None).unlock()
     given = dict(batch_size=batch, seq_len=length, **{"training.accumulate": 1}, **options)
+    if streams:
+        del config.model.mamba
+        config.model.mlp = MLP.defaults(hidden=64)
+        given |= {"model.pattern": "mlp", "model.vocab_size": 256}
     for field in fields:
         name, _, text = field.partition("=")
         given[name] = int(text) if text.lstrip("-").isdigit() else text
@@ -99,7 +105,7 @@ def main(options: argparse.Namespace) -> None:
     first = 0.0
     for row in options.rows.split(","):
         start = time.perf_counter()
-        program, config = compiled(row, options.fields)
+        program, config = compiled(row, options.fields, options.streams)
         seconds, hlo = time.perf_counter() - start, program.as_text()
         if options.dump:
             Path(options.dump, f"{row}.hlo").write_text(hlo)
@@ -121,6 +127,7 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", default="130m,130m-attnres,130m-hyper", help="rows of models.py")
     parser.add_argument("--fields", nargs="*", default=[], help="other fields of the config, NAME=VALUE")
+    parser.add_argument("--streams", action="store_true", help="small MLPs as mixers: nearly all bytes are of streams")
     parser.add_argument("--kernels", type=int, default=0, help="kinds of kernels that are listed, by bytes")
     parser.add_argument("--bandwidth", type=float, default=4.2, help="of the memory, TB/s: of a copy on an H200")
     parser.add_argument("--dump", default="", help="folder for the compiled programs")
