@@ -43,6 +43,7 @@ TINY_DEV = {  # the sizes of Jamba's preset of this name
     "model.moe.hidden": 2048,
     "model.moe.experts": 8,
 }
+UNROLLED = {"model.scan_blocks": 0, "model.remat": "none"}
 # name: config, batch, length, and other fields; for one GPU of 80 GB
 ROWS = {
     "130m": ("configs/mamba.py:130m", 8, 2048, {}),
@@ -52,6 +53,10 @@ ROWS = {
     "densemamba-130m": ("configs/densemamba.py:130m", 8, 2048, {}),
     "mamba2-130m": ("configs/mamba2.py:130m", 8, 2048, {}),
     "mamba2-370m": ("configs/mamba2.py:370m", 8, 2048, {}),
+    "densemamba-130m-unrolled": ("configs/densemamba.py:130m", 8, 2048, UNROLLED),
+    "densemamba-130m-input": ("configs/densemamba.py:130m", 8, 2048, {"model.dense.variant": "input", **UNROLLED}),
+    "130m-value": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "value"}),
+    "130m-mudd": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "mudd"}),
     "130m-denseformer": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "denseformer"}),
     "130m-attnres": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "attnres"}),
     "130m-attnres-full": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "attnres", "model.attnres.form": "full"}),
@@ -114,8 +119,9 @@ def measure_rows(rows: list[str], options: dict) -> int:
         fields = {"batch_size": batch, "seq_len": length, "training.accumulate": 1, **fields}
         command = [sys.executable, __file__, f"--config={config}"]
         command += [f"--config.{name}={value}" for name, value in fields.items()]
-        if "model.depth" in fields or "model.width" in fields:  # the config has the name of another model
-            command += [f"--label={row if row.startswith('mixcon') else 'mamba-' + row}"]
+        named = {"model.depth", "model.width", "model.dense.variant", "model.scan_blocks"}
+        if named & fields.keys():  # the config has the name of another model
+            command += [f"--label={'mamba-' + row if row.startswith('130m') else row}"]
         command += [f"--{name}={value}" for name, value in options.items() if name != "profile"]
         command += [f"--profile={options['profile']}/{row}"] if options["profile"] else []
         # The longest rows need this share of the GPU's memory, and no row may allocate it before its turn
@@ -144,7 +150,7 @@ def measure(
     from seqmodels.config import validate
     from seqmodels.model import build
     from seqmodels.training import flops, sharding
-    from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
+    from seqmodels.training.optimizer import make_optimizer, make_schedule
     from seqmodels.training.state import abstract_params, abstract_state, lower_init
     from seqmodels.training.step import lower_train_step, make_train_step
 
@@ -152,7 +158,7 @@ def measure(
     mesh = sharding.make_mesh(config)
     model = build(config.model, config.model.vocab_size or 257)
     boxed = abstract_params(model, config)
-    optimizer = make_optimizer(config.optimizer, decay_mask(boxed))
+    optimizer = make_optimizer(config.optimizer, boxed)
     abstract = abstract_state(model, optimizer, config, mesh)
     draw = np.random.default_rng(0)
     shape = (config.batch_size, config.seq_len)

@@ -96,6 +96,7 @@ def plan(config: Any) -> list[BlockSpec]:
     Raises UserError for a pattern that is wrong, or that does not fit the dense links.
     """
     blocks = [BlockSpec(block) for block in parse(config.pattern)] * config.repeats
+    depth.check(config, {word for block in blocks[: len(blocks) // config.repeats] for word in block.names().values()})
     dense = config.dense
     if dense.variant == "none":
         return blocks
@@ -134,7 +135,7 @@ def scanned(config: Any) -> tuple[int, int]:
         refuse("model.scan_blocks", config.scan_blocks, f"0, or a divisor of model.repeats={config.repeats}")
     size = len(parse(config.pattern)) * config.scan_blocks
     groups = [blocks[i : i + size] for i in range(0, len(blocks), size)]
-    first = 0
+    first = min(depth.growing(config), len(groups))
     while first < len(groups) and groups[first] != groups[-1]:
         first += 1
     if any(group != groups[-1] for group in groups[first:]):
@@ -365,7 +366,7 @@ class Backbone(nn.Module):
         old = {} if state is None else state
         layers = {}
         end: depth.Connection = getattr(self, depth.kind(self.config))
-        carry = end.start(x)
+        carry = end.start(x, [getattr(block, depth.kind(self.config)) for block in self.block])
         for i, block in enumerate(self.block):
             name = f"block_{i}"
             x, layers[name], carry = block(x, seq, old.get(name), carry, deterministic)

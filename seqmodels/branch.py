@@ -1,6 +1,7 @@
 """The contract of a branch: what a block adds to the residual stream, a mixer of time or of channels."""
 
-from collections.abc import Mapping
+import dataclasses
+from collections.abc import Callable, Mapping
 from collections.abc import Sequence as Seq
 from typing import Any, ClassVar
 
@@ -15,6 +16,31 @@ from seqmodels.layers.parameter import Init, parameter
 from seqmodels.sequence import Sequence
 
 State = Any  # a pytree of arrays whose first axis is the batch; {} where there is no state
+
+
+def unchanged(x: jax.Array) -> jax.Array:
+    """x."""
+    return x
+
+
+@dataclasses.dataclass(frozen=True)
+class Links:
+    """What a connection across depth (`seqmodels.depth`) gives to a branch beside its input.
+
+    Attributes:
+        inputs: [B, T, D], other normed inputs, for names among the branch's `ways`; those left out are x.
+        value: called with the branch's value stream if it is `valued`; the branch goes on with the result.
+    """
+
+    inputs: Mapping[str, jax.Array] = FrozenDict()
+    value: Callable[[jax.Array], jax.Array] = unchanged
+
+    def of(self, way: str, x: jax.Array, seq: Sequence, dtype: DTypeLike) -> jax.Array:
+        """The input of a way, as `real` returns it; x [B, T, D], which is real already, if there is no other."""
+        return real(self.inputs[way], seq, dtype) if way in self.inputs else x
+
+
+NO_LINKS = Links()
 
 
 class Branch(nn.Module):
@@ -39,6 +65,10 @@ class Branch(nn.Module):
         follows_time: what distances of tokens in time it follows: "" only that of training; "rate" another one, the
             same for all tokens (`Sequence.rescale`); "token" one for each token (`Sequence.steps`) too. Models refuse
             what a mixer of time does not follow.
+        ways: parts of the branch that can read an input of their own (`Links.inputs`); the rest, its values among it,
+            reads x.
+        valued: whether it has a value stream, a projection of the input that its state or its attention sums up, and
+            calls `Links.value` with it. `__call__` of a branch with `ways` or `valued` takes Links after the state.
         link: how DenseSSM reads its hidden state: "vector" (as Mamba's), "matrix" (as RetNet's), "" not at all.
         warnings: what it means, in words, that a figure that the branch reports is 1. A run writes it to its log.
     """
@@ -56,6 +86,8 @@ class Branch(nn.Module):
     causal: ClassVar[bool] = True
     biased: ClassVar[bool] = False
     follows_time: ClassVar[str] = ""
+    ways: ClassVar[tuple[str, ...]] = ()
+    valued: ClassVar[bool] = False
     link: ClassVar[str] = ""
     warnings: ClassVar[Mapping[str, str]] = FrozenDict()
 

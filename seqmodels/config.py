@@ -67,6 +67,7 @@ def validate(config: ConfigDict, begun: bool = False) -> None:
     check_implementation(config.model.implementation)
     _check_branches(config)
     _check_connections(config.model)
+    _check_optimizer(config)
     if not begun:
         plausible.check(config)
 
@@ -255,6 +256,23 @@ def _entries(config: ConfigDict, open_groups: tuple[str, ...], prefix: str = "")
             yield from _entries(value, open_groups, f"{dotted}.")
         else:
             yield dotted, value
+
+
+def _check_optimizer(config: ConfigDict) -> None:
+    """Check what schedule_free, whose parameters are between two others, leaves no room for."""
+    optimizer = config.optimizer
+    if optimizer.name != "schedule_free":
+        return
+    name = "optimizer.name='schedule_free'"
+    if optimizer.schedule != "constant":
+        refuse("optimizer.schedule", optimizer.schedule, f"'constant' with {name}")
+    for field in ("ema", "groups"):
+        if optimizer[field]:
+            refuse(f"optimizer.{field}", optimizer[field], f"{type(optimizer[field])()!r} with {name}")
+    if not optimizer.b1:
+        refuse("optimizer.b1", optimizer.b1, f"greater than 0 with {name}")
+    if config.training.nan == "skip":
+        refuse("training.nan", "skip", f"'stop' with {name}")
 
 
 def _check_connections(model: ConfigDict) -> None:

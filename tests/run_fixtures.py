@@ -9,7 +9,7 @@ from seqmodels import data
 from seqmodels.configs import mamba
 from seqmodels.model import build
 from seqmodels.training.checkpoint import Checkpoints
-from seqmodels.training.optimizer import decay_mask, make_optimizer
+from seqmodels.training.optimizer import make_optimizer
 from seqmodels.training.run import write_config
 from seqmodels.training.sharding import make_mesh
 from seqmodels.training.state import abstract_params, abstract_state, init_state
@@ -56,7 +56,7 @@ def make_run(config, workdir):
     mesh = make_mesh(config)
     dataset = data.load(config.data, seq_len=config.seq_len, batch_size=config.batch_size)
     model = build(config.model, dataset.tokenizer.vocab_size)
-    optimizer = make_optimizer(config.optimizer, decay_mask(abstract_params(model, config)))
+    optimizer = make_optimizer(config.optimizer, abstract_params(model, config))
     state = init_state(model, optimizer, config, abstract_state(model, optimizer, config, mesh))
     write_config(workdir, config)
     checkpoints = Checkpoints(workdir / "checkpoints", config.checkpoint)

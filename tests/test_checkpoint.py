@@ -13,7 +13,7 @@ import pytest
 
 from seqmodels.errors import UserError
 from seqmodels.training import checkpoint, sharding
-from seqmodels.training.optimizer import decay_mask, make_optimizer
+from seqmodels.training.optimizer import make_optimizer
 from seqmodels.training.state import abstract_params, abstract_state, init_state
 from tests.training_model import LeakyModel, small_config
 
@@ -32,7 +32,7 @@ def state_of(config):
     """(abstract, state) with values that are not the initial ones."""
     model = LeakyModel()
     mesh = sharding.make_mesh(config)
-    optimizer = make_optimizer(config.optimizer, decay_mask(abstract_params(model, config)))
+    optimizer = make_optimizer(config.optimizer, abstract_params(model, config))
     abstract = abstract_state(model, optimizer, config, mesh)
     state = init_state(model, optimizer, config, abstract)
 

@@ -1,14 +1,18 @@
 """Connections across depth, each against its paper's equations over stored arrays, in float64."""
 
 import functools
+import re
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import scipy.special
 
 from seqmodels import backbone
+from seqmodels.branch import Links
+from seqmodels.branches import BRANCHES
 from seqmodels.config import complete_model
 from seqmodels.configs.base import base
 from seqmodels.depth import hyper
@@ -23,6 +27,8 @@ B, T, D, REPEATS, VOCABULARY = 2, 7, 8, 4, 11
 STEPS = 2 * REPEATS
 
 FORMS = {
+    "value": dict(depth="value"),
+    "mudd": dict(depth="mudd"),
     "denseformer": dict(depth="denseformer"),
     "attnres full": dict(depth="attnres", attnres__form="full"),
     "attnres block": dict(depth="attnres", attnres__blocks=3),
@@ -31,7 +37,7 @@ FORMS = {
     "hyper lite": dict(depth="hyper", hyper__streams=3, hyper__mixing="lite"),
     "hyper sinkhorn": dict(depth="hyper", hyper__streams=3, hyper__mixing="sinkhorn"),
 }
-QUICK = ("attnres block",)  # of make test-fast
+QUICK = ("attnres block", "mudd")  # of make test-fast
 every_form = pytest.mark.parametrize(
     "form", [form if form in QUICK else pytest.param(form, marks=pytest.mark.slow) for form in FORMS]
 )
@@ -73,7 +79,7 @@ def hidden(form, fields, params, tokens, state=None):
 
 def without_connection(params):
     """The parameters of the plain network among them."""
-    kinds = ("attnres", "denseformer", "hyper")
+    kinds = ("attnres", "denseformer", "hyper", "mudd", "value")
     return {
         name: {k: v for k, v in part.items() if k not in kinds} if name.startswith("block") else part
         for name, part in params.items()
@@ -99,6 +105,10 @@ def sigmoid(x):
     return 1 / (1 + np.exp(-x))
 
 
+def doubled(tree):
+    return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+
+
 class Steps:
     """The steps of a model by hand: norms in float64, branches by the library, whose own tests are elsewhere."""
 
@@ -106,18 +116,20 @@ class Steps:
         self.params = jax.tree.map(np.asarray, perturbed(form))
         config = config_of(form)
         names = ("mamba", "mlp")
-        self.branches = [jax.jit(backbone.branch_of(config, name, parent=None).apply) for name in names]
+        branches = [backbone.branch_of(config, name, parent=None).apply for name in names]
+        linked = lambda params, x, seq, inputs: branches[0](params, x, seq, None, Links(inputs))  # noqa: E731
+        self.branches, self.linked = [jax.jit(apply) for apply in branches], jax.jit(linked)
         self.seq = make_sequence(B, T)[0]
 
     def connection(self, kind, block):
-        return {k: np.asarray(v, np.float64) for k, v in self.params[f"block_{block}"][kind].items()}
+        return doubled(self.params[f"block_{block}"][kind])
 
-    def run(self, step, x):
+    def run(self, step, x, **links):
         """The output of step number `step` of the model, of its input before the norm."""
         block = self.params[f"block_{step // 2}"]
         norm, place = (("norm", "mixer"), ("mlp_norm", "mlp"))[step % 2]
         normed = jnp.asarray(rms(x, block[norm]["scale"]), jnp.float32)
-        y, _ = self.branches[step % 2]({"params": block[place]}, normed, self.seq)
+        y, _ = self.branches[step % 2]({"params": block[place]}, normed, self.seq, **links)
         return np.asarray(y, np.float64)
 
     def embedding(self):
@@ -191,9 +203,57 @@ def hyper_connections(form):
     return steps.last(X.mean(2))
 
 
+def value(form):
+    """Mamba's values are its convolved inputs. So its scan is called on mixed ones here."""
+    steps, first = Steps(form), []
+    x, mamba = steps.embedding(), backbone.branch_of(config_of(form), "mamba", parent=None)
+
+    @jax.jit
+    def mixed(params, x, first, weights):
+        bound = mamba.bind({"params": params})
+        stream, readout = bound.stream_and_readout(x, steps.seq)
+        u = stream.u
+        stream = stream.replace(u=weights[0] * u + weights[1] * (u if first is None else first))
+        return bound.project(bound.scan(stream, readout, steps.seq)[0]), u
+
+    for step in range(STEPS):
+        if step % 2:
+            x = x + steps.run(step, x)
+            continue
+        block = steps.params[f"block_{step // 2}"]
+        normed = jnp.asarray(rms(x, block["norm"]["scale"]), jnp.float32)
+        y, u = mixed(block["mixer"], normed, first[0] if first else None, block["value"]["weights_Mamba"])
+        first.append(u)
+        x = x + np.asarray(y, np.float64)
+    return steps.last(x)
+
+
+def mudd(form):
+    steps = Steps(form)
+    outputs = [steps.embedding()]
+
+    def mixes(own, ways):
+        hidden = rms(outputs[-1]) @ own["hidden"]
+        hidden = hidden * (1 + scipy.special.erf(hidden / np.sqrt(2))) / 2
+        weights = np.einsum("btk,kcs->cbts", hidden, own["weights"]) + own["bias"][:, None, None]
+        assert len(weights) == ways
+        return [sum(w[..., i, None] * x for i, x in enumerate(reversed(outputs))) for w in weights]
+
+    for block in range(REPEATS):
+        own, params = steps.connection("mudd", block), steps.params[f"block_{block}"]
+        main, gate, x = mixes(own, 3)
+        normed = jnp.asarray(rms(main, params["norm"]["scale"]), jnp.float32)
+        inputs = dict(z=jnp.asarray(rms(gate, own["norms_z"]["scale"]), jnp.float32))
+        x = x + np.asarray(steps.linked({"params": params["mixer"]}, normed, steps.seq, inputs)[0], np.float64)
+        outputs.append(x + steps.run(2 * block + 1, x))
+    return steps.last(mixes(doubled(steps.params["mudd"]), 1)[0])
+
+
 @every_form
 def test_equals_its_papers_equations(form):
-    by_hand = {"d": denseformer, "a": attnres, "h": hyper_connections}[form[0]]
+    by_hand = dict(denseformer=denseformer, attnres=attnres, hyper=hyper_connections, value=value, mudd=mudd)[
+        form.split()[0]
+    ]
     got, _ = hidden(form, (), perturbed(form), tokens())
     np.testing.assert_allclose(got, by_hand(form), rtol=2e-4, atol=2e-4)
     assert np.abs(got - hidden("none", (), without_connection(perturbed(form)), tokens())[0]).max() > 0.01
@@ -231,7 +291,9 @@ def test_scanned_and_rematerialised_are_the_same(form, fields):
     """In value, and in the gradient of every parameter."""
 
     def stacked(tree):
-        return stack(tree, fields["scan_blocks"]) if "scan_blocks" in fields else tree
+        if "scan_blocks" not in fields:
+            return tree
+        return stack(tree, fields["scan_blocks"], backbone.scanned(config_of(form, **fields))[0])
 
     y, gradients = unrolled(form)
     got, got_gradients = value_and_gradients(form, tuple(fields.items()), stacked(perturbed(form)))
@@ -254,6 +316,40 @@ def test_one_token_at_a_time(form):
     np.testing.assert_allclose(jnp.concatenate(ys, 1), whole, rtol=1e-4, atol=1e-4)
 
 
+MIXERS = ("attention", "mamba2", "retnet", "linear_attention")  # that are valued and have ways
+HYBRIDS = {"value": MIXERS, "mudd": MIXERS, "attnres block": ("gla", "rwkv+rwkv_channel", "rglru"),
+           "hyper identity": ("deltanet", "lstm|mlp", "mamba3")}  # fmt: skip
+SIZES = {"attention": dict(heads=2, kv_heads=1), "mamba2": dict(head_dim=4, state=4)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", HYBRIDS)
+def test_in_hybrids(form):
+    """Packed documents behind padding are what each is alone, and a token at a time gives the same."""
+    mixers, draw = HYBRIDS[form], np.random.default_rng(3)
+    names = {name for word in mixers for name in re.split(r"[+|]", word)}
+    config = base().model
+    config.update(pattern=" ".join(mixers), width=8, repeats=1 + (form == "value"))
+    for name in sorted(names):
+        if (options := BRANCHES[name].options) is not None:
+            config[name] = options.defaults(**SIZES.get(name, {}))
+    for name, value in FORMS[form].items():
+        holder, _, last = name.rpartition("__")
+        (config[holder] if holder else config)[last] = value
+    module = build(complete_model(config), VOCABULARY)
+    params = nn.unbox(jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 4), jnp.int32)))["params"]
+    params = jax.tree.map(lambda x: x + 0.1 * draw.normal(size=x.shape).astype(np.float32), params)
+    apply = jax.jit(lambda tokens, *rest: module.apply({"params": params}, tokens, *rest))
+    row = tokens()[:1]
+    packed = jnp.concatenate([row, row], axis=1), jnp.arange(2 * T)[None] // T, jnp.arange(2 * T)[None] != 2
+    state, ys = module.init_state(1, 2 * T), []
+    whole, _ = apply(*packed, state)
+    for t in range(T, 2 * T):
+        y, state = apply(*(x[:, t : t + 1] for x in packed), state)
+        ys.append(y)
+    np.testing.assert_allclose(whole[:, T:], jnp.concatenate(ys, axis=1), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.slow
 @every_form
 def test_every_parameter_learns(form):
@@ -267,11 +363,11 @@ def test_every_parameter_learns(form):
 
 @pytest.mark.parametrize("mixing", ["lite", "sinkhorn"])
 def test_mixing_is_doubly_stochastic(mixing):
-    logits = jnp.asarray(np.random.default_rng(0).normal(size=(5, 24 if mixing == "lite" else 16)), jnp.float32)
-    H = hyper.lite(logits, 4) if mixing == "lite" else hyper.sinkhorn(logits.reshape(5, 4, 4))
+    logits = jnp.asarray(np.random.default_rng(0).normal(size=(24 if mixing == "lite" else 16, 5)), jnp.float32)
+    H = hyper.lite(logits, 4) if mixing == "lite" else hyper.sinkhorn(logits.reshape(4, 4, 5))
     assert np.all(H > 0)
-    np.testing.assert_allclose(H.sum(-1), 1, atol=1e-5)
-    np.testing.assert_allclose(H.sum(-2), 1, atol=1e-3)
+    np.testing.assert_allclose(H.sum(1), 1, atol=1e-5)
+    np.testing.assert_allclose(H.sum(0), 1, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -283,9 +379,12 @@ def test_mixing_is_doubly_stochastic(mixing):
             "config.model.depth='hyper': must be 'none' with model.dense.var",
         ),
         (dict(hyper__mixing="lite", hyper__streams=6), "config.model.hyper.streams=6: must be at most 5 with mixing"),
+        (dict(depth="value", pattern="mamba lstm"), "config.model.depth='value': must be .*; lstm has no value stream"),
+        (dict(depth="value", pattern="bi:mamba"), "bi:mamba has no value stream"),
+        (dict(depth="mudd", short_conv=4), "config.model.short_conv=4: must be 0 with model.depth='mudd'"),
         (dict(attnres__blocks=0), "config.model.attnres.blocks=0: must be at least 1"),
     ],
 )
 def test_what_does_not_fit_is_refused(fields, words):
     with pytest.raises(UserError, match=words):
-        config_of("", **fields)
+        backbone.plan(config_of("", **fields))

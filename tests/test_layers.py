@@ -312,7 +312,7 @@ def test_bad_fields_are_named(fields, message):
 def test_separate_matmuls_stay_separate():
     """The products, and in the program as many of them, whose left factors XLA cannot know to be equal."""
     x, weights = normal(2, 3, 8), [normal(8, size, seed=size) for size in (4, 5, 6)]
-    f = jax.jit(lambda x, *weights: separate_matmuls(x, *weights))
+    f = jax.jit(lambda x, *weights: separate_matmuls((x,) * 3, weights))
     arguments = jnp.float32(x), *map(jnp.float32, weights)
     for y, weight in zip(f(*arguments), weights, strict=True):
         np.testing.assert_allclose(y, x @ weight, rtol=1e-5, atol=1e-5)

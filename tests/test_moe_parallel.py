@@ -17,7 +17,7 @@ from seqmodels.fields.moe import MOE
 from seqmodels.layers import exchange, routing
 from seqmodels.model import build
 from seqmodels.training import sharding
-from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
+from seqmodels.training.optimizer import make_optimizer, make_schedule
 from seqmodels.training.state import abstract_params, abstract_state, init_state
 from seqmodels.training.step import lower_train_step, make_train_step
 from tests.training_model import random_batch
@@ -167,7 +167,7 @@ def one_step(options, **overrides):
         config[dotted.split("__")[0]][dotted.split("__")[1]] = value
     model, mesh = build(config.model, 16), sharding.make_mesh(config)
     boxed = abstract_params(model, config)
-    optimizer = make_optimizer(config.optimizer, decay_mask(boxed))
+    optimizer = make_optimizer(config.optimizer, boxed)
     abstract = abstract_state(model, optimizer, config, mesh)
     train_step = make_train_step(model, optimizer, make_schedule(config.optimizer, config.steps), config, boxed)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):

@@ -17,7 +17,7 @@ from seqmodels.layers.parameter import Parameter
 from seqmodels.model import build
 from seqmodels.sequence import make_sequence
 from seqmodels.training import loop, metrics, sharding, side
-from seqmodels.training.optimizer import decay_mask, global_norm, make_optimizer, make_schedule, sign_rule
+from seqmodels.training.optimizer import global_norm, make_optimizer, make_schedule, sign_rule
 from seqmodels.training.state import abstract_params, abstract_state, init_state
 from seqmodels.training.step import lower_train_step, make_loss, make_train_step, random_streams, split_rows
 from tests.array_data import ArrayDataset
@@ -43,7 +43,7 @@ def one_step():
     config = settings(router="sigmoid")
     model, mesh = build(config.model, 16), sharding.make_mesh(config)
     boxed = abstract_params(model, config)
-    optimizer = make_optimizer(config.optimizer, decay_mask(boxed))
+    optimizer = make_optimizer(config.optimizer, boxed)
     abstract = abstract_state(model, optimizer, config, mesh)
     train_step = make_train_step(model, optimizer, make_schedule(config.optimizer, config.steps), config, boxed)
     batch = random_batch(0, config, 16)

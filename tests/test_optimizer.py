@@ -3,19 +3,25 @@
 import functools
 import importlib
 import math
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+import optax.contrib
 import pytest
 from flax import linen as nn
 
+from seqmodels.config import validate
 from seqmodels.configs import mamba
 from seqmodels.errors import UserError
 from seqmodels.layers.parameter import Parameter
 from seqmodels.model import build
-from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule, rate_factors
-from seqmodels.training.state import abstract_params
+from seqmodels.training.optimizer import averaged_params, decay_mask, make_optimizer, make_schedule, rate_factors
+from seqmodels.training.sharding import RULES, make_mesh, put_batch
+from seqmodels.training.state import abstract_params, abstract_state, init_state
+from seqmodels.training.step import lower_train_step, make_train_step
 from tests.training_model import LeakyModel, small_config
 
 
@@ -78,7 +84,7 @@ def test_adamw_equals_a_float64_one(clip):
     }
     grads = {name: rng.normal(size=p.shape) for name, p in params.items()}
     now = {name: jnp.asarray(p, jnp.float32) for name, p in params.items()}
-    optimizer = make_optimizer(config, decay_mask(declared))
+    optimizer = make_optimizer(config, declared)
     state = optimizer.init(now)
     for _ in range(5):
         direction, state = optimizer.update({k: jnp.asarray(g, jnp.float32) for k, g in grads.items()}, state, now)
@@ -150,3 +156,121 @@ def test_groups_of_a_model():
     assert decay_mask(abstract_params(LeakyModel(), small_config())) == {
         "table": True, "kernel": True, "out": True, "scale": False,
     }  # fmt: skip
+
+
+def toy():
+    """Declared parameters of each kind, and gradients of a few steps."""
+    draw = np.random.default_rng(0)
+    declared = {
+        "kernel": Parameter(draw.normal(size=(3, 4)), ("embed", "inner")),
+        "heads": Parameter(draw.normal(size=(2, 2, 3)), ("heads", "head_dim", "embed")),
+        "halves": Parameter(draw.normal(size=(2, 3, 2, 4)), ("layers", "embed", None, "inner")),
+        "embedding": Parameter(draw.normal(size=(5, 3)), ("vocab", "embed"), group="embedding"),
+        "scale": Parameter(draw.normal(size=4), ("inner",)),
+        "A_log": Parameter(draw.normal(size=(4, 2)), ("inner", "state"), decay=False),
+    }
+    params = {name: jnp.asarray(leaf.value, jnp.float32) for name, leaf in declared.items()}
+    grads = [jax.tree.map(lambda p: jnp.asarray(draw.normal(size=p.shape), jnp.float32), params) for _ in range(5)]
+    return declared, params, grads
+
+
+def descended(config, declared, params, grads):
+    """The parameters and the optimizer's state after the steps of `make_train_step`, and the rates."""
+    schedule = make_schedule(config, len(grads))
+    optimizer = make_optimizer(config, declared, schedule)
+    state = optimizer.init(params)
+    for n, g in enumerate(grads):
+        (direction, state), rate = optimizer.update(g, state, params), schedule(n)
+        params = jax.tree.map(lambda p, d: p - rate * d, params, direction)  # noqa: B023
+    return params, state
+
+
+@pytest.mark.slow
+def test_muon_equals_optax():
+    """Each matrix by itself, as one of two axes, with optax's own scale; the others as AdamW has them."""
+    declared, params, grads = toy()
+    fields = dict(name="muon", clip=0.0, schedule="constant", warmup=0.0, learning_rate=0.1, weight_decay=0.1)
+    config = small_config(**{f"optimizer__{k}": v for k, v in fields.items()}).optimizer
+    got, _ = descended(config, declared, params, grads)
+    with config.unlocked():
+        config.name = "adamw"
+    adam, _ = descended(config, declared, params, grads)
+    for name in ("embedding", "scale", "A_log"):
+        np.testing.assert_allclose(got[name], adam[name], rtol=1e-6)
+    shapes = {"kernel": (1, 3, 4), "heads": (1, 4, 3)}
+    apart = lambda name, x: np.moveaxis(x, 2, 1).reshape(-1, 3, 4) if name == "halves" else x.reshape(shapes[name])  # noqa: E731
+    for name in ("kernel", "heads", "halves"):
+        for i, p in enumerate(apart(name, np.asarray(params[name]))):
+            rule = optax.contrib.muon(0.1, weight_decay=0.1, consistent_rms=0.2)
+            state, p = rule.init(p), jnp.asarray(p)
+            for g in grads:
+                move, state = rule.update(jnp.asarray(apart(name, np.asarray(g[name]))[i]), state, p)
+                p = p + move
+            np.testing.assert_allclose(apart(name, np.asarray(got[name]))[i], p, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_schedule_free_equals_optax():
+    declared, params, grads = toy()
+    fields = dict(name="schedule_free", clip=0.0, schedule="constant", warmup=2.0, learning_rate=0.1)
+    config = small_config(**{f"optimizer__{k}": v for k, v in fields.items()}).optimizer
+    got, state = descended(config, declared, params, grads)
+    schedule = lambda step: 0.1 * jnp.minimum((step + 1) / 2, 1)  # noqa: E731
+    decays = dict(weight_decay=config.weight_decay, mask=decay_mask(declared))
+    adam = optax.adamw(schedule, 0.0, config.b2, config.eps, **decays)
+    rule = optax.contrib.schedule_free(adam, lambda count: schedule(count - 1), config.b1)
+    free, p = rule.init(params), params
+    for g in grads:
+        moves, free = rule.update(g, free, p)
+        p = optax.apply_updates(p, moves)
+    average = averaged_params(config, None, got, state)
+    for name in p:
+        np.testing.assert_allclose(got[name], p[name], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(
+            average[name], optax.contrib.schedule_free_eval_params(free, p)[name], rtol=1e-4, atol=1e-5
+        )
+    assert np.abs(average["kernel"] - got["kernel"]).max() > 1e-3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+@pytest.mark.parametrize("name", ["muon", "schedule_free"])
+def test_on_a_mesh_as_on_one_device(name):
+    """Two whole steps; the state of the optimizer is placed as the parameters are."""
+    results = []
+    for sizes in (dict(data=1), dict(fsdp=2, tensor=2)):
+        fields = {f"mesh__{axis}": size for axis, size in sizes.items()}
+        config = small_config(optimizer__name=name, optimizer__schedule="constant", batch_size=4, **fields)
+        mesh = make_mesh(config, jax.devices()[: math.prod(sizes.values())])
+        model = LeakyModel()
+        boxed, schedule = abstract_params(model, config), make_schedule(config.optimizer, config.steps)
+        optimizer = make_optimizer(config.optimizer, boxed, schedule)
+        with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+            abstract = abstract_state(model, optimizer, config, mesh, boxed)
+            state = init_state(model, optimizer, config, abstract)
+            step = make_train_step(model, optimizer, schedule, config, boxed)
+            step = lower_train_step(step, abstract, config, mesh).compile()
+            tokens = np.random.default_rng(0).integers(0, 16, (4, config.seq_len), np.int32)
+            rows = dict(tokens=tokens, targets=np.roll(tokens, -1, 1), segment_ids=np.zeros_like(tokens))
+            for _ in range(2):
+                state, metrics = step(state, put_batch(rows, mesh))
+        results.append((float(metrics["loss"]), jax.tree.map(np.asarray, state.params)))
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), results[0][1], results[1][1])
+
+
+@pytest.mark.parametrize(
+    "fields, words",
+    [
+        (dict(name="sgd"), "config.optimizer.name='sgd': must be one of 'adamw', 'muon', 'schedule_free'"),
+        (dict(name="schedule_free"), "config.optimizer.schedule='cosine': must be 'constant' with optimizer.name="),
+        (dict(name="schedule_free", schedule="constant", ema=0.9), "config.optimizer.ema=0.9: must be 0.0 with"),
+        (
+            dict(name="schedule_free", schedule="constant", groups="a=1"),
+            "config.optimizer.groups='a=1': must be ''",
+        ),
+    ],
+)
+def test_optimizers_that_do_not_fit_are_refused(fields, words):
+    with pytest.raises(UserError, match=re.escape(words)):
+        validate(small_config(**{f"optimizer__{name}": value for name, value in fields.items()}))

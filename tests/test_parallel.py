@@ -31,6 +31,8 @@ MODELS = {
     "denseformer": (mamba, dict(depth="denseformer"), {}),
     "attnres": (mamba, dict(depth="attnres", attnres=dict(blocks=2)), {}),
     "attnres, scanned over": (mamba, dict(depth="attnres", attnres=dict(form="full"), scan_blocks=1), {}),
+    "value": (mamba, dict(depth="value"), {}),
+    "mudd": (mamba, dict(depth="mudd"), {}),
     "hyper": (mamba, dict(depth="hyper", hyper=dict(streams=2, mixing="sinkhorn")), {}),
 }
 QUICK = ("mamba", "densemamba, all gates")

@@ -18,7 +18,7 @@ from seqmodels.errors import UserError
 from seqmodels.model import build
 from seqmodels.scripts import train
 from seqmodels.training import checkpoint, flops, plan, report, sharding
-from seqmodels.training.optimizer import decay_mask, make_optimizer
+from seqmodels.training.optimizer import make_optimizer
 from seqmodels.training.plan import make_plan
 from seqmodels.training.state import abstract_params, abstract_state, init_state
 from tests.array_data import ArrayDataset, which_channel
@@ -172,7 +172,7 @@ def test_training_state_and_checkpoint_are_those_of_a_run(mesh):
     config = hybrid(**mesh)
     model, real = build(config.model, 257), sharding.make_mesh(config)
     boxed = abstract_params(model, config)
-    optimizer = make_optimizer(config.optimizer, decay_mask(boxed))
+    optimizer = make_optimizer(config.optimizer, boxed)
     state = init_state(model, optimizer, config, abstract_state(model, optimizer, config, real))
     found = make_plan(config)
 

@@ -18,7 +18,7 @@ from seqmodels.interop.stacking import stack
 from seqmodels.layers.parameter import normal
 from seqmodels.model import build
 from seqmodels.training import loop, metrics, sharding, side
-from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
+from seqmodels.training.optimizer import make_optimizer, make_schedule
 from seqmodels.training.state import abstract_params, abstract_state, init_state
 from seqmodels.training.step import lower_train_step, make_train_step
 from tests.array_data import ArrayDataset, which_token
@@ -68,7 +68,7 @@ def uneven(config):
 def one_step(config, batch):
     """Metrics of a step from the same parameters, whatever the stack, and the parameters after it, unrolled."""
     model, mesh, params = build(config.model, VOCABULARY), sharding.make_mesh(config), plain_parameters()
-    optimizer = make_optimizer(config.optimizer, decay_mask(abstract_params(model, config)))
+    optimizer = make_optimizer(config.optimizer, abstract_params(model, config))
     abstract = abstract_state(model, optimizer, config, mesh)
     train_step = make_train_step(model, optimizer, make_schedule(config.optimizer, config.steps), config)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):

@@ -15,7 +15,7 @@ from seqmodels import cli, pattern
 from seqmodels.config import validate
 from seqmodels.model import build
 from seqmodels.training import loop, metrics
-from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
+from seqmodels.training.optimizer import make_optimizer, make_schedule
 from seqmodels.training.sharding import make_mesh
 from seqmodels.training.state import abstract_params, abstract_state, init_state
 from seqmodels.training.step import make_train_step
@@ -65,7 +65,7 @@ def test_three_steps_and_one_token(name):
     config.mesh.data = 1
     config.optimizer.update(schedule="constant", warmup=0.0)
     model = build(config.model, 257)
-    optimizer = make_optimizer(config.optimizer, decay_mask(abstract_params(model, config)))
+    optimizer = make_optimizer(config.optimizer, abstract_params(model, config))
     mesh = make_mesh(config)
     state = init_state(model, optimizer, config, abstract_state(model, optimizer, config, mesh))
     step = jax.jit(make_train_step(model, optimizer, make_schedule(config.optimizer, 3), config))

@@ -14,7 +14,7 @@ from seqmodels.mixers.mamba import SCAN_FLOPS
 from seqmodels.mixers.matrix import delta_flops, state_flops
 from seqmodels.model import build
 from seqmodels.training import flops, sharding
-from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
+from seqmodels.training.optimizer import make_optimizer, make_schedule
 from seqmodels.training.state import abstract_params, abstract_state
 from seqmodels.training.step import lower_train_step, make_train_step
 
@@ -32,7 +32,7 @@ def counts(config):
     """Operations of a step: ours, those of ours in selective scans, and XLA's."""
     model, mesh = build(config.model, 257), sharding.make_mesh(config)
     boxed = abstract_params(model, config)
-    optimizer = make_optimizer(config.optimizer, decay_mask(boxed))
+    optimizer = make_optimizer(config.optimizer, boxed)
     abstract = abstract_state(model, optimizer, config, mesh)
     train_step = make_train_step(model, optimizer, make_schedule(config.optimizer, config.steps), config)
     compiled = lower_train_step(train_step, abstract, config, mesh).compile()

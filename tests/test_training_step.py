@@ -8,7 +8,7 @@ import pytest
 from seqmodels.errors import UserError
 from seqmodels.heads.next_token import log_sum_exp, next_token_loss
 from seqmodels.training import sharding
-from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
+from seqmodels.training.optimizer import make_optimizer, make_schedule
 from seqmodels.training.state import abstract_params, abstract_state, init_state
 from seqmodels.training.step import join_rows, lower_train_step, make_train_step, split_rows
 from tests.training_model import LeakyModel, random_batch, small_config
@@ -18,7 +18,7 @@ def trainer(config, model=None):
     """(state, step) where step(state, batch) is compiled on the config's mesh."""
     model = model or LeakyModel()
     mesh = sharding.make_mesh(config)
-    optimizer = make_optimizer(config.optimizer, decay_mask(abstract_params(model, config)))
+    optimizer = make_optimizer(config.optimizer, abstract_params(model, config))
     abstract = abstract_state(model, optimizer, config, mesh)
     train_step = make_train_step(model, optimizer, make_schedule(config.optimizer, config.steps), config)
     compiled = lower_train_step(train_step, abstract, config, mesh).compile()

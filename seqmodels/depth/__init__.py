@@ -1,17 +1,26 @@
 """Connections across depth beside the residual stream: docs/architecture.md says what one may do."""
 
+import functools
 from typing import Any
+
+import jax.numpy as jnp
 
 from seqmodels import pattern
 from seqmodels.branch import Branch
+from seqmodels.branches import BRANCHES
 from seqmodels.depth.attnres import AttnRes
 from seqmodels.depth.connection import Carry, Connection
 from seqmodels.depth.dense import Dense
 from seqmodels.depth.denseformer import DenseFormer
 from seqmodels.depth.hyper import Hyper
+from seqmodels.depth.mudd import Mudd
+from seqmodels.depth.value import ValueResidual
+from seqmodels.fields import refuse
+from seqmodels.layers.norm import norm_of
 from seqmodels.mixers.linked import Linked
+from seqmodels.pattern import BOTH_WAYS, name_of
 
-__all__ = ["Carry", "Connection", "connection_of", "kind"]
+__all__ = ["Carry", "Connection", "check", "connection_of", "growing", "kind"]
 
 PLAIN, DENSE = "plain", "dense"
 
@@ -21,6 +30,27 @@ def kind(config: Any) -> str:
     if config.dense.variant != "none":
         return DENSE
     return PLAIN if config.depth == "none" else config.depth
+
+
+def growing(config: Any) -> int:
+    """Super-blocks at the bottom whose carry gets other parts, so that no scan can run them."""
+    return int(kind(config) == "value")
+
+
+def check(config: Any, words: set[str]) -> None:
+    """Whether the branches of the pattern's words, and other fields of the model, fit its connection.
+
+    Raises UserError where they do not.
+    """
+    if kind(config) == "value":
+        of = {word: BRANCHES[name_of(word)] for word in words}
+        lacking = [word for word in of if of[word].mixes_time and (word.startswith(BOTH_WAYS) or not of[word].valued)]
+        if lacking or not any(branch.mixes_time for branch in of.values()):
+            able = ", ".join(name for name in BRANCHES if BRANCHES[name].valued)
+            have = f"; {', '.join(sorted(lacking))} has no value stream" if lacking else ""
+            refuse("model.depth", "value", f"another one unless all mixers of model.pattern are of {able}{have}")
+    if kind(config) == "mudd" and config.short_conv:
+        refuse("model.short_conv", config.short_conv, "0 with model.depth='mudd', whose mixers read several inputs")
 
 
 def connection_of(config: Any, branches: list[Branch], steps: int, sources: int = 0, **parent: Any) -> Connection:
@@ -34,16 +64,22 @@ def connection_of(config: Any, branches: list[Branch], steps: int, sources: int 
     """
     name, blocks = kind(config), pattern.parse(config.pattern)
     scanned, eps = config.scan_blocks > 0, config.norm_eps
+    dtype = jnp.dtype(config.dtype)
     if name == PLAIN:
         return Connection(**parent)
     if name == "attnres":
         total = config.repeats * sum(map(len, blocks))
-        fields = dict(total=total, scanned=scanned, eps=eps)
+        fields = dict(total=total, scanned=scanned, eps=eps, dtype=dtype)
         return AttnRes(config.attnres, config.width, steps or int(config.attnres.form != "delta"), **fields, **parent)
     if name == "denseformer":
         return DenseFormer(config.width, steps, config.repeats * len(blocks), scanned, **parent)
+    if name == "value":
+        return ValueResidual(tuple(dict.fromkeys(type(b).__name__ for b in branches if b.valued)), **parent)
+    if name == "mudd":
+        ways, norm = branches[0].ways if branches else (), functools.partial(norm_of, config)
+        return Mudd(ways, config.width, steps, config.repeats * len(blocks), scanned, eps, norm, dtype, **parent)
     if name == "hyper":
-        return Hyper(config.hyper, config.width, steps, eps, **parent)
+        return Hyper(config.hyper, config.width, steps, eps, dtype, **parent)
     return _dense(config, branches, sources, **parent)
 
 

@@ -12,17 +12,21 @@ sources of "full". The last norm reads such a mean too, but for "delta", where i
 Queries start at zero, so a fresh model takes the uniform mean of the sources.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from seqmodels.depth import sources
 from seqmodels.depth.connection import Carry, Connection
+from seqmodels.depth.scored import Scored
+from seqmodels.depth.streams import stored
 from seqmodels.layers.parameter import ones, parameter, zeros
 
 
-def attend(known: sources.Sources, query: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
+def attend(known: sources.Buffered, query: jax.Array, scale: jax.Array, eps: float) -> jax.Array:
     """sum_i a_i v_i, [B, T, D] float32, of sources [B, T, D] that are there; query and scale of the norm are [D].
 
     w . RMSNorm(v) is computed as (w scale) . v / rms(v), so that no source is normed in memory.
@@ -36,6 +40,8 @@ def attend(known: sources.Sources, query: jax.Array, scale: jax.Array, eps: floa
 class AttnRes(Connection):
     """The carry is the sources. The residual stream stays the embedding, but for form "delta".
 
+    Blocks that run one by one keep complete sources in `dtype`, and read them once for the scores of all later steps.
+
     Attributes:
         options: config.model.attnres.
         width: D.
@@ -43,6 +49,7 @@ class AttnRes(Connection):
         total: number of steps of the whole model.
         scanned: whether the blocks run in a scan.
         eps: of the norms.
+        dtype: of the model's activations.
     """
 
     options: Any
@@ -51,6 +58,7 @@ class AttnRes(Connection):
     total: int
     scanned: bool
     eps: float
+    dtype: DTypeLike
 
     @property
     def every(self) -> int:
@@ -62,21 +70,30 @@ class AttnRes(Connection):
         self.queries = [parameter(self, f"query_{i}", size, ("embed",), zeros) for i in range(self.steps)]
         self.scales = [parameter(self, f"scale_{i}", size, ("embed",), ones) for i in range(self.steps)]
 
-    def start(self, x: jax.Array) -> Carry:
+    def vectors(self) -> list[jax.Array]:
+        """For each step the query times the scale of its norm, [D] float32: what a source over its rms is scored by."""
+        return [query * scale for query, scale in zip(self.queries, self.scales, strict=True)]
+
+    def start(self, x: jax.Array, blocks: Sequence[Any] = ()) -> Carry:
         """The embedding is the first source."""
-        return sources.first(x, self.scanned * (1 + -(-self.total // self.every)))
+        if self.scanned:
+            return sources.first(x, 1 + -(-self.total // self.every))
+        vectors = [vector for block in (*blocks, self) for vector in block.vectors()]
+        return Scored.of(x, jnp.stack(vectors), self.every, self.eps, self.dtype)
 
     def enter(self, x: jax.Array, carry: Carry, step: int) -> tuple[jax.Array, Carry]:
-        """The mean of the sources, weighted for this step, in the dtype of x."""
-        h = attend(carry, self.queries[step], self.scales[step], self.eps)
+        """The mean of the sources, weighted for this step."""
+        h = attend(carry, self.queries[step], self.scales[step], self.eps) if self.scanned else carry.mean()
         if self.options.form == "delta":
             h = x.astype(jnp.float32) + jnp.where(carry.steps > 0, h, 0)  # the first step has no output below it
-        return h.astype(x.dtype), carry
+            return h.astype(x.dtype), carry
+        return stored(h, self.dtype), carry
 
     def leave(self, x: jax.Array, y: jax.Array, carry: Carry, step: int) -> tuple[jax.Array, Carry]:
         """y is a source, or a part of the newest."""
         y = y.astype(x.dtype)
-        return x + y if self.options.form == "delta" else x, carry.add(y, self.every)
+        carry = carry.add(y, self.every) if self.scanned else carry.add(y)
+        return x + y if self.options.form == "delta" else x, carry
 
     def finish(self, x: jax.Array, carry: Carry) -> jax.Array:
         """What the last norm reads."""

@@ -1,5 +1,6 @@
 """The contract of connections across depth: what a block reads from the blocks below it, and what it passes up."""
 
+from collections.abc import Sequence as Seq
 from typing import Any
 
 import flax.linen as nn
@@ -24,8 +25,11 @@ class Connection(nn.Module):
     """
 
     @nn.nowrap
-    def start(self, x: jax.Array) -> Carry:
-        """The carry before the first block, of the embedded input x [B, T, D]."""
+    def start(self, x: jax.Array, blocks: Seq[Any] = ()) -> Carry:
+        """The carry before the first block, of the embedded input x [B, T, D].
+
+        blocks: the connections of the blocks that run one by one, of this class: their parameters are known ahead.
+        """
         return ()
 
     def enter(self, x: jax.Array, carry: Carry, step: int) -> tuple[jax.Array, Carry]:

@@ -7,6 +7,9 @@ With X_0 the embedding and X_i = Y_{i-1} + block_i(Y_{i-1}) the output of block 
 with learned numbers a that are 1 for j = i and 0 for the others in a fresh model, which is thus the plain network.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -40,7 +43,7 @@ class DenseFormer(Connection):
         if self.steps:
             self.weights = parameter(self, "weights", (self.blocks + 1,), (None,), newest)
 
-    def start(self, x: jax.Array) -> Carry:
+    def start(self, x: jax.Array, blocks: Sequence[Any] = ()) -> Carry:
         """The embedding is the first source."""
         return sources.first(x, self.scanned * (self.blocks + 1))
 

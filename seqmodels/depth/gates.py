@@ -19,9 +19,13 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 def gated(gate: jax.Array | None, values: list[jax.Array]) -> jax.Array:
-    """sum_i g_i values_i, [B, T, X]: gate [B, T, 1 or m, X], or None for ones."""
-    stacked = jnp.stack(values, axis=2)
-    return jnp.sum(stacked if gate is None else gate * stacked, axis=2)
+    """sum_i g_i values_i, [B, T, X]: gate [B, T, 1 or m, X], or None for ones. In one pass: values are not stacked."""
+    wide = jnp.promote_types(values[0].dtype, jnp.float32)
+    products = [v.astype(wide) for v in values]
+    if gate is not None:
+        gates = [gate[:, :, min(i, gate.shape[2] - 1)].astype(wide) for i in range(len(values))]
+        products = [g * v for g, v in zip(gates, products, strict=True)]
+    return sum(products[1:], start=products[0]).astype(jnp.result_type(*values, *([] if gate is None else [gate])))
 
 
 def eye(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike) -> jax.Array:

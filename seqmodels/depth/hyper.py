@@ -16,15 +16,18 @@ the streams would get the same gradients and stay equal. H starts with 0.9 on th
 
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
+from jax.typing import DTypeLike
 
 from seqmodels.depth.connection import Carry, Connection
-from seqmodels.layers.norm import rms_norm
+from seqmodels.depth.streams import combined, known_mean_square, mean_square, products, stored
 from seqmodels.layers.parameter import parameter, zeros
 
 ITERATIONS = 20  # of Sinkhorn
@@ -33,10 +36,10 @@ SCALE = 0.01  # of what depends on the token, in a fresh model
 
 
 def sinkhorn(logits: jax.Array) -> jax.Array:
-    """A doubly stochastic matrix of logits [..., n, n]: rows and columns of exp(logits) are divided by their sums."""
+    """Doubly stochastic matrices of logits [n, n, ...]: columns and rows of exp(logits) are divided by their sums."""
 
     def step(logits: jax.Array, _: None) -> tuple[jax.Array, None]:
-        return jax.nn.log_softmax(jax.nn.log_softmax(logits, axis=-2), axis=-1), None
+        return jax.nn.log_softmax(jax.nn.log_softmax(logits, axis=0), axis=1), None
 
     return jnp.exp(jax.lax.scan(step, logits, length=ITERATIONS)[0])
 
@@ -47,8 +50,8 @@ def permutations(n: int) -> np.ndarray:
 
 
 def lite(logits: jax.Array, n: int) -> jax.Array:
-    """A doubly stochastic matrix [..., n, n] of logits [..., n!]: a mean of all permutations."""
-    return jnp.einsum("...p,pij->...ij", jax.nn.softmax(logits, axis=-1), permutations(n))
+    """Doubly stochastic matrices [n, n, ...] of logits [n!, ...]: means of all permutations."""
+    return jnp.einsum("p...,pij->ij...", jax.nn.softmax(logits, axis=0), permutations(n))
 
 
 def any_stream(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.Array:
@@ -56,20 +59,43 @@ def any_stream(key: jax.Array, shape: tuple[int, ...], dtype: jnp.dtype) -> jax.
     return jax.nn.one_hot(jax.random.randint(key, (), 0, shape[0]), shape[0], dtype=dtype)
 
 
+@struct.dataclass
+class Streams:
+    """The residual streams.
+
+    Attributes:
+        values: n arrays [B, T, D] in the model's dtype.
+        square: [B, T] float32, mean of the squares of all streams. It is known when they are written.
+    """
+
+    values: tuple[jax.Array, ...]
+    square: jax.Array
+
+    @classmethod
+    def of(cls, values: list[jax.Array], dtype: DTypeLike) -> "Streams":
+        """Of float32 values, which are rounded to `dtype`."""
+        kept = tuple(stored(x, dtype) for x in values)
+        return cls(kept, known_mean_square(kept, jax.lax.stop_gradient(mean_square(values))))
+
+
 class Hyper(Connection):
-    """The carry is the streams [B, T, n, D]; between `enter` and `leave` also what `leave` needs of the coefficients.
+    """The carry is the streams; between `enter` and `leave` also what `leave` needs of the coefficients.
+
+    Each stream is an array of its own, in the dtype of the model's activations (`seqmodels.depth.streams`).
 
     Attributes:
         options: config.model.hyper.
         width: D.
         steps: number of steps of this block; 0 at the end of the model.
         eps: of the norm of the streams.
+        dtype: of the model's activations.
     """
 
     options: Any
     width: int
     steps: int
     eps: float
+    dtype: DTypeLike
 
     @property
     def mixed(self) -> int:
@@ -103,39 +129,35 @@ class Hyper(Connection):
             return jnp.zeros(shape, dtype).at[0].set(math.log(ratio * max(shape[0] - 1, 1)))
         return (math.log(ratio * max(n - 1, 1)) * jnp.eye(n, dtype=dtype)).reshape(shape)
 
-    def start(self, x: jax.Array) -> Carry:
+    def start(self, x: jax.Array, blocks: Sequence[Any] = ()) -> Carry:
         """Every stream is the embedding."""
-        return jnp.repeat(x[:, :, None], self.options.streams, axis=2)
+        return Streams.of([x] * self.options.streams, self.dtype)
 
     def enter(self, x: jax.Array, carry: Carry, step: int) -> tuple[jax.Array, Carry]:
-        """u, and the carry with post [B, T, n] and the mixing matrix [B, T, n, n]."""
-        streams, n, parts = carry, self.options.streams, self.parts[step]
-        flat = streams.reshape(*streams.shape[:2], -1)
-        normed = rms_norm(flat, None, self.eps)
-        W = parts["W"].reshape(n * self.width, -1).astype(normed.dtype)
-        p, q, r = jnp.split((normed @ W).astype(jnp.float32), [n, 2 * n], axis=-1)
-        pre = jax.nn.sigmoid(parts["scale"][0] * p + parts["pre"])
-        post = 2 * jax.nn.sigmoid(parts["scale"][1] * q + parts["post"])
+        """u [B, T, D], and the carry with post [n, B, T] and the mixing matrix [n, n, B, T]."""
+        n, parts = self.options.streams, self.parts[step]
+        reciprocal = jax.lax.rsqrt(carry.square + self.eps)
+        p, q, r = jnp.split(products(carry.values, parts["W"].astype(self.dtype)) * reciprocal, [n, 2 * n])
+        column = {name: value[:, None, None] for name, value in parts.items() if value.ndim == 1}
+        pre = jax.nn.sigmoid(column["scale"][0] * p + column["pre"])
+        post = 2 * jax.nn.sigmoid(column["scale"][1] * q + column["post"])
         H = None
-        if self.options.mixing == "lite":
-            H = lite(parts["scale"][2] * r + parts["mix"], n)
-        elif self.options.mixing == "sinkhorn":
-            H = sinkhorn((parts["scale"][2] * r + parts["mix"]).reshape(*r.shape[:2], n, n))
-        u = jnp.einsum("btn,btnd->btd", pre, streams.astype(jnp.float32))
-        return u.astype(x.dtype), (streams, post, H)
+        if self.options.mixing != "identity":
+            logits = column["scale"][2] * r + column["mix"]
+            H = lite(logits, n) if self.options.mixing == "lite" else sinkhorn(logits.reshape(n, n, *logits.shape[1:]))
+        return stored(combined(pre, carry.values), self.dtype), (carry, post, H)
 
     def leave(self, x: jax.Array, y: jax.Array, carry: Carry, step: int) -> tuple[jax.Array, Carry]:
         """The new streams. x stays the embedding, which nothing reads."""
         streams, post, H = carry
-        wide = streams.astype(jnp.float32)
-        if H is not None:
-            wide = jnp.einsum("btij,btjd->btid", H, wide)
-        wide = wide + post[..., None] * y[:, :, None].astype(jnp.float32)
-        return x, wide.astype(streams.dtype)
+        wide = [X.astype(jnp.float32) for X in streams.values]
+        mixed = wide if H is None else [combined(row, wide) for row in H]
+        y = y.astype(jnp.float32)
+        return x, Streams.of([X + post[i, ..., None] * y for i, X in enumerate(mixed)], self.dtype)
 
     def finish(self, x: jax.Array, carry: Carry) -> jax.Array:
         """The mean of the streams."""
-        return jnp.mean(carry.astype(jnp.float32), axis=2).astype(x.dtype)
+        return (sum(X.astype(jnp.float32) for X in carry.values) / self.options.streams).astype(x.dtype)
 
     def flops(self) -> float:
         """Operations per token beyond those of W: u, H X and post y."""

@@ -34,10 +34,6 @@ class Listed:
         """[S] bool: which of the sources are there."""
         return jnp.ones(self.count, bool)
 
-    def products(self, vector: jax.Array) -> jax.Array:
-        """Product of each source with a vector [D] and its mean square, float32: [2, S, B, T]."""
-        return jnp.stack([_products(v, vector) for v in self.values], axis=1)
-
     def mix(self, weights: jax.Array) -> jax.Array:
         """sum_s weights[s] source_s, [B, T, D] in float32, of weights [S, B, T] or [S, 1, 1]."""
         return sum(w[..., None] * v.astype(jnp.float32) for w, v in zip(weights, self.values, strict=True))
@@ -67,8 +63,9 @@ class Buffered:
         return jnp.arange(len(self.values)) < self.count
 
     def products(self, vector: jax.Array) -> jax.Array:
-        """As `Listed.products`."""
-        return _products(self.values, vector)
+        """Product of each source with a vector [D] and its mean square, float32: [2, S, B, T]."""
+        wide = self.values.astype(jnp.float32)
+        return jnp.stack([wide @ vector, jnp.mean(wide * wide, axis=-1)])
 
     def mix(self, weights: jax.Array) -> jax.Array:
         """As `Listed.mix`."""
@@ -79,14 +76,15 @@ class Buffered:
 Sources = Listed | Buffered
 
 
+def empty(x: jax.Array, room: int) -> Buffered:
+    """No source yet, with room for as many as a scan over blocks will have, each like x [B, T, D]."""
+    none = jnp.zeros((), jnp.int32)
+    return Buffered(jnp.zeros((room, *x.shape), x.dtype), none, none)
+
+
 def first(x: jax.Array, room: int = 0) -> Any:
     """Sources of which x [B, T, D] is the first. room: number of sources that a scan over blocks will have; else 0."""
     if not room:
         return Listed((x,))
-    values = jnp.zeros((room, *x.shape), x.dtype).at[0].set(x)
-    return Buffered(values, jnp.zeros((), jnp.int32), jnp.ones((), jnp.int32))
-
-
-def _products(v: jax.Array, vector: jax.Array) -> jax.Array:
-    wide = v.astype(jnp.float32)
-    return jnp.stack([wide @ vector, jnp.mean(wide * wide, axis=-1)])
+    none = empty(x, room)
+    return Buffered(none.values.at[0].set(x), none.steps, jnp.ones((), jnp.int32))

@@ -25,6 +25,7 @@ from seqmodels.evals import (
     needle,
     perplexity,
     rate,
+    reconstruction,
     throughput,
     training_speed,
 )
@@ -40,11 +41,20 @@ EVALUATORS: dict[str, ModuleType] = {
     "rate": rate,
     "needle": needle,
     "classification": classification,
+    "reconstruction": reconstruction,
     "throughput": throughput,
     "training_speed": training_speed,
     "lm_eval": harness,
 }
-BY_NAME = ("extrapolation", "rate", "classification", "throughput", "training_speed", "lm_eval")  # only when asked for
+BY_NAME = (  # only when asked for
+    "extrapolation",
+    "rate",
+    "classification",
+    "reconstruction",
+    "throughput",
+    "training_speed",
+    "lm_eval",
+)
 BY_NAME_ON_TEXT = ("needle", *BY_NAME)
 
 

@@ -17,6 +17,7 @@ from seqmodels.fields.run import kind_of_data
 from seqmodels.model import build_for
 from seqmodels.training import identity, metrics, sharding
 from seqmodels.training.checkpoint import restore_params, steps
+from seqmodels.training.optimizer import averages
 from seqmodels.training.run import read_config
 from seqmodels.training.state import abstract_params, placed_params
 
@@ -121,7 +122,7 @@ def load_run(
     model = build_for(config.model, dataset)
     mesh = sharding.flat_mesh()
     abstract = placed_params(abstract_params(model, config), mesh)
-    number, params = restore_params(workdir / "checkpoints", abstract, step=number, ema=config.optimizer.ema > 0)
+    number, params = restore_params(workdir / "checkpoints", abstract, step=number, ema=averages(config.optimizer))
     batch_size = batch_size or rows_at_once(config)
     return Run(config, number, dataset, model, params, mesh, batch_size)
 

@@ -15,7 +15,7 @@ from seqmodels.errors import UserError
 from seqmodels.evals import memory
 from seqmodels.evals.run import Run, RunData
 from seqmodels.training import flops
-from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
+from seqmodels.training.optimizer import make_optimizer, make_schedule
 from seqmodels.training.sharding import put_batch, row_shards
 from seqmodels.training.state import abstract_params, abstract_state, init_state
 from seqmodels.training.step import lower_train_step, make_train_step
@@ -39,7 +39,7 @@ def measure(config: ConfigDict, model: nn.Module, dataset: BatchSource, mesh: Me
       used on the first device so far; None on CPUs. compile_seconds: shorter if JAX's cache holds the program.
     """
     boxed = abstract_params(model, config)
-    optimizer = make_optimizer(config.optimizer, decay_mask(boxed))
+    optimizer = make_optimizer(config.optimizer, boxed, make_schedule(config.optimizer, config.steps))
     abstract = abstract_state(model, optimizer, config, mesh)
     train_step = make_train_step(model, optimizer, make_schedule(config.optimizer, config.steps), config, boxed)
     lowered = lower_train_step(train_step, abstract, config, mesh, dataset.spec)

@@ -4,7 +4,7 @@ from typing import Any
 
 from seqmodels.fields import Field, Group, at_least, one_of, refuse
 
-KINDS = ("none", "denseformer", "attnres", "hyper")  # values of model.depth
+KINDS = ("none", "value", "denseformer", "attnres", "hyper", "mudd")  # values of model.depth
 
 ATTNRES = Group(
     "attnres",

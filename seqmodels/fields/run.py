@@ -123,6 +123,13 @@ DOMAIN_DATA = Group(
 OPTIMIZER = Group(
     "optimizer",
     {
+        "name": Field(
+            "adamw",
+            "adamw; muon, for matrices, and AdamW for the rest; or schedule_free, AdamW whose average is the result",
+            one_of("adamw", "muon", "schedule_free"),
+            since=2,
+        ),
+        "muon": Field(0.95, "decay of Muon's mean of gradients", share, since=2),
         "learning_rate": Field(3e-3, "largest learning rate", above(0)),
         "schedule": Field(
             "cosine",

@@ -4,17 +4,17 @@ import jax
 import jax.numpy as jnp
 
 
-def separate_matmuls(x: jax.Array, *weights: jax.Array) -> tuple[jax.Array, ...]:
-    """x [B, T, D] times each weight [D, E], as separate products.
+def separate_matmuls(inputs: tuple[jax.Array, ...], weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """Each input [B, T, D], which may be the same, times its weight [D, E], as separate products.
 
     XLA would merge them into one product and then copy its result apart. The copies cost more than the merge saves.
     Optimization barriers hide from XLA that the left factors are equal. Each weight gets one barrier more than the one
     before it; with equal numbers of barriers, the factors would be equal again.
     """
-    products = [x @ weights[0]]
-    for weight in weights[1:]:
-        x = jax.lax.optimization_barrier(x)
-        products.append(x @ weight)
+    products, hidden = [], dict[int, jax.Array]()
+    for x, weight in zip(inputs, weights, strict=True):
+        factor = hidden[id(x)] = jax.lax.optimization_barrier(hidden[id(x)]) if id(x) in hidden else x
+        products.append(factor @ weight)
     return tuple(products)
 
 

@@ -3,13 +3,13 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from seqmodels.branch import Branch, State, real
+from seqmodels.branch import NO_LINKS, Branch, Links, State, real
 from seqmodels.fields.attention import ATTENTION
 from seqmodels.kernels.attention.masks import BigBird, Fixed, Mask, Pattern, Strided
 from seqmodels.kernels.finite import spoil
@@ -184,6 +184,8 @@ class Attention(Branch):
 
     options = ATTENTION
     operations = ("attention",)
+    ways: ClassVar[tuple[str, ...]] = ("q", "k")
+    valued = True
     biased = True
 
     @property
@@ -260,13 +262,15 @@ class Attention(Branch):
         return rope(x, positions, self.rope_theta, **options)
 
     @nn.compact
-    def __call__(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[jax.Array, State]:
+    def __call__(
+        self, x: jax.Array, seq: Sequence, state: State = None, links: Links = NO_LINKS
+    ) -> tuple[jax.Array, State]:
         """x [B, T, D] to y [B, T, D] and the cache with these tokens. Without a state it holds only these tokens."""
         heads, kv_heads, head_dim = self.sizes
         std = self.init_std or self.width**-0.5
         x = real(x, seq, self.dtype)
 
-        def project(name, heads, axis):
+        def project(name, x, heads, axis):
             weight = self.matrix(name, (self.width, heads, head_dim), ("embed", axis, "head_dim"), normal(std))
             y = jnp.einsum("btd,dhk->bthk", x, weight)
             if not self.bias or self.biases == "out":
@@ -274,13 +278,14 @@ class Attention(Branch):
             bias = parameter(self, f"{name}_bias", (heads * head_dim,), (axis,), zeros, dtype=self.dtype)
             return y + bias.reshape(heads, head_dim)
 
-        q, k = project("query", heads, "heads"), project("key", kv_heads, "kv_heads")
+        asked, keyed = (links.of(way, x, seq, self.dtype) for way in self.ways)
+        q, k = project("query", asked, heads, "heads"), project("key", keyed, kv_heads, "kv_heads")
         if self.qk_norm != "none":
             q, k = self._normed("query_norm", q, "heads"), self._normed("key_norm", k, "kv_heads")
         q, k = (self.rotate(x, seq.positions) for x in (q, k))
         if self.log_n:
             q = log_n(q, seq.positions, self.log_n)
-        new = dict(k=k, v=project("value", kv_heads, "kv_heads"))
+        new = dict(k=k, v=links.value(project("value", x, kv_heads, "kv_heads")))
         if self.forget:
             new["gate"] = self._gates(x, seq, state)
         rules = self.rules._replace(kernel=self.kernel())

@@ -17,7 +17,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from seqmodels.branch import State
+from seqmodels.branch import NO_LINKS, Links, State
 from seqmodels.fields.conba import CONBA
 from seqmodels.kernels.segments import resets
 from seqmodels.layers.parameter import Init, ones, parameter, zeros
@@ -112,10 +112,12 @@ class Conba(Mamba):
             state["gain"] = jnp.zeros((batch, *sweeps, self.heads, self.head_dim, self.head_dim), jnp.float32)
         return state
 
-    def __call__(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[jax.Array, State]:
+    def __call__(
+        self, x: jax.Array, seq: Sequence, state: State = None, links: Links = NO_LINKS
+    ) -> tuple[jax.Array, State]:
         """x [B, T, D] to y [B, T, D] and the new state."""
         old = self.init_state(x.shape[0]) if state is None else state
-        stream, readout = self.stream_and_readout(x, seq, old)
+        stream, readout = self.stream_and_readout(x, seq, old, links)
         noise = self.noise(stream.u.shape)
         if self.control == "input":
             y, new = self.fed_back(stream, readout, seq, old, noise)

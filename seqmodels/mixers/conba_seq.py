@@ -15,7 +15,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
-from seqmodels.branch import State
+from seqmodels.branch import NO_LINKS, Links, State
 from seqmodels.fields.conba_seq import CONBA_SEQ
 from seqmodels.kernels.segments import resets
 from seqmodels.layers.parameter import Init, parameter, zeros
@@ -119,10 +119,12 @@ class ConbaSeq(Mamba):
                 state["sensitivity"] = jnp.zeros_like(state["ssm"])
         return state
 
-    def __call__(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[jax.Array, State]:
+    def __call__(
+        self, x: jax.Array, seq: Sequence, state: State = None, links: Links = NO_LINKS
+    ) -> tuple[jax.Array, State]:
         """x [B, T, D] to y [B, T, D] and the new state."""
         old = self.init_state(x.shape[0]) if state is None else state
-        stream, readout = self.stream_and_readout(x, seq, old)
+        stream, readout = self.stream_and_readout(x, seq, old, links)
         u = stream.u
         step, log_memory, reference = None, None, None
         if self.control != "off":

@@ -3,12 +3,14 @@
 S_t = S_{t-1} + phi(k_t) v_t^T,  z_t = z_{t-1} + phi(k_t),  y_t = phi(q_t) S_t / (phi(q_t) . z_t)
 """
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
-from seqmodels.branch import Branch, State, real
+from seqmodels.branch import NO_LINKS, Branch, Links, State, real
 from seqmodels.fields.linear_attention import LINEAR_ATTENTION
 from seqmodels.layers.parameter import normal, residual_std
 from seqmodels.mixers.matrix import state_flops
@@ -45,6 +47,8 @@ class LinearAttention(Branch):
 
     options = LINEAR_ATTENTION
     operations = ("linear_attention",)
+    ways: ClassVar[tuple[str, ...]] = ("q", "k")
+    valued = True
 
     @property
     def head_dim(self) -> int:
@@ -77,16 +81,19 @@ class LinearAttention(Branch):
         return state_flops(self.state_shape, decays=False)
 
     @nn.compact
-    def __call__(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[jax.Array, State]:
+    def __call__(
+        self, x: jax.Array, seq: Sequence, state: State = None, links: Links = NO_LINKS
+    ) -> tuple[jax.Array, State]:
         """x [B, T, D] to y [B, T, D] and the new state."""
         x = real(x, seq, self.dtype)
 
-        def project(name):
+        def project(name, x):
             shape, axes = (self.width, self.heads, self.head_dim), ("embed", "heads", "head_dim")
             weight = self.matrix(name, shape, axes, normal(self.width**-0.5))
             return checkpoint_name(jnp.einsum("btd,dhk->bthk", x, weight), "projected")
 
-        q, k, v = project("q_proj"), project("k_proj"), project("v_proj")
+        asked, keyed = (links.of(way, x, seq, self.dtype) for way in self.ways)
+        q, k, v = project("q_proj", asked), project("k_proj", keyed), links.value(project("v_proj", x))
         q, k = self.features(q, k)
         y, state = linear_attention(
             q,

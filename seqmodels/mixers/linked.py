@@ -5,7 +5,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from seqmodels.branch import Branch, State
+from seqmodels.branch import NO_LINKS, Branch, Links, State
 from seqmodels.sequence import Sequence
 
 
@@ -16,9 +16,11 @@ class Linked(Branch):
     the streams of lower layers with the layer's own between `stream_and_readout` and `scan` (`seqmodels.depth`).
     """
 
-    def __call__(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[jax.Array, State]:
-        """x [B, T, D] to y [B, T, D] and the new state: the layer without links."""
-        stream, readout = self.stream_and_readout(x, seq, state)
+    def __call__(
+        self, x: jax.Array, seq: Sequence, state: State = None, links: Links = NO_LINKS
+    ) -> tuple[jax.Array, State]:
+        """x [B, T, D] to y [B, T, D] and the new state: the layer without links of its state."""
+        stream, readout = self.stream_and_readout(x, seq, state, links)
         y, state = self.scan(stream, readout, seq)
         return self.project(y), self.new_state(readout, state)
 
@@ -27,7 +29,9 @@ class Linked(Branch):
         """Channels of the values and of the keys that are written, over all heads: the widths of the links' gates."""
         raise NotImplementedError
 
-    def stream_and_readout(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[Any, Any]:
+    def stream_and_readout(
+        self, x: jax.Array, seq: Sequence, state: State = None, links: Links = NO_LINKS
+    ) -> tuple[Any, Any]:
         """Everything before the recurrence: what x [B, T, D] writes into the state, and what reads the state."""
         raise NotImplementedError
 

@@ -10,7 +10,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from seqmodels.branch import State, real
+from seqmodels.branch import NO_LINKS, Links, State, real
 from seqmodels.fields.mamba import MAMBA
 from seqmodels.layers.matmul import separate_matmuls
 from seqmodels.layers.norm import rms_norm
@@ -108,6 +108,8 @@ class Mamba(Linked):
 
     options = MAMBA
     operations: ClassVar[tuple[str, ...]] = ("selective_scan", "short_conv")
+    ways: ClassVar[tuple[str, ...]] = ("z",)
+    valued = True
     link = "vector"
     follows_time: ClassVar[str] = "token"
 
@@ -155,15 +157,18 @@ class Mamba(Linked):
             ssm=jnp.zeros((batch, self.inner, self.state), jnp.float32),
         )
 
-    def stream_and_readout(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[Stream, Readout]:
+    def stream_and_readout(
+        self, x: jax.Array, seq: Sequence, state: State = None, links: Links = NO_LINKS
+    ) -> tuple[Stream, Readout]:
         """Everything before the scan: projection, convolution, and the token's step, input and output matrices."""
         if state is None:
             state = self.init_state(x.shape[0])
         x = real(x, seq, self.dtype)
-        if x.shape[1] == 1:  # for one token, copying the weights' halves would cost the most
+        if x.shape[1] == 1 and not links.inputs:  # for one token, copying the weights' halves would cost the most
             a, z = jnp.moveaxis(jnp.einsum("btd,dce->btce", x, self.in_proj), 2, 0)
         else:
-            a, z = separate_matmuls(x, self.in_proj[:, 0], self.in_proj[:, 1])
+            gated = links.of("z", x, seq, self.dtype)
+            a, z = separate_matmuls((x, gated), (self.in_proj[:, 0], self.in_proj[:, 1]))
         a, z = (checkpoint_name(v, "projected") for v in (a, z))
         u, conv = short_conv(
             a,
@@ -179,7 +184,7 @@ class Mamba(Linked):
             scales = self.norm_scales if self.norms == "learned" else (None, None, None)
             delta, B, C = (rms_norm(v, s, self.norm_eps) for v, s in zip((delta, B, C), scales, strict=True))
         u, delta, B = (checkpoint_name(v, "stream") for v in (u, delta, B))  # for model.remat
-        C = checkpoint_name(C, "projected")
+        C, u = checkpoint_name(C, "projected"), links.value(u)
         A = -jnp.exp(self.A_log)
         steps, stretch = None, seq.stretch(self.dt_scale)
         if isinstance(stretch, jax.Array):

@@ -1,5 +1,7 @@
 """Mamba-2 (Dao & Gu 2024, arXiv 2405.21060): a matrix state for each head, with one decay per token and head."""
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,7 +9,7 @@ from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from seqmodels.branch import State, real
+from seqmodels.branch import NO_LINKS, Links, State, real
 from seqmodels.fields.mamba2 import MAMBA2
 from seqmodels.layers.matmul import separate_matmuls, wide_matmul
 from seqmodels.layers.norm import gated_norm
@@ -66,6 +68,8 @@ class Mamba2(Linked):
 
     options = MAMBA2
     operations = ("linear_attention", "short_conv")
+    ways: ClassVar[tuple[str, ...]] = ("bc", "dt")
+    valued = True
     link = "matrix"
     follows_time = "token"
 
@@ -118,17 +122,21 @@ class Mamba2(Linked):
             ssm=jnp.zeros((batch, *self.state_shape), jnp.float32),
         )
 
-    def stream_and_readout(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[Stream, Readout]:
+    def stream_and_readout(
+        self, x: jax.Array, seq: Sequence, state: State = None, links: Links = NO_LINKS
+    ) -> tuple[Stream, Readout]:
         """Everything before the recurrence: projections, convolutions, the token's step, keys and queries."""
         if state is None:
             state = self.init_state(x.shape[0])
         x = real(x, seq, self.dtype)
-        if x.shape[1] == 1:  # for one token, copying the weights' halves would cost the most
+        keyed, stepped = (links.of(way, x, seq, self.dtype) for way in self.ways)
+        if x.shape[1] == 1 and not links.inputs:  # for one token, copying the weights' halves would cost the most
             z, inputs = jnp.moveaxis(jnp.einsum("btd,dce->btce", x, self.in_proj), 2, 0)
             apart = jax.lax.optimization_barrier(jax.lax.optimization_barrier(x))
             BC = apart @ self.BC_proj
         else:
-            z, inputs, BC = separate_matmuls(x, self.in_proj[:, 0], self.in_proj[:, 1], self.BC_proj)
+            weights = self.in_proj[:, 0], self.in_proj[:, 1], self.BC_proj
+            z, inputs, BC = separate_matmuls((stepped, x, keyed), weights)
         z, inputs, BC = (checkpoint_name(v, "projected") for v in (z, inputs, BC))
 
         def conv(inputs, weight, bias, past):
@@ -141,9 +149,9 @@ class Mamba2(Linked):
         u, BC = (checkpoint_name(v, "stream") for v in (u, BC))
         batch, length = x.shape[:2]
         B, C = jnp.split(BC.reshape(batch, length, 2 * self.groups, self.state), 2, axis=2)
-        u = u.reshape(batch, length, self.heads, self.head_dim)
+        u = links.value(u.reshape(batch, length, self.heads, self.head_dim))
         # The step and the decay are always float32, because the state depends on their sums over time.
-        step = seq.stretch(self.dt_scale) * jax.nn.softplus(wide_matmul(x, self.dt_proj) + self.dt_bias)
+        step = seq.stretch(self.dt_scale) * jax.nn.softplus(wide_matmul(stepped, self.dt_proj) + self.dt_bias)
         stream = Stream(k=B, v=u, log_decay=-jnp.exp(self.A_log) * step, state=state["ssm"], step=step)
         conv_state = dict(conv=past, BC_conv=BC_past)
         return stream, Readout(C, u, self.D, z, self.scale, conv_state, self.groups, self.norm_eps)

@@ -7,6 +7,8 @@ weights in the norm, and without an MLP after it, this is the block of DenseRetN
 the authors' code).
 """
 
+from typing import ClassVar
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -14,7 +16,7 @@ import numpy as np
 from flax import struct
 from jax.ad_checkpoint import checkpoint_name
 
-from seqmodels.branch import State, real
+from seqmodels.branch import NO_LINKS, Links, State, real
 from seqmodels.fields.retnet import RETNET
 from seqmodels.layers.norm import rms_norm
 from seqmodels.layers.parameter import Init, normal, ones, parameter, uniform
@@ -105,6 +107,8 @@ class RetNet(Linked):
 
     options = RETNET
     operations = ("linear_attention",)
+    ways: ClassVar[tuple[str, ...]] = ("q", "k")
+    valued = True
     link = "matrix"
     follows_time = "rate"  # rotations would need the time of each token, and the state does not carry it
 
@@ -142,7 +146,9 @@ class RetNet(Linked):
         """[B, H, K, V] float32."""
         return jnp.zeros((batch, *self.state_shape), jnp.float32)
 
-    def stream_and_readout(self, x: jax.Array, seq: Sequence, state: State = None) -> tuple[Stream, Readout]:
+    def stream_and_readout(
+        self, x: jax.Array, seq: Sequence, state: State = None, links: Links = NO_LINKS
+    ) -> tuple[Stream, Readout]:
         """Keys, values, queries and gates."""
         if state is None:
             state = self.init_state(x.shape[0])
@@ -150,13 +156,14 @@ class RetNet(Linked):
         heads, keys, _ = self.state_shape
         activate = ACTIVATIONS[self.activation]
 
-        def project(weight, activation, name):
+        def project(x, weight, activation, name):
             return activation(checkpoint_name(jnp.einsum("btd,dhk->bthk", x, weight), name))
 
-        q = project(self.q_proj, activate, "projected")
-        k = project(self.k_proj, activate, "stream") * keys**-0.5
-        v = project(self.v_proj, activate, "stream")
-        gate = project(self.gate_proj, jax.nn.silu, "projected")
+        asked, keyed = (links.of(way, x, seq, self.dtype) for way in self.ways)
+        q = project(asked, self.q_proj, activate, "projected")
+        k = project(keyed, self.k_proj, activate, "stream") * keys**-0.5
+        v = links.value(project(x, self.v_proj, activate, "stream"))
+        gate = project(x, self.gate_proj, jax.nn.silu, "projected")
         decay, times = seq.rescale * log_decay(heads, self.schedule), seq.rescale * seq.positions
         divisor = row_scale(decay, seq.positions) if self.row_scale else None
         stream = Stream(k=k, v=v, log_decay=decay, state=state, angle=rotation(times, keys, self.angles))

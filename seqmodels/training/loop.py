@@ -20,7 +20,7 @@ from seqmodels.kernels.dispatch import UnsupportedError
 from seqmodels.model import build_for, describe_kernels
 from seqmodels.training import checkpoint, debug, finish, flops, identity, profile, report, run, sharding, start
 from seqmodels.training.metrics import Metrics
-from seqmodels.training.optimizer import decay_mask, make_optimizer, make_schedule
+from seqmodels.training.optimizer import make_optimizer, make_schedule
 from seqmodels.training.preemption import Preempted, StopSignal
 from seqmodels.training.progress import Progress
 from seqmodels.training.state import TrainState, abstract_params, abstract_state, init_state, not_finite, state_from
@@ -85,7 +85,7 @@ class Trainer:
         self.model = build_for(config.model, self.dataset)
         self.finish = finish.Finish(config, workdir, self.dataset, self.model, self.mesh, _say_anyway)
         boxed = abstract_params(self.model, config)
-        self.optimizer = make_optimizer(config.optimizer, decay_mask(boxed))
+        self.optimizer = make_optimizer(config.optimizer, boxed, make_schedule(config.optimizer, config.steps))
         self.abstract = abstract_state(self.model, self.optimizer, config, self.mesh, boxed)
         if config.training.start and not run.begun(workdir):
             for line in start.check(config, self.dataset, self.abstract.params):

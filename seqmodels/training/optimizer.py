@@ -1,4 +1,4 @@
-"""AdamW with parameter groups, the rule of parameters that AdamW does not update, and learning-rate schedules."""
+"""AdamW, Muon and schedule-free AdamW, their parameter groups, other rules of single parameters, and learning rates."""
 
 import math
 from collections.abc import Callable
@@ -7,27 +7,101 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from ml_collections import ConfigDict
 
 from seqmodels.fields import refuse
-from seqmodels.layers.parameter import declarations
+from seqmodels.layers.parameter import Parameter, declarations
 from seqmodels.nearest import nearest
 from seqmodels.schedule import rate
 from seqmodels.training.sharding import is_box, unbox
 
+MUON_RMS = 0.2  # of Muon's updates, as large as AdamW's usually are (Liu et al. 2025, arXiv 2502.16982)
 
-def make_optimizer(config: ConfigDict, mask: Any = None) -> optax.GradientTransformation:
-    """The update direction of AdamW (Loshchilov and Hutter 2019), for descent as `params - learning_rate * direction`.
+
+def make_optimizer(
+    config: ConfigDict, boxed: Any = None, schedule: Callable[[jax.Array], jax.Array] | None = None
+) -> optax.GradientTransformation:
+    """The update direction of `config.name`, for descent as `params - learning_rate * direction`.
 
     The learning rate is not in it: the step multiplies by `make_schedule(...)(step)`, so that it depends on the step
-    alone. `config` is `config.optimizer`, `mask` a tree of bools from `decay_mask`; None decays everything.
-    Gradients are clipped by their global norm where `clip` is not 0.
+    alone. Gradients are clipped by their global norm where `clip` is not 0.
+
+    adamw: Loshchilov and Hutter 2019.
+    muon: matrices by Muon (Jordan et al. 2024), with updates as large as AdamW's; the others by AdamW.
+    schedule_free: AdamW without a schedule (Defazio et al. 2024, arXiv 2405.15682). Gradients are taken between z, the
+        parameters of plain steps, and their average, which is the result: `averaged_params`.
+
+    Args:
+        config: `config.optimizer`.
+        boxed: the parameters with their declarations; None: all of them decay, and none is a matrix.
+        schedule: learning rate of a step, which schedule_free weighs its average by; None: `learning_rate`.
     """
-    return optax.chain(
-        clip_by_global_norm(config.clip) if config.clip else optax.identity(),
-        optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=mask),
-    )
+    mask = None if boxed is None else decay_mask(boxed)
+    clip = clip_by_global_norm(config.clip) if config.clip else optax.identity()
+    decay = optax.add_decayed_weights(config.weight_decay, mask=mask)
+    if config.name == "schedule_free":
+        return _schedule_free(config, clip, decay, schedule or (lambda step: jnp.float32(config.learning_rate)))
+    rule = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    if config.name == "muon" and boxed is not None:
+        axes = matrices(boxed)
+        labels = jax.tree.map(lambda a: "adam" if isinstance(a, optax.MaskedNode) else "muon", axes, is_leaf=_is_axes)
+        options = dict(muon_weight_dimension_numbers=axes, consistent_rms=MUON_RMS)
+        muon = optax.contrib.muon(-1.0, beta=config.muon, **options)  # optax subtracts: -1 gives the direction
+        rule = optax.partition({"adam": rule, "muon": muon}, labels)
+    return optax.chain(clip, rule, decay)
+
+
+def _schedule_free(config, clip, decay, schedule) -> optax.GradientTransformation:
+    """optax's, whose steps are divided by their learning rate."""
+    adam = optax.scale_by_adam(b1=0.0, b2=config.b2, eps=config.eps)
+    base = optax.chain(adam, decay, optax.scale_by_learning_rate(schedule))
+    rule = optax.contrib.schedule_free(base, lambda count: schedule(count - 1), b1=config.b1)
+
+    def update(grads, state, params=None):
+        clipped, cut = clip.update(grads, state[0], params)
+        rate = schedule(state[1].step_count - 1)
+        moves, free = rule.update(clipped, state[1], params)
+        return jax.tree.map(lambda move: -move / rate, moves), (cut, free)
+
+    return optax.GradientTransformation(lambda params: (clip.init(params), rule.init(params)), update)
+
+
+def averages(config: ConfigDict) -> bool:
+    """Whether a run keeps averaged parameters, which are evaluated. `config` is `config.optimizer`."""
+    return config.ema > 0 or config.name == "schedule_free"
+
+
+def averaged_params(config: ConfigDict, average: Any, params: Any, opt_state: Any) -> Any:
+    """The average after a step, of the average before it and the new parameters and state of the optimizer."""
+    if config.name == "schedule_free":
+        return optax.contrib.schedule_free_eval_params(opt_state[1], params)
+    return jax.tree.map(lambda old, p: config.ema * old + (1 - config.ema) * p, average, params)
+
+
+def matrices(boxed: Any) -> Any:
+    """For each parameter the axes that Muon takes as the rows and columns of a matrix; MaskedNode: it is not for Muon.
+
+    Matrices are the parameters that decay and have two axes or more, but for embeddings, heads and convolutions. The
+    model's width is on one side, and what remains on the other; layers, experts and axes without a name are apart.
+    """
+    leaves = [_matrix_axes(leaf) for leaf in declarations(boxed)]
+    return jax.tree.unflatten(jax.tree.structure(unbox(boxed)), leaves)
+
+
+def _is_axes(x: Any) -> bool:
+    return isinstance(x, optax.contrib.MuonDimensionNumbers | optax.MaskedNode)
+
+
+def _matrix_axes(leaf: Parameter) -> optax.contrib.MuonDimensionNumbers | optax.MaskedNode:
+    axes = [i for i, name in enumerate(leaf.names) if name not in ("layers", "expert")]
+    if len(axes) > 2:
+        axes = [i for i in axes if leaf.names[i] is not None]
+    names = [leaf.names[i] for i in axes]
+    if not leaf.decayed or len(axes) < 2 or leaf.group in ("embedding", "head") or {"vocab", "conv"} & set(names):
+        return optax.MaskedNode()
+    split = len(axes) - 1 if names[-1] == "embed" else 1
+    return optax.contrib.MuonDimensionNumbers(tuple(axes[:split]), tuple(axes[split:]))
 
 
 def global_norm(tree: Any) -> jax.Array:

@@ -23,7 +23,7 @@ from seqmodels.kernels.dispatch import UnsupportedError
 from seqmodels.layers.parameter import declarations
 from seqmodels.model import SequenceModel, build_for
 from seqmodels.training import checkpoint, flops, sharding
-from seqmodels.training.optimizer import decay_mask, make_optimizer
+from seqmodels.training.optimizer import make_optimizer
 from seqmodels.training.state import TrainState, abstract_params, abstract_state
 
 Path = tuple[Any, ...]  # names from the root of a tree to a leaf
@@ -77,7 +77,7 @@ def make_plan(config: ConfigDict, context: int | None = None, dataset: data.Batc
         model = _model_of(config, dataset)
         mesh = sharding.abstract_mesh(config)
         boxed = abstract_params(model, config)
-        optimizer = make_optimizer(config.optimizer, decay_mask(boxed))
+        optimizer = make_optimizer(config.optimizer, boxed)
         state = abstract_state(model, optimizer, config, mesh, boxed)
     except UnsupportedError as error:  # a named kernel that cannot serve these shapes
         raise UserError(f"config.model.implementation.{error}") from error

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 from seqmodels.cli import fields
 from seqmodels.errors import UserError
 from seqmodels.training import checkpoint, identity
+from seqmodels.training.optimizer import averages
 from seqmodels.training.run import is_free, read_config
 
 FREE = ("model.dropout", "model.dtype", "model.residual_dtype", "model.embedding_std")  # of training, or of fresh ones
@@ -54,7 +55,7 @@ def params(config: ConfigDict, abstract: Any) -> Any:
     Raises: UserError where no checkpoint can be read.
     """
     place = _place(config)
-    ema = read_config(place, "config.training.start").optimizer.ema > 0
+    ema = averages(read_config(place, "config.training.start").optimizer)
     return checkpoint.restore_params(place / "checkpoints", abstract, ema=ema)[1]
 
 

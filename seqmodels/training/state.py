@@ -13,6 +13,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from seqmodels.errors import UserError
 from seqmodels.training import sharding
+from seqmodels.training.optimizer import averages
 
 
 class TrainState(struct.PyTreeNode):
@@ -43,12 +44,10 @@ def abstract_state(
     replicated = NamedSharding(mesh, PartitionSpec())
 
     params = placed_params(boxed, mesh)
-    opt_state = optax.tree.map_params(
-        optimizer,
-        _with_sharding,
+    places = {_keys(path): place for path, place in jax.tree_util.tree_leaves_with_path(shardings)}
+    opt_state = jax.tree_util.tree_map_with_path(
+        lambda path, leaf: _with_sharding(leaf, places.get(_keys(path), replicated)),
         jax.eval_shape(optimizer.init, params),
-        shardings,
-        transform_non_params=lambda leaf: _with_sharding(leaf, replicated),
     )
     scalar: Any = jax.ShapeDtypeStruct((), jnp.int32, sharding=replicated)
     return TrainState(
@@ -56,9 +55,16 @@ def abstract_state(
         skipped=scalar,
         params=params,
         opt_state=opt_state,
-        ema=params if config.optimizer.ema else None,
+        ema=params if averages(config.optimizer) else None,
         carry=abstract_carry(model, config, mesh) if config.training.bptt else None,
     )
+
+
+def _keys(path: tuple[Any, ...]) -> tuple[str, ...]:
+    """The keys behind the last part of a path that is not a key: the path of a parameter, in what has one for each."""
+    dicts = [isinstance(part, jax.tree_util.DictKey) for part in path]
+    behind = len(dicts) - dicts[::-1].index(False) if False in dicts else 0
+    return tuple(part.key for part in path[behind:])
 
 
 def abstract_params(model: nn.Module, config: ConfigDict) -> Any:
@@ -158,7 +164,7 @@ def _first_state(params, model, optimizer, config):
         params=params,
         opt_state=optimizer.init(params),
         # A copy: two donated arguments may not share a buffer.
-        ema=jax.tree.map(jnp.copy, params) if config.optimizer.ema else None,
+        ema=jax.tree.map(jnp.copy, params) if averages(config.optimizer) else None,
         carry=model.init_state(config.batch_size, config.seq_len) if config.training.bptt else None,
     )
 

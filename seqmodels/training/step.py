@@ -14,7 +14,7 @@ from seqmodels.backbone import redraw_every
 from seqmodels.data.contract import Spec, text_spec
 from seqmodels.model import head_of, input_of
 from seqmodels.training import sharding, side
-from seqmodels.training.optimizer import global_norm, rate_factors, sign_rule
+from seqmodels.training.optimizer import averaged_params, global_norm, rate_factors, sign_rule
 from seqmodels.training.state import TrainState, abstract_params
 
 # As calls of cuBLAS products add to what is there already: a gradient's second part to the first. As Triton fusions
@@ -125,8 +125,7 @@ def make_train_step(
             params = jax.tree.map(jnp.subtract, params, moves)
         ema = state.ema
         if ema is not None:
-            decay = config.optimizer.ema
-            ema = jax.tree.map(lambda average, p: decay * average + (1 - decay) * p, ema, params)
+            ema = averaged_params(config.optimizer, ema, params, opt_state)
         carry = jax.lax.stop_gradient(carry) if config.training.bptt else None
 
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
