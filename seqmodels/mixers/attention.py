@@ -294,7 +294,7 @@ class Attention(Branch):
         else:
             o, state = attend_from_cache(q, new, state, seq, rules)
         if self.output_gate:
-            o = o * jax.nn.sigmoid(project("gate", heads, "heads"))
+            o = o * jax.nn.sigmoid(project("gate", x, heads, "heads"))
 
         out_axes = ("heads", "head_dim", "embed")
         out = self.matrix("out", (heads, head_dim, self.width), out_axes, normal(residual_std(self.layers, std)))
