@@ -24,6 +24,7 @@ from seqmodels.evals import (
     harness,
     needle,
     perplexity,
+    qa,
     throughput,
     training_speed,
 )
@@ -38,11 +39,12 @@ EVALUATORS: dict[str, ModuleType] = {
     "figures": figures,
     "needle": needle,
     "classification": classification,
+    "qa": qa,
     "throughput": throughput,
     "training_speed": training_speed,
     "lm_eval": harness,
 }
-BY_NAME = ("extrapolation", "classification", "throughput", "training_speed", "lm_eval")  # only when asked for
+BY_NAME = ("extrapolation", "classification", "qa", "throughput", "training_speed", "lm_eval")  # only when asked for
 BY_NAME_ON_TEXT = ("needle", *BY_NAME)
 
 
