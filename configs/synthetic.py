@@ -53,6 +53,11 @@ FIELDS: dict[str, dict[str, Any]] = {
     "word_problem": dict(group="s3", shortest=2),
     "listops": dict(depth=4, arguments=5, shortest=10, longest=100),
     "passkey": dict(depth=-1.0),
+    "in_context_recall": dict(vocab=16, noise_vocab=0, noise=0.0),
+    "fuzzy_recall": dict(vocab=16, longest=3, shortest=1),
+    "memorization": dict(vocab=64, map_seed=12345),
+    "string_copy": dict(ask="copy", letters=26, shortest=1, gram=2, follow=2),
+    "transduction": dict(language="reverse", shortest=1),
 }
 # Sizes of each task. lengths: row lengths at which a trained model is measured too.
 SIZES: dict[str, dict[str, Any]] = {
@@ -67,11 +72,27 @@ SIZES: dict[str, dict[str, Any]] = {
     "word_problem": dict(length=10, lengths=(10, 20, 40, 80)),
     "listops": dict(length=100),
     "passkey": dict(length=64, lengths=(64, 128, 256, 512)),
+    "in_context_recall": dict(length=63, lengths=(63, 127, 255)),
+    "fuzzy_recall": dict(length=64, lengths=(64, 128)),
+    "memorization": dict(length=32),
+    "string_copy": dict(length=34, lengths=(34, 66, 130)),
+    "transduction": dict(length=21, lengths=(21, 41, 81)),
 }
 SMALL: dict[str, Any] = dict(batch_size=32, steps=1000, learning_rate=1e-2, embedding_std=0.3)
 TWO_POWERS = tuple(2**i for i in range(6, 21))
 ZOOLOGY: dict[str, Any] = dict(batch_size=512, steps=12_500, width=128)  # 64 epochs of 100,000 rows
+# Poli et al. 2024: 200 epochs of 12,800 rows (here each row is new), two mixers with SwiGLUs, the middle of three rates
+MAD: dict[str, Any] = dict(batch_size=128, steps=20_000, width=128, layers=2, learning_rate=5e-4, length=127)
 PAPERS: dict[str, dict[str, Any]] = {
+    "in_context_recall-mad": MAD | dict(task=dict(vocab=16), lengths=(127, 255, 511, 1023)),
+    "in_context_recall-mad_noisy": MAD | dict(task=dict(vocab=32, noise_vocab=16, noise=0.2), lengths=(127, 255, 511)),
+    "fuzzy_recall-mad": MAD | dict(length=128, lengths=(128, 256)),
+    "memorization-mad": MAD | dict(task=dict(vocab=256), length=32),
+    "selective_copying-mad": MAD | dict(task=dict(vocab=16, tokens=16), length=256),
+    # Deletang et al. 2023: inputs of 1 to 40 symbols in training and up to 500 in the test; the model's size is ours
+    "transduction-chomsky": dict(
+        length=80, lengths=(100, 200, 500, 1000), batch_size=128, steps=100_000, width=256, layers=5, learning_rate=1e-3
+    ),
     # Gu and Dao 2023, appendix E.1; the learning rate of induction is ours
     "selective_copying-mamba": dict(
         task=dict(vocab=16, tokens=16),

@@ -10,6 +10,7 @@ from seqmodels.data.synthetic import GOES_ON, TASKS, make_task
 from seqmodels.data.synthetic.groups import group_table, permutations
 from seqmodels.data.synthetic.modular_arithmetic import values
 from seqmodels.data.synthetic.mqar import gaps
+from seqmodels.data.synthetic.transduction import LANGUAGES
 from seqmodels.errors import UserError
 
 # name, fields, tokens of a row
@@ -39,6 +40,16 @@ CASES = [
     ("listops", dict(depth=4, arguments=5, shortest=4, longest=60), 64),
     ("passkey", dict(), 70),
     ("passkey", dict(depth=0.25), 100),
+    ("in_context_recall", dict(vocab=9), 33),
+    ("in_context_recall", dict(vocab=12, noise_vocab=5, noise=0.4), 21),
+    ("fuzzy_recall", dict(), 60),
+    ("fuzzy_recall", dict(vocab=9, longest=2, shortest=2), 9),
+    ("memorization", dict(vocab=21), 12),
+    ("memorization", dict(vocab=6, map_seed=1), 12),
+    ("string_copy", dict(), 33),
+    ("string_copy", dict(ask="prefix", shortest=0, gram=3), 60),
+    ("string_copy", dict(ask="suffix", letters=5, follow=4), 24),
+    *(("transduction", dict(language=language), 24) for language in LANGUAGES),
 ]
 IDS = [f"{name}-{'-'.join(map(str, fields.values()))}" for name, fields, _ in CASES]
 COUNT = 200
@@ -139,6 +150,84 @@ def solve_passkey(text, task):
     assert key == again and 1 <= int(key.replace(" ", "")) <= 50_000
     assert text[-4:] == key.split()[:4]
     return dict(zip(range(len(text) - 5, len(text)), key.split(), strict=True))
+
+
+def solve_in_context_recall(text, task):
+    known, answers = {}, {}
+    for i in range(0, len(text), 2):
+        if text[i] in known:
+            answers[i] = known[text[i]]
+        elif text[i][0] == "k" and i + 1 < len(text):
+            known[text[i]] = text[i + 1]
+    return answers
+
+
+def solve_fuzzy_recall(text, task):
+    """Keys and values follow each other; the last value is there but for its last symbol."""
+    row = " ".join(text).lstrip("_ ")
+    pieces = [piece.split() for piece in re.findall(r"(?:k\d+ ?)+|(?:v\d+ ?)+", row)]
+    known, answers, place = {}, {}, len(text) - len(row.split())
+    for n, piece in enumerate(pieces):
+        if piece[0][0] == "k":
+            key, whole = tuple(piece), n + 2 < len(pieces)
+            if key in known:
+                answers |= {place + len(key) - 1 + i: symbol for i, symbol in enumerate(known[key])}
+            else:
+                assert whole
+                known[key] = pieces[n + 1]
+            assert task.shortest <= len(key) <= task.longest
+        assert len(set(piece)) == len(piece) <= task.longest
+        place += len(piece)
+    return answers
+
+
+def solve_memorization(text, task):
+    rng = np.random.default_rng(task.map_seed)
+    values = rng.permutation(np.arange((task.vocab - 1) // 2, task.vocab - 1))
+    assert text[1::2] == ["=>"] * (len(text) // 2)
+    return {i: task.symbols[values[int(text[i - 1][1:])]] for i in range(1, len(text), 2)}
+
+
+def solve_string_copy(text, task):
+    row = "".join(text).rstrip("_")
+    if task.ask == "copy":
+        (answer,) = re.fullmatch(r"\$([a-z]+)\|\1", row).groups()
+        start = len(answer) + 1
+    else:
+        first, second, shown = re.fullmatch(r"\$([a-z]+)\|([a-z]+)\|([a-z]+)", row).groups()
+        gram, string = (first, second) if task.ask == "prefix" else (second, first)
+        (answer,) = re.findall(f"(?={gram}([a-z]{{{task.follow}}}))", string)
+        assert answer == shown and len(gram) == task.gram
+        start = len(row) - len(answer) - 1
+    return {start + i: letter for i, letter in enumerate(answer + ".")}
+
+
+def machine(actions, stack):
+    for action in actions:
+        stack = stack[1:] if action == "P" else action.lower() + stack
+    return stack
+
+
+TRANSDUCE = {
+    "even_pairs": lambda s: str(int((s.count("ab") + s.count("ba")) % 2 == 0)),
+    "cycle_navigation": lambda s: str(sum((0, 1, 4)[int(move)] for move in s) % 5),
+    "stack": lambda s: machine(s.lstrip("ab"), s[: len(s) - len(s.lstrip("ab"))][::-1]) + ".",
+    "reverse": lambda s: "".join(s[-1 - i] for i in range(len(s))),
+    "equation": lambda s: next(x for x in "01234" if eval(s.replace("x", x).replace("~", "-")) % 5 == 0),
+    "duplicate": lambda s: 2 * s,
+    "missing_duplicate": lambda s: next(x for x in "01" if (t := s.replace("?", x))[: len(t) // 2] * 2 == t),
+    "odds_first": lambda s: "".join(s[i] for i in sorted(range(len(s)), key=lambda i: i % 2)),
+    "addition": lambda s: f"{eval('+'.join('0b' + part[::-1] for part in s.split('+'))):b}"[::-1] + ".",
+    "multiplication": lambda s: f"{eval('*'.join('0b' + part[::-1] for part in s.split('*'))):b}"[::-1] + ".",
+    "sqrt": lambda s: f"{int(int(s[::-1], 2) ** 0.5):b}"[::-1] + ".",
+    "bucket_sort": lambda s: "".join(digit * s.count(digit) for digit in "12345"),
+}
+
+
+def solve_transduction(text, task):
+    end = text.index("=")
+    assert set(text[end + 1 :]) <= {"_"} and end >= task.shortest
+    return {end + i: symbol for i, symbol in enumerate(TRANSDUCE[task.language]("".join(text[:end])))}
 
 
 SOLVERS = {name[len("solve_") :]: solver for name, solver in globals().items() if name.startswith("solve_")}
@@ -248,6 +337,43 @@ def test_mqar_with_random_filler():
             known = dict(zip(row[0 : 2 * pairs : 2].tolist(), row[1 : 2 * pairs : 2].tolist(), strict=True))
             found = {row[i]: goal[i] for i in np.flatnonzero(asked)}
             assert found == known
+
+
+def test_recall_in_context():
+    """Shares of noise and of keys, and the last key among those shown."""
+    _task, rows = example("in_context_recall", dict(vocab=12, noise_vocab=4, noise=0.25), 17, count=4000)
+    noise = rows.tokens[:, 0:-1:2] >= 8
+    assert ((rows.tokens[:, 1::2] >= 8) == noise).all() and not noise.all(axis=1).any()
+    expect_share((rows.tokens[:, 0] >= 8).sum(), 0.25 * 7 / 8, 4000)  # one of the eight pairs is no noise, for certain
+    for key in range(4):
+        expect_share((rows.tokens[~noise[:, 0], 0] == key).sum(), 1 / 4, (~noise[:, 0]).sum())
+    for value in range(4, 8):
+        expect_share((rows.targets[:, -1] == value).sum(), 1 / 4, 4000)
+
+
+def test_motifs_are_uniform():
+    """Of the first keys, each length has a third, and each symbol a seventh of the first places."""
+    _task, rows = example("fuzzy_recall", dict(), 40, count=3000)
+    start = (rows.tokens != 15).argmax(axis=1)
+    text = np.take_along_axis(rows.tokens, start[:, None] + np.arange(4), axis=1)
+    sizes = (text >= 7).argmax(axis=1)
+    for size in (1, 2, 3):
+        expect_share((sizes == size).sum(), 1 / 3, 3000)
+    for symbol in range(7):
+        expect_share((text[:, 0] == symbol).sum(), 1 / 7, 3000)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_inputs_of_all_lengths(language):
+    """Uniform over the lengths that fit, the longest included; answers never need more room than is kept."""
+    task, rows = example("transduction", dict(language=language), 18, count=2000)
+    sizes = (rows.tokens == task.symbols.index("=")).argmax(axis=1)
+    for size in task.sizes(18):
+        expect_share((sizes == size).sum(), 1 / len(task.sizes(18)), 2000)
+    kind, rng = LANGUAGES[language], np.random.default_rng(0)
+    for size in task.sizes(60):
+        text = kind.draw(rng, size)
+        assert len(text) == size and len(kind.answer(text)) <= kind.room(size) and set(text) <= set(kind.symbols)
 
 
 def test_lengths_of_bits_words_and_expressions_are_uniform():
@@ -401,6 +527,16 @@ def test_even_permutations_have_determinant_one():
         ("listops", dict(depth=2, arguments=3, shortest=10, longest=20), "shortest=10: must be less than 5"),
         ("listops", dict(shortest=10, longest=11), "longest=11: must be at least 12"),
         ("passkey", dict(depth=1.5), "depth=1.5: must be from 0 to 1, or -1"),
+        ("in_context_recall", dict(vocab=4, noise_vocab=3), "noise_vocab=3: must be from 0 to .* 2"),
+        ("in_context_recall", dict(noise=0.1), "noise_vocab=0: must be at least 1 with noise"),
+        ("in_context_recall", dict(noise=1.0, noise_vocab=2), "noise=1.0: must be at least 0 and less than 1"),
+        ("fuzzy_recall", dict(vocab=6), "longest=3: must be from 1 to 2, as vocab=6"),
+        ("fuzzy_recall", dict(shortest=4), "shortest=4: must be from 1 to .* 3"),
+        ("memorization", dict(vocab=4), "vocab=4: must be at least 5"),
+        ("string_copy", dict(ask="infix"), "ask='infix': must be 'copy', 'prefix' or 'suffix'"),
+        ("string_copy", dict(letters=27), "letters=27: must be from 2 to 26"),
+        ("string_copy", dict(gram=0), "gram=0: must be at least 1"),
+        ("transduction", dict(language="revers"), "language='revers': must be one of even_pairs"),
     ],
 )
 def test_bad_settings_are_refused(name, fields, message):
@@ -422,6 +558,12 @@ def test_bad_settings_are_refused(name, fields, message):
         ("word_problem", dict(shortest=4), 3),
         ("listops", dict(longest=600), 599),
         ("passkey", {}, 36),
+        ("in_context_recall", {}, 20),
+        ("fuzzy_recall", {}, 11),
+        ("memorization", {}, 7),
+        ("string_copy", dict(ask="suffix", gram=3), 12),
+        ("string_copy", {}, 3),
+        ("transduction", dict(shortest=5), 9),
     ],
 )
 def test_short_rows_are_refused(name, fields, length):

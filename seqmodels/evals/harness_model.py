@@ -3,7 +3,6 @@
 from typing import Any
 
 import flax.linen as nn
-import numpy as np
 from jax.sharding import Mesh
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
@@ -11,7 +10,8 @@ from lm_eval.api.model import LM
 from seqmodels.data.tokenizer import Tokenizer
 from seqmodels.errors import UserError
 from seqmodels.evals import likelihood
-from seqmodels.generation import Sampling, decode
+from seqmodels.evals.answers import answers
+from seqmodels.generation import Sampling
 
 
 class HarnessModel(LM):
@@ -66,42 +66,20 @@ class HarnessModel(LM):
             kinds.setdefault((int(options.get("max_gen_toks", 256)), sampling_of(options)), []).append(i)
         texts = [""] * len(requests)
         for (tokens, sampling), members in kinds.items():
-            prompts = {i: self._prompt(requests[i].args[0], tokens) for i in members}
-            members.sort(key=lambda i: -len(prompts[i]))
-            for first in range(0, len(members), self.batch_size):
-                rows = np.resize(members[first : first + self.batch_size], self.batch_size)  # one shape
-                stops = [stops_of(requests[i].args[1]) for i in rows]
-                found = self._generate([prompts[i] for i in rows], stops, tokens, sampling)
-                for i, text in zip(rows, found, strict=True):
-                    texts[i] = text
+            found = answers(
+                self.model,
+                self.params,
+                self.tokenizer,
+                [self._prompt(requests[i].args[0], tokens) for i in members],
+                [stops_of(requests[i].args[1]) for i in members],
+                tokens=tokens,
+                batch_size=self.batch_size,
+                sampling=sampling,
+                seed=self.seed,
+            )
+            for i, text in zip(members, found, strict=True):
+                texts[i] = text
         return texts
-
-    def _generate(self, prompts: list[list[int]], stops: list[list[str]], tokens: int, sampling: Sampling) -> list[str]:
-        separator = self.tokenizer.separator
-        texts: list[str] = []
-
-        def enough(out: np.ndarray) -> bool:
-            """Updates `texts`; returns whether each of them has ended."""
-            texts[:] = [self.tokenizer.decode(row[: (row != separator).cumprod().sum()]) for row in out]
-            found = [any(s in text for s in stop) for text, stop in zip(texts, stops, strict=True)]
-            return bool((found | (out == separator).any(axis=1)).all())
-
-        out = decode(
-            self.model,
-            self.params,
-            prompts,
-            tokens=tokens,
-            vocab_size=self.tokenizer.vocab_size,
-            sampling=sampling,
-            seed=self.seed,
-            stop=separator,
-            enough=enough,
-        )
-        enough(out)
-        return [
-            min((text.split(s)[0] for s in stop), key=len, default=text)
-            for text, stop in zip(texts, stops, strict=True)
-        ]
 
     def _score(self, requests: list[likelihood.Request]) -> list[likelihood.Likelihood]:
         return likelihood.score(self.model, self.params, requests, **self._scoring)

@@ -88,7 +88,7 @@ TASK_DATA = Group(
         "name": Field("mqar", "task of seqmodels/data/synthetic that makes the rows"),
         "loss": Field(
             "answers",
-            "targets: the answers, or all next tokens too (of tasks that have them: induction, recall, passkey)",
+            "targets: the answers, or all next tokens too (induction, recall, in_context_recall and passkey have them)",
             one_of("answers", "all"),
         ),
         "rows": Field(512, "rows of the validation and of the test split", at_least(1)),
@@ -239,6 +239,13 @@ EVALUATION = Group(
         ),
         "classification": Field(
             "", "JSON lines of prompt, choices and answer, as a glob; empty: those of the project", path=True
+        ),
+        "qa": Field("", "JSON lines of question, answers and context for --evals=qa, as a glob", path=True, since=2),
+        "qa_tokens": Field(32, "most tokens of an answer of --evals=qa", at_least(1), since=2),
+        "qa_shots": Field(0, "most examples before each question of --evals=qa", at_least(0), since=2),
+        "qa_repeat": Field(1, "how often --evals=qa gives context and question", at_least(1), since=2),
+        "qa_length": Field(
+            0, "most tokens of a prompt of --evals=qa, whose context is cut; 0: any number", at_least(0), since=2
         ),
         "tasks": Field(
             "local", "tasks of lm-eval apart by commas, or a list of seqmodels/evals/lists.py such as local or mamba"

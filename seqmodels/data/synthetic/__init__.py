@@ -11,15 +11,20 @@ from ml_collections import ConfigDict
 
 from seqmodels.data.synthetic.copying import Copying, SelectiveCopying
 from seqmodels.data.synthetic.dataset import SyntheticDataset
+from seqmodels.data.synthetic.fuzzy_recall import FuzzyRecall
+from seqmodels.data.synthetic.in_context_recall import InContextRecall
 from seqmodels.data.synthetic.induction import Induction
 from seqmodels.data.synthetic.listops import ListOps
 from seqmodels.data.synthetic.majority import Majority
+from seqmodels.data.synthetic.memorization import Memorization
 from seqmodels.data.synthetic.modular_arithmetic import ModularArithmetic
 from seqmodels.data.synthetic.mqar import Mqar
 from seqmodels.data.synthetic.parity import Parity
 from seqmodels.data.synthetic.passkey import Passkey
 from seqmodels.data.synthetic.recall import AssociativeRecall
+from seqmodels.data.synthetic.string_copy import StringCopy
 from seqmodels.data.synthetic.task import Rows, Task
+from seqmodels.data.synthetic.transduction import Transduction
 from seqmodels.data.synthetic.word_problem import WordProblem
 from seqmodels.errors import UserError
 
@@ -35,8 +40,18 @@ TASKS: dict[str, type[Task]] = {
     "word_problem": WordProblem,
     "listops": ListOps,
     "passkey": Passkey,
+    "in_context_recall": InContextRecall,
+    "fuzzy_recall": FuzzyRecall,
+    "memorization": Memorization,
+    "string_copy": StringCopy,
+    "transduction": Transduction,
 }
-GOES_ON = ("induction", "recall", "passkey")  # tasks whose targets are next tokens in addition to the answers
+GOES_ON = (
+    "induction",
+    "recall",
+    "passkey",
+    "in_context_recall",
+)  # tasks whose targets are next tokens in addition to the answers
 
 __all__ = ["GOES_ON", "TASKS", "Rows", "SyntheticDataset", "Task", "load", "make_task"]
 

@@ -78,11 +78,11 @@ class ModularArithmetic(Task):
         sizes = rng.integers(self.shortest or length - 1, length, (count, 1))
         text, results = np.zeros((count, length), np.int32), np.zeros((count, 1), np.int32)
         for row, (size,) in enumerate(sizes):
-            symbols, results[row] = self._expression(rng, int(size))
+            symbols, results[row] = self.expression(rng, int(size))
             text[row, :size] = symbols
         return text, sizes, results
 
-    def _expression(self, rng, size: int) -> tuple[list[int], int]:
+    def expression(self, rng, size: int) -> tuple[list[int], int]:
         """Ids and value of one expression with brackets. A stack replaces recursion: long expressions nest deeply."""
         m = self.modulus
         plus, minus, opening, closing = m, m + 1, m + 3, m + 4
