@@ -232,7 +232,7 @@ def test_no_documents_where_none_are_needed():
 
 def test_reasons(gpu_interpreter):
     facts = dict(dtype="bfloat16", queries=8, keys=8, width=64)
-    assert mosaic_gpu.supports("cuda", **facts) is None
+    assert mosaic_gpu.supports("cuda", **facts, named=True) is None
     assert mosaic_gpu.supports("cuda", **facts, masked=True, placed=True, window=3, sinks=1, block=512) is None
     for change, reason in (
         (dict(dtype="float32"), "float32"),
@@ -255,9 +255,19 @@ def test_reasons(gpu_interpreter):
 
 
 @pytest.mark.skipif(GPU, reason="there is a GPU")
-def test_needs_a_gpu_and_is_no_default():
+def test_needs_a_gpu():
     assert "needs an NVIDIA GPU" in mosaic_gpu.supports("cpu")
-    assert all("mosaic_gpu" not in names for names in op.WINNERS.values())
+
+
+def test_is_chosen_where_it_leaves_out_tiles():
+    """And not where cuDNN was as fast, or where nobody has measured it."""
+    facts = dict(dtype="bfloat16", queries=2048, keys=2048, width=64)
+    for change in (dict(masked=True), dict(window=512), dict(pattern=True, block=512)):
+        assert op.choose("cuda", **facts, **change)[0] == "mosaic_gpu"
+        assert op.choose("cuda", **facts | dict(width=128), **change)[0] != "mosaic_gpu"
+        assert op.choose("cpu", **facts, **change)[0] == "xla"
+    assert op.choose("cuda", **facts) == ("cudnn", op.choose("cuda", **facts)[1])
+    assert "cuDNN is as fast" in op.choose("cuda", **facts)[1]
 
 
 @pytest.mark.skipif(needs_cuda_plugin.args[0] is False, reason="it is compiled, see test_compiles_into_registers")

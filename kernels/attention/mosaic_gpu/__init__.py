@@ -23,6 +23,7 @@ from seqmodels.kernels.interpreter import gpu_interpreter
 from seqmodels.kernels.tensor_cores import SIDE
 
 DTYPES, WIDTHS = ("bfloat16", "float16"), (64, 128)
+MEASURED = (64,)  # WIDTHS at which it was faster than cuDNN and XLA: one H200, jax 0.11.2
 LONGEST = 2**17  # the tables are quadratic in the number of tiles: 4 MiB at this length
 
 
@@ -38,11 +39,15 @@ def supports(
     block: int | None = None,
     biased: bool = False,
     capped: bool = False,
+    masked: bool = False,
+    window: int | None = None,
+    named: bool = False,
     **facts: object,
 ) -> str | None:
     """Why this backend cannot serve the call; None: it can.
 
     Args:
+        masked: there are documents, or keys that no query sees. named: the caller asked for this backend.
         positioned: positions are given. block: tokens in a block of the pattern; None: there is no pattern.
         biased: there is a bias, or there are gates. capped: scores are capped.
     """
@@ -64,6 +69,10 @@ def supports(
         return f"the pattern has blocks of {block} tokens; it takes multiples of {SIDE}"
     if not scale > 0:
         return f"scale is {scale}; it takes numbers greater than 0"
+    if not named and not (masked or window or block):
+        return "cuDNN is as fast where every query sees all keys before it, and faster at 32,768 tokens"
+    if not named and width not in MEASURED:
+        return f"heads have {width} channels, and nobody has measured it there"
     return None
 
 
