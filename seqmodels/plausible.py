@@ -3,6 +3,7 @@
 The rules look at several fields together. Those without which nothing can be computed are in `seqmodels/config.py`.
 """
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -88,7 +89,7 @@ def _files(config: ConfigDict) -> None:
     files, folder = config.evaluation.classification, config.evaluation.task_folder
     if files and not matching(files):
         raise UserError(f"config.evaluation.classification={shown(files)}: matches no file")
-    if folder and not Path(folder).expanduser().is_dir():
+    if folder and not os.path.isdir(Path(folder).expanduser()):  # False too for a name that is too long
         raise UserError(f"config.evaluation.task_folder={shown(folder)}: is no folder")
 
 

@@ -44,6 +44,7 @@ def changed(module, **fields):
         (mamba, dict(training__profile_start=1001), "config.training.profile_start=1001: must be at most steps=1000"),
         (mamba, dict(checkpoint__best="validation_loss", evaluation__every=2000), "config.evaluation.every=2000"),
         (mamba, dict(evaluation__classification="/nowhere/*"), "config.evaluation.classification='/nowhere/*'"),
+        (mamba, dict(evaluation__task_folder="9" * 300), "config.evaluation.task_folder='999"),
         (mamba, dict(evaluation__task_folder="/nowhere"), "config.evaluation.task_folder='/nowhere'"),
         (mamba, dict(model__mamba__dt_floor=5.0), "config.model.mamba.dt_floor=5.0: must be at most dt_max=0.1"),
         (mamba, dict(seed=-1), "config.seed=-1: must be at least 0"),

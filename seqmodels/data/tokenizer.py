@@ -1,6 +1,7 @@
 """Tokenizers: bytes, a sentencepiece model, or a Hugging Face tokenizer.json. All read from local files."""
 
 import hashlib
+import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -216,13 +217,13 @@ def file_of(name: str) -> Path:
     Raises: UserError where there is none.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
+    if os.path.isdir(path):  # False too for a name that is too long
         if found := in_folder(path):
             return found
         raise UserError(f"config.data.tokenizer={name!r}: the folder has neither {' nor '.join(FILES)}")
     if path.suffix in KINDS:
         return path
-    if path.exists() or not HUB_NAME.fullmatch(name):
+    if os.path.exists(path) or not HUB_NAME.fullmatch(name):
         raise UserError(
             f"config.data.tokenizer={name!r}: must be 'bytes', the path of a sentencepiece .model or a Hugging Face "
             "tokenizer.json, a folder with one, or a name on the Hugging Face Hub"

@@ -56,7 +56,7 @@ class Tasks:
     def __init__(self, folder: str = "") -> None:
         from lm_eval.tasks import TaskManager
 
-        if folder and not Path(folder).expanduser().is_dir():
+        if folder and not os.path.isdir(Path(folder).expanduser()):
             raise UserError(f"config.evaluation.task_folder={folder!r}: is no folder")
         self._folders = [str(FOLDER), *([str(Path(folder).expanduser().absolute())] if folder else [])]
         self._manager = TaskManager(include_path=self._folders, include_defaults=False)

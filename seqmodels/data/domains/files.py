@@ -5,6 +5,7 @@ Nothing is downloaded here and no package is imported. A wheel is a zip file, an
 
 import dataclasses
 import importlib.util
+import os
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,14 +77,14 @@ class Place:
     def file(self) -> Path:
         """`path` as an existing file or folder. Raises: UserError."""
         place = Path(self.path).expanduser()
-        if not self.path or not place.exists():
+        if not self.path or not os.path.exists(place):
             raise UserError(f"config.data.path={self.path!r}: must be an existing file or folder for {self.name}")
         return place
 
 
 def _within(place: Path, file: str) -> Iterator[bytes]:
     """Contents of files of this name at a path."""
-    if place.is_dir():
+    if os.path.isdir(place):  # False too for a name that is too long
         for found in sorted(place.rglob(file)):
             yield found.read_bytes()
         for archive in sorted(each for each in place.iterdir() if each.suffix in ARCHIVES):
