@@ -190,7 +190,7 @@ class FromBelow(depth.Connection):
         self.gain = self.param("gain", nn.initializers.constant(0.5), (self.width,))
 
     @nn.nowrap
-    def start(self, x):
+    def start(self, x, blocks=()):
         return jnp.zeros_like(x)
 
     def enter(self, x, carry, step):

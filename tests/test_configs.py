@@ -376,7 +376,7 @@ POSITIVE = (
     *(f"model.{name}.{field}" for name in (*LINEAR, "s5") for field in ("dt_min", "dt_max", "dt_scale")),
     *(f"model.{name}.{field}" for name in CONBAS for field in ("norm_eps", "dt_min", "dt_max")),
 )
-SHARES = ("model.dropout", "optimizer.b1", "optimizer.b2", "optimizer.ema")  # at least 0, less than 1
+SHARES = ("model.dropout", "optimizer.b1", "optimizer.b2", "optimizer.ema", "optimizer.muon")  # at least 0, less than 1
 
 
 OTHERS = ("seed", "model.performer.seed", "mesh.data", "model.short_conv")  # which have tests of their own or need none

@@ -133,7 +133,8 @@ EXPORTED: Table = {  # fields of config.model itself
     **harmless(ROUNDING, "dtype", "residual_dtype"),
     **harmless("the parameters must be unstacked", "scan_blocks"),
     **harmless("vocab_size is filled in", "vocab_multiple"),
-    **harmless("read by other heads", "horizon", "pool"),
+    "rescale": only(1.0),
+    **harmless("read with other inputs and heads", "horizon", "patch", "pool", "window_norm"),
 }
 PLAIN: Table = {  # what a family has unless its `exported` says something else
     "bias": only(False),
