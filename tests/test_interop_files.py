@@ -315,7 +315,8 @@ def test_damaged_files_are_named_in_one_line(directory, damage, message):
 
 @pytest.mark.parametrize("kind", [None, "gpt2", ["mamba"], 3])
 def test_other_models_are_named(kind):
-    families = "mamba, mamba2, falcon_mamba, llama, mistral, mixtral, jamba, gpt_neox"
+    families = "mamba, mamba2, falcon_mamba, llama, mistral, mixtral, jamba, gpt_neox, olmo_hybrid, qwen3_next, "
+    families += "recurrent_gemma, retnet, rwkv"
     with pytest.raises(UserError, match=rf"model_type is .*; allowed: {families}$"):
         from_huggingface(TENSORS, {**CONFIG, "model_type": kind})
 

@@ -26,10 +26,9 @@ TAPS = 8  # of the low pass, on each side, in samples of the lower rate
 
 def serves(run: RunData) -> bool:
     """Whether rows are signals, at equal distances in time, from which one prediction is made."""
-    spec = run.dataset.spec
-    return run.dataset.measured_by == "head" and run.dataset.objective in ("classify", "regress") and (
-        "values" in spec and "steps" not in spec
-    )  # fmt: skip
+    if run.dataset.measured_by != "head" or run.dataset.objective not in ("classify", "regress"):
+        return False
+    return "values" in run.dataset.spec and "steps" not in run.dataset.spec
 
 
 def check(config: ConfigDict) -> None:

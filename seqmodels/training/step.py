@@ -39,10 +39,10 @@ def make_loss(model: nn.Module, config: ConfigDict) -> Callable[..., tuple[jax.A
             rows[key],
             segment_ids=rows.get("segment_ids") if config.data.reset else None,
             mask=rows.get("mask"),
-            steps=rows.get("steps"),
             state=carry,
             deterministic=config.model.dropout == 0,
             rngs=rngs,
+            **({"steps": rows["steps"]} if "steps" in rows else {}),
             mutable=(*side.COLLECTIONS, *micro),
         )
         # The sum is differentiated and divided by the count at the end: the mean over the batch, however it is cut.

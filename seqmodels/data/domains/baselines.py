@@ -1,5 +1,8 @@
 """Simple methods that a sequence model has to beat. Each is fitted on the train split and measured on another one."""
 
+from collections.abc import Callable
+from typing import Any
+
 import numpy as np
 
 
@@ -45,7 +48,9 @@ def ridge(train: np.ndarray, targets: np.ndarray, test: np.ndarray, strength: fl
     return test @ np.linalg.solve(gram, train.T @ targets)
 
 
-def accuracies(train, test, *, features=lambda rows: rows.flat()) -> dict[str, dict[str, float]]:
+def accuracies(
+    train: Any, test: Any, *, features: Callable[[Any], np.ndarray] = lambda rows: rows.flat()
+) -> dict[str, dict[str, float]]:
     """Accuracy of logistic regression and of the nearest neighbour, of `Labelled` rows."""
     x, y = features(train), features(test)
     return {

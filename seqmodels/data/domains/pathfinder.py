@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import json
 from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Self
 
@@ -84,7 +85,7 @@ class Pathfinder(Domain):
         if not path.exists():
             print(f"drawing {count:,} images, once, into {path}", flush=True)
             starts = range(0, count, PIECE)
-            with ProcessPoolExecutor() as pool:
+            with ProcessPoolExecutor(mp_context=get_context("spawn")) as pool:  # JAX's threads do not survive a fork
                 parts = list(pool.map(draw_many, [self] * len(starts), starts, [min(PIECE, count - s) for s in starts]))
             folder.mkdir(parents=True, exist_ok=True)
             made = path.with_name(f"{path.stem}.{id(parts)}.npz")

@@ -82,7 +82,7 @@ class ModularArithmetic(Task):
             text[row, :size] = symbols
         return text, sizes, results
 
-    def expression(self, rng, size: int) -> tuple[list[int], int]:
+    def expression(self, rng: np.random.Generator, size: int) -> tuple[list[int], int]:
         """Ids and value of one expression with brackets. A stack replaces recursion: long expressions nest deeply."""
         m = self.modulus
         plus, minus, opening, closing = m, m + 1, m + 3, m + 4
