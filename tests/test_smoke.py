@@ -58,9 +58,11 @@ def test_every_preset_is_valid_and_builds(spec):
 def rows_for(model):
     """A dataset for any model, with rows of one step."""
     floats, ids, real = np.dtype(np.float32), np.dtype(np.int32), np.dtype(bool)
-    read = dict(tokens=ArraySpec((1, 1), ids, 257), segment_ids=ArraySpec((1, 1), ids))
-    if model.input != "tokens":
-        read = dict(values=ArraySpec((1, model.patch, 1), floats), mask=ArraySpec((1, model.patch), real))
+    read = dict(mask=ArraySpec((1, model.patch), real), segment_ids=ArraySpec((1, model.patch), ids))
+    if model.input == "tokens":
+        read["tokens"] = ArraySpec((1, 1), ids, 257)
+    else:
+        read["values"] = ArraySpec((1, model.patch, 1), floats)
     predicted = {
         "next_token": dict(targets=ArraySpec((1, 1), ids, 257)),
         "window": dict(targets=ArraySpec((1, model.horizon, 1), floats)),
