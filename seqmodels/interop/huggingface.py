@@ -134,7 +134,8 @@ EXPORTED: Table = {  # fields of config.model itself
     **harmless("the parameters must be unstacked", "scan_blocks"),
     **harmless("vocab_size is filled in", "vocab_multiple"),
     "rescale": only(1.0),
-    **harmless("read with other inputs and heads", "horizon", "patch", "pool", "window_norm"),
+    **harmless("read with other inputs and heads", "horizon", "patch", "pool"),
+    "window_norm": only(False),
 }
 PLAIN: Table = {  # what a family has unless its `exported` says something else
     "bias": only(False),
