@@ -17,6 +17,7 @@ from seqmodels.backbone import context
 from seqmodels.data.tokenizer import Tokenizer
 from seqmodels.errors import UserError
 from seqmodels.evals import likelihood
+from seqmodels.evals.lines import read_lines
 from seqmodels.evals.run import Run
 from seqmodels.globs import matching
 
@@ -36,19 +37,7 @@ class Example(NamedTuple):
 
 def read(path: Path, limit: int | None = None) -> list[Example]:
     """The first `limit` examples of a file. Raises: UserError that names a line that is no example."""
-    examples: list[Example] = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if limit is not None and len(examples) == limit:
-                    break
-                if line.strip():
-                    examples.append(_example(line, f"{path}:{number}"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config.evaluation.classification: {path} cannot be read ({error})") from error
-    if not examples:
-        raise UserError(f"config.evaluation.classification: {path} holds no example")
-    return examples
+    return read_lines(path, _example, limit, field="config.evaluation.classification", kind="example")
 
 
 def _example(line: str, where: str) -> Example:

@@ -31,6 +31,7 @@ from seqmodels.data.tokenizer import Tokenizer
 from seqmodels.errors import UserError
 from seqmodels.evals import likelihood
 from seqmodels.evals.answers import answers
+from seqmodels.evals.lines import read_lines
 from seqmodels.evals.run import Run
 from seqmodels.globs import matching
 
@@ -53,19 +54,7 @@ class Question(NamedTuple):
 
 def read(path: Path, limit: int | None = None) -> list[Question]:
     """The first `limit` questions of a file. Raises: UserError that names a line that is no question."""
-    questions: list[Question] = []
-    try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                if limit is not None and len(questions) == limit:
-                    break
-                if line.strip():
-                    questions.append(_line(line, f"{path}:{number}"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"config.evaluation.qa: {path} cannot be read ({error})") from error
-    if not questions:
-        raise UserError(f"config.evaluation.qa: {path} holds no question")
-    return questions
+    return read_lines(path, _line, limit, field="config.evaluation.qa", kind="question")
 
 
 def _line(line: str, where: str) -> Question:
