@@ -25,8 +25,8 @@ def use() -> None:
     with contextlib.suppress(OSError, RuntimeError):  # a home that is read-only, or not known
         place = folder()
         place.mkdir(parents=True, exist_ok=True)
-        trim(place, MOST)
         jax.config.update("jax_compilation_cache_dir", str(place))
+        trim(place, MOST)  # may fail where another process trims it too
 
 
 def folder() -> Path:

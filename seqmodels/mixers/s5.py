@@ -22,6 +22,7 @@ from seqmodels.branch import Branch, State, real
 from seqmodels.fields.s5 import S5 as OPTIONS
 from seqmodels.layers.hippo import nplr
 from seqmodels.layers.parameter import Init, normal, parameter, zeros
+from seqmodels.mixers.lti import fresh_log_dt
 from seqmodels.parallel import linear_scan
 from seqmodels.sequence import Sequence
 
@@ -114,15 +115,6 @@ def fresh_C(blocks: int, distribution: str) -> Init:
     return init
 
 
-def fresh_log_step(smallest: float, largest: float) -> Init:
-    """log dt, uniform between those of the smallest and the largest step."""
-
-    def init(key: jax.Array, shape: tuple[int, ...], dtype: DTypeLike = jnp.float32) -> jax.Array:
-        return jax.random.uniform(key, shape, dtype, math.log(smallest), math.log(largest))
-
-    return init
-
-
 class S5(Branch):
     """S5 mixer. Its options are declared in seqmodels/fields/s5.py."""
 
@@ -155,7 +147,7 @@ class S5(Branch):
         self.Lambda_re = parameter(self, "Lambda_re", (pairs,), ("inner",), real_part, **SSM)
         self.Lambda_im = parameter(self, "Lambda_im", (pairs,), ("inner",), imaginary_part, **SSM)
         of_step = REST | dict(decay=True) if self.dt_global else SSM
-        log_step = fresh_log_step(self.dt_min, self.dt_max)
+        log_step = fresh_log_dt(self.dt_min, self.dt_max)
         self.log_step = parameter(self, "log_step", (pairs,), ("inner",), log_step, **of_step)
         B, C = fresh_B(self.blocks), fresh_C(self.blocks, self.C_init)
         self.B = parameter(self, "B", (pairs, width, 2), ("inner", "embed", None), B, dtype=self.dtype, **of_B)
