@@ -3,8 +3,11 @@
 import json
 import os
 import re
-import subprocess
 from pathlib import Path
+
+from seqmodels.source import commit
+
+__all__ = ["RESULTS", "commit", "device_name", "record", "slug"]
 
 RESULTS = Path(__file__).parent / "results"
 
@@ -20,16 +23,6 @@ def device_name(device) -> str:
 def slug(text: str) -> str:
     """A device's name as part of a file name."""
     return re.sub(r"[^a-z0-9]+", "_", text.lower()).strip("_")
-
-
-def commit() -> str:
-    """Short hash of the checkout, "" outside one."""
-    try:
-        return subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=True, cwd=RESULTS.parent
-        ).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def record(path: Path, result: dict, key: tuple[str, ...]) -> None:
