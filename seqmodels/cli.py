@@ -54,7 +54,7 @@ def find_config(spec: str) -> Path:
     path, _ = split_spec(spec)
     if not path.endswith(".py") and path in builtin_configs():
         return CONFIGS / f"{path}.py"
-    path = str(Path(path).expanduser()) if path.startswith("~") else path
+    path = os.path.expanduser(path)  # as it is where no user has that name
     try:
         is_file, is_folder = Path(path).is_file(), Path(path).is_dir() and bool(path)
     except (OSError, ValueError) as error:  # a name that no file can have

@@ -23,6 +23,7 @@ def make(layers=LAYERS, model=None, **dense):
     """The small model with these fields of config.model.dense, and its perturbed parameters."""
     config = get_config().model.copy_and_resolve_references()
     with config.unlocked():
+        config.implementation.selective_scan = "reference"  # quick to compile; all others equal it
         config.update(dict(width=D, repeats=layers, **(model or {})))
         config.mamba.update(dict(state=N, dt_rank=2))
         config.dense.update({"variant": "read", "depth": 2, "bottleneck": 2, **dense})

@@ -15,6 +15,7 @@ import os
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
+from ml_collections import ConfigDict
 
 from seqmodels import cli
 from seqmodels.errors import UserError
@@ -137,6 +138,7 @@ class Commands:
         write_config(self.workdir, fuzzing.config_of("densemamba"))
         self.folder = folder
         monkeypatch.setattr(evals_run, "_checkpoint_step", self._stop)
+        monkeypatch.setattr(ConfigDict, "__str__", lambda config: "config")  # flags print their defaults, slowly
         self.seen = None
 
     def _stop(self, workdir, config, step):

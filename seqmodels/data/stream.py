@@ -102,11 +102,13 @@ class Stream(BatchSource):
         if not self._waiting:
             self._next_block()
         texts, self._waiting = self._waiting[:TOGETHER], self._waiting[TOGETHER:]
+        tokens, segments = [self._tokens], [self._segments]
         for ids in self.tokenizer.encode_batch(texts):
             number = self._documents % 2**30 if self._separate else 0
-            self._tokens = np.concatenate([self._tokens, [self.tokenizer.separator], ids])
-            self._segments = np.concatenate([self._segments, np.full(1 + len(ids), number)])
+            tokens += [[self.tokenizer.separator], ids]
+            segments.append(np.full(1 + len(ids), number))
             self._documents += 1
+        self._tokens, self._segments = np.concatenate(tokens), np.concatenate(segments)
         gone = min(max(first - self._at, 0), len(self._tokens))
         self._tokens, self._segments, self._at = self._tokens[gone:], self._segments[gone:], self._at + gone
 

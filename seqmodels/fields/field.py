@@ -2,6 +2,7 @@
 
 import dataclasses
 import numbers
+import os
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -78,6 +79,8 @@ class Field:
                 return "without the character 0"
             if not self.path and any("\ud800" <= character <= "\udfff" for character in value):
                 return "in UTF-8"
+            if self.path and value.startswith("~") and os.path.expanduser(value).startswith("~"):
+                return "below a folder that is there: no user has that name"
         elif isinstance(self.default, float):
             if value and self.allowed is not any_value and not TINY <= abs(value) <= HUGE:
                 return f"of a size that float32 holds ({TINY} to {HUGE})"

@@ -62,11 +62,10 @@ def test_time_in_pieces(gpu_interpreter, monkeypatch):
     assert_equals_reference(args, static, patched="in pieces")
 
 
-@pytest.mark.parametrize("scale", [1e-35, 1e3])
-def test_extreme_decays(gpu_interpreter, scale):
-    """Also with A so near 0 that only the reset itself can make a state forget."""
+def test_extreme_decays(gpu_interpreter):
+    """Every second channel forgets all at once. The others have A so near 0 that only the reset itself forgets."""
     args = inputs(**SHAPE)
-    args["A"] = args["A"] * np.float32(scale)
+    args["A"] = args["A"] * np.where(np.arange(SHAPE["width"]) % 2, 1e3, 1e-35).astype(np.float32)[:, None]
     got = run(args, documents(length=21))
     assert_finite(got)
     assert_close(got, expected(selective_scan, args, documents(length=21)), 1e-5)
@@ -87,7 +86,7 @@ def test_isolation(gpu_interpreter, monkeypatch, length):
 def test_poisoned_padding_never_leaks(gpu_interpreter):
     args, static = inputs(**SHAPE), documents(length=21)
     hidden = poisoned(args, static["mask"], ("u", "dt", "B", "C", "z"))
-    assert_close(run(hidden, static), run(args, static), 1e-7)
+    assert_close(run(hidden, static), expected(selective_scan, args, static), 1e-5)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])

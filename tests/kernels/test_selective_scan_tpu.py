@@ -59,11 +59,10 @@ def test_equals_float64_reference(interpreter):
     assert_equals_reference(inputs(**SHAPE), LAYOUT)
 
 
-@pytest.mark.parametrize("scale", [1e-35, 1e3])
-def test_extreme_decays(interpreter, scale):
-    """Also with A so near 0 that only the reset itself can make a state forget."""
+def test_extreme_decays(interpreter):
+    """Every second channel forgets all at once. The others have A so near 0 that only the reset itself forgets."""
     args = inputs(**SHAPE)
-    args["A"] = args["A"] * np.float32(scale)
+    args["A"] = args["A"] * np.where(np.arange(SHAPE["width"]) % 2, 1e3, 1e-35).astype(np.float32)[:, None]
     got = run(args, LAYOUT)
     assert_finite(got)
     assert_close(got, expected(selective_scan, args, LAYOUT), 1e-5)
@@ -78,7 +77,7 @@ def test_isolation(interpreter):
 def test_poisoned_padding_never_leaks(interpreter):
     args, static = inputs(**SHAPE), LAYOUT
     hidden = poisoned(args, static["mask"], ("u", "dt", "B", "C", "z"))
-    assert_close(run(hidden, static), run(args, static), 1e-7)
+    assert_close(run(hidden, static), expected(selective_scan, args, static), 1e-5)
 
 
 @pytest.mark.slow
