@@ -62,6 +62,9 @@ def test_labels_say_what_differs():
     assert labels([{"a.norm": 1, "seed": 0}, {"b.norm": 2, "seed": 0}]) == ["a.norm=1", "b.norm=2"]
     assert labels([{"a.b": 1, "seed": 0}, {"a.b": 1, "seed": 1}]) == ["b=1", "b=1"]
     assert labels([{"seed": 0}]) == ["as configured"]
+    mixers = [{"model.pattern": "s5", "model.s5.state": 8}, {"model.pattern": "lstm", "model.width": 9}]
+    assert labels(mixers) == ["pattern=s5", "pattern=lstm"]
+    assert labels([*mixers, mixers[0] | {"model.s5.state": 16}])[2] == "pattern=s5, state=16"
 
 
 # Definition

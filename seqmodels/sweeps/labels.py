@@ -2,12 +2,19 @@
 
 from collections.abc import Callable, Sequence
 
+PATTERN = "model.pattern"
+
 
 def labels(trials: Sequence[dict[str, object]]) -> list[str]:
-    """A label such as `variant=read, gate=both` for each dict of overrides, without the seed and equal fields."""
+    """A label such as `variant=read, gate=both` for each dict of overrides, without the seed and equal fields.
+
+    Sizes and options that follow from the pattern are left out too: each pattern has its own in all its trials.
+    """
     names = list(dict.fromkeys(name for overrides in trials for name in overrides if name != "seed"))
     if len({_text(overrides) for overrides in trials}) > 1:
         names = [name for name in names if len({str(overrides.get(name)) for overrides in trials}) > 1]
+    if PATTERN in names:
+        names = [name for name in names if name == PATTERN or not _follows_from_pattern(name, trials)]
     last = [name.split(".")[-1] for name in names]
     short = {name: tail if last.count(tail) == 1 else name for name, tail in zip(names, last, strict=True)}
 
@@ -19,6 +26,11 @@ def labels(trials: Sequence[dict[str, object]]) -> list[str]:
     if len(set(rounded)) < len(set(exact)):  # numbers that differ only further back
         rounded = exact
     return [text or "as configured" for text in rounded]
+
+
+def _follows_from_pattern(name: str, trials: Sequence[dict[str, object]]) -> bool:
+    pairs = {(str(overrides.get(PATTERN)), str(overrides.get(name))) for overrides in trials}
+    return name.startswith("model.") and len(pairs) == len({pattern for pattern, _ in pairs})
 
 
 def _text(overrides: dict[str, object]) -> str:

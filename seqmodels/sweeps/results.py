@@ -100,7 +100,7 @@ def of_trials(trials: list[Trial], unkept: dict[str, dict]) -> list[Result]:
     overrides = [trial.overrides for trial in trials]
     models = _models(overrides, labels(overrides))
     for trial, label, model in zip(trials, labels(overrides), models, strict=True):
-        columns = {name: trial.fields[name] for name in names}
+        columns = {name: trial.fields[name] for name in names if name in trial.fields}
         record = unkept.get(trial.id) or trial.record()
         result = _read(Result(trial.id, trial.workdir, label, trial.overrides["seed"], record, columns))
         result.kind = _text({name: value for name, value in trial.fields.items() if name != "seed"})
