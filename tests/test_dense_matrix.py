@@ -1,6 +1,5 @@
 """DenseSSM on RetNet and Mamba-2, against naive models that store every state of every layer, in float64."""
 
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
