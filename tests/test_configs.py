@@ -564,8 +564,8 @@ def test_factors_of_learning_rates():
         ("gated_deltanet", "model.gated_deltanet.dt_max", 1e-4, "at least dt_min=0.001"),
         ("retnet", "model.retnet.heads", 3, "divisor of model.width=128"),
         ("retnet", "model.retnet.key_dim", 7, "even"),
-        ("denseretnet", "model.dense.variant", "carry", "with a matrix state"),
-        ("denseretnet", "model.dense.projection", "linear", "'identity' with a matrix state"),
+        ("denseretnet", "model.dense.variant", "carry", "with retnet in model.pattern"),
+        ("denseretnet", "model.dense.projection", "linear", "'identity' with retnet in model.pattern"),
         ("transformer", "model.dense.variant", "read", "'none' without one of mamba, mamba2, retnet"),
     ],
 )
