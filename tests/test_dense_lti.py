@@ -69,12 +69,15 @@ def s4d_step(p):
 def run(step, x, resets, mask):
     """Every state of x [B, T, E]: [B, T, E, N]."""
     a, b = step
-    h, states = jnp.zeros((B, D, N), complex), []
-    for t in range(T):
-        h = jnp.where(resets[:, t, None, None], 0, h)
-        h = jnp.where(mask[:, t, None, None], jnp.einsum("enm,bem->ben", a, h) + b * x[:, t, :, None], h)
-        states.append(h)
-    return jnp.stack(states, 1)
+
+    def advance(h, token):
+        x, reset, real = token
+        h = jnp.where(reset[:, None, None], 0, h)
+        h = jnp.where(real[:, None, None], jnp.einsum("enm,bem->ben", a, h) + b * x[..., None], h)
+        return h, h
+
+    tokens = [jnp.moveaxis(v, 1, 0) for v in (x, resets, mask)]
+    return jnp.moveaxis(jax.lax.scan(advance, jnp.zeros((B, D, N), complex), tuple(tokens))[1], 0, 1)
 
 
 def shifted(p, k, resets, mask):
@@ -179,18 +182,20 @@ def test_equals_stored_states(name, case):
     np.testing.assert_allclose(jnp.concatenate(ys, 1), want[0], atol=3e-5)
 
 
-def test_a_fresh_dense_s4d_is_s4d():
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CONFIGS)
+def test_fresh_links_do_nothing(name):
     """The last gate matrix starts at zero."""
-    model = make("s4d")[0]
-    plain = make("s4d", variant="none")[0]
+    model, plain = make(name)[0], make(name, variant="none")[0]
     params = nn.unbox(jax.jit(model.init)(jax.random.key(0), TOKENS))
-    without = {
-        "params": {k: {j: w for j, w in v.items() if j != "dense"} if "block" in k else v
-                   for k, v in params["params"].items()}
-    }  # fmt: skip
+    blocks = {key: {k: v for k, v in block.items() if k != "dense"} for key, block in params["params"].items()
+              if "block" in key}  # fmt: skip
     assert "dense" in params["params"]["block_1"] and "dense" not in params["params"]["block_0"]
-    run = lambda model, params: jax.jit(model.apply)(params, TOKENS)[0]  # noqa: E731
-    np.testing.assert_array_equal(run(model, params), run(plain, without))
+    got, want = (
+        jax.jit(m.apply)({"params": p}, TOKENS)[0]
+        for m, p in ((model, params["params"]), (plain, params["params"] | blocks))
+    )
+    np.testing.assert_array_equal(got, want)
 
 
 @pytest.mark.slow
@@ -206,7 +211,8 @@ def test_scan_over_blocks_equals_unrolled(name):
     for x, y in zip(jax.tree.leaves(gradient), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(x, y, atol=2e-4 * max(1, float(np.abs(y).max())))
     half = build({**config, "dtype": "bfloat16"}, VOCABULARY)
-    assert jax.eval_shape(half.apply, {"params": stack(params["params"], size=1, unrolled=2)}, TOKENS)[0].dtype == "bfloat16"
+    stacked = {"params": stack(params["params"], size=1, unrolled=2)}
+    assert jax.eval_shape(half.apply, stacked, TOKENS)[0].dtype == "bfloat16"
 
 
 @pytest.mark.parametrize(
