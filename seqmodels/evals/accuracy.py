@@ -107,9 +107,7 @@ class Tally:
         return figures if self.entropy is None else figures | {"kl": (self.nats - self.entropy) / answers}
 
 
-def evaluate(
-    model: nn.Module, params: Any, split: SyntheticSplit, **options: Any
-) -> dict[str, float | int]:
+def evaluate(model: nn.Module, params: Any, split: SyntheticSplit, **options: Any) -> dict[str, float | int]:
     """How well a model answers the rows of a split. Arguments as of `tally`.
 
     Returns:
@@ -158,7 +156,8 @@ def horizon(tallies: Iterable[Tally]) -> int:
     tallies = list(tallies)
     length = max(len(one.asked) for one in tallies)
     asked, right = (
-        sum(np.pad(getattr(one, name), (0, length - len(one.asked))) for one in tallies) for name in ("asked", "right")
+        np.sum([np.pad(getattr(one, name), (0, length - len(one.asked))) for one in tallies], axis=0)
+        for name in ("asked", "right")
     )
     bad = (asked > 0) & (right < ENOUGH * asked)
     last = np.flatnonzero(asked[: int(np.argmax(bad))] if bad.any() else asked)

@@ -79,6 +79,6 @@ class H3(S4d):
         return self.apply_dense("out", y)
 
     @nn.nowrap
-    def new_state(self, readout: Readout, state: jax.Array) -> dict[str, jax.Array]:
+    def new_state(self, readout: Readout, state: jax.Array) -> State:
         """As in `init_state`."""
         return super().new_state(readout, state) | dict(conv=readout.conv)

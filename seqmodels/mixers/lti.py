@@ -241,6 +241,6 @@ class Lti(Linked):
         return y[:, :, 0] * jax.nn.sigmoid(y[:, :, 1])
 
     @nn.nowrap
-    def new_state(self, readout: Readout, state: jax.Array) -> dict[str, jax.Array]:
+    def new_state(self, readout: Readout, state: jax.Array) -> State:
         """As in `init_state`."""
         return parts(state)

@@ -107,7 +107,8 @@ class SyntheticSplit:
                 batch["tokens"][b], batch["mask"][b] = row.tokens[0], row.answers[0]
                 batch["targets"][b] = np.where(row.answers[0], row.targets[0], NOTHING)
                 if row.allowed is not None:
-                    batch.setdefault("allowed", np.zeros((batch_size, *row.allowed.shape[1:]), bool))[b] = row.allowed[0]
+                    nowhere = np.zeros((batch_size, *row.allowed.shape[1:]), bool)
+                    batch.setdefault("allowed", nowhere)[b] = row.allowed[0]
             yield batch
 
 

@@ -37,12 +37,13 @@ class Rows(NamedTuple):
 
     def take(self, kept: np.ndarray) -> "Rows":
         """The rows of these numbers."""
-        return Rows(*(None if part is None else part[kept] for part in self))
+        return joined([self], kept)
 
 
-def joined(pieces: list[Rows]) -> Rows:
-    """Rows of one task one after the other."""
-    return Rows(*(None if parts[0] is None else np.concatenate(parts) for parts in zip(*pieces, strict=True)))
+def joined(pieces: list[Rows], kept: np.ndarray | slice = slice(None)) -> Rows:
+    """Rows of one task one after the other, those of the numbers `kept`."""
+    fields = {name: [getattr(rows, name) for rows in pieces] for name in Rows._fields}
+    return Rows(**{name: np.concatenate(parts)[kept] for name, parts in fields.items() if parts[0] is not None})
 
 
 @dataclasses.dataclass(frozen=True)
