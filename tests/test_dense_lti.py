@@ -1,4 +1,4 @@
-"""DenseSSM on S4, S4D and H3: cross kernels against a naive model that stores every state of every layer, in float64."""
+"""DenseSSM on S4, S4D and H3: cross kernels against a naive model that stores every state of all layers, in float64."""
 
 import functools
 

@@ -151,6 +151,7 @@ def test_accuracy_by_state(tmp_path, capsys, monkeypatch):
         (folder / "config.json").write_text(config.to_json())
         (folder / "summary.json").write_text(json.dumps({"parameters": width * 1000}))
         figures = {"accuracy": {"test": right}, "sequence_accuracy": {"test": right**2}, "state_bytes": width * 100}
+        figures |= {"horizon": 10 * (i + 1)}
         (folder / "eval.json").write_text(json.dumps(figures))
     (tmp_path / "run0" / "trial.json").write_text(json.dumps({"device": "1 x fake", "commit": "abcdef0"}))
     folders = [str(tmp_path / f"run{i}") for i in range(3)]
@@ -161,6 +162,11 @@ def test_accuracy_by_state(tmp_path, capsys, monkeypatch):
     assert "| mamba, dense read | 64 | 64,000 | 6,400 | 1 | 0.9000 | 0.8100 |" in text
     assert ", 1 x fake, commit abcdef0. Seeds: 0, 1." in text
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr("sys.argv", ["accuracy_by_state.py", *folders, "--figure=horizon", f"--out={tmp_path}/out"])
+    monkeypatch.setattr(accuracy_by_state, "plot", lambda *arguments: None)
+    accuracy_by_state.main()
+    text = (tmp_path / "out.md").read_text()
+    assert "| 3,200 | 2 | 15 (10 to 20) | 0.6000 (0.5000 to 0.7000) |" in text and "--figure=horizon --out" in text
     (tmp_path / "run1" / "eval.json").unlink()
     with pytest.raises(SystemExit):
         accuracy_by_state.main()
@@ -211,6 +217,24 @@ def test_mamba_learns_induction_and_keeps_it_at_other_lengths(tmp_path, capsys):
     args = ["eval.py", f"--workdir={tmp_path}", "--evals=perplexity"]
     assert cli.run(evaluation.main, evaluation.define, "", args) == 1
     assert "--evals=perplexity: does not fit this run; accuracy" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arg", "figure"), [("compression,length=6", ""), ("regular_language,length=24", "kl"), ("word_problem", "horizon")]
+)
+def test_new_figures_of_a_run(tmp_path, arg, figure):
+    """Of models of any skill: a run whose head rebuilds rows, one with several right answers, one with a horizon."""
+    changes = {"steps": 2, "batch_size": 8, "data.rows": 16, "data.lengths": (12,) if figure else (), "mesh.data": 1}
+    config = tiny(f"{arg},width=16,layers=1,mixer=s4d", **changes | {"evaluation.every": 2, "checkpoint.every": 2})
+    summary = loop.train(config, tmp_path)
+    figures = json.loads((tmp_path / "eval.json").read_text())
+    assert summary["splits"]["test"]["accuracy"] == figures["accuracy"]["test"]
+    assert set(figures) & {"kl", "horizon"} == ({figure} if figure else set())
+    if figure == "horizon":
+        assert 0 <= figures["horizon"] <= 12
+    if figure == "kl":
+        assert 0 < figures["kl"]["test"] < figures["loss"]["test"]
 
 
 @pytest.mark.slow

@@ -2,8 +2,8 @@
 
     h_t = last + sinusoids(t);   h_t = gelu(norm(h_t) W_i + b_i), i = 0, 1;   logits_t = norm(h_t) W + b
 
-The decoder sees one vector and a position. In the authors' code it is not normed before the sinusoids are added; here it
-comes from the model's last norm.
+The decoder sees one vector and a position. In the authors' code the vector is not normed before the sinusoids are added;
+here it comes from the model's last norm.
 """
 
 from collections.abc import Callable

@@ -13,7 +13,7 @@ class Compression(Task):
     """Uniform symbols and a marker. All of the row must be found in the hidden state of the marker.
 
     The head `rebuild` (seqmodels/heads/rebuild.py) decodes it. Ids: 0 to V - 2 the symbols, V - 1 the marker, the last
-    token of every row. Loss mask: all positions, the marker's included, as in MAD's code; the target is the token there.
+    token of every row. Loss mask: all positions, that of the marker too, as in MAD's code; the target is the token.
 
     Attributes:
       vocab: V, with the marker.
