@@ -2,7 +2,7 @@
 
     h_t = last + sinusoids(t);   h_t = gelu(norm(h_t) W_i + b_i), i = 0, 1;   logits_t = norm(h_t) W + b
 
-The decoder sees one vector and a position. In the authors' code the vector is not normed before the sinusoids are added;
+The decoder sees one vector and a position. In the authors' code the sinusoids are added to a vector that is not normed;
 here it comes from the model's last norm.
 """
 
