@@ -158,7 +158,8 @@ class Lti(Linked):
     operations: ClassVar[tuple[str, ...]] = ("long_conv",)
     biased = True
     link = "lti"
-    state_operations: ClassVar[int] = 0  # on a complex state and token: a h, + b x, and the readout, in real numbers
+    state_operations: ClassVar[int]  # on a complex state and token, the readout among them, in real numbers
+    counted: ClassVar[int]  # two for each number of the parameters of a complex state, which the caller counts
 
     @property
     def pairs(self) -> int:
@@ -174,6 +175,11 @@ class Lti(Linked):
     def read_flops(self) -> float:
         """Operations per token of running the recurrence and reading its state."""
         return self.state_operations * self.pairs * self.width
+
+    @nn.nowrap
+    def flops(self, length: int) -> float:
+        """Those of the recurrence, without those that are counted already."""
+        return self.read_flops - self.counted * self.pairs * self.width
 
     @nn.nowrap
     def init_state(self, batch: int, max_length: int | None = None) -> dict[str, jax.Array]:

@@ -24,8 +24,6 @@ from seqmodels.kernels.tuning import UNROLLED
 from seqmodels.layers.hippo import nplr
 from seqmodels.mixers.lti import Lti, everywhere
 
-COUNTED = 2 * (2 + 2 + 2 + 2)  # two for each parameter of L, P, B and C
-
 
 class Readable(NamedTuple):
     """A system by the bilinear rule with its readout C [N / 2, E]."""
@@ -74,11 +72,7 @@ class S4(Lti):
     options = OPTIONS
     follows_time = "rate"  # other steps of each token would need another matrix of rank 1 for each
     state_operations = 6 + 4 + 4 + 4 + 4  # a h, the sum of q h, - w of it, + b x, and the readout
-
-    @nn.nowrap
-    def flops(self, length: int) -> float:
-        """Those of the recurrence, without the two counted for each parameter of L, P, B and C."""
-        return self.read_flops - COUNTED * self.pairs * self.width
+    counted = 2 * (2 + 2 + 2 + 2)  # L, P, B and C
 
     @nn.nowrap
     def declare_system(self) -> LowRank:

@@ -23,8 +23,6 @@ from seqmodels.layers.hippo import nplr
 from seqmodels.mixers.lti import Lti, everywhere
 from seqmodels.parallel import linear_scan
 
-COUNTED = 2 * (2 + 2 + 2)  # two for each parameter of A, B and C
-
 
 def legs(size: int) -> tuple[np.ndarray, np.ndarray]:
     """Eigenvalues of the normal part of HiPPO-LegS, and its input: A and B [N / 2], complex."""
@@ -130,11 +128,7 @@ class S4d(Lti):
     operations: ClassVar[tuple[str, ...]] = ("linear_scan", "long_conv")
     follows_time: ClassVar[str] = "token"
     state_operations = 6 + 4 + 4  # a h, + b x, and the readout
-
-    @nn.nowrap
-    def flops(self, length: int) -> float:
-        """Those of the recurrence, without the two counted for each parameter of A, B and C."""
-        return self.read_flops - COUNTED * self.pairs * self.width
+    counted = 2 * (2 + 2 + 2)  # A, B and C
 
     @nn.nowrap
     def declare_system(self) -> Eigen:
