@@ -225,9 +225,7 @@ def test_variants_differ():
     """Guards against one variant computed under another's name."""
     for name in ("retnet", "mamba2"):
         _, params = make(name, gate="none")
-        outputs = [
-            jax.jit(make(name, variant=v, gate="none")[0].apply)(params, tokens())[0] for v in VARIANTS
-        ]
+        outputs = [jax.jit(make(name, variant=v, gate="none")[0].apply)(params, tokens())[0] for v in VARIANTS]
         for i, first in enumerate(outputs):
             for second in outputs[i + 1 :]:
                 if name == "mamba2":  # RetNet's decays are those of all layers: ungated, READ and RANK are one
