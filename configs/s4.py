@@ -4,8 +4,9 @@ Command:   python train.py --config=configs/s4.py --workdir=runs/s4
 Hardware:  2 CPU cores.
 Expected:  not measured yet
 
-Preset: small (no argument). It has the same number of parameters as that of configs/densemamba.py, within 2 %. A, B and
-dt have a smaller learning rate and no weight decay.
+Presets: small (no argument), which has the same number of parameters as that of configs/densemamba.py within 2 %, and
+dense, the same with DenseSSM's links (DenseS4): each layer's C also reads the states of the two layers below, by a
+cross kernel for each (docs/densessm.md). A, B and dt have a smaller learning rate and no weight decay.
 """
 
 from collections.abc import Callable
@@ -19,11 +20,13 @@ from seqmodels.fields.s4 import S4
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """The preset `arg`, locked. Raises ValueError if there is no such preset."""
-    chosen = preset(arg, ["small"])
+    chosen = preset(arg, ["small", "dense"])
     config = base()
     config.model.pattern = "s4+mlp"
     config.model.s4 = S4.defaults(state=32)
     config.model.mlp = MLP.defaults(hidden=176)
+    if chosen == "dense":
+        config.model.dense.variant = "read"
     config.optimizer.groups = "ssm=0.3"  # a rate of about 1e-3 for A, B and dt, as in the authors' recipes
     return finish(config, "s4", chosen)
 

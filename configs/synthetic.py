@@ -56,9 +56,12 @@ FIELDS: dict[str, dict[str, Any]] = {
     "in_context_recall": dict(vocab=16, noise_vocab=0, noise=0.0),
     "fuzzy_recall": dict(vocab=16, longest=3, shortest=1),
     "memorization": dict(vocab=64, map_seed=12345),
+    "compression": dict(vocab=16),
+    "regular_language": dict(vocab=8, most_states=5, edges=2, longest=9),
     "string_copy": dict(ask="copy", letters=26, shortest=1, gram=2, follow=2),
     "transduction": dict(language="reverse", shortest=1),
 }
+HEADS = {"compression": "rebuild"}  # of tasks whose answers are not read at their places
 # Sizes of each task. lengths: row lengths at which a trained model is measured too.
 SIZES: dict[str, dict[str, Any]] = {
     "copying": dict(length=32),
@@ -75,6 +78,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "in_context_recall": dict(length=63, lengths=(63, 127, 255)),
     "fuzzy_recall": dict(length=64, lengths=(64, 128)),
     "memorization": dict(length=32),
+    "compression": dict(length=8, lengths=()),
+    "regular_language": dict(length=96, lengths=(96, 192)),
     "string_copy": dict(length=34, lengths=(34, 66, 130)),
     "transduction": dict(length=21, lengths=(21, 41, 81)),
 }
@@ -88,7 +93,19 @@ PAPERS: dict[str, dict[str, Any]] = {
     "in_context_recall-mad_noisy": MAD | dict(task=dict(vocab=32, noise_vocab=16, noise=0.2), lengths=(127, 255, 511)),
     "fuzzy_recall-mad": MAD | dict(length=128, lengths=(128, 256)),
     "memorization-mad": MAD | dict(task=dict(vocab=256), length=32),
+    "compression-mad": MAD | dict(length=32),
     "selective_copying-mad": MAD | dict(task=dict(vocab=16, tokens=16), length=256),
+    # Akyurek et al. 2024: 200 epochs of up to 40,000 automata, of about 370 tokens each; here each row has a new one
+    "regular_language-regbench": dict(
+        task=dict(vocab=18, most_states=12, edges=3, longest=49),
+        length=384,
+        lengths=(384, 768),
+        batch_size=32,
+        steps=50_000,
+        width=128,
+        layers=8,
+        learning_rate=5e-4,
+    ),
     # Deletang et al. 2023: inputs of 1 to 40 symbols in training and up to 500 in the test; the model's size is ours
     "transduction-chomsky": dict(
         length=80, lengths=(100, 200, 500, 1000), batch_size=128, steps=100_000, width=256, layers=5, learning_rate=1e-3
@@ -162,6 +179,8 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.seq_len, config.batch_size, config.steps = sizes["length"], sizes["batch_size"], sizes["steps"]
     config.model = model(keys["mixer"], sizes["width"], sizes["layers"])
     config.model.embedding_std = sizes["embedding_std"]
+    if task in HEADS:
+        config.model.head = HEADS[task]
     config.data = TASK_DATA.defaults(name=task, lengths=sizes["lengths"])
     config.data.task = fields
     config.optimizer.learning_rate, config.optimizer.schedule = sizes["learning_rate"], sizes["schedule"]

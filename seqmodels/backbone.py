@@ -108,11 +108,7 @@ def plan(config: Any) -> list[BlockSpec]:
     if len(kinds) > 1 or any(len(found) > 1 for found in words):
         allowed = f"'none', or model.pattern have one branch a block, of one kind, with a hidden state; not {kinds}"
         refuse("model.dense.variant", dense.variant, allowed)
-    if BRANCHES[kinds[0]].link == "matrix":
-        if dense.variant == "carry":
-            refuse("model.dense.variant", "carry", "one of 'read', 'input', 'output', 'rank' with a matrix state")
-        if dense.projection != "identity":
-            refuse("model.dense.projection", dense.projection, "'identity' with a matrix state")
+    depth.check_links(config, kinds[0])
     specs, streams = [], 0
     for block, found in zip(blocks, words, strict=True):
         sources = min(dense.depth, streams) if found and streams % dense.every == 0 else 0

@@ -69,7 +69,8 @@ class Branch(nn.Module):
             reads x.
         valued: whether it has a value stream, a projection of the input that its state or its attention sums up, and
             calls `Links.value` with it. `__call__` of a branch with `ways` or `valued` takes Links after the state.
-        link: how DenseSSM reads its hidden state: "vector" (as Mamba's), "matrix" (as RetNet's), "" not at all.
+        link: how DenseSSM reads its hidden state: "vector" (as Mamba's), "matrix" (as RetNet's), "lti" (as S4's: the
+            system is the same for all tokens), "" not at all.
         warnings: what it means, in words, that a figure that the branch reports is 1. A run writes it to its log.
     """
 

@@ -319,6 +319,8 @@ def check_parts(config: ConfigDict, spec: Spec, objective: str) -> None:
         refuse("model.input", "patches", "another where the dataset has steps, which patches would join")
     if name == "window" and (steps := spec[head.target].shape[1]) != config.horizon:
         refuse("model.horizon", config.horizon, f"{steps}, as the dataset's targets have so many steps")
+    if name == "rebuild" and config.width % 2:
+        refuse("model.width", config.width, "even with model.head='rebuild', whose positions are sinusoids")
     if config.tie_embeddings and name == "next_token" and not reader.at_root:
         without = f"config.model.input={config.input!r}, which has no table of tokens"
         refuse("model.tie_embeddings", True, f"False with {without}")

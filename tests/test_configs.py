@@ -564,9 +564,9 @@ def test_factors_of_learning_rates():
         ("gated_deltanet", "model.gated_deltanet.dt_max", 1e-4, "at least dt_min=0.001"),
         ("retnet", "model.retnet.heads", 3, "divisor of model.width=128"),
         ("retnet", "model.retnet.key_dim", 7, "even"),
-        ("denseretnet", "model.dense.variant", "carry", "with a matrix state"),
-        ("denseretnet", "model.dense.projection", "linear", "'identity' with a matrix state"),
-        ("transformer", "model.dense.variant", "read", "'none' without one of mamba, mamba2, retnet"),
+        ("denseretnet", "model.dense.variant", "carry", "with retnet in model.pattern"),
+        ("denseretnet", "model.dense.projection", "linear", "'identity' with retnet in model.pattern"),
+        ("transformer", "model.dense.variant", "read", "'none' without one of h3, mamba, mamba2, retnet, s4, s4d"),
     ],
 )
 def test_bad_values_are_refused_with_field_value_and_what_is_allowed(name, field, value, allowed):

@@ -355,7 +355,7 @@ def test_the_first_blocks_are_rematerialised_alone():
         (dict(variant="output", projection="linear"), "projection='linear': must be 'identity' with variant='output'"),
         (
             dict(model=dict(pattern="attention"), variant="read"),
-            "variant='read': must be 'none' without one of mamba, mamba2, retnet",
+            "variant='read': must be 'none' without one of h3, mamba, mamba2, retnet, s4, s4d",
         ),
         (dict(model=dict(scan_blocks=3)), "scan_blocks=3: must be 0, or a divisor of model.repeats="),
         (dict(model=dict(scan_blocks=1), every=2), "every=2: must be a divisor of"),

@@ -241,7 +241,7 @@ def test_variants_differ():
             dict(variant="carry"),
             "variant='carry': must be one of 'read', 'input', 'output', 'rank'",
         ),
-        (dict(projection="linear"), "projection='linear': must be 'identity' with a matrix state"),
+        (dict(projection="linear"), "projection='linear': must be 'identity' with mamba2 in model.pattern"),
         (dict(variant="rank", norm=True), "norm=True: must be False with variant='rank'"),
     ],
 )

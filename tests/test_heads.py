@@ -15,6 +15,7 @@ from seqmodels.errors import UserError
 from seqmodels.heads.classify import Classify
 from seqmodels.heads.forecast import Forecast, future
 from seqmodels.heads.pair import Pair
+from seqmodels.heads.rebuild import Rebuild
 from seqmodels.heads.regress import Regress
 from seqmodels.heads.window import Window
 from seqmodels.inputs import INPUTS
@@ -406,7 +407,8 @@ def test_what_does_not_fit_is_one_line(fields, data, words):
 def test_a_head_that_must_not_see_the_future():
     """A stack that reads later positions cannot predict them, but may classify."""
     words = (
-        "config.model.head='next_token': must be 'classify' or 'regress' or 'window' or 'pair' with model.pattern='bi"
+        "config.model.head='next_token': must be 'classify' or 'regress' or 'window' or 'pair' or 'rebuild' with "
+        "model.pattern='bi"
     )
     with pytest.raises(UserError, match=words):
         build(settings(pattern="bi:mamba"), 11)
@@ -469,3 +471,26 @@ def test_two_texts_of_a_row_are_read_apart_in_both_directions():
     assert not model.causal
     with pytest.raises(UserError, match=r"config.model.window_norm=True: reads whole rows"):
         model.init_state(1)
+
+
+def test_rebuild():
+    """Every token from the last real hidden state and its position, through two layers with GELU."""
+    width, size, erf = 4, 3, np.vectorize(math.erf)
+    p = dict(hidden=HIDDEN[..., :width])
+    for name, out in (("decoder_0", width), ("decoder_1", width), ("kernel", size)):
+        bias = "bias" if name == "kernel" else f"{name}_bias"
+        p |= {name: RNG.normal(size=(width, out)), bias: RNG.normal(size=out), f"{name}_norm": RNG.normal(size=width)}
+    batch = {"targets": RNG.integers(-1, size, (B, T))}
+
+    def total(p):
+        last = np.stack([hidden[real][-1] for hidden, real in zip(p["hidden"], MASK, strict=True)])
+        angles = np.arange(T)[:, None] * np.array([1.0, 0.01])
+        x = last[:, None] + np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+        for name in ("decoder_0", "decoder_1", "kernel"):
+            normed = x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * p[f"{name}_norm"]
+            x = normed @ p[name] + p["bias" if name == "kernel" else f"{name}_bias"]
+            x = x if name == "kernel" else x / 2 * (1 + erf(x / np.sqrt(2)))
+        log_p = np.log(soft(x))
+        return sum(-log_p[b, t, y] for (b, t), y in np.ndenumerate(batch["targets"]) if y >= 0)
+
+    assert float(compare(Rebuild(width, size), batch, total, p).count) == (batch["targets"] >= 0).sum()

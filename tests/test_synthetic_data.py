@@ -14,7 +14,7 @@ from seqmodels.data.synthetic import GOES_ON, TASKS, make_task
 from seqmodels.data.synthetic.dataset import FOLDS, fold
 from seqmodels.errors import UserError
 from seqmodels.heads.next_token import next_token_loss
-from seqmodels.model import build
+from seqmodels.model import build, build_for
 
 
 def load(name="induction", length=16, batch_size=8, seed=0, bptt=False, **changes):
@@ -195,7 +195,7 @@ def test_every_preset_makes_batches(name):
     assert dataset.batch(0)["tokens"].shape == (2, config.seq_len)
     for task, length in dataset.task.tests(dataset.lengths).values():
         task.check(length)
-    build(config.model, dataset.tokenizer.vocab_size)
+    build_for(config.model, dataset)
 
 
 @pytest.mark.slow

@@ -26,7 +26,7 @@ class Known:
     With `forgets`, rows whose first token is even are answered with a 7.
     """
 
-    config = ConfigDict(dict(vocab_size=8))
+    config = ConfigDict(dict(vocab_size=8, head="next_token"))
 
     def __init__(self, forgets: bool = False):
         self.forgets = forgets
@@ -62,11 +62,48 @@ def test_accuracy_of_a_model_that_knows(piece):
 
 
 def test_sums_by_row():
+    """And with answers of a law: nats beyond its entropy."""
     mask = np.array([[1, 1, 0], [0, 1, 1], [0, 0, 0]], bool)
     right = np.array([[1, 1, 0], [1, 0, 1], [1, 1, 1]], bool)
     nats = np.array([[1.0, 2.0, 9.0], [9.0, 3.0, 4.0], [9.0, 9.0, 9.0]])
-    figures = accuracy.summarize([(mask, nats, right)])
-    assert figures == dict(loss=2.5, accuracy=0.75, sequence_accuracy=0.5, answers=4, sequences=2)
+    sums, drawn = accuracy.Tally.empty(3), accuracy.Tally.empty(3)
+    sums.add(mask, nats, right)
+    assert sums.figures() == dict(loss=2.5, accuracy=0.75, sequence_accuracy=0.5, answers=4, sequences=2)
+    for row in range(3):  # row by row: two ids are right in the first, four in the second
+        allowed = np.arange(4) < np.full((1, 3, 1), [2, 4, 3][row])
+        drawn.add(mask[row : row + 1], nats[row : row + 1], right[row : row + 1], allowed)
+    assert drawn.figures() == sums.figures() | {"kl": pytest.approx(2.5 - (np.log(2) + np.log(4)) / 2)}
+
+
+def test_horizon():
+    """The first position at which fewer than nine of ten answers are right, over tests of several lengths."""
+
+    def tally(right, asked):
+        return accuracy.Tally(np.array(asked), np.array(right))
+
+    assert accuracy.horizon([tally([10, 9, 9, 8, 10], [10] * 5)]) == 3
+    assert accuracy.horizon([tally([10, 10], [10] * 2), tally([20, 19, 18, 30], [20, 20, 20, 20])]) == 4
+    assert accuracy.horizon([tally([8, 10], [10] * 2)]) == 0
+    at_the_end = [
+        tally([0, 0, 10], [0, 0, 10]),
+        tally([0] * 5 + [9], [0] * 5 + [10]),
+        tally([0] * 8 + [5], [0] * 8 + [10]),
+    ]
+    assert accuracy.horizon(at_the_end) == 6
+
+
+class Lawful(Known):
+    """Always says id 3, of 8; the head `next_token`."""
+
+    def apply(self, variables, tokens, segment_ids=None, mask=None, state=None, method=None):
+        return 50.0 * jax.nn.one_hot(jnp.full_like(tokens, 3), 8) if method == "logits" else (tokens, state)
+
+
+def test_every_allowed_symbol_is_right():
+    split = SyntheticSplit(make_task("regular_language", dict(vocab=6, longest=4)), "test", 0, 20, 30)
+    figures = accuracy.evaluate(Lawful(), {}, split, length=20, batch_size=8, piece=7)
+    allowed = [batch["allowed"][batch["mask"]][:, 3].mean() * batch["mask"].sum() for batch in split.windows(20, 8)]
+    assert figures["accuracy"] == pytest.approx(sum(allowed) / figures["answers"]) and figures["kl"] > 10
 
 
 def test_needle_in_text():
@@ -114,6 +151,7 @@ def test_accuracy_by_state(tmp_path, capsys, monkeypatch):
         (folder / "config.json").write_text(config.to_json())
         (folder / "summary.json").write_text(json.dumps({"parameters": width * 1000}))
         figures = {"accuracy": {"test": right}, "sequence_accuracy": {"test": right**2}, "state_bytes": width * 100}
+        figures |= {"horizon": 10 * (i + 1)}
         (folder / "eval.json").write_text(json.dumps(figures))
     (tmp_path / "run0" / "trial.json").write_text(json.dumps({"device": "1 x fake", "commit": "abcdef0"}))
     folders = [str(tmp_path / f"run{i}") for i in range(3)]
@@ -124,6 +162,11 @@ def test_accuracy_by_state(tmp_path, capsys, monkeypatch):
     assert "| mamba, dense read | 64 | 64,000 | 6,400 | 1 | 0.9000 | 0.8100 |" in text
     assert ", 1 x fake, commit abcdef0. Seeds: 0, 1." in text
     assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+    monkeypatch.setattr("sys.argv", ["accuracy_by_state.py", *folders, "--figure=horizon", f"--out={tmp_path}/out"])
+    monkeypatch.setattr(accuracy_by_state, "plot", lambda *arguments: None)
+    accuracy_by_state.main()
+    text = (tmp_path / "out.md").read_text()
+    assert "| 3,200 | 2 | 15 (10 to 20) | 0.6000 (0.5000 to 0.7000) |" in text and "--figure=horizon --out" in text
     (tmp_path / "run1" / "eval.json").unlink()
     with pytest.raises(SystemExit):
         accuracy_by_state.main()
@@ -174,6 +217,24 @@ def test_mamba_learns_induction_and_keeps_it_at_other_lengths(tmp_path, capsys):
     args = ["eval.py", f"--workdir={tmp_path}", "--evals=perplexity"]
     assert cli.run(evaluation.main, evaluation.define, "", args) == 1
     assert "--evals=perplexity: does not fit this run; accuracy" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("arg", "figure"), [("compression,length=6", ""), ("regular_language,length=12", "kl"), ("word_problem", "horizon")]
+)
+def test_new_figures_of_a_run(tmp_path, arg, figure):
+    """Of models of any skill: a run whose head rebuilds rows, one with several right answers, one with a horizon."""
+    changes = {"steps": 2, "batch_size": 8, "data.rows": 16, "data.lengths": (12,) if figure else (), "mesh.data": 1}
+    config = tiny(f"{arg},width=16,layers=1,mixer=mingru", **changes | {"evaluation.every": 2, "checkpoint.every": 2})
+    summary = loop.train(config, tmp_path)
+    figures = json.loads((tmp_path / "eval.json").read_text())
+    assert summary["splits"]["test"]["accuracy"] == figures["accuracy"]["test"]
+    assert set(figures) & {"kl", "horizon"} == ({figure} if figure else set())
+    if figure == "horizon":
+        assert 0 <= figures["horizon"] <= 12
+    if figure == "kl":
+        assert 0 < figures["kl"]["test"] < figures["loss"]["test"]
 
 
 @pytest.mark.slow

@@ -78,6 +78,7 @@ class BatchSource:
         """Every array of a batch by name.
 
         next_token: an input, `targets` [B, T] and `segment_ids` [B, T], both int32; a `mask` if there is padding.
+        rebuild: an input and `targets` [B, T] int32; a `mask` if there is padding.
         classify: an input, `mask` [B, T] bool and `labels` [B] int32, or [B, S] for a row of S documents.
         pair: the same, and `segment_ids`; a row has two documents, which are compared.
         regress: an input, `mask` and `targets` [B, R] float32, or [B, S, R].

@@ -10,7 +10,7 @@ from seqmodels.branch import Branch
 from seqmodels.branches import BRANCHES
 from seqmodels.depth.attnres import AttnRes
 from seqmodels.depth.connection import Carry, Connection
-from seqmodels.depth.dense import Dense
+from seqmodels.depth.dense import FUSIONS, Dense
 from seqmodels.depth.denseformer import DenseFormer
 from seqmodels.depth.hyper import Hyper
 from seqmodels.depth.mudd import Mudd
@@ -20,7 +20,7 @@ from seqmodels.layers.norm import norm_of
 from seqmodels.mixers.linked import Linked
 from seqmodels.pattern import BOTH_WAYS, name_of
 
-__all__ = ["Carry", "Connection", "check", "connection_of", "growing", "kind"]
+__all__ = ["Carry", "Connection", "check", "check_links", "connection_of", "growing", "kind"]
 
 PLAIN, DENSE = "plain", "dense"
 
@@ -51,6 +51,18 @@ def check(config: Any, words: set[str]) -> None:
             refuse("model.depth", "value", f"another one unless all mixers of model.pattern are of {able}{have}")
     if kind(config) == "mudd" and config.short_conv:
         refuse("model.short_conv", config.short_conv, "0 with model.depth='mudd', whose mixers read several inputs")
+
+
+def check_links(config: Any, word: str) -> None:
+    """Whether DenseSSM's options fit the state of the branch that is this word of the pattern.
+
+    Raises UserError where they do not.
+    """
+    for field, values in FUSIONS[BRANCHES[word].link].allowed.items():
+        if config.dense[field] not in values:
+            some = "one of " if len(values) > 1 else ""
+            choices = f"{some}{', '.join(map(repr, values))} with {word} in model.pattern"
+            refuse(f"model.dense.{field}", config.dense[field], choices)
 
 
 def connection_of(config: Any, branches: list[Branch], steps: int, sources: int = 0, **parent: Any) -> Connection:
@@ -92,5 +104,7 @@ def _dense(config: Any, branches: list[Branch], sources: int, **parent: Any) -> 
         sizes = dict(inner=inner, state=state)
         if linked.link == "matrix":
             sizes["shape"] = linked.state_shape
+        if linked.link == "lti":
+            sizes["read_flops"] = linked.read_flops
         fields = dict(link=linked.link, sizes=sizes, dtype=linked.dtype, implementation=linked.implementation)
     return Dense(config.dense, config.width, sources, **fields, **parent)

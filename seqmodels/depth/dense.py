@@ -9,10 +9,14 @@ from jax.typing import DTypeLike
 
 from seqmodels.branch import Branch, State
 from seqmodels.depth.connection import Carry, Connection
+from seqmodels.depth.lti import LtiFusion
 from seqmodels.depth.matrix import MatrixFusion
 from seqmodels.depth.vector import VectorFusion
 from seqmodels.mixers.linked import Linked
 from seqmodels.sequence import Sequence
+
+Fusion = VectorFusion | MatrixFusion | LtiFusion
+FUSIONS: dict[str, type[Fusion]] = dict(vector=VectorFusion, matrix=MatrixFusion, lti=LtiFusion)  # by `Branch.link`
 
 
 class Dense(Connection):
@@ -22,8 +26,8 @@ class Dense(Connection):
         options: config.model.dense.
         width: D.
         sources: how many of the streams below it this block reads.
-        link: kind of the block's branch, "vector" or "matrix"; "" if it has no stream.
-        sizes: fields of VectorFusion or MatrixFusion that give the size of the branch's state.
+        link: kind of the block's branch, a key of FUSIONS; "" if it has no stream.
+        sizes: fields of its fusion that give the size of the branch's state.
     """
 
     options: Any
@@ -40,11 +44,10 @@ class Dense(Connection):
         return bool(self.link) and (self.sources > 0 or self.options.variant == "output")
 
     @nn.nowrap
-    def fusion_module(self, **parent: Any) -> VectorFusion | MatrixFusion:
+    def fusion_module(self, **parent: Any) -> Fusion:
         """The fusion of the branch's kind of state."""
-        kind = VectorFusion if self.link == "vector" else MatrixFusion
         common = dict(options=self.options, width=self.width, sources=self.sources, dtype=self.dtype)
-        return kind(**common, implementation=self.implementation, **self.sizes, **parent)
+        return FUSIONS[self.link](**common, implementation=self.implementation, **self.sizes, **parent)
 
     def setup(self) -> None:
         if self.fuses:

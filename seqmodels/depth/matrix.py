@@ -14,7 +14,7 @@ the authors' code.
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -48,6 +48,10 @@ class MatrixFusion(nn.Module):
     sources: int
     dtype: DTypeLike
     implementation: Mapping[str, str]
+
+    allowed: ClassVar[Mapping[str, tuple[str, ...]]] = dict(
+        variant=("read", "input", "output", "rank"), projection=("identity",)
+    )
 
     def setup(self) -> None:
         if self.sources:

@@ -1,6 +1,6 @@
 """DenseSSM: layers that use the hidden states of the layers below (He et al. 2024, arXiv 2403.00818), for Mamba.
 
-seqmodels/depth/matrix.py is the same for mixers whose state is a matrix.
+matrix.py is the same for mixers whose state is a matrix, and lti.py for those whose system is the same for all tokens.
 
 Let s^l be layer l's own state, and "past" the m layers below that have a state. The published text and figures do not
 say where the lower states enter, and no code of DenseMamba was published. So each interpretation has a name:
@@ -16,7 +16,7 @@ grouped scan holds three lower states; each further one has a scan of its own.
 """
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax
@@ -52,6 +52,9 @@ class VectorFusion(nn.Module):
         width, inner, state: D, E, N.
         sources: how many layers below are read: m, or fewer near the bottom. It may be 0 with OUTPUT, where the layer
             only passes its readout up.
+
+    Class attributes:
+        allowed: values of those fields of `options` of which not all are possible.
     """
 
     options: Any
@@ -61,6 +64,8 @@ class VectorFusion(nn.Module):
     sources: int
     dtype: DTypeLike
     implementation: Mapping[str, str]
+
+    allowed: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
     def setup(self) -> None:
         if self.sources:

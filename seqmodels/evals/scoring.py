@@ -151,6 +151,23 @@ def score_long(
     return nats.astype(np.float64), best
 
 
+@functools.partial(jax.jit, static_argnames=("model", "mesh"))
+def _rebuilt(model, params, tokens, targets, segment_ids, mesh=None):
+    variables = {"params": params}
+    hidden, _ = model.apply(variables, tokens, segment_ids=segment_ids)
+    logits = model.apply(variables, hidden, method="outputs")
+    return _replicate((token_nats(logits, targets)[0], jnp.argmax(logits, axis=-1)), mesh)
+
+
+def score_rebuilt(
+    model: nn.Module, params: Any, batch: dict[str, np.ndarray], mesh: Mesh | None
+) -> tuple[np.ndarray, np.ndarray]:
+    """As `score_long`, of a model that predicts all tokens of a row from its end (the head `rebuild`)."""
+    rows: dict[str, Any] = {name: batch[name] for name in ("tokens", "targets", "segment_ids")}
+    nats, best = _rebuilt(model, params, **(rows if mesh is None else put_batch(rows, mesh)), mesh=mesh)
+    return np.asarray(nats).astype(np.float64), np.asarray(best)
+
+
 def rows_of(batch_size: int, mesh: Mesh | None) -> int:
     """The batch size, rounded up to what the devices of a mesh can share."""
     shards = row_shards(mesh.shape) if mesh is not None else 1

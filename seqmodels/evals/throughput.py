@@ -108,7 +108,7 @@ def check(config: ConfigDict) -> None:
 
 def serves(run: RunData) -> bool:
     """Every model that continues tokens can be timed, whatever it was trained on."""
-    return run.dataset.measured_by != "head"
+    return run.dataset.measured_by != "head" and run.config.model.head == "next_token"
 
 
 def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:

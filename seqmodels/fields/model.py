@@ -75,9 +75,9 @@ MODEL = Group(
         "head": Field(
             "next_token",
             "what the model predicts: next_token, classify (a class for each row), regress (numbers for each row), "
-            "forecast (numbers for each of the next steps, at every step), window (the same, once for a row) or pair "
-            "(a class for two texts of a row)",
-            one_of("next_token", "classify", "regress", "forecast", "window", "pair"),
+            "forecast (numbers for each of the next steps, at every step), window (the same, once for a row), pair (a "
+            "class for two texts of a row) or rebuild (all tokens of a row, from its last hidden state)",
+            one_of("next_token", "classify", "regress", "forecast", "window", "pair", "rebuild"),
             since=2,
         ),
         "positions": Field(

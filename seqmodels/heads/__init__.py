@@ -8,6 +8,7 @@ from seqmodels.heads.forecast import Forecast
 from seqmodels.heads.head import Head
 from seqmodels.heads.next_token import NextToken
 from seqmodels.heads.pair import Pair
+from seqmodels.heads.rebuild import Rebuild
 from seqmodels.heads.regress import Regress
 from seqmodels.heads.window import Window
 
@@ -18,4 +19,5 @@ HEADS: dict[str, type[Head]] = {
     "forecast": Forecast,
     "window": Window,
     "pair": Pair,
+    "rebuild": Rebuild,
 }

@@ -100,7 +100,7 @@ class Hyena(Branch):
 
     @nn.nowrap
     def flops(self, length: int) -> float:
-        """About those of the transforms, three for each half of halves, and of the gates."""
+        """About those of the gates and of the convolution, whose halves of halves have three transforms each."""
         return (5 * math.log2(max(length, 2)) ** 2 + 2) * self.width
 
     @nn.nowrap
@@ -127,7 +127,7 @@ class Hyena(Branch):
         fresh = uniform(fan_in**-0.5)
         weight = parameter(self, name, (fan_in, units), (None, None), fresh, decay=False)
         bias = parameter(self, f"{name}_bias", (units,), (None,), fresh)
-        start = lambda key, shape, dtype=jnp.float32: jnp.full(shape, self.frequency, dtype)  # noqa: E731
+        start = nn.initializers.constant(self.frequency)
         return parameter(self, f"{name}_frequency", (units,), (None,), start) * (z @ weight + bias)
 
     @nn.compact

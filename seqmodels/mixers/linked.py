@@ -12,7 +12,7 @@ from seqmodels.sequence import Sequence
 class Linked(Branch):
     """A branch that separates what it writes into its state from how it reads the state.
 
-    A subclass sets `link` ("vector" or "matrix") and defines the methods below. A connection across depth can combine
+    A subclass sets `link` and defines the methods below. A connection across depth can combine
     the streams of lower layers with the layer's own between `stream_and_readout` and `scan` (`seqmodels.depth`).
     """
 

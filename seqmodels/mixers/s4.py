@@ -22,14 +22,11 @@ from seqmodels.kernels.long_conv.dplr import Dplr, bilinear, dplr_filter, real_s
 from seqmodels.kernels.segments import forget
 from seqmodels.kernels.tuning import UNROLLED
 from seqmodels.layers.hippo import nplr
-from seqmodels.mixers.lti import Lti, SystemAt, everywhere
-
-OPERATIONS = 6 + 4 + 4 + 4 + 4  # on a state and token: a h, the sum of q h, - w of it, + b x, and the readout
-COUNTED = 2 * (2 + 2 + 2 + 2)  # two for each parameter of L, P, B and C
+from seqmodels.mixers.lti import Lti, everywhere
 
 
 class Readable(NamedTuple):
-    """A continuous system with its readout C [N / 2, E]."""
+    """A system by the bilinear rule with its readout C [N / 2, E]."""
 
     continuous: Dplr
     c: jax.Array
@@ -56,6 +53,14 @@ class Readable(NamedTuple):
         return jnp.moveaxis(y, 0, 1), h
 
 
+class LowRank(Dplr):
+    """The continuous system of a layer, see `lti.Continuous`."""
+
+    def at(self, c: jax.Array, stretch: float | jax.Array) -> Readable:
+        """It with the readout c, by the bilinear rule; all tokens have the same step."""
+        return Readable(self._replace(dt=stretch * self.dt), c)
+
+
 class S4(Lti):
     """S4 mixer. Its options are declared in seqmodels/fields/s4.py."""
 
@@ -66,18 +71,14 @@ class S4(Lti):
 
     options = OPTIONS
     follows_time = "rate"  # other steps of each token would need another matrix of rank 1 for each
+    state_operations = 6 + 4 + 4 + 4 + 4  # a h, the sum of q h, - w of it, + b x, and the readout
+    counted = 2 * (2 + 2 + 2 + 2)  # L, P, B and C
 
     @nn.nowrap
-    def flops(self, length: int) -> float:
-        """Those of the recurrence, without the two counted for each parameter of L, P, B and C."""
-        return (OPERATIONS - COUNTED) * self.pairs * self.width
-
-    @nn.nowrap
-    def system(self) -> SystemAt:
-        """Its system, which `bilinear` makes discrete; all tokens have the same step."""
+    def declare_system(self) -> LowRank:
+        """Fresh, it is HiPPO-LegS in every channel."""
         form = nplr(self.state)
         decay = -jnp.exp(self.per_state("L_log", everywhere(np.log(-form.eigenvalues.real))))
         rotation = self.per_state("L_imag", everywhere(form.eigenvalues.imag))
         P, B = self.complex_per_state("P", form.low_rank), self.complex_per_state("B", form.input)
-        L, dt, C = jax.lax.complex(decay, rotation), self.step_size(), self.readout()
-        return lambda stretch: Readable(Dplr(L, P, B, stretch * dt), C)
+        return LowRank(jax.lax.complex(decay, rotation), P, B, self.step_size())

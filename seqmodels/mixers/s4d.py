@@ -14,16 +14,14 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 
 from seqmodels.fields.s4d import S4D
 from seqmodels.kernels.long_conv.diagonal import diagonal_filter
 from seqmodels.kernels.long_conv.dplr import real_sum
 from seqmodels.layers.hippo import nplr
-from seqmodels.mixers.lti import Lti, SystemAt, everywhere
+from seqmodels.mixers.lti import Lti, everywhere
 from seqmodels.parallel import linear_scan
-
-OPERATIONS = 6 + 4 + 4  # on a state and token: a h, + b x, and the readout, in real numbers
-COUNTED = 2 * (2 + 2 + 2)  # two for each parameter of A, B and C
 
 
 def legs(size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -100,6 +98,22 @@ def bilinear(a: jax.Array, b: jax.Array, dt: jax.Array) -> tuple[jax.Array, jax.
 RULES = dict(zoh=zoh, bilinear=bilinear)
 
 
+@struct.dataclass
+class Eigen:
+    """The continuous system of a layer, see `lti.Continuous`: a, b [N / 2, E] complex and dt [E]."""
+
+    a: jax.Array
+    b: jax.Array
+    dt: jax.Array
+    rule: str = struct.field(pytree_node=False)
+    implementation: str | None = struct.field(pytree_node=False)  # of `linear_scan`
+
+    def at(self, c: jax.Array, stretch: float | jax.Array) -> Diagonal:
+        """It with the readout c in discrete time."""
+        each = stretch[:, :, None] if isinstance(stretch, jax.Array) else stretch
+        return Diagonal(*RULES[self.rule](self.a, self.b, each * self.dt), c, self.implementation)
+
+
 class S4d(Lti):
     """S4D mixer. Its options are declared in seqmodels/fields/s4d.py."""
 
@@ -113,23 +127,14 @@ class S4d(Lti):
     options = S4D
     operations: ClassVar[tuple[str, ...]] = ("linear_scan", "long_conv")
     follows_time: ClassVar[str] = "token"
+    state_operations = 6 + 4 + 4  # a h, + b x, and the readout
+    counted = 2 * (2 + 2 + 2)  # A, B and C
 
     @nn.nowrap
-    def flops(self, length: int) -> float:
-        """Those of the recurrence, without the two counted for each parameter of A, B and C."""
-        return (OPERATIONS - COUNTED) * self.pairs * self.width
-
-    @nn.nowrap
-    def system(self) -> SystemAt:
-        """Its system in discrete time."""
+    def declare_system(self) -> Eigen:
+        """Fresh, it is one of FRESH in every channel."""
         eigenvalues, inputs = FRESH[self.init_A](self.state)
         decay = -jnp.exp(self.per_state("A_log", everywhere(np.log(-eigenvalues.real))))
         a = jax.lax.complex(decay, self.per_state("A_imag", everywhere(eigenvalues.imag)))
-        B, dt, C = self.complex_per_state("B", inputs), self.step_size(), self.readout()
-
-        def at(stretch: float | jax.Array) -> Diagonal:
-            each = stretch[:, :, None] if isinstance(stretch, jax.Array) else stretch
-            log_a, b = RULES[self.rule](a, B, each * dt)
-            return Diagonal(log_a, b, C, self.implementation.get("linear_scan"))
-
-        return at
+        B, dt = self.complex_per_state("B", inputs), self.step_size()
+        return Eigen(a, B, dt, self.rule, self.implementation.get("linear_scan"))

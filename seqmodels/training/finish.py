@@ -165,7 +165,7 @@ class Finish:
         with self._reported("state"):
             summary["state_bytes_per_sequence"] = report.state_bytes(self.model, config.seq_len)
         if jax.process_index() == 0:
-            units = {"next_token": "nats a token", "classify": "nats a row", "pair": "nats a row"}
+            units = dict(next_token="nats a token", rebuild="nats a token", classify="nats a row", pair="nats a row")
             unit = units.get(self.dataset.objective, "squared error")
             with self._reported("loss.png"):
                 report.plot_loss(self.workdir, self.workdir / "loss.png", unit)

@@ -9,6 +9,7 @@ import difflib
 
 from ml_collections import ConfigDict
 
+from seqmodels.data.synthetic.compression import Compression
 from seqmodels.data.synthetic.copying import Copying, SelectiveCopying
 from seqmodels.data.synthetic.dataset import SyntheticDataset
 from seqmodels.data.synthetic.fuzzy_recall import FuzzyRecall
@@ -22,6 +23,7 @@ from seqmodels.data.synthetic.mqar import Mqar
 from seqmodels.data.synthetic.parity import Parity
 from seqmodels.data.synthetic.passkey import Passkey
 from seqmodels.data.synthetic.recall import AssociativeRecall
+from seqmodels.data.synthetic.regular_language import RegularLanguage
 from seqmodels.data.synthetic.string_copy import StringCopy
 from seqmodels.data.synthetic.task import Rows, Task
 from seqmodels.data.synthetic.transduction import Transduction
@@ -43,6 +45,8 @@ TASKS: dict[str, type[Task]] = {
     "in_context_recall": InContextRecall,
     "fuzzy_recall": FuzzyRecall,
     "memorization": Memorization,
+    "compression": Compression,
+    "regular_language": RegularLanguage,
     "string_copy": StringCopy,
     "transduction": Transduction,
 }

@@ -1,6 +1,7 @@
 """Rows of random bits with one answer at the end, or one at every bit: the base of parity and majority."""
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
@@ -20,6 +21,8 @@ class Bits(Task):
       ask: "last" or "every".
       shortest: fewest bits of a row; 0 makes all rows T - 1 bits long.
     """
+
+    has_horizon: ClassVar[bool] = True
 
     ask: str = "last"
     shortest: int = 0

@@ -11,7 +11,7 @@ import numpy as np
 
 from seqmodels.data.contract import BatchSource, Spec, text_spec
 from seqmodels.data.synthetic.symbols import SymbolTokenizer
-from seqmodels.data.synthetic.task import NOTHING, Rows, Task
+from seqmodels.data.synthetic.task import NOTHING, Rows, Task, joined
 from seqmodels.errors import UserError
 
 SPLITS = ("train", "validation", "test")
@@ -20,7 +20,7 @@ ATTEMPTS = 4096  # most attempts to find the rows of a split
 
 
 def fold(tokens: np.ndarray) -> np.ndarray:
-    """[n] int, the fold of each row, from 0 to FOLDS - 1: a hash of its tokens [n, T]."""
+    """[n] int, the fold of each row, from 0 to FOLDS - 1: a hash of its tokens, or of its source, [n, T]."""
     place = np.arange(1, tokens.shape[1] + 1, dtype=np.uint64)
     weight = mix(place * np.uint64(0x9E3779B97F4A7C15))
     total = (tokens.astype(np.uint64) + np.uint64(1)) * weight
@@ -47,11 +47,11 @@ def sample(task: Task, rng: np.random.Generator, count: int, length: int, held_o
     found, pieces = 0, []
     for _ in range(ATTEMPTS + 2):
         rows = task.rows(rng, count - found, length)
-        kept = np.flatnonzero((fold(rows.tokens) == 0) == held_out)
-        pieces.append(Rows(*(part[kept] for part in rows)))
+        kept = np.flatnonzero((fold(rows.origin) == 0) == held_out)
+        pieces.append(rows.take(kept))
         found += len(kept)
         if found == count:
-            return Rows(*(np.concatenate(parts) for parts in zip(*pieces, strict=True)))
+            return joined(pieces)
     raise UserError(f"config.seq_len={length}: this task has too few different rows to hold some out; make it longer")
 
 
@@ -76,7 +76,8 @@ class SyntheticSplit:
     def row(self, number: int, length: int) -> Rows:
         """Row `number`, as `Rows` with a single row."""
         rng = np.random.default_rng([self.seed, SPLITS.index(self.name), length, number])
-        held_out = None if length != self.train_length else self.name != "train"
+        by_tokens = self.task.by_tokens and length != self.train_length  # rows of other lengths are other rows
+        held_out = None if by_tokens else self.name != "train"
         return sample(self.task, rng, 1, length, held_out)
 
     def row_count(self, length: int) -> int:
@@ -92,7 +93,7 @@ class SyntheticSplit:
 
         Yields:
           `tokens`, `targets`, `segment_ids` [B, T] int32 and `mask` [B, T] bool. The mask is True at answers, which are
-          the targets that count; other targets are -1.
+          the targets that count; other targets are -1. `allowed` [B, T, V] bool, of tasks that have several right ids.
         """
         self.task.check(length)
         rows = self.count if limit is None else min(limit, self.count)
@@ -105,6 +106,9 @@ class SyntheticSplit:
                 row = self.row(number, length)
                 batch["tokens"][b], batch["mask"][b] = row.tokens[0], row.answers[0]
                 batch["targets"][b] = np.where(row.answers[0], row.targets[0], NOTHING)
+                if row.allowed is not None:
+                    nowhere = np.zeros((batch_size, *row.allowed.shape[1:]), bool)
+                    batch.setdefault("allowed", nowhere)[b] = row.allowed[0]
             yield batch
 
 
@@ -130,6 +134,11 @@ class SyntheticDataset(BatchSource):
     lengths: tuple[int, ...]
 
     measured_by: ClassVar[str] = "accuracy"
+
+    @property
+    def objective(self) -> str:  # type: ignore[override]
+        """Head that the batches are for."""
+        return self.task.objective
 
     @property
     def spec(self) -> Spec:
@@ -177,7 +186,7 @@ class SyntheticDataset(BatchSource):
           `tokens`, `targets` (-1 where nothing counts), `segment_ids` (0): [B, T] int32.
         """
         rng = np.random.default_rng([self.seed, SPLITS.index("train"), n])
-        tokens, targets, answers = sample(self.task, rng, self.batch_size, self.seq_len, held_out=False)
+        tokens, targets, answers, *_ = sample(self.task, rng, self.batch_size, self.seq_len, held_out=False)
         if self.loss == "answers":
             targets = np.where(answers, targets, NOTHING)
         batch = {"tokens": tokens, "targets": targets, "segment_ids": np.zeros_like(tokens)}

@@ -1,6 +1,7 @@
 """Modular arithmetic, plain and with brackets (Deletang et al. 2022, "Neural networks and the Chomsky hierarchy")."""
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
@@ -29,6 +30,8 @@ class ModularArithmetic(Task):
         in expressions with brackets.
       shortest: fewest tokens of an expression; 0 makes all as long as fits.
     """
+
+    has_horizon: ClassVar[bool] = True
 
     modulus: int = 5
     brackets: bool = False

@@ -18,11 +18,32 @@ class Rows(NamedTuple):
       shifted.
     answers: [n, T] bool, the loss mask: True at the positions of the task's answers, which all have a target.
       Targets at other positions are the next tokens.
+    allowed: [n, T, V] bool, the ids that count as right at each answer, if these are not only the target. The target
+      is then drawn uniformly from them.
+    source: [n, K] int32, what a row was made from, if rows from the same are to be on one side of the splits; else
+      the same rows are.
     """
 
     tokens: np.ndarray
     targets: np.ndarray
     answers: np.ndarray
+    allowed: np.ndarray | None = None
+    source: np.ndarray | None = None
+
+    @property
+    def origin(self) -> np.ndarray:
+        """[n, K] int32, what decides the side of the splits."""
+        return self.tokens if self.source is None else self.source
+
+    def take(self, kept: np.ndarray) -> "Rows":
+        """The rows of these numbers."""
+        return joined([self], kept)
+
+
+def joined(pieces: list[Rows], kept: np.ndarray | slice = slice(None)) -> Rows:
+    """Rows of one task one after the other, those of the numbers `kept`."""
+    fields = {name: [getattr(rows, name) for rows in pieces] for name in Rows._fields}
+    return Rows(**{name: np.concatenate(parts)[kept] for name, parts in fields.items() if parts[0] is not None})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,9 +52,17 @@ class Task:
 
     Attributes:
       has_depth: whether the task has a field `depth`: the position of the hidden item, as a share of the row's length.
+      has_horizon: whether every answer depends on all tokens before it: the number of tokens after which a model begins
+        to fail is then its horizon.
+      objective: name of the head that the rows are for. With "next_token" an answer is read at its place, with
+        "rebuild" all are read behind the row.
+      by_tokens: whether `Rows.source` is None: rows are held out of training by their tokens.
     """
 
     has_depth: ClassVar[bool] = False
+    has_horizon: ClassVar[bool] = False
+    objective: ClassVar[str] = "next_token"
+    by_tokens: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         """Raises UserError for settings that do not fit."""

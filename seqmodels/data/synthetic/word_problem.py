@@ -1,6 +1,7 @@
 """Word problems of groups (Barrington 1989; Merrill et al. 2024, "The illusion of state"): tracking a state exactly."""
 
 import dataclasses
+from typing import ClassVar
 
 import numpy as np
 
@@ -21,6 +22,8 @@ class WordProblem(Task):
       group: "s3", "s5", "a5", "z60", "a4xz5", ...: see `group_table`.
       shortest: fewest elements; 0 makes all words T long.
     """
+
+    has_horizon: ClassVar[bool] = True
 
     group: str = "s5"
     shortest: int = 0
