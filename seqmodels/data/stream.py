@@ -105,7 +105,7 @@ class Stream(BatchSource):
         tokens, segments = [self._tokens], [self._segments]
         for ids in self.tokenizer.encode_batch(texts):
             number = self._documents % 2**30 if self._separate else 0
-            tokens += [[self.tokenizer.separator], ids]
+            tokens += [np.array([self.tokenizer.separator]), ids]
             segments.append(np.full(1 + len(ids), number))
             self._documents += 1
         self._tokens, self._segments = np.concatenate(tokens), np.concatenate(segments)
