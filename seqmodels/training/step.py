@@ -46,9 +46,10 @@ def make_loss(model: nn.Module, config: ConfigDict) -> Callable[..., tuple[jax.A
             mutable=(*side.COLLECTIONS, *micro),
         )
         # The sum is differentiated and divided by the count at the end: the mean over the batch, however it is cut.
-        total, sums = head.loss(
-            lambda *arguments: model.apply({"params": params}, *arguments, method=head.method), hidden, rows, **options
-        )
+        def outputs_of(*arguments, method=head.method):
+            return model.apply({"params": params}, *arguments, method=method)
+
+        total, sums = head.loss(outputs_of, hidden, rows, **options)
         reports = side.weighted(side.collect(reported, config.model), sums.count)
         for loss in reports.losses.values():
             total += loss
