@@ -29,6 +29,7 @@ class Collective(NamedTuple):
         kind: of KINDS. axes: of the mesh that it goes over, with "+" between them.
         arrays: what it returns, such as "bf16[8,128]". op: the operation of the program that it comes from.
         bytes: received by a device, each time. times: that a step executes it.
+        devices: of the first group that exchanges something.
     """
 
     kind: str
@@ -37,6 +38,7 @@ class Collective(NamedTuple):
     op: str
     bytes: float
     times: int
+    devices: tuple[int, ...] = ()
 
     @property
     def moved(self) -> float:
@@ -55,7 +57,7 @@ def collectives(hlo: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
                 kind, arrays, received, groups = parsed
                 op = re.search(r'op_name="([^"]*)"', line)
                 axes = _axes(groups, mesh)
-                found.append(Collective(kind, axes, arrays, op[1] if op else "", received, times[name]))
+                found.append(Collective(kind, axes, arrays, op[1] if op else "", received, times[name], tuple(groups[0])))
     return [each for each in found if each.axes]  # of a single device each: nothing is sent
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
@@ -59,7 +60,24 @@ def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Me
         raise UserError(
             f"config.mesh takes {count} of {len(devices)} devices; a job of several processes needs them all"
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count])
+    return Mesh(_placed(sizes, devices[:count]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _placed(sizes: dict[str, int], devices: list[jax.Device]) -> np.ndarray:
+    """Devices in the shape of the mesh, neighbours near each other. Only `data` goes from one TPU slice to another.
+
+    Raises: UserError where data does not divide among the slices.
+    """
+    shape = tuple(sizes.values())
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform != "tpu":
+        return mesh_utils.create_device_mesh(shape, devices)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if sizes["data"] % slices:
+        raise UserError(f"config.mesh.data={sizes['data']}: must be a multiple of the {slices} slices of TPUs")
+    inside, between = (sizes["data"] // slices, *shape[1:]), (slices, *(1,) * (len(shape) - 1))
+    return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
 
 
 def flat_mesh() -> Mesh:
