@@ -19,6 +19,8 @@ from seqmodels.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")
 
+LARGE = 2**16  # numbers: a smaller parameter is rather held by every device than sent
+
 BATCH_AXES = ("data", "fsdp", "expert")  # rows are split over all of these: experts too take tokens of different rows
 
 RULES = (
@@ -132,6 +134,25 @@ def spec_of(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | 
     return PartitionSpec(*entries)
 
 
+def parameter_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """PartitionSpec of a parameter, and of what the optimizer keeps for it.
+
+    It is `spec_of`. But a large parameter that has no axis for `fsdp` is split over its largest axis that divides: else
+    each device would hold all of it and of the optimizer's moments, and gather what others computed.
+    """
+    entries = list(spec_of(names, shape, mesh))
+    count = mesh.shape["fsdp"]
+    if count == 1 or math.prod(shape) < LARGE or "fsdp" in entries:
+        return PartitionSpec(*entries)
+    axes = [((entry,) if isinstance(entry, str) else entry) or () for entry in entries]
+    parts = [math.prod(mesh.shape[axis] for axis in each) * count for each in axes]
+    able = [i for i, size in enumerate(shape) if size % parts[i] == 0 and names[i] not in ("layers", "expert")]
+    if able:
+        largest = max(able, key=lambda i: shape[i])
+        entries[largest] = (*axes[largest], "fsdp") if axes[largest] else "fsdp"
+    return PartitionSpec(*entries)
+
+
 def is_box(leaf: Any) -> bool:
     """Whether this is a parameter in the box that names its axes."""
     return isinstance(leaf, nn.meta.AxisMetadata)
@@ -151,7 +172,7 @@ def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     def one(leaf):
         if is_box(leaf):
             _check_experts(leaf.names, leaf.value.shape, mesh)
-            return NamedSharding(mesh, spec_of(leaf.names, leaf.value.shape, mesh))
+            return NamedSharding(mesh, parameter_spec(leaf.names, leaf.value.shape, mesh))
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map(one, boxed, is_leaf=is_box)
