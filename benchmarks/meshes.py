@@ -17,8 +17,10 @@ import os
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -44,7 +46,7 @@ class Row(NamedTuple):
     batch: int
     length: int
     against: str = ""
-    fields: dict = {}
+    fields: Mapping[str, Any] = MappingProxyType({})
 
 
 LONG = {"training.loss_chunk": 8192}  # tokens whose logits a device has at once: as many as in 8 rows of 1,024

@@ -21,7 +21,7 @@ CUBE = AbstractMesh((2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
 HLO = """HloModule step
 %more (x: f32[4]) -> f32[4] {
   %x = f32[4]{0} parameter(0)
-  %g = f32[8,2]{1,0} all-gather(%x), replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}, metadata={op_name="in/loop"}
+  %g = f32[8,2]{1,0} all-gather(%x), replica_groups={{0,1},{2,3},{4,5},{6,7}}, dimensions={0}
 }
 %bound (x: f32[4]) -> pred[] {
   %n = s32[] constant(5)

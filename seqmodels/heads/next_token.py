@@ -100,9 +100,13 @@ def next_token_loss(
     hidden = jnp.where(weights[..., None] != 0, hidden, 0)  # what does not count may hold anything
     if not isinstance(logits_of, Partial):
         converted, closed_over = jax.closure_convert(logits_of, hidden[:, : chunk or None])
-        logits_of = Partial(lambda *tables_and_hidden: converted(tables_and_hidden[-1], *tables_and_hidden[:-1]), *closed_over)
+        logits_of = Partial(
+            lambda *tables_and_hidden: converted(tables_and_hidden[-1], *tables_and_hidden[:-1]), *closed_over
+        )
     tables, tree = jax.tree.flatten(logits_of)
-    of_pieces = functools.partial(_of_pieces, lambda h, *tables: tree.unflatten(tables)(h), chunk=chunk, z_weight=z_weight)
+    of_pieces = functools.partial(
+        _of_pieces, lambda h, *tables: tree.unflatten(tables)(h), chunk=chunk, z_weight=z_weight
+    )
 
     def total(sums):
         return sums.nats + z_weight * sums.z_squared, sums

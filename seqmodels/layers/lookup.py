@@ -26,7 +26,8 @@ class Split(NamedTuple):
 
 
 def lookup(table: jax.Array, ids: jax.Array) -> jax.Array:
-    """table [V, D] at ids [B, T] int32: [B, T, D]. An id outside of the table gives NaN; -1 is the last row, as in NumPy.
+    """table [V, D] at ids [B, T] int32: [B, T, D]. An id outside of the table gives NaN; negative ones count from
+    the end, as in NumPy.
 
     Where the mesh splits the table, the devices that share its columns exchange their tokens' ids, look up all of them
     in their own columns, and send each device its tokens' columns. Devices that share its rows add what they found. So
@@ -50,9 +51,9 @@ def _lookup(axes: Split, table: jax.Array, ids: jax.Array) -> jax.Array:
             found = jax.lax.psum(found, axes.vocab)
         return jax.lax.all_to_all(found, axes.embed, 0, 2, tiled=True) if axes.embed else found
 
-    return jax.shard_map(
-        find, in_specs=(rows, tokens), out_specs=whole, axis_names=axes.used, check_vma=False
-    )(table, ids)
+    return jax.shard_map(find, in_specs=(rows, tokens), out_specs=whole, axis_names=axes.used, check_vma=False)(
+        table, ids
+    )
 
 
 def _forward(axes, table, ids):
@@ -74,9 +75,9 @@ def _backward(axes, residuals, gradient):
         others = tuple(axis for axis in (*axes.batch, *axes.length) if axis not in axes.embed)
         return jax.lax.psum(table, others) if others else table
 
-    return jax.shard_map(
-        add, in_specs=(whole, tokens), out_specs=rows, axis_names=axes.used, check_vma=False
-    )(gradient, ids), None
+    return jax.shard_map(add, in_specs=(whole, tokens), out_specs=rows, axis_names=axes.used, check_vma=False)(
+        gradient, ids
+    ), None
 
 
 _lookup.defvjp(_forward, _backward)

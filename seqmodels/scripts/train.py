@@ -28,8 +28,8 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_bool("plan", False, "Print what the config needs, and train nothing.", **values)
     flags.DEFINE_integer("context", None, "With --plan: tokens of the sequence whose cache and state are counted; "
                          "config.seq_len if left out.", **values)  # fmt: skip
-    flags.DEFINE_string("topology", None, "With --plan: chips that the step is compiled for, which need not be here, such "
-                        "as v5p:8x8x4, v6e:16x16, h100:64 or h200:2.", **values)  # fmt: skip
+    flags.DEFINE_string("topology", None, "With --plan: chips that the step is compiled for, which need not be here, "
+                        "such as v5p:8x8x4, v6e:16x16, h100:64 or h200:2.", **values)  # fmt: skip
     flags.DEFINE_string("out", None, "With --plan: JSON file for the numbers.", **values)
 
 

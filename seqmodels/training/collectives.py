@@ -57,12 +57,14 @@ def collectives(hlo: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
                 kind, arrays, received, groups = parsed
                 op = re.search(r'op_name="([^"]*)"', line)
                 axes = _axes(groups, mesh)
-                found.append(Collective(kind, axes, arrays, op[1] if op else "", received, times[name], tuple(groups[0])))
+                found.append(
+                    Collective(kind, axes, arrays, op[1] if op else "", received, times[name], tuple(groups[0]))
+                )
     return [each for each in found if each.axes]  # of a single device each: nothing is sent
 
 
 def by_axis(found: Iterable[Collective]) -> dict[str, dict[str, tuple[int, int]]]:
-    """For the axes and kind of each collective: how often a step executes such, and the bytes that a device receives."""
+    """For the axes and kind of each collective: how often a step executes such, and what a device receives."""
     count, moved = defaultdict[str, Counter[str]](Counter), defaultdict[str, Counter[str]](Counter)
     for each in found:
         count[each.axes][each.kind] += each.times

@@ -131,8 +131,8 @@ def text(figures: dict, tokens: int) -> str:
     lines += [
         f"estimate    {1e3 * fast:,.1f} to {1e3 * slow:,.1f} ms a step ({tokens / slow:,.0f} to {tokens / fast:,.0f} "
         f"tokens/s), MFU {100 * figures['mfu'][0]:.1f} to {100 * figures['mfu'][1]:.1f} %, "
-        f"{100 * figures['scaling'][0]:.0f} to {100 * figures['scaling'][1]:.0f} % of the ideal: no exchange hidden, and "
-        "all",
+        f"{100 * figures['scaling'][0]:.0f} to {100 * figures['scaling'][1]:.0f} % of the ideal: no exchange hidden, "
+        "and all",
         f"not known   {UNKNOWN}",
         f"sources     {SOURCES}",
     ]

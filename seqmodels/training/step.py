@@ -42,6 +42,7 @@ def make_loss(model: nn.Module, config: ConfigDict) -> Callable[..., tuple[jax.A
             **({"steps": rows["steps"]} if "steps" in rows else {}),
             mutable=(*side.COLLECTIONS, *micro),
         )
+
         # The sum is differentiated and divided by the count at the end: the mean over the batch, however it is cut.
         def outputs_of(*arguments, method=head.method):
             return model.apply({"params": params}, *arguments, method=method)
