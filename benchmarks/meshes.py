@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from benchmarks.models import measure
 from benchmarks.record import RESULTS, commit, device_name, record, slug
@@ -138,14 +139,7 @@ def measure_one(flag_values: flags.FlagValues) -> int:
     """Measure a row, record it and print it."""
     name = flag_values.one
     row = (ROWS | TOYS)[name]
-    config = cli.load_config(row.config)
-    if "model.pattern" in row.fields:
-        config = cli.with_pattern(config, row.fields["model.pattern"])
-    sizes = dict(part.split("=") for part in row.mesh.split(",") if part)
-    fields = {"batch_size": row.batch, "seq_len": row.length, "training.accumulate": 1, "mesh.data": 1, **row.fields}
-    fields |= {f"mesh.{axis}": int(size) for axis, size in sizes.items()}
-    with config.unlocked():
-        config.update_from_flattened_dict(fields)
+    config = config_of(row)
     cli.use_platform(config.platform)
     result = measure(config, flag_values.seconds, flag_values.repeats, turn=sys.stdin.readline)
     out = file_of(flag_values.out)
@@ -156,6 +150,19 @@ def measure_one(flag_values: flags.FlagValues) -> int:
     record(Path(out), result, KEY)
     print(json.dumps(result), flush=True)
     return 0
+
+
+def config_of(row: Row) -> ConfigDict:
+    """The config of a row, with its mesh."""
+    config = cli.load_config(row.config)
+    if "model.pattern" in row.fields:
+        config = cli.with_pattern(config, row.fields["model.pattern"])
+    sizes = dict(part.split("=") for part in row.mesh.split(",") if part)
+    fields = {"batch_size": row.batch, "seq_len": row.length, "training.accumulate": 1, "mesh.data": 1, **row.fields}
+    fields |= {f"mesh.{axis}": int(size) for axis, size in sizes.items()}
+    with config.unlocked():
+        config.update_from_flattened_dict(fields)
+    return config.lock()
 
 
 def efficiency(result: dict, row: Row, results: list[dict]) -> float | None:
