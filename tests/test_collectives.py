@@ -1,6 +1,10 @@
 """What devices send each other: how it is read from a program, and what a training step may send by axis."""
 
+import functools
+
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from flax import linen as nn
 from jax.sharding import AbstractMesh, AxisType
@@ -8,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 from seqmodels import configs
 from seqmodels.errors import UserError
+from seqmodels.layers.lookup import lookup
 from seqmodels.model import build
 from seqmodels.training import foresee, sharding, topology
 from seqmodels.training.collectives import by_axis, collectives
@@ -95,6 +100,28 @@ def test_embedding_loss_and_optimizer_stay_within_their_budget():
     # Of tensor the hidden states: of the look-up, one way; of each layer and the logits' gradient.
     assert total("tensor", "all-reduce") < (2 + 2 * 2 + 1) * 2 * stream + 0.25 * size
     assert "all-gather" not in moved["tensor"] or total("tensor", "all-gather") < stream / 4
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+def test_look_up_on_a_mesh_is_that_of_one_device():
+    """Values and gradients, of ids that occur several times, count from the end, or are outside of the table."""
+    draw = np.random.default_rng(0)
+    table = draw.normal(size=(12, 6)).astype(np.float32)
+    ids = draw.integers(-12, 12, (4, 6)).astype(np.int32)
+    ids[0, 0], ids[3, 5] = 12, -13
+    weights = draw.normal(size=(4, 6, 6)).astype(np.float32)
+
+    def values(find):
+        y = find(table, ids)
+        total = lambda table: jnp.where(jnp.isnan(y), 0, weights * find(table, ids)).sum()  # noqa: E731
+        return y, jax.grad(total)(table)
+
+    want = jax.jit(lambda: values(lambda table, ids: jnp.take(table, ids, axis=0)))()
+    mesh = jax.make_mesh((1, 2, 2, 2, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 5)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        got = jax.jit(lambda: values(lookup))()
+    assert np.isnan(want[0][0, 0]).all() and np.isnan(want[0]).sum() == 12
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), got, want)
 
 
 def test_large_parameters_without_an_axis_for_fsdp_are_split_too():
