@@ -14,7 +14,7 @@ from seqmodels import configs
 from seqmodels.errors import UserError
 from seqmodels.layers.lookup import lookup
 from seqmodels.model import build
-from seqmodels.training import foresee, sharding, topology
+from seqmodels.training import foresee, sharding, topology, xla
 from seqmodels.training.collectives import by_axis, collectives
 from seqmodels.training.optimizer import make_optimizer, make_schedule
 from seqmodels.training.state import abstract_params, abstract_state
@@ -150,3 +150,15 @@ def test_bandwidth_follows_what_connects_the_chips():
     assert torus.bandwidth([0, 1, 2, 3]) == 1.8e11
     assert torus.bandwidth(list(range(64))) == 3 * 1.8e11
     assert hosts.bandwidth([0, 7]) == 4.5e11 and hosts.bandwidth([0, 8]) == 5e10
+
+
+def test_options_of_the_compiler_can_be_changed_and_mistakes_are_named():
+    one, two = (jax.make_mesh((n,), ("data",), devices=jax.devices()[:n]) for n in (1, 2))
+    assert xla.compiler_options(one) == xla.compiler_options(two) == {}  # of a CPU
+    more = "xla_cpu_enable_fast_math=false, xla_backend_optimization_level=1"
+    assert xla.compiler_options(one, more) == dict(xla_cpu_enable_fast_math=False, xla_backend_optimization_level=1)
+    lowered = jax.jit(lambda x: x, compiler_options=xla.compiler_options(one, "xla_foo=1")).lower(1.0)
+    with pytest.raises(UserError, match=r"^config.training.xla=xla_foo=1: No such compile option: 'xla_foo'"):
+        xla.compile_step(lowered, "xla_foo=1")
+    with pytest.raises(UserError, match=r"config.training.xla='fast': must be NAME=VALUE"):
+        configs.mamba(**{"training.xla": "fast"})

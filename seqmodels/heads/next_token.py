@@ -15,7 +15,7 @@ from jax.typing import DTypeLike
 from seqmodels.heads.head import Batch, Head
 from seqmodels.layers.matmul import wide_matmul
 from seqmodels.layers.parameter import normal, parameter
-from seqmodels.parallel import mesh_axes
+from seqmodels.parallel import manual, mesh_axes
 
 
 @struct.dataclass
@@ -146,7 +146,7 @@ def _of_pieces(logits_of, hidden, tables, targets, weights, chunk, z_weight, gra
 
     tokens, whole = PartitionSpec(split.get("batch"), split.get("length")), PartitionSpec()
     specs = dict(in_specs=(tokens, whole, tokens, tokens), out_specs=(whole, tokens, whole))
-    run = jax.shard_map(piece, **specs, axis_names=set(axes), check_vma=False)
+    run = jax.shard_map(piece, **specs, axis_names=manual(axes), check_vma=False)
     return run(hidden, tables, targets, weights)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from seqmodels.parallel import mesh_axes
+from seqmodels.parallel import manual, mesh_axes
 
 Axes = tuple[str, ...]
 
@@ -51,7 +51,7 @@ def _lookup(axes: Split, table: jax.Array, ids: jax.Array) -> jax.Array:
             found = jax.lax.psum(found, axes.vocab)
         return jax.lax.all_to_all(found, axes.embed, 0, 2, tiled=True) if axes.embed else found
 
-    return jax.shard_map(find, in_specs=(rows, tokens), out_specs=whole, axis_names=axes.used, check_vma=False)(
+    return jax.shard_map(find, in_specs=(rows, tokens), out_specs=whole, axis_names=manual(axes.used), check_vma=False)(
         table, ids
     )
 
@@ -75,7 +75,7 @@ def _backward(axes, residuals, gradient):
         others = tuple(axis for axis in (*axes.batch, *axes.length) if axis not in axes.embed)
         return jax.lax.psum(table, others) if others else table
 
-    return jax.shard_map(add, in_specs=(whole, tokens), out_specs=rows, axis_names=axes.used, check_vma=False)(
+    return jax.shard_map(add, in_specs=(whole, tokens), out_specs=rows, axis_names=manual(axes.used), check_vma=False)(
         gradient, ids
     ), None
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from seqmodels.parallel import mesh_axes
+from seqmodels.parallel import manual, mesh_axes
 
 
 def separate_matmuls(inputs: tuple[jax.Array, ...], weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -52,7 +52,7 @@ def _columns_backward(axes, inputs, dys):
         return jax.lax.psum(dx, axes)
 
     specs = PartitionSpec(None, None, axes), PartitionSpec(None, axes)
-    dx = jax.shard_map(add, in_specs=specs, out_specs=PartitionSpec(), axis_names=set(axes), check_vma=False)(
+    dx = jax.shard_map(add, in_specs=specs, out_specs=PartitionSpec(), axis_names=manual(axes), check_vma=False)(
         dys, weights
     )
     return dx, tuple(jnp.einsum("btd,bte->de", x, dy) for dy in dys)

@@ -82,7 +82,7 @@ def _parse(line: str, bodies: dict[str, list[str]], mesh: Mesh | AbstractMesh):
     else:
         return None
     groups = _groups(line, mesh.size)
-    n, total = len(groups[0]), _bytes(arrays)
+    n, total = len(groups[0]), float(_bytes(arrays))
     if kind == "collective-permute":
         return kind, arrays, total / 2 if start else total, groups  # a start returns its input, too
     if kind == "reduce-scatter":

@@ -167,7 +167,7 @@ class Trainer:
 
     def _compiled(self) -> Callable:
         start = time.monotonic()
-        compiled = self.lowered.compile()
+        compiled = xla.compile_step(self.lowered, self.config.training.xla)
         if self.debug != "nojit":
             _say(f"compiled in {time.monotonic() - start:.1f} s")
         return compiled

@@ -1,7 +1,11 @@
 """Options of the XLA compiler for training steps, by platform: `config.training.xla` adds to them or changes them."""
 
+from typing import Any
+
+import jax
 from jax.sharding import Mesh
 
+from seqmodels.errors import UserError
 from seqmodels.fields.rules import assignments
 
 # As calls of cuBLAS products add to what is there already: a gradient's second part to the first. As Triton fusions
@@ -32,6 +36,17 @@ def compiler_options(mesh: Mesh, more: str = "") -> dict[str, bool | str | int]:
         else:
             options[name] = {"true": True, "false": False}.get(value, int(value) if value.isdecimal() else value)
     return options
+
+
+def compile_step(lowered: Any, more: str) -> Any:
+    """The lowered step, compiled. Raises: UserError for an option in `more`, config.training.xla, that XLA refuses."""
+    try:
+        return lowered.compile()
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).partition(": ")[2]
+        if more and reason.startswith(("No such compile option", "While setting option")):
+            raise UserError(f"config.training.xla={more}: {reason}") from error
+        raise
 
 
 def described(options: dict[str, bool | str | int]) -> str:
