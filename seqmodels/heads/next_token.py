@@ -105,7 +105,7 @@ def next_token_loss(
         )
     tables, tree = jax.tree.flatten(logits_of)
     of_pieces = functools.partial(
-        _of_pieces, lambda h, *tables: tree.unflatten(tables)(h), chunk=chunk, z_weight=z_weight
+        _of_pieces, lambda h, *tables: jax.tree.unflatten(tree, tables)(h), chunk=chunk, z_weight=z_weight
     )
 
     def total(sums):
@@ -235,7 +235,7 @@ class NextToken(Head):
 
     @staticmethod
     def loss(
-        outputs_of: Callable[..., jax.Array],
+        outputs_of: Callable[..., Any],
         hidden: jax.Array,
         batch: Batch,
         chunk: int = 0,

@@ -72,9 +72,9 @@ def foresee(config: ConfigDict, topology: Topology) -> dict:
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         step = make_train_step(model, optimizer, make_schedule(config.optimizer, config.steps), config, boxed)
         lowered = lower_train_step(step, abstract, config, mesh, dataset.spec)
-        quick = {} if compiler(topology) else {"xla_backend_optimization_level": 0}
+        quick: dict[str, Any] = {} if compiler(topology) else {"xla_backend_optimization_level": 0}
         compiled = lowered.compile(compiler_options=quick or None)
-    found = collectives(compiled.as_text(), mesh)
+    found = collectives(compiled.as_text() or "", mesh)
     operations = flops.train_step_flops(boxed, config) / topology.size
     return _figures(topology, found, operations, _peak(compiled.memory_analysis())) | {"mesh": dict(mesh.shape)}
 
