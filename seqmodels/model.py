@@ -6,6 +6,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from seqmodels.backbone import Backbone, branch_of, causal, plan, scanned
@@ -195,6 +196,10 @@ class SequenceModel(nn.Module):
     def logits(self, hidden: jax.Array) -> jax.Array:
         """Logits of a next-token head: [B, T, D] to [B, T, V] float32, with V the padded vocabulary."""
         return self.predictor(hidden, None, self.table)
+
+    def unembedding(self) -> Partial:
+        """`logits` as a function with its matrix, to be called on pieces of the hidden states."""
+        return self.predictor.unembedding(self.table)
 
 
 class LanguageModel(SequenceModel):

@@ -14,7 +14,7 @@ import functools
 import importlib
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -120,3 +120,12 @@ def mesh_axes(together: tuple[str, ...] = (), **sizes: int) -> dict[str | None, 
     if len({split.get(name) for name in together if sizes[name] > 1}) > 1:
         split = {name: rule for name, rule in split.items() if name not in together}
     return split
+
+
+def manual(axes: Iterable[str]) -> set[str]:
+    """`axis_names` of a shard_map that splits arrays over these mesh axes and leaves the others to the compiler.
+
+    Axes of one device are among them: without any other axis the shard_map also runs where nothing is compiled.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    return set(axes) | {axis for axis, size in mesh.shape.items() if size == 1}

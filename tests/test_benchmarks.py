@@ -2,16 +2,18 @@
 
 import functools
 import importlib.util
+import io
 import json
 import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import attention, extrapolation, generation, grouped_matmul, models, trace
+from benchmarks import attention, extrapolation, generation, grouped_matmul, meshes, models, trace
 from benchmarks import kernels as script
 from benchmarks.record import record, slug
 from seqmodels import cli
@@ -388,3 +390,22 @@ def test_extrapolation_of_several_runs(tmp_path):
     assert extrapolation.table(losses).splitlines()[2:] == ["| rope | 2.0000 | – |", "| rope, yarn | 1.5000 | – |"]
     extrapolation.plot(losses, trained, tmp_path / "losses.png")
     assert (tmp_path / "losses.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_rows_of_meshes_are_configs_and_a_toy_is_measured(tmp_path, monkeypatch):
+    """On four of eight CPU devices, beside the row of one that is in the file already."""
+    for row in meshes.ROWS.values():
+        config = meshes.config_of(row)
+        validate(config)
+        assert dict(config.mesh) == dict(config.mesh) | {a: int(n) for a, _, n in [row.mesh.partition("=")] if a}
+        assert not row.against or meshes.ROWS[row.against].mesh == ""
+    path, device = tmp_path / "meshes.json", meshes.device_name(jax.devices()[0])
+    same = dict(commit=meshes.commit(), device=device, jax=jax.__version__)
+    path.write_text(json.dumps([dict(row="toy", devices=1, tokens_per_second=1e-3, **same)]))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    arguments = ["meshes.py", "--one=toy-sequence", "--seconds=0.001", "--repeats=1", f"--out={path}"]
+    assert cli.run(meshes.main, meshes.define, meshes.__doc__, arguments) == 0
+    _, result = json.loads(path.read_text())
+    assert (result["mesh"], result["devices"], result["batch"], result["length"]) == ("data=2,sequence=2", 4, 2, 32)
+    assert result["efficiency"] == pytest.approx(result["tokens_per_second"] / 4e-3, rel=1e-3)
+    assert set(meshes.FIELDS) < set(result)

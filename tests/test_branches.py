@@ -1,6 +1,7 @@
 """The contract of branches, for every branch in the table: a new one gets these tests for free."""
 
 import functools
+import re
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -17,6 +18,7 @@ from seqmodels.mixers.bidirectional import Bidirectional
 from seqmodels.mixers.short_conv import ShortConv
 from seqmodels.pattern import BOTH_WAYS, name_of
 from seqmodels.sequence import make_sequence
+from seqmodels.training.collectives import collectives
 from seqmodels.training.sharding import AXES, RULES
 
 B, T, D = 2, 10, 16
@@ -345,9 +347,27 @@ def test_bfloat16(name):
     assert y.dtype == jnp.float32
 
 
+# Branches that send more than states and halos over the axis `sequence`, and what.
+WHOLE_ROWS = {
+    "attention": "all-to-all",  # heads for pieces of time, and back
+    **dict.fromkeys(("gru", "lstm", "rwkv", "conba_seq"), "all-gather"),  # loops over tokens
+    **dict.fromkeys(("h3", "hyena", "s4", "s4d"), "all-gather"),  # convolutions as long as the row
+    "moe": "all-gather",  # logits of the router, by XLA's top_k
+    **dict.fromkeys(("cnn", "conba", "mamba3"), "all-to-all"),  # how XLA shifts an array in time
+}
+
+
+def sent_in_time(program, mesh):
+    """Kinds of the collectives that move numbers of tokens over the axis `sequence`: T of them, or a piece's T / 2."""
+    moved = [c for c in collectives(program.as_text(), mesh) if "sequence" in c.axes]
+    shapes = lambda c: [each.split(",") for each in re.findall(r"f(?:32|16|64)\[([\d,]*)\]", c.arrays)]  # noqa: E731
+    return {c.kind for c in moved if any({str(T), str(T // 2)} & set(shape) for shape in shapes(c))}
+
+
 @every_branch
 def test_sharded_equals_unsharded(name):
-    """Values, states and gradients on 8 devices, which share rows, channels and time. A document is on several."""
+    """Values, states and gradients on 8 devices, which share rows, channels and time. A document is on several. What
+    devices send each other along time is states and halos, but for the branches that say otherwise."""
     if len(jax.devices()) < 8:
         pytest.skip("needs 8 devices")
     module, params = branch(name)
@@ -363,8 +383,12 @@ def test_sharded_equals_unsharded(name):
         divides = lambda v, s: s if all(a is None or n % 2 == 0 for n, a in zip(v.shape, s, strict=False)) else P()  # noqa: E731
         sharded = jax.tree.map(lambda v, s: put(v, divides(v, s)), params, specs)
         rows = [put(v, P("data", "sequence", None)) for v in (x, dy)]
-        got = call(name, sharded, *rows, segment_ids=put(ISOLATED, P("data", "sequence")))
+        arrays = (sharded, *rows, None, None, put(ISOLATED, P("data", "sequence")), None, None, None)
+        program = compiled.lower(name, *arrays, "float32", True).compile()
+        got = jax.tree.map(np.asarray, program(*arrays))
     close(got, want, 1e-4)
+    sent = sent_in_time(program, mesh)
+    assert WHOLE_ROWS[name] in sent if name in WHOLE_ROWS else not sent
 
 
 def test_a_branch_in_both_directions_is_its_two_copies():

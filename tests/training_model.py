@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
+from jax.tree_util import Partial
 
 from seqmodels.configs.base import base
 
@@ -53,6 +54,9 @@ class LeakyModel(nn.Module):
 
     def logits(self, hidden):
         return hidden @ self.table.T
+
+    def unembedding(self):
+        return Partial(lambda table, hidden: hidden @ table.T, self.table)
 
 
 def small_config(**overrides):

@@ -41,8 +41,8 @@ def batch_sums(
     hidden, _ = model.apply(variables, tokens, segment_ids=ids, mask=mask, steps=steps)
     options = {"chunk": LOGIT_TOKENS} if head.method == "logits" else {}
 
-    def outputs_of(*arguments: Any) -> Any:
-        return model.apply(variables, *arguments, method=head.method)
+    def outputs_of(*arguments: Any, method: str = head.method) -> Any:
+        return model.apply(variables, *arguments, method=method)
 
     _, sums = head.loss(outputs_of, hidden, batch, **options)
     if mesh is None:

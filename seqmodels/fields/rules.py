@@ -64,6 +64,14 @@ def each_at_least(smallest: int, what: str, empty: bool = False) -> Rule:
     return Rule(test, f"{what}, each an integer, at least {smallest}")
 
 
+def assignments(text: str) -> dict[str, str] | None:
+    """`name=value,name=value` as a dict; None for a text that is not that."""
+    parts = [part.strip().partition("=") for part in text.split(",") if part.strip()]
+    if not all(name.isidentifier() and value for name, _, value in parts):
+        return None
+    return {name: value for name, _, value in parts}
+
+
 def names_among(*names: str) -> Rule:
     """A text: one or more of these names, apart by commas."""
 

@@ -9,6 +9,7 @@ from seqmodels.fields import Field, Group, Rule, above, at_least, between, each_
 from seqmodels.fields.depth import ATTNRES, HYPER
 from seqmodels.fields.field import HUGE
 from seqmodels.fields.model import DENSE, IMPLEMENTATION, MODEL
+from seqmodels.fields.rules import assignments
 
 FACTORS = re.compile(r"\w+=(\d+\.?\d*|\.\d+)(e[+-]?\d+)?")
 
@@ -177,6 +178,13 @@ TRAINING = Group(
             "run directory whose parameters a new run begins with (docs/checkpoints.md); empty: fresh ones",
             since=2,
             path=True,
+        ),
+        "xla": Field(
+            "",
+            "options of the XLA compiler for the step, such as xla_gpu_enable_latency_hiding_scheduler=false, over "
+            "those of seqmodels/training/xla.py",
+            Rule(lambda text: assignments(text) is not None, "NAME=VALUE apart by commas, or ''"),
+            since=2,
         ),
         "profile_start": Field(0, "step at which a profile is started; 0: none", at_least(0)),
         "profile_steps": Field(3, "steps of that profile", at_least(1)),

@@ -99,7 +99,8 @@ class Head(nn.Module):
         was split into micro-batches.
 
         Args:
-            outputs_of: (hidden, mask) -> predictions; the model's method `method` with these parameters.
+            outputs_of: (hidden, mask) -> predictions; the model's method `method` with these parameters. By the keyword
+                `method` it calls another one.
             hidden: [B, T, D].
             batch: arrays as `dataset.spec` says.
         """

@@ -1,15 +1,21 @@
 """The token after each position: next-token cross-entropy, which never stores the logits of a whole row."""
 
+import functools
+import math
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
 from flax import struct
+from jax.sharding import PartitionSpec
+from jax.tree_util import Partial
+from jax.typing import DTypeLike
 
 from seqmodels.heads.head import Batch, Head
 from seqmodels.layers.matmul import wide_matmul
 from seqmodels.layers.parameter import normal, parameter
+from seqmodels.parallel import manual, mesh_axes
 
 
 @struct.dataclass
@@ -64,6 +70,7 @@ def next_token_loss(
     weights: jax.Array | None = None,
     chunk: int = 0,
     z_weight: float = 0.0,
+    read: DTypeLike | None = None,
 ) -> tuple[jax.Array, LossSums]:
     """Cross-entropy of a batch, computed `chunk` tokens of each row at a time.
 
@@ -71,20 +78,81 @@ def next_token_loss(
     are computed right after its value, from the same logits. The loss is a sum over tokens, so the backward pass only
     scales these gradients.
 
+    On a mesh each device goes through the chunks of its own rows and its own piece of time: `chunk` tokens are cut in
+    as many parts. So no hidden state leaves its device, and sums and gradients of tables cross devices once, after the
+    last chunk.
+
     Args:
-      logits_of: hidden [B, t, D] -> logits [B, t, V]. The loss is also differentiable in the arrays it closes over.
+      logits_of: hidden [B, t, D] -> logits [B, t, V]. The loss is also differentiable in the arrays of a
+        jax.tree_util.Partial, or, on a single device, in those that the function closes over.
       hidden: [B, T, D].
       targets: [B, T] int32; -1 where there is nothing to predict.
       weights: [B, T] float, 0 where a token does not count. None: all targets that are not negative count.
       chunk: tokens per chunk. With 0, or a chunk as long as the row, all tokens are computed together.
       z_weight: weight of the squared log-denominators.
+      read: dtype in which `logits_of` reads its arrays. Devices send them to each other in this dtype. None: as they
+        are.
 
     Returns:
       nats + z_weight * z_squared, float32; and the sums, which carry no gradient.
     """
-    batch, length = targets.shape
     weights = (targets >= 0 if weights is None else weights).astype(jnp.float32)
     hidden = jnp.where(weights[..., None] != 0, hidden, 0)  # what does not count may hold anything
+    if not isinstance(logits_of, Partial):
+        converted, closed_over = jax.closure_convert(logits_of, hidden[:, : chunk or None])
+        logits_of = Partial(
+            lambda *tables_and_hidden: converted(tables_and_hidden[-1], *tables_and_hidden[:-1]), *closed_over
+        )
+    tables, tree = jax.tree.flatten(logits_of)
+    of_pieces = functools.partial(
+        _of_pieces, lambda h, *tables: jax.tree.unflatten(tree, tables)(h), chunk=chunk, z_weight=z_weight
+    )
+
+    def total(sums):
+        return sums.nats + z_weight * sums.z_squared, sums
+
+    def as_read(tables):
+        return tables if read is None else [table.astype(read) for table in tables]
+
+    @jax.custom_vjp
+    def loss(hidden, tables):
+        return total(of_pieces(hidden, as_read(tables), targets, weights, gradients=False)[0])
+
+    def forward(hidden, tables):
+        sums, dh, dtables = of_pieces(hidden, as_read(tables), targets, weights, gradients=True)
+        return total(sums), (dh, [d.astype(table.dtype) for d, table in zip(dtables, tables, strict=True)])
+
+    def backward(gradients, cotangents):
+        return jax.tree.map(lambda g: (cotangents[0] * g).astype(g.dtype), gradients)
+
+    loss.defvjp(forward, backward)
+    return loss(hidden, tables)
+
+
+def _of_pieces(logits_of, hidden, tables, targets, weights, chunk, z_weight, gradients):
+    """`_of_chunks` on each device's rows and piece of time, and its sums over the devices."""
+    split = mesh_axes(batch=targets.shape[0], length=targets.shape[1]) or {}
+    axes = tuple(axis for name in ("batch", "length") for axis in split.get(name, ()))
+    of_chunks = functools.partial(_of_chunks, logits_of, z_weight=z_weight, gradients=gradients)
+    if not axes:
+        return of_chunks(hidden, tables, targets, weights, chunk=chunk)
+    mesh = jax.sharding.get_abstract_mesh()
+    chunk = -(-chunk // math.prod(mesh.shape[axis] for axis in split.get("length", ())))
+
+    def piece(hidden, tables, targets, weights):
+        sums, dh, dtables = of_chunks(hidden, tables, targets, weights, chunk=chunk)
+        sums, dtables = jax.lax.psum((sums, dtables), axes)
+        return sums, dh, dtables
+
+    tokens, whole = PartitionSpec(split.get("batch"), split.get("length")), PartitionSpec()
+    specs = dict(in_specs=(tokens, whole, tokens, tokens), out_specs=(whole, tokens, whole))
+    run = jax.shard_map(piece, **specs, axis_names=manual(axes), check_vma=False)
+    return run(hidden, tables, targets, weights)
+
+
+def _of_chunks(logits_of, hidden, tables, targets, weights, chunk, z_weight, gradients):
+    """Sums over the tokens, and their gradients: of hidden, and of tables in float32. None without `gradients`."""
+    batch, length = targets.shape
     chunk = chunk if 0 < chunk < length else length
     count = -(-length // chunk)
 
@@ -95,44 +163,37 @@ def next_token_loss(
     def join(x):
         return x.swapaxes(0, 1).reshape(batch, count * chunk, *x.shape[3:])[:, :length]
 
-    logits_of, tables = jax.closure_convert(logits_of, hidden[:, :chunk])
-    pieces = split(targets), split(weights)
-
     def sums_of(logits, y, w):
         nats, log_z = token_nats(logits, y)
         return LossSums((nats * w).sum(), (log_z**2 * w).sum(), w.sum()), log_z
 
-    def total(sums):
-        return sums.nats + z_weight * sums.z_squared, sums
+    def value(sums, piece):
+        h, y, w = piece
+        return jax.tree.map(jnp.add, sums, sums_of(logits_of(h, *tables), y, w)[0]), None
 
-    @jax.custom_vjp
-    def loss(hidden, tables):
-        def body(sums, piece):
-            h, y, w = piece
-            return jax.tree.map(jnp.add, sums, sums_of(logits_of(h, *tables), y, w)[0]), None
+    def value_and_gradients(carry, piece):
+        h, y, w = piece
+        logits, pullback = jax.vjp(logits_of, h, *tables)
+        sums, log_z = sums_of(logits, y, w)
+        is_target = y[..., None] == jnp.arange(logits.shape[-1])  # no scatter: one pass over the logits
+        softmax = jnp.exp(logits.astype(jnp.float32) - log_z[..., None])
+        slope = softmax * (1 + 2 * z_weight * log_z[..., None]) - is_target
+        dh, *dtables = pullback((slope * w[..., None]).astype(logits.dtype))
+        return jax.tree.map(lambda total, x: total + x.astype(total.dtype), carry, (sums, dtables)), dh
 
-        return total(jax.lax.scan(body, ZERO, (split(hidden), *pieces))[0])
+    pieces = split(hidden), split(targets), split(weights)
+    if not gradients:
+        return jax.lax.scan(value, ZERO, pieces)[0], None, None
+    zeros = [jnp.zeros(table.shape, jnp.promote_types(table.dtype, jnp.float32)) for table in tables]
+    (sums, dtables), dh = jax.lax.scan(value_and_gradients, (ZERO, zeros), pieces)
+    return sums, join(dh), dtables
 
-    def forward(hidden, tables):
-        def body(carry, piece):
-            h, y, w = piece
-            logits, pullback = jax.vjp(logits_of, h, *tables)
-            sums, log_z = sums_of(logits, y, w)
-            is_target = y[..., None] == jnp.arange(logits.shape[-1])  # no scatter: one pass over the logits
-            softmax = jnp.exp(logits.astype(jnp.float32) - log_z[..., None])
-            slope = softmax * (1 + 2 * z_weight * log_z[..., None]) - is_target
-            dh, *dtables = pullback((slope * w[..., None]).astype(logits.dtype))
-            return jax.tree.map(jnp.add, carry, (sums, dtables)), dh
 
-        zero = ZERO, jax.tree.map(jnp.zeros_like, tables)
-        (sums, dtables), dh = jax.lax.scan(body, zero, (split(hidden), *pieces))
-        return total(sums), (join(dh), dtables)
-
-    def backward(gradients, cotangents):
-        return jax.tree.map(lambda g: (cotangents[0] * g).astype(g.dtype), gradients)
-
-    loss.defvjp(forward, backward)
-    return loss(hidden, list(tables))
+def _logits(matrix, hidden, tied, dtype, softcap):
+    """[B, T, D] to [B, T, V] float32; the matrix is [V, D] if tied, else [D, V]."""
+    kernel = matrix.T if tied else matrix
+    logits = wide_matmul(hidden.astype(dtype), kernel.astype(dtype))
+    return softcap * jnp.tanh(logits / softcap) if softcap else logits
 
 
 class NextToken(Head):
@@ -159,9 +220,13 @@ class NextToken(Head):
 
     def __call__(self, hidden: jax.Array, mask: jax.Array | None = None, table: jax.Array | None = None) -> jax.Array:
         """[B, T, D], and the input's table [V, D] if tied, to [B, T, V] float32. The mask is not used."""
-        kernel = table.T if self.tied and table is not None else self.kernel
-        logits = wide_matmul(hidden.astype(self.dtype), kernel.astype(self.dtype))
-        return self.softcap * jnp.tanh(logits / self.softcap) if self.softcap else logits
+        return self.unembedding(table)(hidden)
+
+    def unembedding(self, table: jax.Array | None = None) -> Partial:
+        """The function from hidden states to logits, whose only array is its matrix; see `__call__`."""
+        tied = self.tied and table is not None
+        function = functools.partial(_logits, tied=tied, dtype=self.dtype, softcap=self.softcap)
+        return Partial(function, table if tied else self.kernel)
 
     @staticmethod
     def options(training: Any) -> dict[str, Any]:
@@ -170,14 +235,15 @@ class NextToken(Head):
 
     @staticmethod
     def loss(
-        outputs_of: Callable[..., jax.Array],
+        outputs_of: Callable[..., Any],
         hidden: jax.Array,
         batch: Batch,
         chunk: int = 0,
         z_weight: float = 0.0,
     ) -> tuple[jax.Array, LossSums]:
         """`next_token_loss` of a batch's `targets` [B, T] int32. Targets of -1 do not count."""
-        return next_token_loss(outputs_of, hidden, batch["targets"], chunk=chunk, z_weight=z_weight)
+        logits_of = outputs_of(method="unembedding")
+        return next_token_loss(logits_of, hidden, batch["targets"], None, chunk, z_weight, read=hidden.dtype)
 
     @staticmethod
     def figures(sums: LossSums, chunk: int = 0, z_weight: float = 0.0) -> dict[str, jax.Array]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.inputs.input import Input
+from seqmodels.layers.lookup import lookup
 from seqmodels.layers.parameter import normal, parameter
 
 
@@ -28,4 +29,4 @@ class Tokens(Input):
         """[B, T] int32 to [B, T, D]. Where the mask is False, ids may be any numbers, also outside the vocabulary."""
         if mask is not None:  # an id outside would be NaN, which gradients of padding would multiply by zero
             tokens = jnp.where(mask, tokens, jnp.clip(tokens, 0, self.size - 1))
-        return jnp.take(self.embedding, tokens, axis=0).astype(self.residual_dtype)
+        return lookup(self.embedding, tokens).astype(self.residual_dtype)

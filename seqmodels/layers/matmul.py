@@ -1,7 +1,12 @@
 """Matrix products: several products kept separate, and products with a wider dtype than their factors."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from seqmodels.parallel import manual, mesh_axes
 
 
 def separate_matmuls(inputs: tuple[jax.Array, ...], weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -10,12 +15,50 @@ def separate_matmuls(inputs: tuple[jax.Array, ...], weights: tuple[jax.Array, ..
     XLA would merge them into one product and then copy its result apart. The copies cost more than the merge saves.
     Optimization barriers hide from XLA that the left factors are equal. Each weight gets one barrier more than the one
     before it; with equal numbers of barriers, the factors would be equal again.
+
+    On a mesh that splits E the gradients of products of the same input are added up before the devices exchange their
+    sum. XLA would exchange each of them.
     """
+    split = mesh_axes(inner=weights[0].shape[1]) or {}
+    if (axes := split.get("inner")) and len({weight.shape for weight in weights}) == 1:
+        return _on_devices(axes, inputs, weights)
     products, hidden = [], dict[int, jax.Array]()
     for x, weight in zip(inputs, weights, strict=True):
         factor = hidden[id(x)] = jax.lax.optimization_barrier(hidden[id(x)]) if id(x) in hidden else x
         products.append(factor @ weight)
     return tuple(products)
+
+
+def _on_devices(axes, inputs, weights):
+    distinct = {id(x): x for x in inputs}
+    ys = {}
+    for x in distinct.values():
+        own = [i for i, each in enumerate(inputs) if each is x]
+        ys |= dict(zip(own, _columns(axes, x, tuple(weights[i] for i in own)), strict=True))
+    return tuple(ys[i] for i in range(len(inputs)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _columns(axes: tuple[str, ...], x: jax.Array, weights: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """x [B, T, D] times each weight [D, E], whose columns are split over mesh `axes`."""
+    return tuple(x @ weight for weight in weights)
+
+
+def _columns_backward(axes, inputs, dys):
+    x, weights = inputs
+
+    def add(dys, weights):
+        dx = sum(jnp.einsum("bte,de->btd", dy, weight) for dy, weight in zip(dys, weights, strict=True))
+        return jax.lax.psum(dx, axes)
+
+    specs = PartitionSpec(None, None, axes), PartitionSpec(None, axes)
+    dx = jax.shard_map(add, in_specs=specs, out_specs=PartitionSpec(), axis_names=manual(axes), check_vma=False)(
+        dys, weights
+    )
+    return dx, tuple(jnp.einsum("btd,bte->de", x, dy) for dy in dys)
+
+
+_columns.defvjp(lambda axes, x, weights: (_columns(axes, x, weights), (x, weights)), _columns_backward)
 
 
 @jax.custom_vjp

@@ -28,12 +28,14 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_bool("plan", False, "Print what the config needs, and train nothing.", **values)
     flags.DEFINE_integer("context", None, "With --plan: tokens of the sequence whose cache and state are counted; "
                          "config.seq_len if left out.", **values)  # fmt: skip
+    flags.DEFINE_string("topology", None, "With --plan: chips that the step is compiled for, which need not be here, "
+                        "such as v5p:8x8x4, v6e:16x16, h100:64 or h200:2.", **values)  # fmt: skip
     flags.DEFINE_string("out", None, "With --plan: JSON file for the numbers.", **values)
 
 
 def main(flag_values: flags.FlagValues) -> None:
     config = flag_values.config
-    for name in ("context", "out"):
+    for name in ("context", "topology", "out"):
         if (value := getattr(flag_values, name)) is not None and not flag_values.plan:
             raise UserError(f"--{name}={value}: is for --plan, which is missing")
     if flag_values.plan:
@@ -63,12 +65,19 @@ def plan(flag_values: flags.FlagValues) -> None:
     path = None if out is None else cli.folder_of(out)
     if path:
         cli.check_writable(path)
+    from seqmodels.training import foresee, topology  # they import JAX
+    from seqmodels.training.plan import make_plan, text
+
+    config, chips = flag_values.config, flag_values.topology and topology.parse(flag_values.topology)
+    if chips:
+        config = foresee.fitted(config, chips)
+        topology.prepare(chips)
     cli.use_platform("cpu")  # only shapes are computed
-
-    from seqmodels.training.plan import make_plan, text  # after use_platform: it imports JAX
-
-    made = make_plan(flag_values.config, context)
-    print(text(made, assumed=flag_values.config.mesh.data == -1), flush=True)
+    made = make_plan(config, context)
+    print(text(made, assumed=config.mesh.data == -1), flush=True)
+    if chips:
+        made["topology"] = foresee.foresee(config, chips)
+        print(f"\n{foresee.text(made['topology'], made['tokens_per_step'])}", flush=True)
     if path:
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -18,7 +18,7 @@ from seqmodels.data.contract import check_spec
 from seqmodels.errors import NOT_FINITE, UserError
 from seqmodels.kernels.dispatch import UnsupportedError
 from seqmodels.model import build_for, describe_kernels
-from seqmodels.training import checkpoint, debug, finish, flops, identity, profile, report, run, sharding, start
+from seqmodels.training import checkpoint, debug, finish, flops, identity, profile, report, run, sharding, start, xla
 from seqmodels.training.metrics import Metrics
 from seqmodels.training.optimizer import make_optimizer, make_schedule
 from seqmodels.training.preemption import Preempted, StopSignal
@@ -150,6 +150,8 @@ class Trainer:
 
     def _announce(self, restored: TrainState | None) -> None:
         _say(report.devices(self.mesh))
+        if options := xla.compiler_options(self.mesh, self.config.training.xla):
+            _say(f"xla      {xla.described(options)}")
         for line in describe_kernels(self.config.model, self.mesh.devices.flat[0].platform):
             _say(f"kernel   {line}")
         length = self.config.seq_len
@@ -165,7 +167,7 @@ class Trainer:
 
     def _compiled(self) -> Callable:
         start = time.monotonic()
-        compiled = self.lowered.compile()
+        compiled = xla.compile_step(self.lowered, self.config.training.xla)
         if self.debug != "nojit":
             _say(f"compiled in {time.monotonic() - start:.1f} s")
         return compiled

@@ -108,11 +108,19 @@ def global_norm(tree: Any) -> jax.Array:
     """Root of the sum of squares of all leaves, float32.
 
     Rows first and the rest together: a sum to a scalar is two kernels, of two microseconds each for a small leaf, and a
-    model has hundreds of leaves.
+    model has hundreds of leaves. On a mesh that splits parameters each leaf becomes a scalar: devices would gather the
+    rows of each leaf, but add up all scalars in one exchange.
     """
-    squares = (jnp.square(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(tree))
+    squares = [jnp.square(leaf.astype(jnp.float32)) for leaf in jax.tree.leaves(tree)]
+    if _parameters_split():
+        return jnp.sqrt(sum(jnp.sum(x) for x in squares))
     rows = [jnp.ravel(jnp.sum(x, axis=-1) if x.ndim > 1 else x) for x in squares]
     return jnp.sqrt(jnp.sum(jax.lax.optimization_barrier(jnp.concatenate(rows))))
+
+
+def _parameters_split() -> bool:
+    mesh = jax.sharding.get_abstract_mesh()
+    return any(mesh.shape.get(axis, 1) > 1 for axis in ("fsdp", "tensor", "expert"))
 
 
 def clip_by_global_norm(largest: float) -> optax.GradientTransformation:

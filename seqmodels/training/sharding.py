@@ -11,12 +11,15 @@ from typing import Any
 import jax
 import numpy as np
 from flax import linen as nn
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
 from seqmodels.errors import UserError
 
 AXES = ("data", "fsdp", "tensor", "sequence", "expert")
+
+LARGE = 2**16  # numbers: a smaller parameter is rather held by every device than sent
 
 BATCH_AXES = ("data", "fsdp", "expert")  # rows are split over all of these: experts too take tokens of different rows
 
@@ -59,7 +62,24 @@ def make_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Me
         raise UserError(
             f"config.mesh takes {count} of {len(devices)} devices; a job of several processes needs them all"
         )
-    return jax.make_mesh(tuple(sizes.values()), AXES, axis_types=(AxisType.Auto,) * len(AXES), devices=devices[:count])
+    return Mesh(_placed(sizes, devices[:count]), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def _placed(sizes: dict[str, int], devices: list[jax.Device]) -> np.ndarray:
+    """Devices in the shape of the mesh, neighbours near each other. Only `data` goes from one TPU slice to another.
+
+    Raises: UserError where data does not divide among the slices.
+    """
+    shape = tuple(sizes.values())
+    slices = len({getattr(device, "slice_index", 0) for device in devices})
+    if devices[0].platform != "tpu":
+        return mesh_utils.create_device_mesh(shape, devices)
+    if slices == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    if sizes["data"] % slices:
+        raise UserError(f"config.mesh.data={sizes['data']}: must be a multiple of the {slices} slices of TPUs")
+    inside, between = (sizes["data"] // slices, *shape[1:]), (slices, *(1,) * (len(shape) - 1))
+    return mesh_utils.create_hybrid_device_mesh(inside, between, devices, allow_split_physical_axes=True)
 
 
 def flat_mesh() -> Mesh:
@@ -114,6 +134,25 @@ def spec_of(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | 
     return PartitionSpec(*entries)
 
 
+def parameter_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
+    """PartitionSpec of a parameter, and of what the optimizer keeps for it.
+
+    It is `spec_of`. But a large parameter that has no axis for `fsdp` is split over its largest axis that divides: else
+    each device would hold all of it and of the optimizer's moments, and gather what others computed.
+    """
+    entries = list(spec_of(names, shape, mesh))
+    count = mesh.shape["fsdp"]
+    if count == 1 or math.prod(shape) < LARGE or "fsdp" in entries:
+        return PartitionSpec(*entries)
+    axes = [((entry,) if isinstance(entry, str) else entry) or () for entry in entries]
+    parts = [math.prod(mesh.shape[axis] for axis in each) * count for each in axes]
+    able = [i for i, size in enumerate(shape) if size % parts[i] == 0 and names[i] not in ("layers", "expert")]
+    if able:
+        largest = max(able, key=lambda i: shape[i])
+        entries[largest] = (*axes[largest], "fsdp") if axes[largest] else "fsdp"
+    return PartitionSpec(*entries)
+
+
 def is_box(leaf: Any) -> bool:
     """Whether this is a parameter in the box that names its axes."""
     return isinstance(leaf, nn.meta.AxisMetadata)
@@ -133,7 +172,7 @@ def param_shardings(boxed: Any, mesh: Mesh | AbstractMesh) -> Any:
     def one(leaf):
         if is_box(leaf):
             _check_experts(leaf.names, leaf.value.shape, mesh)
-            return NamedSharding(mesh, spec_of(leaf.names, leaf.value.shape, mesh))
+            return NamedSharding(mesh, parameter_spec(leaf.names, leaf.value.shape, mesh))
         return NamedSharding(mesh, PartitionSpec())
 
     return jax.tree.map(one, boxed, is_leaf=is_box)

@@ -16,10 +16,7 @@ from seqmodels.model import head_of, input_of
 from seqmodels.training import sharding, side
 from seqmodels.training.optimizer import averaged_params, global_norm, rate_factors, sign_rule
 from seqmodels.training.state import TrainState, abstract_params
-
-# As calls of cuBLAS products add to what is there already: a gradient's second part to the first. As Triton fusions
-# they leave that sum to a kernel of its own. (benchmarks/notes/model_step.md)
-COMPILER_OPTIONS = {platform: {"xla_gpu_enable_triton_gemm": False} for platform in ("cuda", "gpu")}
+from seqmodels.training.xla import compiler_options
 
 
 def make_loss(model: nn.Module, config: ConfigDict) -> Callable[..., tuple[jax.Array, tuple]]:
@@ -45,10 +42,12 @@ def make_loss(model: nn.Module, config: ConfigDict) -> Callable[..., tuple[jax.A
             **({"steps": rows["steps"]} if "steps" in rows else {}),
             mutable=(*side.COLLECTIONS, *micro),
         )
+
         # The sum is differentiated and divided by the count at the end: the mean over the batch, however it is cut.
-        total, sums = head.loss(
-            lambda *arguments: model.apply({"params": params}, *arguments, method=head.method), hidden, rows, **options
-        )
+        def outputs_of(*arguments, method=head.method):
+            return model.apply({"params": params}, *arguments, method=method)
+
+        total, sums = head.loss(outputs_of, hidden, rows, **options)
         reports = side.weighted(side.collect(reported, config.model), sums.count)
         for loss in reports.losses.values():
             total += loss
@@ -178,7 +177,7 @@ def lower_train_step(
         in_shardings=(shardings, jax.tree.map(lambda array: array.sharding, batch)),
         out_shardings=(shardings, replicated),
         donate_argnums=0,
-        compiler_options=COMPILER_OPTIONS.get(mesh.devices.flat[0].platform),
+        compiler_options=compiler_options(mesh, config.training.xla) or None,
     )
     return step.lower(abstract, batch)
 
