@@ -119,7 +119,7 @@ def _end_without_first() -> None:
 
     if state.global_state.process_id == 0:
         return
-    host, _, port = state.global_state.coordinator_address.rpartition(":")
+    host, _, port = (state.global_state.coordinator_address or "").rpartition(":")
 
     @ctypes.CFUNCTYPE(None, ctypes.c_int)
     def ended(_: int) -> None:

@@ -185,7 +185,7 @@ class Job:
             if not self._stopping:
                 return False
         if not self._stop_at:
-            # Each has said, by its thread, which point it has not passed. The last of these is one that none has passed.
+            # Each has said, by its thread, which point it has not passed: the last of these none has passed.
             self._stop_at = max(int(self._wait(f"point/{process}", START)) for process in range(self.count))
         return self._points >= self._stop_at
 
@@ -291,9 +291,8 @@ class Job:
         if gone:
             names = ", ".join(f"{self.name(i)} (silent for {age:.0f} s, last at {beats[i]})" for i, age in gone[:3])
             more = f" and {len(gone) - 3} more" if len(gone) > 3 else ""
-            return self._end(
-                Ending(f"gone: {names}{more}; the same command goes on from the last checkpoint", TRY_AGAIN)
-            )
+            line = f"gone: {names}{more}; the same command goes on from the last checkpoint"
+            return self._end(Ending(line, TRY_AGAIN))
         if broken and now - self._hurt > HURT:
             return self._end(Ending(next(iter(broken.values())), 1))
         culprits = stuck(beats, self.hang_after or SAY_EVERY)

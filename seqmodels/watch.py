@@ -57,7 +57,7 @@ class Watch:
         self._window: tuple[float, dict[int, float]] | None = None  # of `straggler`: its begin, and `waited` then
 
     def silent(self, beats: Mapping[int, Beat], now: float, patience: float) -> list[tuple[int, float]]:
-        """Processes that have sent no beat for `patience` seconds, and for how long. Those that are done may be silent."""
+        """Processes without a beat for `patience` seconds, and for how long. Those that are done may be silent."""
         for process, beat in beats.items():
             if self._heard.get(process, (-1, 0.0))[0] != beat.count:
                 self._heard[process] = beat.count, now

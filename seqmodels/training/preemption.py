@@ -35,7 +35,7 @@ class StopSignal:
         self._context.close()
 
     def asked(self) -> bool:
-        """Whether to stop at this point. Every process of a job must ask at the same points, and gets the same answer."""
+        """Whether to stop at this point. All processes of a job ask at the same points, and get the same answer."""
         return self._job.stops_here() if self._job.count > 1 else self._told
 
     def _note(self, number: int) -> None:

@@ -186,7 +186,7 @@ def put_batch(
     def put(part: np.ndarray) -> jax.Array:
         shape = (batch_size if rows else len(part), *part.shape[1:])
 
-        def piece(index: tuple[slice, ...]) -> np.ndarray:
+        def piece(index: Any) -> np.ndarray:
             start, stop, _ = index[0].indices(shape[0])
             return part[(slice(start - first, stop - first), *index[1:])]
 
