@@ -241,7 +241,8 @@ class Job:
     def _obey(self, ending: Ending) -> None:
         """Ends this process as a notice says."""
         if self.index in ending.stacks:
-            faulthandler.dump_traceback()
+            with contextlib.suppress(OSError, ValueError):  # no such stderr
+                faulthandler.dump_traceback()
         if self._error and not isinstance(self._error, UserError) and ending.status != TRY_AGAIN:
             traceback.print_exception(self._error)
         if self.index:
@@ -295,6 +296,8 @@ class Job:
             return self._end(Ending(line, TRY_AGAIN))
         if broken and now - self._hurt > HURT:
             return self._end(Ending(next(iter(broken.values())), 1))
+        if len(beats) < self.count:  # some have only just begun
+            return None
         culprits = stuck(beats, self.hang_after or SAY_EVERY)
         if culprits and self.hang_after:
             self._finish_stuck(Ending(self._named(hang_line(beats, culprits)), TRY_AGAIN, tuple(culprits)))
