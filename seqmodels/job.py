@@ -285,7 +285,7 @@ class Job:
 
     def _judge(self, beats: dict[int, Beat], now: float) -> None:
         """Ends the job where a process is silent or has failed, or nothing moves; says who is slow."""
-        broken = self._get("broken/") if self.client else {}
+        broken = self._get("broken/")
         if broken and not self._hurt:
             self._hurt = now
         gone = self._watch.silent(beats, now, HURT_SILENCE if broken else SILENCE)
@@ -337,6 +337,8 @@ class Job:
                 raise
 
     def _get(self, folder: str) -> dict[str, str]:
+        if not self.client:
+            return {}
         return {key.rpartition("/")[2]: value for key, value in self.client.key_value_dir_get(ROOT + folder)}
 
     def _wait(self, key: str, seconds: float = 0) -> str:
