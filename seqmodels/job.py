@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -69,7 +70,8 @@ class Job:
     ) -> None:
         self.client, self.index, self.count, self._leave = client, index, count, leave
         self.hang_after = 0.0
-        self._at = (0, "start", time.monotonic(), 0.0)  # step, place, since when, seconds waited for data
+        self._at = (0, "start", time.monotonic())  # step, place, since when
+        self._spent: defaultdict[str, float] = defaultdict(float)  # seconds by place
         self._beats, self._watch, self._said, self._hurt = 0, Watch(), -SAY_EVERY, 0.0
         self._points, self._stop_at, self._stopping = 0, 0, False
         self._lock, self._over = threading.Lock(), threading.Event()
@@ -85,8 +87,14 @@ class Job:
 
     def at(self, step: int, place: str) -> None:
         """Notes where this process is. It takes a microsecond."""
-        now, (_, before, since, waited) = time.monotonic(), self._at
-        self._at = step, place, now, waited + (now - since if before == "data" else 0.0)
+        now, (_, before, since) = time.monotonic(), self._at
+        self._spent[before] += now - since
+        self._at = step, place, now
+
+    def spent(self) -> dict[str, float]:
+        """Seconds that this process has spent at each place."""
+        _, place, since = self._at
+        return {**self._spent, place: self._spent.get(place, 0.0) + time.monotonic() - since}
 
     @contextlib.contextmanager
     def visiting(self, place: str) -> Iterator[None]:
@@ -268,8 +276,9 @@ class Job:
     def _beat(self, now: float) -> None:
         """One round of the thread: says where this process is, and does what the others' values ask for."""
         self._beats += 1
-        step, place, since, waited = self._at
-        beat = Beat(self._beats, step, place, now - since, waited + (now - since if place == "data" else 0.0))
+        step, place, since = self._at
+        waited = self._spent.get("data", 0.0) + (now - since if place == "data" else 0.0)
+        beat = Beat(self._beats, step, place, now - since, waited)
         if not self.client:
             self._judge({0: beat}, now)
             return

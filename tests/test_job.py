@@ -184,7 +184,7 @@ def test_a_hang_is_named_with_its_step(capsys, monkeypatch):
     made = jobs(3)
     for job in made:
         job.at(8, "data" if job.index == 1 else "step")
-        job._at = (*job._at[:2], 0.0, 0.0)
+        job._at = (*job._at[:2], 0.0)
     rounds(made, 100.0, 10.0)
     assert capsys.readouterr().err.count("hang") == 1  # once a minute, where the job may go on
     made[0].hang_after = 150.0
@@ -199,7 +199,7 @@ def test_a_process_alone_is_watched_too(capsys):
     job = Job(leave=status.append)
     job.hang_after = 5.0
     job.at(3, "data")
-    job._at = (3, "data", 0.0, 0.0)
+    job._at = (3, "data", 0.0)
     job._beat(4.0)
     assert not status
     job._beat(6.0)

@@ -19,7 +19,19 @@ from seqmodels.data.contract import check_spec
 from seqmodels.errors import NOT_FINITE, UserError
 from seqmodels.kernels.dispatch import UnsupportedError
 from seqmodels.model import build_for, describe_kernels
-from seqmodels.training import checkpoint, debug, finish, flops, identity, profile, report, run, sharding, start
+from seqmodels.training import (
+    checkpoint,
+    debug,
+    finish,
+    flops,
+    goodput,
+    identity,
+    profile,
+    report,
+    run,
+    sharding,
+    start,
+)
 from seqmodels.training.metrics import Metrics
 from seqmodels.training.optimizer import make_optimizer, make_schedule
 from seqmodels.training.preemption import Preempted, StopSignal
@@ -126,8 +138,12 @@ class Trainer:
         first, main = int(state.step), self.job.main
         if main:
             source.write(self.workdir, first)
+        self.job.at(first, "compile")
         with self.on_mesh():
             compiled = self._compiled() if first < config.steps else None
+        self.job.at(first, "start")
+        self.life = goodput.Life(self.workdir, self.job, first, config.batch_size * config.seq_len, self.mesh.size)
+        self.life.note(first)
         self.metrics = Metrics(self.workdir, first, config, enabled=main)
         self.progress = Progress(first, config.steps, enabled=main)
         self.profile = profile.Profile(config, self.workdir, first, self.progress.write)
@@ -140,12 +156,15 @@ class Trainer:
                 summary = self._end(state)
             self.checkpoints.close()
             self.metrics.close()
+            self.life.note(config.steps)
             return summary
         except BaseException:
             for close in (self.profile.close, self.metrics.close, self.checkpoints.close):
                 with contextlib.suppress(Exception):  # what went wrong first is what is told
                     close()
             raise
+        finally:
+            self.job.at(0, "start")
 
     def _first_state(self) -> TrainState:
         model, optimizer, config, abstract = self.model, self.optimizer, self.config, self.abstract
@@ -270,6 +289,7 @@ class Trainer:
             raise UserError(self._broken(broken, step))
         self.metrics.sync()
         self.checkpoints.save(step, state, figures)
+        self.life.note(step)
 
     def _broken(self, broken: str, step: int) -> str:
         self.checkpoints.close()
@@ -300,6 +320,7 @@ class Trainer:
 
     def _exit(self, step: int) -> None:
         self.checkpoints.close()
+        self.life.note(step)
         _say_anyway(f"stopped after step {step}; the same command goes on from there")
         raise Preempted(step)
 
