@@ -88,11 +88,13 @@ class Job:
     def at(self, step: int, place: str) -> None:
         """Notes where this process is. It takes a microsecond."""
         now, (_, before, since) = time.monotonic(), self._at
+        if before == "idle":
+            self._spent.clear()
         self._spent[before] += now - since
         self._at = step, place, now
 
     def spent(self) -> dict[str, float]:
-        """Seconds that this process has spent at each place."""
+        """Seconds that this process has spent at each place since it was "idle"."""
         _, place, since = self._at
         return {**self._spent, place: self._spent.get(place, 0.0) + time.monotonic() - since}
 

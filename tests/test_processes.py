@@ -1,5 +1,5 @@
 """Jobs of several real processes: they train as one does, end together when one is killed or stopped, and go on as
-another number of processes. What they agree on is tested in tests/test_job.py."""
+another number of processes, by hand and by launch/train.sbatch. What they agree on is tested in tests/test_job.py."""
 
 import json
 import os
@@ -12,7 +12,7 @@ import time
 import numpy as np
 import pytest
 
-from seqmodels.training import checkpoint, metrics
+from seqmodels.training import checkpoint, goodput, metrics
 from tests.run_fixtures import write_text
 from tests.run_processes import ROOT, command, finish, losses
 
@@ -45,13 +45,45 @@ def training(workdir, text, fsdp):
     )
 
 
-def signal_at(job, workdir, step, number, process):
-    """Sends a signal to one process of the job when the row of `step` is there."""
+# In place of srun: tasks on this host with the variables that Slurm sets, by which JAX finds the others.
+SRUN = """#!{python}
+import os, pathlib, subprocess, sys
+command = sys.argv[1:]
+while command[0].startswith("--"):
+    command.pop(0)
+step = dict(SLURM_STEP_NODELIST="localhost", SLURM_STEP_NUM_NODES="1", SLURM_STEP_TASKS_PER_NODE="{tasks}")
+tasks = []
+for i in range({tasks}):
+    task = dict(SLURM_NTASKS="{tasks}", SLURM_PROCID=str(i), SLURM_LOCALID=str(i))
+    tasks.append(subprocess.Popen(command, env=os.environ | step | task))
+pathlib.Path("{folder}", "pids").write_text(" ".join(str(task.pid) for task in tasks))
+sys.exit(max(task.wait() for task in tasks))
+"""
+SCONTROL = '#!/bin/sh\necho "$@" >> "{folder}/scontrol"\n'
+
+
+def start_slurm(folder, tasks, arguments):
+    """The script that is given to `sbatch`, with a `srun` and a `scontrol` of this test."""
+    folder.mkdir(exist_ok=True)
+    for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+        (folder / name).write_text(text.format(python=sys.executable, tasks=tasks, folder=folder))
+        (folder / name).chmod(0o755)
+    with socket.socket() as probe:  # JAX makes the port of the number of the job
+        probe.bind(("localhost", 0))
+        number = str(probe.getsockname()[1])
+    path = {"PATH": f"{folder}:{os.environ['PATH']}", "PYTHON": sys.executable, "SLURM_JOB_ID": number}
+    return subprocess.Popen(
+        ["bash", "launch/train.sbatch", *arguments[2:]], cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"} | path,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def wait_for(step, workdir, process):
+    """Returns when the row of `step` is there."""
     path, deadline = workdir / "metrics.jsonl", time.monotonic() + 240
     while not (path.exists() and any(row["step"] >= step for row in metrics.read(path))):
-        assert time.monotonic() < deadline and job[0].poll() is None, job[0].communicate()[1]
+        assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
         time.sleep(0.01)
-    job[process].send_signal(number)
 
 
 def said_by(job, statuses):
@@ -71,24 +103,28 @@ def test_killed_stopped_and_gone_on_with_by_other_numbers_of_processes(tmp_path)
     ), 0)  # fmt: skip
 
     job = start_job(2, training(run, text, 2))
-    signal_at(job, run, 9, signal.SIGKILL, process=1)
+    wait_for(9, run, job[0])
+    job[1].kill()
     assert f"error: gone: process 1 on {socket.gethostname()}" in said_by(job, [75, -signal.SIGKILL])[0]
 
     job = start_job(4, training(run, text, 4))  # the first process, in which JAX's coordination service is
-    signal_at(job, run, 20, signal.SIGKILL, process=0)
+    wait_for(20, run, job[0])
+    job[0].kill()
     for err in said_by(job, [-signal.SIGKILL, 75, 75, 75])[1:]:
         assert "gone: the first process of the job" in err
 
-    job = start_job(3, training(run, text, 3))
-    signal_at(job, run, 32, signal.SIGINT, process=2)
-    said_by(job, [75, 75, 75])
+    slurm = start_slurm(tmp_path / "slurm", 3, training(run, text, 3))
+    wait_for(32, run, slurm)
+    os.kill(int((tmp_path / "slurm" / "pids").read_text().split()[2]), signal.SIGTERM)
+    finish(slurm, 75)
+    assert (tmp_path / "slurm" / "scontrol").read_text().startswith("requeue ")
     stopped = checkpoint.steps(run / "checkpoints")[0]
     assert stopped == len(losses(run)) < STEPS
 
-    for process in start_job(2, training(run, text, 2)):
-        finish(process, 0)
+    finish(start_slurm(tmp_path / "slurm", 2, training(run, text, 2)), 0)
     np.testing.assert_allclose(losses(run), losses(tmp_path / "alone"), rtol=1e-4)
 
+    assert goodput.measure(run)["lives"] == 4
     evaluate = [sys.executable, "eval.py", f"--workdir={run}", "--limit=24", "--evals=perplexity"]
     for process in start_job(2, evaluate):
         finish(process, 0)

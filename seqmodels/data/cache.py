@@ -7,8 +7,8 @@ The folder `<cache>/tokens/<label>-<request>-<text>/`, where request and text ar
 - `meta.json`: tokenizer, dtype and, by split, tokens, documents, bytes and hash of the text and its size under `xz -9`.
 
 The folder is written under another name and renamed at the end, so a cache is always complete. Other processes wait for
-a lock; where a host does not see the locks of another, both build one, and the first that is complete stays. In a job of
-several processes the first one builds it (`seqmodels.job`).
+a lock; where a host does not see the locks of another, both build one, and the first that is complete stays. In a job
+of several processes the first one builds it (`seqmodels.job`).
 """
 
 import array

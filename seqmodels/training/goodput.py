@@ -38,8 +38,7 @@ class Life:
 
     def __init__(self, workdir: Path, here: Job, first: int, tokens: int, devices: int) -> None:
         self._path, self._job = Path(workdir) / NAME, here
-        self._before = dict(here.spent())
-        began = time.time() - self._before.get("start", 0.0)
+        began = time.time() - sum(here.spent().values())
         lost = [row for row in _rows(workdir) if row["step"] > first]
         self._row = {
             "began": began, "first": first, "processes": here.count, "devices": devices,
@@ -51,10 +50,7 @@ class Life:
         """Appends a row. Raises: UserError where it cannot be written."""
         if not self._job.main:
             return
-        spent = {
-            place: round(seconds - (0.0 if place == "start" else self._before.get(place, 0.0)), 3)
-            for place, seconds in self._job.spent().items()
-        }
+        spent = {place: round(seconds, 3) for place, seconds in self._job.spent().items()}
         row = self._row | {"step": step, "now": time.time(), "seconds": spent}
         with writing(self._path), open(self._path, "a") as file:
             file.write(json.dumps(row) + "\n")

@@ -89,6 +89,7 @@ class Trainer:
 
     def __init__(self, config: ConfigDict, workdir: Path, stop: StopSignal, dataset: data.BatchSource | None) -> None:
         self.config, self.workdir, self.stop, self.job = config, workdir, stop, job.current()
+        self.job.at(0, "start")
         self.mesh: Mesh = sharding.make_mesh(config)
         self.source = _source_name(config) if dataset is None else type(dataset).__name__
         self.dataset = _load(config, workdir) if dataset is None else dataset
@@ -102,6 +103,7 @@ class Trainer:
         boxed = abstract_params(self.model, config)
         self.optimizer = make_optimizer(config.optimizer, boxed, make_schedule(config.optimizer, config.steps))
         self.abstract = abstract_state(self.model, self.optimizer, config, self.mesh, boxed)
+        sharding.check_used(self.abstract.params, self.mesh)
         if config.training.start and not run.begun(workdir):
             for line in start.check(config, self.dataset, self.abstract.params):
                 _say(line)
@@ -164,7 +166,7 @@ class Trainer:
                     close()
             raise
         finally:
-            self.job.at(0, "start")
+            self.job.at(0, "idle")
 
     def _first_state(self) -> TrainState:
         model, optimizer, config, abstract = self.model, self.optimizer, self.config, self.abstract

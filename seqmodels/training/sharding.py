@@ -145,6 +145,18 @@ def _check_experts(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: 
         raise UserError(f"config.mesh.expert={devices}: must be a divisor of the {experts} experts of a layer")
 
 
+def check_used(params: Any, mesh: Mesh) -> None:
+    """Raises UserError where an axis that should split parameters, given by their shapes, divides none of them."""
+    used = {axis for leaf in jax.tree.leaves(params) for entry in leaf.sharding.spec for axis in _axes(entry)}
+    for axis, what in (("fsdp", "axis of the parameters"), ("tensor", "number of heads or channels of the model")):
+        if (size := mesh.shape[axis]) > 1 and axis not in used:
+            raise UserError(f"config.mesh.{axis}={size}: divides no {what}, so its devices would all do the same")
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
 def rows_sharding(mesh: Mesh | AbstractMesh, shape: tuple[int, ...]) -> NamedSharding:
     """Sharding of an array whose first axis is rows (batch): what a recurrent state has."""
     return NamedSharding(
