@@ -93,7 +93,8 @@ class Trainer:
         self.mesh: Mesh = sharding.make_mesh(config)
         self.source = _source_name(config) if dataset is None else type(dataset).__name__
         self.dataset = _load(config, workdir) if dataset is None else dataset
-        self.job.agree("the data", self.dataset.fingerprints)
+        newest = str(next(iter(checkpoint.steps(workdir / "checkpoints")), "none"))
+        self.job.agree("the run", {**self.dataset.fingerprints, "the newest checkpoint": newest})
         if run.begun(workdir):
             identity.check(workdir, self.dataset, config.data, "restore it, or name another --workdir")
         _check_objective(config, self.dataset)
