@@ -315,8 +315,8 @@ class Job:
         elif culprits and now - self._said > SAY_EVERY:
             self._said = now
             self._say(hang_line(beats, culprits))
-        if line := self._watch.straggler(beats, now):
-            self._say(line)
+        if slow := self._watch.straggler(beats, now):
+            self._say(slow)
         return None
 
     def _finish_stuck(self, ending: Ending) -> None:

@@ -196,6 +196,8 @@ def put_batch(
     first = rows.start if rows else 0
 
     def put(part: np.ndarray) -> jax.Array:
+        if rows and len(part) != rows.stop - rows.start:
+            raise UserError(f"dataset.batch(n, rows): gave {len(part)} rows; must give those of {rows}")
         shape = (batch_size if rows else len(part), *part.shape[1:])
 
         def piece(index: Any) -> np.ndarray:
