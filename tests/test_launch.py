@@ -36,7 +36,9 @@ def test_processes_are_started_and_told_of_signals(tmp_path):
 
 
 def test_gpus_are_shared_out():
-    of = lambda index, gpus: launch.environment_of(index, 2, 1, {"CUDA_VISIBLE_DEVICES": gpus})
+    def of(index, gpus):
+        return launch.environment_of(index, 2, 1, {"CUDA_VISIBLE_DEVICES": gpus})
+
     assert [of(i, "4,5,6,7")["JAX_LOCAL_DEVICE_IDS"] for i in range(2)] == ["0,1", "2,3"]
     assert "JAX_LOCAL_DEVICE_IDS" not in of(0, "")
     with pytest.raises(UserError, match="3 GPUs are no multiple of 2 processes"):
