@@ -146,11 +146,11 @@ def _check_experts(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: 
 
 
 def check_used(params: Any, mesh: Mesh) -> None:
-    """Raises UserError where an axis that should split parameters, given by their shapes, divides none of them."""
+    """Raises UserError where "tensor" divides no axis of the parameters, given by their shapes: its devices would all
+    compute the same."""
     used = {axis for leaf in jax.tree.leaves(params) for entry in leaf.sharding.spec for axis in _axes(entry)}
-    for axis, what in (("fsdp", "axis of the parameters"), ("tensor", "number of heads or channels of the model")):
-        if (size := mesh.shape[axis]) > 1 and axis not in used:
-            raise UserError(f"config.mesh.{axis}={size}: divides no {what}, so its devices would all do the same")
+    if (size := mesh.shape["tensor"]) > 1 and "tensor" not in used:
+        raise UserError(f"config.mesh.tensor={size}: divides no number of heads or channels of the model")
 
 
 def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
