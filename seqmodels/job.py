@@ -41,6 +41,8 @@ FIRST_WORD = 1.0  # seconds that the first process has to say by itself what all
 HURT = 10.0  # seconds in which it has to become clear that a failed process failed because of another
 LEAVING = 5.0  # seconds that the first process, which keeps the values, waits for the others at a bad end
 
+UNKNOWN = "an unknown host"
+
 T = TypeVar("T")
 
 
@@ -103,8 +105,10 @@ class Job:
         """A context in which this process is at another place of the same step."""
         step, before, *_ = self._at
         self.at(step, place)
-        yield
-        self.at(step, before)
+        try:
+            yield
+        finally:
+            self.at(step, before)
 
     def watch(self, hang_after: float = 0.0) -> None:
         """From now on a thread sends beats, and hears those of others.
@@ -155,7 +159,7 @@ class Job:
             seen, until = mark.exists(), time.monotonic() + SEEN
             while not seen and time.monotonic() < until:
                 with contextlib.suppress(OSError):
-                    seen = mark.name in os.listdir(folder)  # as a file system of the network may remember a miss
+                    seen = mark in folder.iterdir()  # as a file system of the network may remember a miss
                 time.sleep(0.2)
             self._set(f"{field}/{self.index}", "seen" if seen else "")
             self._wait(f"{field}/agreed")
@@ -215,7 +219,8 @@ class Job:
         import jax
 
         self.at(0, "done")
-        jax.distributed.shutdown()
+        with contextlib.suppress(RuntimeError):  # of one that ended otherwise; this one is done
+            jax.distributed.shutdown()
         self._over.set()
 
     def fail(self, error: BaseException) -> NoReturn:
@@ -329,7 +334,10 @@ class Job:
         print(self._named(line), file=sys.stderr, flush=True)
 
     def _named(self, line: str) -> str:
-        return line.format(*(self.name(process) for process in range(self.count)))
+        if not self.client:
+            return line.format(self.name(0))
+        hosts = self._get("host/")
+        return line.format(*(f"process {i} on {hosts.get(str(i), UNKNOWN)}" for i in range(self.count)))
 
     # The values
 
@@ -337,8 +345,7 @@ class Job:
         """Such as "process 3 on node7"."""
         if not self.client:
             return f"process {os.getpid()} on {socket.gethostname()}"
-        host = self._get("host/").get(str(process), "an unknown host")
-        return f"process {process} on {host}"
+        return f"process {process} on {self._get('host/').get(str(process), UNKNOWN)}"
 
     def _set(self, key: str, value: str, once: bool = False) -> None:
         try:

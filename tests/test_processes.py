@@ -59,7 +59,7 @@ for i in range({tasks}):
 pathlib.Path("{folder}", "pids").write_text(" ".join(str(task.pid) for task in tasks))
 sys.exit(max(task.wait() for task in tasks))
 """
-SCONTROL = '#!/bin/sh\necho "$@" >> "{folder}/scontrol"\n'
+SCONTROL = '#!/bin/sh\necho "$@" >> "{folder}/requeued"\n'
 
 
 def start_slurm(folder, tasks, arguments):
@@ -117,7 +117,7 @@ def test_killed_stopped_and_gone_on_with_by_other_numbers_of_processes(tmp_path)
     wait_for(32, run, slurm)
     os.kill(int((tmp_path / "slurm" / "pids").read_text().split()[2]), signal.SIGTERM)
     finish(slurm, 75)
-    assert (tmp_path / "slurm" / "scontrol").read_text().startswith("requeue ")
+    assert (tmp_path / "slurm" / "requeued").read_text().startswith("requeue ")
     stopped = checkpoint.steps(run / "checkpoints")[0]
     assert stopped == len(losses(run)) < STEPS
 
