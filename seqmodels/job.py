@@ -24,7 +24,7 @@ import sys
 import threading
 import time
 import traceback
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -77,6 +77,7 @@ class Job:
         self._beats, self._watch, self._said, self._hurt = 0, Watch(), -SAY_EVERY, 0.0
         self._points, self._stop_at, self._stopping = 0, 0, False
         self._lock, self._over = threading.Lock(), threading.Event()
+        self._turns: Counter[str] = Counter()
         self._error: BaseException | None = None
         self._thread: threading.Thread | None = None
 
@@ -127,6 +128,7 @@ class Job:
         """Compares facts by name. Raises: UserError in the first process, where another has others; it ends them."""
         if not self.client:
             return
+        topic = self._turn(topic)
         self._set(f"{topic}/{self.index}", json.dumps(dict(facts)))
         if self.index:
             self._wait(f"{topic}/agreed")
@@ -142,41 +144,50 @@ class Job:
 
     def first(self, topic: str, work: Callable[[], T]) -> T:
         """The result of `work`, which the first process does first: what it builds, such as a cache, serves all."""
-        if self.client and self.index:
-            self._wait(f"{topic}/done")
+        if not self.client:
+            return work()
+        done = f"{self._turn(topic)}/done"
+        if self.index:
+            self._wait(done)
+            return work()
         result = work()
-        if self.client and not self.index:
-            self._set(f"{topic}/done", "")
+        self._set(done, "")
         return result
 
     def check_shared(self, field: str, folder: Path) -> None:
         """Raises: UserError where a process does not see what the first one writes into a folder."""
         if not self.client:
             return
-        mark = folder / f".seen-by-all-{self._of_first(f'mark {field}', lambda: os.urandom(6).hex())}"
+        topic = self._turn(field)
+        mark = folder / f".seen-by-all-{self._of_first(f'{topic}/mark', lambda: os.urandom(6).hex())}"
         if self.index:
-            self._wait(f"{field}/marked")
+            self._wait(f"{topic}/marked")
             seen, until = mark.exists(), time.monotonic() + SEEN
             while not seen and time.monotonic() < until:
                 with contextlib.suppress(OSError):
                     seen = mark in folder.iterdir()  # as a file system of the network may remember a miss
                 time.sleep(0.2)
-            self._set(f"{field}/{self.index}", "seen" if seen else "")
-            self._wait(f"{field}/agreed")
+            self._set(f"{topic}/{self.index}", "seen" if seen else "")
+            self._wait(f"{topic}/agreed")
             return
         folder.mkdir(parents=True, exist_ok=True)
         mark.touch()
         try:
-            self._set(f"{field}/marked", "")
+            self._set(f"{topic}/marked", "")
             for process in range(1, self.count):
-                if not self._wait(f"{field}/{process}", START):
+                if not self._wait(f"{topic}/{process}", START):
                     raise UserError(
                         f"{field}={folder}: {self.name(process)} does not see what the first process writes there; "
                         "name a folder of a file system that all hosts share"
                     )
         finally:
             mark.unlink(missing_ok=True)
-        self._set(f"{field}/agreed", "")
+        self._set(f"{topic}/agreed", "")
+
+    def _turn(self, topic: str) -> str:
+        """The topic with the number of times that it came up: what was agreed on before does not count."""
+        self._turns[topic] += 1
+        return f"{topic} {self._turns[topic]}"
 
     def _of_first(self, topic: str, make: Callable[[], str]) -> str:
         if not self.index:
@@ -377,7 +388,14 @@ _current = Job()
 
 
 def current() -> Job:
-    """The job of this process."""
+    """The job of this process: also where a program has called `jax.distributed.initialize` itself."""
+    global _current
+    jax = sys.modules.get("jax._src.distributed")  # the client of the coordination service has no public name
+    if _current.client is None and jax is not None and (state := jax.global_state).client is not None:
+        # jax.process_index() would look for the devices, for which it may be too early
+        _current = Job(state.client, state.process_id, state.num_processes)
+        _current._set(f"host/{_current.index}", socket.gethostname())
+        _current.watch()
     return _current
 
 
@@ -387,14 +405,8 @@ def member() -> Iterator[Job]:
 
     An error inside ends all processes. At the end they wait for each other.
     """
-    from jax._src import distributed  # the client of the coordination service has no public name
-
-    global _current
-    state = distributed.global_state  # jax.process_index() would look for the devices, for which it is too early
-    _current = job = Job(state.client, state.process_id, state.num_processes)
-    job._set(f"host/{job.index}", socket.gethostname())
+    job = current()
     interrupt.before_leaving(job.told_to_leave)
-    job.watch()
     try:
         yield job
     except (SystemExit, GeneratorExit):
