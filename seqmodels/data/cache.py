@@ -12,6 +12,7 @@ of several processes the first one builds it (`seqmodels.job`).
 """
 
 import array
+import contextlib
 import glob
 import hashlib
 import json
@@ -131,9 +132,10 @@ def _remove_left(folder: Path, stem: str) -> None:
     for path in folder.glob(f"{glob.escape(stem)}-*.partial"):
         *_, host, process, _ = ["", "", *path.name.split(".")]
         here = host == HOST and process.isdecimal()
-        newest = max(file.stat().st_mtime for file in (path, *path.rglob("*")))
-        if (here and not _runs(int(process))) or time.time() - newest > UNTOUCHED:
-            shutil.rmtree(path, ignore_errors=True)
+        with contextlib.suppress(FileNotFoundError):  # its builder has just ended
+            newest = max(file.stat().st_mtime for file in (path, *path.rglob("*")))
+            if (here and not _runs(int(process))) or time.time() - newest > UNTOUCHED:
+                shutil.rmtree(path, ignore_errors=True)
 
 
 def _runs(process: int) -> bool:
