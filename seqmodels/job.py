@@ -91,9 +91,10 @@ class Job:
     def at(self, step: int, place: str) -> None:
         """Notes where this process is. It takes a microsecond."""
         now, (_, before, since) = time.monotonic(), self._at
-        if before == "idle":
+        if before == "idle":  # a program that trains once more
             self._spent.clear()
-        self._spent[before] += now - since
+        else:
+            self._spent[before] += now - since
         self._at = step, place, now
 
     def spent(self) -> dict[str, float]:

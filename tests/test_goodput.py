@@ -16,6 +16,17 @@ def write_rows(path, steps, seconds):
     ))  # fmt: skip
 
 
+def test_time_between_two_trainings_counts_for_neither():
+    job = Job()
+    job.at(3, "step")
+    job._at = (3, "step", job._at[2] - 10.0)
+    job.at(3, "idle")
+    assert job.spent()["step"] >= 10.0
+    job._at = (3, "idle", job._at[2] - 50.0)
+    job.at(0, "start")
+    assert sum(job.spent().values()) < 5.0
+
+
 def test_steps_that_are_done_again_do_not_count(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps({"batch_size": 4, "seq_len": 10}))
     write_rows(tmp_path / "metrics.jsonl", range(1, 26), 2.0)  # killed after step 25; the checkpoint is of step 20
