@@ -263,6 +263,22 @@ def test_a_job_named_by_hand_is_checked(environment, words):
         cluster.numbers_of(environment)
 
 
+@pytest.mark.parametrize(
+    "said, words",
+    [
+        ("coordinator_address should be defined.", "no Slurm step .* is found here; set JAX_COORDINATOR_ADDRESS=HOST"),
+        ("DEADLINE_EXCEEDED: Barrier timed out.\nTwo lines", "did not come together: DEADLINE_EXCEEDED: .* Two lines"),
+    ],
+)
+def test_a_job_that_is_not_found(monkeypatch, said, words):
+    def initialize(**numbers):
+        raise ValueError(said)
+
+    monkeypatch.setattr("jax.distributed.initialize", initialize)
+    with pytest.raises(UserError, match=f"^--distributed: .*{words}"):
+        cluster.connect()
+
+
 def slurm(tasks, **more):
     return {"SLURM_PROCID": "0", "SLURM_STEP_TASKS_PER_NODE": tasks, **more}
 
