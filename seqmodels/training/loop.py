@@ -57,6 +57,7 @@ def train(config: ConfigDict, workdir: str | Path, dataset: data.BatchSource | N
     workdir = Path(workdir).expanduser()
     validate(config, run.begun(workdir))
     config = upgrade(config).lock()
+    job.current().check_shared("--workdir", workdir)
     if (summary := _finished(workdir, config)) is None:
         with run.held(workdir):
             # Once more, as another process may have ended meanwhile.
@@ -92,7 +93,7 @@ class Trainer:
         self.job.at(0, "start")
         self.mesh: Mesh = sharding.make_mesh(config)
         self.source = _source_name(config) if dataset is None else type(dataset).__name__
-        self.dataset = _load(config, workdir) if dataset is None else dataset
+        self.dataset = _load(config) if dataset is None else dataset
         newest = str(next(iter(checkpoint.steps(workdir / "checkpoints")), "none"))
         self.job.agree("the run", {**self.dataset.fingerprints, "the newest checkpoint": newest})
         if run.begun(workdir):
@@ -334,12 +335,12 @@ def _source_name(config: ConfigDict) -> str:
     return next(filter(None, fields), config.data.name)
 
 
-def _load(config: ConfigDict, workdir: Path) -> data.BatchSource:
+def _load(config: ConfigDict) -> data.BatchSource:
     """The dataset that a config names. The first process builds what is missing, such as a token cache, for all."""
-    here, sizes = job.current(), dict(seq_len=config.seq_len, batch_size=config.batch_size)
-    here.check_shared("--workdir", workdir)
+    here = job.current()
     if config.data.get("cache"):
         here.check_shared("config.data.cache", Path(config.data.cache).expanduser())
+    sizes = dict(seq_len=config.seq_len, batch_size=config.batch_size)
     options: dict[str, Any] = dict(sizes, seed=config.seed, bptt=config.training.bptt)
     return here.first("loading the data", lambda: data.load(config.data, **options))
 
