@@ -10,6 +10,7 @@ JAX's coordination service, in the first process, keeps small values by name for
     notice/stop     somebody was told to stop
     notice/end      the job ends: what is to be said, and the exit status
     left/<i>        process i has read that
+    alert           there is a notice
 
 A process without others has a job too, in which nothing is to be agreed on.
 """
@@ -75,7 +76,7 @@ class Job:
         self._at = (0, "start", time.monotonic())  # step, place, since when
         self._spent: defaultdict[str, float] = defaultdict(float)  # seconds by place
         self._beats, self._watch, self._said, self._hurt = 0, Watch(), -SAY_EVERY, 0.0
-        self._points, self._stop_at, self._stopping = 0, 0, False
+        self._points, self._stop_at, self._stopping, self._alerted = 0, 0, False, False
         self._lock, self._over = threading.Lock(), threading.Event()
         self._turns: Counter[str] = Counter()
         self._error: BaseException | None = None
@@ -201,6 +202,7 @@ class Job:
         """All processes are to stop at the same point, soon."""
         if self.client:
             self._set("notice/stop", "")
+            self._set("alert", "")
 
     def stops_here(self) -> bool:
         """Whether to stop at this point of the work. All processes come to the same points, and get the same answer."""
@@ -264,6 +266,7 @@ class Job:
 
     def _end(self, ending: Ending) -> None:
         self._set("notice/end", json.dumps(dataclasses.astuple(ending)), once=True)
+        self._set("alert", "")
 
     def _obey(self, ending: Ending) -> None:
         """Ends this process as a notice says."""
@@ -286,11 +289,23 @@ class Job:
     # The thread
 
     def _run(self) -> None:
-        while not self._over.wait(BEAT if not self._error else 0.2):
+        while not self._paused():
             try:
                 self._beat(time.monotonic())
             except RuntimeError:  # the first process does not answer; if it is gone, JAX ends this one
                 continue
+
+    def _paused(self) -> bool:
+        """Waits until the next beat is due, or a notice is there; returns whether the thread is to end."""
+        if self._alerted or self._error or not self.client:
+            return self._over.wait(0.2 if self.client else BEAT)
+        try:
+            self.client.blocking_key_value_get(ROOT + "alert", int(1000 * BEAT))
+            self._alerted = True
+        except RuntimeError as error:
+            if "DEADLINE_EXCEEDED" not in str(error):  # the first process is gone
+                self._over.wait(BEAT)
+        return self._over.is_set()
 
     def _beat(self, now: float) -> None:
         """One round of the thread: says where this process is, and does what the others' values ask for."""

@@ -83,7 +83,7 @@ def wait_for(step, workdir, process):
     path, deadline = workdir / "metrics.jsonl", time.monotonic() + 240
     while not (path.exists() and any(row["step"] >= step for row in metrics.read(path))):
         assert time.monotonic() < deadline and process.poll() is None, process.communicate()[1]
-        time.sleep(0.01)
+        time.sleep(0.05)
 
 
 def said_by(job, statuses):
