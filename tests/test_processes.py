@@ -16,7 +16,7 @@ from seqmodels.training import checkpoint, goodput, metrics
 from tests.run_fixtures import write_text
 from tests.run_processes import ROOT, command, finish, losses
 
-STEPS = 60
+STEPS = 120
 
 
 def start_job(count, arguments, *others):
@@ -114,7 +114,7 @@ def test_killed_stopped_and_gone_on_with_by_other_numbers_of_processes(tmp_path)
         assert "gone: the first process of the job" in err
 
     slurm = start_slurm(tmp_path / "slurm", 3, training(run, text, 3))
-    wait_for(32, run, slurm)
+    wait_for(50, run, slurm)
     os.kill(int((tmp_path / "slurm" / "pids").read_text().split()[2]), signal.SIGTERM)
     finish(slurm, 75)
     assert (tmp_path / "slurm" / "requeued").read_text().startswith("requeue ")
