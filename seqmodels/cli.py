@@ -16,11 +16,11 @@ import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
-from typing import Any
 
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
+from seqmodels import job
 from seqmodels.config import check_names, read_stored, upgrade, with_pattern
 from seqmodels.config_help import describe
 from seqmodels.errors import UserError
@@ -242,28 +242,39 @@ def use_platform(platform: str) -> None:
     except (RuntimeError, AssertionError) as error:  # an assertion where there is not even a plugin for it
         found = _one_line(error) or "is the JAX for it installed?"
         raise UserError(f"--config.platform={platform}: JAX finds no such device here: {found}") from error
+    local = jax.local_devices()
+    job.current().agree("the devices", {"devices": f"{len(local)} x {local[0].device_kind}"})
 
 
-def join_job() -> None:
-    """Makes this process one of a job of several, before the first JAX computation.
+def define_distributed(flag_values: flags.FlagValues) -> None:
+    """Declares the flag of `joined`."""
+    text = "This is one process of a job of several, each running this command (docs/processes.md)."
+    flags.DEFINE_bool("distributed", False, text, flag_values=flag_values)
 
-    JAX finds the others under Slurm, Open MPI, Kubernetes and on TPU pods; elsewhere JAX_COORDINATOR_ADDRESS (host:port
-    of process 0), JAX_NUM_PROCESSES and JAX_PROCESS_ID say who they are.
 
-    Raises: UserError where neither does.
+@contextlib.contextmanager
+def joined(flag_values: flags.FlagValues) -> Iterator[None]:
+    """A context in which this process is one of a job of several, with --distributed; before the first JAX computation.
+
+    Raises: UserError where JAX does not find the others, or another process has another command, code or version.
     """
-    import jax
+    if not flag_values.distributed:
+        yield
+        return
+    from seqmodels import cluster
 
-    numbers: dict[str, Any] = {}
-    for name in ("num_processes", "process_id"):
-        if value := os.environ.get(f"JAX_{name.upper()}"):
-            if not value.isdecimal():
-                raise UserError(f"JAX_{name.upper()}={value}: must be a number")
-            numbers[name] = int(value)
-    try:
-        jax.distributed.initialize(**numbers)
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"--distributed: {_one_line(error)}") from error
+    cluster.connect()
+    with job.member() as here:
+        here.agree("the command", cluster.versions() | _given(flag_values))
+        yield
+
+
+def _given(flag_values: flags.FlagValues) -> dict[str, str]:
+    """The value of each flag and of each field of the config, by name."""
+    given = {name: flag_values[name].value for name in flag_values if "." not in name}
+    config = given.pop("config", None)
+    inside = {f"config.{name}": value for name, value in fields(config)} if isinstance(config, ConfigDict) else {}
+    return {name: repr(value) for name, value in {**given, **inside}.items()}
 
 
 def help_text(doc: str, flag_values: flags.FlagValues) -> str:

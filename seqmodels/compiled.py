@@ -8,6 +8,8 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+from seqmodels import job
+
 MOST = 2**31  # bytes of the cache; beyond, the oldest programs are removed
 
 
@@ -30,9 +32,11 @@ def use() -> None:
 
 
 def folder() -> Path:
-    """The cache of this host and kind of processor: programs for another one may not run."""
+    """The cache of this host and kind of processor: programs for another one may not run. All hosts of a job share one,
+    as they run one program, which the first process writes."""
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(root).expanduser() / "seqmodels" / "compiled" / f"{platform.node()}-{_processor()}"
+    host = "job" if job.current().count > 1 else platform.node()
+    return Path(root).expanduser() / "seqmodels" / "compiled" / f"{host}-{_processor()}"
 
 
 def trim(place: Path, most: int) -> None:

@@ -20,6 +20,7 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM)
 TOGETHER = 0.3  # seconds: `timeout` and schedulers signal a process and then its group, which is one request
 
 _receiver: Callable[[int], None] | None = None
+_parting: Callable[[int], None] | None = None
 _installed = False
 
 
@@ -57,9 +58,17 @@ def told(receiver: Callable[[int], None]) -> Iterator[None]:
         restore()
 
 
+def before_leaving(parting: Callable[[int], None]) -> None:
+    """`parting` is called with the number of the signal before that ends the process: to tell others of it."""
+    global _parting
+    _parting = parting
+
+
 def leave(number: int, line: str = "") -> None:
     """Ends the process at once, with one line on stderr. Nothing is left to clean up: files are replaced in one step,
     and locks end with the process."""
+    if _parting is not None:
+        _parting(number)
     text = line or f"{signal.Signals(number).name}: stopped"
     with contextlib.suppress(OSError):
         os.write(2, f"\n{text}\n".encode())

@@ -46,7 +46,7 @@ FIRST = (
     "test_docs",
     "test_fuzz",
     "test_sweep_real",
-    "test_resume_processes",
+    "test_processes",
     "test_kills",
 )
 

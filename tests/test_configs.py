@@ -304,6 +304,7 @@ SMALLEST = {
         *("model.gated_deltanet.key_dim", "model.gated_deltanet.value_dim", "model.gated_deltanet.dt_floor"),
         *("optimizer.warmup", "optimizer.decay", "optimizer.floor", "optimizer.weight_decay", "optimizer.clip"),
         *("training.z_loss", "training.loss_chunk", "training.profile_start", "checkpoint.keep_every"),
+        *("training.hang_after", "training.recheck_every"),
         *(
             "evaluation.every",
             "evaluation.limit",

@@ -1,5 +1,6 @@
 """Batches, windows, sources and the token cache. No network, tiny texts."""
 
+import errno
 import gzip
 import json
 import lzma
@@ -14,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from seqmodels.data import load, prefetch, readers, text
+from seqmodels.data import cache, load, prefetch, readers, text
 from seqmodels.data.permutation import permute
+from seqmodels.data.tokenizer import ByteTokenizer
 from seqmodels.errors import UserError
 from tests.data_fixtures import POEM, data_config, text_config
 
@@ -332,6 +334,26 @@ def test_processes_at_once_build_one_cache(tmp_path):
         thread.join()
     assert [r.returncode for r in results] == [0, 0, 0], results[0].stderr
     assert len({r.stdout for r in results}) == 1
+    assert len(list((tmp_path / "cache" / "tokens").glob("text-*"))) == 1
+
+
+def test_hosts_without_common_locks_build_one_cache(tmp_path, monkeypatch):
+    """A second host builds the same cache while the first does, and is ready before it."""
+    config, hosts, encode = text_config(tmp_path, {"one.txt": POEM}), ["other"], ByteTokenizer.encode_batch
+
+    def meanwhile(self, texts):
+        if hosts:
+            monkeypatch.setattr(cache, "HOST", hosts.pop())
+            open_(config)
+        return encode(self, texts)
+
+    def no_locks(path, blocking):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr("seqmodels.claim.locked", no_locks)
+    monkeypatch.setattr(ByteTokenizer, "encode_batch", meanwhile)
+    data = open_(config)
+    assert not hosts and sum(data[s].bytes for s in ("train", "validation", "test")) == len(POEM)
     assert len(list((tmp_path / "cache" / "tokens").glob("text-*"))) == 1
 
 

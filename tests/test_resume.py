@@ -38,12 +38,11 @@ def stop_at(process, workdir, step, number):
 
 
 OVERRIDES = {
-    "plain": [],
-    "muon": ["--config.optimizer.name=muon", "--config.optimizer.schedule=wsd"],
-    "schedule_free": ["--config.optimizer.name=schedule_free", "--config.optimizer.schedule=constant"],
-    "bptt, accumulation, ema": [
-        "--config.training.bptt=True", "--config.training.accumulate=2", "--config.optimizer.ema=0.9",
+    "muon, bptt, accumulation, ema": [
+        "--config.optimizer.name=muon", "--config.optimizer.schedule=wsd", "--config.training.bptt=True",
+        "--config.training.accumulate=2", "--config.optimizer.ema=0.9",
     ],
+    "schedule_free": ["--config.optimizer.name=schedule_free", "--config.optimizer.schedule=constant"],
 }  # fmt: skip
 
 

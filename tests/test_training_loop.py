@@ -130,6 +130,7 @@ def test_profile_on_demand(tmp_path, text):
         (dict(checkpoint__best="validation_loss"), "needs validations, set --config.evaluation.every"),
         (dict(checkpoint__best="losss", evaluation__every=1), "checkpoint.best='losss': must be validation_loss"),
         (dict(mesh__data=99), "mesh asks for 99 devices"),
+        (dict(mesh__tensor=5), "config.mesh.tensor=5: divides no number of heads or channels"),
         (
             dict(model__implementation__short_conv="cuda"),
             "model.implementation.short_conv='cuda': must be '' or one of",

@@ -185,6 +185,9 @@ def test_every_device_has_rows_of_its_own():
     for name, array in sharding.put_batch(batch, mesh).items():
         places = sorted((shard.index[0].start, shard.index[0].stop) for shard in array.addressable_shards)
         assert places == [(n, n + 1) for n in range(8)], name
+    assert sharding.local_rows(mesh, 8) is None  # one process takes the whole batch
+    with pytest.raises(UserError, match=r"gave 3 rows; must give those of slice\(4, 8"):
+        sharding.put_batch({"labels": np.arange(3)}, mesh, slice(4, 8), 8)
 
 
 @pytest.mark.slow

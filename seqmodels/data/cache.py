@@ -7,17 +7,21 @@ The folder `<cache>/tokens/<label>-<request>-<text>/`, where request and text ar
 - `meta.json`: tokenizer, dtype and, by split, tokens, documents, bytes and hash of the text and its size under `xz -9`.
 
 The folder is written under another name and renamed at the end, so a cache is always complete. Other processes wait for
-a lock.
+a lock; where a host does not see the locks of another, both build one, and the first that is complete stays. In a job
+of several processes the first one builds it (`seqmodels.job`).
 """
 
 import array
+import contextlib
 import glob
 import hashlib
 import json
 import lzma
 import os
 import shutil
+import socket
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -36,6 +40,8 @@ from seqmodels.errors import UserError
 FORMAT = 2  # increases when the format of the files changes
 BEFORE = 1  # caches of this format have no sizes and no hashes; they serve where a new one cannot be made
 BATCH_CHARACTERS = 2**20  # tokenised at once
+HOST = socket.gethostname().partition(".")[0]
+UNTOUCHED = 86_400  # seconds after which a folder that another host began counts as left behind
 XZ_BYTES = 2**26  # the xz figure is measured on the first 64 MiB of a split: the dictionary size of xz -9
 
 
@@ -90,8 +96,8 @@ def _age(path: Path) -> float:
 def _build(source: Source, tokenizer: Tokenizer, folder: Path, stem: str) -> Path:
     content, splits = source.open()
     target = folder / f"{stem}-{content}"
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed: this process holds the lock
+    _remove_left(folder, stem)
+    partial = target.with_name(f"{target.name}.{HOST}.{os.getpid()}.partial")
     meta: dict[str, Any] = {
         "source": source.key,
         "tokenizer": {"name": tokenizer.name, "fingerprint": tokenizer.fingerprint, "vocab_size": tokenizer.vocab_size},
@@ -111,11 +117,35 @@ def _build(source: Source, tokenizer: Tokenizer, folder: Path, stem: str) -> Pat
             )
         meta["splits"][split]["files"] = damage.checksums(partial / split)
     (partial / "meta.json").write_text(json.dumps(meta, indent=2) + "\n")
+    if (target / "meta.json").exists():  # by another host, whose lock is not seen here
+        shutil.rmtree(partial)
+        return target
     if target.exists():  # it would have been found
         print(f"{target}: a token cache without its meta.json; it is made anew", file=sys.stderr, flush=True)
         shutil.rmtree(target)
     os.rename(partial, target)
     return target
+
+
+def _remove_left(folder: Path, stem: str) -> None:
+    """Removes what builders that were killed have left: of this host, or not touched for a day."""
+    for path in folder.glob(f"{glob.escape(stem)}-*.partial"):
+        *_, host, process, _ = ["", "", *path.name.split(".")]
+        here = host == HOST and process.isdecimal()
+        with contextlib.suppress(FileNotFoundError):  # its builder has just ended
+            newest = max(file.stat().st_mtime for file in (path, *path.rglob("*")))
+            if (here and not _runs(int(process))) or time.time() - newest > UNTOUCHED:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _runs(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass
+    return True
 
 
 def _write_split(documents: Documents, tokenizer: Tokenizer, folder: Path) -> dict:

@@ -9,7 +9,7 @@ from typing import Any, Protocol
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from seqmodels import data
+from seqmodels import data, job
 from seqmodels.config import override
 from seqmodels.errors import UserError
 from seqmodels.evals.scoring import PositionSums, position_sums
@@ -116,7 +116,8 @@ def load_run(
             config.data.tokenizer = identity.tokenizer_of(workdir, config.data.tokenizer)
     if dataset is None:
         load = data.load if text else data.load_unread
-        dataset = load(config.data, seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
+        sizes = dict(seq_len=config.seq_len, batch_size=config.batch_size, seed=config.seed)
+        dataset = job.current().first("loading the data", lambda: load(config.data, **sizes))
     advice = "restore it; other text is measured with --config.data.name and --config.data.path"
     identity.check(workdir, dataset, config.data, advice, parts=("tokenizer",) if other else None)
     model = build_for(config.model, dataset)

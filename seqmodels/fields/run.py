@@ -186,6 +186,19 @@ TRAINING = Group(
             Rule(lambda text: assignments(text) is not None, "NAME=VALUE apart by commas, or ''"),
             since=2,
         ),
+        "hang_after": Field(
+            0.0,
+            "seconds without progress after which a run ends with status 75 and says which process is stuck where; 0: "
+            "a job of several processes only says it",
+            at_least(0),
+            since=2,
+        ),
+        "recheck_every": Field(
+            0,
+            "every so many steps one is computed twice and must give the same bits; needs room for two states; 0: none",
+            at_least(0),
+            since=2,
+        ),
         "profile_start": Field(0, "step at which a profile is started; 0: none", at_least(0)),
         "profile_steps": Field(3, "steps of that profile", at_least(1)),
     },

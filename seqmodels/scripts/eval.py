@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from seqmodels import cli, compiled
+from seqmodels import cli, compiled, job
 from seqmodels.errors import UserError
 from seqmodels.fields import Field
 from seqmodels.fields.run import EVALUATION, ROOT, defaults
@@ -35,6 +35,7 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
     values: dict[str, Any] = dict(flag_values=flag_values)
     flags.DEFINE_string("workdir", None, "Run directory, as train.py made it.", **values)
     flags.DEFINE_string("step", "latest", "Checkpoint: latest, best, or the number of a step.", **values)
+    cli.define_distributed(flag_values)
     flags.DEFINE_string("platform", "", "cpu, gpu or tpu; what is there if left out.", **values)
     flags.DEFINE_string("out", None, "JSON file; eval.json in the run directory if left out.", **values)
     flags.DEFINE_list("splits", ["validation", "test"], "Splits to read.", **values)
@@ -66,6 +67,11 @@ def main(flag_values: flags.FlagValues) -> None:
     check(flag_values)
     if flag_values.prompt is None and (flag_values.out or workdir.is_dir()):  # else the message is of the workdir
         cli.check_writable(out)
+    with cli.joined(flag_values):
+        _evaluate(flag_values, workdir, out)
+
+
+def _evaluate(flag_values: flags.FlagValues, workdir: Path, out: Path) -> None:
     cli.use_platform(flag_values.platform)
     compiled.use()
 
@@ -83,7 +89,7 @@ def main(flag_values: flags.FlagValues) -> None:
     run = load_run(workdir, flag_values.step, flag_values.batch_size or 0, overrides, text=not prompted)
     with jax.set_mesh(run.mesh), nn.logical_axis_rules(RULES):
         if prompted:
-            print(flag_values.prompt + continuation(run, flag_values))
+            say(flag_values.prompt + continuation(run, flag_values))
         else:
             evaluate(run, flag_values, out)
 
@@ -150,13 +156,14 @@ def evaluate(run: "Run", flag_values: flags.FlagValues, out: Path) -> None:
     options: dict[str, Any] = dict(splits=flag_values.splits, limit=flag_values.limit, out=out)
     if any(name.startswith("data.") for name in config_flags.get_override_values(flag_values["config"])):
         options["about"] = {"data": {"name": run.config.data.name, "path": run.config.data.get("path", "")}}
-    _, failed = report.evaluate(run, evaluators, **options, say=say)
+    _, failed = report.evaluate(run, evaluators, **options, say=say, write=job.current().main)
     if failed:
         raise UserError("; ".join(failed))
 
 
 def say(text: str) -> None:
-    print(text, flush=True)
+    if job.current().main:
+        print(text, flush=True)
 
 
 def command() -> int:

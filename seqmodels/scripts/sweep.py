@@ -54,6 +54,8 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
     )
     flags.DEFINE_integer("per_gpu", 1, "Trials that share a GPU; then their tokens/s are not reported.",
                          lower_bound=1, upper_bound=devices.PARTS, **values)  # fmt: skip
+    flags.DEFINE_integer("processes", 1, "Processes of a trial, on its host (docs/processes.md).",
+                         lower_bound=1, upper_bound=devices.PARTS, **values)  # fmt: skip
     flags.DEFINE_enum("engine", "local", ENGINES, "Where trials run; none: only the report.", **values)
     flags.DEFINE_list("slurm", [], "Of submitit: timeout_min=240,slurm_partition=gpu,gpus_per_node=1.", **values)
     flags.DEFINE_bool("retry", False, "Run failed and diverged trials again.", **values)
@@ -83,8 +85,9 @@ def main(flag_values: flags.FlagValues) -> int:
         raise UserError(f"--out={shown(str(folder))}: is no file name ({error.strerror})") from None
     check_metric(flag_values.metric, config, ",".join(flag_values.evals), compared)
     trials = definition.define(
-        flag_values.spec, config, sweep, flag_values.seeds, folder, ",".join(flag_values.evals), grids
-    )
+        flag_values.spec, config, sweep, flag_values.seeds, folder, ",".join(flag_values.evals), grids,
+        processes=flag_values.processes,
+    )  # fmt: skip
     if flag_values.engine == "print":
         for trial in trials:
             if trial.record()["status"] != "done":

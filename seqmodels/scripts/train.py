@@ -8,9 +8,11 @@ nothing to save.
 """
 
 import sys
+from pathlib import Path
 from typing import Any
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from seqmodels import cli, compiled
 from seqmodels.atomic import json_text, replace_file, writing
@@ -23,8 +25,7 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
     values: dict[str, Any] = dict(flag_values=flag_values)
     cli.define_config(flag_values, argv)
     flags.DEFINE_string("workdir", None, "Run directory; runs/<config name> if left out.", **values)
-    flags.DEFINE_bool("distributed", False, "This is one process of a job of several, each running this command.",
-                      **values)  # fmt: skip
+    cli.define_distributed(flag_values)
     flags.DEFINE_bool("plan", False, "Print what the config needs, and train nothing.", **values)
     flags.DEFINE_integer("context", None, "With --plan: tokens of the sequence whose cache and state are counted; "
                          "config.seq_len if left out.", **values)  # fmt: skip
@@ -40,8 +41,11 @@ def main(flag_values: flags.FlagValues) -> None:
             raise UserError(f"--{name}={value}: is for --plan, which is missing")
     if flag_values.plan:
         return plan(flag_values)
-    if flag_values.distributed:
-        cli.join_job()
+    with cli.joined(flag_values):
+        _train(config, cli.folder_of(flag_values.workdir or f"runs/{config.name}"))
+
+
+def _train(config: ConfigDict, workdir: Path) -> None:
     cli.use_platform(config.platform)
     compiled.use()
 
@@ -49,7 +53,7 @@ def main(flag_values: flags.FlagValues) -> None:
     from seqmodels.training.loop import train
 
     try:
-        train(config, cli.folder_of(flag_values.workdir or f"runs/{config.name}"))
+        train(config, workdir)
     except Exception as error:
         if not exhausted(error):
             raise

@@ -1,6 +1,7 @@
 """Makes trials of `sweep(add, arg)` in a config and of grids, and finds every mistake in it before anything starts."""
 
 import copy
+import dataclasses
 import hashlib
 import json
 import os
@@ -27,8 +28,9 @@ SCRIPTS = CHECKOUT  # the folder with train.py and eval.py; None: the installed 
 
 
 def define(
-    spec: str, config: ConfigDict, name: str, seeds: int, folder: Path, evals: str = "", grids: Sequence[str] = ()
-) -> list[Trial]:
+    spec: str, config: ConfigDict, name: str, seeds: int, folder: Path, evals: str = "", grids: Sequence[str] = (),
+    processes: int = 1,
+) -> list[Trial]:  # fmt: skip
     """The trials of a sweep in its order. Equal configs count once; the seeds of a trial follow one another.
 
     Args:
@@ -39,6 +41,7 @@ def define(
       folder: of the sweep; run directories are `folder/trials/<id>`.
       evals: names of evaluators, separated by commas. "": those of each config. "none": no evaluation after training.
       grids: "FIELD=VALUE,VALUE" each (`seqmodels.sweeps.grid`). Each trial of the sweep is run with every combination.
+      processes: that train a trial, on one host.
 
     What is hardly meant (`seqmodels.plausible`) is said in a line on stderr.
 
@@ -62,6 +65,10 @@ def define(
         first = overrides.get("seed", config.seed)
         for seed in range(first, first + seeds):
             trial = _trial(spec, config, where, overrides | {"seed": seed}, written, folder, evals, begun, doubts)
+            if processes > 1:
+                python, *script = trial.commands["train"]
+                job = (python, "-m", "seqmodels.launch", str(processes), *script)
+                trial = dataclasses.replace(trial, commands=trial.commands | {"train": job})
             trials.setdefault(trial.id, trial)
     for line in doubts:
         print(line, file=sys.stderr, flush=True)

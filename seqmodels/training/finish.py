@@ -9,7 +9,7 @@ import jax
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from seqmodels import evals
+from seqmodels import evals, job
 from seqmodels.backbone import context
 from seqmodels.data.contract import FIGURES
 from seqmodels.errors import UserError, describe
@@ -74,7 +74,7 @@ def _tokenizer(dataset: Any) -> Any:
 
 
 class Watched:
-    """A split; how much of it was read is shown, and after each batch `after` is called."""
+    """A split; the first process shows how much of it was read, and after each batch `after` is called."""
 
     def __init__(self, split: Any, name: str, after: Callable[[], None]) -> None:
         self._split, self._name, self._after = split, name, after
@@ -86,11 +86,14 @@ class Watched:
         """As of the split."""
         rows = self._split.row_count(length)
         total = -(-(rows if limit is None else min(rows, limit)) // batch_size)
-        return counted(self._split.windows(length, batch_size, limit), total, self._name, self._after)
+        return self._counted(self._split.windows(length, batch_size, limit), total)
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Any]:
         """As of the split."""
-        return counted(self._split.batches(batch_size, limit), None, self._name, self._after)
+        return self._counted(self._split.batches(batch_size, limit), None)
+
+    def _counted(self, batches: Iterator[Any], total: int | None) -> Iterator[Any]:
+        return counted(batches, total, self._name, self._after, shown=job.current().main)
 
 
 class Finish:
@@ -134,7 +137,7 @@ class Finish:
         """Measures all held-out splits, runs the evaluators, draws a sample and a picture, and writes the summary.
 
         Args:
-          between: is called after each part; it may end the process.
+          between: is called after each batch and part, by all processes of a job alike; it may end the process.
         """
         config, step = self.config, int(state.step)
         params = state.params if state.ema is None else state.ema
@@ -143,12 +146,9 @@ class Finish:
         summary: dict[str, Any] = {"name": config.name, "steps": step, "splits": splits, "sample": ""}
         if config.evaluation.limit:
             summary["rows"] = config.evaluation.limit
-        # Several processes stop at the same place, which is between the parts, and one of them shows how far it is.
-        within = between if jax.process_count() == 1 else lambda: None
-        after = within if jax.process_index() == 0 else None
         for split in self.dataset.held_out:
             with self._reported(split):
-                splits[split] = self.figures(params, split, self.config.evaluation.limit or None, after)
+                splits[split] = self.figures(params, split, self.config.evaluation.limit or None, between)
                 if self.dataset.measured_by == "perplexity":
                     splits[split]["xz_bits_per_byte"] = self.dataset.xz_bits_per_byte(split)
             between()
@@ -156,7 +156,7 @@ class Finish:
             row = {f"{split}.{name}": value for split, figures in splits.items() for name, value in figures.items()}
             metrics.write(step, {name: value for name, value in row.items() if not name.endswith("xz_bits_per_byte")})
         if named := evals.named(config):
-            with self._reported("config.evals"):
+            with self._reported("config.evals"), job.current().visiting("evaluators"):
                 self._run_evaluators(evals.find(named, "config.evals"), params, step, metrics)
             between()
         with self._reported("sample"):
@@ -164,13 +164,12 @@ class Finish:
         summary["parameters"] = sum(leaf.size for leaf in jax.tree.leaves(params))
         with self._reported("state"):
             summary["state_bytes_per_sequence"] = report.state_bytes(self.model, config.seq_len)
-        if jax.process_index() == 0:
+        if job.current().main:
             units = dict(next_token="nats a token", rebuild="nats a token", classify="nats a row", pair="nats a row")
             unit = units.get(self.dataset.objective, "squared error")
             with self._reported("loss.png"):
                 report.plot_loss(self.workdir, self.workdir / "loss.png", unit)
                 summary["plot"] = str(self.workdir / "loss.png")
-            between()
             if self.failed:
                 summary["failed"] = self.failed
             summary["status"] = "diverged" if report.diverged(summary) or self._ended_badly(step) else "done"
@@ -202,7 +201,7 @@ class Finish:
             limit=config.evaluation.limit or None,
             out=self.workdir / "eval.json",
             say=self.say,
-            write=jax.process_index() == 0,
+            write=job.current().main,
         )
         for reason in failed:
             self.failed.append(reason)

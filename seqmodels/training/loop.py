@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -11,18 +12,32 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from seqmodels import data, pattern, plausible, source
+from seqmodels import data, job, pattern, plausible, source
 from seqmodels.branches import BRANCHES
 from seqmodels.config import upgrade, validate
 from seqmodels.data.contract import check_spec
 from seqmodels.errors import NOT_FINITE, UserError
 from seqmodels.kernels.dispatch import UnsupportedError
 from seqmodels.model import build_for, describe_kernels
-from seqmodels.training import checkpoint, debug, finish, flops, identity, profile, report, run, sharding, start, xla
+from seqmodels.training import (
+    checkpoint,
+    debug,
+    finish,
+    flops,
+    goodput,
+    identity,
+    profile,
+    report,
+    run,
+    sharding,
+    start,
+    xla,
+)
 from seqmodels.training.metrics import Metrics
 from seqmodels.training.optimizer import make_optimizer, make_schedule
 from seqmodels.training.preemption import Preempted, StopSignal
 from seqmodels.training.progress import Progress
+from seqmodels.training.recheck import Recheck
 from seqmodels.training.state import TrainState, abstract_params, abstract_state, init_state, not_finite, state_from
 from seqmodels.training.step import lower_train_step, make_train_step
 
@@ -43,6 +58,7 @@ def train(config: ConfigDict, workdir: str | Path, dataset: data.BatchSource | N
     workdir = Path(workdir).expanduser()
     validate(config, run.begun(workdir))
     config = upgrade(config).lock()
+    job.current().check_shared("--workdir", workdir)
     if (summary := _finished(workdir, config)) is None:
         with run.held(workdir):
             # Once more, as another process may have ended meanwhile.
@@ -74,10 +90,13 @@ class Trainer:
     """Runs the steps of a run, as one process of the job."""
 
     def __init__(self, config: ConfigDict, workdir: Path, stop: StopSignal, dataset: data.BatchSource | None) -> None:
-        self.config, self.workdir, self.stop = config, workdir, stop
+        self.config, self.workdir, self.stop, self.job = config, workdir, stop, job.current()
+        self.job.at(0, "start")
         self.mesh: Mesh = sharding.make_mesh(config)
         self.source = _source_name(config) if dataset is None else type(dataset).__name__
         self.dataset = _load(config) if dataset is None else dataset
+        newest = str(next(iter(checkpoint.steps(workdir / "checkpoints")), "none"))
+        self.job.agree("the run", {**self.dataset.fingerprints, "the newest checkpoint": newest})
         if run.begun(workdir):
             identity.check(workdir, self.dataset, config.data, "restore it, or name another --workdir")
         _check_objective(config, self.dataset)
@@ -87,9 +106,11 @@ class Trainer:
         boxed = abstract_params(self.model, config)
         self.optimizer = make_optimizer(config.optimizer, boxed, make_schedule(config.optimizer, config.steps))
         self.abstract = abstract_state(self.model, self.optimizer, config, self.mesh, boxed)
+        sharding.check_used(self.abstract.params, self.mesh)
         if config.training.start and not run.begun(workdir):
             for line in start.check(config, self.dataset, self.abstract.params):
                 _say(line)
+        self.recheck = Recheck(config.training.recheck_every, self.mesh)
         self.checkpoints = checkpoint.Checkpoints(workdir / "checkpoints", config.checkpoint)
         branches = (BRANCHES[name] for name in pattern.names(config.model.pattern))
         self.warnings = {figure: text for branch in branches for figure, text in branch.warnings.items()}
@@ -119,28 +140,36 @@ class Trainer:
         self._announce(state)
         if state is None:
             state = self._first_state()
-        first, main = int(state.step), jax.process_index() == 0
+        first, main = int(state.step), self.job.main
         if main:
             source.write(self.workdir, first)
+        self.job.at(first, "compile")
         with self.on_mesh():
             compiled = self._compiled() if first < config.steps else None
+        self.job.at(first, "start")
+        self.life = goodput.Life(self.workdir, self.job, first, config.batch_size * config.seq_len, self.mesh.size)
+        self.life.note(first)
         self.metrics = Metrics(self.workdir, first, config, enabled=main)
         self.progress = Progress(first, config.steps, enabled=main)
         self.profile = profile.Profile(config, self.workdir, first, self.progress.write)
         try:
             # From here on there is something to save. Before, a signal ends the process at once.
+            self.job.watch(config.training.hang_after)
             with self.on_mesh(), self.stop:
                 if compiled:
                     state = self._steps(compiled, state, first)
                 summary = self._end(state)
             self.checkpoints.close()
             self.metrics.close()
+            self.life.note(config.steps)
             return summary
         except BaseException:
             for close in (self.profile.close, self.metrics.close, self.checkpoints.close):
                 with contextlib.suppress(Exception):  # what went wrong first is what is told
                     close()
             raise
+        finally:
+            self.job.at(0, "idle")
 
     def _first_state(self) -> TrainState:
         model, optimizer, config, abstract = self.model, self.optimizer, self.config, self.abstract
@@ -176,20 +205,26 @@ class Trainer:
         config = self.config
         self.read_at = time.monotonic()
         pending = None  # metrics of the step before, not read until the next step is on its way
-        with self.progress, data.prefetch(self.dataset, first) as batches:
+        rows = sharding.local_rows(self.mesh, config.batch_size)
+        with self.progress, data.prefetch(self.dataset, first, rows) as batches:
             for step in range(first + 1, config.steps + 1):
                 self.profile.before(step, state)
+                self.job.at(step, "data")
+                batch = sharding.put_batch(next(batches), self.mesh, rows, config.batch_size)
+                self.job.at(step, "step")
                 with jax.profiler.StepTraceAnnotation("train", step_num=step):
-                    state, metrics = compiled(state, sharding.put_batch(next(batches), self.mesh))
+                    state, metrics = self.recheck.step(compiled, state, batch, step)
                 self._read(pending, state)
                 pending = step, metrics
-                stopping = self.stop.asked(step)
+                stopping = self.stop.asked()
                 validating = config.evaluation.every and step % config.evaluation.every == 0
                 if stopping or validating or checkpoint.due(config.checkpoint, step, config.steps):
                     self._read(pending, state)
                     pending = None
                     # Validation comes before the checkpoint, so that a run killed in between does both again.
+                    self.job.at(step, "validation")
                     figures = self._validate(state, step) if validating else None
+                    self.job.at(step, "checkpoint")
                     if stopping or checkpoint.due(config.checkpoint, step, config.steps):
                         self._save(step, state, figures)
                     self.read_at = time.monotonic()
@@ -261,6 +296,7 @@ class Trainer:
             raise UserError(self._broken(broken, step))
         self.metrics.sync()
         self.checkpoints.save(step, state, figures)
+        self.life.note(step)
 
     def _broken(self, broken: str, step: int) -> str:
         self.checkpoints.close()
@@ -278,15 +314,20 @@ class Trainer:
 
     def _end(self, state: TrainState) -> dict:
         """Measures and draws what is due after the last step."""
+        step = int(state.step)
+        self.job.at(step, "checkpoint")
         self.checkpoints.close()
-        return self.finish.run(state, self.metrics, between=lambda: self._exit_if_noted(int(state.step)))
+        self.job.at(step, "evaluation")
+        return self.finish.run(state, self.metrics, between=lambda: self._exit_if_asked(step))
 
-    def _exit_if_noted(self, step: int) -> None:
-        if self.stop.noted:
+    def _exit_if_asked(self, step: int) -> None:
+        self.job.at(step, "evaluation")
+        if self.stop.asked():
             self._exit(step)
 
     def _exit(self, step: int) -> None:
         self.checkpoints.close()
+        self.life.note(step)
         _say_anyway(f"stopped after step {step}; the same command goes on from there")
         raise Preempted(step)
 
@@ -298,9 +339,13 @@ def _source_name(config: ConfigDict) -> str:
 
 
 def _load(config: ConfigDict) -> data.BatchSource:
-    """The dataset that a config names."""
+    """The dataset that a config names. The first process builds what is missing, such as a token cache, for all."""
+    here = job.current()
+    if config.data.get("cache"):
+        here.check_shared("config.data.cache", Path(config.data.cache).expanduser())
     sizes = dict(seq_len=config.seq_len, batch_size=config.batch_size)
-    return data.load(config.data, **sizes, seed=config.seed, bptt=config.training.bptt)
+    options: dict[str, Any] = dict(sizes, seed=config.seed, bptt=config.training.bptt)
+    return here.first("loading the data", lambda: data.load(config.data, **options))
 
 
 def _check_objective(config: ConfigDict, dataset: data.BatchSource) -> None:
@@ -314,7 +359,7 @@ def _check_objective(config: ConfigDict, dataset: data.BatchSource) -> None:
 
 
 def _say(text: str) -> None:
-    if jax.process_index() == 0:
+    if job.current().main:
         print(text, flush=True)
 
 

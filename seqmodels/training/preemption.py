@@ -5,10 +5,7 @@ import signal
 import sys
 from typing import Any, Self
 
-import jax
-from jax.experimental import multihost_utils
-
-from seqmodels import interrupt
+from seqmodels import interrupt, job
 
 
 class Preempted(SystemExit):
@@ -22,32 +19,31 @@ class Preempted(SystemExit):
 class StopSignal:
     """Notes the first SIGINT or SIGTERM, so that the step under way can finish; a second one ends the process at once.
 
-    `noted` says whether this process got one. In a job of several processes JAX's coordinator handles SIGTERM, and all
-    processes stop after the same step.
+    All processes of a job stop at the same point, whichever of them got the signal.
     """
 
     def __init__(self) -> None:
-        self.noted = False
+        self._job = job.current()
+        self._told = False
         self._context = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
-        if jax.process_count() == 1:
-            self._context.enter_context(interrupt.told(self._note))
+        self._context.enter_context(interrupt.told(self._note))
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._context.close()
 
-    def asked(self, step: int) -> bool:
-        """Whether to stop after this step; every process of a job gets the same answer."""
-        if jax.process_count() > 1:
-            return multihost_utils.reached_preemption_sync_point(step)
-        return self.noted
+    def asked(self) -> bool:
+        """Whether to stop at this point. All processes of a job ask at the same points, and get the same answer."""
+        return self._job.stops_here() if self._job.count > 1 else self._told
 
     def _note(self, number: int) -> None:
         name = signal.Signals(number).name
-        if self.noted:
+        if self._told:
             interrupt.leave(number, f"{name} again: stopped at once")
-        self.noted = True
+        self._told = True
         with contextlib.suppress(OSError):  # of a terminal that is gone
             print(f"\n{name}: saving a checkpoint after this step; again to quit at once", file=sys.stderr, flush=True)
+        with contextlib.suppress(RuntimeError):  # the first process is gone, which ends this one too
+            self._job.ask_to_stop()

@@ -61,15 +61,18 @@ def on_terminal() -> bool:
     return sys.stderr.isatty() and min(os.get_terminal_size(sys.stderr.fileno())) > 0
 
 
-def counted(batches: Iterable[Any], total: int | None, what: str, after: Callable[[], None]) -> Iterator[Any]:
+def counted(
+    batches: Iterable[Any], total: int | None, what: str, after: Callable[[], None], shown: bool = True
+) -> Iterator[Any]:
     """The batches of an evaluation, with a bar or lines that say how many are done.
 
     Args:
       total: number of batches; None: unknown.
       what: name of what is measured.
       after: is called after each batch; it may end the process.
+      shown: False on all processes of a job but the first.
     """
-    if on_terminal():
+    if shown and on_terminal():
         from tqdm import tqdm
 
         for batch in tqdm(batches, desc=what, total=total, unit="batch", dynamic_ncols=True, leave=False):
@@ -80,7 +83,7 @@ def counted(batches: Iterable[Any], total: int | None, what: str, after: Callabl
     for n, batch in enumerate(batches, 1):
         yield batch
         after()
-        if time.monotonic() - said >= SECONDS:
+        if shown and time.monotonic() - said >= SECONDS:
             said = time.monotonic()
             with contextlib.suppress(OSError):
                 print(f"{what}: {n} of {total or 'all'} batches", file=sys.stderr, flush=True)

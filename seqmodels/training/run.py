@@ -21,8 +21,9 @@ from seqmodels.errors import UserError
 # Names of fields, and of groups with a point behind.
 FREE = (
     "name", "steps", "platform", "evals", "checkpoint.", "metrics.", "evaluation.", "sample.", "mesh.", "data.cache",
-    "training.debug", "training.profile_start", "training.profile_steps", "training.nan", "training.xla",
-    "model.implementation.", "model.remat", "model.remat_blocks",
+    "training.debug", "training.hang_after", "training.recheck_every", "training.profile_start",
+    "training.profile_steps", "training.nan", "training.xla", "model.implementation.", "model.remat",
+    "model.remat_blocks",
 )  # fmt: skip
 
 

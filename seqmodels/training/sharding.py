@@ -184,6 +184,18 @@ def _check_experts(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: 
         raise UserError(f"config.mesh.expert={devices}: must be a divisor of the {experts} experts of a layer")
 
 
+def check_used(params: Any, mesh: Mesh) -> None:
+    """Raises UserError where "tensor" divides no axis of the parameters, given by their shapes: its devices would all
+    compute the same."""
+    used = {axis for leaf in jax.tree.leaves(params) for entry in leaf.sharding.spec for axis in _axes(entry)}
+    if (size := mesh.shape["tensor"]) > 1 and "tensor" not in used:
+        raise UserError(f"config.mesh.tensor={size}: divides no number of heads or channels of the model")
+
+
+def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    return (entry,) if isinstance(entry, str) else entry or ()
+
+
 def rows_sharding(mesh: Mesh | AbstractMesh, shape: tuple[int, ...]) -> NamedSharding:
     """Sharding of an array whose first axis is rows (batch): what a recurrent state has."""
     return NamedSharding(
@@ -202,14 +214,35 @@ def batch_sharding(mesh: Mesh, shape: tuple[int, ...]) -> NamedSharding:
     return NamedSharding(mesh, spec_of(names, shape, mesh))
 
 
-def put_batch(batch: dict[str, np.ndarray], mesh: Mesh) -> dict[str, jax.Array]:
-    """Makes global arrays of a batch. Every process passes the whole batch and keeps its own part.
+def local_rows(mesh: Mesh, batch_size: int) -> slice | None:
+    """The rows of a batch that the devices of this process take: the least slice with all of them; None: the batch."""
+    where = batch_sharding(mesh, (batch_size,)).addressable_devices_indices_map((batch_size,))
+    pieces = [index[0].indices(batch_size) for index in where.values() if index]
+    rows = slice(min(start for start, *_ in pieces), max(stop for _, stop, _ in pieces))
+    return None if rows == slice(0, batch_size) else rows
+
+
+def put_batch(
+    batch: dict[str, np.ndarray], mesh: Mesh, rows: slice | None = None, batch_size: int = 0
+) -> dict[str, jax.Array]:
+    """Makes global arrays of a batch, of which every process passes the whole or the rows that its devices take.
 
     Args:
-        batch: arrays [B], [B, T] or [B, T, C].
+        batch: arrays [B], [B, T] or [B, T, C], or these `rows` of them.
+        rows: as of `local_rows`; None: the whole batch.
+        batch_size: B, where `batch` is a part.
     """
+    first = rows.start if rows else 0
 
-    def put(rows: np.ndarray) -> jax.Array:
-        return jax.make_array_from_callback(rows.shape, batch_sharding(mesh, rows.shape), lambda index: rows[index])
+    def put(part: np.ndarray) -> jax.Array:
+        if rows and len(part) != rows.stop - rows.start:
+            raise UserError(f"dataset.batch(n, rows): gave {len(part)} rows; must give those of {rows}")
+        shape = (batch_size if rows else len(part), *part.shape[1:])
 
-    return {name: put(rows) for name, rows in batch.items()}
+        def piece(index: Any) -> np.ndarray:
+            start, stop, _ = index[0].indices(shape[0])
+            return part[(slice(start - first, stop - first), *index[1:])]
+
+        return jax.make_array_from_callback(shape, batch_sharding(mesh, shape), piece)
+
+    return {name: put(part) for name, part in batch.items()}
