@@ -91,7 +91,7 @@ def by_groups(x: Array, dy: Array, sizes: Array, *, plan: Plan | None = None) ->
             def clean(step, part):
                 keep_rows(part, *own_rows(step))
 
-            # Rows of other groups need to be zero in both factors: they may be infinite, and those of no group anything.
+            # Rows of other groups and of no group need to be zero in both factors, since they may hold anything.
             return Tile(steps, sources, inner - row, outer - column, place, clean, unclean=other_rows)
 
         return jnp.int32(groups * each), tile
