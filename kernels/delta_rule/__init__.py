@@ -114,7 +114,8 @@ def delta_rule(
     accumulator = jnp.promote_types(jnp.float32, factors)
     log_decay = None if log_decay is None else finite_decay(log_decay.astype(accumulator))
     if mask is not None:  # where, not a product: padding may hold anything
-        q, k, v, a, b = (None if x is None else zero_padding(x, mask) for x in (q, k, v, a, b))
+        q, k, v, b = (zero_padding(x, mask) for x in (q, k, v, b))
+        a = None if a is None else zero_padding(a, mask)
         log_decay = None if log_decay is None else zero_padding(log_decay, mask)
     (batch, length, heads, values), (groups, keys) = v.shape, q.shape[2:]
     if initial_state is None:

@@ -43,6 +43,7 @@ from jax.typing import DTypeLike
 
 from seqmodels.kernels.arrays import expand_to, pad, round_up
 from seqmodels.kernels.delta_rule.triangular import unit_inverse
+from seqmodels.kernels.dispatch import platforms
 from seqmodels.kernels.finite import finite_or_zero, not_finite, spoil
 from seqmodels.kernels.isolate import isolate
 from seqmodels.kernels.linear_attention.xla import factors_dtype, product
@@ -102,8 +103,8 @@ def delta_rule(
     chunk: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """As `kernels.delta_rule.delta_rule`, with padding set to zero."""
-    along = () if a is None else (a,)
-    accumulator = jnp.result_type(q, k, v, b, *along, jnp.float32)
+    given = (k, v, b) if a is None else (k, v, b, a)
+    accumulator = jnp.result_type(q, *given, jnp.float32)
     state = initial_state.astype(accumulator)
     reset = resets(segment_ids, initial_segment, mask)
     length = v.shape[1]
@@ -112,14 +113,14 @@ def delta_rule(
         return y.astype(v.dtype), state
 
     dtype = v.dtype
-    q, (k, v, b, *along), log_decay, spoilt = isolate(q, (k, v, b, *along), log_decay, reset)
+    q, (k, v, b, *own), log_decay, spoilt = isolate(q, given, log_decay, reset)
     if log_decay is None:  # axes of size one are broadcast over rows and heads: decays are computed once
         log_decay = jnp.zeros((1, length, 1, 1), accumulator)
     decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
     chunk, span = _lengths(chunk, length, max(state.shape[2:]), decay.shape[-1] > 1)
-    options = Options(scale, read, dtype, factors_dtype(q, k, v, b, *along), chunk, span)
-    k, a = (k, *along) if along else (None, k)
-    y, state = _scan(options, Tokens(q, k, v, a, b, decay, reset), state)
+    options = Options(scale, read, dtype, factors_dtype(q, k, v, b, *own), chunk, span)
+    tokens = Tokens(q, k, v, own[0], b, decay, reset) if own else Tokens(q, None, v, k, b, decay, reset)
+    y, state = _scan(options, tokens, state)
     return (y, state) if spoilt is None else (spoil(y, spoilt.reads), spoil(state, spoilt.writes[:, -1]))
 
 
@@ -318,7 +319,7 @@ def _span(options: Options, tokens: Tokens, state: jax.Array) -> tuple[jax.Array
     T, bad = unit_inverse(scores[..., :size, :], packed)
     if packed:  # for the backward pass: T is zero and finite where it should be
         T = _finite_gradient(_select(tokens_seen[..., :size, :] | np.eye(size, dtype=bool), T))
-    own, Y_of_k, W = v, 0, 0
+    own, Y_of_k, W = v, jnp.zeros((), scores.dtype), jnp.zeros((), scores.dtype)
     if tokens.k is not None:
         k = by_head(tokens.k)
         of_k = times("nbhij,nbhjp->nbhip", _scores(times, reads, k, E[..., :-1, 1:, :], tokens_seen), v)
@@ -370,8 +371,8 @@ def _walk(factors, through, N, W, kept, state, reverse=False):
         new = through * state + product(factors, "bhkl,bhlp->bhkp", N, state)
         return (new if kept is None else _select(kept, new)) + W, state
 
-    chunks = (through, N, W, kept)
-    state, before = jax.lax.scan(step, state, chunks, reverse=reverse, unroll=min(len(W), SPAN))
+    unroll = 1 if platforms() == ("cpu",) else min(len(W), SPAN)  # a step is one product, and soon launched
+    state, before = jax.lax.scan(step, state, (through, N, W, kept), reverse=reverse, unroll=unroll)
     return before, state
 
 
