@@ -1,6 +1,6 @@
 """What XLA compiles for the delta rule and for Conba, and what an H100, which need not be there, would launch.
 
-    JAX_PLATFORMS=cpu python benchmarks/launches.py
+    JAX_PLATFORMS=cpu python benchmarks/launches.py          # the figures of docs/mixcon.md
     JAX_PLATFORMS=cpu python benchmarks/launches.py --rows=256 --length=64 --heads=8 --size=16
 
 For a call with its backward pass, bfloat16, with documents: instructions before and after XLA's passes, CPU seconds to
