@@ -242,7 +242,7 @@ def delta_call(arguments, variant, implementation):
     if logs is not None:
         seen = (jnp.exp(logs if logs.ndim == 4 else logs[..., None]) * k).astype(k.dtype)
     options = dict(scale=k.shape[-1] ** -0.5, initial_state=state, implementation=implementation)
-    y, state = delta_rule(q, written, v, written, seen, logs, **options)
+    y, state = delta_rule(q, written, v, None, seen, logs, **options)
     return dict(y=y, state=state)
 
 

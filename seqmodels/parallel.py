@@ -68,7 +68,7 @@ def run(operation: str, **arguments: Any) -> Any:
     split = mesh_axes(layout.together, **axis_sizes(layout, given))
     if split is None:
         return getattr(module, operation)(**arguments)
-    options = {name: x for name, x in arguments.items() if name not in layout.arrays}
+    options = {name: x for name, x in arguments.items() if name not in given}
     if "length" in split:
         module, options = importlib.import_module(f"{module.__name__}.sharded"), dict(options, axis=split["length"])
     kernel = getattr(module, operation)

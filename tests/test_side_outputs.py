@@ -25,6 +25,8 @@ from tests.array_data import ArrayDataset, which_token
 from tests.training_model import random_batch
 
 VOCABULARY = 16
+# layers, and places where several branches of a block report; and the branch
+REPORTERS = {"0": "mixer", "1.mixer": "mixer", "1.mlp": "mlp", "2": "mixer", "3.mixer": "mixer", "3.mlp": "mlp"}
 
 
 class Toy(Branch):
@@ -98,18 +100,14 @@ def expected(batch):
             {"params": params}, batch["tokens"], segment_ids=batch["segment_ids"], mutable=("losses", "figures")
         )
         nats, sums = next_token_loss(lambda h: h @ params["embedding"].T, hidden, batch["targets"])
-        losses, figures = [], []
-        for i in range(4):
-            branches = [reported["losses"][f"block_{i}"][name] for name in (("mixer", "mlp") if i % 2 else ("mixer",))]
-            losses.append(sum(branch["size"][0] for branch in branches))
-            branches = [reported["figures"][f"block_{i}"][name] for name in (("mixer", "mlp") if i % 2 else ("mixer",))]
-            figures.append(sum(branch["mean"][0] for branch in branches) / len(branches))
-        return nats / sums.count + sum(losses), (nats / sums.count, sums.count, losses, figures)
+        losses = {at: reported["losses"][f"block_{at[0]}"][branch]["size"][0] for at, branch in REPORTERS.items()}
+        figures = {at: reported["figures"][f"block_{at[0]}"][branch]["mean"][0] for at, branch in REPORTERS.items()}
+        return nats / sums.count + sum(losses.values()), (nats / sums.count, sums.count, losses, figures)
 
     gradients, (loss, count, losses, figures) = jax.jit(jax.grad(objective, has_aux=True))(plain_parameters())
-    values = {"loss": loss, "size": sum(losses)}
-    values |= {f"size/{i}": value for i, value in enumerate(losses)}
-    values |= {f"mean/{i}": value for i, value in enumerate(figures)}
+    values = {"loss": loss, "size": sum(losses.values())}
+    values |= {f"size/{at}": value for at, value in losses.items()}
+    values |= {f"mean/{at}": value for at, value in figures.items()}
     return {name: float(value) for name, value in values.items()}, float(count), gradients
 
 
@@ -132,7 +130,7 @@ def test_a_loss_and_a_figure_by_layer(overrides):
     for name, value in values.items():
         assert found[name] == pytest.approx(value, rel=1e-5, abs=1e-7), name
     assert found["grad_norm"] == pytest.approx(float(optax.tree.norm(gradients)), rel=1e-5)
-    assert len({found[f"size/{i}"] for i in range(4)}) == 4  # or layers could be taken for one another
+    assert len({found[f"size/{at}"] for at in REPORTERS}) == 6  # or layers could be taken for one another
 
 
 @pytest.mark.slow

@@ -12,6 +12,8 @@ k_t and the step beta_t the cases are
 - RWKV-7 (Peng et al. 2025): a and b are independent, and w is a vector;
 - the gain of Conba: w = lambda, a = beta k, b = k, written key beta k, read exclusively.
 
+In all but RWKV-7 a is the written key. Then leave it out (None): the chunked implementation computes less.
+
 The state is bounded if each matrix diag(w_t) - a_t b_t^T is a contraction. The operation does not check this.
 """
 
@@ -61,7 +63,7 @@ def delta_rule(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    a: jax.Array,
+    a: jax.Array | None,
     b: jax.Array,
     log_decay: jax.Array | None = None,
     *,
@@ -81,6 +83,7 @@ def delta_rule(
         k, a, b: [B, T, Hk, K] or [B, T, H, K], each by itself: keys that are written, directions in which the state is
             corrected, and directions in which it is read for that. With Hk heads, value head h uses head
             h // (H / Hk), as it does of q; with H heads, its own. (So a step beta for each value head goes into a.)
+            a None: it is k.
         v: [B, T, H, V] values; H is a multiple of Hk.
         log_decay: logarithm of the decay, at most 0 (-inf is fine: it drops the state, except what a and b make of
             it), float32: None (no decay), [B, T, H], or [B, T, H, K] with one decay for each row of the state.
@@ -107,11 +110,12 @@ def delta_rule(
     """
     documents = dict(segment_ids=segment_ids, initial_segment=initial_segment, mask=mask)
     check(q, k, v, a, b, log_decay, read, initial_state, **documents, chunk=chunk)
-    factors = jnp.result_type(q, k, v, a, b)
+    factors = jnp.result_type(*(x for x in (q, k, v, a, b) if x is not None))
     accumulator = jnp.promote_types(jnp.float32, factors)
     log_decay = None if log_decay is None else finite_decay(log_decay.astype(accumulator))
     if mask is not None:  # where, not a product: padding may hold anything
-        q, k, v, a, b = (zero_padding(x, mask) for x in (q, k, v, a, b))
+        q, k, v, b = (zero_padding(x, mask) for x in (q, k, v, b))
+        a = None if a is None else zero_padding(a, mask)
         log_decay = None if log_decay is None else zero_padding(log_decay, mask)
     (batch, length, heads, values), (groups, keys) = v.shape, q.shape[2:]
     if initial_state is None:
@@ -131,7 +135,7 @@ def check(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    a: jax.Array,
+    a: jax.Array | None,
     b: jax.Array,
     log_decay: jax.Array | None,
     read: str,

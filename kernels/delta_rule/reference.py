@@ -13,7 +13,7 @@ def delta_rule(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    a: jax.Array,
+    a: jax.Array | None,
     b: jax.Array,
     log_decay: jax.Array | None,
     initial_state: jax.Array,
@@ -30,6 +30,7 @@ def delta_rule(
     log_decay is zero on padding, too, so the mask matters only for the segment_ids.
     """
     batch, length, heads, _ = v.shape
+    a = k if a is None else a
     accumulator = jnp.result_type(q, k, v, a, b, jnp.float32)
     if log_decay is None:
         log_decay = jnp.zeros((batch, length, heads), accumulator)

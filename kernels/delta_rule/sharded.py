@@ -46,7 +46,7 @@ def delta_rule(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    a: jax.Array,
+    a: jax.Array | None,
     b: jax.Array,
     log_decay: jax.Array | None = None,
     *,
@@ -77,7 +77,7 @@ def delta_rule(
     if segment_ids is not None:
         documents["initial_segment"] = segment_before(segment_ids, initial_segment, mask, axis)
     if initial_state is None:
-        accumulator = jnp.result_type(q, k, v, a, b, jnp.float32)
+        accumulator = jnp.result_type(*(x for x in (q, k, v, a, b) if x is not None), jnp.float32)
         initial_state = jnp.zeros((*v.shape[:1], v.shape[2], q.shape[3], v.shape[3]), accumulator)
     options = Options(axis, scale, read, chunk, implementation)
     arrays = dict(q=q, k=k, v=v, a=a, b=b, log_decay=log_decay, initial_state=initial_state)

@@ -2,18 +2,20 @@
 
 The inverse of [[A, 0], [L, D]] is [[A', 0], [-D' L A', D']] with the inverses A' and D' of the halves. So one function
 that inverts both halves together, and calls itself for them, needs log2(C) pairs of matrix products, all in float32. In
-contrast to the series 1 - L + L^2 - .., no number in it is much larger than those of the result.
+contrast to the series 1 - L + L^2 - .., no number in it is much larger than those of the result. Up to 16 rows the
+pairs of blocks of one size are joined by two products of the whole matrix.
 """
 
 import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from seqmodels.kernels.arrays import pad
 from seqmodels.kernels.finite import finite_or_zero
 
-SMALL = 8  # products of matrices up to this size are sums of products, which XLA fuses
+SMALL = 16  # products of matrices up to this size are sums of products, which XLA fuses
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
@@ -37,9 +39,9 @@ def unit_inverse(L: jax.Array, guarded: bool) -> tuple[jax.Array, jax.Array]:
 def _inverse(L: jax.Array, guarded: bool) -> tuple[jax.Array, jax.Array]:
     """`unit_inverse` if C is a power of two."""
     size = L.shape[-1]
+    if size <= SMALL:
+        return _small_inverse(L, guarded)
     half = size // 2
-    if not half:
-        return jnp.ones_like(L), jnp.zeros(L.shape[:-1], bool)
     (first, second), (bad, low_bad) = _inverse(jnp.stack([L[..., :half, :half], L[..., half:, half:]]), guarded)
     middle = _product(L[..., half:, :half], first)
     wrong, middle = _not_finite(middle), (finite_or_zero(middle) if guarded else middle)
@@ -49,6 +51,30 @@ def _inverse(L: jax.Array, guarded: bool) -> tuple[jax.Array, jax.Array]:
     upper = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
     lower = jnp.concatenate([low, second], axis=-1)
     return jnp.concatenate([upper, lower], axis=-2), jnp.concatenate([bad, low_bad], axis=-1)
+
+
+def _small_inverse(L: jax.Array, guarded: bool) -> tuple[jax.Array, jax.Array]:
+    """`_inverse` in products of the full size: more work than halves, and fewer steps.
+
+    If T has the inverses of the blocks on the diagonal, and M the part of L that joins each pair of them, then
+    T - T M T has the inverses of the pairs.
+    """
+    row = np.arange(L.shape[-1])
+    wrong = ~jnp.isfinite(L) if guarded else jnp.zeros(L.shape, bool)
+    L = finite_or_zero(L) if guarded else L
+    T = jnp.where(_joins(row), -L, jnp.eye(len(row), dtype=L.dtype))
+    for level in range(1, (len(row) - 1).bit_length()):
+        middle = _product(jnp.where(_joins(row >> level), L, 0), T)
+        joined = T - _product(T, finite_or_zero(middle) if guarded else middle)
+        if guarded:
+            wrong, joined = wrong | ~jnp.isfinite(middle) | ~jnp.isfinite(joined), finite_or_zero(joined)
+        T = joined
+    return T, jnp.any(wrong, axis=-1)
+
+
+def _joins(block: np.ndarray) -> np.ndarray:
+    """[C, C] bool: whether the blocks, of the numbers [C], of a row and a column are a pair."""
+    return block[:, None] ^ block == 1
 
 
 def _not_finite(x: jax.Array) -> jax.Array:

@@ -9,12 +9,20 @@ where the incoming state counts as a write before the first token, the numbers u
 
     u_t + sum_{s<t} (b_t . a_s) E[t-1, s] u_s  =  E[t-1, start] b_t^T S + sum_{s<t} (b_t . k_s) E[t-1, s] v_s.
 
-T is the inverse of its matrix (the WY or UT form of Yang et al. 2024, arXiv 2406.06484). It does not depend on S, and
-neither do the factors `read` and `own` in u = read S + own. So all chunks of a span compute them at once, and only
+T is the inverse of its matrix (the WY or UT form of Yang et al. 2024, arXiv 2406.06484), and does not depend on S. If a
+is k, what is written along a_s is X_s = v_s - u_s. It is linear in S, so it has K columns of factors of S beside its
+own V columns, and
 
-    S' = E[C, start] S + sum_s E[C, s] (k_s v_s^T - a_s u_s^T)
+    X = T [-b' | v],   b'_t = E[t-1, start] b_t.
 
-goes from chunk to chunk. The backward pass keeps the state before each span, and computes the span again.
+Else v there is minus the last sum above, X is -u, and the writes of k_s v_s^T are added to what follows. Queries and
+the outgoing state read X, which gives again K columns of factors of S, R and N, and V columns:
+
+    [R | Y]_t = sum_s (q_t . a_s) E[t, s] X_s,    y_t = (q'_t + R_t) S + Y_t
+    [N | W] = sum_s E[C, s] a_s X_s^T,            S'  = E[C, start] S + N S + W
+
+All chunks of a span compute these at once, and only the last line goes from chunk to chunk. The backward pass keeps the
+state before each span, and computes the span again.
 
 No exponent is above zero, because each sum of log decays is over its own tokens. With a decay for each channel, E is a
 matrix for each k, (b_t . a_s) E[t-1, s] is one sum over k, and chunks are shorter.
@@ -25,16 +33,18 @@ put back as NaN afterwards (see `kernels.finite`). Calls with a few tokens, as i
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike
 
-from seqmodels.kernels.arrays import expand_to, join_time, split_time
+from seqmodels.kernels.arrays import expand_to, pad, round_up
 from seqmodels.kernels.delta_rule.triangular import unit_inverse
-from seqmodels.kernels.finite import finite_or_zero, not_finite, spoil, spoilt_so_far
+from seqmodels.kernels.dispatch import platforms
+from seqmodels.kernels.finite import finite_or_zero, not_finite, spoil
 from seqmodels.kernels.isolate import isolate
 from seqmodels.kernels.linear_attention.xla import factors_dtype, product
 from seqmodels.kernels.segments import forget, resets
@@ -57,10 +67,13 @@ class Options(NamedTuple):
 
 
 class Tokens(NamedTuple):
-    """Arrays over time: [B, T, heads, ..], log decays [B or 1, T, H or 1, K or 1], and resets [B, T] bool or None."""
+    """Arrays over time: [B, T, heads, ..], log decays [B or 1, T, H or 1, K or 1], and resets [B, T] bool or None.
+
+    k is None if it is a. Split into chunks (`_split`), they are [n, B, heads, C, ..] in a span, and [n, B, C].
+    """
 
     q: jax.Array
-    k: jax.Array
+    k: jax.Array | None
     v: jax.Array
     a: jax.Array
     b: jax.Array
@@ -77,7 +90,7 @@ def delta_rule(
     q: jax.Array,
     k: jax.Array,
     v: jax.Array,
-    a: jax.Array,
+    a: jax.Array | None,
     b: jax.Array,
     log_decay: jax.Array | None,
     initial_state: jax.Array,
@@ -90,22 +103,24 @@ def delta_rule(
     chunk: int | None,
 ) -> tuple[jax.Array, jax.Array]:
     """As `kernels.delta_rule.delta_rule`, with padding set to zero."""
-    accumulator = jnp.result_type(q, k, v, a, b, jnp.float32)
+    given = (k, v, b) if a is None else (k, v, b, a)
+    accumulator = jnp.result_type(q, *given, jnp.float32)
     state = initial_state.astype(accumulator)
     reset = resets(segment_ids, initial_segment, mask)
     length = v.shape[1]
     if length <= UNROLLED:
-        y, state = _few_tokens(scale, read, (q, k, v, a, b, log_decay, reset), state)
+        y, state = _few_tokens(scale, read, (q, k, v, k if a is None else a, b, log_decay, reset), state)
         return y.astype(v.dtype), state
 
     dtype = v.dtype
-    q, (k, v, a, b), log_decay, spoilt = isolate(q, (k, v, a, b), log_decay, reset)
+    q, (k, v, b, *own), log_decay, spoilt = isolate(q, given, log_decay, reset)
     if log_decay is None:  # axes of size one are broadcast over rows and heads: decays are computed once
         log_decay = jnp.zeros((1, length, 1, 1), accumulator)
     decay = log_decay if log_decay.ndim == 4 else log_decay[..., None]
     chunk, span = _lengths(chunk, length, max(state.shape[2:]), decay.shape[-1] > 1)
-    options = Options(scale, read, dtype, factors_dtype(q, k, v, a, b), chunk, span)
-    y, state = _scan(options, Tokens(q, k, v, a, b, decay, reset), state)
+    options = Options(scale, read, dtype, factors_dtype(q, k, v, b, *own), chunk, span)
+    tokens = Tokens(q, k, v, own[0], b, decay, reset) if own else Tokens(q, None, v, k, b, decay, reset)
+    y, state = _scan(options, tokens, state)
     return (y, state) if spoilt is None else (spoil(y, spoilt.reads), spoil(state, spoilt.writes[:, -1]))
 
 
@@ -167,8 +182,8 @@ def _forward(options, tokens, state):
         y, new = _span(options, span, state)
         return new, (y, state)
 
-    final, (y, before) = jax.lax.scan(body, state, split_time(tokens, options.chunk * options.span))
-    return join_time(y, tokens.v.shape[1]), final, before
+    final, (y, before) = jax.lax.scan(body, state, _split(options, tokens))
+    return _join(y, tokens.v.shape[1]), final, before
 
 
 def _scan_fwd(options, tokens, state):
@@ -181,7 +196,6 @@ def _scan_bwd(options, residuals, cotangents):
     dy, dstate = cotangents
     bad = None if tokens.reset is None else not_finite(dy)
     dy = dy if bad is None else finite_or_zero(dy)
-    size, length = options.chunk * options.span, dy.shape[1]
 
     def body(dstate, piece):
         (*arrays, reset), dy, state = piece
@@ -192,9 +206,9 @@ def _scan_bwd(options, residuals, cotangents):
         gradients, dstate = jax.vjp(forward, arrays, state)[1]((dy, dstate))
         return dstate, gradients
 
-    pieces = (split_time(tuple(tokens), size), split_time(dy, size), before)
+    pieces = (tuple(_split(options, tokens)), _split(options, dy), before)
     dstate, gradients = jax.lax.scan(body, dstate, pieces, reverse=True)
-    dq, *others = (join_time(x, length) for x in gradients)
+    dq, *others = (None if x is None else _join(x, dy.shape[1]) for x in gradients)
     dq = dq if bad is None else spoil(dq, bad)  # so that a gradient that is not finite does not go unnoticed
     return Tokens(dq, *others, None), dstate
 
@@ -202,168 +216,180 @@ def _scan_bwd(options, residuals, cotangents):
 _scan.defvjp(_scan_fwd, _scan_bwd)
 
 
-class Visible(NamedTuple):
-    """Which read sees which write, by time and documents: bool, [B or 1, 1, n, ..].
+def _split(options: Options, tree: Any) -> Any:
+    """Arrays [B, T, H, ..] as [spans, n, B, H, C, ..], and [B, T] as [spans, n, B, C]; padded with zeros at the end."""
+    span, chunk = options.span, options.chunk
 
-    Attributes:
-        corrections: [.., C, C] writes by the reads of b, which come before them.
-        reads: [.., C, C] writes by the reads of q.
-        start: [.., C, 1] the incoming state by both.
-        end: [.., C, 1] writes by the outgoing state.
-        through: [.., 1, 1] the incoming state by the outgoing state.
-        together: [.., C, C] tokens of the same document.
+    def split(x):
+        x = pad(x, {1: round_up(x.shape[1], span * chunk)})
+        x = x.reshape(x.shape[0], -1, span, chunk, *x.shape[2:])
+        return jnp.moveaxis(x, (1, 2, 0, 4) if x.ndim > 4 else (1, 2, 0), (0, 1, 2, 3) if x.ndim > 4 else (0, 1, 2))
+
+    return jax.tree.map(split, tree)
+
+
+def _join(x: jax.Array, length: int) -> jax.Array:
+    """Arrays [B, T, H, ..] from [spans, n, B, H, C, ..]."""
+    x = jnp.moveaxis(x, (2, 0, 1, 4), (0, 1, 2, 3))
+    return x.reshape(x.shape[0], -1, *x.shape[4:])[:, :length]
+
+
+def _counts(options: Options) -> np.ndarray:
+    """[2 C + 1] how many tokens of the chunk have passed at each read: those of b, those of q, and the outgoing state.
+
+    As writes there are the incoming state and C tokens. A read of a state after c tokens sees the first 1 + c of them.
     """
-
-    corrections: jax.Array
-    reads: jax.Array
-    start: jax.Array
-    end: jax.Array
-    through: jax.Array
-    together: jax.Array
+    before = np.arange(options.chunk)
+    return np.concatenate([before, before + (options.read == "inclusive"), [options.chunk]])
 
 
-def _visible(options: Options, reset: jax.Array | None) -> Visible:
-    """reset: [B, n, C] or None."""
+def _decays(decay: jax.Array, counts: np.ndarray, guarded: bool) -> jax.Array:
+    """E [n, B, H, reads, writes, K] (axes of size one stay so) from log decays [n, B, H, C, K].
+
+    It is 1 for writes that are yet to come. If `guarded`, gradients that are not finite, which belong to one document,
+    become zero.
+    """
+    size = decay.shape[-2]
+    passed = jnp.asarray(np.arange(size) < counts[:, None], decay.dtype)
+    after = np.arange(size)[:, None] >= np.arange(size + 1)
+    spread = jnp.where(after[..., None], decay[..., None, :], 0)
+    sums = jnp.einsum("il,nbhljk->nbhijk", passed, spread, precision="highest")
+    return jnp.exp(_finite_gradient(sums) if guarded else sums)
+
+
+def _seen(counts: np.ndarray, reset: jax.Array | None) -> Any:
+    """Which reads see which writes, by time and documents: bool [reads, writes], or [n, B, 1, reads, writes].
+
+    reset: [n, B, C] or None.
+    """
+    passed = counts[:, None] >= np.arange(int(counts[-1]) + 1)
     if reset is None:
-        reset = jnp.zeros((1, options.span, options.chunk), bool)
-    document = jnp.cumsum(reset, axis=-1)[:, None]
-    last = document[..., -1:]
-    same = document[..., :, None] == document[..., None, :]
-    before, up_to = (jnp.tril(same, own) for own in (-1, 0))
-    reads = up_to if options.read == "inclusive" else before
-    return Visible(before, reads, document[..., None] == 0, (document == last)[..., None], last[..., None] == 0, same)
+        return passed
+    document = jnp.cumsum(reset, axis=-1)[:, :, None]
+    of_reads = jnp.concatenate([document, document, document[..., -1:]], axis=-1)
+    of_writes = jnp.pad(document, [(0, 0)] * 3 + [(1, 0)])  # the incoming state has the number 0
+    return passed & (of_reads[..., :, None] == of_writes[..., None, :])
 
 
 @jax.custom_vjp
-def _finite(x: jax.Array) -> jax.Array:
+def _finite_gradient(x: jax.Array) -> jax.Array:
     """x, and in the backward pass its gradient, with zeros in place of what is not finite."""
-    return finite_or_zero(x)
+    return x
 
 
-_finite.defvjp(lambda x: (finite_or_zero(x), None), lambda _, dy: (finite_or_zero(dy),))
+_finite_gradient.defvjp(lambda x: (x, None), lambda _, dy: (finite_or_zero(dy),))
 
 
-class Guard:
-    """Takes out what is not finite before a product over tokens of several documents, and remembers the tokens."""
+def _finite(x: jax.Array, bad: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """x [n, B, H, C, ..] with zeros in place of what is not finite, in its gradient too; and `bad` with these tokens.
 
-    def __init__(self, active: bool) -> None:
-        self.active, self.found = active, jnp.zeros((), bool)
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """x [B, H, n, C, ..] with zeros in place of what is not finite."""
-        if not self.active:
-            return x
-        self.note(jnp.any(~jnp.isfinite(x), axis=-1))
-        return _finite(x)
-
-    def note(self, bad: jax.Array) -> None:
-        """Remember the tokens that are `bad` [B, H, n, C]: `found` is [B, n, C]."""
-        self.found = self.found | jnp.any(bad, axis=1)
-
-
-def _decays(decay: jax.Array, active: bool) -> jax.Array:
-    """E [B, H, n, C + 1, C + 1, K] (axes of size one stay so) from log decays [B, H, n, C, K].
-
-    Rows are numbers of tokens that have passed. Columns are writes, the incoming state first; it is zero for writes
-    that are yet to come. If `active`, gradients that are not finite, which belong to one document, become zero.
+    For factors of products over tokens of several documents. `bad`: [n, B, H, C] bool.
     """
-    size = decay.shape[-2]
-    passed, after = jnp.tril(jnp.ones((size + 1, size), decay.dtype), -1), jnp.tril(jnp.ones((size, size + 1), bool))
-    spread = jnp.where(after[..., None], decay[..., None, :], 0)
-    sums = jnp.einsum("il,bhnljk->bhnijk", passed, spread, precision="highest")
-    sums = _finite(sums) if active else sums
-    return jnp.exp(jnp.where(jnp.tril(jnp.ones((size + 1, size + 1), bool))[..., None], sums, -jnp.inf))
+    return _finite_gradient(finite_or_zero(x)), bad | jnp.any(~jnp.isfinite(x), axis=-1)
 
 
-def _select(visible: jax.Array, x: jax.Array) -> jax.Array:
-    """x where `visible`, else zero, even where x is infinite or NaN."""
-    return jnp.where(visible, x, 0)
+def _select(seen: Any, x: jax.Array) -> jax.Array:
+    """x where `seen`, else zero, even where x is infinite or NaN."""
+    return jnp.where(seen, x, 0)
 
 
-def _scores(times: Callable[..., jax.Array], reads: jax.Array, writes: jax.Array, E: jax.Array, seen: jax.Array):
-    """The decayed products of reads and writes [B, H, n, C, K] where they are `seen`: [B, H, n, C, C].
+def _scores(times: Callable[..., jax.Array], reads: jax.Array, writes: jax.Array, E: jax.Array, seen: Any):
+    """The decayed products of reads [n, B, H, R, K] and writes [n, B, H, C, K] that are `seen`: [n, B, H, R, C].
 
-    E: [B, H, n, C, C + 1, 1 or K], rows of the reads.
+    E: [n, B, H, R, C, 1 or K].
     """
-    E = E[..., 1:, :]
     if E.shape[-1] == 1:
-        return _select(seen, times("bhnik,bhnjk->bhnij", reads, writes) * E[..., 0])
+        return _select(seen, times("nbhik,nbhjk->nbhij", reads, writes) * E[..., 0])
     reads, writes = reads.astype(E.dtype), writes.astype(E.dtype)
-    return _select(seen, jnp.einsum("bhnik,bhnjk,bhnijk->bhnij", reads, writes, E, precision="highest"))
-
-
-def _chunks(x: jax.Array, count: int) -> jax.Array:
-    """[B, n C, H, ..] to [B, H, n, C, ..]."""
-    return jnp.moveaxis(x.reshape(x.shape[0], count, -1, *x.shape[2:]), 3, 1)
+    return _select(seen, jnp.einsum("nbhik,nbhjk,nbhijk->nbhij", reads, writes, E, precision="highest"))
 
 
 def _span(options: Options, tokens: Tokens, state: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """y [B, n C, H, V] and the state after n chunks, from tokens of these chunks and the state before them."""
-    n, heads, packed = options.span, tokens.v.shape[2], tokens.reset is not None
-    reset = None if tokens.reset is None else tokens.reset.reshape(-1, n, options.chunk)
-    times, guard = functools.partial(product, options.factors), Guard(packed)
-    q, k, a, b = (
-        jnp.repeat(_chunks(x, n), heads // x.shape[2], axis=1) for x in (tokens.q, tokens.k, tokens.a, tokens.b)
-    )
-    v, seen, E = _chunks(tokens.v, n), _visible(options, reset), _decays(_chunks(tokens.decay, n), packed)
-    of_b, of_q = E[..., :-1, :, :], E[..., 1:, :, :] if options.read == "inclusive" else E[..., :-1, :, :]
+    """y [n, B, H, C, V] and the state after n chunks, from tokens of these chunks and the state before them."""
+    size, keys, heads, v = options.chunk, tokens.q.shape[-1], tokens.v.shape[2], tokens.v
+    packed, times = tokens.reset is not None, functools.partial(product, options.factors)
+    by_head = lambda x: jnp.repeat(x, heads // x.shape[2], axis=2)  # noqa: E731
+    a, reads = by_head(tokens.a), jnp.concatenate([by_head(tokens.b), by_head(tokens.q)], axis=-2)
+    counts = _counts(options)
+    E, seen = _decays(tokens.decay, counts, packed), _seen(counts, tokens.reset)
+    tokens_seen, start_seen, end_seen = seen[..., :-1, 1:], seen[..., :-1, :1], seen[..., -1, 1:, None]
 
-    # what each token reads for its correction is u = read S + own
-    T, bad = unit_inverse(guard(_scores(times, b, a, of_b, seen.corrections)), packed)
-    if packed:
-        guard.note(bad)
-        T = guard(_select(seen.together, T))
-    read = times("bhnij,bhnjk->bhnik", T, _select(seen.start, b * of_b[..., 0, :]))
-    read = guard(_select(seen.start, read))
-    own = guard(times("bhnij,bhnjp->bhnip", _scores(times, b, k, of_b, seen.corrections), v))
-    own = times("bhnij,bhnjp->bhnip", T, own)
+    scores = _scores(times, reads, a, E[..., :-1, 1:, :], tokens_seen)
+    from_start = _select(start_seen, reads * E[..., :-1, 0, :])
+    T, bad = unit_inverse(scores[..., :size, :], packed)
+    if packed:  # for the backward pass: T is zero and finite where it should be
+        T = _finite_gradient(_select(tokens_seen[..., :size, :] | np.eye(size, dtype=bool), T))
+    own, Y_of_k, W = v, jnp.zeros((), scores.dtype), jnp.zeros((), scores.dtype)
+    if tokens.k is not None:
+        k = by_head(tokens.k)
+        of_k = times("nbhij,nbhjp->nbhip", _scores(times, reads, k, E[..., :-1, 1:, :], tokens_seen), v)
+        own, Y_of_k = -of_k[..., :size, :], of_k[..., size:, :]
+        own, bad = _finite(own, bad) if packed else (own, bad)
+        W = times("nbhik,nbhip->nbhkp", _select(end_seen, k * E[..., -1, 1:, :]), _select(end_seen, v))
 
-    to_end, through = E[..., -1, 1:, :], E[..., -1, 0, :, None]
-    written = times("bhnik,bhnip->bhnkp", _select(seen.end, k * to_end), _select(seen.end, v))
-    moves = (read, own, written, _select(seen.end, a * to_end), through)
-    before, u, spoilt, state = _from_chunk_to_chunk(times, guard, moves, seen, reset, state)
+    X = times("nbhij,nbhjp->nbhip", T, jnp.concatenate([-from_start[..., :size, :], own], axis=-1))
+    X, bad = _finite(X, bad) if packed else (X, bad)
+    RY = times("nbhij,nbhjp->nbhip", scores[..., size:, :], X)
+    RY = _finite_gradient(RY) if packed else RY
+    NW = times("nbhik,nbhip->nbhkp", _select(end_seen, a * E[..., -1, 1:, :]), _select(end_seen, X))
+    W = W + NW[..., keys:]
+    if packed:  # of the queries, and of the outgoing state: whether they see a token that is not finite
+        spoilt = jnp.any(seen[..., size:, 1:] & bad[..., None, :], axis=-1)
+        W = spoil(W, spoilt[..., -1])
 
-    y = times("bhnij,bhnjp->bhnip", _scores(times, q, k, of_q, seen.reads), v)
-    y = y - times("bhnij,bhnjp->bhnip", _scores(times, q, a, of_q, seen.reads), u)
-    from_start = times("bhnik,bhnkp->bhnip", _select(seen.start, q * of_q[..., 0, :]), before)
-    y = options.scale * (y + _select(seen.start, from_start))
-    y = jnp.moveaxis(y, 1, 3)
-    y = y.reshape(y.shape[0], -1, *y.shape[3:]).astype(options.dtype)
-    return (spoil(y, spoilt) if packed else y), state
+    through, N = E[..., -1, 0, :, None], NW[..., :keys].astype(options.factors)
+    kept = seen[..., -1:, :1] if packed else None
+    before, state = _from_chunk_to_chunk(options.factors, through, N, W, kept, state)
+    start_seen = start_seen[..., size:, :]
+    of_start = _select(start_seen, from_start[..., size:, :] + RY[..., :keys])
+    y = RY[..., keys:] + Y_of_k + _select(start_seen, times("nbhik,nbhkp->nbhip", of_start, before))
+    y = (options.scale * y).astype(options.dtype)
+    return (spoil(y, spoilt[..., :-1]) if packed else y), state
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _from_chunk_to_chunk(
-    times: Callable[..., jax.Array],
-    guard: Guard,
-    moves: tuple[jax.Array, ...],
-    seen: Visible,
-    reset: jax.Array | None,
-    state: jax.Array,
-) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
-    """The part of a span that is one chunk after the other.
+    factors: DTypeLike, through: jax.Array, N: jax.Array, W: jax.Array, kept: jax.Array | None, state: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The part of a span that is one chunk after the other: S' = through S + N S + W.
 
     Args:
-        moves: factors `read` [B, H, n, C, K] and `own` [B, H, n, C, V] of u; what the values add to the outgoing state,
-            [B, H, n, K, V]; decayed a [B, H, n, C, K]; factors of the incoming state [B, H, n, K or 1, 1].
-        guard: has found the tokens that are not finite already, apart from those that the state spoils.
+        factors: dtype of the factors of N S.
+        through: [n, B, H, K or 1, 1] (B and H may be 1). N: [n, B, H, K, K]. W: [n, B, H, K, V].
+        kept: [n, B, 1, 1, 1] bool, False where the chunk drops S. None: it never does.
+        state: [B, H, K, V].
 
     Returns:
-        The state before each chunk [B, H, n, K, V], u [B, H, n, C, V], the tokens [B, n C] whose document is spoilt
-        (None without resets), and the state after the last chunk.
+        The state before each chunk [n, B, H, K, V], and the state after the last one.
     """
+    return _walk(factors, through, N, W, kept, state)
 
+
+def _walk(factors, through, N, W, kept, state, reverse=False):
     def step(state, chunk):
-        (read, own, written, taken, through), (start, end, stays), found, reset = chunk
-        u = _select(start, times("bhik,bhkp->bhip", read, state)) + own
-        spoilt = None
-        if reset is not None:
-            spoilt = spoilt_so_far(found | jnp.any(~jnp.isfinite(u), axis=(1, 3)), reset)
-            u = _finite(u)
-        new = _select(stays, through * state) + written - times("bhik,bhip->bhkp", taken, _select(end, u))
-        return (new if spoilt is None else spoil(new, spoilt[:, -1])), (state, u, spoilt)
+        through, N, W, kept = chunk
+        new = through * state + product(factors, "bhkl,bhlp->bhkp", N, state)
+        return (new if kept is None else _select(kept, new)) + W, state
 
-    by_head = jax.tree.map(lambda x: jnp.moveaxis(x, 2, 0), (moves, (seen.start, seen.end, seen.through)))
-    by_token = (None, None) if reset is None else (jnp.moveaxis(x, 1, 0) for x in (guard.found, reset))
-    state, (before, u, spoilt) = jax.lax.scan(step, state, (*by_head, *by_token))
-    spoilt = None if spoilt is None else join_time(spoilt, u.shape[0] * u.shape[3])
-    return jnp.moveaxis(before, 0, 2), jnp.moveaxis(u, 0, 2), spoilt, state
+    unroll = 1 if platforms() == ("cpu",) else min(len(W), SPAN)  # a step is one product, and soon launched
+    state, before = jax.lax.scan(step, state, (through, N, W, kept), reverse=reverse, unroll=unroll)
+    return before, state
+
+
+def _from_chunk_to_chunk_fwd(factors, through, N, W, kept, state):
+    before, state = _walk(factors, through, N, W, kept, state)
+    return (before, state), (through, N, kept, before)
+
+
+def _from_chunk_to_chunk_bwd(factors, residuals, cotangents):
+    """The gradient of the state goes the other way by the transposed matrices, so it is such a walk, too."""
+    through, N, kept, before = residuals
+    after, dstate = _walk(factors, through, jnp.swapaxes(N, -1, -2), cotangents[0], kept, cotangents[1], reverse=True)
+    select = functools.partial(_select, True if kept is None else kept)
+    dN = select(product(factors, "nbhkp,nbhlp->nbhkl", after, before))
+    broadcast = [axis for axis, size in enumerate(through.shape) if size == 1]
+    dthrough = jnp.sum(select(after * before), broadcast, keepdims=True)
+    return dthrough, dN.astype(N.dtype), after, None, dstate
+
+
+_from_chunk_to_chunk.defvjp(_from_chunk_to_chunk_fwd, _from_chunk_to_chunk_bwd)

@@ -8,7 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax.lax import RaggedDotDimensionNumbers
 
-from seqmodels.kernels.grouped_matmul.groups import real_rows
+from seqmodels.kernels.finite import finite_or_zero, spoil
+from seqmodels.kernels.grouped_matmul.groups import bounds, real_rows
 
 
 def supports(platform: str, **facts: object) -> str | None:
@@ -29,7 +30,11 @@ def transposed(dy: jax.Array, w: jax.Array, sizes: jax.Array) -> jax.Array:
 def weight_gradient(x: jax.Array, dy: jax.Array, sizes: jax.Array) -> jax.Array:
     """The gradient of w [X, K, N], given x [M, K] and the gradient of y [M, N]: a sum over each group's rows."""
     numbers = RaggedDotDimensionNumbers((((0,), (0,)), ((), ())), lhs_ragged_dimensions=[0], rhs_group_dimensions=[])
-    return _ragged_dot(real_rows(x, sizes), real_rows(dy, sizes), sizes, numbers)
+    dy, (start, end) = real_rows(dy, sizes), bounds(sizes)
+    dw = _ragged_dot(real_rows(x, sizes), finite_or_zero(dy), sizes, numbers)
+    # XLA multiplies the rows of other groups with zero, so what is not finite would reach all matrices
+    bad = jnp.pad(jnp.cumsum(jnp.any(~jnp.isfinite(dy), axis=1), dtype=jnp.int32), (1, 0))
+    return spoil(dw, bad[end] > bad[start])
 
 
 def _by_rows(x, w, sizes, contracted):

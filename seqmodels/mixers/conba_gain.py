@@ -70,14 +70,13 @@ def adapt(
     step = step[..., None]
     fixed = jnp.einsum("hpq,bthq->bthp", base, e, precision="highest")
     if rule == "published":
-        key, value = -step * e, e
-        away = along = jnp.zeros_like(e)
-        log_memory = None
+        key, value, along = -step * e, e, jnp.zeros_like(e)
+        away, log_memory = along, None
     else:
         along = unit(e)
-        key = away = step * along
+        key, away = step * along, None
         value = along - jnp.einsum("hpq,bthq->bthp", base, along, precision="highest")
-    q, key, value, away, along = (x.astype(dtype) for x in (e, key, value, away, along))
+    q, key, value, away, along = jax.tree.map(lambda x: x.astype(dtype), (e, key, value, away, along))
     learned, state = delta_rule(
         q, key, value, away, along, log_memory, read="exclusive", initial_state=state, **options
     )

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
-from seqmodels.kernels.arrays import expand_to, join_time, shifted, split_time
+from seqmodels.kernels.arrays import expand_to, join_time, shifted, split_time, zero_padding
 from seqmodels.kernels.dispatch import platforms
 from seqmodels.kernels.segments import forget
 from seqmodels.kernels.short_conv.xla import tokens_in_reach
@@ -141,7 +141,8 @@ def read_states(
     reach = None if tokens.reset is None else tokens_in_reach(tokens.reset, plant.delay)
     pieces = split_time((tokens, None if reach is None else reach >= plant.delay), size)
     starts = size * jnp.arange(-(-length // size))
-    reals = jnp.clip(count - starts[:, None], 0, size)
+    whole = mask is None and length % size == 0
+    reals = None if whole else jnp.clip(count - starts[:, None], 0, size)
     carry = jax.tree.map(lambda s: jnp.swapaxes(s, -1, -2), (memory.ssm, memory.lag, memory.scaled))
     body = jax.checkpoint(functools.partial(_chunk, plant, key, implementation), prevent_cse=False)
     carry, readouts = jax.lax.scan(body, carry, (pieces, reals, starts // size))
@@ -150,17 +151,20 @@ def read_states(
 
 
 def _chunk(plant: Plant, key: Any, implementation: str | None, carry: Any, piece: Any) -> tuple[Any, Any]:
-    """One chunk: arrays [B, Q, ...], real tokens first. carry: state, lag [B, tau, N, E], scaled state [B, N, E]."""
+    """One chunk: arrays [B, Q, ...], real tokens first. carry: state, lag [B, tau, N, E], scaled state [B, N, E].
+
+    The number of real tokens is [B], or None if all are.
+    """
     (tokens, within), real, index = piece
     state, lag, scaled = carry
     size, dtype = tokens.u.shape[1], plant.A.dtype
-    here = jnp.arange(size) < real[:, None]
+    here = None if real is None else jnp.arange(size) < real[:, None]
     step = jax.nn.softplus((tokens.delta @ plant.dt_proj).astype(dtype) + plant.dt_bias)
-    step = jnp.where(here[..., None], step, 0)
+    step = zero_padding(step, here)
     write = (step * tokens.u)[..., None, :] * tokens.B.astype(dtype)[..., None]
     if key is not None:
         noise = jax.random.normal(jax.random.fold_in(key, index), write.shape, dtype)
-        write = write + jnp.where(expand_to(here, write.ndim), plant.noise * noise, 0)
+        write = write + zero_padding(plant.noise * noise, here)
     states, state = linear_scan(
         step[..., None, :] * plant.A.T,
         write,
@@ -172,12 +176,12 @@ def _chunk(plant: Plant, key: Any, implementation: str | None, carry: Any, piece
     if lag is not None:
         lagged = shifted(lag, states)
         lagged = lagged if within is None else jnp.where(expand_to(within, lagged.ndim), lagged, 0)
-        lag = _rows(jnp.concatenate([lag, states], axis=1), real, plant.delay)
+        lag = _newest(lag, states, real)
     x = rescale(states + mix(plant.F, lagged) + plant.f[:, None], plant.Z, plant.g, plant.scaling)
     C, before = tokens.C.astype(dtype), None
     if scaled is not None:
         before = read(forget(shifted(scaled[:, None], x), tokens.reset), C)
-        scaled = _rows(jnp.concatenate([scaled[:, None], x], axis=1), real, 1)[:, 0]
+        scaled = _newest(scaled[:, None], x, real)[:, 0]
     return (state, lag, scaled), (read(x, C), before)
 
 
@@ -188,10 +192,16 @@ def _documents(reset: jax.Array | None) -> dict[str, Any]:
     return dict(segment_ids=jnp.cumsum(reset, axis=1), initial_segment=jnp.zeros(len(reset), int))
 
 
-def _rows(history: jax.Array, start: jax.Array, rows: int) -> jax.Array:
-    """Rows start, start + 1, ... of history [B, T, ...], for start [B]: [B, rows, ...]."""
-    index = start[:, None] + jnp.arange(rows)
-    return jnp.take_along_axis(history, expand_to(index, history.ndim), axis=1)
+def _newest(before: jax.Array, x: jax.Array, real: jax.Array | None) -> jax.Array:
+    """The last S rows of `before` [B, S, ...] and the first real [B] rows of x [B, T, ...]. None: of all of x.
+
+    These are slices then. XLA would compute the gradient of rows with constant numbers when it compiles, for seconds.
+    """
+    rows = before.shape[1]
+    if real is None:
+        return jnp.concatenate([before[:, x.shape[1] :], x[:, max(x.shape[1] - rows, 0) :]], axis=1)
+    index = real[:, None] + jnp.arange(rows)
+    return jnp.take_along_axis(jnp.concatenate([before, x], axis=1), expand_to(index, x.ndim), axis=1)
 
 
 def _last(reach: jax.Array | None, count: jax.Array, delay: int) -> jax.Array | None:

@@ -140,7 +140,7 @@ class DeltaNet(Branch):
             q,
             written,
             v,
-            written,
+            None,
             seen,
             log_decay,
             scale=k.shape[3] ** -0.5,

@@ -23,7 +23,10 @@ Values = dict[str, jax.Array]
 
 
 class SideOutputs(NamedTuple):
-    """Values by "name/layer", where layer is the block's number in the whole stack; by "name" outside of blocks."""
+    """Values by "name/layer", where layer is the block's number in the whole stack; by "name" outside of blocks.
+
+    If several branches of a block report a name, by "name/layer.place", with the branch's place in the parameter tree.
+    """
 
     losses: Values
     figures: Values
@@ -36,7 +39,9 @@ def collect(reported: dict[str, Any], model_config: ConfigDict) -> SideOutputs:
         reported: those of COLLECTIONS that are among the model's variables.
         model_config: config.model, which says how many blocks a scan goes over.
 
-    Losses of one name and layer are added up, figures averaged. Raises: ValueError for a value that is not a scalar.
+    Losses of one name in one branch are added up, figures averaged.
+
+    Raises: ValueError for a value that is not a scalar.
     """
     losses, figures = (by_layer(reported.get(name, {}), model_config) for name in COLLECTIONS)
     for name, values in [*losses.items(), *figures.items()]:
@@ -80,9 +85,9 @@ def join(first: Values, second: Values) -> Values:
 
 def by_layer(collection: dict[str, Any], model_config: ConfigDict) -> dict[str, list[jax.Array]]:
     """Every value of a collection that branches `sow` into, by "name/layer"; see `SideOutputs`."""
-    found: dict[str, list[jax.Array]] = {}
+    found: dict[tuple[str, str], dict[str, list[jax.Array]]] = {}  # by name and layer, by place in the block
     if not collection:
-        return found
+        return {}
     unrolled, repeats = scanned(model_config)
     size = (len(plan(model_config)) - unrolled) // max(repeats, 1)
     for path, value in jax.tree_util.tree_leaves_with_path(collection):
@@ -90,11 +95,15 @@ def by_layer(collection: dict[str, Any], model_config: ConfigDict) -> dict[str, 
         name, stacked = keys[-1], keys[0] == "blocks"
         if stacked:
             within = int(keys[1].removeprefix("block_"))
-            layers = [(f"{name}/{unrolled + i * size + within}", value[i]) for i in range(repeats)]
+            layers = [(f"/{unrolled + i * size + within}", value[i]) for i in range(repeats)]
         elif keys[0].startswith("block_"):
-            layers = [(f"{name}/{keys[0].removeprefix('block_')}", value)]
+            layers = [(f"/{keys[0].removeprefix('block_')}", value)]
         else:
-            layers = [(name, value)]
+            layers = [("", value)]
         for layer, one in layers:
-            found.setdefault(layer, []).append(one)
-    return found
+            found.setdefault((name, layer), {}).setdefault(keys[1 + stacked], []).append(one)
+    return {
+        name + layer + (f".{place}" if len(places) > 1 else ""): values
+        for (name, layer), places in found.items()
+        for place, values in places.items()
+    }

@@ -39,6 +39,22 @@ def by_hand(args, sizes):
     return y, dx, dw
 
 
+def check_a_row_that_is_not_finite(run, args, sizes, tolerance):
+    """An infinity in x, and NaN in dy, in the first and the last row of the fourth group, stay in this group."""
+    first, last = sum(sizes[:3]), sum(sizes[:4]) - 1
+    want = by_hand(args, sizes)
+    given = dict(x=args["x"].at[first].set(np.inf), dy=args["dy"].at[last].set(np.nan))
+    for name, row, at in (("x", first, 0), ("dy", last, 1)):
+        got = run(args | {name: given[name]}, sizes)
+        others = np.arange(len(args["x"])) != row
+        whole = [np.asarray(x, np.float32) for x in got]
+        near = lambda x, y: np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance * np.abs(y).max())  # noqa: E731
+        near(whole[at][others], want[at][others])
+        near(whole[1 - at], want[1 - at])
+        near(np.delete(whole[2], 3, axis=0), np.delete(want[2], 3, axis=0))
+        assert not np.isfinite(whole[at][row]).any() and not np.isfinite(whole[2][3]).all()
+
+
 def products(operation):
     """A function of inputs and sizes: y, and the gradients of x and w by its rule of differentiation."""
 

@@ -31,13 +31,14 @@ FACTS = dict(shape=(1, 1, 1, 1, 1, 1), dtype=np.dtype("float32"), decay="head", 
 SERVING = serving(op, **FACTS)
 BACKENDS = [name for name in SERVING if name != "reference"]
 TIME = ("q", "k", "v", "a", "b", "log_decay")  # arrays with a time axis
-EXCLUSIVE = dict(read="exclusive")
+EXCLUSIVE, TIED = dict(read="exclusive"), dict(a=None)
 fast = pytest.mark.parametrize("implementation", BACKENDS)
 
 
 def definition(args, static, scale=1.0, read="inclusive", **ignored):
     """y, the final state, and the gradients of the functional of `value_and_gradients`: one token after the other."""
     x = {name: np.asarray(value, np.float64) for name, value in args.items()}
+    x.setdefault("a", x["k"])
     (batch, length, heads, values), keys = x["v"].shape, x["q"].shape[3]
     wide = {name: np.repeat(x[name], heads // x[name].shape[2], axis=2) for name in "qkab"}
     logs = x.get("log_decay", np.zeros((batch, length, heads)))
@@ -74,7 +75,14 @@ def definition(args, static, scale=1.0, read="inclusive", **ignored):
         dstart[row, head] = G
     gradients = {n: g.reshape(*x[n].shape[:3], -1, g.shape[3]).sum(3) if n in wide else g for n, g in out.items()}
     gradients |= dict(initial_state=dstart, log_decay=dlogs if logs.ndim == 4 else dlogs.sum(-1))
+    if "a" not in args:
+        gradients["k"] = gradients["k"] + gradients["a"]
     return (y, last), {name: gradients[name] for name in args}
+
+
+def tied(args):
+    """As `args`, with a left out: it is k."""
+    return {name: x for name, x in args.items() if name != "a"} | dict(k=args["a"])
 
 
 def against_definition(implementation, args, static, options=None, tolerance=1e-5):
@@ -87,14 +95,14 @@ def against_definition(implementation, args, static, options=None, tolerance=1e-
 BOTH = dict(packed=True, padded=True)
 LONG = dict(length=xla.SPAN * xla.CHUNK + 9, keys=2, values=3, heads=2, groups=1)
 CASES = {
-    "no decay": (dict(decay="none", own=""), {}, EXCLUSIVE),
+    "no decay": (dict(decay="none", own=""), {}, EXCLUSIVE | TIED),
     "head, one group": (dict(groups=1, own="kab"), dict(packed=True, padded=False), dict(scale=0.7)),
-    "head, exclusive, padded": (dict(groups=4), dict(packed=False, padded=True), EXCLUSIVE | dict(scale=0.7)),
+    "head, exclusive, padded": (dict(groups=4), dict(packed=False, padded=True), EXCLUSIVE | TIED | dict(scale=0.7)),
     "head, short chunks": (dict(length=23), BOTH, dict(chunk=3)),
-    "head, several spans": (LONG, BOTH, {}),
+    "head, several spans": (LONG, BOTH, TIED),
     "channel, exclusive": (dict(decay="channel", length=35, own="b"), BOTH, EXCLUSIVE | dict(scale=0.7)),
-    "channel, several spans": (dict(decay="channel", length=xla.SPAN * xla.BLOCK + 9), BOTH, {}),
-    "a few tokens": (dict(length=5), BOTH, dict(scale=0.7)),
+    "channel, several spans": (dict(decay="channel", length=xla.SPAN * xla.BLOCK + 9), BOTH, TIED),
+    "a few tokens": (dict(length=5), BOTH, TIED | dict(scale=0.7)),
     "a few tokens, exclusive": (dict(length=5, decay="channel"), BOTH, EXCLUSIVE),
 }
 
@@ -104,12 +112,14 @@ CASES = {
 def test_equals_definition(implementation, case):
     shape, layout, options = CASES[case]
     static = documents(length=shape.get("length", 11), **layout) if layout else {}
-    against_definition(implementation, inputs(**shape), static, options)
+    args = inputs(**shape)
+    against_definition(implementation, tied(args) if "a" in options else args, static, options)
 
 
-@pytest.mark.parametrize("decay, options", [("head", {}), ("channel", EXCLUSIVE)])
+@pytest.mark.parametrize("decay, options", [("head", TIED), ("channel", EXCLUSIVE)])
 def test_reference_equals_definition(decay, options):
-    against_definition("reference", inputs(decay=decay), documents(length=11), options)
+    args = inputs(decay=decay)
+    against_definition("reference", tied(args) if "a" in options else args, documents(length=11), options)
 
 
 @fast

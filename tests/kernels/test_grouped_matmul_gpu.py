@@ -18,7 +18,7 @@ from seqmodels.kernels.grouped_matmul.groups import most_tiles, row_tiles
 from seqmodels.kernels.grouped_matmul.mosaic_gpu import pipeline
 from seqmodels.kernels.grouped_matmul.mosaic_gpu.pipeline import ROWS
 from seqmodels.kernels.interpreter import interpret
-from tests.kernels.grouped_cases import by_hand, inputs, poisoned, products
+from tests.kernels.grouped_cases import by_hand, check_a_row_that_is_not_finite, inputs, poisoned, products
 from tests.kernels.helpers import SHARED_MEMORY, assembled, assert_close, needs_cuda_plugin
 
 M, K, N, X = 300, 64, 320, 4  # two tiles to the right, the second of which is cut
@@ -54,6 +54,14 @@ def test_equals_a_loop(interpreter, sizes):
     assert all(x.dtype == jnp.bfloat16 for x in got)
     for x, want in zip(got, by_hand(args, sizes), strict=True):
         np.testing.assert_allclose(x.astype(jnp.float32), want, rtol=2**-8, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul")  # of the interpreter's NumPy
+def test_a_row_that_is_not_finite_stays_alone(interpreter):
+    sizes = SIZES["fewer rows"]
+    args = poisoned(inputs(M, K, N, X, dtype=jnp.bfloat16), sizes)
+    check_a_row_that_is_not_finite(run("bfloat16"), args, sizes, 2**-7)
 
 
 @pytest.mark.slow

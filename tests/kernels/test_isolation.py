@@ -128,14 +128,17 @@ def test_delta_rule_of_a_few_tokens(implementation):
     check_isolation(functools.partial(delta_rule, implementation=implementation), args, DELTA, 1e-5)
 
 
-@pytest.mark.parametrize("names", ["qkv", pytest.param("ab", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("names", ["tied", *(pytest.param(n, marks=pytest.mark.slow) for n in ("qkv", "ab"))])
 @pytest.mark.parametrize("overflow", [1e20, pytest.param(1e38, marks=pytest.mark.slow)])
 def test_corrections_that_overflow(names, overflow):
-    """Finite inputs, whose products, inverses, corrections and states become infinite."""
-    args = delta_rule_inputs(length=40)
+    """Finite inputs, whose products, inverses, corrections and states become infinite. Tied: a is left out, it is k."""
+    args, options = delta_rule_inputs(length=40), dict(implementation="xla", chunk=16)
+    if names == "tied":
+        args["k"], options["a"], names = args.pop("a"), None, "qkv"
     for name in names:
         args[name][:, 12:26] *= np.float32(overflow)
-    check_isolation(functools.partial(delta_rule, implementation="xla", chunk=16), args, DELTA, 1e-5)
+    arrays = tuple(name for name in DELTA if name in args)
+    check_isolation(functools.partial(delta_rule, **options), args, arrays, 1e-5)
 
 
 @both

@@ -54,7 +54,7 @@ class Tile:
             and `column` columns after the tile's first.
         clean: `clean(step, part)` sets numbers to zero that do not belong to the sum, in columns of a factor in shared
             memory. None: all belong to it.
-        left_unclean, right_unclean: whether a step's factor has such numbers.
+        unclean: whether a step's factors have such numbers.
     """
 
     steps: Array
@@ -63,8 +63,7 @@ class Tile:
     columns: Array
     place: Callable[[Array, int, int], Any]
     clean: Callable[[Array, Any], None] | None = None
-    left_unclean: Callable[[Array], Array] | None = None
-    right_unclean: Callable[[Array], Array] | None = None
+    unclean: Callable[[Array], Array] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,13 +278,13 @@ class Block:
 
     def clean(self, tile: Tile, step: Array, left: Any, right: Any) -> None:
         """Set numbers of a step's factors to zero: of this warpgroup's left one, and half of the right one."""
-        if tile.clean is None or tile.left_unclean is None or tile.right_unclean is None:
+        if tile.clean is None or tile.unclean is None:
             return
         clean, half = tile.clean, self.plan.columns // WORKERS
-        pl.when(tile.left_unclean(step))(lambda: clean(step, left))
 
-        @pl.when(tile.right_unclean(step))
+        @pl.when(tile.unclean(step))
         def _():
+            clean(step, left)
             clean(step, right.at[:, pl.ds(self.thread * half, half)])
             plgpu.barrier_arrive(self.cleaned)
             plgpu.barrier_wait(self.cleaned)

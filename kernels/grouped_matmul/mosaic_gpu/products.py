@@ -61,11 +61,11 @@ def by_groups(x: Array, dy: Array, sizes: Array, *, plan: Plan | None = None) ->
     """
     (inner, outer), groups = (x.shape[1], dy.shape[1]), len(sizes)
     plan = plan or tuning.plan(outer)
-    start, end = bounds(sizes)
+    start, _ = bounds(sizes)
     below, across = -(-inner // ROWS), -(-outer // plan.columns)
     each = below * across
 
-    def tiles(x, dy, start, size, used, dw):
+    def tiles(x, dy, start, size, dw):
         def tile(number):
             g = lax.div(number, each)
             row, column = snake(lax.rem(number, each), below, across, plan.panel)
@@ -88,22 +88,17 @@ def by_groups(x: Array, dy: Array, sizes: Array, *, plan: Plan | None = None) ->
                 begin, end = own_rows(step)
                 return (begin > 0) | (end < SIDE)
 
-            def no_rows(step):
-                return other_rows(step) & (first + (step + 1) * SIDE > used[0])
-
             def clean(step, part):
                 keep_rows(part, *own_rows(step))
 
-            # Rows of other groups need to be zero in the left factor alone, as long as the right one is finite. Rows of
-            # no group may be anything.
-            inside = inner - row, outer - column
-            return Tile(steps, sources, *inside, place, clean, left_unclean=other_rows, right_unclean=no_rows)
+            # Rows of other groups and of no group need to be zero in both factors, since they may hold anything.
+            return Tile(steps, sources, inner - row, outer - column, place, clean, unclean=other_rows)
 
         return jnp.int32(groups * each), tile
 
     product = Product(plan, tiles, left=1, right=1)
     out = jax.ShapeDtypeStruct((groups, inner, outer), x.dtype)
-    return product((x, dy, start, sizes, end[-1:]), out, groups * each)
+    return product((x, dy, start, sizes), out, groups * each)
 
 
 def keep_rows(ref: Any, begin: Array, end: Array) -> None:
