@@ -3,10 +3,10 @@
 Command:   python train.py --config=configs/domains.py:digits,mixer=mamba
 Hardware:  2 CPU cores for digits, vowels, listops; one GPU for long rows.
 
-The argument is `preset[,key=value...]`. The keys are `mixer` (any other config of this folder), `bi` (True: the mixers
-read in both directions), `width`, `layers`, and the fields of the data. All other settings are flags, such as
---config.steps=500. The presets of PATHS need --config.data.path; some others need a package, and the message says how
-to fetch it.
+The argument is `preset[,key=value...]`. The keys are `mixer` (any other config of this folder; without it the one of
+OWN), `bi` (True: the mixers read in both directions), `width`, `layers`, and the fields of the data. All other settings
+are flags, such as --config.steps=500. --sweep=mixers compares six models on one preset. The presets of PATHS need
+--config.data.path; some others need a package, and the message says how to fetch it.
 """
 
 import importlib
@@ -28,11 +28,12 @@ FIELDS: dict[str, dict[str, Any]] = {
     "forda": dict(set="FordA", ending="tsv", validation=0.1),
     "vowels": dict(set="JapaneseVowels", ending="ts", validation=0.1),
     "electricity": dict(file="vic_elec.csv", columns="Demand,Temperature", lookback=96, horizon=96, season=48),
-    "pathfinder": dict(size=32, paddles=14, matched=True, images=20000),
+    "pathfinder": dict(size=32, paddles=14, matched=True, images=20000, turned=True),
     "listops": dict(depth=4, arguments=5, shortest=10, longest=100, rows=20000, held=1000),
     "bases": dict(reverse_complement=True),
     "species": dict(rows=20000, held=2000),
-    "sound": dict(every=1, other=""),
+    "sound": dict(every=1, other="", bands=0, vary=0.0),
+    "words": dict(every=1, other="", bands=40, vary=0.15),
     "waves": dict(every=1),
     "texts": dict(text="text", label="label"),
     "text_pairs": dict(text="text", label="label", other="other"),
@@ -41,8 +42,18 @@ FIELDS: dict[str, dict[str, Any]] = {
     "speech_commands": dict(validation=0.1),
     "imdb_reviews": dict(validation=0.1),
 }
-NAMES = {"forda": "series", "vowels": "series"}  # presets whose domain has another name
-PATHS = ("bases", "species", "sound", "waves", "texts", "text_pairs")
+NAMES = {"forda": "series", "vowels": "series", "words": "sound"}  # presets whose domain has another name
+OWN: dict[str, dict[str, Any]] = {  # mixers of presets where none is named; of the others mamba
+    "mnist5k": dict(mixer="s5", bi=True),
+    "forda": dict(mixer="s5", bi=True),
+    "electricity": dict(mixer="s5", bi=True),
+    "pathfinder": dict(mixer="cnn", bi=True),
+    "species": dict(mixer="mamba", bi=True),
+    "words": dict(mixer="s5", bi=True),
+}
+COMPARED = (("s4d", False), ("s5", False), ("mamba", False), ("mamba", True), ("lstm", False), ("transformer", False))
+SLOW = ("s4", "s4d", "s5")  # mixers whose states learn at a quarter of the rate, as S4's and S5's do
+PATHS = ("bases", "species", "sound", "words", "waves", "texts", "text_pairs")
 
 FRAMES: dict[str, Any] = dict(input="frames", head="classify", pool="mean")
 TOKENS: dict[str, Any] = dict(input="tokens", head="classify", pool="mean")
@@ -53,14 +64,16 @@ USUAL: dict[str, Any] = dict(
 # Sizes of each preset: the row's length in steps, and what a training run takes
 SIZES: dict[str, dict[str, Any]] = {
     "digits": FRAMES | dict(length=64),
-    "mnist5k": FRAMES | dict(length=784, steps=5000, width=128, layers=4),
-    "forda": FRAMES | dict(length=500, steps=3000, width=128, layers=4),
+    "mnist5k": FRAMES | dict(length=784, steps=1200, width=96, layers=4, batch_size=96, learning_rate=4e-3),
+    "forda": FRAMES | dict(length=500, steps=600, batch_size=64),
     "vowels": FRAMES | dict(length=29, steps=500),
-    "electricity": FRAMES | dict(length=96, head="window", pool="last", steps=3000),
-    "pathfinder": FRAMES | dict(length=1024, steps=20000, width=192, layers=6, batch_size=64, learning_rate=1e-3),
+    "electricity": FRAMES
+    | dict(length=96, head="window", pool="last", steps=1500, batch_size=128, learning_rate=1e-3, dropout=0.2),
+    "pathfinder": FRAMES | dict(length=1024, steps=2000, width=128, layers=6, batch_size=64),
     "listops": TOKENS | dict(length=100, steps=2000),
-    "bases": NEXT | dict(length=1024, steps=5000, width=256, layers=6),
-    "species": TOKENS | dict(length=64, steps=3000, width=128, batch_size=128),
+    "bases": NEXT | dict(length=1024, steps=1000, width=256, layers=4, batch_size=64, dropout=0.0),
+    "species": TOKENS | dict(length=64, steps=2500, width=128, batch_size=256),
+    "words": FRAMES | dict(length=100, steps=1500, width=96, batch_size=64),
     "sound": FRAMES | dict(length=16000, steps=5000, width=128, layers=6, batch_size=16),
     "waves": NEXT | dict(length=8000, steps=10000, width=128, layers=6, batch_size=8),
     "texts": TOKENS | dict(length=1024, steps=5000, width=128, layers=4),
@@ -79,6 +92,9 @@ def get_config(arg: str | None = None) -> ConfigDict:
     sizes = USUAL | SIZES[chosen] | {key: keys[key] for key in ("width", "layers") if key in keys}
     config = base()
     config.model = model(keys["mixer"], sizes["width"], sizes["layers"], keys["bi"])
+    if chosen == "pathfinder" and keys["mixer"] == "cnn":
+        config.model.cnn.dilations = (1, keys.get("size", FIELDS[chosen]["size"]))  # pixels beside, and in other rows
+    config.optimizer.groups = groups(keys["mixer"])
     read(config, chosen, sizes, {key: value for key, value in keys.items() if key in FIELDS[chosen]})
     return finish(config, f"domains-{chosen}-{'bi-' if keys['bi'] else ''}{keys['mixer']}", "small")
 
@@ -112,7 +128,7 @@ def parse(arg: str) -> tuple[str, dict[str, Any]]:
     first, *rest = arg.split(",")
     chosen = preset(first, list(FIELDS))
     types = KEYS | {name: type(value) for name, value in FIELDS[chosen].items()}
-    keys: dict[str, Any] = dict(mixer="mamba", bi=False)
+    keys: dict[str, Any] = {}
     for part in rest:
         key, equals, text = part.partition("=")
         if not equals or key not in types:
@@ -122,7 +138,8 @@ def parse(arg: str) -> tuple[str, dict[str, Any]]:
         except (ValueError, KeyError):
             allowed = "True or False" if types[key] is bool else types[key].__name__
             raise ValueError(f"{part}: must be {allowed}") from None
-    return chosen, keys
+    own = OWN.get(chosen, {}) if "mixer" not in keys else {}
+    return chosen, dict(mixer="mamba", bi=False) | own | keys
 
 
 def model(mixer: str, width: int, layers: int, bi: bool) -> ConfigDict:
@@ -139,6 +156,11 @@ def model(mixer: str, width: int, layers: int, bi: bool) -> ConfigDict:
     return config
 
 
+def groups(mixer: str) -> str:
+    """`config.optimizer.groups` of a mixer."""
+    return "ssm=0.25" if mixer in SLOW else ""
+
+
 CHANNELS = ("mlp", "moe", "rwkv_channel")  # branches that mix no time
 
 
@@ -151,7 +173,31 @@ def both_ways(text: str) -> str:
 
 
 def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """Learning rates. Each trial is a dict of dotted fields. Mixers are compared by a run, or a sweep, for each."""
+    """Learning rates. Each trial is a dict of dotted fields."""
     config = get_config(arg)
     for factor in (0.1, 0.3, 1.0, 3.0):
         add({"optimizer.learning_rate": config.optimizer.learning_rate * factor})
+
+
+def sweep_mixers(add: Callable[[dict], None], arg: str | None = None) -> None:
+    """The models of COMPARED on one preset: each a trial of the fields in which it differs from the config's."""
+    config = get_config(arg)
+    mine, layers = flat(config.model), config.model.repeats * len(pattern.parse(config.model.pattern))
+    for mixer, bi in COMPARED:
+        theirs = flat(model(mixer, config.model.width, layers, bi))
+        fields = {name: value for name, value in theirs.items() if value != mine.get(name) and name not in READ}
+        add({"optimizer.groups": groups(mixer)} | {f"model.{name}": value for name, value in fields.items()})
+
+
+READ = ("input", "head", "pool", "dropout", "horizon", "window_norm")  # fields of a model that `read` sets
+
+
+def flat(part: ConfigDict) -> dict[str, Any]:
+    """Dotted fields of `config.model` or of a part of it."""
+    found: dict[str, Any] = {}
+    for name, value in part.items():
+        found |= {f"{name}.{k}": v for k, v in flat(value).items()} if isinstance(value, ConfigDict) else {name: value}
+    return found
+
+
+SWEEPS = {"mixers": sweep_mixers}

@@ -183,9 +183,9 @@ class SequenceModel(nn.Module):
             documents: S, for heads that predict for each document of a row.
             values: [B, T, C] of the batch, whose units the predictions get.
         """
-        mask, segment_ids = self.reader.shortened(mask, segment_ids)
+        short, segment_ids = self.reader.shortened(mask, segment_ids)
         more = dict(segment_ids=segment_ids, documents=documents) if documents else {}
-        predicted = self.predictor(hidden, mask, self.table, **more)
+        predicted = self.predictor(hidden, short, self.table, **more)
         return predicted if values is None else self.reader.restore(predicted, values, mask)
 
     def read_out(self, state: dict[str, Any]) -> jax.Array:
