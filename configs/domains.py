@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from seqmodels import pattern
 from seqmodels.configs.base import base, finish, preset
+from seqmodels.data.domains.examples import FORMS, row_length
 from seqmodels.fields.run import DOMAIN_DATA
 
 DEFAULT = "digits"
@@ -25,10 +26,13 @@ DEFAULT = "digits"
 FIELDS: dict[str, dict[str, Any]] = {
     "digits": dict(split="last", validation=0.1, warp=0.1),
     "mnist5k": dict(permuted=False, validation=0.1, warp=0.05),
-    "forda": dict(set="FordA", ending="tsv", validation=0.1),
-    "vowels": dict(set="JapaneseVowels", ending="ts", validation=0.1),
-    "electricity": dict(file="vic_elec.csv", columns="Demand,Temperature", lookback=96, horizon=96, season=48),
+    "forda": dict(set="FordA", ending="tsv", validation=0.1, gaps=False),
+    "vowels": dict(set="JapaneseVowels", ending="ts", validation=0.1, gaps=False),
+    "electricity": dict(
+        file="vic_elec.csv", columns="Demand,Temperature", lookback=96, horizon=96, season=48, form="window", gaps=False
+    ),  # fmt: skip
     "pathfinder": dict(size=32, paddles=14, matched=True, images=20000, turned=True),
+    "pendulum": dict(films=2000, held=1000, times=100, missing=0.0),
     "listops": dict(depth=4, arguments=5, shortest=10, longest=100, rows=20000, held=1000),
     "bases": dict(reverse_complement=True),
     "species": dict(rows=20000, held=2000),
@@ -50,6 +54,7 @@ OWN: dict[str, dict[str, Any]] = {  # mixers of presets where none is named; of 
     "pathfinder": dict(mixer="cnn", bi=True),
     "species": dict(mixer="mamba", bi=True),
     "words": dict(mixer="s5", bi=True),
+    "pendulum": dict(mixer="s5", bi=True),
 }
 COMPARED = (("s4d", False), ("s5", False), ("mamba", False), ("mamba", True), ("lstm", False), ("transformer", False))
 SLOW = ("s4", "s4d", "s5")  # mixers whose states learn at a quarter of the rate, as S4's and S5's do
@@ -70,6 +75,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "electricity": FRAMES
     | dict(length=96, head="window", pool="last", steps=1500, batch_size=128, learning_rate=1e-3, dropout=0.2),
     "pathfinder": FRAMES | dict(length=1024, steps=2000, width=128, layers=6, batch_size=64),
+    "pendulum": FRAMES | dict(length=50, head="regress_steps", steps=3000, dropout=0.0, weight_decay=0.0),
     "listops": TOKENS | dict(length=100, steps=2000),
     "bases": NEXT | dict(length=1024, steps=1000, width=256, layers=4, batch_size=64, dropout=0.0),
     "species": TOKENS | dict(length=64, steps=2500, width=128, batch_size=256),
@@ -108,14 +114,17 @@ def read(config: ConfigDict, chosen: str, sizes: dict[str, Any], fields: dict[st
     """
     config.data = DOMAIN_DATA.defaults(name=NAMES.get(chosen, chosen))
     config.data.domain = FIELDS[chosen] | fields
+    domain = config.data.domain
     config.seq_len, config.batch_size, config.steps = sizes["length"], sizes["batch_size"], sizes["steps"]
     for field in ("input", "head", "pool", "dropout"):
         config.model[field] = sizes[field]
-    if sizes["head"] == "window":
-        config.model.horizon, config.model.window_norm = config.data.domain.horizon, True
-        config.seq_len = config.data.domain.lookback
+    if chosen == "electricity":
+        config.model.head, config.model.window_norm = FORMS[domain.form], domain.form != "recurrent"
+        config.model.horizon = domain.horizon if domain.form == "window" else 1
+        config.seq_len = row_length(domain.form, domain.lookback, domain.horizon)
+    config.model.observed = bool(domain.get("gaps") or domain.get("form") == "masked" or domain.get("missing"))
     config.optimizer.learning_rate, config.optimizer.weight_decay = sizes["learning_rate"], sizes["weight_decay"]
-    config.evals = "figures"
+    config.evals = "figures,forecast" if domain.get("form") == "recurrent" else "figures"
     config.checkpoint.every = config.evaluation.every = max(config.steps // 4, 1)
     config.evaluation.rows = 1024
     config.metrics.every = 10
