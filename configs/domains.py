@@ -30,7 +30,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "vowels": dict(set="JapaneseVowels", ending="ts", validation=0.1, gaps=False),
     "electricity": dict(
         file="vic_elec.csv", columns="Demand,Temperature", lookback=96, horizon=96, season=48, form="window", gaps=False
-    ),  # fmt: skip
+    ),
     "pathfinder": dict(size=32, paddles=14, matched=True, images=20000, turned=True),
     "pendulum": dict(films=2000, held=1000, times=100, missing=0.0),
     "listops": dict(depth=4, arguments=5, shortest=10, longest=100, rows=20000, held=1000),
@@ -57,6 +57,7 @@ OWN: dict[str, dict[str, Any]] = {  # mixers of presets where none is named; of 
     "pendulum": dict(mixer="s5", bi=True),
 }
 COMPARED = (("s4d", False), ("s5", False), ("mamba", False), ("mamba", True), ("lstm", False), ("transformer", False))
+SHORT = 100  # steps
 SLOW = ("s4", "s4d", "s5")  # mixers whose states learn at a quarter of the rate, as S4's and S5's do
 PATHS = ("bases", "species", "sound", "words", "waves", "texts", "text_pairs")
 
@@ -73,13 +74,13 @@ SIZES: dict[str, dict[str, Any]] = {
     "forda": FRAMES | dict(length=500, steps=600, batch_size=64),
     "vowels": FRAMES | dict(length=29, steps=500),
     "electricity": FRAMES
-    | dict(length=96, head="window", pool="last", steps=1500, batch_size=128, learning_rate=1e-3, dropout=0.2),
+    | dict(length=96, head="window", pool="last", steps=1200, batch_size=128, learning_rate=1e-3, dropout=0.2, patch=8),
     "pathfinder": FRAMES | dict(length=1024, steps=2000, width=128, layers=6, batch_size=64),
     "pendulum": FRAMES | dict(length=50, head="regress_steps", steps=3000, dropout=0.0, weight_decay=0.0),
     "listops": TOKENS | dict(length=100, steps=2000),
     "bases": NEXT | dict(length=1024, steps=1000, width=256, layers=4, batch_size=64, dropout=0.0),
     "species": TOKENS | dict(length=64, steps=2500, width=128, batch_size=256),
-    "words": FRAMES | dict(length=100, steps=1500, width=96, batch_size=64),
+    "words": FRAMES | dict(length=100, steps=400, batch_size=64, dropout=0.2),
     "sound": FRAMES | dict(length=16000, steps=5000, width=128, layers=6, batch_size=16),
     "waves": NEXT | dict(length=8000, steps=10000, width=128, layers=6, batch_size=8),
     "texts": TOKENS | dict(length=1024, steps=5000, width=128, layers=4),
@@ -98,6 +99,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     sizes = USUAL | SIZES[chosen] | {key: keys[key] for key in ("width", "layers") if key in keys}
     config = base()
     config.model = model(keys["mixer"], sizes["width"], sizes["layers"], keys["bi"])
+    fit_steps(config.model, keys["mixer"], sizes["length"] // sizes.get("patch", 1))
     if chosen == "pathfinder" and keys["mixer"] == "cnn":
         config.model.cnn.dilations = (1, keys.get("size", FIELDS[chosen]["size"]))  # pixels beside, and in other rows
     config.optimizer.groups = groups(keys["mixer"])
@@ -118,6 +120,8 @@ def read(config: ConfigDict, chosen: str, sizes: dict[str, Any], fields: dict[st
     config.seq_len, config.batch_size, config.steps = sizes["length"], sizes["batch_size"], sizes["steps"]
     for field in ("input", "head", "pool", "dropout"):
         config.model[field] = sizes[field]
+    if "patch" in sizes and domain.get("form", "window") == "window":
+        config.model.input, config.model.patch = "patches", sizes["patch"]
     if chosen == "electricity":
         config.model.head, config.model.window_norm = FORMS[domain.form], domain.form != "recurrent"
         config.model.horizon = domain.horizon if domain.form == "window" else 1
@@ -165,6 +169,12 @@ def model(mixer: str, width: int, layers: int, bi: bool) -> ConfigDict:
     return config
 
 
+def fit_steps(model: ConfigDict, mixer: str, length: int) -> None:
+    """Larger step sizes of a fresh state space model whose rows are short, in place: it sees `length` steps at most."""
+    if mixer in SLOW and length <= SHORT:
+        model[mixer].dt_min, model[mixer].dt_max = 0.01, 1.0
+
+
 def groups(mixer: str) -> str:
     """`config.optimizer.groups` of a mixer."""
     return "ssm=0.25" if mixer in SLOW else ""
@@ -193,12 +203,23 @@ def sweep_mixers(add: Callable[[dict], None], arg: str | None = None) -> None:
     config = get_config(arg)
     mine, layers = flat(config.model), config.model.repeats * len(pattern.parse(config.model.pattern))
     for mixer, bi in COMPARED:
-        theirs = flat(model(mixer, config.model.width, layers, bi))
+        other = model(mixer, config.model.width, layers, bi)
+        fit_steps(other, mixer, config.seq_len // config.model.patch)
+        theirs = flat(other)
         fields = {name: value for name, value in theirs.items() if value != mine.get(name) and name not in READ}
         add({"optimizer.groups": groups(mixer)} | {f"model.{name}": value for name, value in fields.items()})
 
 
-READ = ("input", "head", "pool", "dropout", "horizon", "window_norm")  # fields of a model that `read` sets
+READ = (
+    "input",
+    "head",
+    "pool",
+    "dropout",
+    "horizon",
+    "window_norm",
+    "observed",
+    "patch",
+)  # fields of a model that `read` sets
 
 
 def flat(part: ConfigDict) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""A pendulum that is filmed at irregular times: where is it? (Becker et al. 2019; Schirmer et al. 2022; S5, section 6.3)
+"""A pendulum that is filmed at irregular times: where is it? (Becker et al. 2019; Schirmer et al. 2022)
 
 The angle follows d2θ/dt2 = -g sin θ + noise, for a pendulum of length 1. A frame shows the bob as a disc on 24 x 24
 pixels. Noise on the pixels comes and goes: a frame is s times the picture and 1 - s times noise, and s wanders between
