@@ -359,6 +359,13 @@ def test_frames_of_a_spectrum(tmp_path):
     peak = np.abs(np.fft.rfft(fast[0, : lengths[0]])).argmax() / lengths[0]
     assert lengths[0] == min(int(2000 / speed), 2000) and peak == pytest.approx(0.1 * speed, rel=0.02)
     assert not np.array_equal(dataset.batch(0)["values"], dataset.batch(22)["values"])
+    plain = np.ones((30, 20, 16), np.float32)
+    sound.conceal(plain, np.full(30, 12), 0.5, np.random.default_rng(0))
+    frames, bands = (plain == 0).all(axis=2), (plain[:, 12:] == 0).all(axis=1)
+    assert not frames[:, 12:].any() and 0 < frames.sum(axis=1).max() <= 12 and 0 < bands.sum(axis=1).max() <= 16
+    assert ((plain == 0) == (frames[..., None] | bands[:, None])).all()
+    with pytest.raises(UserError, match=r"config.data.domain.hide=0.5: must be 0 with bands=0"):
+        make_domain("sound", dict(hide=0.5))
     with pytest.raises(UserError, match=r"config.data.domain.bands=200: must be from 0 to 128"):
         make_domain("sound", dict(bands=200))
 

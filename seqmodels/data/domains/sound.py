@@ -38,6 +38,8 @@ class Sound(Domain):
             power in so many bands, of which each has mean 0 and deviation 1 over its clip.
         vary: in training clips are played faster or slower, by a factor with this deviation of its logarithm, and noise
             is added. 0: neither.
+        hide: in training two runs of frames and two of bands are read as 0, each of up to this share of them (Park et
+            al. 2019, SpecAugment).
         other: a folder beside the classes' folders whose clips, by another speaker or synthesiser, are the test split.
     """
 
@@ -45,6 +47,7 @@ class Sound(Domain):
     other: str = ""
     bands: int = 0
     vary: float = 0.0
+    hide: float = 0.0
 
     def __post_init__(self) -> None:
         if self.every < 1:
@@ -52,6 +55,9 @@ class Sound(Domain):
         if not 0 <= self.bands <= 128:
             self.refuse("bands", "from 0 to 128")
         self.share("vary")
+        self.share("hide")
+        if self.hide and not self.bands:
+            self.refuse("hide", "0 with bands=0")
 
     def splits(self, place: Place, length: int) -> Splits:
         folder = place.file()
@@ -91,7 +97,7 @@ class Sound(Domain):
             samples = read_wav(path)[:: self.every][:length]
             inputs[row, : len(samples), 0], lengths[row] = samples, len(samples)
         labels = np.array([label for _, label in files], np.int32)
-        return Clips(inputs, lengths, labels, bands=self.bands, vary=self.vary)
+        return Clips(inputs, lengths, labels, bands=self.bands, vary=self.vary, hide=self.hide)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,11 +105,12 @@ class Clips(Labelled):
     """Clips with a class each; inputs [n, samples, 1] int16.
 
     Attributes:
-        bands, vary: see `Sound`.
+        bands, vary, hide: see `Sound`.
     """
 
     bands: int = 0
     vary: float = 0.0
+    hide: float = 0.0
 
     def read(self, numbers: np.ndarray, length: int, rng: np.random.Generator | None = None) -> Batch:
         """As `Labelled`; with bands the positions are frames."""
@@ -113,7 +120,10 @@ class Clips(Labelled):
         rows = Labelled(samples[..., None], lengths, self.labels[numbers], self.mean, self.deviation)
         if self.bands:
             frames = np.minimum(np.maximum(lengths - FRAME, 0) // HOP + 1, length)
-            rows = Labelled(spectra(samples, frames, length, self.bands), frames, rows.labels)
+            values = spectra(samples, frames, length, self.bands)
+            if self.hide and rng is not None:
+                conceal(values, frames, self.hide, rng)
+            rows = Labelled(values, frames, rows.labels)
         return rows.read(np.arange(len(samples)), length)
 
 
@@ -145,6 +155,15 @@ def spectra(samples: np.ndarray, frames: np.ndarray, length: int, bands: int) ->
     centred = logs - np.where(real, logs, 0).sum(axis=1, keepdims=True) / count
     deviation = np.sqrt(np.where(real, centred**2, 0).sum(axis=1, keepdims=True) / count)
     return (centred / np.maximum(deviation, 1e-3)).astype(np.float32)
+
+
+def conceal(values: np.ndarray, frames: np.ndarray, share: float, rng: np.random.Generator) -> None:
+    """Sets two runs of frames and two of bands of each row [B, T, C] to 0, in place."""
+    for row, real in zip(values, frames, strict=True):
+        for part, size in ((row[:real], int(real)), (row.T, row.shape[1])) * 2:
+            run = int(rng.integers(int(share * size) + 1))
+            start = int(rng.integers(size - run + 1))
+            part[start : start + run] = 0
 
 
 @functools.cache
