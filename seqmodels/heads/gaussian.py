@@ -42,7 +42,9 @@ class Gaussian(Head):
         if mask is not None:
             hidden = jnp.where(mask[..., None], hidden, 0)
         y = (wide_matmul(hidden.astype(self.dtype), self.kernel) + self.bias).reshape(*hidden.shape[:2], 2, self.size)
-        return jnp.stack([y[:, :, 0], jax.nn.elu(y[:, :, 1]) + 1 + SMALLEST], axis=2)
+        raw = y[:, :, 1]
+        small = jnp.exp(jnp.minimum(raw, 0))  # elu(l) + 1 is the same, but would round it to multiples of 1e-7
+        return jnp.stack([y[:, :, 0], jnp.where(raw < 0, small, raw + 1) + SMALLEST], axis=2)
 
     def restore(self, predicted: jax.Array, mean: jax.Array | float, deviation: jax.Array | float) -> jax.Array:
         """Means and variances [B, T, 2, R] in the old units."""
