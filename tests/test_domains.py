@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import shutil
+import types
 import wave
 import zipfile
 from collections import Counter
@@ -249,6 +250,22 @@ def test_forms_of_forecasts(table):
     assert simple["last value"]["loss"] == pytest.approx(np.nanmean(error), rel=1e-5)
 
 
+def test_errors_of_predictions_that_are_fed_back(table, monkeypatch):
+    """Over all windows and the steps after them, each once; beside them those of the simple forecasts."""
+    path, _ = table
+    fields = dict(file="load.csv", columns="a,b", lookback=6, horizon=3, season=2)
+    dataset = load("electricity", 9, path, **fields, form="recurrent")
+    forecast = evals.EVALUATORS["forecast"]
+    monkeypatch.setattr(forecast, "feed_back", lambda model, params, values, steps, past: values[:, -1:].repeat(3, 1))
+    run = types.SimpleNamespace(dataset=dataset, model=None, params=None, batch_size=4)
+    assert forecast.serves(run)
+    found = forecast.evaluate_run(run, ["test"], None)
+    for name, error in found["forecast"]["test"]["fed back"].items():
+        assert error == pytest.approx(found["forecast"]["test"]["last value"][name], rel=1e-6)
+    assert "ridge" in forecast.table(found)
+    assert not forecast.serves(types.SimpleNamespace(dataset=load("electricity", 6, path, **fields)))
+
+
 def fasta(path, letters, compressed=False):
     path.parent.mkdir(exist_ok=True)
     content = (">one\n" + "\n".join(letters[i : i + 60] for i in range(0, len(letters), 60)) + "\n").encode()
@@ -440,6 +457,9 @@ def test_texts_and_pairs(tmp_path):
     row = {name: array[1] for name, array in rows(pairs, "train").items()}
     assert pairs.objective == "pair" and row["segment_ids"].tolist() == [0] * 12 + [1] * 12
     assert bytes(row["tokens"][12:18].astype(np.uint8)) == b"film 1" and row["mask"].tolist()[19:] == [False] * 5
+    (tmp_path / "sorted.jsonl").write_text("\n".join(sorted(lines[::2]) + lines[1:6:2]))
+    with pytest.raises(UserError, match="'1' is no class of the train split; rows that are sorted by class must be"):
+        load("texts", 16, tmp_path / "sorted.jsonl", text="text", label="label")
     with pytest.raises(UserError, match="has no column 'review'; there are text, other, label"):
         load("texts", 16, tmp_path / "reviews.jsonl", text="review", label="label")
 
@@ -460,7 +480,7 @@ def test_pathfinder(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(pathfinder, "render", lambda *arguments: drawn.append(arguments) or np.zeros(1, np.uint8))
     for paddles, tolerance in ((6, 1.0), (14, 4.0)):
-        for seed in range(8):
+        for seed in range(4):
             settings = pathfinder.Pathfinder(paddles=paddles)
             _, label, apart = pathfinder.image(settings, np.random.default_rng(seed))
             strokes, discs, _ = drawn[-1]

@@ -83,6 +83,7 @@ class Labelled:
         return digest(self.inputs, self.lengths, self.labels)
 
 
+ROWS = 1024  # of which mean and deviation are summed up at a time
 FORMS = {"window": "window", "masked": "regress_steps", "recurrent": "next_value"}  # of `Windows`, and their heads
 
 
@@ -159,9 +160,21 @@ def standardised(splits: dict[str, Any]) -> dict[str, Any]:
     Padding and missing values do not count.
     """
     train = splits["train"]
-    real = np.arange(train.inputs.shape[1]) < train.lengths[:, None]
-    values = train.inputs[real].astype(np.float64)
-    scale = dict(mean=np.nanmean(values, axis=0), deviation=np.maximum(np.nanstd(values, axis=0), 1e-8))
+
+    def mean_of(function):
+        """Mean [C] of a function of the values that count; few rows at a time, as all in float64 may not fit."""
+        total, count = np.zeros(train.inputs.shape[2]), np.zeros(train.inputs.shape[2])
+        for first in range(0, train.count, ROWS):
+            rows = slice(first, first + ROWS)
+            real = np.arange(train.inputs.shape[1]) < train.lengths[rows, None]
+            values = train.inputs[rows][real].astype(np.float64)
+            total += np.nansum(function(values), axis=0)
+            count += (~np.isnan(values)).sum(axis=0)
+        return total / np.maximum(count, 1)
+
+    mean = mean_of(lambda values: values)
+    deviation = np.sqrt(mean_of(lambda values: (values - mean) ** 2))
+    scale = dict(mean=mean, deviation=np.maximum(deviation, 1e-8))
     return {name: dataclasses.replace(split, **scale) for name, split in splits.items()}
 
 
