@@ -458,7 +458,7 @@ def test_texts_and_pairs(tmp_path):
     assert pairs.objective == "pair" and row["segment_ids"].tolist() == [0] * 12 + [1] * 12
     assert bytes(row["tokens"][12:18].astype(np.uint8)) == b"film 1" and row["mask"].tolist()[19:] == [False] * 5
     (tmp_path / "sorted.jsonl").write_text("\n".join(sorted(lines[::2]) + lines[1:6:2]))
-    with pytest.raises(UserError, match="'1' is no class of the train split; rows that are sorted by class must be"):
+    with pytest.raises(UserError, match="'1' is no class of the train split; rows sorted by class must be"):
         load("texts", 16, tmp_path / "sorted.jsonl", text="text", label="label")
     with pytest.raises(UserError, match="has no column 'review'; there are text, other, label"):
         load("texts", 16, tmp_path / "reviews.jsonl", text="review", label="label")

@@ -78,7 +78,7 @@ class Texts(Domain):
         names = sorted({label for part in rows.values() for _, label in part})
         if unseen := set(names) - {label for _, label in rows["train"]}:
             raise UserError(
-                f"config.data.path={place.path!r}: {min(unseen)!r} is no class of the train split; rows that are sorted "
+                f"config.data.path={place.path!r}: {min(unseen)!r} is no class of the train split; rows sorted "
                 "by class must be shuffled"
             )
         return {
