@@ -37,7 +37,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "bases": dict(reverse_complement=True),
     "species": dict(rows=20000, held=2000),
     "sound": dict(every=1, other="", bands=0, vary=0.0, hide=0.0),
-    "words": dict(every=1, other="", bands=24, vary=0.2, hide=0.2),
+    "words": dict(every=1, other="", bands=40, vary=0.15, hide=0.0),
     "waves": dict(every=1),
     "texts": dict(text="text", label="label"),
     "text_pairs": dict(text="text", label="label", other="other"),
