@@ -24,8 +24,8 @@ def feed_back(
         UserError: the model has no state.
     """
     variables, head = {"params": params}, head_of(model.config)
-    gaps = {} if observed is None else {"observed": observed}
-    state = model.init_state(len(values), values.shape[1] + steps)
+    gaps: dict[str, Any] = {} if observed is None else {"observed": observed}
+    state: Any = model.init_state(len(values), values.shape[1] + steps)
     hidden, state = model.apply(variables, values, state=state, **gaps)
 
     def expected(hidden):

@@ -142,7 +142,8 @@ class SequenceModel(nn.Module):
             hidden [B, T, D] after the last norm, and the new state.
         """
         old = state or dict(segment=None, position=None, layers=None)
-        x = self.reader(tokens, mask) if observed is None else self.reader(tokens, mask, observed)
+        gaps: dict[str, Any] = {} if observed is None else {"observed": observed}
+        x = self.reader(tokens, mask, **gaps)
         if self.config.embedding_scale != 1:
             x = x * self.config.embedding_scale
         mask, segment_ids = self.reader.shortened(mask, segment_ids)

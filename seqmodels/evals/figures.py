@@ -37,8 +37,8 @@ def batch_sums(
     """
     head, variables = head_of(model.config), {"params": params}
     ids = batch.get("segment_ids") if reset else None
-    options = {name: batch[name] for name in ("mask", "steps", "observed") if name in batch}
-    hidden, _ = model.apply(variables, batch[input_of(model.config).key], segment_ids=ids, **options)
+    given: dict[str, Any] = {name: batch[name] for name in ("mask", "steps", "observed") if name in batch}
+    hidden, _ = model.apply(variables, batch[input_of(model.config).key], segment_ids=ids, **given)
     options = {"chunk": LOGIT_TOKENS} if head.method == "logits" else {}
 
     def outputs_of(*arguments: Any) -> Any:
