@@ -152,6 +152,8 @@ def parse(arg: str) -> tuple[str, dict[str, Any]]:
             allowed = "True or False" if types[key] is bool else types[key].__name__
             raise ValueError(f"{part}: must be {allowed}") from None
     own = OWN.get(chosen, {}) if "mixer" not in keys else {}
+    if keys.get("form") == "recurrent":
+        own = own | dict(bi=False)  # a model of the next value must not read ahead
     return chosen, dict(mixer="mamba", bi=False) | own | keys
 
 
