@@ -550,7 +550,7 @@ def test_presets_have_the_fields_of_their_domain():
     assert config.model.horizon == 24 == config.data.domain.horizon and config.model.pattern == "bi:attention+mlp"
     for form, head, bi in (("window", "window", True), ("masked", "regress_steps", True),
                            ("recurrent", "next_value", False)):  # fmt: skip
-        config = configs.get_config(f"electricity,form={form},lookback=16,horizon=8,width=8,layers=1")
+        config = configs.get_config(f"electricity,form={form},lookback=16,horizon=8,season=8,width=8")
         arrays = make_domain("electricity", dict(config.data.domain))
         assert (config.model.head, config.model.pattern.startswith("bi:")) == (arrays.objective, bi) == (head, bi)
     with pytest.raises(ValueError, match="'hue=1' is no key=value of digits: keys are mixer, bi, width"):
