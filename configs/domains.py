@@ -204,7 +204,8 @@ def sweep_mixers(add: Callable[[dict], None], arg: str | None = None) -> None:
     """The models of COMPARED on one preset: each a trial of the fields in which it differs from the config's."""
     config = get_config(arg)
     mine, layers = flat(config.model), config.model.repeats * len(pattern.parse(config.model.pattern))
-    for mixer, bi in COMPARED:
+    ahead = config.model.head not in ("next_token", "next_value")  # which must not see what they predict
+    for mixer, bi in (each for each in COMPARED if ahead or not each[1]):
         other = model(mixer, config.model.width, layers, bi)
         fit_steps(other, mixer, config.seq_len // config.model.patch)
         theirs = flat(other)
