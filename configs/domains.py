@@ -3,10 +3,10 @@
 Command:   python train.py --config=configs/domains.py:digits,mixer=mamba
 Hardware:  2 CPU cores for digits, vowels, listops; one GPU for long rows.
 
-The argument is `preset[,key=value...]`. The keys are `mixer` (any other config of this folder), `bi` (True: the mixers
-read in both directions), `width`, `layers`, and the fields of the data. All other settings are flags, such as
---config.steps=500. The presets of PATHS need --config.data.path; some others need a package, and the message says how
-to fetch it.
+The argument is `preset[,key=value...]`. The keys are `mixer` (any other config of this folder; without it the one of
+OWN), `bi` (True: the mixers read in both directions), `width`, `layers`, and the fields of the data. All other settings
+are flags, such as --config.steps=500. --sweep=mixers compares six models on one preset. The presets of PATHS need
+--config.data.path; some others need a package, and the message says how to fetch it.
 """
 
 import importlib
@@ -17,6 +17,7 @@ from ml_collections import ConfigDict
 
 from seqmodels import pattern
 from seqmodels.configs.base import base, finish, preset
+from seqmodels.data.domains.examples import FORMS, row_length
 from seqmodels.fields.run import DOMAIN_DATA
 
 DEFAULT = "digits"
@@ -25,14 +26,18 @@ DEFAULT = "digits"
 FIELDS: dict[str, dict[str, Any]] = {
     "digits": dict(split="last", validation=0.1, warp=0.1),
     "mnist5k": dict(permuted=False, validation=0.1, warp=0.05),
-    "forda": dict(set="FordA", ending="tsv", validation=0.1),
-    "vowels": dict(set="JapaneseVowels", ending="ts", validation=0.1),
-    "electricity": dict(file="vic_elec.csv", columns="Demand,Temperature", lookback=96, horizon=96, season=48),
-    "pathfinder": dict(size=32, paddles=14, matched=True, images=20000),
+    "forda": dict(set="FordA", ending="tsv", validation=0.1, gaps=False),
+    "vowels": dict(set="JapaneseVowels", ending="ts", validation=0.1, gaps=False),
+    "electricity": dict(
+        file="vic_elec.csv", columns="Demand,Temperature", lookback=96, horizon=96, season=48, form="window", gaps=False
+    ),
+    "pathfinder": dict(size=32, paddles=14, matched=True, images=20000, turned=True),
+    "pendulum": dict(films=2000, held=1000, times=100, missing=0.0),
     "listops": dict(depth=4, arguments=5, shortest=10, longest=100, rows=20000, held=1000),
     "bases": dict(reverse_complement=True),
     "species": dict(rows=20000, held=2000),
-    "sound": dict(every=1, other=""),
+    "sound": dict(every=1, other="", bands=0, vary=0.0, hide=0.0),
+    "words": dict(every=1, other="", bands=40, vary=0.15, hide=0.0),
     "waves": dict(every=1),
     "texts": dict(text="text", label="label"),
     "text_pairs": dict(text="text", label="label", other="other"),
@@ -41,8 +46,20 @@ FIELDS: dict[str, dict[str, Any]] = {
     "speech_commands": dict(validation=0.1),
     "imdb_reviews": dict(validation=0.1),
 }
-NAMES = {"forda": "series", "vowels": "series"}  # presets whose domain has another name
-PATHS = ("bases", "species", "sound", "waves", "texts", "text_pairs")
+NAMES = {"forda": "series", "vowels": "series", "words": "sound"}  # presets whose domain has another name
+OWN: dict[str, dict[str, Any]] = {  # mixers of presets where none is named; of the others mamba
+    "mnist5k": dict(mixer="s5", bi=True),
+    "forda": dict(mixer="s5", bi=True),
+    "electricity": dict(mixer="s5", bi=True),
+    "pathfinder": dict(mixer="cnn", bi=True),
+    "species": dict(mixer="mamba", bi=True),
+    "words": dict(mixer="s5", bi=True),
+    "pendulum": dict(mixer="s5", bi=True),
+}
+COMPARED = (("s4d", False), ("s5", False), ("mamba", False), ("mamba", True), ("lstm", False), ("transformer", False))
+SHORT = 100  # steps
+SLOW = ("s4", "s4d", "s5")  # mixers whose states learn at a quarter of the rate, as S4's and S5's do
+PATHS = ("bases", "species", "sound", "words", "waves", "texts", "text_pairs")
 
 FRAMES: dict[str, Any] = dict(input="frames", head="classify", pool="mean")
 TOKENS: dict[str, Any] = dict(input="tokens", head="classify", pool="mean")
@@ -53,14 +70,17 @@ USUAL: dict[str, Any] = dict(
 # Sizes of each preset: the row's length in steps, and what a training run takes
 SIZES: dict[str, dict[str, Any]] = {
     "digits": FRAMES | dict(length=64),
-    "mnist5k": FRAMES | dict(length=784, steps=5000, width=128, layers=4),
-    "forda": FRAMES | dict(length=500, steps=3000, width=128, layers=4),
+    "mnist5k": FRAMES | dict(length=784, steps=1200, width=96, layers=4, batch_size=96, learning_rate=4e-3),
+    "forda": FRAMES | dict(length=500, steps=600, batch_size=64),
     "vowels": FRAMES | dict(length=29, steps=500),
-    "electricity": FRAMES | dict(length=96, head="window", pool="last", steps=3000),
-    "pathfinder": FRAMES | dict(length=1024, steps=20000, width=192, layers=6, batch_size=64, learning_rate=1e-3),
+    "electricity": FRAMES
+    | dict(length=96, head="window", pool="last", steps=1200, batch_size=128, learning_rate=1e-3, dropout=0.2, patch=8),
+    "pathfinder": FRAMES | dict(length=1024, steps=2000, width=128, layers=6, batch_size=64),
+    "pendulum": FRAMES | dict(length=50, head="regress_steps", steps=3000, dropout=0.0, weight_decay=0.0),
     "listops": TOKENS | dict(length=100, steps=2000),
-    "bases": NEXT | dict(length=1024, steps=5000, width=256, layers=6),
-    "species": TOKENS | dict(length=64, steps=3000, width=128, batch_size=128),
+    "bases": NEXT | dict(length=1024, steps=1000, width=256, layers=4, batch_size=64, dropout=0.0),
+    "species": TOKENS | dict(length=64, steps=2500, width=128, batch_size=256),
+    "words": FRAMES | dict(length=100, steps=400, batch_size=64, dropout=0.2),
     "sound": FRAMES | dict(length=16000, steps=5000, width=128, layers=6, batch_size=16),
     "waves": NEXT | dict(length=8000, steps=10000, width=128, layers=6, batch_size=8),
     "texts": TOKENS | dict(length=1024, steps=5000, width=128, layers=4),
@@ -79,6 +99,10 @@ def get_config(arg: str | None = None) -> ConfigDict:
     sizes = USUAL | SIZES[chosen] | {key: keys[key] for key in ("width", "layers") if key in keys}
     config = base()
     config.model = model(keys["mixer"], sizes["width"], sizes["layers"], keys["bi"])
+    fit_steps(config.model, keys["mixer"], sizes["length"] // sizes.get("patch", 1))
+    if chosen == "pathfinder" and keys["mixer"] == "cnn":
+        config.model.cnn.dilations = (1, keys.get("size", FIELDS[chosen]["size"]))  # pixels beside, and in other rows
+    config.optimizer.groups = groups(keys["mixer"])
     read(config, chosen, sizes, {key: value for key, value in keys.items() if key in FIELDS[chosen]})
     return finish(config, f"domains-{chosen}-{'bi-' if keys['bi'] else ''}{keys['mixer']}", "small")
 
@@ -92,14 +116,19 @@ def read(config: ConfigDict, chosen: str, sizes: dict[str, Any], fields: dict[st
     """
     config.data = DOMAIN_DATA.defaults(name=NAMES.get(chosen, chosen))
     config.data.domain = FIELDS[chosen] | fields
+    domain = config.data.domain
     config.seq_len, config.batch_size, config.steps = sizes["length"], sizes["batch_size"], sizes["steps"]
     for field in ("input", "head", "pool", "dropout"):
         config.model[field] = sizes[field]
-    if sizes["head"] == "window":
-        config.model.horizon, config.model.window_norm = config.data.domain.horizon, True
-        config.seq_len = config.data.domain.lookback
+    if "patch" in sizes and domain.get("form", "window") == "window":
+        config.model.input, config.model.patch = "patches", sizes["patch"]
+    if chosen == "electricity":
+        config.model.head, config.model.window_norm = FORMS[domain.form], domain.form != "recurrent"
+        config.model.horizon = domain.horizon if domain.form == "window" else 1
+        config.seq_len = row_length(domain.form, domain.lookback, domain.horizon)
+    config.model.observed = bool(domain.get("gaps") or domain.get("form") == "masked" or domain.get("missing"))
     config.optimizer.learning_rate, config.optimizer.weight_decay = sizes["learning_rate"], sizes["weight_decay"]
-    config.evals = "figures"
+    config.evals = "figures,forecast" if domain.get("form") == "recurrent" else "figures"
     config.checkpoint.every = config.evaluation.every = max(config.steps // 4, 1)
     config.evaluation.rows = 1024
     config.metrics.every = 10
@@ -112,7 +141,7 @@ def parse(arg: str) -> tuple[str, dict[str, Any]]:
     first, *rest = arg.split(",")
     chosen = preset(first, list(FIELDS))
     types = KEYS | {name: type(value) for name, value in FIELDS[chosen].items()}
-    keys: dict[str, Any] = dict(mixer="mamba", bi=False)
+    keys: dict[str, Any] = {}
     for part in rest:
         key, equals, text = part.partition("=")
         if not equals or key not in types:
@@ -122,7 +151,10 @@ def parse(arg: str) -> tuple[str, dict[str, Any]]:
         except (ValueError, KeyError):
             allowed = "True or False" if types[key] is bool else types[key].__name__
             raise ValueError(f"{part}: must be {allowed}") from None
-    return chosen, keys
+    own = OWN.get(chosen, {}) if "mixer" not in keys else {}
+    if keys.get("form") == "recurrent":
+        own = own | dict(bi=False)  # a model of the next value must not read ahead
+    return chosen, dict(mixer="mamba", bi=False) | own | keys
 
 
 def model(mixer: str, width: int, layers: int, bi: bool) -> ConfigDict:
@@ -139,6 +171,17 @@ def model(mixer: str, width: int, layers: int, bi: bool) -> ConfigDict:
     return config
 
 
+def fit_steps(model: ConfigDict, mixer: str, length: int) -> None:
+    """Larger step sizes of a fresh state space model whose rows are short, in place: it sees `length` steps at most."""
+    if mixer in SLOW and length <= SHORT:
+        model[mixer].dt_min, model[mixer].dt_max = 0.01, 1.0
+
+
+def groups(mixer: str) -> str:
+    """`config.optimizer.groups` of a mixer."""
+    return "ssm=0.25" if mixer in SLOW else ""
+
+
 CHANNELS = ("mlp", "moe", "rwkv_channel")  # branches that mix no time
 
 
@@ -151,7 +194,43 @@ def both_ways(text: str) -> str:
 
 
 def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """Learning rates. Each trial is a dict of dotted fields. Mixers are compared by a run, or a sweep, for each."""
+    """Learning rates. Each trial is a dict of dotted fields."""
     config = get_config(arg)
     for factor in (0.1, 0.3, 1.0, 3.0):
         add({"optimizer.learning_rate": config.optimizer.learning_rate * factor})
+
+
+def sweep_mixers(add: Callable[[dict], None], arg: str | None = None) -> None:
+    """The models of COMPARED on one preset: each a trial of the fields in which it differs from the config's."""
+    config = get_config(arg)
+    mine, layers = flat(config.model), config.model.repeats * len(pattern.parse(config.model.pattern))
+    ahead = config.model.head not in ("next_token", "next_value")  # which must not see what they predict
+    for mixer, bi in (each for each in COMPARED if ahead or not each[1]):
+        other = model(mixer, config.model.width, layers, bi)
+        fit_steps(other, mixer, config.seq_len // config.model.patch)
+        theirs = flat(other)
+        fields = {name: value for name, value in theirs.items() if value != mine.get(name) and name not in READ}
+        add({"optimizer.groups": groups(mixer)} | {f"model.{name}": value for name, value in fields.items()})
+
+
+READ = (
+    "input",
+    "head",
+    "pool",
+    "dropout",
+    "horizon",
+    "window_norm",
+    "observed",
+    "patch",
+)  # fields of a model that `read` sets
+
+
+def flat(part: ConfigDict) -> dict[str, Any]:
+    """Dotted fields of `config.model` or of a part of it."""
+    found: dict[str, Any] = {}
+    for name, value in part.items():
+        found |= {f"{name}.{k}": v for k, v in flat(value).items()} if isinstance(value, ConfigDict) else {name: value}
+    return found
+
+
+SWEEPS = {"mixers": sweep_mixers}

@@ -69,7 +69,7 @@ class Task(NamedTuple):
 
 FAST_B = dict(rates="BfastandCdecay")
 LISTOPS = dict(depth=10, arguments=10, shortest=500, longest=2000, rows=96000, held=2000)
-PATHFINDER = dict(paddles=14, matched=False, images=160000)
+PATHFINDER = dict(paddles=14, matched=False, images=160000, turned=False)
 TASKS = {
     "listops": Task(
         "listops", 2048, 96000, OfS4(256, 4, 32, 1e-2, 120_000),

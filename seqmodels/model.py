@@ -65,7 +65,8 @@ class SequenceModel(nn.Module):
         """The input, not yet part of a model."""
         config = self.config
         dtypes = dict(dtype=jnp.dtype(config.dtype), residual_dtype=jnp.dtype(config.residual_dtype))
-        kind, options = input_of(config), {"window_norm": config.window_norm, "patch": config.patch}
+        kind = input_of(config)
+        options = {"window_norm": config.window_norm, "patch": config.patch, "observed": config.observed}
         fields = {name: value for name, value in options.items() if name in kind.__dataclass_fields__}
         return kind(config.width, self.input_size, std=config.embedding_std, **dtypes, **fields)
 
@@ -123,6 +124,7 @@ class SequenceModel(nn.Module):
         state: Any = None,
         deterministic: bool = True,
         steps: jax.Array | None = None,
+        observed: jax.Array | None = None,
     ) -> tuple[jax.Array, dict[str, Any]]:
         """Hidden states, from which the head predicts.
 
@@ -132,6 +134,7 @@ class SequenceModel(nn.Module):
             mask: [B, T] bool, False on padding.
             state: result of `init_state` or of an earlier call. None: nothing came before.
             steps: [B, T] float32, time from the token before to each; see `Sequence`. None: 1.
+            observed: [B, T, C] bool, False on missing values, with `config.model.observed`. None: none is missing.
 
         Raises:
             UserError: steps, and a mixer that does not follow them.
@@ -140,7 +143,8 @@ class SequenceModel(nn.Module):
             hidden [B, T, D] after the last norm, and the new state.
         """
         old = state or dict(segment=None, position=None, layers=None)
-        x = self.reader(tokens, mask)
+        gaps: dict[str, Any] = {} if observed is None else {"observed": observed}
+        x = self.reader(tokens, mask, **gaps)
         if self.config.embedding_scale != 1:
             x = x * self.config.embedding_scale
         mask, segment_ids = self.reader.shortened(mask, segment_ids)
@@ -175,6 +179,7 @@ class SequenceModel(nn.Module):
         segment_ids: jax.Array | None = None,
         documents: int = 0,
         values: jax.Array | None = None,
+        observed: jax.Array | None = None,
     ) -> jax.Array:
         """The head's predictions from hidden states: float32, in the head's shape.
 
@@ -182,12 +187,14 @@ class SequenceModel(nn.Module):
             hidden: [B, T, D].
             mask, segment_ids: as of a call.
             documents: S, for heads that predict for each document of a row.
-            values: [B, T, C] of the batch, whose units the predictions get.
+            values, observed: [B, T, C] of the batch, whose units the predictions get.
         """
-        mask, segment_ids = self.reader.shortened(mask, segment_ids)
+        short, segment_ids = self.reader.shortened(mask, segment_ids)
         more = dict(segment_ids=segment_ids, documents=documents) if documents else {}
-        predicted = self.predictor(hidden, mask, self.table, **more)
-        return predicted if values is None else self.reader.restore(predicted, values, mask)
+        predicted = self.predictor(hidden, short, self.table, **more)
+        if values is None:
+            return predicted
+        return self.predictor.restore(predicted, *self.reader.scale(values, mask, observed))
 
     def read_out(self, state: dict[str, Any]) -> jax.Array:
         """The head's predictions for the document that is open in a state: of a row that was read in pieces."""
@@ -314,9 +321,16 @@ def check_parts(config: ConfigDict, spec: Spec, objective: str) -> None:
     for array in (head.target, *head.needs):
         if array not in spec:
             raise UserError(f"config.model.head={name!r}: needs {array!r} {has}")
-    if config.window_norm and name != "window":
-        refuse("model.window_norm", True, f"False with model.head={name!r}; it is for 'window'")
-    if config.input == "patches" and head.causal:
+    if config.window_norm and name not in ("window", "regress_steps"):
+        refuse("model.window_norm", True, f"False with model.head={name!r}; it is for 'window' and 'regress_steps'")
+    if config.window_norm and name == "regress_steps" and spec["values"].shape[-1] != spec["targets"].shape[-1]:
+        refuse("model.window_norm", True, "False where the targets are not the channels of the values")
+    if config.observed != ("observed" in spec):
+        which = "which say what is missing" if "observed" in spec else "which do not say what is missing"
+        refuse("model.observed", config.observed, f"{not config.observed} with the dataset's batches, {which}")
+    if config.observed and reader.ids:
+        refuse("model.input", config.input, "'frames' or 'patches' with model.observed=True")
+    if config.input == "patches" and (head.causal or name == "regress_steps"):
         refuse("model.input", "patches", f"another with model.head={name!r}, which predicts at every position")
     if config.input == "patches" and (length := spec[reader.key].shape[1]) % config.patch:
         refuse("model.patch", config.patch, f"a divisor of the {length} steps of a row")

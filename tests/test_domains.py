@@ -6,6 +6,7 @@ import gzip
 import io
 import json
 import shutil
+import types
 import wave
 import zipfile
 from collections import Counter
@@ -14,11 +15,12 @@ from math import log2
 import numpy as np
 import pytest
 from scipy import ndimage
+from scipy.integrate import solve_ivp
 
 from seqmodels import data, evals
 from seqmodels.configs import domains as configs
 from seqmodels.data import mu_law
-from seqmodels.data.domains import DOMAINS, baselines, dna, electricity, make_domain, pathfinder, sound
+from seqmodels.data.domains import DOMAINS, baselines, dna, electricity, make_domain, pathfinder, pendulum, sound
 from seqmodels.data.domains.images import warped
 from seqmodels.data.synthetic.listops import value
 from seqmodels.errors import UserError
@@ -154,7 +156,13 @@ def test_series(tmp_path):
     dataset = load("series", 4, tmp_path, set="Tiny", ending="ts", validation=0.0)
     assert list(dataset.splits) == ["train", "test"] and dataset.spec["values"].shape == (4, 4, 2)
     assert rows(dataset, "test")["mask"].sum(axis=1).tolist() == [2, 3, 2]
-    assert dataset.splits["test"].inputs[1].tolist() == [[1, 4], [2, 5], [3, 0]]
+    assert str(dataset.splits["test"].inputs[1].tolist()) == "[[1.0, 4.0], [2.0, 5.0], [3.0, nan]]"
+    gaps, train = rows(load("series", 4, tmp_path, set="Tiny", ending="ts", validation=0.0, gaps=True), "test"), 0.0
+    assert gaps["observed"][1].tolist() == [[True, True], [True, True], [True, False], [False, False]]
+    train = np.concatenate([[[n, 4], [2, 5]] + [[3, np.nan]] * (n % 2) for n in range(10)])
+    mean, deviation = np.nanmean(train, axis=0), np.nanstd(train, axis=0)
+    expected = np.nan_to_num(([[1, 4], [2, 5], [3, np.nan], [np.nan] * 2] - mean) / deviation)
+    np.testing.assert_allclose(gaps["values"][1], expected, rtol=1e-5, atol=1e-6)
     with pytest.raises(UserError, match=r"config.seq_len=2: must be at least 3, the longest row"):
         load("series", 2, tmp_path, set="Tiny", ending="ts")
 
@@ -200,6 +208,62 @@ def test_electricity(table):
     with pytest.raises(UserError, match=r"config.seq_len=7: must be config.data.domain.lookback=6"):
         load("electricity", 7, path, **fields)
     assert electricity.SPLITS[-1][2] == 1.0
+
+
+def test_forms_of_forecasts(table):
+    """The future is masked, or is what a model of the next value is trained on; a missing value never counts."""
+    path, series = table
+    fields = dict(file="load.csv", columns="a,b", lookback=6, horizon=3, season=2)
+    window = rows(load("electricity", 6, path, **fields), "test")
+    both = np.concatenate([window["values"], window["targets"]], axis=1)
+    masked = load("electricity", 9, path, **fields, form="masked")
+    assert masked.objective == "regress_steps" and masked.spec["observed"].shape == (4, 9, 2)
+    found = rows(masked, "test")
+    np.testing.assert_array_equal(found["observed"], np.broadcast_to(np.arange(9)[:, None] < 6, both.shape))
+    np.testing.assert_array_equal(found["values"], np.where(found["observed"], both, 0))
+    np.testing.assert_array_equal(found["targets"], np.where(found["observed"], np.nan, both))
+    assert set(masked.baselines("test")["ridge"]) == {"mse", "mae"}
+    recurrent = load("electricity", 9, path, **fields, form="recurrent")
+    np.testing.assert_array_equal(rows(recurrent, "test")["values"], both)
+    assert recurrent.baselines("test") == {} and "targets" not in recurrent.spec
+    with pytest.raises(UserError, match=r"config.seq_len=6: must be config.data.domain.lookback \+ horizon=9"):
+        load("electricity", 6, path, **fields, form="masked")
+
+    text = (path / "load.csv").read_text().splitlines()
+    text[11], text[101] = ",x,", f",x,{series[100, 0]}"
+    (path / "load.csv").write_text("\n".join(text))
+    with pytest.raises(UserError, match=r"load.csv: a row has no number in a,b"):
+        load("electricity", 6, path, **fields)
+    dataset = load("electricity", 6, path, **fields, gaps=True)
+    series = series.copy()
+    series[10], series[100, 1] = np.nan, np.nan
+    scaled = (series - np.nanmean(series[:84], axis=0)) / np.nanstd(series[:84], axis=0)
+    train, test = rows(dataset, "train"), rows(dataset, "test")
+    np.testing.assert_allclose(train["values"][4], np.nan_to_num(scaled[4:10]), atol=1e-6)
+    np.testing.assert_array_equal(train["observed"][5, :, 0], np.arange(6) < 5)
+    np.testing.assert_allclose(test["targets"][4], scaled[100:103], atol=1e-6)
+    simple = dataset.baselines("test")
+    guess = np.repeat(test["values"][:, -1:], 3, axis=1)
+    guess[5, :, 1] = test["values"][5, -2, 1]  # the last value is missing, so it is the one before
+    error = (guess - test["targets"]) ** 2
+    assert np.isnan(error).sum() == 3
+    assert simple["last value"]["loss"] == pytest.approx(np.nanmean(error), rel=1e-5)
+
+
+def test_errors_of_predictions_that_are_fed_back(table, monkeypatch):
+    """Over all windows and the steps after them, each once; beside them those of the simple forecasts."""
+    path, _ = table
+    fields = dict(file="load.csv", columns="a,b", lookback=6, horizon=3, season=2)
+    dataset = load("electricity", 9, path, **fields, form="recurrent")
+    forecast = evals.EVALUATORS["forecast"]
+    monkeypatch.setattr(forecast, "feed_back", lambda model, params, values, steps, past: values[:, -1:].repeat(3, 1))
+    run = types.SimpleNamespace(dataset=dataset, model=None, params=None, batch_size=4)
+    assert forecast.serves(run)
+    found = forecast.evaluate_run(run, ["test"], None)
+    for name, error in found["forecast"]["test"]["fed back"].items():
+        assert error == pytest.approx(found["forecast"]["test"]["last value"][name], rel=1e-6)
+    assert "ridge" in forecast.table(found)
+    assert not forecast.serves(types.SimpleNamespace(dataset=load("electricity", 6, path, **fields)))
 
 
 def fasta(path, letters, compressed=False):
@@ -290,6 +354,71 @@ def test_sound(tmp_path):
         load("sound", 20, tmp_path, every=2, other="")
 
 
+def test_frames_of_a_spectrum(tmp_path):
+    """A tone is in its band, whatever its level; training plays it at another speed, which moves it."""
+    samples = np.arange(2000)
+    for word, frequency in (("low", 0.02), ("high", 0.2)):
+        for speaker, level in (("s0", 300), ("s3", 9000), *((f"t{n}", 3000) for n in range(20))):
+            tone = np.sin(2 * np.pi * frequency * samples) + RNG.normal(size=2000) / 10
+            wav(tmp_path / word / f"{speaker}_0.wav", tone * level)
+    dataset = load("sound", 20, tmp_path, bands=16, vary=0.2, batch_size=8)
+    test = rows(dataset, "test")
+    assert dataset.spec["values"].shape == (8, 20, 16) and test["mask"].all()
+    np.testing.assert_allclose(test["values"].mean(axis=1), 0, atol=1e-5)
+    np.testing.assert_allclose(test["values"].std(axis=1), 1, atol=1e-3)
+    power = sound.triangles(16, 257)
+    assert (power.argmax(axis=0) > 0).all() and (np.diff(power.argmax(axis=0)) > 0).all()
+    inner = slice(power[:, 0].argmax() + 1, power[:, -1].argmax())  # where two bands overlap
+    np.testing.assert_allclose(power[inner].sum(axis=1), 1, atol=1e-12)
+    one, long = np.sin(2 * np.pi * 0.1 * samples)[None] * 1000, np.array([2000])
+    fast, lengths = sound.varied(one, long, 0.2, np.random.default_rng(1))
+    speed = np.exp(0.2 * np.random.default_rng(1).normal())
+    peak = np.abs(np.fft.rfft(fast[0, : lengths[0]])).argmax() / lengths[0]
+    assert lengths[0] == min(int(2000 / speed), 2000) and peak == pytest.approx(0.1 * speed, rel=0.02)
+    assert not np.array_equal(dataset.batch(0)["values"], dataset.batch(22)["values"])
+    plain = np.ones((30, 20, 16), np.float32)
+    sound.conceal(plain, np.full(30, 12), 0.5, np.random.default_rng(0))
+    frames, bands = (plain == 0).all(axis=2), (plain[:, 12:] == 0).all(axis=1)
+    assert not frames[:, 12:].any() and 0 < frames.sum(axis=1).max() <= 12 and 0 < bands.sum(axis=1).max() <= 16
+    assert ((plain == 0) == (frames[..., None] | bands[:, None])).all()
+    with pytest.raises(UserError, match=r"config.data.domain.hide=0.5: must be 0 with bands=0"):
+        make_domain("sound", dict(hide=0.5))
+    with pytest.raises(UserError, match=r"config.data.domain.bands=200: must be from 0 to 128"):
+        make_domain("sound", dict(bands=200))
+
+
+def test_pendulum():
+    """The law of motion by SciPy, the bob where the angle says, films by number, and a baseline by `lstsq`."""
+    dataset = load("pendulum", 20, films=40, held=10, times=50, missing=0.3)
+    (test,) = dataset["test"].batches(10)
+    again = dataset.splits["test"].read(np.arange(3, 5), 20)
+    for name, array in again.items():
+        np.testing.assert_array_equal(test[name][3:5], array)
+    assert not np.array_equal(dataset.splits["train"].read(np.arange(1), 20)["targets"], test["targets"][:1])
+    np.testing.assert_allclose((test["targets"] ** 2).sum(-1), 1, rtol=1e-6)
+    assert (test["steps"][:, 0] == 1).all() and (test["steps"] * 2.5 % 1 < 1e-4)[:, 1:].all()
+    assert 0.1 < (~test["observed"]).mean() < 0.5 and not test["values"][~test["observed"]].any()
+
+    class Still:  # draws the first angle, and no kicks
+        def uniform(self, low, high):
+            return 2.0
+
+        def normal(self, size):
+            return np.zeros(size)
+
+    grid = np.arange(30) * pendulum.STEP * pendulum.EACH
+    right = solve_ivp(lambda t, y: [y[1], -9.81 * np.sin(y[0])], (0, grid[-1]), [2.0, 0.0], t_eval=grid, rtol=1e-8)
+    np.testing.assert_allclose(pendulum.angles([Still()], 30)[0], right.y[0], atol=0.05)
+    angle = np.array([0.0, np.pi / 2])  # at the bottom, to the right
+    down, across = (pendulum.pictures(angle).reshape(2, 24, 24).sum(axis=axis) for axis in (2, 1))
+    centre = (np.arange(24) + 0.5) / 12 - 1
+    for found, expected in ((down, np.cos(angle)), (across, np.sin(angle))):
+        np.testing.assert_allclose(found @ centre / found.sum(axis=1), 0.75 * expected, atol=0.02)
+    simple = dataset.baselines("test")
+    assert set(simple) == {"ridge, one frame", "ridge, 3 frames"}
+    assert simple["ridge, one frame"]["mse"] < 0.5 * 0.99  # the variance of sine and cosine
+
+
 def test_waves(tmp_path):
     """Ids are finest near zero and come back within their width; tokens are the targets one step later."""
     x = np.linspace(-1, 1, 999)
@@ -328,6 +457,9 @@ def test_texts_and_pairs(tmp_path):
     row = {name: array[1] for name, array in rows(pairs, "train").items()}
     assert pairs.objective == "pair" and row["segment_ids"].tolist() == [0] * 12 + [1] * 12
     assert bytes(row["tokens"][12:18].astype(np.uint8)) == b"film 1" and row["mask"].tolist()[19:] == [False] * 5
+    (tmp_path / "sorted.jsonl").write_text("\n".join(sorted(lines[::2]) + lines[1:6:2]))
+    with pytest.raises(UserError, match="'1' is no class of the train split; rows sorted by class must be"):
+        load("texts", 16, tmp_path / "sorted.jsonl", text="text", label="label")
     with pytest.raises(UserError, match="has no column 'review'; there are text, other, label"):
         load("texts", 16, tmp_path / "reviews.jsonl", text="review", label="label")
 
@@ -348,7 +480,7 @@ def test_pathfinder(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(pathfinder, "render", lambda *arguments: drawn.append(arguments) or np.zeros(1, np.uint8))
     for paddles, tolerance in ((6, 1.0), (14, 4.0)):
-        for seed in range(8):
+        for seed in range(4):
             settings = pathfinder.Pathfinder(paddles=paddles)
             _, label, apart = pathfinder.image(settings, np.random.default_rng(seed))
             strokes, discs, _ = drawn[-1]
@@ -380,6 +512,15 @@ def test_pathfinder_is_drawn_once(tmp_path):
     pixels, label, _ = pathfinder.image(pathfinder.Pathfinder(16, 6, False, 20), np.random.default_rng([0, 3]))
     np.testing.assert_array_equal(dataset.splits["train"].inputs[3, :, 0], pixels)
     assert dataset.splits["train"].labels[3] == label and pixels.max() > 50
+    turned = load("pathfinder", 256, cache=tmp_path, size=16, paddles=6, matched=False, images=20, turned=True)
+    assert file.stat().st_mtime_ns == before and turned.fingerprints == dataset.fingerprints
+    plain = {row.tobytes(): row.reshape(16, 16) for row in rows(dataset, "train")["values"][..., 0]}
+    ways = [
+        next(way for old in plain.values() for way, image in enumerate([np.rot90(x, k) for x in (old, old.T)
+             for k in range(4)]) if np.array_equal(image, new.reshape(16, 16)))
+        for n in range(5) for new in turned.batch(n)["values"][..., 0]
+    ]  # fmt: skip
+    assert len(set(ways)) > 4
 
 
 @pytest.mark.parametrize(
@@ -407,6 +548,11 @@ def test_presets_have_the_fields_of_their_domain():
     assert {configs.NAMES.get(name, name) for name in configs.FIELDS} == set(DOMAINS)
     config = configs.get_config("electricity,mixer=transformer,bi=True,horizon=24,width=32")
     assert config.model.horizon == 24 == config.data.domain.horizon and config.model.pattern == "bi:attention+mlp"
+    for form, head, bi in (("window", "window", True), ("masked", "regress_steps", True),
+                           ("recurrent", "next_value", False)):  # fmt: skip
+        config = configs.get_config(f"electricity,form={form},lookback=16,horizon=8,season=8,width=8")
+        arrays = make_domain("electricity", dict(config.data.domain))
+        assert (config.model.head, config.model.pattern.startswith("bi:")) == (arrays.objective, bi) == (head, bi)
     with pytest.raises(ValueError, match="'hue=1' is no key=value of digits: keys are mixer, bi, width"):
         configs.get_config("digits,hue=1")
 

@@ -3,22 +3,27 @@
 import itertools
 import math
 import types
+import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scipy.stats import norm
 
 from seqmodels.configs import mamba
 from seqmodels.data import ArraySpec
 from seqmodels.errors import UserError
+from seqmodels.forecasting import feed_back
 from seqmodels.heads.classify import Classify
 from seqmodels.heads.forecast import Forecast, future
+from seqmodels.heads.gaussian import SMALLEST, Gaussian, NextValue, RegressSteps
 from seqmodels.heads.pair import Pair
 from seqmodels.heads.rebuild import Rebuild
 from seqmodels.heads.regress import Regress
 from seqmodels.heads.window import Window
 from seqmodels.inputs import INPUTS
+from seqmodels.inputs.frames import SMALLEST as SMALLEST_VARIANCE
 from seqmodels.inputs.frames import Frames
 from seqmodels.inputs.patches import Patches
 from seqmodels.layers import pooling
@@ -231,6 +236,52 @@ def test_a_pool_in_pieces_is_the_pool_of_the_whole(pool):
     np.testing.assert_allclose(slopes, slope, rtol=1e-4, atol=1e-6)
 
 
+def gaussian(p):
+    """Oracle: means and variances [B, T, R]."""
+    y = (p["hidden"] @ p["kernel"] + p["bias"]).reshape(B, T, 2, -1)
+    raw = y[:, :, 1]
+    return y[:, :, 0], np.where(raw < 0, np.exp(np.minimum(raw, 0)), raw + 1) + SMALLEST
+
+
+def test_next_value():
+    """Scipy's normal density of the next values; those of padding and those that are not observed are NaN."""
+    p, values, observed = parameters(2 * 2), RNG.normal(size=(B, T, 2)), RNG.random((B, T, 2)) < 0.7
+    del p["pool_query"]
+    values[~MASK], values[~observed] = np.nan, np.nan
+    counts = (MASK[:, :-1] & MASK[:, 1:])[..., None] & observed[:, 1:]
+
+    def total(p):
+        mean, variance = (x[:, :-1][counts] for x in gaussian(p))
+        return -norm.logpdf(values[:, 1:][counts], mean, np.sqrt(variance)).sum()
+
+    sums = compare(NextValue(D, 2), {"values": values, "observed": observed}, total, p)
+    figures, error = NextValue.figures(sums), (gaussian(p)[0][:, :-1] - values[:, 1:])[counts]
+    assert list(figures) == ["loss", "mse"] and float(sums.count) == counts.sum()
+    assert float(figures["mse"]) == pytest.approx((error**2).mean(), rel=1e-5)
+
+
+def test_regress_steps():
+    """The same of targets at every position; NaN does not count. Scaled back, it is SciPy's density with a scale."""
+    p, targets = parameters(2 * 2), RNG.normal(size=(B, T, 2))
+    del p["pool_query"]
+    targets[1, 2], targets[~MASK] = np.nan, np.nan
+    counts = ~np.isnan(targets)
+
+    def total(p):
+        mean, variance = (x[counts] for x in gaussian(p))
+        return -norm.logpdf(targets[counts], mean, np.sqrt(variance)).sum()
+
+    sums = compare(RegressSteps(D, 2), {"targets": targets}, total, p)
+    assert float(sums.count) == counts.sum()
+    mean, variance = gaussian(p)
+    units = np.array([[[3.0, 0.5]]]), np.array([[[2.0, 4.0]]])
+    restored = RegressSteps(D, 2).restore(jnp.stack([mean, variance], axis=2), *units)
+    found, _ = Gaussian.likelihood(restored, jnp.where(counts, targets, 0), counts)
+    scale = np.sqrt(variance) * units[1]
+    expected = -norm.logpdf(targets, mean * units[1] + units[0], scale)[counts].sum()
+    assert float(found) == pytest.approx(expected, rel=1e-5)
+
+
 @pytest.mark.parametrize("horizon", [1, 3, 8])
 def test_forecast(horizon):
     """Up to beyond the end of the row; values of padding are NaN."""
@@ -260,11 +311,16 @@ def test_the_next_document_is_no_future():
 )
 def test_a_row_of_padding_alone_is_finite(head):
     mask, hidden = np.zeros((2, T), bool), np.full((2, T, D), np.nan)
-    variables = head.init(jax.random.key(0), hidden, mask)
+    variables = jax.jit(head.init)(jax.random.key(0), hidden, mask)
     plain = jax.tree.map(lambda x: x.value, variables, is_leaf=lambda x: hasattr(x, "names"))
-    outputs, pullback = jax.vjp(lambda h, v: head.apply(v, h, mask), jnp.asarray(hidden, jnp.float32), plain)
-    assert np.isfinite(outputs).all()
-    assert all(np.isfinite(x).all() for x in jax.tree.leaves(pullback(jnp.ones_like(outputs))))
+
+    @jax.jit
+    def both(hidden, variables):
+        outputs, pullback = jax.vjp(lambda h, v: head.apply(v, h, mask), hidden, variables)
+        return outputs, pullback(jnp.ones_like(outputs))
+
+    found = both(jnp.asarray(hidden, jnp.float32), plain)
+    assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
 
 
 def test_inputs():
@@ -311,11 +367,23 @@ def test_patches_and_window_norm():
 
     layer = Frames(width=D, size=2, window_norm=True)
     found = layer.apply({"params": {"kernel": np.eye(2, D), "bias": np.zeros(D)}}, values, mask)[..., :2]
-    for row, real, result in zip(values, mask, found, strict=True):
+    back = Regress(D, 2).restore(found, *layer.scale(values, mask))
+    for row, real, result, old in zip(values, mask, found, back, strict=True):
         mean, deviation = row[real].mean(axis=0), row[real].std(axis=0)
         np.testing.assert_allclose(result[real], (row[real] - mean) / deviation, rtol=1e-4, atol=1e-5)
-        back = layer.restore(result[None][:, :2], row[None], jnp.asarray(real[None]))
-        np.testing.assert_allclose(back[0], row[:2], rtol=1e-4, atol=1e-4)
+        np.testing.assert_allclose(old[real], row[real], rtol=1e-4, atol=1e-4)
+
+    observed = np.array([[[1, 1], [0, 1], [1, 0], [1, 1]], [[1, 0], [1, 0], [0, 0], [1, 0]]], bool)
+    there = observed & mask[..., None]
+    values[~there] = np.nan
+    layer = Patches(width=8, size=2, patch=2, window_norm=True, observed=True)
+    found = layer.apply({"params": {"kernel": np.eye(8), "bias": np.zeros(8)}}, values, mask, observed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", RuntimeWarning)  # of a channel without a value
+        mean, deviation = np.nanmean(values, axis=1, keepdims=True), np.nanstd(values, axis=1, keepdims=True)
+    normed = np.where(there, (values - mean) / np.sqrt(deviation**2 + SMALLEST_VARIANCE), 0)
+    expected = np.concatenate([normed, there], axis=-1).reshape(2, 2, 8)
+    np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
 
 
 def settings(**fields):
@@ -392,6 +460,11 @@ def test_parameters_of_inputs_and_heads():
          "config.model.horizon=1: must be 3, as the dataset's targets have so many steps"),
         (dict(input="frames", head="classify", window_norm=True), dataset("classify", **SERIES, labels=ROW["labels"]),
          "config.model.window_norm=True: must be False with model.head='classify'"),
+        (dict(input="frames", head="classify"),
+         dataset("classify", **SERIES, labels=ROW["labels"], observed=((T, 2), "bool", 0)),
+         "config.model.observed=False: must be True with the dataset's batches, which say what is missing"),
+        (dict(input="frames", head="classify", observed=True), dataset("classify", **SERIES, labels=ROW["labels"]),
+         "config.model.observed=True: must be False with the dataset's batches, which do not say what is missing"),
         (dict(head="pair"), dataset("pair", tokens=TOKENS, **ROW),
          "config.model.head='pair': needs 'segment_ids' in"),
         (dict(input="one_hot"), dataset("next_token", tokens=TOKENS, targets=TOKENS),
@@ -407,7 +480,8 @@ def test_what_does_not_fit_is_one_line(fields, data, words):
 def test_a_head_that_must_not_see_the_future():
     """A stack that reads later positions cannot predict them, but may classify."""
     words = (
-        "config.model.head='next_token': must be 'classify' or 'regress' or 'window' or 'pair' or 'rebuild' with "
+        "config.model.head='next_token': must be 'classify' or 'regress' or 'window' or 'pair' or 'rebuild' or "
+        "'regress_steps' with "
         "model.pattern='bi"
     )
     with pytest.raises(UserError, match=words):
@@ -471,6 +545,30 @@ def test_two_texts_of_a_row_are_read_apart_in_both_directions():
     assert not model.causal
     with pytest.raises(UserError, match=r"config.model.window_norm=True: reads whole rows"):
         model.init_state(1)
+
+
+def test_predictions_are_fed_back_with_the_state():
+    """Each step is the mean behind all before it, as a model says that reads them anew every time."""
+    model = build_for(settings(pattern="gru", input="frames", head="next_value", observed=True),
+                      dataset("next_value", **SERIES, observed=((T, 2), "bool", 0)))  # fmt: skip
+    values, observed = RNG.normal(size=(2, T, 2)).astype(np.float32), RNG.random((2, T, 2)) < 0.8
+    params = jax.tree.map(lambda p: p.value, jax.jit(model.init)(jax.random.key(0), values),
+                          is_leaf=lambda p: hasattr(p, "names"))["params"]  # fmt: skip
+    params = jax.tree.map(lambda p: p + 0.3 * np.random.default_rng(p.size).normal(size=p.shape), params)
+    found = feed_back(model, params, np.where(observed, values, np.nan), 3, observed)
+    assert found.shape == (2, 3, 2) and np.abs(np.diff(found, axis=1)).max() > 1e-3
+
+    @jax.jit
+    def read(values, observed, mask):
+        hidden, _ = model.apply({"params": params}, values, mask=mask, observed=observed)
+        return model.apply({"params": params}, hidden, mask, method="outputs")[:, :, 0]
+
+    values, observed = (np.pad(x, ((0, 0), (0, 3), (0, 0)), constant_values=1) for x in (values, observed))
+    for n in range(T, T + 3):  # what is behind position n is padding
+        values[:, n] = read(values, observed, np.broadcast_to(np.arange(T + 3) < n, (2, T + 3)))[:, n - 1]
+    np.testing.assert_allclose(found, values[:, T:], rtol=1e-4, atol=1e-5)
+    outputs = np.arange(24).reshape(1, 3, 4, 2)  # [B, T, horizon, C]
+    np.testing.assert_array_equal(Forecast.next_of(outputs), outputs[:, :, 0])
 
 
 def test_rebuild():

@@ -69,16 +69,23 @@ def test_classify_tokens_resumes_bit_for_bit(tmp_path):
             evals.check(evals.find([name]), run)
 
 
+def with_gaps(rng, count):
+    """The same, where a tenth of the values is missing, and NaN."""
+    batch = channel_means(rng, count)
+    observed = rng.random(batch["values"].shape) < 0.9
+    return batch | {"values": np.where(observed, batch["values"], np.nan).astype(np.float32), "observed": observed}
+
+
 @pytest.mark.parametrize(
     "objective, make, fields, falls",
     [
         ("classify", which_channel, dict(model__pool="attention"), 0.6),
-        ("regress", channel_means, dict(model__pattern="bi:mamba", training__accumulate=2), 0.5),
+        ("regress", with_gaps, dict(model__pattern="bi:mamba", training__accumulate=2, model__observed=True), 0.5),
         ("forecast", waves, dict(model__horizon=3), 0.3),
     ],
 )
 def test_frames(tmp_path, objective, make, fields, falls):
-    """NaN in the padding never shows."""
+    """NaN in the padding, and in values that are not observed, never shows."""
     data = ArrayDataset(objective, make, 16, {"labels": 2})
     config = tiny(model__head=objective, model__input="frames", evals="figures", **fields)
     summary = loop.train(config, tmp_path / "run", data)

@@ -51,7 +51,7 @@ class BatchSplit(Protocol):
 FIGURES = {  # of a split that a run reports, by how it is measured; of a head those of these that it has
     "perplexity": ("loss", "perplexity", "bits_per_byte"),
     "accuracy": ("loss", "accuracy", "sequence_accuracy"),
-    "head": ("loss", "accuracy", "mae", "bits"),
+    "head": ("loss", "accuracy", "mse", "mae", "bits"),
 }
 
 
@@ -83,9 +83,11 @@ class BatchSource:
         pair: the same, and `segment_ids`; a row has two documents, which are compared.
         regress: an input, `mask` and `targets` [B, R] float32, or [B, S, R].
         window: `values` [B, T, C] float32, `mask` and `targets` [B, horizon, C] float32.
-        forecast: `values` [B, T, C] float32 and `mask`.
+        forecast, next_value: `values` [B, T, C] float32 and `mask`.
+        regress_steps: an input, `mask` and `targets` [B, T, R] float32.
         The input is `tokens` [B, T] int32 or `values` [B, T, C] float32. Padding is False in the mask. Where tokens are
-        not equally far apart in time, `steps` [B, T] float32 (`seqmodels.data.times`).
+        not equally far apart in time, `steps` [B, T] float32 (`seqmodels.data.times`). Where single values are missing,
+        `observed` [B, T, C] bool; such values may be anything, NaN too.
         """
         raise NotImplementedError
 
@@ -118,7 +120,7 @@ def check_spec(spec: Spec, batch_size: int, seq_len: int) -> None:
     Raises: UserError that names the first array that does not fit.
     """
     for name, array in spec.items():
-        over_time = name in ("tokens", "values", "mask", "segment_ids", "steps") or len(array.shape) == 3
+        over_time = name in ("tokens", "values", "mask", "segment_ids", "steps", "observed") or len(array.shape) == 3
         allowed = (batch_size, seq_len) if over_time else (batch_size,)
         fields = "(config.batch_size, config.seq_len)" if over_time else "(config.batch_size,)"
         if array.shape[: len(allowed)] != allowed:

@@ -21,6 +21,7 @@ from seqmodels.evals import (
     context_lengths,
     extrapolation,
     figures,
+    forecast,
     harness,
     needle,
     perplexity,
@@ -40,6 +41,7 @@ EVALUATORS: dict[str, ModuleType] = {
     "accuracy": accuracy,
     "figures": figures,
     "rate": rate,
+    "forecast": forecast,
     "needle": needle,
     "classification": classification,
     "reconstruction": reconstruction,
@@ -50,6 +52,7 @@ EVALUATORS: dict[str, ModuleType] = {
 }
 BY_NAME = (  # only when asked for
     "extrapolation",
+    "forecast",
     "rate",
     "classification",
     "qa",

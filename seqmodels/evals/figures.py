@@ -37,8 +37,8 @@ def batch_sums(
     """
     head, variables = head_of(model.config), {"params": params}
     ids = batch.get("segment_ids") if reset else None
-    tokens, mask, steps = (batch.get(name) for name in (input_of(model.config).key, "mask", "steps"))
-    hidden, _ = model.apply(variables, tokens, segment_ids=ids, mask=mask, steps=steps)
+    given: dict[str, Any] = {name: batch[name] for name in ("mask", "steps", "observed") if name in batch}
+    hidden, _ = model.apply(variables, batch[input_of(model.config).key], segment_ids=ids, **given)
     options = {"chunk": LOGIT_TOKENS} if head.method == "logits" else {}
 
     def outputs_of(*arguments: Any, method: str = head.method) -> Any:

@@ -76,8 +76,12 @@ MODEL = Group(
             "next_token",
             "what the model predicts: next_token, classify (a class for each row), regress (numbers for each row), "
             "forecast (numbers for each of the next steps, at every step), window (the same, once for a row), pair (a "
-            "class for two texts of a row) or rebuild (all tokens of a row, from its last hidden state)",
-            one_of("next_token", "classify", "regress", "forecast", "window", "pair", "rebuild"),
+            "class for two texts of a row), rebuild (all tokens of a row, from its last hidden state), next_value (mean "
+            "and variance of the next numbers, at every step) or regress_steps (of other numbers at every step)",
+            one_of(
+                *("next_token", "classify", "regress", "forecast", "window", "pair", "rebuild", "next_value"),
+                "regress_steps",
+            ),
             since=2,
         ),
         "positions": Field(
@@ -109,7 +113,13 @@ MODEL = Group(
         "horizon": Field(1, "steps ahead that forecast and window predict", at_least(1), since=2),
         "patch": Field(1, "frames in one step of the input patches", at_least(1), since=2),
         "window_norm": Field(
-            False, "with the head window: each row is read less its mean, over its deviation, and scaled back", since=2
+            False,
+            "with the heads window and regress_steps: each row is read less its mean, over its deviation, and scaled "
+            "back",
+            since=2,
+        ),
+        "observed": Field(
+            False, "values may be missing: the batches say which, and the input reads that beside each value", since=2
         ),
         "depth": Field(
             "none",

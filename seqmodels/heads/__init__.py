@@ -5,6 +5,7 @@ A new head is one file, a subclass of `Head`, one line here, and its name in seq
 
 from seqmodels.heads.classify import Classify
 from seqmodels.heads.forecast import Forecast
+from seqmodels.heads.gaussian import NextValue, RegressSteps
 from seqmodels.heads.head import Head
 from seqmodels.heads.next_token import NextToken
 from seqmodels.heads.pair import Pair
@@ -20,4 +21,6 @@ HEADS: dict[str, type[Head]] = {
     "window": Window,
     "pair": Pair,
     "rebuild": Rebuild,
+    "next_value": NextValue,
+    "regress_steps": RegressSteps,
 }

@@ -35,18 +35,27 @@ def future(
         targets [B, T, horizon, C], 0 where they do not count; and counts [B, T, horizon] bool, True if the position and
         the predicted position are both in the row, real, and in the same segment.
     """
-    length = values.shape[1]
     values = jnp.where(mask[..., None], values, 0)
-
-    def later(x, steps):  # position t gets the value at t + steps; zeros at the end
-        return jnp.pad(x[:, steps:], ((0, 0), (0, min(steps, length))) + ((0, 0),) * (x.ndim - 2))
-
-    steps = range(1, horizon + 1)
-    counts = jnp.stack([mask & later(mask, k) for k in steps], axis=2)
+    counts = mask[..., None] & ahead(mask, horizon)
     if segment_ids is not None:
-        counts &= jnp.stack([segment_ids == later(segment_ids, k) for k in steps], axis=2)
-    targets = jnp.stack([later(values, k) for k in steps], axis=2)
-    return jnp.where(counts[..., None], targets, 0), counts
+        counts &= segment_ids[..., None] == ahead(segment_ids, horizon)
+    return jnp.where(counts[..., None], ahead(values, horizon), 0), counts
+
+
+def ahead(x: jax.Array, horizon: int) -> jax.Array:
+    """[B, T, ...] to [B, T, horizon, ...]: at each position those of the next ones, and zeros behind the end."""
+    length = x.shape[1]
+    padded = jnp.pad(x, ((0, 0), (0, horizon)) + ((0, 0),) * (x.ndim - 2))
+    return jnp.stack([padded[:, k : k + length] for k in range(1, horizon + 1)], axis=2)
+
+
+def known_future(batch: Batch, horizon: int) -> tuple[jax.Array, jax.Array]:
+    """Targets [B, T, horizon, C] and which of them count, of the same shape, as `future`, of the arrays of a batch."""
+    targets, counts = future(batch["values"], batch["mask"], horizon, batch.get("segment_ids"))
+    counts = jnp.broadcast_to(counts[..., None], targets.shape)
+    if "observed" in batch:
+        counts &= ahead(batch["observed"], horizon)
+    return jnp.where(counts, targets, 0), counts
 
 
 class Forecast(Head):
@@ -60,6 +69,11 @@ class Forecast(Head):
 
     target: ClassVar[str] = "values"
     causal: ClassVar[bool] = True
+
+    @staticmethod
+    def next_of(outputs: jax.Array) -> jax.Array:
+        """The next value [B, T, C] at each position, of predictions [B, T, horizon, C]."""
+        return outputs[:, :, 0]
 
     def setup(self) -> None:
         shape, axes, init = (self.width, self.horizon * self.size), ("embed", "outputs"), normal(self.width**-0.5)
@@ -80,13 +94,13 @@ class Forecast(Head):
         Args:
             outputs_of: (hidden, mask) -> predictions [B, T, horizon, C] float32.
             hidden: [B, T, D].
-            batch: values [B, T, C] float, mask [B, T] bool and perhaps segment_ids [B, T] int32.
+            batch: values [B, T, C] float, mask [B, T] bool, and perhaps segment_ids [B, T] int32 and observed [B, T, C]
+                bool; a value that is not observed does not count.
         """
-        predicted, mask = outputs_of(hidden, batch["mask"]), batch["mask"]
-        targets, counts = future(batch["values"], mask, predicted.shape[2], batch.get("segment_ids"))
-        error = jnp.where(counts[..., None], predicted - targets, 0.0)
-        squared = jnp.square(error).sum()
-        count = jnp.sum(counts, dtype=jnp.float32) * predicted.shape[3]
+        predicted = outputs_of(hidden, batch["mask"])
+        targets, counts = known_future(batch, predicted.shape[2])
+        error = jnp.where(counts, predicted - targets, 0.0)
+        squared, count = jnp.square(error).sum(), jnp.sum(counts, dtype=jnp.float32)
         return squared, jax.lax.stop_gradient(ForecastSums(squared, jnp.abs(error).sum(), count))
 
     @staticmethod

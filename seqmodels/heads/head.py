@@ -59,6 +59,10 @@ class Head(nn.Module):
         """
         raise NotImplementedError
 
+    def restore(self, predicted: jax.Array, mean: jax.Array | float, deviation: jax.Array | float) -> jax.Array:
+        """Predictions [..., C] of values that were read less their mean, over their deviation, in the old units."""
+        return predicted * deviation + mean
+
     def init_state(self, batch: int) -> dict[str, jax.Array]:
         """What the head keeps from piece to piece of a row that is read in pieces, before the first; {}: nothing."""
         return {}

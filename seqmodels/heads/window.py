@@ -40,11 +40,13 @@ class Window(Pooled):
         """Sum of squared errors, and the sums.
 
         Args:
-            outputs_of: (hidden, mask, segment_ids, documents, values) -> predictions [B, horizon, C] float32.
+            outputs_of: (hidden, mask, segment_ids, documents, values, observed) -> predictions [B, horizon, C] float32.
             hidden: [B, T, D].
-            batch: values [B, T, C], mask [B, T] bool and targets [B, horizon, C]; a target of NaN does not count.
+            batch: values [B, T, C], mask [B, T] bool, perhaps observed [B, T, C], and targets [B, horizon, C]; a target
+                of NaN does not count.
         """
-        predicted, targets = outputs_of(hidden, batch["mask"], None, 0, batch["values"]), batch["targets"]
+        units = [batch[name] for name in ("values", "observed") if name in batch]
+        predicted, targets = outputs_of(hidden, batch["mask"], None, 0, *units), batch["targets"]
         known = ~jnp.isnan(targets)
         error = jnp.where(known, predicted - jnp.where(known, targets, 0.0), 0.0)
         squared = jnp.square(error).sum()

@@ -44,10 +44,15 @@ class Input(nn.Module):
         """mask and segment_ids [B, T] of a batch to those of the stream, which may have fewer steps."""
         return mask, segment_ids
 
-    def restore(self, predicted: jax.Array, values: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """What a head predicts, in the units of the array of a batch."""
-        return predicted
+    def scale(
+        self, values: jax.Array, mask: jax.Array | None = None, observed: jax.Array | None = None
+    ) -> tuple[jax.Array | float, jax.Array | float]:
+        """Mean and deviation that are taken from the array of a batch, and given back to predictions."""
+        return 0.0, 1.0
 
     def __call__(self, array: jax.Array, mask: jax.Array | None = None) -> jax.Array:
-        """The array of a batch to [B, T, D]. mask [B, T] bool is False on padding. None: there is no padding."""
+        """The array of a batch to [B, T, D]. mask [B, T] bool is False on padding. None: there is no padding.
+
+        Inputs of values also take `observed`, see `seqmodels.inputs.frames.Frames`.
+        """
         raise NotImplementedError

@@ -21,7 +21,7 @@ class Patches(Frames):
     @property
     def features(self) -> int:
         """Numbers that make one step."""
-        return self.patch * self.size
+        return self.patch * super().features
 
     def frames(self, values: jax.Array) -> jax.Array:
         """[B, T, C] to [B, T / P, P C]."""

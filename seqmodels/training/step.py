@@ -39,7 +39,7 @@ def make_loss(model: nn.Module, config: ConfigDict) -> Callable[..., tuple[jax.A
             state=carry,
             deterministic=config.model.dropout == 0,
             rngs=rngs,
-            **({"steps": rows["steps"]} if "steps" in rows else {}),
+            **{name: rows[name] for name in ("steps", "observed") if name in rows},
             mutable=(*side.COLLECTIONS, *micro),
         )
 

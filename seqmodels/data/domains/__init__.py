@@ -20,6 +20,7 @@ from seqmodels.data.domains.files import Place
 from seqmodels.data.domains.listops import ListOps
 from seqmodels.data.domains.mnist import Mnist5k
 from seqmodels.data.domains.pathfinder import Pathfinder
+from seqmodels.data.domains.pendulum import Pendulum
 from seqmodels.data.domains.series import Series
 from seqmodels.data.domains.sound import Sound
 from seqmodels.data.domains.texts import TextPairs, Texts
@@ -34,6 +35,7 @@ DOMAINS: dict[str, type[Domain]] = {
     "series": Series,
     "electricity": Electricity,
     "pathfinder": Pathfinder,
+    "pendulum": Pendulum,
     "listops": ListOps,
     "bases": Bases,
     "species": Species,

@@ -157,7 +157,8 @@ class Species(Domain):
     """The species of a piece, from the folder <species>/<strain>.fasta.
 
     The last strain of a species, by name, is held out: pieces of it are the validation and the test split, in halves by
-    place. Of a species with one strain, the last fifth is. Training draws pieces anew in every epoch.
+    place. Of a species with one strain, the last fifth is. Training draws pieces anew in every epoch. Where strains are
+    almost copies of each other, as those of E. coli are, a model may know the held-out genome by heart.
 
     Attributes:
         rows: of the train split in an epoch. held: rows of the validation, and of the test split.

@@ -32,10 +32,12 @@ class Labelled:
     """Rows with a class each.
 
     Attributes:
-        inputs: [n, T, C] numbers, or [n, T] tokens; what lies at or after a row's length is not read.
+        inputs: [n, T, C] numbers, of which NaN is a missing one, or [n, T] tokens; what lies at or after a row's length
+            is not read.
         lengths: [n] int, positions of each row.
         labels: [n] int32, from 0.
         mean, deviation: [C], of values, which are read less the mean, over the deviation.
+        gaps: batches say which values are there. Without, a missing value is read as the mean.
     """
 
     inputs: np.ndarray
@@ -43,6 +45,7 @@ class Labelled:
     labels: np.ndarray
     mean: Any = 0.0
     deviation: Any = 1.0
+    gaps: bool = False
 
     @property
     def count(self) -> int:
@@ -54,15 +57,17 @@ class Labelled:
         return "tokens" if self.inputs.ndim == 2 else "values"
 
     def read(self, numbers: np.ndarray, length: int, rng: np.random.Generator | None = None) -> Batch:
-        """`tokens` [B, T] or `values` [B, T, C], 0 behind a row's end; `mask` [B, T] bool; `labels` [B] int32."""
+        """`tokens` [B, T] or `values` [B, T, C], 0 behind a row's end and where one is missing; `mask` [B, T] bool;
+        with gaps `observed` [B, T, C] bool; `labels` [B] int32."""
         inputs = self.inputs[numbers]
         inputs = inputs if inputs.ndim == 2 else (inputs - self.mean) / self.deviation
         mask = np.arange(length) < self.lengths[numbers, None]
         missing = length - inputs.shape[1]
         inputs = np.pad(inputs, [(0, 0), (0, max(missing, 0))] + [(0, 0)] * (inputs.ndim - 2))[:, :length]
-        inputs = np.where(mask if inputs.ndim == 2 else mask[..., None], inputs, 0)
-        inputs = inputs.astype(np.int32 if inputs.ndim == 2 else np.float32)
-        return {self.key: inputs, "mask": mask, "labels": self.labels[numbers].astype(np.int32)}
+        there = mask if inputs.ndim == 2 else mask[..., None] & ~np.isnan(inputs)
+        inputs = np.where(there, inputs, 0).astype(np.int32 if inputs.ndim == 2 else np.float32)
+        gaps = {"observed": there} if self.gaps else {}
+        return {self.key: inputs, "mask": mask, **gaps, "labels": self.labels[numbers].astype(np.int32)}
 
     def flat(self) -> np.ndarray:
         """[n, features] float64: all positions of a row side by side, 0 behind its end."""
@@ -78,14 +83,21 @@ class Labelled:
         return digest(self.inputs, self.lengths, self.labels)
 
 
+ROWS = 1024  # of which mean and deviation are summed up at a time
+FORMS = {"window": "window", "masked": "regress_steps", "recurrent": "next_value"}  # of `Windows`, and their heads
+
+
 @dataclasses.dataclass(frozen=True)
 class Windows:
     """Every window of a series, with what follows it.
 
     Attributes:
-        series: [time, C] float32.
+        series: [time, C] float32; NaN is a missing value.
         first, last: the first predicted value of the first window, and of the last.
         lookback: values that a window has. horizon: values after it that are to be predicted.
+        form: "window": a row is the window, and what follows are its targets. "masked": a row is both, and what follows
+            is not observed, but the target there. "recurrent": a row is both, as values.
+        gaps: batches say which values are there; "masked" always does.
     """
 
     series: np.ndarray
@@ -93,22 +105,44 @@ class Windows:
     last: int
     lookback: int
     horizon: int
+    form: str = "window"
+    gaps: bool = False
 
     @property
     def count(self) -> int:
         return self.last - self.first + 1
 
     def read(self, numbers: np.ndarray, length: int, rng: np.random.Generator | None = None) -> Batch:
-        """`values` [B, T, C] with T the lookback, `mask` [B, T], `targets` [B, horizon, C]."""
-        if length != self.lookback:
-            raise UserError(f"config.seq_len={length}: must be config.data.domain.lookback, {self.lookback}")
+        """`values` [B, T, C], 0 where one is missing, `mask` [B, T], and by the form `observed` and `targets`.
+
+        T is the lookback, and with the forms masked and recurrent the horizon is behind it. `targets` are [B, horizon,
+        C], or [B, T, C] of the form masked, where those in the lookback are NaN.
+        """
+        if length != row_length(self.form, self.lookback, self.horizon):
+            raise UserError(f"config.seq_len={length}: does not fit lookback={self.lookback}, horizon={self.horizon}")
         start = self.first + np.asarray(numbers)[:, None]
-        values = self.series[start + np.arange(-self.lookback, 0)]
-        targets = self.series[start + np.arange(self.horizon)]
-        return {"values": values, "mask": np.ones(values.shape[:2], bool), "targets": targets}
+        whole = self.series[start + np.arange(-self.lookback, self.horizon)]
+        values = whole[:, :length].copy()
+        if self.form == "masked":
+            values[:, self.lookback :] = np.nan
+        observed = ~np.isnan(values)
+        batch = {"values": np.where(observed, values, 0), "mask": np.ones(values.shape[:2], bool)}
+        if self.gaps or self.form == "masked":
+            batch["observed"] = observed
+        if self.form == "window":
+            batch["targets"] = whole[:, self.lookback :]
+        elif self.form == "masked":
+            batch["targets"] = whole.copy()
+            batch["targets"][:, : self.lookback] = np.nan
+        return batch
 
     def fingerprint(self) -> str:
         return digest(self.series[self.first - self.lookback : self.last + self.horizon], np.array(self.horizon))
+
+
+def row_length(form: str, lookback: int, horizon: int) -> int:
+    """Steps of a row of `Windows`."""
+    return lookback + (0 if form == "window" else horizon)
 
 
 def digest(*arrays: np.ndarray) -> str:
@@ -121,11 +155,26 @@ def digest(*arrays: np.ndarray) -> str:
 
 
 def standardised(splits: dict[str, Any]) -> dict[str, Any]:
-    """Labelled splits whose values are read less the mean, over the deviation, of the train split's real positions."""
+    """Labelled splits whose values are read less the mean, over the deviation, of the train split.
+
+    Padding and missing values do not count.
+    """
     train = splits["train"]
-    real = np.arange(train.inputs.shape[1]) < train.lengths[:, None]
-    values = train.inputs[real].astype(np.float64)
-    scale = dict(mean=values.mean(axis=0), deviation=np.maximum(values.std(axis=0), 1e-8))
+
+    def mean_of(function):
+        """Mean [C] of a function of the values that count; few rows at a time, as all in float64 may not fit."""
+        total, count = np.zeros(train.inputs.shape[2]), np.zeros(train.inputs.shape[2])
+        for first in range(0, train.count, ROWS):
+            rows = slice(first, first + ROWS)
+            real = np.arange(train.inputs.shape[1]) < train.lengths[rows, None]
+            values = train.inputs[rows][real].astype(np.float64)
+            total += np.nansum(function(values), axis=0)
+            count += (~np.isnan(values)).sum(axis=0)
+        return total / np.maximum(count, 1)
+
+    mean = mean_of(lambda values: values)
+    deviation = np.sqrt(mean_of(lambda values: (values - mean) ** 2))
+    scale = dict(mean=mean, deviation=np.maximum(deviation, 1e-8))
     return {name: dataclasses.replace(split, **scale) for name, split in splits.items()}
 
 

@@ -10,6 +10,7 @@ distance of the discs alone tells much of the answer: the baseline "distance of 
 """
 
 import dataclasses
+import functools
 import hashlib
 import json
 from concurrent.futures import ProcessPoolExecutor
@@ -19,6 +20,7 @@ from typing import Self
 
 import numpy as np
 
+from seqmodels.data.contract import Batch
 from seqmodels.data.domains.baselines import logistic
 from seqmodels.data.domains.domain import Baselines, Domain, Splits, classes, longest
 from seqmodels.data.domains.examples import Labelled, standardised
@@ -39,12 +41,14 @@ class Pathfinder(Domain):
     Attributes:
         size: pixels of a side; 128 is Path-X. paddles: strokes of a curve.
         matched: see above. images: rows of the train split; the others have a tenth each.
+        turned: in training each image is turned by a multiple of 90 degrees and perhaps mirrored, at random.
     """
 
     size: int = 32
     paddles: int = 14
     matched: bool = True
     images: int = 20000
+    turned: bool = False
 
     def __post_init__(self) -> None:
         self.choose("paddles", 6, 9, 14)
@@ -59,7 +63,9 @@ class Pathfinder(Domain):
         lengths, found, first = np.full(len(labels), self.size**2), {}, 0
         for name, count in (("train", self.images), ("validation", held), ("test", held)):
             rows = slice(first, first + count)
-            found[name] = Discs(pixels[rows, :, None], lengths[rows], labels[rows], apart=apart[rows])
+            found[name] = Discs(
+                pixels[rows, :, None], lengths[rows], labels[rows], apart=apart[rows], turned=self.turned
+            )
             first += count
         longest(found, length)
         return standardised(found)
@@ -80,7 +86,8 @@ class Pathfinder(Domain):
 
     def _drawn(self, folder: Path, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Pixels [n, size^2] uint8, labels [n] and distances of the discs [n]; made once."""
-        settings = json.dumps([1, dataclasses.asdict(self)], sort_keys=True)
+        drawn = {name: value for name, value in dataclasses.asdict(self).items() if name != "turned"}
+        settings = json.dumps([1, drawn], sort_keys=True)
         path = folder / f"{hashlib.sha256(settings.encode()).hexdigest()[:16]}.npz"
         if not path.exists():
             print(f"drawing {count:,} images, once, into {path}", flush=True)
@@ -98,12 +105,29 @@ class Pathfinder(Domain):
 
 @dataclasses.dataclass(frozen=True)
 class Discs(Labelled):
-    """Images with the distance of their discs [n]."""
+    """Images with the distance of their discs [n]; see `Pathfinder` for `turned`."""
 
     apart: np.ndarray = dataclasses.field(default_factory=lambda: np.zeros(0))
+    turned: bool = False
+
+    def read(self, numbers: np.ndarray, length: int, rng: np.random.Generator | None = None) -> Batch:
+        """As `Labelled`."""
+        if not self.turned or rng is None:
+            return super().read(numbers, length)
+        rows = self.part(numbers)
+        order = symmetries(round(rows.inputs.shape[1] ** 0.5))[rng.integers(8, size=len(numbers))]
+        rows = dataclasses.replace(rows, inputs=np.take_along_axis(rows.inputs, order[..., None], axis=1), turned=False)
+        return rows.read(np.arange(len(numbers)), length)
 
     def part(self, chosen: np.ndarray) -> Self:
         return dataclasses.replace(super().part(chosen), apart=self.apart[chosen])
+
+
+@functools.cache
+def symmetries(side: int) -> np.ndarray:
+    """[8, side^2]: which pixel comes to each place in the eight turned and mirrored images of a square."""
+    places = np.arange(side**2).reshape(side, side)
+    return np.stack([np.rot90(each, k).ravel() for each in (places, places.T) for k in range(4)])
 
 
 def draw_many(settings: Pathfinder, first: int, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -28,11 +28,14 @@ class Series(Domain):
         set: name of the set, such as FordA; the files are <set>_TRAIN and <set>_TEST with the ending.
         ending: "tsv" (UCR: one channel, the class first) or "ts" (sktime: any channels, any lengths).
         validation: share of the train split, of each class, that is the validation split.
+        gaps: batches say which values are missing ("?" or NaN in the files). Without, a missing value is read as the
+            mean; it never counts for the mean.
     """
 
     set: str = "FordA"
     ending: str = "tsv"
     validation: float = 0.1
+    gaps: bool = False
 
     def __post_init__(self) -> None:
         self.choose("ending", "tsv", "ts")
@@ -45,7 +48,7 @@ class Series(Domain):
         files = [f"{self.set}_{part}.{self.ending}" for part in ("TRAIN", "TEST")]
         rows = [read(place.read(file, *packages).decode(errors="replace"), file) for file in files]
         names = sorted({label for part in rows for _, label in part})
-        train, test = (_labelled(part, names) for part in rows)
+        train, test = (_labelled(part, names, self.gaps) for part in rows)
         kept, held = divided(train.labels, self.validation)
         found = standardised({"train": train.part(kept), "validation": train.part(held), "test": test})
         found = {name: part for name, part in found.items() if part.count}
@@ -68,6 +71,7 @@ def summary(rows: Labelled) -> np.ndarray:
     features = []
     for values, length in zip(rows.inputs, rows.lengths, strict=True):
         real = values[:length].astype(np.float64)
+        real = np.where(np.isnan(real), rows.mean, real)
         parts = [real.mean(0), real.std(0), real.min(0), real.max(0), real[0], real[-1]]
         features.append(np.concatenate([*parts, [length]]))
     return np.stack(features)
@@ -80,7 +84,7 @@ def read_tsv(text: str, file: str) -> list[Row]:
         label, *numbers = line.split("\t")
         values = _numbers(numbers, file)
         end = len(values) - int(np.argmax(~np.isnan(values[::-1])))
-        rows.append((np.nan_to_num(values[:end])[:, None], f"{float(label):g}"))
+        rows.append((values[:end, None], f"{float(label):g}"))
     return rows
 
 
@@ -93,7 +97,9 @@ def read_ts(text: str, file: str) -> list[Row]:
     for line in filter(str.strip, body.splitlines()):
         *channels, label = line.split(":")
         values = [_numbers(channel.split(","), file) for channel in channels]
-        rows.append((np.nan_to_num(np.stack(values, axis=1)), label.strip()))
+        series = np.stack(values, axis=1)
+        there = np.flatnonzero(~np.isnan(series).all(axis=1))  # what is missing in all channels at the end is no part
+        rows.append((series[: there[-1] + 1 if len(there) else 1], label.strip()))
     return rows
 
 
@@ -104,9 +110,9 @@ def _numbers(words: list[str], file: str) -> np.ndarray:
         raise UserError(f"{file}: {error}") from error
 
 
-def _labelled(rows: list[Row], names: list[str]) -> Labelled:
+def _labelled(rows: list[Row], names: list[str], gaps: bool) -> Labelled:
     lengths = np.array([len(values) for values, _ in rows])
     inputs = np.zeros((len(rows), lengths.max(), rows[0][0].shape[1]), np.float32)
     for place, (values, _) in enumerate(rows):
         inputs[place, : len(values)] = values
-    return Labelled(inputs, lengths, np.array([names.index(label) for _, label in rows], np.int32))
+    return Labelled(inputs, lengths, np.array([names.index(label) for _, label in rows], np.int32), gaps=gaps)

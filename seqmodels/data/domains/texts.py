@@ -76,6 +76,11 @@ class Texts(Domain):
             raise UserError(f"config.data.path={place.path!r}: must hold a table train and a table test")
         rows = {name: list(self._rows(path)) for name, path in files.items()} or self._cut(list(self._rows(where)))
         names = sorted({label for part in rows.values() for _, label in part})
+        if unseen := set(names) - {label for _, label in rows["train"]}:
+            raise UserError(
+                f"config.data.path={place.path!r}: {min(unseen)!r} is no class of the train split; rows sorted "
+                "by class must be shuffled"
+            )
         return {
             name: Documents(tuple(t for t, _ in part), np.array([names.index(label) for _, label in part], np.int32))
             for name, part in rows.items()
