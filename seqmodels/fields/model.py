@@ -76,8 +76,8 @@ MODEL = Group(
             "next_token",
             "what the model predicts: next_token, classify (a class for each row), regress (numbers for each row), "
             "forecast (numbers for each of the next steps, at every step), window (the same, once for a row), pair (a "
-            "class for two texts of a row), rebuild (all tokens of a row, from its last hidden state), next_value (mean "
-            "and variance of the next numbers, at every step) or regress_steps (of other numbers at every step)",
+            "class for two texts of a row), rebuild (all tokens of a row, from its last hidden state), next_value "
+            "(mean and variance of the next numbers, at every step) or regress_steps (of other numbers at every step)",
             one_of(
                 *("next_token", "classify", "regress", "forecast", "window", "pair", "rebuild", "next_value"),
                 "regress_steps",
