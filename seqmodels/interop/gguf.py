@@ -123,17 +123,17 @@ FORMATS = {
 
 def _of_package(named: str, kind: int) -> Format:
     """A format that the package gguf reads. `named`: the file and the tensor, for errors."""
-    formats = f"{named} has the format number {kind} of ggml"
+    that = f"{named} has the format number {kind} of ggml"
     try:
         import gguf
     except ImportError:
-        raise UserError(f"{formats}, which needs the package gguf: pip install gguf") from None
+        raise UserError(f"{that}, which needs the package gguf: pip install gguf") from None
     try:
         known = gguf.GGMLQuantizationType(kind)
         numbers, size = gguf.GGML_QUANT_SIZES[known]
         gguf.dequantize(np.zeros((1, size), np.uint8), known)
     except (ValueError, KeyError, NotImplementedError):
-        raise UserError(f"{formats}, which the package gguf does not read; allowed: F32, F16, Q4_0, Q4_K, ...") from None
+        raise UserError(f"{that}, which the package gguf does not read") from None
     return Format("float32", numbers, size, lambda block: gguf.dequantize(block, known))
 
 
