@@ -167,8 +167,8 @@ def _program(model: nn.Module, mesh: Mesh | None, tree: Any, *kinds: jax.ShapeDt
 
 
 def _kind(x: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
-    placed = isinstance(x, jax.Array) and x.committed
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding if placed else None)
+    sharding = x.sharding if isinstance(x, jax.Array) and x.committed else None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 def rows_of(batch_size: int, mesh: Mesh | None) -> int:

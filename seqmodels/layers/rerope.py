@@ -68,7 +68,7 @@ def rerope(
     def attend(inputs: Inputs, tokens: Tokens) -> jax.Array:
         sides = tokens.queries(q.shape[1]), tokens.keys(k.shape[1])
         # from the first query of the call on: angles of small numbers are more exact
-        at, key_at = ((x.position - sides[0].position[:, :1]).astype(jnp.float32) for x in sides)
+        at, key_at = (jnp.float32(x.position - sides[0].position[:, :1]) for x in sides)
 
         def turned(scale: float, shift: float) -> Inputs:
             return inputs._replace(q=turn(inputs.q, scale * at + shift), k=turn(inputs.k, scale * key_at))
