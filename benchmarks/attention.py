@@ -7,7 +7,9 @@
 A shape is B x T x H x Hkv x d. Masks are "causal"; "full"; "windowN", the last N tokens; "strided", "fixed" and
 "bigbird", patterns of blocks of 512 tokens (strided: the last 4 blocks and every fourth one before; fixed: groups of 4,
 of which the last block is seen by all; bigbird: 3 blocks, the first, and 3 random ones); and "documents", each of 1024
-tokens. "torch" is torch's scaled_dot_product_attention, for causal and full masks on an NVIDIA GPU.
+tokens. "NAME+documents" and "NAME+padding" are such a mask by the positions in each of these documents, and by those of
+real tokens, of which every eighth is none. "torch" is torch's scaled_dot_product_attention, for causal and full masks
+on an NVIDIA GPU.
 
 A time is the median of --repeat timings of calls for 30 ms each, from random numbers. The memory is what the compiled
 program needs beside its arguments and results. "left" is the part of the tiles of 512 x 512 causal (or all) scores in
@@ -59,6 +61,9 @@ ROW = "{:10} {:20} {:12} {:17} {:>9} {:>10} {:>6} {:>6}"
 
 def mask_of(name: str) -> Mask:
     """The mask that a name stands for. Raises UserError if there is none."""
+    name, _, rest = name.partition("+")
+    if rest not in ("", "documents", "padding"):
+        raise UserError(f"--masks={name}+{rest}: allowed are {name}+documents and {name}+padding")
     if name in ("causal", "full", "documents"):
         return Mask(causal=name != "full")
     if name in PATTERNS:
@@ -84,14 +89,26 @@ def arrays(shape: tuple[int, ...], dtype: Any) -> dict[str, jax.Array]:
     return {n: draw(key, (batch, length, h, width)) for key, (n, h) in zip(keys, sizes.items(), strict=True)}
 
 
-def call(by: str, mask: Mask, documents: bool, one: str) -> Callable[[dict], Any]:
+def tokens_of(name: str, batch: int, length: int) -> dict[str, jax.Array]:
+    """Arguments that describe the tokens of a mask."""
+    place = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
+    if name.endswith("documents"):
+        ids = dict(segment_ids=place // DOCUMENT)
+        return ids if name == "documents" else ids | dict(positions=place % DOCUMENT)
+    if name.endswith("padding"):
+        real = place % 8 != 7
+        ids = dict(segment_ids=jnp.where(real, 0, -2), key_segment_ids=jnp.where(real, 0, -1))  # as models give them
+        return ids | dict(positions=place - place // 8)
+    return {}
+
+
+def call(by: str, name: str, one: str) -> Callable[[dict], Any]:
     """A function of the arrays: o, or the gradients of q, k and v."""
+    mask = mask_of(name)
 
     def attend(q, k, v):
-        batch, length = q.shape[:2]
-        ids = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32) // DOCUMENT, (batch, length)) if documents else None
         rules = dict(causal=mask.causal, window=mask.window, pattern=mask.pattern)
-        return op.attention(q, k, v, segment_ids=ids, **rules, implementation=by)
+        return op.attention(q, k, v, **tokens_of(name, *q.shape[:2]), **rules, implementation=by)
 
     def run(a):
         o, pull = jax.vjp(attend, a["q"], a["k"], a["v"])
@@ -151,17 +168,17 @@ def main(flag_values: flags.FlagValues) -> int:
         shape = tuple(map(int, sizes))
         a, causal = arrays(shape, dtype), {}
         for by, one, (name, mask) in itertools.product(names, passes, masks.items()):
-            if by == "torch" and (mask.window or mask.pattern or name == "documents"):
+            if by == "torch" and name not in ("causal", "full"):
                 continue
             try:
-                seconds, memory = timed(by, mask, name == "documents", one, a, flag_values.repeat)
+                seconds, memory = timed(by, name, one, a, flag_values.repeat)
             except Exception as problem:  # such as what an implementation does not take; the other rows are measured
                 message = " ".join(str(problem).split())[:160]
                 print(ROW.format(by, text, name, one, *"!" * 4), f"{type(problem).__name__}: {message}", flush=True)
                 continue
             causal |= {(by, one): seconds} if name == "causal" else {}
             part = left(mask, shape[1])
-            gain = causal[by, one] / seconds * part if (by, one) in causal and name != "documents" else None
+            gain = causal[by, one] / seconds * part if (by, one) in causal and not tokens_of(name, 1, 8) else None
             shown = f"{seconds * 1e3:.3f}", "-" if memory is None else f"{memory / 2**20:.0f}", f"{part:.2f}"
             print(ROW.format(by, text, name, one, *shown, "-" if gain is None else f"{gain:.2f}"), flush=True)
             row = dict(op="attention", implementation=by, shape=list(shape), mask=name, dtype=dtype, left=part)
@@ -171,11 +188,11 @@ def main(flag_values: flags.FlagValues) -> int:
     return 0
 
 
-def timed(by: str, mask: Mask, documents: bool, one: str, a: dict, repeat: int) -> tuple[float, int | None]:
+def timed(by: str, name: str, one: str, a: dict, repeat: int) -> tuple[float, int | None]:
     """Seconds, and bytes of temporary arrays."""
     if by == "torch":
-        return torch_measure(torch_call(mask, one), torch_arrays(a, one), repeat), None
-    compiled = jax.jit(call(by, mask, documents, one)).lower(a).compile()
+        return torch_measure(torch_call(mask_of(name), one), torch_arrays(a, one), repeat), None
+    compiled = jax.jit(call(by, name, one)).lower(a).compile()
     return measure(compiled, [a], repeat), compiled.memory_analysis().temp_size_in_bytes
 
 

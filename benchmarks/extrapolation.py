@@ -5,14 +5,14 @@
     done
     python train.py --config=configs/mamba.py --workdir=runs/mamba
     python train.py --config=configs/retnet.py --workdir=runs/retnet
-    lengths="--config.evaluation.lengths=(1,2,4,8,16)"
+    lengths="--splits=test --config.evaluation.lengths=(1,2,4,8,16)"
     all=none,linear,ntk,dynamic,yarn,llama3,rerope,leaky_rerope,log_n,window
-    python eval.py --workdir=runs/rope --evals=extrapolation --extrapolate=$all "$lengths"
+    python eval.py --workdir=runs/rope --evals=extrapolation --extrapolate=$all $lengths
     for name in alibi none; do
-        python eval.py --workdir=runs/$name --evals=extrapolation --extrapolate=none,log_n,window "$lengths"
+        python eval.py --workdir=runs/$name --evals=extrapolation --extrapolate=none,log_n,window $lengths
     done
-    python eval.py --workdir=runs/mamba --evals=extrapolation --extrapolate=none,dt "$lengths"
-    python eval.py --workdir=runs/retnet --evals=extrapolation "$lengths"
+    python eval.py --workdir=runs/mamba --evals=extrapolation --extrapolate=none,dt $lengths
+    python eval.py --workdir=runs/retnet --evals=extrapolation $lengths
     python benchmarks/extrapolation.py runs/rope runs/alibi runs/none runs/mamba runs/retnet \
         --out=docs/results/extrapolation --device="1 x NVIDIA H200"
 

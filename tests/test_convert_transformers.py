@@ -3,6 +3,7 @@
 test_convert.py has what needs no transformers, test_parity_*.py the comparison of the models in depth.
 """
 
+import itertools
 import json
 import os
 
@@ -127,20 +128,25 @@ def test_tokenizers_of_ours(tmp_path):
 
 @pytest.mark.filterwarnings("ignore")
 def test_gguf_equals_transformers(tmp_path):
-    """Every format of numbers that is read, in a file that the package gguf wrote."""
+    """Formats that we read and those that the package reads, in a file that it wrote, and what it and theirs read."""
     pytest.importorskip("accelerate")  # without which theirs reads no such file
     writer_of = pytest.importorskip("gguf")
     kinds = writer_of.GGMLQuantizationType
     random = np.random.default_rng(0)
-    shapes = {"token_embd": (64, 32), "output": (64, 32), "output_norm": (32,)}
+    width, keys = 256, 128  # K-quants have blocks of 256 numbers
+    shapes = {"token_embd": (64, width), "output": (64, width), "output_norm": (width,)}
     for i in range(2):
-        square, key, wide = (32, 32), (16, 32), (64, 32)
-        layer = dict(attn_norm=(32,), ffn_norm=(32,), attn_q=square, attn_output=square, attn_k=key, attn_v=key)
-        layer |= dict(ffn_gate=wide, ffn_up=wide, ffn_down=(32, 64))
+        square, key = (width, width), (keys, width)
+        layer = dict(attn_norm=(width,), ffn_norm=(width,), attn_q=square, attn_output=square, attn_k=key, attn_v=key)
+        layer |= dict(ffn_gate=square, ffn_up=square, ffn_down=square)
         shapes |= {f"blk.{i}.{name}": shape for name, shape in layer.items()}
     formats = [kinds.Q4_0, kinds.Q4_1, kinds.Q5_0, kinds.Q5_1, kinds.Q8_0, kinds.F16, kinds.BF16, kinds.F32]
+    written_as_bytes = [kinds.Q2_K, kinds.Q3_K, kinds.Q4_K, kinds.Q5_K, kinds.Q6_K]  # the package does not quantise so
+    formats += written_as_bytes
     writer = writer_of.GGUFWriter(tmp_path / "tiny.gguf", "llama")
-    for name, value in dict(block_count=2, context_length=64, embedding_length=32, feed_forward_length=64).items():
+    for name, value in dict(
+        block_count=2, context_length=64, embedding_length=width, feed_forward_length=width
+    ).items():
         getattr(writer, f"add_{name}")(value)
     writer.add_head_count(4)
     writer.add_head_count_kv(2)
@@ -154,20 +160,26 @@ def test_gguf_equals_transformers(tmp_path):
     writer.add_token_merges(["a b", "ab c"])
     for name, token in dict(bos=0, eos=0, unk=0, pad=0).items():
         getattr(writer, f"add_{name}_token_id")(token)
-    for i, (name, shape) in enumerate(shapes.items()):
+    of_matrices = itertools.cycle(formats)
+    for name, shape in shapes.items():
         tensor = random.normal(size=shape).astype(np.float32) * (0.3 if len(shape) > 1 else 1)
-        form = formats[i % len(formats)] if len(shape) > 1 else kinds.F32
-        writer.add_tensor(f"{name}.weight", writer_of.quantize(tensor, form), raw_dtype=form)
+        form = next(of_matrices) if len(shape) > 1 else kinds.F32
+        if form in written_as_bytes:
+            row = width // 256 * writer_of.GGML_QUANT_SIZES[form][1]
+            raw = random.integers(0, 256, (shape[0], row), np.uint8) & 0x9F  # so the scales, float16, are small
+        else:
+            raw = writer_of.quantize(tensor, form)
+        writer.add_tensor(f"{name}.weight", raw, raw_dtype=form)
     for step in ("header", "kv_data", "tensors"):
         getattr(writer, f"write_{step}_to_file")()
     writer.close()
 
     fields, params, _ = pretrained.open_model(tmp_path / "tiny.gguf")
     read = {tensor.name: tensor for tensor in writer_of.GGUFReader(tmp_path / "tiny.gguf").tensors}
-    up = read["blk.1.ffn_up.weight"]
-    np.testing.assert_array_equal(
-        np.asarray(params["block_1"]["mlp"]["up"]).T, writer_of.dequantize(up.data, up.tensor_type).astype(np.float32)
-    )
+    for i, ours in itertools.product(range(2), ("up", "gate", "down")):
+        tensor = read[f"blk.{i}.ffn_{ours}.weight"]
+        want = writer_of.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        np.testing.assert_array_equal(np.asarray(params[f"block_{i}"]["mlp"][ours]).T, want)
     used = {tensor.tensor_type for tensor in read.values()}
     assert used == set(formats)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="tiny.gguf", dtype=torch.float32)

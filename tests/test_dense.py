@@ -60,7 +60,7 @@ def recur(decay, write):
 
 
 def naive(params, tokens, variant, depth=2, every=1, gate="channel", activation="silu", per_source=False,
-          projection="identity", norm=False, layers=LAYERS):  # fmt: skip
+          projection="identity", norm=False, layers=LAYERS, behind=False):  # fmt: skip
     """Final hidden states, by the equations of seqmodels/depth/vector.py, with all states kept."""
     params = params["params"]
     silu, softplus = jax.nn.silu, jax.nn.softplus
@@ -71,7 +71,7 @@ def naive(params, tokens, variant, depth=2, every=1, gate="channel", activation=
     for layer in range(layers):
         p = params[f"block_{layer}"]
         m, dense = p["mixer"], p.get("dense", {})
-        x = rms(r, p["norm"]["scale"])
+        x = r if behind else rms(r, p["norm"]["scale"])
         a, z = x @ m["in_proj"][:, 0], x @ m["in_proj"][:, 1]
         past = jnp.concatenate([jnp.zeros((B, 3, E)), a], 1)
         u = silu(m["conv_bias"] + sum(m["conv_weight"][k] * past[:, k : k + a.shape[1]] for k in range(4)))
@@ -122,7 +122,8 @@ def naive(params, tokens, variant, depth=2, every=1, gate="channel", activation=
                 y += g_E[i] * (rms(term, dense["norm_channel"]["scale"]) if norm else term)
             if variant == "output":
                 y += g_E[i] * (rms(s["y"], dense["norm_channel"]["scale"]) if norm else s["y"])
-        r = r + ((y + m["D"] * u) * silu(z)) @ m["out_proj"]
+        branch = ((y + m["D"] * u) * silu(z)) @ m["out_proj"]
+        r = r + (rms(branch, p["norm"]["scale"]) if behind else branch)
         below = [dict(states=states, u=u, write=dt * u, key=key, y=y_own), *below]
     return rms(r, params["final_norm"]["scale"])
 
@@ -139,6 +140,7 @@ CASES = [
     dict(variant="output", norm=True, gate="channel"),
     dict(variant="read", depth=6),  # deeper than there are layers
     dict(variant="read", every=2, depth=1),
+    dict(variant="read", gate="both", behind=True),  # model.norms_behind: gates read what the branch reads
 ]
 
 
@@ -149,7 +151,8 @@ CASES = [
 )
 def test_equals_stored_states(case):
     """Outputs and all parameters' gradients."""
-    model, params = make(layers=3, **case)
+    fields = {name: value for name, value in case.items() if name != "behind"}
+    model, params = make(layers=3, model=dict(norms_behind="mamba" if "behind" in case else ""), **fields)
     weights = jax.random.normal(jax.random.key(9), (B, T, D))
 
     def loss(run, dtype):

@@ -4,6 +4,7 @@ tests/test_convert_transformers.py compares with the package gguf and with trans
 """
 
 import struct
+import sys
 
 import numpy as np
 import pytest
@@ -119,6 +120,13 @@ def test_quantised_blocks(kind, raw, want):
     np.testing.assert_array_equal(gguf.FORMATS[kind].read(block)[0], want)
 
 
+def test_the_package_for_k_quants_is_named(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "gguf", None)  # as if it were not installed
+    message = r"tiny.gguf: token_embd.weight has the format number 14 of ggml, which needs the .*: pip install gguf$"
+    with pytest.raises(UserError, match=message):
+        pretrained.open_model(write(tmp_path / "tiny.gguf", kind=14))
+
+
 def test_tokenizer(tmp_path):
     path = write(tmp_path / "tiny.gguf")
     assert gguf.begins_with(path) == "<s>"
@@ -151,7 +159,7 @@ MISTAKES = {
     "cut in the header": (in_the_header, "cannot be read"),
     "another file": (without_magic, "is no GGUF file"),
     "version": (lambda path: write(path, version=1), "is of version 1 of GGUF; allowed: 2 and 3"),
-    "format": (lambda path: write(path, kind=14), "has the format number 14 of ggml; allowed: F32"),
+    "format": (lambda path: write(path, kind=99), "embd.weight has the format number 99 of ggml, which"),
     "architecture": (
         lambda path: write(path, {"general.architecture": "qwen2"}),
         "general.architecture is 'qwen2'; only 'llama' can be converted",

@@ -14,7 +14,8 @@ from seqmodels.branches import BRANCHES
 from seqmodels.config import validate
 from seqmodels.configs import transformer
 from seqmodels.errors import UserError
-from seqmodels.kernels.attention import attention
+from seqmodels.kernels.attention import attention, xla
+from seqmodels.kernels.attention.masks import Strided
 from seqmodels.layers import rope_scaling
 from seqmodels.layers.positions import sinusoids, xpos, zeta
 from seqmodels.layers.rerope import rerope
@@ -96,24 +97,51 @@ def turned(x, positions):
     return np.concatenate([z.real, z.imag], -1)
 
 
-@pytest.mark.parametrize("factor", [None, 4.0])
-def test_rerope_against_its_formula(factor):
-    """Every pair of a query and a key by itself, at the rotary distance that the formula gives."""
-    q, k, v = (draw(B, T, H, D, seed=i) for i in range(3))
-    trained = 6
-    w, slower = trained / 2, 0.0
-    if factor is not None:
+@pytest.mark.parametrize("case", ["rerope", "leaky_rerope"])
+def test_rerope_against_its_formula(case, monkeypatch):
+    """Every pair of a query and a key by itself, at the rotary distance that the formula gives; values and gradients.
+
+    Of tiles of four tokens, and Leaky ReRoPE with everything else that changes scores or hides keys.
+    """
+    monkeypatch.setitem(xla.TILE, jax.default_backend(), 4)
+    q, k, v, do = (draw(B, T, H, D, seed=i) for i in range(4))
+    trained, factor, options, seen = 6, None, {}, np.tril(np.ones((T, T), bool))
+    w, slower, gates = trained / 2, 0.0, np.zeros((B, T, H))
+    if case == "leaky_rerope":
+        factor = 4.0
         slower = 1 / ((factor * trained - w) / (trained - w))
         assert w + (factor * trained - w) * slower == pytest.approx(trained)
-    scores = np.zeros((B, H, T, T))
-    for t in range(T):
-        for s in range(t + 1):
-            distance = t - s if t - s < w else w + (t - s - w) * slower
-            at = np.array([float(distance)])
-            scores[:, :, t, s] = np.einsum("bhd,bhd->bh", turned(q[:, t : t + 1], at)[:, 0], k[:, s]) / math.sqrt(D)
-    options = dict(trained=trained, factor=factor, frequency=rope_scaling.frequencies(PAIRS, 1e4))
-    got = rerope(*map(jnp.float32, (q, k, v)), **options)
-    np.testing.assert_allclose(got, naive(scores, v), rtol=2e-4, atol=2e-5)
+        ids, gates = np.arange(T) // (2 * T // 3), np.cumsum(draw(B, T, H, seed=5), axis=1)
+        options = dict(window=T // 2, softcap=2.0, segment_ids=jnp.int32(ids)[None].repeat(B, 0))
+        options |= dict(gates=jnp.float32(gates), pattern=Strided(2, 2))
+        i, j = np.arange(T)[:, None], np.arange(T)[None]
+        seen &= (ids[:, None] == ids) & (i - j < T // 2) & Strided(2, 2).sees(i, j)
+
+    distance = np.arange(T)[:, None] - np.arange(T)[None].astype(float)
+    distance = np.where(distance < w, distance, w + (distance - w) * slower)
+    turn = np.exp(1j * distance[..., None] * rope_scaling.frequencies(PAIRS, 1e4))
+
+    def exact(q, k, v):
+        zq, zk = (x[..., :PAIRS] + 1j * x[..., PAIRS:] for x in (q, k))
+        scores = jnp.einsum("bthi,bshi,tsi->bhts", zq, zk.conj(), turn).real / math.sqrt(D)
+        scores = 2 * jnp.tanh(scores / 2) if options else scores
+        change = np.moveaxis(gates[:, :, None] - gates[:, None], 3, 1)
+        weights = jax.nn.softmax(jnp.where(seen, scores + change, -jnp.inf))
+        return jnp.einsum("bhts,bshd->bthd", weights, v)
+
+    with jax.enable_x64(True):
+        want, pull = jax.vjp(exact, *map(jnp.asarray, (q, k, v)))
+        gradients = pull(jnp.asarray(do))
+    turning = dict(trained=trained, factor=factor, frequency=rope_scaling.frequencies(PAIRS, 1e4))
+    ours = jax.jit(functools.partial(rerope, **turning, **options))
+    got, pull = jax.vjp(ours, *map(jnp.float32, (q, k, v)))
+    for mine, theirs in zip((got, *pull(jnp.float32(do))), (want, *gradients), strict=True):
+        np.testing.assert_allclose(mine, theirs, rtol=2e-4, atol=2e-5)
+    if options:  # NaN stays in its document
+        bad = np.where(ids == 0, np.nan, 0)[:, None, None]
+        spoilt, good = ours(*(jnp.float32(x + bad) for x in (q, k, v))), ids == 1
+        np.testing.assert_array_equal(spoilt[:, good], got[:, good])
+        assert np.isnan(spoilt[:, ~good]).all()
 
 
 @pytest.mark.parametrize("start", [0, 1_000_000])
@@ -169,12 +197,12 @@ SLOW = [(variant, 0) for variant in VARIANTS if (variant, 0) not in QUICK] + [("
 @pytest.mark.parametrize(("variant", "window"), QUICK + [pytest.param(*each, marks=pytest.mark.slow) for each in SLOW])
 def test_contract_of_every_kind_of_position(variant, window):
     """Packed documents with padding, in pieces from a state, are those documents alone; and the positions matter."""
-    width, segments = 16, np.array([[0] * 5 + [1] * 7, [3] * 12], np.int32)
+    width, segments = 16, np.array([[0] * 6 + [1] * 6, [3] * 12], np.int32)
     real = np.ones((B, T), bool)
     real[0, [1, 7]] = real[1, [0, 11]] = False
     module = Attention(width=width, heads=2, window=window, **VARIANTS[variant])
     x = jnp.float32(draw(B, T, width))
-    variables = nn.unbox(module.init(jax.random.key(0), x, make_sequence(B, T)[0]))
+    variables = nn.unbox(jax.jit(module.init)(jax.random.key(0), x, make_sequence(B, T)[0]))
     variables = jax.tree.map(lambda p: p + jnp.float32(0.3 * draw(*p.shape, seed=5)), variables)
     apply = jax.jit(functools.partial(module.apply, variables))
     want = np.zeros((B, T, width), np.float32)
@@ -190,9 +218,8 @@ def test_contract_of_every_kind_of_position(variant, window):
     np.testing.assert_allclose(np.where(real[..., None], jnp.concatenate(got, 1), 0), want, rtol=2e-4, atol=2e-5)
     whole, _ = apply(x, make_sequence(B, T, jnp.asarray(segments), jnp.asarray(real))[0])
     np.testing.assert_allclose(np.where(real[..., None], whole, 0), want, rtol=2e-4, atol=2e-5)
-    plain, _ = module.clone(positions="rope", scaling="none", rope_style="half").apply(
-        variables, x, make_sequence(B, T)[0]
-    )
+    plain = module.clone(positions="rope", scaling="none", rope_style="half")
+    plain, _ = jax.jit(plain.apply)(variables, x, make_sequence(B, T)[0])
     assert np.abs(apply(x, make_sequence(B, T)[0])[0] - plain).max() > 1e-4
 
 
@@ -202,7 +229,6 @@ def test_contract_of_every_kind_of_position(variant, window):
         (dict(positions="rotary"), r"attention.positions='rotary': must be one of 'rope', 'none'"),
         (dict(scaling="yarn"), r"attention.trained_length=0: must be at least 2 with scaling='yarn'"),
         (dict(scaling="ntk", positions="alibi"), r"attention.scaling='ntk': must be 'none' with positions='alibi'"),
-        (dict(scaling="rerope", trained_length=9, forget=True), r"scaling='rerope': must be another with softcap or f"),
         (dict(scaling="ntk", head_dim=2), r"attention.scaling='ntk': must be another with head_dim=2, of"),
     ],
 )

@@ -5,12 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqmodels.configs import transformer
 from seqmodels.errors import UserError
 from seqmodels.heads.next_token import log_sum_exp, next_token_loss
+from seqmodels.model import build
 from seqmodels.training import sharding
 from seqmodels.training.optimizer import make_optimizer, make_schedule
 from seqmodels.training.state import abstract_params, abstract_state, init_state
 from seqmodels.training.step import join_rows, lower_train_step, make_train_step, split_rows
+from tests.kernels.helpers import needs_cuda_plugin
 from tests.training_model import LeakyModel, random_batch, small_config
 
 
@@ -108,6 +111,34 @@ def test_logits_of_a_row_never_exist_at_once():
     row = 2048 * 4096 * 4  # bytes of the row's logits
     assert temporary(0) >= row
     assert temporary(64) < row / 8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("platform", ["cpu", pytest.param("cuda", marks=needs_cuda_plugin)])
+def test_a_windowed_step_needs_memory_linear_in_the_row(platform):
+    """Of a whole step at T = 65,536, compiled for the CPU or an H200; booleans [T, T] alone would take 4 GiB."""
+    devices = jax.devices("cpu")[:1]
+    if platform == "cuda":
+        from tests.kernels.compile_for_h100 import DEVICES as devices
+
+    def temporary(length):
+        config = transformer.get_config().unlock()
+        config.update(batch_size=1, seq_len=length)
+        config.model.update(width=64, repeats=2, dtype="bfloat16")
+        config.model.attention.update(heads=1, kv_heads=1, window=512)
+        config.model.mlp.hidden = 64
+        model, mesh = build(config.model, 32), sharding.make_mesh(config, list(devices))
+        optimizer = make_optimizer(config.optimizer, abstract_params(model, config))
+        step = make_train_step(model, optimizer, make_schedule(config.optimizer, config.steps), config)
+        abstract = abstract_state(model, optimizer, config, mesh)
+        with jax.set_mesh(mesh):  # the implementations are those of its platform
+            compiled = lower_train_step(step, abstract, config, mesh).compile()
+        assert platform == "cpu" or "mosaic_gpu" in compiled.as_text()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    half, whole = temporary(2**15), temporary(2**16)
+    assert 1.5 * half < whole < 2.05 * half
+    assert whole < 2**16 * 64 * 4 * 64  # 64 arrays [T, D]
 
 
 def test_split_and_join_rows_are_inverse():

@@ -3,7 +3,8 @@
 Masks and patterns are small static objects, equal if their fields are. Each answers two questions: whether a query at
 position i sees a key at position j (`sees`), and whether any query in a range of positions sees any key in another
 range (`touches`). With the second, an implementation skips tiles of the scores. Both take arrays of numpy or jax, so
-that tiles whose positions are known are chosen before compilation.
+that tiles whose positions are known are chosen before compilation. What a pattern must know of a token are a few
+numbers, its `marks`; so a kernel computes them once for each token, not for each pair.
 
 Positions are counted from the start of the document. A pattern divides them into blocks of `block` tokens; with a block
 of one token it is the pattern of its paper. I and J are the blocks of the query and the key.
@@ -16,6 +17,7 @@ import numpy as np
 
 Positions = Any  # an int32 array of numpy or jax
 Range = tuple[Positions, Positions]  # the first and the last position
+Marks = tuple[Any, ...]
 
 
 class Pattern(Protocol):
@@ -25,8 +27,15 @@ class Pattern(Protocol):
     def block(self) -> int:
         """Tokens per block."""
 
+    def marks(self, position: Positions) -> Marks:
+        """Numbers of tokens, int32 arrays like `position`."""
+
+    def meets(self, query: Marks, key: Marks) -> Any:
+        """Whether a query sees a key, by the marks of both; the arrays are broadcast against each other."""
+
     def sees(self, i: Positions, j: Positions) -> Any:
         """Whether a query at i sees a key at j; the arrays are broadcast against each other."""
+        return self.meets(self.marks(i), self.marks(j))
 
     def touches(self, rows: Range, columns: Range, most: int) -> Any:
         """False where no query at positions in `rows` sees a key at positions in `columns`.
@@ -38,7 +47,7 @@ class Pattern(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Strided:
+class Strided(Pattern):
     """The last `stride` blocks and every block at a multiple of `stride` before: |I - J| < stride or stride | I - J.
 
     Child et al. 2019, arXiv 1904.10509, section 4.3, both heads' patterns together.
@@ -50,9 +59,13 @@ class Strided:
     def __post_init__(self) -> None:
         _at_least_one(self, "stride", "block")
 
-    def sees(self, i: Positions, j: Positions) -> Any:
-        I, J = i // self.block, j // self.block
-        return (abs(I - J) < self.stride) | (I % self.stride == J % self.stride)
+    def marks(self, position: Positions) -> Marks:
+        I = position // self.block
+        return I, I % self.stride
+
+    def meets(self, query: Marks, key: Marks) -> Any:
+        (I, at), (J, key_at) = query, key
+        return _near(I, J, self.stride) | (at == key_at)
 
     def touches(self, rows: Range, columns: Range, most: int) -> Any:
         (i0, i1), (j0, j1) = _blocks(rows, self.block), _blocks(columns, self.block)
@@ -62,7 +75,7 @@ class Strided:
 
 
 @dataclasses.dataclass(frozen=True)
-class Fixed:
+class Fixed(Pattern):
     """The query's own group of `stride` blocks, and the last `summary` blocks of every group.
 
     Child et al. 2019, arXiv 1904.10509, section 4.3 (there l = stride and c = summary), both heads' patterns together.
@@ -77,9 +90,13 @@ class Fixed:
         if self.summary > self.stride:
             raise ValueError(f"attention: summary must be at most stride={self.stride}, got {self.summary}")
 
-    def sees(self, i: Positions, j: Positions) -> Any:
-        I, J = i // self.block, j // self.block
-        return (I // self.stride == J // self.stride) | (J % self.stride >= self.stride - self.summary)
+    def marks(self, position: Positions) -> Marks:
+        I = position // self.block
+        return I // self.stride, I % self.stride
+
+    def meets(self, query: Marks, key: Marks) -> Any:
+        (group, _), (key_group, key_at) = query, key
+        return (group == key_group) | (key_at >= self.stride - self.summary)
 
     def touches(self, rows: Range, columns: Range, most: int) -> Any:
         (i0, i1), (j0, j1) = _blocks(rows, self.block), _blocks(columns, self.block)
@@ -88,7 +105,7 @@ class Fixed:
 
 
 @dataclasses.dataclass(frozen=True)
-class BigBird:
+class BigBird(Pattern):
     """A window of blocks, blocks that everyone sees and that see everyone, and random blocks.
 
     Query block I sees J if |I - J| < window, if J < first or I < first, or if the later of the two drew the earlier
@@ -109,11 +126,17 @@ class BigBird:
             if getattr(self, name) < 0:
                 raise ValueError(f"attention: {name} must be 0 or more, got {getattr(self, name)}")
 
-    def sees(self, i: Positions, j: Positions) -> Any:
-        I, J = i // self.block, j // self.block
-        seen = (abs(I - J) < self.window) | (self.first > J) | (self.first > I)
-        for n in range(self.random):  # what a block draws is never after it
-            seen = seen | (self.drawn(I, n) == J) | (self.drawn(J, n) == I)
+    def marks(self, position: Positions) -> Marks:
+        I = position // self.block
+        return I, *(self.drawn(I, n) for n in range(self.random))
+
+    def meets(self, query: Marks, key: Marks) -> Any:
+        (I, *draws), (J, *key_draws) = query, key
+        seen = _near(I, J, self.window)
+        if self.first:
+            seen = seen | (self.first > J) | (self.first > I)
+        for draw, key_draw in zip(draws, key_draws, strict=True):  # what a block draws is never after it
+            seen = seen | (draw == J) | (key_draw == I)
         return seen
 
     def drawn(self, I: Positions, n: int) -> Any:
@@ -144,6 +167,11 @@ class BigBird:
 def _blocks(ends: Range, block: int) -> Range:
     """The first and the last block."""
     return ends[0] // block, ends[1] // block
+
+
+def _near(I: Any, J: Any, window: int) -> Any:
+    """abs(I - J) < window, of what kernels can compute."""
+    return (window > I - J) & (window > J - I)
 
 
 def _at_least_one(pattern: Any, *names: str) -> None:

@@ -7,11 +7,15 @@ DeepSpeed Ulysses, arXiv 2309.14509). Only documents, masks and positions, which
 Otherwise the pieces of keys and values go around a ring of the devices (Liu et al. 2023, Ring Attention, arXiv
 2310.01889). Each device merges what its queries have of one piece after the other, by the greatest scores. In the
 backward pass the gradients of keys and values go around with them, and the scores are computed again. A piece that no
-query of a device sees takes no time there. So with a causal mask the last of S devices has S times the work of the
-first, and all wait for it.
+query of a device sees takes no time there. So with a causal mask the last of S devices would have S times the work of
+the first, and all would wait for it. Therefore the time is cut into 2 S halves of pieces before, and device n gets the
+halves n and 2 S - 1 - n (Brandon et al. 2023, Striped Attention, arXiv 2311.09431, notes the imbalance; the order is
+that of Llama 3's context parallelism: Dubey et al. 2024, arXiv 2407.21783, section 3.3.2). Then each device has the
+same work with each piece.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -28,6 +32,7 @@ from seqmodels.kernels.attention.visible import reached
 from seqmodels.kernels.dispatch import UnsupportedError
 
 Axis = str | tuple[str, ...]
+Moves = list[tuple[int, int]]  # from a device to another
 
 
 def attention(
@@ -81,11 +86,38 @@ def attention(
     if positions is None:
         place = jax.lax.axis_index(axis) * q.shape[1] + jnp.arange(q.shape[1], dtype=jnp.int32)
         tokens["positions"] = jnp.broadcast_to(place, q.shape[:2])
+    halved = causal and window is None and q.shape[1] % 2 == 0  # in a window the pieces as they are are balanced
+    if halved:
+        numbers, tokens = jax.tree.map(functools.partial(_folded, axis=axis), (numbers, tokens))
     inputs, described, options = op.arguments(**numbers, bias_weights=bias_weights, **rules, **tokens)
-    inputs, attend = hide(inputs, key_mask), functools.partial(_ring, Around(axis, options))
+    inputs, attend = hide(inputs, described.key_mask), functools.partial(_ring, Around(axis, options))
     if segment_ids is None:
-        return attend(inputs, described)
-    return apart(attend, functools.partial(_reached, axis, options.mask), inputs, described)
+        o = attend(inputs, described)
+    else:
+        o = apart(attend, functools.partial(_reached, axis, options.mask), inputs, described)
+    return _unfolded(o, axis) if halved else o
+
+
+def _folded(x: jax.Array, axis: Axis) -> jax.Array:
+    """The halves n and 2 S - 1 - n of pieces [B, T / S, ...] on device n of S, in any order, from piece n."""
+    return _exchanged(x, axis, lambda moves: moves)
+
+
+def _unfolded(x: jax.Array, axis: Axis) -> jax.Array:
+    """Undo `_folded`."""
+    return _exchanged(x, axis, lambda moves: [(there, here) for here, there in moves])
+
+
+def _exchanged(x: jax.Array, axis: Axis, turned: Callable[[Moves], Moves]) -> jax.Array:
+    """The first halves, and the second ones, each sent to one device. `turned`: which way they go."""
+    size = jax.lax.axis_size(axis)
+    halves = jnp.split(x, 2, axis=1)
+    for second in (0, 1):
+        # of piece n it is the half 2 n + second of the time; the two halves of a device come from different sides
+        place = [2 * n + second for n in range(size)]
+        moves = [(n, min(half, 2 * size - 1 - half)) for n, half in enumerate(place)]
+        halves[second] = jax.lax.ppermute(halves[second], axis, turned(moves))
+    return jnp.concatenate(halves, axis=1)
 
 
 def _heads_for_time(axis: Axis, numbers: dict[str, Any], bias_weights: jax.Array | None, **options: Any) -> jax.Array:

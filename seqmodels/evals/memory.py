@@ -27,8 +27,8 @@ def free_host_bytes() -> int | None:
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable:")), None)
 
 
-def check(lowered: jax.stages.Lowered, devices: int = 1) -> None:
-    """Refuses a program that needs more memory than a CPU has: the system would kill the process.
+def check(compiled: jax.stages.Compiled, devices: int = 1) -> None:
+    """Refuses to run a program that needs more memory than a CPU has: the system would kill the process.
 
     Nothing is checked on other devices, which raise an error when their memory is full.
 
@@ -39,7 +39,7 @@ def check(lowered: jax.stages.Lowered, devices: int = 1) -> None:
     """
     if jax.default_backend() != "cpu":
         return
-    needed, free = planned_bytes(lowered.compile()), free_host_bytes()
+    needed, free = planned_bytes(compiled), free_host_bytes()
     needed = needed and needed * devices
     if needed is not None and free is not None and needed > free:
         raise UserError(f"needs {needed / 2**30:,.1f} GiB of memory, {free / 2**30:,.1f} are free; lower --batch_size")

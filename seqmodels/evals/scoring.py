@@ -140,15 +140,35 @@ def score_long(
     rows, length = batch["tokens"].shape
     names = ("tokens", "targets", "segment_ids")
     state, scores = zero_state(model, rows, length, mesh), []
+    if mesh is None:  # to where the parameters are, as the states after it, so that one program takes all
+        state = jax.device_put(state, jax.tree.leaves(params)[0].sharding)
     for start in range(0, length, piece):
         part: dict[str, Any] = {name: batch[name][:, start : start + piece] for name in names}
         part = put_batch(part, mesh) if mesh is not None else part
+        arguments = params, state, part
+        program = _program(model, mesh, jax.tree.structure(arguments), *map(_kind, jax.tree.leaves(arguments)))
         if start == 0:
-            memory.check(score_piece.lower(model, params, state, **part, mesh=mesh), mesh.size if mesh else 1)
-        nats, best, state = score_piece(model, params, state, **part, mesh=mesh)
+            memory.check(program, mesh.size if mesh else 1)
+        nats, best, state = program(params, state, **part)
         scores.append((nats, best))  # not copied to the host yet, so that the device can go on
     nats, best = (np.concatenate([np.asarray(x) for x in parts], axis=1) for parts in zip(*scores, strict=True))
     return nats.astype(np.float64), best
+
+
+@functools.lru_cache(maxsize=16)
+def _program(model: nn.Module, mesh: Mesh | None, tree: Any, *kinds: jax.ShapeDtypeStruct) -> jax.stages.Compiled:
+    """`score_piece`, compiled once for all pieces and batches.
+
+    Args:
+      tree, kinds: structure and leaves of (params, state, arrays of the piece by their names).
+    """
+    params, state, part = jax.tree.unflatten(tree, kinds)
+    return score_piece.lower(model, params, state, **part, mesh=mesh).compile()
+
+
+def _kind(x: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
+    sharding = x.sharding if isinstance(x, jax.Array) and x.committed else None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
 
 @functools.partial(jax.jit, static_argnames=("model", "mesh"))

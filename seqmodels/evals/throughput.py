@@ -69,8 +69,8 @@ def measure(
         begun = time.perf_counter()
         lowered = function.lower(*arguments, **static)
         with compiled.paused():
-            memory.check(lowered)
             programs.append(lowered.compile())  # and the call of the same function finds it compiled
+            memory.check(programs[-1])
         compile_seconds += time.perf_counter() - begun
 
     for size in sorted(set(generation.chunks(prompt))):

@@ -31,8 +31,6 @@ def check(options: Any, width: int) -> None:
     if options.scaling in BY_LENGTH and options.trained_length < 2:
         allowed = f"at least 2 with scaling={options.scaling!r}"
         refuse("model.attention.trained_length", options.trained_length, allowed)
-    if "rerope" in options.scaling and (options.softcap or options.forget):
-        refuse("model.attention.scaling", options.scaling, "another with softcap or forget")
     if options.sinks > options.window:
         refuse("model.attention.sinks", options.sinks, f"at most model.attention.window={options.window}")
     if options.mask != "causal" and options.window:

@@ -1,8 +1,9 @@
 """Llama models in GGUF files, as llama.cpp has them: one file holds fields, tokenizer and weights.
 
 The fields become those of a config.json and the tensors get the names of transformers, so that the rest of the
-import is that of `llama.py`. Weights in blocks of 32 numbers (Q4_0 to Q8_0) become float32 when they are read; other
-quantisations are refused. llama.cpp rotates neighbouring channels, so rows of queries and keys are in another order.
+import is that of `llama.py`. Quantised weights become float32 when they are read: those in blocks of 32 numbers (Q4_0
+to Q8_0) here, all others (the K-quants Q2_K to Q6_K, IQ4_XS, ...) by the package gguf, which llama.cpp's authors
+publish. llama.cpp rotates neighbouring channels, so rows of queries and keys are in another order.
 """
 
 import dataclasses
@@ -120,6 +121,22 @@ FORMATS = {
 }
 
 
+def _of_package(named: str, kind: int) -> Format:
+    """A format that the package gguf reads. `named`: the file and the tensor, for errors."""
+    that = f"{named} has the format number {kind} of ggml"
+    try:
+        import gguf
+    except ImportError:
+        raise UserError(f"{that}, which needs the package gguf: pip install gguf") from None
+    try:
+        known = gguf.GGMLQuantizationType(kind)
+        numbers, size = gguf.GGML_QUANT_SIZES[known]
+        gguf.dequantize(np.zeros((1, size), np.uint8), known)
+    except (ValueError, KeyError, NotImplementedError):
+        raise UserError(f"{that}, which the package gguf does not read") from None
+    return Format("float32", numbers, size, lambda block: gguf.dequantize(block, known))
+
+
 class Reader:
     """Reads the values of a file one after another."""
 
@@ -198,10 +215,7 @@ def _parse(path: Path, content: Any) -> tuple[dict[str, Any], dict[str, FileTens
 
 
 def _tensor(named: str, content: Any, shape: tuple[int, ...], kind: int, begin: int) -> FileTensor:
-    if kind not in FORMATS:
-        formats = "F32, F16, BF16, F64, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0"
-        raise UserError(f"{named} has the format number {kind} of ggml; allowed: {formats}")
-    form = FORMATS[kind]
+    form = FORMATS[kind] if kind in FORMATS else _of_package(named, kind)
     blocks = math.prod(shape) // form.numbers
     end = begin + blocks * form.size
     if not shape or shape[-1] % form.numbers or end > len(content):

@@ -36,9 +36,7 @@ GPT_NEOX: Table = {
     "hidden_act": Honoured("gelu", one_of(*llama.ACTIVATIONS)),
     "layer_norm_eps": Honoured(1e-5, positive),
     "use_parallel_residual": Honoured(True, flag),
-    # transformers 5 has `rope_parameters`, which includes the other two; transformers 4 has `rope_scaling` and these
-    "rope_parameters": Honoured(None, llama.ROTARY),
-    "rope_scaling": Honoured(None, llama.ROTARY),
+    **llama.ROTARIES,
     "rotary_emb_base": Honoured(1e4, positive),
     "rotary_pct": Honoured(0.25, SHARE),
     "layer_types": Honoured(None, llama.FULL),
@@ -57,19 +55,17 @@ EXPORTED_ATTENTION: Table = {
     **honoured("kv_heads", "head_dim"),  # `exported` looks at the sizes that they give
     "positions": only("rope"),
     "window": only(0),
-    "scaling": only("none"),
-    **harmless("read with scaling", "scaling_factor", "trained_length"),
+    **llama.UNSCALED,
 }
 EXPORTED_MLP: Table = {**honoured("hidden", "activation"), "gated": only(False)}
 PARTS = {"norm": "layer", "bias": True, "mlp.gated": False, "parallel_norms": True}  # of ours
 EXPORTED: Table = {"norm": only("layer"), "bias": only(True), **honoured("parallel_norms")}
 EMBEDDING, HEAD = "gpt_neox.embed_in.weight", "embed_out.weight"
+ROTARY = "rotary_emb_base", "rotary_pct"  # fields of the base and the share of rotary positions
 STEPS = {"attention|mlp": ("mixer_1", "mixer_1_norm"), "attention+mlp": ("mlp", "mlp_norm")}  # where the MLP is
 
 
-def rotary_of(
-    theirs: Mapping[str, Any], base: str = "rotary_emb_base", share_name: str = "rotary_pct"
-) -> dict[str, float]:
+def rotary_of(theirs: Mapping[str, Any], base: str, share_name: str) -> dict[str, float]:
     """Fields of model.attention for rotary positions of a part of a head, by the rules of transformers 5.
 
     Args:
@@ -88,12 +84,25 @@ def rotary_of(
     return dict(rope_theta=theta, rotary=share)
 
 
+def check_turned(field: str, rotary: Mapping[str, float], head_dim: int) -> None:
+    """Raise a UserError unless the share in `field` turns pairs of a head's channels."""
+    if (turned := int(head_dim * rotary["rotary"])) % 2 or not turned:
+        allowed = f"a share of the {head_dim} channels of a head that makes an even number of them, not {turned}"
+        refuse(field, rotary["rotary"], f"allowed: {allowed}")
+
+
+def rotary_fields(attention: Mapping[str, Any], base: str, share_name: str) -> dict[str, Any]:
+    """Fields of their config for these positions, for transformers 5 and 4; undoes `rotary_of`."""
+    theta, share = attention["rope_theta"], attention["rotary"]
+    rotary = dict(rope_type="default", rope_theta=theta, partial_rotary_factor=share)
+    return {base: theta, share_name: share, "rope_parameters": rotary}
+
+
 def config_of(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of config.model for the honoured fields of a GPT-NeoX config."""
     heads = llama.heads_of({**theirs, "head_dim": None, "num_key_value_heads": None})
-    rotary = rotary_of(theirs)
-    if (turned := int(heads["head_dim"] * rotary["rotary"])) % 2 or not turned:
-        refuse("rotary_pct", rotary["rotary"], f"allowed: a share that makes an even number of channels, not {turned}")
+    rotary = rotary_of(theirs, *ROTARY)
+    check_turned("rotary_pct", rotary, heads["head_dim"])
     side_by_side = theirs["use_parallel_residual"]
     return dict(
         pattern="attention|mlp" if side_by_side else "attention+mlp",
@@ -195,7 +204,6 @@ def exported(model: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[dict[
         if size != wanted:
             check_export({name: attention[name]}, {name: only(0)}, ATTENTION.home)
     _, hidden = np.shape(find(params, ("block_0", STEPS[model["pattern"]][0], "gate")))
-    theta, share = attention["rope_theta"], attention["rotary"]
     fields = dict(
         model_type="gpt_neox",
         architectures=["GPTNeoXForCausalLM"],
@@ -204,8 +212,6 @@ def exported(model: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[dict[
         num_attention_heads=H,
         layer_norm_eps=model["norm_eps"],
         use_parallel_residual=model["pattern"] == "attention|mlp",
-        rotary_emb_base=theta,
-        rotary_pct=share,
-        rope_parameters=dict(rope_type="default", rope_theta=theta, partial_rotary_factor=share),
+        **rotary_fields(attention, *ROTARY),
     )
     return {**model, "attention": {**attention, "heads": H}, "mlp": {**mlp, "hidden": hidden}}, fields

@@ -61,8 +61,7 @@ EXPORTED_ATTENTION: Table = {
     **llama.PLAIN_ATTENTION,
     **honoured("heads", "kv_heads", "head_dim"),
     "positions": only("none"),
-    "scaling": only("none"),
-    **harmless("read with scaling", "scaling_factor", "trained_length"),
+    **llama.UNSCALED,
     "window": only(0),
     **harmless("read with positions='rope'", "rope_theta", "rotary"),
 }

@@ -37,15 +37,18 @@ FULL = Rule(
     "'full_attention' for every layer, or null",
 )
 
+# transformers 5 has `rope_parameters`, with base and share in it; transformers 4 has `rope_scaling` and these apart
+ROTARIES: Table = {
+    "rope_parameters": Honoured(None, ROTARY),
+    "rope_scaling": Honoured(None, ROTARY),
+}
 ATTENTION_AND_MLP: Table = {
     **COMMON,
     "num_attention_heads": Honoured(32, integer()),
     "head_dim": Honoured(None, optional(integer())),
     "hidden_act": Honoured("silu", one_of(*ACTIVATIONS)),
     "rms_norm_eps": Honoured(1e-6, positive),
-    # transformers 5 has `rope_parameters`, which includes the base; transformers 4 has the other two
-    "rope_parameters": Honoured(None, ROTARY),
-    "rope_scaling": Honoured(None, ROTARY),
+    **ROTARIES,
     "rope_theta": Honoured(1e4, positive),
     "is_causal": only(True),  # false: every token sees every other
     "attention_chunk_size": only(None),  # bounds what their cache keeps
@@ -89,6 +92,7 @@ PLAIN_ATTENTION: Table = {  # options of ours that their attention does not have
     "log_n": only(0),
     "forget": only(False),
 }
+UNSCALED: Table = {"scaling": only("none"), **harmless("read with scaling", "scaling_factor", "trained_length")}
 EXPORTED: Table = honoured("bias")
 EXPORTED_ATTENTION: Table = {
     **PLAIN_ATTENTION,

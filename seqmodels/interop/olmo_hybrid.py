@@ -39,9 +39,7 @@ OLMO_HYBRID: Table = {
     "linear_num_key_heads": Honoured(None, optional(integer())),
     "linear_num_value_heads": Honoured(None, optional(integer())),
     "linear_allow_neg_eigval": Honoured(True, flag),
-    # transformers 5 has `rope_parameters`, which includes the base; transformers 4 has the other two
-    "rope_parameters": Honoured(None, llama.ROTARY),
-    "rope_scaling": Honoured(None, llama.ROTARY),
+    **llama.ROTARIES,
     "rope_theta": Honoured(1e4, optional(positive)),
     **harmless(FRESH, "linear_a_log_max", "linear_a_log_min", "linear_dt_init_floor", "linear_dt_max", "linear_dt_min"),
 }
@@ -53,8 +51,7 @@ EXPORTED_ATTENTION: Table = {
     "rotary": only(1.0),
     "qk_norm": only("all"),
     "window": only(0),
-    "scaling": only("none"),
-    **harmless("read with scaling", "scaling_factor", "trained_length"),
+    **llama.UNSCALED,
 }
 
 
@@ -207,7 +204,7 @@ def exported(model: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[dict[
         architectures=["OlmoHybridForCausalLM"],
         hidden_act="silu",
         pad_token_id=None,  # their default is beyond small vocabularies
-        layer_types=[{ours: theirs for theirs, ours in qwen3_next.MIXERS.items()}[mixer] for mixer in mixers],
+        layer_types=[qwen3_next.THEIR_MIXERS[mixer] for mixer in mixers],
         intermediate_size=mlp["hidden"],
         num_attention_heads=attention["heads"],
         num_key_value_heads=attention["kv_heads"],
@@ -215,11 +212,7 @@ def exported(model: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[dict[
         rms_norm_eps=model["norm_eps"],
         rope_theta=theta,
         rope_parameters=dict(rope_type="default", rope_theta=theta),
-        linear_num_value_heads=delta["heads"],
-        linear_num_key_heads=delta["key_heads"],
-        linear_key_head_dim=delta["key_dim"],
-        linear_value_head_dim=delta["value_dim"],
-        linear_conv_kernel_dim=delta["conv"],
+        **qwen3_next.delta_fields(delta),
         linear_allow_neg_eigval=delta["negative_eigenvalues"],
     )
     return {**model, "gated_deltanet": delta, "attention": attention, "mlp": mlp}, fields

@@ -31,6 +31,8 @@ from seqmodels.interop.weights import Weight, find, parts, same, turned
 
 NAMES = experts.Names(prefix="mlp.", router="gate", gate="gate_proj", up="up_proj", down="down_proj")
 MIXERS = {"linear_attention": "gated_deltanet", "full_attention": "attention"}  # theirs and ours
+THEIR_MIXERS = {ours: theirs for theirs, ours in MIXERS.items()}
+ROTARY = "rope_theta", "partial_rotary_factor"  # fields of the base and the share of rotary positions
 KINDS = Rule(
     lambda value: isinstance(value, list | tuple) and all(kind in MIXERS for kind in value),
     "a list of 'linear_attention' and 'full_attention'",
@@ -68,9 +70,7 @@ QWEN3_NEXT: Table = {
     "norm_topk_prob": Honoured(True, flag),
     "decoder_sparse_step": Honoured(1, integer()),
     "mlp_only_layers": Honoured(None, optional(NUMBERS)),
-    # transformers 5 has `rope_parameters`, which includes the other two; transformers 4 has `rope_scaling` and these
-    "rope_parameters": Honoured(None, llama.ROTARY),
-    "rope_scaling": Honoured(None, llama.ROTARY),
+    **llama.ROTARIES,
     "rope_theta": Honoured(1e4, positive),
     "partial_rotary_factor": Honoured(0.25, gpt_neox.SHARE),
 }
@@ -87,8 +87,7 @@ EXPORTED_ATTENTION: Table = {
     "qk_norm": only("centred"),
     "output_gate": only(True),
     "window": only(0),
-    "scaling": only("none"),
-    **harmless("read with scaling", "scaling_factor", "trained_length"),
+    **llama.UNSCALED,
 }
 EXPORTED_MLP: Table = {**honoured("hidden"), "activation": only("silu"), "gated": only(True)}
 EXPORTED_MOE: Table = {
@@ -103,11 +102,9 @@ def config_of(theirs: Mapping[str, Any]) -> dict[str, Any]:
     """Fields of config.model for the honoured fields of a Qwen3-Next config."""
     text, repeats = repeated(blocks_of(theirs))
     epsilon = theirs["rms_norm_eps"]
-    rotary = gpt_neox.rotary_of(theirs, "rope_theta", "partial_rotary_factor")
-    attention = llama.heads_of(theirs) | rotary
-    if int(attention["head_dim"] * rotary["rotary"]) % 2:
-        channels = f"{attention['head_dim']} channels of a head (head_dim)"
-        refuse("partial_rotary_factor", rotary["rotary"], f"allowed: an even number of the {channels}")
+    rotary = gpt_neox.rotary_of(theirs, *ROTARY)
+    heads = llama.heads_of(theirs)
+    gpt_neox.check_turned("partial_rotary_factor", rotary, heads["head_dim"])
     model = dict(
         pattern=text,
         width=theirs["hidden_size"],
@@ -116,7 +113,7 @@ def config_of(theirs: Mapping[str, Any]) -> dict[str, Any]:
         norm="centred",
         norm_eps=epsilon,
         tie_embeddings=theirs["tie_word_embeddings"],
-        attention=dict(attention, qk_norm="centred", qk_norm_eps=epsilon, output_gate=True),
+        attention=dict(**heads, **rotary, qk_norm="centred", qk_norm_eps=epsilon, output_gate=True),
         gated_deltanet=dict(
             **delta_of(theirs),
             key_dim=theirs["linear_key_head_dim"],
@@ -303,27 +300,20 @@ def exported(model: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[dict[
         model_type="qwen3_next",
         architectures=["Qwen3NextForCausalLM"],
         hidden_act="silu",
-        layer_types=[{ours: theirs for theirs, ours in MIXERS.items()}[mixer] for mixer in mixers],
+        layer_types=[THEIR_MIXERS[mixer] for mixer in mixers],
         mlp_only_layers=[i for i, channel in enumerate(channels) if channel == "mlp"] if "moe" in channels else [],
         rms_norm_eps=model["norm_eps"],
-        linear_num_value_heads=delta["heads"],
-        linear_num_key_heads=delta["key_heads"],
-        linear_key_head_dim=delta["key_dim"],
-        linear_value_head_dim=delta["value_dim"],
-        linear_conv_kernel_dim=delta["conv"],
+        **delta_fields(delta),
     )
     return sized, fields
 
 
 def _attention_fields(attention: Mapping[str, Any]) -> dict[str, Any]:
-    theta, share = attention["rope_theta"], attention["rotary"]
     return dict(
         num_attention_heads=attention["heads"],
         num_key_value_heads=attention["kv_heads"],
         head_dim=attention["head_dim"],
-        rope_theta=theta,
-        partial_rotary_factor=share,
-        rope_parameters=dict(rope_type="default", rope_theta=theta, partial_rotary_factor=share),
+        **gpt_neox.rotary_fields(attention, *ROTARY),
     )
 
 
@@ -336,6 +326,17 @@ def _moe_fields(moe: Mapping[str, Any]) -> dict[str, Any]:
         moe_intermediate_size=moe["hidden"],
         shared_expert_intermediate_size=moe["shared"] * moe["hidden"],
         norm_topk_prob=moe["router"] == "renormalised",
+    )
+
+
+def delta_fields(delta: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of their config for the sizes of a Gated DeltaNet."""
+    return dict(
+        linear_num_value_heads=delta["heads"],
+        linear_num_key_heads=delta["key_heads"],
+        linear_key_head_dim=delta["key_dim"],
+        linear_value_head_dim=delta["value_dim"],
+        linear_conv_kernel_dim=delta["conv"],
     )
 
 

@@ -29,6 +29,8 @@ from seqmodels.interop.table import (
 from seqmodels.interop.weights import Weight, find, same, turned
 
 MIXERS = {"recurrent": "rglru", "attention": "attention"}  # theirs and ours
+THEIR_MIXERS = {ours: theirs for theirs, ours in MIXERS.items()}
+ROTARY = "rope_theta", "partial_rotary_factor"  # fields of the base and the share of rotary positions
 KINDS = Rule(
     lambda value: isinstance(value, list | tuple) and len(value) > 0 and all(kind in MIXERS for kind in value),
     "a list of 'recurrent' and 'attention'",
@@ -50,9 +52,7 @@ RECURRENT_GEMMA: Table = {
     "rms_norm_eps": Honoured(1e-6, positive),
     "hidden_activation": only("gelu_pytorch_tanh"),
     "block_types": Honoured(["recurrent", "recurrent", "attention"], KINDS),
-    # transformers 5 has `rope_parameters`, which includes the other two; transformers 4 has `rope_scaling` and these
-    "rope_parameters": Honoured(None, llama.ROTARY),
-    "rope_scaling": Honoured(None, llama.ROTARY),
+    **llama.ROTARIES,
     "rope_theta": Honoured(1e4, positive),
     "partial_rotary_factor": Honoured(0.5, gpt_neox.SHARE),
     "is_causal": only(True),
@@ -71,8 +71,7 @@ EXPORTED_ATTENTION: Table = {
     **llama.PLAIN_ATTENTION,
     **honoured("heads", "kv_heads", "head_dim", "rope_theta", "rotary", "window", "biases"),
     "positions": only("rope"),
-    "scaling": only("none"),
-    **harmless("read with scaling", "scaling_factor", "trained_length"),
+    **llama.UNSCALED,
 }
 EXPORTED_MLP: Table = {**honoured("hidden"), "activation": only("gelu_tanh"), "gated": only(True)}
 EXPORTED_RGLRU: Table = honoured("hidden", "heads", "conv")
@@ -95,11 +94,9 @@ def config_of(theirs: Mapping[str, Any]) -> dict[str, Any]:
     heads, inner = theirs["num_attention_heads"], theirs["lru_width"] or width
     if inner % heads:
         refuse("lru_width", inner, f"allowed: a multiple of num_attention_heads={heads}")
-    rotary = gpt_neox.rotary_of(theirs, "rope_theta", "partial_rotary_factor")
+    rotary = gpt_neox.rotary_of(theirs, *ROTARY)
     attention = dict(**llama.heads_of(theirs), **rotary, window=theirs["attention_window_size"])
-    if int(attention["head_dim"] * rotary["rotary"]) % 2:
-        channels = f"{attention['head_dim']} channels of a head (head_dim, or hidden_size / num_attention_heads)"
-        refuse("partial_rotary_factor", rotary["rotary"], f"allowed: an even number of the {channels}")
+    gpt_neox.check_turned("partial_rotary_factor", rotary, attention["head_dim"])
     return dict(
         pattern=text,
         width=width,
@@ -183,7 +180,7 @@ def exported(model: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[dict[
     fields = dict(
         model_type="recurrent_gemma",
         architectures=["RecurrentGemmaForCausalLM"],
-        block_types=[{ours: theirs for theirs, ours in MIXERS.items()}[mixer] for mixer in mixers],
+        block_types=[THEIR_MIXERS[mixer] for mixer in mixers],
         hidden_activation="gelu_pytorch_tanh",
         intermediate_size=2 * mlp["hidden"],
         num_attention_heads=rglru["heads"],
@@ -194,15 +191,12 @@ def exported(model: Mapping[str, Any], params: Mapping[str, Any]) -> tuple[dict[
     )
     if "attention" in mixers:
         attention = model["attention"]
-        theta, share = attention["rope_theta"], attention["rotary"]
         fields |= dict(
             num_key_value_heads=attention["kv_heads"],
             head_dim=attention["head_dim"],
             attention_window_size=attention["window"],
             attention_bias=attention["biases"] == "all",
-            rope_theta=theta,
-            partial_rotary_factor=share,
-            rope_parameters=dict(rope_type="default", rope_theta=theta, partial_rotary_factor=share),
+            **gpt_neox.rotary_fields(attention, *ROTARY),
         )
     return model, fields
 

@@ -76,7 +76,7 @@ def time_mix_weights(model: Mapping[str, Any], theirs: str, ours: tuple[str, ...
     D, E = model["width"], model["rwkv"]["hidden"]
     names = ("key", "value", "receptance")
     return [
-        *(Weight(f"{theirs}time_mix_{name}", (1, 1, D), (*ours, f"mix_{name}"), (D,)) for name in names),
+        *shares(theirs, ours, D, *names),
         *(turned(f"{theirs}{name}.weight", (E, D), (*ours, f"{name}_proj"), (D, E)) for name in names),
         same(f"{theirs}time_decay", (*ours, "decay"), E),
         same(f"{theirs}time_first", (*ours, "bonus"), E),
@@ -84,14 +84,16 @@ def time_mix_weights(model: Mapping[str, Any], theirs: str, ours: tuple[str, ...
     ]
 
 
+def shares(theirs: str, ours: tuple[str, ...], width: int, *names: str) -> list[Weight]:
+    """What each projection has of a token, and not of the one before."""
+    return [Weight(f"{theirs}time_mix_{x}", (1, 1, width), (*ours, f"mix_{x}"), (width,)) for x in names]
+
+
 def channel_mix_weights(model: Mapping[str, Any], theirs: str, ours: tuple[str, ...]) -> list[Weight]:
     """The tensors of one channel mix, from their prefix to our path."""
     D, F = model["width"], model["rwkv_channel"]["hidden"]
     return [
-        *(
-            Weight(f"{theirs}time_mix_{name}", (1, 1, D), (*ours, f"mix_{name}"), (D,))
-            for name in ("key", "receptance")
-        ),
+        *shares(theirs, ours, D, "key", "receptance"),
         turned(f"{theirs}key.weight", (F, D), (*ours, "key_proj"), (D, F)),
         turned(f"{theirs}receptance.weight", (D, D), (*ours, "receptance_proj"), (D, D)),
         turned(f"{theirs}value.weight", (D, F), (*ours, "value_proj"), (F, D)),

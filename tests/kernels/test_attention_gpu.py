@@ -17,9 +17,9 @@ from seqmodels.kernels import attention as op
 from seqmodels.kernels.attention import attention, mosaic_gpu
 from seqmodels.kernels.attention.arguments import Tokens
 from seqmodels.kernels.attention.masks import BigBird, Fixed, Mask, Strided
-from seqmodels.kernels.attention.mosaic_gpu import backward, block, documents_of, forward
+from seqmodels.kernels.attention.mosaic_gpu import backward, block, forward, given_of
 from seqmodels.kernels.attention.mosaic_gpu.places import Places
-from seqmodels.kernels.attention.mosaic_gpu.tables import NOBODY, ROWS, Documents, visits
+from seqmodels.kernels.attention.mosaic_gpu.tables import ROWS, Documents, Given, visits
 from seqmodels.kernels.attention.visible import visible
 from seqmodels.kernels.dispatch import UnsupportedError
 from tests.kernels.helpers import SHARED_MEMORY, assembled, needs_cuda_plugin
@@ -43,11 +43,31 @@ def padded(length):
     return dict(segment_ids=np.where(real, ids, -1), key_segment_ids=np.where(real, ids, -2))
 
 
-BLOCK = 128
+def placed(length):
+    """Documents, with positions counted in each."""
+    ids = packed(length)
+    return dict(segment_ids=ids, positions=within(ids))
+
+
+def within(ids):
+    """[B, T]: how many tokens of its document come before each token."""
+    place = np.arange(ids.shape[1], dtype=np.int32)
+    starts = np.where(np.diff(ids, axis=1, prepend=ids[:, :1] - 1) != 0, place, 0)
+    return place - np.maximum.accumulate(starts, axis=1)
+
+
+def among_padding(length):
+    """Documents with padding, and positions that count real tokens, as models give them with a window."""
+    real = some(length)
+    return padded(length) | dict(positions=np.cumsum(real, axis=1, dtype=np.int32) - real)
+
+
+BLOCK, LOWEST = 128, np.iinfo(np.int32).min
 # (T, H, Hkv, d), then options
 CASES = {
-    "documents": ((300, 2, 1, 64), dict(segment_ids=packed(300), key_mask=some(300))),
+    "documents": ((300, 2, 1, 64), dict(segment_ids=packed(300) + LOWEST, key_mask=some(300))),
     "pattern in a window": ((384, 2, 2, 64), dict(pattern=BigBird(1, 0, 1, 64, 1), window=200)),
+    "pattern of documents": ((300, 2, 1, 64), dict(pattern=BigBird(1, 0, 1, 64, 1), window=170, **placed(300))),
 }
 ON_GPU = {
     "causal": ((1500, 4, 4, 64), {}),
@@ -67,7 +87,13 @@ ON_GPU = {
     "mask": ((700, 2, 1, 64), dict(key_mask=some(700, 0.3))),
     "mask, not causal": ((700, 2, 1, 128), dict(key_mask=some(700, 0.3), causal=False)),
     "nothing to see": ((256, 2, 1, 64), dict(key_mask=np.zeros((2, 256), bool))),
+    "window among padding": ((900, 2, 1, 64), dict(window=150, **among_padding(900))),
+    "sinks of documents": ((1100, 2, 1, 128), dict(window=70, sinks=30, **placed(1100))),
+    "positions, not causal": ((900, 2, 1, 64), dict(window=70, causal=False, **placed(900))),
     "strided": ((2048, 2, 1, 64), dict(pattern=Strided(3, BLOCK))),
+    "strided in documents": ((2048, 2, 1, 64), dict(pattern=Strided(2, 64), **placed(2048))),
+    "fixed in documents": ((2000, 2, 1, 128), dict(pattern=Fixed(3, 1, 64), **placed(2000))),
+    "BigBird in documents": ((2048, 4, 2, 64), dict(pattern=BigBird(2, 1, 3, 64), **placed(2048))),
     "small blocks": ((1000, 2, 1, 128), dict(pattern=Fixed(3, 1, 64), segment_ids=packed(1000))),
     "small blocks, not causal": ((1024, 2, 1, 64), dict(pattern=Strided(2, 64), causal=False)),
     "fixed": ((2048, 2, 1, 128), dict(pattern=Fixed(4, 1, BLOCK))),
@@ -164,21 +190,27 @@ MASKS = {
 def test_tables_hold_what_is_seen(name, columns, by_keys):
     """Each pair that sees each other is in a visited tile, once, and tiles without a mask are seen as a whole."""
     mask, length = MASKS[name], 512
-    seen = visible((length, length), mask, Tokens())
-    by_position = np.ones((1, length, length), bool) if seen is None else np.asarray(seen)
-    for packing in (None, packed(length), np.random.default_rng(0).integers(0, 3, (2, length), np.int32)):
+    mixed = np.random.default_rng(0).integers(0, 3, (2, length), np.int32)
+    row = packed(length)
+    for packing, positions in ((None, None), (row, None), (mixed, None), (None, within(row)), (mixed, within(row))):
+        seen = visible((length, length), mask, Tokens(positions=positions))
+        rows = 1 if positions is None else len(positions)
+        by_position = np.broadcast_to(True if seen is None else seen, (rows, length, length))
         ids, seen = None, by_position
         if packing is not None:
-            ids = Documents(packing, np.where(some(length, 0.9), packing, NOBODY))
+            nobody = np.full((2, 1), 99, np.int32)
+            ids = Documents(packing, np.where(some(length, 0.9), packing, nobody), nobody)
             seen = seen & (ids.queries[:, :, None] == ids.keys[:, None])
         tiles = [tiled(x.swapaxes(1, 2) if by_keys else x, columns) for x in (seen, by_position)]
-        order, span = map(np.asarray, visits(mask, ids, length, columns, by_keys=by_keys))
+        order, span = map(np.asarray, visits(mask, Given(ids, positions), length, columns, by_keys=by_keys))
         assert order.dtype == span.dtype == np.int32 and len(order) == len(seen)
         for b, n in np.ndindex(order.shape[:2]):
             (pairs, by_place), entries = (x[min(b, len(x) - 1), n] for x in tiles), order[b, n, slice(*span[b, n])]
             visited, masked = entries >> 5, (entries & 16) > 0
             assert (np.diff(visited) > 0).all() and not pairs[np.setdiff1d(np.arange(len(pairs)), visited)].any()
             assert pairs[visited[~masked]].all()
+            if positions is not None:
+                continue
             if ids is None:  # then nothing is visited or masked in vain
                 assert pairs[visited].any((1, 2)).all() and not pairs[visited[masked]].all((1, 2)).any()
             if mask.pattern is not None:  # a quarter without its bit has no pair; one with it has, without a window
@@ -197,18 +229,18 @@ def tiled(seen, columns):
 def test_documents_leave_out_tiles():
     """Of documents of 128 tokens each, a tile of queries visits its own one."""
     ids = np.repeat(np.arange(16, dtype=np.int32), ROWS)[None]
-    order, span = map(np.asarray, visits(Mask(causal=False), Documents(ids, ids), len(ids[0]), ROWS))
+    order, span = map(np.asarray, visits(Mask(causal=False), Given(Documents(ids, ids)), len(ids[0]), ROWS))
     assert (span[..., 1] - span[..., 0] == 1).all()
     np.testing.assert_array_equal(np.take_along_axis(order, span[..., :1], 2)[..., 0], [np.arange(16) * 32 + 15])
-    nobody = Documents(ids, np.full_like(ids, NOBODY))
-    span = np.asarray(visits(Mask(), nobody, len(ids[0]), ROWS).span)
+    nobody = Documents(ids, np.full_like(ids, 99), np.full((1, 1), 99, np.int32))
+    span = np.asarray(visits(Mask(), Given(nobody), len(ids[0]), ROWS).span)
     assert (span[..., 1] == span[..., 0]).all()
 
 
 @pytest.mark.parametrize("rows, tiles", [(1, 1), (128, 16), (16, 256), (9, 30)])
 def test_blocks_share_all_tiles(rows, tiles):
     """Each tile once, and nearly the same work for each block, if each has several tiles."""
-    places = Places.of(rows, 1, np.arange(tiles, 0, -1), most=132, documents=False)
+    places = Places.of(rows, 1, np.arange(tiles, 0, -1), most=132, fewer=False)
     visits, taken = [], []
     for number in range(places.blocks):
         n = np.arange(int(places.mine(jnp.int32(number))))
@@ -221,13 +253,21 @@ def test_blocks_share_all_tiles(rows, tiles):
 
 
 def test_no_documents_where_none_are_needed():
-    find = functools.partial(documents_of, shape=(2, 5), whole=8)
-    assert find(Tokens(), causal=True) is None
-    assert documents_of(Tokens(), (2, 8), 8, causal=False) is None
-    np.testing.assert_array_equal(find(Tokens(), causal=False).keys[0], [0] * 5 + [NOBODY] * 3)
-    ids, real = packed(5), some(5)
-    given = find(Tokens(segment_ids=jnp.asarray(ids), key_mask=jnp.asarray(real)), causal=True)
-    np.testing.assert_array_equal(given.keys[:, :5], np.where(real, ids, NOBODY))
+    find = functools.partial(given_of, shape=(2, 5), whole=8)
+    assert find(Tokens(), causal=True) == given_of(Tokens(), (2, 8), 8, causal=False) == (None, None)
+    found = find(Tokens(), causal=False).documents
+    np.testing.assert_array_equal(found.keys[0], [0] * 5 + [1] * 3)
+    placed = find(Tokens(positions=jnp.zeros((2, 5), jnp.int32)), causal=True)  # the last query would see the padding
+    np.testing.assert_array_equal(placed.documents.keys, found.keys)
+
+
+@pytest.mark.parametrize("ids", [[0, 1, 1, 3, 4], [LOWEST, LOWEST, 0, 2**31 - 1, 1], [4, 3, 2, 1, 0]])
+def test_no_query_has_the_number_of_hidden_keys(ids):
+    ids, real = np.array([ids], np.int32), np.array([[1, 0, 1, 1, 0]], bool)
+    tokens = Tokens(segment_ids=jnp.asarray(ids), key_mask=jnp.asarray(real))
+    (queries, keys, nobody), _ = given_of(tokens, (1, 5), 8, causal=True)
+    np.testing.assert_array_equal(keys, [[*np.where(real, ids, nobody)[0], *np.repeat(nobody, 3)]])
+    assert nobody not in np.asarray(queries)
 
 
 def test_reasons(gpu_interpreter):
@@ -238,7 +278,7 @@ def test_reasons(gpu_interpreter):
         (dict(dtype="float32"), "float32"),
         (dict(width=96), "96 channels; it takes 64 and 128"),
         (dict(keys=9), "no caches"),
-        (dict(positioned=True), "no other positions"),
+        (dict(other_places=True), "at the same positions: no caches"),
         (dict(queries=2**18, keys=2**18), "T is 262144"),
         (dict(biased=True), "no biases"),
         (dict(capped=True), "caps of scores"),
@@ -250,8 +290,9 @@ def test_reasons(gpu_interpreter):
     del args["do"]
     with pytest.raises(UnsupportedError, match="blocks of 1 tokens"):
         attention(**args, pattern=Strided(2), implementation="mosaic_gpu")
-    with pytest.raises(UnsupportedError, match="no other positions"):
-        attention(**args, positions=np.zeros((2, 8), np.int32), implementation="mosaic_gpu")
+    with pytest.raises(UnsupportedError, match="no caches"):
+        places = dict.fromkeys(("positions", "key_positions"), np.zeros((2, 8), np.int32))
+        attention(**args, **places, implementation="mosaic_gpu")
 
 
 @pytest.mark.skipif(GPU, reason="there is a GPU")
@@ -262,7 +303,8 @@ def test_needs_a_gpu():
 def test_is_chosen_where_it_leaves_out_tiles():
     """And not where cuDNN was as fast, or where nobody has measured it."""
     facts = dict(dtype="bfloat16", queries=2048, keys=2048, width=64)
-    for change in (dict(masked=True), dict(window=512), dict(pattern=True, block=512)):
+    placed = dict(masked=True, placed=True, block=64)  # a pattern in documents, as a window with padding
+    for change in (dict(masked=True), dict(window=512), dict(pattern=True, block=512), placed):
         assert op.choose("cuda", **facts, **change)[0] == "mosaic_gpu"
         assert op.choose("cuda", **facts | dict(width=128), **change)[0] != "mosaic_gpu"
         assert op.choose("cpu", **facts, **change)[0] == "xla"
@@ -276,8 +318,9 @@ def test_lowers_for_cuda():
     args = inputs(300, 2, 1, 64)
 
     def gradients(q, k, v, do, ids):
-        options = op.Options(Mask(window=100), 0.1)
-        attend = lambda *a: mosaic_gpu.attention(op.Inputs(*a), Tokens(segment_ids=ids), options)  # noqa: E731
+        options = op.Options(Mask(window=100, pattern=BigBird()), 0.1)
+        tokens = Tokens(segment_ids=ids, positions=ids)
+        attend = lambda *a: mosaic_gpu.attention(op.Inputs(*a), tokens, options)  # noqa: E731
         o, pull = jax.vjp(attend, q, k, v)
         return o, pull(do)
 

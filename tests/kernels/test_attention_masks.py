@@ -11,6 +11,8 @@ from seqmodels.kernels.attention import attention, masks, tiles, xla
 from seqmodels.kernels.attention.arguments import Side, Tokens
 from seqmodels.kernels.attention.masks import BigBird, Fixed, Mask, Strided
 from seqmodels.kernels.attention.visible import reached, visible
+from seqmodels.layers.rerope import rerope
+from seqmodels.layers.rope_scaling import frequencies
 from tests.kernels.attention_cases import chosen
 
 T = 48
@@ -93,15 +95,18 @@ def test_draws_are_even():
     assert np.abs(np.corrcoef(share)[np.triu_indices(3, 1)]).max() < 0.1
 
 
-@pytest.mark.parametrize("documents", [False, True], ids=["one document", "documents"])
-def test_memory_is_linear(documents):
+@pytest.mark.parametrize("case", ["one document", "documents", "leaky_rerope"])
+def test_memory_is_linear(case):
     """Forward and backward at T = 32,768; an array [T, T] of booleans alone would take 1 GiB."""
     length = 32_768
     q = jax.ShapeDtypeStruct((1, length, 2, 16), jnp.float32)
-    ids = jax.ShapeDtypeStruct((1, length), jnp.int32) if documents else None
+    ids = None if case == "one document" else jax.ShapeDtypeStruct((1, length), jnp.int32)
+    attend = functools.partial(attention, implementation="xla")
+    if case == "leaky_rerope":
+        attend = functools.partial(rerope, trained=512, factor=64.0, frequency=frequencies(8, 1e4))
 
     def loss(q, k, v, ids):
-        return jnp.sum(attention(q, k, v, segment_ids=ids, implementation="xla"))
+        return jnp.sum(attend(q, k, v, segment_ids=ids))
 
     compiled = jax.jit(jax.grad(loss, argnums=(0, 1, 2))).lower(q, q, q, ids).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 24 * q.size * 4  # 24 arrays [T, H, d]

@@ -2,6 +2,7 @@
 
 import functools
 import re
+from collections import Counter
 
 import flax.linen as nn
 import jax
@@ -71,6 +72,28 @@ def test_equals_one_device(case, kv_heads):
     with mesh, rules:
         got = value_and_gradients(parallel.attention, args, options)
     assert_close(got, want, 2e-6)
+
+
+def test_devices_of_a_causal_ring_have_the_same_work(monkeypatch):
+    """Each device visits as many tiles of each piece as the others of the pieces that they have at that time."""
+    monkeypatch.setitem(xla.TILE, jax.default_backend(), 2)
+    visits, original = [], xla._sums
+
+    def counted(options, inputs, queries, keys):
+        place = jax.lax.axis_index("sequence"), keys.side.position[0, 0]
+        jax.debug.callback(lambda device, key: visits.append((int(device), int(key))), *place)
+        return original(options, inputs, queries, keys)
+
+    monkeypatch.setattr(xla, "_sums", counted)
+    mesh, rules = on_devices()
+    with mesh, rules:
+        run = jax.jit(functools.partial(parallel.attention, implementation="xla"))
+        jax.block_until_ready(run(**inputs(1, 8 * DEVICES)))
+    jax.effects_barrier()
+    half = 4  # tokens; the piece of device n has the halves n and 7 - n
+    steps = Counter((device, (device - min(key // half, 7 - key // half)) % DEVICES) for device, key in visits)
+    each = {step: {steps[device, step] for device in range(DEVICES)} for step in range(DEVICES)}
+    assert each == {0: {10}, 1: {8}, 2: {8}, 3: {8}}  # at first, each half sees itself in part
 
 
 def test_tiles_of_pieces(monkeypatch):

@@ -18,7 +18,7 @@ from seqmodels.kernels.arrays import mapped, pad, round_up
 from seqmodels.kernels.attention.arguments import Inputs, Options, Tokens
 from seqmodels.kernels.attention.mosaic_gpu import backward, forward
 from seqmodels.kernels.attention.mosaic_gpu.block import Rules
-from seqmodels.kernels.attention.mosaic_gpu.tables import NOBODY, ROWS, Documents, visits
+from seqmodels.kernels.attention.mosaic_gpu.tables import ROWS, Documents, Given, visits
 from seqmodels.kernels.interpreter import gpu_interpreter
 from seqmodels.kernels.tensor_cores import SIDE
 
@@ -34,7 +34,7 @@ def supports(
     queries: int = ROWS,
     keys: int = ROWS,
     width: int = 64,
-    positioned: bool = False,
+    other_places: bool = False,
     scale: float = 1.0,
     block: int | None = None,
     biased: bool = False,
@@ -48,7 +48,8 @@ def supports(
 
     Args:
         masked: there are documents, or keys that no query sees. named: the caller asked for this backend.
-        positioned: positions are given. block: tokens in a block of the pattern; None: there is no pattern.
+        other_places: keys have other positions than queries.
+        block: tokens in a block of the pattern; None: there is no pattern.
         biased: there is a bias, or there are gates. capped: scores are capped.
     """
     if platform != "cuda" and not gpu_interpreter():
@@ -59,8 +60,8 @@ def supports(
         return f"q is {dtype}; it takes {', '.join(DTYPES)}"
     if width not in WIDTHS:
         return f"heads have {width} channels; it takes {' and '.join(map(str, WIDTHS))}"
-    if queries != keys or positioned:
-        return "it takes as many keys as queries, at positions 0 to T - 1: no caches and no other positions"
+    if queries != keys or other_places:
+        return "it takes as many keys as queries, at the same positions: no caches"
     if not 0 < queries <= LONGEST:
         return f"T is {queries}; it takes 1 to {LONGEST}"
     if biased or capped:
@@ -77,64 +78,79 @@ def supports(
 
 
 def attention(inputs: Inputs, tokens: Tokens, options: Options) -> jax.Array:
-    """See `kernels.attention.attention`. Documents are any numbers but the lowest of int32."""
+    """See `kernels.attention.attention`."""
     length = inputs.q.shape[1]
     whole = round_up(length, ROWS)
     q, k, v = (pad(x.astype(inputs.q.dtype), {1: whole}) for x in inputs[:3])
-    documents = documents_of(tokens, (len(inputs.q), length), whole, options.mask.causal)
-    rules = Rules(options.mask, options.scale, documents is not None)
-    return _attend(rules, q, k, v, documents)[:, :length]
+    given = given_of(tokens, (len(inputs.q), length), whole, options.mask.causal)
+    rules = Rules(options.mask, options.scale, given.documents is not None, given.positions is not None)
+    return _attend(rules, q, k, v, given)[:, :length]
 
 
-def documents_of(tokens: Tokens, shape: tuple[int, int], whole: int, causal: bool) -> Documents | None:
-    """Documents of queries and keys [B, whole], in which what no query sees belongs to nobody. None: all see all.
+def given_of(tokens: Tokens, shape: tuple[int, int], whole: int, causal: bool) -> Given:
+    """Documents and positions of `whole` tokens, the last of which are padding that no real query sees.
 
     Args:
-        shape: (B, T). whole: T with padding, which no real query sees if the mask is causal.
+        shape: (B, T). whole: T with padding. causal: whether the mask is, which hides padding behind all tokens.
     """
-    if tokens.segment_ids is None and tokens.key_mask is None and (causal or whole == shape[1]):
-        return None
+    more = [(0, 0), (0, whole - shape[1])]
+    positions = tokens.positions
+    positions = None if positions is None else jnp.pad(positions.astype(jnp.int32), more, "edge")
+    hidden = tokens.key_mask is not None or (whole > shape[1] and not (causal and positions is None))
+    if tokens.segment_ids is None and not hidden:
+        return Given(None, positions)
     queries = jnp.zeros(shape, jnp.int32) if tokens.segment_ids is None else tokens.segment_ids.astype(jnp.int32)
     keys = queries if tokens.key_segment_ids is None else tokens.key_segment_ids.astype(jnp.int32)
-    keys = keys if tokens.key_mask is None else jnp.where(tokens.key_mask, keys, NOBODY)
-    more = [(0, 0), (0, whole - shape[1])]
-    return Documents(jnp.pad(queries, more, "edge"), jnp.pad(keys, more, constant_values=NOBODY))
+    nobody = None
+    if hidden:
+        nobody = _free(queries)
+        keys = keys if tokens.key_mask is None else jnp.where(tokens.key_mask, keys, nobody)
+    padded = jnp.broadcast_to(keys[:, -1:] if nobody is None else nobody, (shape[0], whole - shape[1]))
+    return Given(Documents(jnp.pad(queries, more, "edge"), jnp.concatenate([keys, padded], axis=1), nobody), positions)
+
+
+def _free(numbers: jax.Array) -> jax.Array:
+    """[B, 1] int32: the least number from 0 on that is not among `numbers` [B, T]."""
+    batch, length = numbers.shape
+    at = jnp.where((numbers >= 0) & (numbers < length), numbers, length + 1)  # there is one up to `length`
+    taken = jnp.zeros((batch, length + 2), bool).at[jnp.arange(batch)[:, None], at].set(True)
+    return jnp.argmin(taken, axis=1, keepdims=True).astype(jnp.int32)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _attend(rules: Rules, q: jax.Array, k: jax.Array, v: jax.Array, documents: Documents | None) -> jax.Array:
-    return _forward(rules, q, k, v, documents)[0]
+def _attend(rules: Rules, q: jax.Array, k: jax.Array, v: jax.Array, given: Given) -> jax.Array:
+    return _forward(rules, q, k, v, given)[0]
 
 
-def _forward(rules: Rules, q: jax.Array, k: jax.Array, v: jax.Array, documents: Documents | None) -> Any:
+def _forward(rules: Rules, q: jax.Array, k: jax.Array, v: jax.Array, given: Given) -> Any:
     """o, and the logarithms of the sums of exponentials."""
 
-    def run(q, k, v, documents):
-        found = visits(rules.mask, documents, q.shape[1], forward.KEYS)
-        return forward.forward(q, k, v, found, documents, rules=rules)
+    def run(q, k, v, given):
+        found = visits(rules.mask, given, q.shape[1], forward.KEYS)
+        return forward.forward(q, k, v, found, given, rules=rules)
 
-    return mapped(run)(dict(q=q, k=k, v=v, documents=documents))
+    return mapped(run)(dict(q=q, k=k, v=v, given=given))
 
 
-def _attend_fwd(rules, q, k, v, documents):
+def _attend_fwd(rules, q, k, v, given):
     # a checkpoint policy that saves "scan" saves these, so they are not computed again
-    o, lse = (checkpoint_name(x, "scan") for x in _forward(rules, q, k, v, documents))
-    return o, (q, k, v, documents, o, lse)
+    o, lse = (checkpoint_name(x, "scan") for x in _forward(rules, q, k, v, given))
+    return o, (q, k, v, given, o, lse)
 
 
 def _attend_bwd(rules, residuals, do):
-    q, k, v, documents, o, lse = residuals
+    q, k, v, given, o, lse = residuals
     delta = jnp.moveaxis(jnp.sum(o.astype(jnp.float32) * do.astype(jnp.float32), axis=-1), 1, 2)
 
-    def run(documents, **arrays):
+    def run(given, **arrays):
         arrays = backward.Arrays(**arrays)
         _, length, _, width = arrays.q.shape
-        keys = visits(rules.mask, documents, length, backward.KEYS[width])
-        queries = visits(rules.mask, documents, length, backward.QUERIES[width], by_keys=True)
-        dq = backward.queries_gradient(arrays, keys, documents, rules=rules)
-        return dq, *backward.keys_gradients(arrays, queries, documents, rules=rules)
+        keys = visits(rules.mask, given, length, backward.KEYS[width])
+        queries = visits(rules.mask, given, length, backward.QUERIES[width], by_keys=True)
+        dq = backward.queries_gradient(arrays, keys, given, rules=rules)
+        return dq, *backward.keys_gradients(arrays, queries, given, rules=rules)
 
-    arrays = dict(q=q, k=k, v=v, do=do.astype(q.dtype), lse=lse, delta=delta, documents=documents)
+    arrays = dict(q=q, k=k, v=v, do=do.astype(q.dtype), lse=lse, delta=delta, given=given)
     return *mapped(run)(arrays), None
 
 

@@ -15,7 +15,7 @@ from jax import Array, lax
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from seqmodels.kernels.attention.mosaic_gpu.block import WORKERS, Block, Kernel, Rules
-from seqmodels.kernels.attention.mosaic_gpu.tables import Documents, Visits
+from seqmodels.kernels.attention.mosaic_gpu.tables import Given, Visits
 from seqmodels.kernels.lanes import LOG2E
 from seqmodels.kernels.tensor_cores import COLUMN, ROW, SIDE, along, gather, load, products, shared, zeros
 
@@ -41,14 +41,14 @@ class Arrays(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames="rules")
-def queries_gradient(arrays: Arrays, visits: Visits, documents: Documents | None, *, rules: Rules) -> Array:
+def queries_gradient(arrays: Arrays, visits: Visits, given: Given, *, rules: Rules) -> Array:
     """The gradient of q [B, T, H, d]. `visits` are of tiles of `KEYS` keys."""
     q, heads, width = arrays.q, *arrays.q.shape[2:]
     body = functools.partial(attention_dq, heads // arrays.k.shape[2])
     kernel = Kernel(body, "attention_dq", rules, KEYS[width], SLOTS[width], copies=2, own=2)
     own, tile = (shared(*n, width, dtype=q.dtype) for n in ((WORKERS, 2, SIDE), (kernel.slots, KEYS[width])))
     out = jax.ShapeDtypeStruct(q.shape, q.dtype)
-    return kernel(heads, arrays, visits, documents, out, [own, own, tile, tile])
+    return kernel(heads, arrays, visits, given, out, [own, own, tile, tile])
 
 
 def attention_dq(group: int, block: Block, *refs: Any) -> None:
@@ -87,7 +87,7 @@ def attention_dq(group: int, block: Block, *refs: Any) -> None:
 
 
 @functools.partial(jax.jit, static_argnames="rules")
-def keys_gradients(arrays: Arrays, visits: Visits, documents: Documents | None, *, rules: Rules) -> tuple[Array, Array]:
+def keys_gradients(arrays: Arrays, visits: Visits, given: Given, *, rules: Rules) -> tuple[Array, Array]:
     """The gradients of k and v [B, T, Hkv, d]. `visits` are `by_keys`, of tiles of `QUERIES` queries."""
     k, kv_heads, width = arrays.k, *arrays.k.shape[2:]
     group, columns = arrays.q.shape[2] // kv_heads, QUERIES[width]
@@ -97,7 +97,7 @@ def keys_gradients(arrays: Arrays, visits: Visits, documents: Documents | None, 
     own, tile = (shared(*n, width, dtype=k.dtype) for n in ((WORKERS, 2, SIDE), (kernel.slots, columns)))
     vector = plgpu.SMEM((kernel.slots, columns), jnp.float32)
     out = (jax.ShapeDtypeStruct(k.shape, k.dtype),) * 2
-    return kernel(kv_heads, arrays, visits, documents, out, [own, own, tile, tile, vector, vector])
+    return kernel(kv_heads, arrays, visits, given, out, [own, own, tile, tile, vector, vector])
 
 
 def attention_dkv(group: int, block: Block, *refs: Any) -> None:

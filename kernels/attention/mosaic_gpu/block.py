@@ -15,9 +15,9 @@ from jax import Array, lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from seqmodels.kernels.attention.masks import Mask
+from seqmodels.kernels.attention.masks import Mask, Pattern
 from seqmodels.kernels.attention.mosaic_gpu.places import Places
-from seqmodels.kernels.attention.mosaic_gpu.tables import NUMBER, PARTLY, ROWS, Documents, Visits, of_positions
+from seqmodels.kernels.attention.mosaic_gpu.tables import NUMBER, PARTLY, ROWS, Given, Visits, of_positions
 from seqmodels.kernels.interpreter import gpu_interpreter
 from seqmodels.kernels.lanes import processors
 from seqmodels.kernels.tensor_cores import ACCUMULATOR, COLUMN, ROW, SIDE, along, gather
@@ -33,22 +33,37 @@ class Rules:
 
     Attributes:
         mask: the rules of positions. scale: greater than 0.
-        documents: whether queries and keys have documents.
+        documents: whether queries and keys have documents. placed: whether they have positions other than 0 to T - 1.
     """
 
     mask: Mask
     scale: float
     documents: bool
+    placed: bool = False
 
     @property
     def by_token(self) -> Mask:
-        """The rules without the pattern, which the tables know."""
+        """The rules without the pattern."""
         return dataclasses.replace(self.mask, pattern=None)
 
     @property
+    def pattern(self) -> Pattern | None:
+        """The pattern, if it is asked for each pair of tokens; otherwise the tables know it."""
+        return self.mask.pattern if self.placed else None
+
+    @property
     def quarters(self) -> bool:
-        """Whether blocks of the pattern are smaller than tiles."""
-        return self.mask.pattern is not None and self.mask.pattern.block % ROWS > 0
+        """Whether blocks of the pattern are smaller than tiles, and at the same places."""
+        return not self.placed and self.mask.pattern is not None and self.mask.pattern.block % ROWS > 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether no tile needs a mask inside."""
+        return self.by_token.trivial and not self.documents and not self.quarters and self.pattern is None
+
+    def marks(self, positions: Array) -> Array:
+        """[B, M, T] int32: the positions, and the marks of the pattern."""
+        return jnp.stack([positions, *(self.pattern.marks(positions) if self.pattern else ())], axis=1)
 
 
 class Visit(NamedTuple):
@@ -87,7 +102,7 @@ class Kernel:
     stays: bool = True
 
     def __call__(
-        self, heads: int, inputs: Sequence[Array], tables: Visits, documents: Documents | None, out: Any, scratch: list
+        self, heads: int, inputs: Sequence[Array], tables: Visits, given: Given, out: Any, scratch: list
     ) -> Any:
         """Run the kernel over all rows of `heads` heads.
 
@@ -98,15 +113,16 @@ class Kernel:
         batch, length = inputs[0].shape[:2]
         visits = of_positions(self.rules.mask, length, self.columns, self.by_keys).visits
         visits, most = visits if self.by_keys else visits[::-1], processors() if self.stays else batch * heads * length
-        places = Places.of(batch, heads, visits, most, self.rules.documents)
+        places = Places.of(batch, heads, visits, most, self.rules.documents or self.rules.placed)
 
         def run(*refs):
             arrays, (order, span, *rest) = refs[: len(inputs)], refs[len(inputs) :]
-            ids, (*rest, loaded, full, empty) = (rest[:2], rest[2:]) if self.rules.documents else (None, rest)
+            ids, rest = (rest[:2], rest[2:]) if self.rules.documents else (None, rest)
             ids = ids[::-1] if ids is not None and self.by_keys else ids
-            self.body(
-                Block(self, places, order, span, ids, loaded, full, empty, lax.axis_index("thread")), *arrays, *rest
-            )
+            marks, rest = (rest[0], rest[1:]) if self.rules.placed else (None, rest)
+            *rest, loaded, full, empty = rest
+            thread = lax.axis_index("thread")
+            self.body(Block(self, places, order, span, ids, marks, loaded, full, empty, thread), *arrays, *rest)
 
         run.__name__ = self.name
         kernel = plgpu.kernel(
@@ -125,7 +141,9 @@ class Kernel:
             compiler_params=compiler_params(),
             interpret=gpu_interpreter(),
         )
-        return kernel(*inputs, *tables, *(documents or ()))
+        documents = () if given.documents is None else (given.documents.queries, given.documents.keys)
+        marks = () if given.positions is None else (self.rules.marks(given.positions),)
+        return kernel(*inputs, *tables, *documents, *marks)
 
 
 def compiler_params() -> plgpu.CompilerParams:
@@ -144,6 +162,7 @@ class Block:
     Attributes:
         kernel: its sizes. places: where the tiles are.
         order, span: `Visits` in global memory. ids: documents of the rows and of the columns, or None.
+        marks: `Rules.marks`, or None.
         loaded, full, empty: barriers that signal that own rows are there, that a slot is filled, that all have read it.
         thread: number of the warpgroup.
         n: how many tiles of this block came before, and done: how many visits.
@@ -157,6 +176,7 @@ class Block:
     order: Any
     span: Any
     ids: tuple[Any, Any] | None
+    marks: Any
     loaded: Any
     full: Any
     empty: Any
@@ -317,8 +337,7 @@ class Block:
 
     def where_seen(self, visit: Visit, other: float, *arrays: Array) -> Any:
         """The arrays [rows, columns] where a query sees a key, else `other`; as they are if the tile needs no mask."""
-        rules = self.kernel.rules
-        if rules.by_token.trivial and not rules.documents and not rules.quarters:
+        if self.kernel.rules.whole:
             return arrays
 
         def masked(*arrays):
@@ -329,16 +348,41 @@ class Block:
 
     def _seen(self, visit: Visit) -> Array:
         """[rows, columns] bool: whether queries and keys see each other."""
-        iota = lambda axis: plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=ACCUMULATOR)  # noqa: E731
-        i, j = self.row + iota(0), visit.tile * self.columns + iota(1)
-        seen: Any = self.kernel.rules.by_token.sees(*((j, i) if self.kernel.by_keys else (i, j)))
+        rules = self.kernel.rules
+        rows, columns = self._marks(visit)
+        query, key = (columns, rows) if self.kernel.by_keys else (rows, columns)
+        seen: Any = rules.by_token.sees(query[0], key[0])
         others = []
         if self.ids is not None:
-            of_row, of_column = gather(self.ids[0].at[self.b, self.rows], ROW), self.ids[1].at[self.b, self.part(visit)]
-            others.append(along(of_row, 0, self.shape) == along(gather(of_column, COLUMN), 1, self.shape))
-        if self.kernel.rules.quarters:
-            half = lax.shift_right_logical(iota(1), jnp.full_like(i, SIDE.bit_length() - 1))
-            others.append((lax.shift_right_logical(jnp.full_like(i, 0) + visit.quarters, half) & 1) > 0)
+            of_row, of_column = self.ids[0].at[self.b, self.rows], self.ids[1].at[self.b, self.part(visit)]
+            others.append(self._along_rows(of_row) == self._along_columns(of_column))
+        if rules.pattern is not None:
+            others.append(rules.pattern.meets(query[1:], key[1:]))
+        if rules.quarters:
+            column = self._iota(1)
+            half = lax.shift_right_logical(column, jnp.full_like(column, SIDE.bit_length() - 1))
+            others.append((lax.shift_right_logical(jnp.full_like(column, 0) + visit.quarters, half) & 1) > 0)
         for other in others:
             seen = other if seen is None else seen & other
         return seen
+
+    def _marks(self, visit: Visit) -> tuple[tuple[Array, ...], tuple[Array, ...]]:
+        """Positions of the rows and of the columns, each with the marks of the pattern, all [rows, columns]."""
+        if self.marks is None:
+            return (self.row + self._iota(0),), (visit.tile * self.columns + self._iota(1),)
+        numbers = range(self.marks.shape[1])
+        return (
+            tuple(self._along_rows(self.marks.at[self.b, n, self.rows]) for n in numbers),
+            tuple(self._along_columns(self.marks.at[self.b, n, self.part(visit)]) for n in numbers),
+        )
+
+    def _iota(self, axis: int) -> Array:
+        return plgpu.broadcasted_iota(jnp.int32, self.shape, axis, layout=ACCUMULATOR)
+
+    def _along_rows(self, vector: Any) -> Array:
+        """Numbers of rows in global memory, for all columns."""
+        return along(gather(vector, ROW), 0, self.shape)
+
+    def _along_columns(self, vector: Any) -> Array:
+        """Numbers of columns in global memory, for all rows."""
+        return along(gather(vector, COLUMN), 1, self.shape)

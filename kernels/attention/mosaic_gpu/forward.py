@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from seqmodels.kernels.attention.mosaic_gpu.block import WORKERS, Block, Kernel, Rules, Visit
-from seqmodels.kernels.attention.mosaic_gpu.tables import Documents, Visits
+from seqmodels.kernels.attention.mosaic_gpu.tables import Given, Visits
 from seqmodels.kernels.lanes import LOG2E
 from seqmodels.kernels.tensor_cores import ROW, SIDE, along, products, shared, zeros
 
@@ -24,9 +24,7 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 
 
 @functools.partial(jax.jit, static_argnames="rules")  # traced once per shape, not per layer
-def forward(
-    q: Array, k: Array, v: Array, visits: Visits, documents: Documents | None, *, rules: Rules
-) -> tuple[Array, Array]:
+def forward(q: Array, k: Array, v: Array, visits: Visits, given: Given, *, rules: Rules) -> tuple[Array, Array]:
     """o [B, T, H, d], and [B, H, T] float32: the logarithms to base 2 of the sums of exponentials, 0 where it is empty.
 
     Args:
@@ -45,7 +43,7 @@ def forward(
         plgpu.Barrier(num_arrivals=WORKERS),
     ]
     lse = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
-    return kernel(heads, (q, k, v), visits, documents, (jax.ShapeDtypeStruct(q.shape, q.dtype), lse), scratch)
+    return kernel(heads, (q, k, v), visits, given, (jax.ShapeDtypeStruct(q.shape, q.dtype), lse), scratch)
 
 
 def attention(group: int, block: Block, *refs: Any) -> None:

@@ -26,16 +26,17 @@ class Places(NamedTuple):
     across: bool
 
     @classmethod
-    def of(cls, batch: int, heads: int, visits: np.ndarray, most: int, documents: bool) -> "Places":
+    def of(cls, batch: int, heads: int, visits: np.ndarray, most: int, fewer: bool) -> "Places":
         """The order in which the last block is done first, or nearly.
 
         Args:
-            visits: [N], how many visits each tile makes. With documents it is less, which nobody knows before.
+            visits: [N], how many visits each tile makes.
             most: blocks at most.
+            fewer: whether it may be less, which nobody knows before.
         """
         sizes = batch, heads, len(visits), min(most, batch * heads * len(visits))
         by_row, across = cls(*sizes, across=False), cls(*sizes, across=True)
-        return across if not documents and 1.05 * across.longest(visits) < by_row.longest(visits) else by_row
+        return across if not fewer and 1.05 * across.longest(visits) < by_row.longest(visits) else by_row
 
     @property
     def all(self) -> int:

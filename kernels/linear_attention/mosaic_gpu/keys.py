@@ -8,8 +8,10 @@ One warpgroup computes 64 columns of dq and dk for all value heads that share th
 sums over heads are in float32 and always in the same order.
 """
 
+import dataclasses
 import functools
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,6 +30,96 @@ SUMS = 4
 def only_of_state(x: jax.Array, vector: Any) -> jax.Array:
     """Rows of x [64, 64] of the tokens whose document is the state's, zeros for others: their product was 0 * state."""
     return jnp.where(along(load(vector, ROW), 0, (SIDE, SIDE)) == 0, 0, x)
+
+
+class Slots(NamedTuple):
+    """Shared memory for what a step reads, `SLOTS` times: tiles [64, 64], and `vectors` as for `walk`."""
+
+    v: Any
+    dy: Any
+    states: Any
+    dstates: Any
+    vectors: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Inside the kernel: one chunk and 64 columns of K. A step is 64 columns of V of one head, head by head.
+
+    Attributes:
+        group: value heads that share the columns. tiles: steps of each.
+        strict: tokens do not see themselves. dtype: of the factors.
+        q, k, scores: tiles in shared memory.
+        sources: what a step reads, in global memory, by the number of the head and its columns of V.
+        slots, full: where to, and the barriers that signal that it is there.
+    """
+
+    group: int
+    tiles: int
+    strict: bool
+    dtype: Any
+    q: Any
+    k: Any
+    scores: Any
+    sources: Callable[[jax.Array, Any], tuple[Any, ...]]
+    slots: Slots
+    full: Any
+
+    @property
+    def steps(self) -> int:
+        return self.group * self.tiles
+
+    def fetch(self, step: jax.Array) -> None:
+        """Start the copies of a step."""
+        value, slot = pl.ds(lax.rem(step, self.tiles) * SIDE, SIDE), lax.rem(step, SLOTS)
+        for source, buffer in zip(self.sources(lax.div(step, self.tiles), value), self.slots, strict=True):
+            plgpu.copy_gmem_to_smem(source, buffer.at[slot], self.full.at[slot])
+
+    def refill(self, step: jax.Array) -> None:
+        """Fetch into the slot of a step that is done."""
+        plgpu.commit_smem()  # all warps have finished with this slot
+        pl.when(step + SLOTS < self.steps)(lambda: self.fetch(step + SLOTS))
+
+    def add(self, step: jax.Array, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+        """Add the terms of a step: to dP, to the parts of dq and dk through the states, and to dS . S."""
+        dp, dq, dk, corner = sums
+        slot = lax.rem(step, SLOTS)
+        plgpu.barrier_wait(self.full.at[slot])
+        v, dy, states, dstates, vectors = (buffer.at[slot] for buffer in self.slots)
+        read, wrote = (
+            (load(x) * along(load(vectors.at[row], ROW), 0, (SIDE, SIDE))).astype(self.dtype)
+            for x, row in ((dy, 2), (v, 3))
+        )
+        dp, dq, dk = products(
+            (dp, (dy, v.transpose((1, 0)))),
+            (dq, (read, states.transpose((1, 0)))),
+            (dk, (wrote, dstates.transpose((1, 0)))),
+        )
+        return dp, dq, dk, corner + jnp.sum(load(states) * load(dstates), axis=1)
+
+    def of_head(self, g: jax.Array) -> tuple[jax.Array, jax.Array, list[jax.Array]]:
+        """dq and dk [64, 64] of a head, and its four sums [64], as `keys_gradient` returns them."""
+        first, last = g * self.tiles, (g + 1) * self.tiles - 1
+
+        def several(t, sums):
+            sums = self.add(first + t, sums)
+            self.refill(first + t)
+            return sums
+
+        square = (SIDE, SIDE)
+        nothing = plgpu.layout_cast(jnp.zeros((SIDE,), jnp.float32), ROW)
+        sums = lax.fori_loop(0, self.tiles - 1, several, (zeros(*square), zeros(*square), zeros(*square), nothing))
+        dp, dq, dk, corner = self.add(last, sums)
+        vectors, slot = self.slots.vectors, lax.rem(last, SLOTS)
+        dp = decayed(dp, vectors, slot, False, self.strict).astype(self.dtype)
+        dq, dk = (only_of_state(x, vectors.at[slot, row]) for x, row in ((dq, 2), (dk, 3)))
+        plgpu.commit_smem()  # all warps have read the scores of the previous head
+        self.scores[...] = dp
+        self.refill(last)
+        dq, dk_near = products((dq, (dp, self.k)), (zeros(*square), (self.scores.transpose((1, 0)), self.q)))
+        queries, own = load(self.q), load(self.k)
+        sums = [jnp.sum(x, axis=1) for x in (queries * dq, own * dk_near, own * dk)]
+        return dq, dk + dk_near, [*sums, corner]
 
 
 @functools.partial(jax.jit, static_argnames="strict")  # traced once per shape, not per layer
@@ -57,76 +149,30 @@ def keys_gradient(
     batch, length, key_heads, keys = k.shape
     heads, values = v.shape[2:]
     group = heads // key_heads
-    tiles = values // SIDE
     f32 = jnp.float32
 
     def body(q_g, k_g, v_g, dy_g, vectors_g, states_g, dstates_g, dq_g, dk_g, sums_g, *scratch):
-        q_s, k_s, scores_s, v_s, dy_s, states_s, dstates_s, vectors_s, ready, full = scratch
+        q_s, k_s, scores_s, *slots, ready, full = scratch
         b, hk, tile, n = lax.axis_index("b"), lax.axis_index("hk"), lax.axis_index("tile"), lax.axis_index("n")
         time, key = pl.ds(n * SIDE, SIDE), pl.ds(tile * SIDE, SIDE)
 
-        def fetch(step):
-            h, value = hk * group + lax.div(step, tiles), pl.ds(lax.rem(step, tiles) * SIDE, SIDE)
-            slot = lax.rem(step, SLOTS)
-            for source, buffer in (
-                (v_g.at[b, time, h, value], v_s),
-                (dy_g.at[b, time, h, value], dy_s),
-                (states_g.at[b, h, n, key, value], states_s),
-                (dstates_g.at[b, h, n, key, value], dstates_s),
-                (vectors_g.at[b, h, n], vectors_s),
-            ):
-                plgpu.copy_gmem_to_smem(source, buffer.at[slot], full.at[slot])
+        def sources(g, value):
+            h = hk * group + g
+            tokens, state = (b, time, h, value), (b, h, n, key, value)
+            return v_g.at[tokens], dy_g.at[tokens], states_g.at[state], dstates_g.at[state], vectors_g.at[b, h, n]
+
+        chunk = Chunk(group, values // SIDE, strict, v.dtype, q_s, k_s, scores_s, sources, Slots(*slots), full)
 
         def head(g, gradients):
-            square = (SIDE, SIDE)
-
-            def inputs(t, carry):
-                """Add the terms of 64 columns of V: dP, and the parts of dq and dk through the states."""
-                dp, dq, dk, corner = carry
-                step = g * tiles + t
-                slot = lax.rem(step, SLOTS)
-                plgpu.barrier_wait(full.at[slot])
-                read = (load(dy_s.at[slot]) * along(load(vectors_s.at[slot, 2], ROW), 0, square)).astype(v.dtype)
-                wrote = (load(v_s.at[slot]) * along(load(vectors_s.at[slot, 3], ROW), 0, square)).astype(v.dtype)
-                dp, dq, dk = products(
-                    (dp, (dy_s.at[slot], v_s.at[slot].transpose((1, 0)))),
-                    (dq, (read, states_s.at[slot].transpose((1, 0)))),
-                    (dk, (wrote, dstates_s.at[slot].transpose((1, 0)))),
-                )
-                corner += jnp.sum(load(states_s.at[slot]) * load(dstates_s.at[slot]), axis=1)
-                return dp, dq, dk, corner
-
-            def refill(t):
-                plgpu.commit_smem()  # all warps have finished with this slot
-                step = g * tiles + t + SLOTS
-                pl.when(step < group * tiles)(lambda: fetch(step))
-
-            def several(t, carry):
-                carry = inputs(t, carry)
-                refill(t)
-                return carry
-
-            nothing = plgpu.layout_cast(jnp.zeros((SIDE,), f32), ROW)
-            carry = (zeros(*square), zeros(*square), zeros(*square), nothing)
-            carry = lax.fori_loop(0, tiles - 1, several, carry)
-            dp, dq, dk, corner = inputs(tiles - 1, carry)
-            last = lax.rem((g + 1) * tiles - 1, SLOTS)
-            dp = decayed(dp, vectors_s, last, False, strict).astype(v.dtype)
-            dq, dk = (only_of_state(x, vectors_s.at[last, row]) for x, row in ((dq, 2), (dk, 3)))
-            plgpu.commit_smem()  # all warps have read the scores of the previous head
-            scores_s[...] = dp
-            refill(tiles - 1)
-            dq, dk_near = products((dq, (dp, k_s)), (zeros(*square), (scores_s.transpose((1, 0)), q_s)))
-            queries, own = load(q_s), load(k_s)
-            sums = [queries * dq, own * dk_near, own * dk]
-            for i, total in enumerate([*(jnp.sum(x, axis=1) for x in sums), corner]):
+            dq, dk, sums = chunk.of_head(g)
+            for i, total in enumerate(sums):
                 sums_g[tile, b, hk * group + g, n, i] = total
-            return gradients[0] + dq, gradients[1] + dk + dk_near
+            return gradients[0] + dq, gradients[1] + dk
 
         plgpu.copy_gmem_to_smem(q_g.at[b, time, hk, key], q_s, ready)
         plgpu.copy_gmem_to_smem(k_g.at[b, time, hk, key], k_s, ready)
-        for first in range(min(SLOTS, group * tiles)):
-            fetch(jnp.int32(first))
+        for first in range(min(SLOTS, chunk.steps)):
+            chunk.fetch(jnp.int32(first))
         plgpu.barrier_wait(ready)
         dq, dk = lax.fori_loop(0, group, head, (zeros(SIDE, SIDE), zeros(SIDE, SIDE)))
         plgpu.commit_smem()
