@@ -5,7 +5,8 @@
 
 copies results.csv, report.md and the pictures of a sweep, which sweep.py wrote. With --page it writes a short table of
 results.csv into that page, in place of the text between <!-- NAME --> and <!-- /NAME -->, where NAME is the last part
-of --out. --figures adds columns of results.csv to the table, such as eval.context_lengths.test.65536.loss.
+of --out. --figures adds columns of results.csv to the table, such as eval.context_lengths.test.65536.loss. The table of
+a comparison (sweep.py --compare) is that of the best learning rate of each model.
 """
 
 import argparse
@@ -82,6 +83,14 @@ def figure(values: list[float], form: str) -> str:
     return f"{mean:{form}}" + (f" ± {spread:{form.lstrip('+')}}" if spread else "")
 
 
+def best_rates(report: str) -> str:
+    """The table of a report that has the best learning rate of each model. Raises ValueError where there is none."""
+    _, heading, rest = report.partition("\n## Best learning rate of each model\n")
+    if not heading:
+        raise ValueError("report.md: has no learning rates to choose from; compare sweeps of optimizer.learning_rate")
+    return rest.strip().split("\n\n")[0]
+
+
 def insert(page: Path, name: str, text: str) -> None:
     """Replace the text between the marks of `name`. Raises ValueError unless each mark occurs exactly once."""
     before = page.read_text()
@@ -102,7 +111,10 @@ def main() -> None:
     if not (options.sweep / "report.md").exists():
         parser.error(f"{options.sweep}: no report.md in it; sweep.py writes one")
     try:
-        text = table(read(options.sweep), further=list(filter(None, options.figures.split(","))))
+        if (options.sweep / "sweep.json").exists() or (options.sweep / "trials").exists():
+            text = table(read(options.sweep), further=list(filter(None, options.figures.split(","))))
+        else:
+            text = best_rates((options.sweep / "report.md").read_text())
         options.out.mkdir(parents=True, exist_ok=True)
         pictures = [path.name for ending in ("png", "svg") for path in options.sweep.glob(f"*.{ending}")]
         for name in (*FILES, *pictures):

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable, Sequence
 
+PLAIN = "as configured"  # the label of a trial that sets nothing
+
 
 def labels(trials: Sequence[dict[str, object]]) -> list[str]:
     """A label such as `variant=read, gate=both` for each dict of overrides, without the seed and equal fields."""
@@ -18,7 +20,7 @@ def labels(trials: Sequence[dict[str, object]]) -> list[str]:
     exact = [label(overrides, repr) for overrides in trials]
     if len(set(rounded)) < len(set(exact)):  # numbers that differ only further back
         rounded = exact
-    return [text or "as configured" for text in rounded]
+    return [text or PLAIN for text in rounded]
 
 
 def _text(overrides: dict[str, object]) -> str:
