@@ -37,6 +37,15 @@ SHELL = re.compile(rf"(for \w+ in |(\w+=\S* )*({'|'.join(STARTERS)})[\w-]*( |$))
 NO_FILES = (".ci/run", ".venv/bin/activate")  # commands with a path, which the shell cannot start where it runs
 
 
+# What the shell does in place of what it cannot find, and of what would end it or needs files.
+CATCH = """
+command_not_found_handle() { printf '%s\\0' "$@" ";" >> "$OUT"; }
+exit() { :; }
+cd() { :; }
+find() { echo found; }
+"""
+
+
 def blocks(page):
     """The blocks of a page that are for a shell: fenced, indented, or in a line of prose."""
     text = page.read_text()
@@ -56,10 +65,9 @@ def shell(script, folder):
     """The commands that a script starts: a list of arguments for each."""
     out = folder / "commands"
     out.write_text("")
-    catch = 'command_not_found_handle() { printf "%s\\0" "$@" ";" >> "$OUT"; }\nexit() { :; }\ncd() { :; }\nfind() { echo found; }\n'
     environment = {"OUT": str(out), "PATH": "/nowhere"}
     done = subprocess.run(
-        ["/bin/bash"], input=catch + script, cwd=folder, env=environment, capture_output=True, text=True
+        ["/bin/bash"], input=CATCH + script, cwd=folder, env=environment, capture_output=True, text=True
     )
     strange = [line for line in done.stderr.splitlines() if not any(name in line for name in NO_FILES)]
     assert not strange, f"{strange}\n{script}"
@@ -129,7 +137,7 @@ def check(arguments, folder):
         return
     if program == "make":
         targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
-        assert [word for word in rest if "=" not in word][0] in targets
+        assert next(word for word in rest if "=" not in word) in targets
         rest = [word.partition("=")[2] for word in rest if word.startswith("REQUIREMENTS=")]
         assert all((ROOT / name).is_file() for name in rest)
     elif program == "pytest" or rest[:2] == ["-m", "pytest"]:
@@ -212,7 +220,7 @@ python eval.py --workdir=runs/densemamba --prompt="To be" --top_p=0.9
 python eval.py --workdir=runs/densemamba
 """
 TOY = [
-    *("--config.model.width=16", "--config.model.repeats=2", "--config.seq_len=16", "--config.batch_size=2"),
+    *("--config.model.width=32", "--config.model.repeats=2", "--config.seq_len=16", "--config.batch_size=2"),
     *("--config.sample.tokens=0", "--config.metrics.tensorboard=False", "--config.evaluation.batch_size=128"),
     *("--config.data.name=text", "--config.data.path=books", "--config.mesh.data=1"),
 ]

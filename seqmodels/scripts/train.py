@@ -12,7 +12,7 @@ from typing import Any
 
 from absl import flags
 
-from seqmodels import cli, compiled
+from seqmodels import cli, cloud, compiled
 from seqmodels.atomic import json_text, replace_file, writing
 from seqmodels.errors import UserError, describe
 from seqmodels.fields import Field, at_least
@@ -47,7 +47,8 @@ def main(flag_values: flags.FlagValues) -> None:
     from seqmodels.training.loop import train
 
     try:
-        train(config, cli.folder_of(flag_values.workdir or f"runs/{config.name}"))
+        workdir = flag_values.workdir or f"runs/{config.name}"
+        train(config, workdir if cloud.is_cloud(workdir) else cli.folder_of(workdir))
     except Exception as error:
         if not exhausted(error):
             raise
