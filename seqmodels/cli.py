@@ -337,8 +337,8 @@ def folder_of(path: str) -> Path:
     """A path of the command line, in which `~` is the home directory. Raises: UserError where nobody knows that, or for
     the address of a cloud, which would become a local folder."""
     if cloud.is_cloud(path):
-        raise UserError(f"{path}: must be a folder here; only run directories of train.py and eval.py, and texts, may be "
-                        "in a cloud (docs/howto.md)")  # fmt: skip
+        raise UserError(f"{path}: must be a folder here; only run directories of train.py and eval.py, and texts, may "
+                        "be in a cloud (docs/howto.md)")  # fmt: skip
     try:
         return Path(path).expanduser()
     except RuntimeError as error:

@@ -67,7 +67,9 @@ def test_a_run_in_a_cloud_is_that_of_a_folder(bucket, tmp_path, capsys):
 
     def losses(workdir, path, *steps):
         for each in steps:
-            config = tiny(tmp_path, steps=each, optimizer__schedule="constant", optimizer__warmup=0.0, checkpoint__keep=1)
+            config = tiny(
+                tmp_path, steps=each, optimizer__schedule="constant", optimizer__warmup=0.0, checkpoint__keep=1
+            )
             config.data.path, config.data.cache = path, str(tmp_path / "cache")
             loop.train(config, workdir)
 

@@ -114,8 +114,8 @@ def test_table_between_the_marks(tmp_path, monkeypatch, capsys):
 
 def test_of_a_comparison_the_best_rates_are_published(tmp_path, monkeypatch, capsys):
     (tmp_path / "results.csv").write_text("id,status,seed\n")
-    report = "# Comparison\n\n| all |\n\n## Best learning rate of each model\n\n| # | model |\n| --- |\n| 2 | x |\n\nThe rate\n"
-    (tmp_path / "report.md").write_text(report)
+    report = "# Comparison\n\n| all |\n\n## Best learning rate of each model\n\n{}\n\nThe rate\n"
+    (tmp_path / "report.md").write_text(report.format("| # | model |\n| --- |\n| 2 | x |"))
     monkeypatch.setattr(sys, "argv", ["publish.py", str(tmp_path), f"--out={tmp_path / 'out'}"])
     publish.main()
     assert capsys.readouterr().out == "| # | model |\n| --- |\n| 2 | x |\n"
