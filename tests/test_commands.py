@@ -224,8 +224,9 @@ TOY = [
     *("--config.sample.tokens=0", "--config.metrics.tensorboard=False", "--config.evaluation.batch_size=128"),
     *("--config.data.name=text", "--config.data.path=books", "--config.mesh.data=1"),
 ]
+DATA = TOY[-6:]  # of weights from elsewhere, whose sizes are given
 # unless the page says something else
-SHORT = {"train": ["--config.steps=2"], "eval": ["--limit=2"], "sweep": [], "convert": []}
+SHORT = {"train": ["--config.steps=2"], "eval": ["--limit=2", "--evals=perplexity"], "prompt": ["--tokens=3"]}
 
 
 @pytest.mark.slow
@@ -248,11 +249,14 @@ def test_commands_run(commands, tmp_path, monkeypatch, capfd):
         on_a_page = [word if word != "--export=Llama-3.2-1B" else "--export=DIR" for word in arguments]
         assert tuple(on_a_page) in commands, " ".join(arguments)
         name = arguments[1].removesuffix(".py")
-        short = [word for word in SHORT[name] if word.split("=")[0] not in {each.split("=")[0] for each in arguments}]
-        toy = TOY if name == "train" and "runs/llama" not in arguments[2] else []
-        given = [f"{name}.py", *toy, *short, *arguments[2:]]
+        given = {word.split("=")[0] for word in arguments}
+        short = [
+            word for word in SHORT.get("prompt" if "--prompt" in given else name, []) if word.split("=")[0] not in given
+        ]
+        toy = {"train": DATA if "runs/llama" in arguments[2] else TOY}.get(name, [])
+        typed = [f"{name}.py", *toy, *short, *arguments[2:]]
         expected = int(shell(fails[0].strip(), tmp_path) == [arguments])
-        assert cli.run(SCRIPTS[name].main, SCRIPTS[name].define, "", given) == expected, capfd.readouterr().err
+        assert cli.run(SCRIPTS[name].main, SCRIPTS[name].define, "", typed) == expected, capfd.readouterr().err
     assert list((tmp_path / "runs/profiled/profile").rglob("*.xplane.pb"))
     assert json.loads((tmp_path / "runs/densemamba/eval.json").read_text())["limit"] == 2
     assert "To be" in capfd.readouterr().out
