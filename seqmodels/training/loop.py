@@ -310,6 +310,7 @@ class Trainer:
     def _end(self, state: TrainState) -> dict:
         """Measures and draws what is due after the last step."""
         self.checkpoints.close()
+        self.stop.promise = "stopping; the checkpoint of the last step is saved"
         return self.finish.run(state, self.metrics, between=lambda: self._exit_if_noted(int(state.step)))
 
     def _exit_if_noted(self, step: int) -> None:

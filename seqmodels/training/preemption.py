@@ -22,12 +22,13 @@ class Preempted(SystemExit):
 class StopSignal:
     """Notes the first SIGINT or SIGTERM, so that the step under way can finish; a second one ends the process at once.
 
-    `noted` says whether this process got one. In a job of several processes JAX's coordinator handles SIGTERM, and all
-    processes stop after the same step.
+    `noted` says whether this process got one, and `promise` is what the user is told then. In a job of several processes
+    JAX's coordinator handles SIGTERM, and all processes stop after the same step.
     """
 
     def __init__(self) -> None:
         self.noted = False
+        self.promise = "saving a checkpoint after this step"
         self._context = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -50,4 +51,4 @@ class StopSignal:
             interrupt.leave(number, f"{name} again: stopped at once")
         self.noted = True
         with contextlib.suppress(OSError):  # of a terminal that is gone
-            print(f"\n{name}: saving a checkpoint after this step; again to quit at once", file=sys.stderr, flush=True)
+            print(f"\n{name}: {self.promise}; again to quit at once", file=sys.stderr, flush=True)
