@@ -22,8 +22,8 @@ class Preempted(SystemExit):
 class StopSignal:
     """Notes the first SIGINT or SIGTERM, so that the step under way can finish; a second one ends the process at once.
 
-    `noted` says whether this process got one, and `promise` is what the user is told then. In a job of several processes
-    JAX's coordinator handles SIGTERM, and all processes stop after the same step.
+    `noted` says whether this process got one, and `promise` is what the user is then told. In a job of several
+    processes JAX's coordinator handles SIGTERM, and all processes stop after the same step.
     """
 
     def __init__(self) -> None:
