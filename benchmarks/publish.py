@@ -5,12 +5,18 @@
 
 copies results.csv, report.md and the pictures of a sweep, which sweep.py wrote. With --page it writes a short table of
 results.csv into that page, in place of the text between <!-- NAME --> and <!-- /NAME -->, where NAME is the last part
-of --out. --figures adds columns of results.csv to the table, such as eval.context_lengths.test.65536.loss.
+of --out. --figures adds columns of results.csv to the table, such as eval.context_lengths.test.65536.loss. The table of
+a comparison (sweep.py --compare) is that of the best learning rate of each model.
+
+    python benchmarks/publish.py docs/results/parity --redraw
+
+draws the pictures of a published sweep again, as far as its results.csv says what is in them: not the curves of losses.
 """
 
 import argparse
 import csv
 import os
+import re
 import shutil
 import sys
 from collections.abc import Sequence
@@ -18,11 +24,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from seqmodels.sweeps import plots
 from seqmodels.sweeps.labels import labels
-from seqmodels.sweeps.results import EQUAL_TIME
+from seqmodels.sweeps.results import EQUAL_TIME, RATE, Result, group
 from seqmodels.sweeps.spread import mean_and_spread
 from seqmodels.sweeps.trial import read_json
 
+OLD = ("bars", "quality")  # pictures of earlier versions
 FILES = ("results.csv", "report.md", "tables.tex")
 FIGURES = {  # columns of the short table, with their headings and formats
     "parameters": ("parameters", ",.0f"),
@@ -82,6 +90,47 @@ def figure(values: list[float], form: str) -> str:
     return f"{mean:{form}}" + (f" ± {spread:{form.lstrip('+')}}" if spread else "")
 
 
+def redraw(folder: Path) -> list[str]:
+    """Draws the pictures of results.csv, and names them in report.md in place of the old ones; returns their names."""
+    with (folder / "results.csv").open(newline="") as file:
+        table = csv.DictReader(file)
+        names = list(table.fieldnames or [])
+        rows = list(table)
+    first = names.index("steps_done")  # before it are the fields that the sweep sets, behind it the figures
+    fields = [{name: row[name] for name in names[3:first] if row[name]} for row in rows]
+    models = labels([{name: value for name, value in each.items() if name != RATE} for each in fields])
+    found = []
+    for row, label, model, each in zip(rows, labels(fields), models, fields, strict=True):
+        result = Result(row["id"], folder, label, int(row["seed"]), {"status": row["status"]}, each)
+        result.figures = {name: float(row[name]) for name in names[first:] if row[name]}
+        if RATE in each:
+            result.model, result.rate = model, float(each[RATE])
+        found.append(result)
+    report = (folder / "report.md").read_text()
+    metric = re.search(r"^!\[(\S+) (?:of each trial|against )", report, re.MULTILINE)
+    if not metric:
+        raise ValueError(f"{folder / 'report.md'}: names no picture of a metric")
+    drawn = plots.pictures(group(found), metric[1])
+    for picture in drawn:
+        (folder / f"{picture.name}.png").write_bytes(picture.png)
+        (folder / f"{picture.name}.svg").write_bytes(picture.svg)
+    ours = [*OLD, *(picture.name for picture in drawn)]
+    before, *after = re.split(rf"!\[[^\]]*\]\((?:{'|'.join(ours)})\.png\)\n*", report)
+    lines = "".join(f"![{picture.description}]({picture.name}.png)\n\n" for picture in drawn)
+    (folder / "report.md").write_text(before + lines + "".join(after))
+    for name in OLD:
+        (folder / f"{name}.png").unlink(missing_ok=True)
+    return [picture.name for picture in drawn]
+
+
+def best_rates(report: str) -> str:
+    """The table of a report that has the best learning rate of each model. Raises ValueError where there is none."""
+    _, heading, rest = report.partition("\n## Best learning rate of each model\n")
+    if not heading:
+        raise ValueError("report.md: has no learning rates to choose from; compare sweeps of optimizer.learning_rate")
+    return rest.strip().split("\n\n")[0]
+
+
 def insert(page: Path, name: str, text: str) -> None:
     """Replace the text between the marks of `name`. Raises ValueError unless each mark occurs exactly once."""
     before = page.read_text()
@@ -95,14 +144,23 @@ def insert(page: Path, name: str, text: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("sweep", type=Path, help="directory of a sweep")
-    parser.add_argument("--out", type=Path, required=True, help="directory, such as docs/results/densemamba")
+    parser.add_argument("--redraw", action="store_true", help="draw the pictures of a published sweep again")
+    parser.add_argument("--out", type=Path, help="directory, such as docs/results/densemamba")
     parser.add_argument("--page", type=Path, help="Markdown file with the marks")
     parser.add_argument("--figures", default="", help="further columns of the table, apart by commas")
     options = parser.parse_args()
+    if not options.redraw and not options.out:
+        parser.error("--out is missing")
     if not (options.sweep / "report.md").exists():
         parser.error(f"{options.sweep}: no report.md in it; sweep.py writes one")
     try:
-        text = table(read(options.sweep), further=list(filter(None, options.figures.split(","))))
+        if options.redraw:
+            print(" ".join(redraw(options.sweep)))
+            return
+        if (options.sweep / "sweep.json").exists() or (options.sweep / "trials").exists():
+            text = table(read(options.sweep), further=list(filter(None, options.figures.split(","))))
+        else:
+            text = best_rates((options.sweep / "report.md").read_text())
         options.out.mkdir(parents=True, exist_ok=True)
         pictures = [path.name for ending in ("png", "svg") for path in options.sweep.glob(f"*.{ending}")]
         for name in (*FILES, *pictures):

@@ -20,7 +20,7 @@ from types import ModuleType
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from seqmodels import job
+from seqmodels import cloud, job
 from seqmodels.config import check_names, read_stored, upgrade, with_pattern
 from seqmodels.config_help import describe
 from seqmodels.errors import UserError
@@ -346,12 +346,27 @@ def run(
 def folder_of(path: str) -> Path:
     """A path of the command line, in which `~` is the home directory. Raises: UserError where nobody knows that, or for
     the address of a cloud, which would become a local folder."""
-    if re.match(r"\w+://", path):
-        raise UserError(f"{path}: is no folder; mount the bucket as one (docs/howto.md)")
+    if cloud.is_cloud(path):
+        raise UserError(f"{path}: must be a folder here; only run directories of train.py and eval.py, and texts, may "
+                        "be in a cloud (docs/howto.md)")  # fmt: skip
     try:
         return Path(path).expanduser()
     except RuntimeError as error:
         raise UserError(f"{path}: {_one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def run_folder(path: str) -> Iterator[Path]:
+    """The folder of a run directory; of one in a cloud a copy, of which what is new is sent there at the end.
+
+    Raises: UserError as `folder_of`, or where the cloud cannot be reached.
+    """
+    if not cloud.is_cloud(path):
+        yield folder_of(path)
+        return
+    with cloud.copied(path) as copy:
+        yield copy.folder
+        copy.send()
 
 
 def check_writable(out: Path) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from seqmodels import generation
+from seqmodels import cloud, generation
 from seqmodels.backbone import context, scanned
 from seqmodels.config import upgrade
 from seqmodels.data.tokenizer import Tokenizer
@@ -136,10 +136,14 @@ def load(path: str | Path, step: str = "latest") -> Trained:
     """The model of a run directory, which train.py or convert.py made. Its text need not be there.
 
     Args:
+        path: the directory, also in a cloud (gs://bucket/run).
         step: "latest", "best" (by `config.checkpoint.best`) or a number.
 
     Raises: UserError if there is no run, no such checkpoint, or the model predicts no tokens.
     """
+    if cloud.is_cloud(path):
+        with cloud.copied(path) as copy:
+            return load(copy.folder, step)
     run = load_run(path, str(step), text=False)
     if run.config.model.head != "next_token":
         raise UserError(f"{path}: predicts {run.config.model.head}, not tokens; seqmodels.evals.run.load_run reads it")

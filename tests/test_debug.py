@@ -1,7 +1,6 @@
 """training.debug: the first value that is not finite is found where it was put, in whatever form the model runs."""
 
 import re
-import shlex
 from pathlib import Path
 
 import jax
@@ -9,11 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmodels import cli
 from seqmodels.branch import Branch
 from seqmodels.branches import BRANCHES
 from seqmodels.errors import UserError
-from seqmodels.scripts import train as train_script
 from seqmodels.training import debug, loop, metrics
 from seqmodels.training.state import init_state
 from tests.run_fixtures import tiny, write_text
@@ -129,29 +126,11 @@ def test_without_jit_the_losses_are_the_same(tmp_path, text, capsys):
     np.testing.assert_allclose(*losses, rtol=1e-5)
 
 
-# The page
-
-SMALL = [
-    *("--config.model.width=16", "--config.model.repeats=2", "--config.seq_len=16", "--config.batch_size=2"),
-    *("--config.sample.tokens=0", "--config.metrics.tensorboard=False", "--config.evaluation.batch_size=128"),
-]
+# The page, whose commands run in tests/test_commands.py
 
 
 @pytest.mark.slow
-def test_every_command_of_the_page_runs(tmp_path, text, monkeypatch, capfd):
-    """In this process: others run train.py in one of its own."""
-    monkeypatch.chdir(tmp_path)
-    commands = re.findall(r"^    python train\.py (.*)$", PAGE, re.MULTILINE)
-    assert len(commands) == 5
-    data = ["--config.data.name=text", f"--config.data.path={text}/*.txt", f"--config.data.cache={text}/cache"]
-    for command in commands:
-        line, _, comment = command.partition("  # ")
-        flags = [flag.replace("configs/", f"{ROOT}/configs/") for flag in shlex.split(line)]
-        arguments = ["train.py", *SMALL, *data, "--config.mesh.data=1", *flags]
-        status = cli.run(train_script.main, train_script.define, "", arguments)
-        assert status == (1 if comment == "fails" else 0), capfd.readouterr().err
-    assert list((tmp_path / "runs/profiled/profile").rglob("*.xplane.pb"))
-
+def test_every_script_of_the_page_runs(capfd):
     scripts = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     for script, words in zip(scripts, ("['__call__'][0] (1, 32, 16)", "temp"), strict=True):
         capfd.readouterr()

@@ -3,6 +3,7 @@
 import gzip
 import json
 import math
+import re
 import statistics
 import sys
 
@@ -109,6 +110,33 @@ def test_table_between_the_marks(tmp_path, monkeypatch, capsys):
     assert "| tokens/s | lengths.64.loss |" in page.read_text() and "|  | 1,000 | 3.5000 |" in page.read_text()
     assert (tmp_path / "docs/one/results.csv").read_text() == (folder / "results.csv").read_text()
     assert math.isclose(statistics.fmean(losses["none"]), 2.2) and "variant=read" in capsys.readouterr().out
+
+
+def test_of_a_comparison_the_best_rates_are_published(tmp_path, monkeypatch, capsys):
+    (tmp_path / "results.csv").write_text("id,status,seed\n")
+    report = "# Comparison\n\n| all |\n\n## Best learning rate of each model\n\n{}\n\nThe rate\n"
+    (tmp_path / "report.md").write_text(report.format("| # | model |\n| --- |\n| 2 | x |"))
+    monkeypatch.setattr(sys, "argv", ["publish.py", str(tmp_path), f"--out={tmp_path / 'out'}"])
+    publish.main()
+    assert capsys.readouterr().out == "| # | model |\n| --- |\n| 2 | x |\n"
+
+
+def test_pictures_are_drawn_again_from_the_table(tmp_path, monkeypatch):
+    cells = ["id,status,seed,optimizer.learning_rate,model.pattern,steps_done,parameters,test.accuracy"]
+    cells += [f"{rate}{name},done,0,{rate},{name},7,100,0.{len(name)}" for rate in (0.1, 0.2) for name in ("x", "yy")]
+    (tmp_path / "results.csv").write_text("\n".join([*cells, "z,failed,0,0.3,x,,,"]) + "\n")
+    pictures = "![training losses](losses.png)\n\n![test.accuracy of each trial](bars.png)\n\n![x](quality.png)\n\n"
+    (tmp_path / "report.md").write_text(f"# Title\n\n{pictures}## Behind\n")
+    (tmp_path / "bars.png").write_bytes(b"old")
+    monkeypatch.setattr(sys, "argv", ["publish.py", str(tmp_path), "--redraw"])
+    publish.main()
+    report = (tmp_path / "report.md").read_text()
+    assert "(losses.png)\n\n![test.accuracy of each trial: mean" in report and report.endswith("\n\n## Behind\n")
+    linked = set(re.findall(r"\((\w+)\.png\)", report)) - {"losses"}
+    assert linked == {"metric", "differences", "parameters"} == {path.stem for path in tmp_path.glob("*.svg")}
+    assert not (tmp_path / "bars.png").exists() and "learning_rate=0.3" not in (tmp_path / "metric.svg").read_text()
+    publish.main()  # a second time changes nothing
+    assert (tmp_path / "report.md").read_text() == report
 
 
 def test_what_cannot_be_published_is_said(tmp_path, monkeypatch, capsys):

@@ -467,6 +467,16 @@ def test_sweeps_of_one_name_are_not_merged(tmp_path):
     assert [number for _, number in found] == [1, 1] and len({label for label, _ in found}) == 2
 
 
+def test_a_compared_sweep_of_rates_is_one_model_of_its_name(tmp_path):
+    for number in (0, 1):
+        folder = run_directory(tmp_path / "gla" / "trials" / f"t{number}")
+        record = {"status": "done", "overrides": {"optimizer.learning_rate": 10.0**-number, "seed": 0}}
+        (folder / "trial.json").write_text(json.dumps(record))
+    (tmp_path / "gla" / "sweep.json").write_text(json.dumps({"trials": ["t0", "t1"]}))
+    found = results.of_runs([tmp_path / "gla"])
+    assert [(result.model, result.rate) for result in found] == [("gla", 1.0), ("gla", 0.1)]
+
+
 def test_labels_of_values_that_differ_far_behind_are_distinct():
     rates = [{"optimizer.learning_rate": rate, "seed": 0} for rate in (1e-3, 1.00001e-3)]
     assert labels(rates) == ["learning_rate=0.001", "learning_rate=0.00100001"]

@@ -1,18 +1,21 @@
-"""Executes the notebooks of this folder: python docs/notebooks/execute.py
+"""Executes the notebooks of this folder: python docs/notebooks/execute.py [NAME.ipynb ...]
 
-The cells run in a new folder, and what they print is written into the notebook. No Jupyter is needed.
+The cells of each run in a process and a folder of its own, and what they print is written into the notebook. No Jupyter
+is needed.
 """
 
 import contextlib
 import io
 import json
 import os
+import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-sys.path.insert(0, str(HERE.parents[1]))
+ROOT = HERE.parents[1]
+sys.path.insert(0, str(ROOT))
 
 
 def run(notebook: Path, folder: Path) -> dict:
@@ -37,11 +40,17 @@ def cells(content: dict) -> list[dict]:
 
 def main() -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-    for notebook in sorted(HERE.glob("*.ipynb")):
-        with tempfile.TemporaryDirectory() as folder:
-            content = run(notebook, Path(folder))
-        notebook.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
-        print(notebook.name)
+    os.environ["PYTHONPATH"] = str(ROOT)  # for the commands that cells start
+    names = sys.argv[1:] or sorted(path.name for path in HERE.glob("*.ipynb"))
+    if len(names) > 1:
+        for name in names:
+            subprocess.run([sys.executable, __file__, name], check=True)
+        return
+    notebook = HERE / names[0]
+    with tempfile.TemporaryDirectory() as folder:
+        content = run(notebook, Path(folder))
+    notebook.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    print(notebook.name)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ml_collections import ConfigDict
 
+from seqmodels.cloud import is_cloud
 from seqmodels.data.readers import content_hash, find_files, read_all, saved_splits
 from seqmodels.data.text import HELD_OUT_SHARE, cut
 from seqmodels.errors import UserError
@@ -141,5 +142,7 @@ def place(path: str, cache: Path) -> str:
 
     So two folders that share a cache do not share texts of the same name, and a folder can be moved with its cache.
     """
+    if is_cloud(path):
+        return path
     found = Path(path).expanduser()
     return str(found) if found.is_absolute() else os.path.relpath(found, cache.expanduser())

@@ -82,7 +82,8 @@ def separated(delimiter: str) -> Reader:
         except csv.Error as error:
             raise UserError(f"config.data.path: {path} is not a table of cells ({error})") from error
         finally:
-            lines.detach()  # the caller closes the file
+            if not file.closed:  # as it is where somebody read the first rows only
+                lines.detach()  # the caller closes the file
 
     return read
 

@@ -62,7 +62,12 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
 def main(flag_values: flags.FlagValues) -> None:
     if flag_values.workdir is None:
         raise UserError("--workdir is missing; for example --workdir=runs/densemamba")
-    workdir = cli.folder_of(flag_values.workdir)
+    with cli.run_folder(flag_values.workdir) as workdir:
+        _in(workdir, flag_values)
+
+
+def _in(workdir: Path, flag_values: flags.FlagValues) -> None:
+    """What `main` does, in a run directory."""
     out = _out(flag_values.out, workdir)
     check(flag_values)
     if flag_values.prompt is None and (flag_values.out or workdir.is_dir()):  # else the message is of the workdir

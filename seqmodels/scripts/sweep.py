@@ -26,7 +26,7 @@ from seqmodels.sweeps.attempt import Stop
 from seqmodels.sweeps.checks import check_metric
 from seqmodels.sweeps.live import Live
 from seqmodels.sweeps.local import Workers
-from seqmodels.sweeps.trial import Trial
+from seqmodels.sweeps.trial import Trial, read_json
 
 MOST = 10_000  # seeds, or trials at once
 ENGINES = ("local", "slurm", "print", "none")
@@ -72,7 +72,9 @@ def main(flag_values: flags.FlagValues) -> int:
     if flag_values.spec is None:
         if not flag_values.out:
             raise UserError("--out is missing: where to write the comparison")
-        _write(_of_comparison(flag_values.out), "Comparison", compared, command, flag_values.metric)
+        commands = [line for other in others for line in read_json(other / "sweep.json").get("commands", [])]
+        _write(_of_comparison(flag_values.out), "Comparison", compared, "\n".join([*commands, command]),
+               flag_values.metric)  # fmt: skip
         return 0
     config = flag_values.config
     grids = flag_values.grid

@@ -14,7 +14,7 @@ from typing import Any
 from absl import flags
 from ml_collections import ConfigDict
 
-from seqmodels import cli, compiled
+from seqmodels import cli, cloud, compiled
 from seqmodels.atomic import json_text, replace_file, writing
 from seqmodels.errors import UserError, describe
 from seqmodels.fields import Field, at_least
@@ -42,10 +42,11 @@ def main(flag_values: flags.FlagValues) -> None:
     if flag_values.plan:
         return plan(flag_values)
     with cli.joined(flag_values):
-        _train(config, cli.folder_of(flag_values.workdir or f"runs/{config.name}"))
+        workdir = flag_values.workdir or f"runs/{config.name}"
+        _train(config, workdir if cloud.is_cloud(workdir) else cli.folder_of(workdir))
 
 
-def _train(config: ConfigDict, workdir: Path) -> None:
+def _train(config: ConfigDict, workdir: Path | str) -> None:
     cli.use_platform(config.platform)
     compiled.use()
 

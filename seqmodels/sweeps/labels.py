@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 
 PATTERN = "model.pattern"
+PLAIN = "as configured"  # the label of a trial that sets nothing
 
 
 def labels(trials: Sequence[dict[str, object]]) -> list[str]:
@@ -25,7 +26,7 @@ def labels(trials: Sequence[dict[str, object]]) -> list[str]:
     exact = [label(overrides, repr) for overrides in trials]
     if len(set(rounded)) < len(set(exact)):  # numbers that differ only further back
         rounded = exact
-    return [text or "as configured" for text in rounded]
+    return [text or PLAIN for text in rounded]
 
 
 def _follows_from_pattern(name: str, trials: Sequence[dict[str, object]]) -> bool:

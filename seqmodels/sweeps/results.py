@@ -17,7 +17,7 @@ from seqmodels.atomic import replace_file
 from seqmodels.config import upgrade
 from seqmodels.errors import UserError
 from seqmodels.sweeps.attempt import last_row
-from seqmodels.sweeps.labels import labels
+from seqmodels.sweeps.labels import PLAIN, labels
 from seqmodels.sweeps.trial import Trial, read_json
 from seqmodels.training import metrics
 
@@ -138,7 +138,8 @@ def of_runs(folders: list[Path]) -> list[Result]:
                 if (run / "config.json").exists():
                     there.append(_run(run, f"{name}: {label}", folder.resolve()))
                     if model != label:
-                        there[-1].model, there[-1].rate = f"{name}: {model}", values.get(RATE)
+                        there[-1].model = name if model == PLAIN else f"{name}: {model}"
+                        there[-1].rate = values.get(RATE)
                     values = {field: value for field, value in values.items() if field != "seed"}
                     there[-1].kind += _text([str(folder.resolve()), values])
             results += _timed(there)

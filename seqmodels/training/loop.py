@@ -12,7 +12,7 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from seqmodels import data, job, pattern, plausible, source
+from seqmodels import cloud, data, job, pattern, plausible, source
 from seqmodels.branches import BRANCHES
 from seqmodels.config import upgrade, validate
 from seqmodels.data.contract import check_spec
@@ -48,6 +48,7 @@ def train(config: ConfigDict, workdir: str | Path, dataset: data.BatchSource | N
     """Trains `config` in the run directory `workdir`, from its newest checkpoint if there is one; returns the summary.
 
     Args:
+      workdir: a folder, or an address in a cloud such as gs://bucket/run (`seqmodels.cloud`).
       dataset: your own, see `seqmodels.data.contract`; None: what `config.data` names.
 
     Raises:
@@ -55,14 +56,35 @@ def train(config: ConfigDict, workdir: str | Path, dataset: data.BatchSource | N
         finite under training.nan="stop", after a checkpoint of the last good state, or at the end.
       Preempted: SIGINT or SIGTERM, after a checkpoint.
     """
-    workdir = Path(workdir).expanduser()
+    if cloud.is_cloud(workdir):
+        return _in_cloud(config, str(workdir), dataset)
+    return _in_folder(config, Path(workdir).expanduser(), dataset)
+
+
+def _in_cloud(config: ConfigDict, address: str, dataset: data.BatchSource | None) -> dict:
+    """Trains in a copy of the run directory. The cloud gets what is new after each checkpoint and at the end."""
+    if jax.process_count() > 1:
+        raise UserError(f"--workdir={address}: several processes need a folder that all share (docs/howto.md)")
+    with cloud.copied(address) as copy:
+        _say(f"copy     of {address}: {copy.folder}")
+        try:
+            return _in_folder(config, copy.folder, dataset, copy.send)
+        finally:
+            if copy.folder.exists():
+                copy.send()
+
+
+def _in_folder(
+    config: ConfigDict, workdir: Path, dataset: data.BatchSource | None, saved: Callable[[], None] | None = None
+) -> dict:
+    """What `train` does, in a folder. `saved` is called behind each checkpoint."""
     validate(config, run.begun(workdir))
     config = upgrade(config).lock()
     job.current().check_shared("--workdir", workdir)
     if (summary := _finished(workdir, config)) is None:
         with run.held(workdir):
             # Once more, as another process may have ended meanwhile.
-            summary = _finished(workdir, config) or _trained(config, workdir, dataset)
+            summary = _finished(workdir, config) or _trained(config, workdir, dataset, saved)
     _say(report.result(summary))
     if reason := report.diverged(summary):
         raise UserError(f"--workdir={workdir}: the run is not done, {reason}")
@@ -76,11 +98,13 @@ def _finished(workdir: Path, config: ConfigDict) -> dict | None:
     return summary if summary is not None and summary["steps"] >= config.steps else None
 
 
-def _trained(config: ConfigDict, workdir: Path, dataset: data.BatchSource | None) -> dict:
+def _trained(
+    config: ConfigDict, workdir: Path, dataset: data.BatchSource | None, saved: Callable[[], None] | None
+) -> dict:
     for line in plausible.doubts(config, run.begun(workdir)):
         _say(line)
     try:
-        trainer = Trainer(config, workdir, StopSignal(), dataset)
+        trainer = Trainer(config, workdir, StopSignal(), dataset, saved)
     except UnsupportedError as error:  # a named kernel that cannot serve these shapes
         raise UserError(f"config.model.implementation.{error}") from error
     return trainer.run()
@@ -89,8 +113,15 @@ def _trained(config: ConfigDict, workdir: Path, dataset: data.BatchSource | None
 class Trainer:
     """Runs the steps of a run, as one process of the job."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, stop: StopSignal, dataset: data.BatchSource | None) -> None:
-        self.config, self.workdir, self.stop, self.job = config, workdir, stop, job.current()
+    def __init__(
+        self,
+        config: ConfigDict,
+        workdir: Path,
+        stop: StopSignal,
+        dataset: data.BatchSource | None,
+        saved: Callable[[], None] | None = None,
+    ) -> None:
+        self.config, self.workdir, self.stop, self.saved, self.job = config, workdir, stop, saved, job.current()
         self.job.at(0, "start")
         self.mesh: Mesh = sharding.make_mesh(config)
         self.source = _source_name(config) if dataset is None else type(dataset).__name__
@@ -297,6 +328,8 @@ class Trainer:
         self.metrics.sync()
         self.checkpoints.save(step, state, figures)
         self.life.note(step)
+        if self.saved:
+            self.saved()  # the checkpoint before, as this one is being written
 
     def _broken(self, broken: str, step: int) -> str:
         self.checkpoints.close()
@@ -318,6 +351,7 @@ class Trainer:
         self.job.at(step, "checkpoint")
         self.checkpoints.close()
         self.job.at(step, "evaluation")
+        self.stop.promise = "stopping; the checkpoint of the last step is saved"
         return self.finish.run(state, self.metrics, between=lambda: self._exit_if_asked(step))
 
     def _exit_if_asked(self, step: int) -> None:

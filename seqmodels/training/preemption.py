@@ -19,12 +19,14 @@ class Preempted(SystemExit):
 class StopSignal:
     """Notes the first SIGINT or SIGTERM, so that the step under way can finish; a second one ends the process at once.
 
-    All processes of a job stop at the same point, whichever of them got the signal.
+    `promise` is what the user is then told. All processes of a job stop at the same point, whichever of them got the
+    signal.
     """
 
     def __init__(self) -> None:
         self._job = job.current()
         self._told = False
+        self.promise = "saving a checkpoint after this step"
         self._context = contextlib.ExitStack()
 
     def __enter__(self) -> Self:
@@ -44,6 +46,6 @@ class StopSignal:
             interrupt.leave(number, f"{name} again: stopped at once")
         self._told = True
         with contextlib.suppress(OSError):  # of a terminal that is gone
-            print(f"\n{name}: saving a checkpoint after this step; again to quit at once", file=sys.stderr, flush=True)
+            print(f"\n{name}: {self.promise}; again to quit at once", file=sys.stderr, flush=True)
         with contextlib.suppress(RuntimeError):  # the first process is gone, which ends this one too
             self._job.ask_to_stop()
