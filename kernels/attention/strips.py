@@ -54,7 +54,8 @@ class Kept(NamedTuple):
 
 def attention(inputs: Inputs, tokens: Tokens, options: Options) -> jax.Array:
     """See `kernels.attention.attention`."""
-    return _attend(options, inputs, tokens)
+    # Without the barrier XLA would compute what is before attention, such as rotations, once for every strip.
+    return _attend(options, jax.lax.optimization_barrier(inputs), tokens)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
