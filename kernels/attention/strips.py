@@ -54,8 +54,7 @@ class Kept(NamedTuple):
 
 def attention(inputs: Inputs, tokens: Tokens, options: Options) -> jax.Array:
     """See `kernels.attention.attention`."""
-    # Without the barrier XLA would compute what is before attention, such as rotations, once for every strip.
-    return _attend(options, jax.lax.optimization_barrier(inputs), tokens)
+    return _attend(options, inputs, tokens)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

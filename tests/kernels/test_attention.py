@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmodels.kernels.attention import attention, cudnn, xla
+from seqmodels.kernels.attention import attention, cudnn, strips, xla
 from seqmodels.kernels.dispatch import UnsupportedError
 from tests.kernels.attention_cases import (
     BATCH,
@@ -80,6 +80,23 @@ def test_equals_float64_reference(implementation, case, tile):
     want = expected(case)
     # In tiles a gradient of scores is weight (dweight - o do), where o is rounded: see `xla.backward`.
     assert_close(value_and_gradients(inputs(keys), options, implementation), want, 2e-6 if tile > 2 else 5e-6)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["documents in a window", "padding"])
+def test_strips(padded, monkeypatch):
+    """More queries than a strip, of which the last strip is not full; padding hides keys, and queries see none."""
+    monkeypatch.setattr(strips, "STRIP", 2)
+    args = inputs(keys=QUERIES)
+    args["segment_ids"] = np.sort(np.random.default_rng(3).integers(0, 2, (BATCH, QUERIES)), axis=1).astype(np.int32)
+    options = dict(window=4)
+    if padded:
+        hidden = np.arange(QUERIES) == 1
+        args["key_segment_ids"] = np.where(hidden, -1, args["segment_ids"]).astype(np.int32)
+        args["segment_ids"] = np.where(hidden, -2, args["segment_ids"]).astype(np.int32)
+        options = dict(causal=False)
+    with jax.enable_x64(True):
+        want = value_and_gradients(double(args), options, "reference")
+    assert_close(value_and_gradients(args, options, "strips"), want, 5e-6)
 
 
 @pytest.mark.parametrize("kv_heads", [1, HEADS])
