@@ -14,7 +14,6 @@ its CUDA kernels. The figures are written to benchmarks/results/cpu_step_<device
 import datetime
 import importlib.util
 import json
-import os
 import statistics
 import subprocess
 import sys
@@ -195,7 +194,10 @@ def measure(names: list[str], rounds: int, seconds: float) -> dict[str, list[dic
 
 def report(rounds: dict[str, list[dict]], out: str) -> list[str]:
     """Record the figures, and return the lines of a table, with the ratios behind it."""
-    lines = ["| row | rows x tokens | parameters | tokens/s | ms a step | CPU ms a step |", "|---|---|---:|---:|---:|---:|"]
+    lines = [
+        "| row | rows x tokens | parameters | tokens/s | ms a step | CPU ms a step |",
+        "|---|---|---:|---:|---:|---:|",
+    ]
     for name, figures in rounds.items():
         row = ROWS[name]
         ms, cpu_ms = (statistics.median(one[key] for one in figures) for key in ("ms", "cpu_ms"))
@@ -214,9 +216,8 @@ def report(rounds: dict[str, list[dict]], out: str) -> list[str]:
             commit=commit(),
         )
         record(Path(out or RESULTS / f"cpu_step_{slug(result['device'])}.json"), result, key=("row", "device"))
-        lines.append(
-            f"| {name} | {row.batch} x {row.length} | {result['parameters']:,} | {speed:,.0f} | {ms:.1f} | {cpu_ms:.1f} |"
-        )
+        size = f"{row.batch} x {row.length}"
+        lines.append(f"| {name} | {size} | {result['parameters']:,} | {speed:,.0f} | {ms:.1f} | {cpu_ms:.1f} |")
     for name, value in ratios(rounds).items():
         least = RATIOS[name][2]
         lines.append(f"{name}: {value:.2f}" + (f" (at least {least} wanted)" if least else ""))

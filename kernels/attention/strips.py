@@ -132,13 +132,16 @@ def _meetings(options: Options, inputs: Inputs, tokens: Tokens) -> Iterator[tupl
     None: every query sees every key.
     """
     batch, length, heads, _ = inputs.q.shape
+    kv_heads, mask = inputs.k.shape[2], options.mask
     queries, keys = tiles.side(tokens.queries(length), STRIP), tokens.keys(length)
     for n, position in enumerate(np.asarray(queries.position)):
-        allowed = np.asarray(options.mask.sees(position[0][:, None], np.asarray(keys.position))).any(axis=0)
-        columns = slice(int(np.argmax(allowed)), length - int(np.argmax(allowed[::-1])))
+        columns = slice(0, length)
+        if not mask.trivial:
+            allowed = mask.sees(position[0][:, None], np.asarray(keys.position)).any(axis=0)
+            columns = slice(int(np.argmax(allowed)), length - int(np.argmax(allowed[::-1])))
         rows = Side(position, None if queries.segment is None else queries.segment[n])
-        seen = sees(options.mask, rows, Side(*(None if x is None else x[:, columns] for x in keys)))
+        seen = sees(mask, rows, Side(*(None if x is None else x[:, columns] for x in keys)))
         if seen is not None:
-            shape = batch, inputs.k.shape[2], heads // inputs.k.shape[2], *seen.shape[1:]
-            seen = jnp.broadcast_to(seen[:, None, None], shape).reshape(shape[0] * shape[1], -1, shape[-1])
+            shape = batch, kv_heads, heads // kv_heads, *seen.shape[1:]
+            seen = jnp.broadcast_to(seen[:, None, None], shape).reshape(batch * kv_heads, -1, shape[-1])
         yield columns, seen

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 def matmul(x: jax.Array, w: jax.Array) -> jax.Array:
     """x [..., D] times w [D, E].
 
-    The gradient of w is computed as x^T dy. JAX's own rule computes dy^T x and transposes that. For this XLA computes dy
-    once more on a CPU, transposed, with all elementwise operations before it.
+    The gradient of w is computed as x^T dy. JAX's own rule computes dy^T x and transposes that. For this XLA computes
+    dy once more on a CPU, transposed, with all elementwise operations before it.
     """
     return x @ w
 

@@ -12,6 +12,7 @@ from seqmodels.kernels.dispatch import UnsupportedError
 from tests.kernels.attention_cases import (
     BATCH,
     CASES,
+    DOCUMENTS,
     GRADIENTS,
     HEADS,
     KEYS,
@@ -86,17 +87,14 @@ def test_equals_float64_reference(implementation, case, tile):
 def test_strips(padded, monkeypatch):
     """More queries than a strip, of which the last strip is not full; padding hides keys, and queries see none."""
     monkeypatch.setattr(strips, "STRIP", 2)
-    args = inputs(keys=QUERIES)
-    args["segment_ids"] = np.sort(np.random.default_rng(3).integers(0, 2, (BATCH, QUERIES)), axis=1).astype(np.int32)
-    options = dict(window=4)
+    options = dict(window=4, segment_ids=DOCUMENTS)
     if padded:
         hidden = np.arange(QUERIES) == 1
-        args["key_segment_ids"] = np.where(hidden, -1, args["segment_ids"]).astype(np.int32)
-        args["segment_ids"] = np.where(hidden, -2, args["segment_ids"]).astype(np.int32)
-        options = dict(causal=False)
+        documents = dict(segment_ids=np.where(hidden, -2, DOCUMENTS), key_segment_ids=np.where(hidden, -1, DOCUMENTS))
+        options = dict(causal=False, **{name: ids.astype(np.int32) for name, ids in documents.items()})
     with jax.enable_x64(True):
-        want = value_and_gradients(double(args), options, "reference")
-    assert_close(value_and_gradients(args, options, "strips"), want, 5e-6)
+        want = value_and_gradients(inputs(dtype=np.float64), options, "reference")
+    assert_close(value_and_gradients(inputs(), options, "strips"), want, 5e-6)
 
 
 @pytest.mark.parametrize("kv_heads", [1, HEADS])
