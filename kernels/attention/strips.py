@@ -63,7 +63,7 @@ def _attend(options: Options, inputs: Inputs, tokens: Tokens) -> jax.Array:
 
 
 def _forward(options, inputs, tokens):
-    queries, k, v = _queries(inputs, options.scale * _wide(inputs, inputs.q)), *_keys(inputs)
+    queries, (k, v) = _queries(inputs, options.scale * _wide(inputs, inputs.q)), _keys(inputs)
     kept = []
     for q, (columns, seen) in zip(queries, _meetings(options, inputs, tokens), strict=True):
         scores = jnp.einsum("xyd,xsd->xys", q, k[:, columns])
@@ -82,7 +82,7 @@ def _forward(options, inputs, tokens):
 
 def _backward(options, residuals, do):
     inputs, tokens, kept = residuals
-    queries, k, v = _queries(inputs, options.scale * _wide(inputs, inputs.q)), *_keys(inputs)
+    queries, (k, v) = _queries(inputs, options.scale * _wide(inputs, inputs.q)), _keys(inputs)
     strips = queries, _queries(inputs, _wide(inputs, do)), kept, _meetings(options, inputs, tokens)
     length = inputs.q.shape[1]
     dqs, dks, dvs = [], [], []
@@ -94,7 +94,7 @@ def _backward(options, residuals, do):
         around = ((0, 0), (columns.start, length - columns.stop), (0, 0))
         dks.append(jnp.pad(jnp.einsum("xys,xyd->xsd", dscores, q), around))
         dvs.append(jnp.pad(jnp.einsum("xys,xyd->xsd", weights, share), around))
-    heads_apart = inputs.k.shape[0], inputs.k.shape[2], length, -1
+    heads_apart = (inputs.k.shape[0], inputs.k.shape[2], length, -1)
     dk, dv = (jnp.moveaxis(sum(x[1:], start=x[0]).reshape(heads_apart), 1, 2) for x in (dks, dvs))
     gradients = inputs._replace(q=options.scale * _joined(inputs, dqs), k=dk, v=dv)
     return jax.tree.map(lambda x, dx: dx.astype(x.dtype), inputs, gradients), None
@@ -107,9 +107,11 @@ def _wide(inputs: Inputs, x: jax.Array) -> jax.Array:
     return x.astype(inputs.accumulator)
 
 
-def _keys(inputs: Inputs) -> list[jax.Array]:
+def _keys(inputs: Inputs) -> tuple[jax.Array, jax.Array]:
     """Keys and values, [B, T, Hkv, d] to [X, T, d]."""
-    return [jnp.moveaxis(_wide(inputs, x), 1, 2).reshape(-1, *x.shape[1::2]) for x in (inputs.k, inputs.v)]
+    _, length, _, width = inputs.k.shape
+    k, v = (jnp.moveaxis(_wide(inputs, x), 1, 2).reshape(-1, length, width) for x in (inputs.k, inputs.v))
+    return k, v
 
 
 def _queries(inputs: Inputs, x: jax.Array) -> jax.Array:
@@ -140,7 +142,9 @@ def _meetings(options: Options, inputs: Inputs, tokens: Tokens) -> Iterator[tupl
             allowed = mask.sees(position[0][:, None], np.asarray(keys.position)).any(axis=0)
             columns = slice(int(np.argmax(allowed)), length - int(np.argmax(allowed[::-1])))
         rows = Side(position, None if queries.segment is None else queries.segment[n])
-        seen = sees(mask, rows, Side(*(None if x is None else x[:, columns] for x in keys)))
+        segment = None if keys.segment is None else keys.segment[:, columns]
+        real = None if keys.real is None else keys.real[:, columns]
+        seen = sees(mask, rows, Side(keys.position[:, columns], segment, real))
         if seen is not None:
             shape = batch, kv_heads, heads // kv_heads, *seen.shape[1:]
             seen = jnp.broadcast_to(seen[:, None, None], shape).reshape(batch * kv_heads, -1, shape[-1])
