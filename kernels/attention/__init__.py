@@ -22,7 +22,7 @@ BACKENDS = {
     "mosaic_gpu": mosaic_gpu,
     "splash": splash,
 }
-# measured on an H200, jax 0.11.2, and on two CPU cores, jax 0.10.2
+# measured on an H200, jax 0.11.2, and on a CPU core, jax 0.10.2
 WINNERS = {"cuda": ("mosaic_gpu", "cudnn", "xla"), "cpu": ("strips", "xla"), "default": ("xla",)}
 IMPLEMENTATIONS = tuple(BACKENDS)
 

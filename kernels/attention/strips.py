@@ -26,9 +26,16 @@ LARGEST = 2**23  # most scores, of all rows and heads together, because half of 
 
 
 def supports(
-    platform: str, queries: int, keys: int, scores: int, positioned: bool, biased: bool, capped: bool, pattern: bool,
+    platform: str,
+    queries: int = 2 * STRIP,
+    keys: int = 2 * STRIP,
+    scores: int = 0,
+    positioned: bool = False,
+    biased: bool = False,
+    capped: bool = False,
+    pattern: bool = False,
     **facts: object,
-) -> str | None:  # fmt: skip
+) -> str | None:
     """Why this backend cannot serve the call; None: it can."""
     if biased or capped or pattern:
         return "there are biases, gates, a cap or a pattern"
