@@ -13,6 +13,7 @@ benchmarks/results/models_<device>.json, one object for each config, batch and l
 one. With --profile, some additional steps are traced, and the kernels that take longest on the device are listed.
 """
 
+import dataclasses
 import datetime
 import json
 import math
@@ -23,10 +24,12 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from absl import flags
+from ml_collections import ConfigDict
 
 from benchmarks import trace
 from benchmarks.record import RESULTS, commit, device_name, record, slug
@@ -133,14 +136,27 @@ def measure_rows(rows: list[str], options: dict) -> int:
     return int(any(process.returncode for process in processes))
 
 
-def measure(
-    config, seconds: float, repeats: int, profile: str = "", kernels: int = 40, turn: Callable[[], object] | None = None
-) -> dict:
-    """Seconds per step, tokens/s, MFU and peak memory of `config` on the available devices.
+@dataclasses.dataclass
+class Step:
+    """A compiled training step of a config, with a fresh state.
+
+    Attributes:
+        run: runs so many steps on random tokens, and returns the seconds of one.
+        loss: float() of it is the newest loss.
+    """
+
+    run: Callable[[int], float]
+    loss: Callable[[], float]
+    compiled: Any
+    compile_seconds: float
+    boxed: Any
+    devices: list
+
+
+def prepare(config: ConfigDict, turn: Callable[[], object] | None = None) -> Step:
+    """Compile a training step of `config` for the available devices, make its state, and run one step.
 
     Args:
-        seconds: least duration of each of `repeats` timings.
-        profile: folder for a trace of some additional steps, whose `kernels` longest kernels are printed. "": no trace.
         turn: called when everything is compiled; returns when this process may use the device.
     """
     import jax
@@ -149,7 +165,7 @@ def measure(
 
     from seqmodels.config import validate
     from seqmodels.model import build
-    from seqmodels.training import flops, sharding
+    from seqmodels.training import sharding
     from seqmodels.training.optimizer import make_optimizer, make_schedule
     from seqmodels.training.state import abstract_params, abstract_state, lower_init
     from seqmodels.training.step import lower_train_step, make_train_step
@@ -174,48 +190,70 @@ def measure(
         compiled = lower_train_step(train_step, abstract, config, mesh).compile()
         compile_seconds = time.perf_counter() - start
         init = lower_init(model, optimizer, config, abstract).compile()
-        if turn:
-            turn()
-        state = init(jax.random.key(config.seed))
-        batches = [batch() for _ in range(4)]
-        state, metrics = compiled(state, batches[0])
-        first_loss = float(metrics["loss"])
+    if turn:
+        turn()
+    state = init(jax.random.key(config.seed))
+    batches = [batch() for _ in range(4)]
+    state, metrics = compiled(state, batches[0])
 
-        def run(steps):
-            nonlocal state, metrics
-            start = time.perf_counter()
-            for n in range(steps):
-                state, metrics = compiled(state, batches[n % len(batches)])
-            jax.block_until_ready((state, metrics))
-            return (time.perf_counter() - start) / steps
+    def run(steps: int) -> float:
+        nonlocal state, metrics
+        start = time.perf_counter()
+        for n in range(steps):
+            state, metrics = compiled(state, batches[n % len(batches)])
+        jax.block_until_ready((state, metrics))
+        return (time.perf_counter() - start) / steps
 
-        steps = math.ceil(seconds / run(2))
-        times = [run(steps) for _ in range(repeats)]
-        memory = (mesh.devices.flat[0].memory_stats() or {}).get("peak_bytes_in_use")
-        if profile:
-            with jax.profiler.trace(profile):
-                run(PROFILED)
-            print("\n".join(trace.table(trace.kernel_times(profile, compiled.as_text()), PROFILED, kernels)))
-    device = mesh.devices.flat[0]
+    return Step(run, lambda: float(metrics["loss"]), compiled, compile_seconds, boxed, list(mesh.devices.flat))
+
+
+def measure(
+    config: ConfigDict,
+    seconds: float,
+    repeats: int,
+    profile: str = "",
+    kernels: int = 40,
+    turn: Callable[[], object] | None = None,
+) -> dict:
+    """Seconds per step, tokens/s, MFU and peak memory of `config` on the available devices.
+
+    Args:
+        seconds: least duration of each of `repeats` timings.
+        profile: folder for a trace of some additional steps, whose `kernels` longest kernels are printed. "": no trace.
+        turn: see `prepare`.
+    """
+    import jax
+
+    from seqmodels.training import flops
+
+    step = prepare(config, turn)
+    first_loss, device = step.loss(), step.devices[0]
+    steps = math.ceil(seconds / step.run(2))
+    times = [step.run(steps) for _ in range(repeats)]
+    memory = (device.memory_stats() or {}).get("peak_bytes_in_use")
+    if profile:
+        with jax.profiler.trace(profile):
+            step.run(PROFILED)
+        print("\n".join(trace.table(trace.kernel_times(profile, step.compiled.as_text()), PROFILED, kernels)))
     step_seconds = statistics.median(times)
     peak = flops.peak_flops(device.device_kind, config.model.dtype)
-    operations = flops.train_step_flops(boxed, config)
+    operations = flops.train_step_flops(step.boxed, config)
     return dict(
         batch=config.batch_size,
         length=config.seq_len,
         tokens_per_second=round(config.batch_size * config.seq_len / step_seconds, 1),
         ms_per_step=round(step_seconds * 1e3, 3),
-        mfu=round(operations / step_seconds / (peak * mesh.size), 4) if peak else None,
+        mfu=round(operations / step_seconds / (peak * len(step.devices)), 4) if peak else None,
         peak_gib=round(memory / 2**30, 2) if memory else None,
-        temporary_gib=round(compiled.memory_analysis().temp_size_in_bytes / 2**30, 3),
-        compile_seconds=round(compile_seconds, 1),
-        parameters=sum(leaf.size for leaf in jax.tree.leaves(abstract.params)),
+        temporary_gib=round(step.compiled.memory_analysis().temp_size_in_bytes / 2**30, 3),
+        compile_seconds=round(step.compile_seconds, 1),
+        parameters=sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(step.boxed)),
         dtype=config.model.dtype,
         remat=config.model.remat,
         scan_blocks=config.model.scan_blocks,
-        loss=[round(first_loss, 4), round(float(metrics["loss"]), 4)],
+        loss=[round(first_loss, 4), round(step.loss(), 4)],
         device=device_name(device),
-        devices=mesh.size,
+        devices=len(step.devices),
         jax=jax.__version__,
         date=datetime.date.today().isoformat(),
         commit=commit(),

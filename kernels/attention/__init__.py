@@ -6,7 +6,7 @@ from typing import Any
 import jax
 
 from seqmodels.kernels import dispatch
-from seqmodels.kernels.attention import cudnn, mosaic_gpu, reference, splash, xla
+from seqmodels.kernels.attention import cudnn, mosaic_gpu, reference, splash, strips, xla
 from seqmodels.kernels.attention.apart import apart, hide
 from seqmodels.kernels.attention.arguments import Inputs, Options, Tokens
 from seqmodels.kernels.attention.biases import Bias
@@ -14,8 +14,16 @@ from seqmodels.kernels.attention.masks import Mask, Pattern
 from seqmodels.kernels.attention.visible import reached, visible
 from seqmodels.kernels.axes import Axes, Layout
 
-BACKENDS = {"reference": reference, "xla": xla, "cudnn": cudnn, "mosaic_gpu": mosaic_gpu, "splash": splash}
-WINNERS = {"cuda": ("mosaic_gpu", "cudnn", "xla"), "default": ("xla",)}  # measured on an H200, jax 0.11.2
+BACKENDS = {
+    "reference": reference,
+    "xla": xla,
+    "strips": strips,
+    "cudnn": cudnn,
+    "mosaic_gpu": mosaic_gpu,
+    "splash": splash,
+}
+# measured on an H200, jax 0.11.2, and on a CPU core, jax 0.10.2
+WINNERS = {"cuda": ("mosaic_gpu", "cudnn", "xla"), "cpu": ("strips", "xla"), "default": ("xla",)}
 IMPLEMENTATIONS = tuple(BACKENDS)
 
 
@@ -165,6 +173,7 @@ def _by_backend(implementation: str | None, options: Options, inputs: Inputs, to
         queries=inputs.q.shape[1],
         keys=inputs.k.shape[1],
         width=inputs.q.shape[3],
+        scores=inputs.q.shape[0] * inputs.q.shape[2] * inputs.q.shape[1] * inputs.k.shape[1],
         causal=mask.causal,
         masked=placed or tokens.segment_ids is not None,
         placed=placed,

@@ -6,6 +6,8 @@ import jax.numpy as jnp
 from seqmodels.kernels.attention.arguments import Side, Tokens
 from seqmodels.kernels.attention.masks import Mask
 
+ALWAYS = {"cpu": 128, "default": 1024}  # keys up to which `reached` looks at all of them, bad or not
+
 
 def sees(mask: Mask, queries: Side, keys: Side) -> jax.Array | None:
     """[B or 1, T, S] bool, True where a query of one side sees a key of the other. None: every query sees every key."""
@@ -43,9 +45,9 @@ def reached(bad: jax.Array, queries: int, tokens: Tokens, *, mask: Mask, chunk: 
         seen = sees(mask, rows, columns)
         return jnp.any(bad[:, None, :] if seen is None else seen & bad[:, None, :], axis=-1)
 
-    if length <= chunk:
+    if length <= min(chunk, ALWAYS.get(jax.default_backend(), ALWAYS["default"])):
         return jnp.broadcast_to(hit(columns, bad), (batch, queries))
-    everything = jax.tree.map(jnp.asarray, (columns, bad))
+    everything, chunk = jax.tree.map(jnp.asarray, (columns, bad)), min(chunk, length)
 
     def search(found, start):
         """The last chunk begins earlier, so that all are of equal length."""

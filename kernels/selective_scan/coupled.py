@@ -14,7 +14,7 @@ from seqmodels.kernels.selective_scan import xla
 
 def _chunked(body, state, tokens, reset, length):
     """Scan `body(state, tokens, reset) -> (state, y)` over chunks of time. The backward pass recomputes each chunk."""
-    chunks = split_time((tokens, reset), min(xla.CHUNK, length), time_first=True)
+    chunks = split_time((tokens, reset), min(xla.CHUNK["default"], length), time_first=True)
     state, y = jax.lax.scan(lambda state, chunk: jax.checkpoint(body)(state, *chunk), state, chunks)
     return state, join_time(y, length, time_first=True)
 

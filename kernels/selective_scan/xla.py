@@ -18,7 +18,8 @@ from seqmodels.kernels.arrays import expand_to, join_time, split_time
 from seqmodels.kernels.segments import forget, resets
 from seqmodels.kernels.tuning import UNROLLED
 
-CHUNK = 64  # tokens; the states of one chunk are held while it is differentiated
+# tokens; the states of one chunk are held while it is differentiated, on a CPU also its decays, in its nearest cache
+CHUNK = {"cpu": 16, "default": 64}
 
 
 def supports(**facts: object) -> str | None:
@@ -105,7 +106,7 @@ _scan.defvjp(_scan_fwd, _scan_bwd)
 def _forward(u, dt, A, B, C, weights, reset, state):
     """y, the final state, and the states [T / chunk, B, G, N, E] at the start of each chunk."""
 
-    split = functools.partial(split_time, size=min(CHUNK, u.shape[1]), time_first=True)
+    split = functools.partial(split_time, size=min(_chunk(), u.shape[1]), time_first=True)
 
     def body(state, tokens):
         new_state, y = _by_platform(_sequential_forward, _associative_forward, tokens, A, state)
@@ -118,7 +119,7 @@ def _forward(u, dt, A, B, C, weights, reset, state):
 def _backward(u, dt, A, B, C, weights, reset, state, boundaries, dy, dstate):
     """Gradients of the inputs. Each chunk recomputes its states from the state at its start."""
 
-    split = functools.partial(split_time, size=min(CHUNK, u.shape[1]), time_first=True)
+    split = functools.partial(split_time, size=min(_chunk(), u.shape[1]), time_first=True)
 
     def body(carry, piece):
         dstate, dA = carry
@@ -136,6 +137,11 @@ def _backward(u, dt, A, B, C, weights, reset, state, boundaries, dy, dstate):
     (dstate, dA), gradients = jax.lax.scan(body, (dstate, jnp.zeros_like(A)), chunks, reverse=True)
     du, ddt, dB, dC, dweights = (None if g is None else join_time(g, u.shape[1], time_first=True) for g in gradients)
     return du, ddt, dA, dB, dC, dweights, dstate
+
+
+def _chunk() -> int:
+    """Tokens of a chunk."""
+    return CHUNK.get(jax.default_backend(), CHUNK["default"])
 
 
 def _by_platform(sequential, associative, *arguments):
@@ -187,23 +193,23 @@ def _sequential_backward(tokens, A, state, dy, dstate):
 
     def forward(state, token):
         u, dt, B, _, _, reset = token
-        return _decay(dt, A) * forget(state, reset) + _write(u, dt, B), state
+        decay = _decay(dt, A)
+        kept = decay * forget(state, reset)
+        return kept + _write(u, dt, B), (decay, kept)
 
     def backward(carry, inputs):
         dstate, dA = carry
-        token, dy, old = inputs
-        u, dt, _, C, weights, reset = token
-        decay = _decay(dt, A)
-        kept = decay * forget(old, reset)
+        token, dy, decay, kept = inputs
+        u, _, _, C, weights, reset = token
         dreadout = dy[:, None] if weights is None else weights * dy[:, None]
         dreadout = jnp.broadcast_to(dreadout, u.shape)
         dstate = dstate + dreadout[..., None, :] * C[..., None]
         gradients, dA_token = _token_gradients(token, A, kept, dreadout, dy, dstate, _add_states)
         return (forget(decay * dstate, reset), dA + dA_token), gradients
 
-    _, states = jax.lax.scan(forward, state, tokens)
+    _, recomputed = jax.lax.scan(forward, state, tokens)
     carry = (dstate, jnp.zeros_like(state))
-    (dstate, dA), gradients = jax.lax.scan(backward, carry, (tokens, dy, states), reverse=True)
+    (dstate, dA), gradients = jax.lax.scan(backward, carry, (tokens, dy, *recomputed), reverse=True)
     return dstate, jnp.sum(dA, axis=0), gradients
 
 

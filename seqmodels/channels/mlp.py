@@ -7,6 +7,7 @@ import jax
 
 from seqmodels.branch import Branch, State, real
 from seqmodels.fields.mlp import MLP
+from seqmodels.layers.matmul import matmul
 from seqmodels.layers.parameter import normal, parameter, residual_std, zeros
 from seqmodels.sequence import Sequence
 
@@ -22,7 +23,7 @@ ACTIVATIONS = {
 
 def affine(x: jax.Array, weight: jax.Array, bias: jax.Array | None) -> jax.Array:
     """x weight + bias, or x weight if `bias` is None."""
-    y = x @ weight
+    y = matmul(x, weight)
     return y if bias is None else y + bias
 
 

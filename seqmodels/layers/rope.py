@@ -36,9 +36,11 @@ def rope(
     if interleaved:
         turned = [rotate_pairs(x[..., :rotary], angle, scale)]
     else:
-        cos, sin = scale * jnp.cos(angle), scale * jnp.sin(angle)
-        first, second = x[..., :half].astype(dtype), x[..., half:rotary].astype(dtype)
-        turned = [first * cos - second * sin, second * cos + first * sin]
+        # No slices and no concatenation of the halves: a CPU's gradient of these is slow.
+        cos, sin = (scale * f(angle)[..., None, :] for f in (jnp.cos, jnp.sin))
+        halves = x[..., :rotary].astype(dtype).reshape(*x.shape[:-1], 2, half)
+        sign = jnp.array([[-1], [1]], dtype)
+        turned = [(halves * cos + jnp.flip(halves, -2) * (sign * sin)).reshape(*x.shape[:-1], rotary)]
     return jnp.concatenate([y.astype(x.dtype) for y in turned] + [x[..., rotary:]], axis=-1)
 
 

@@ -28,6 +28,7 @@ from seqmodels.layers.kv_cache import (
     slots_of,
     sums_in_document,
 )
+from seqmodels.layers.matmul import matmul
 from seqmodels.layers.norm import RMSNorm
 from seqmodels.layers.parameter import normal, parameter, residual_std, zeros
 from seqmodels.layers.positions import BIASES, xpos
@@ -272,7 +273,7 @@ class Attention(Branch):
 
         def project(name, x, heads, axis):
             weight = self.matrix(name, (self.width, heads, head_dim), ("embed", axis, "head_dim"), normal(std))
-            y = jnp.einsum("btd,dhk->bthk", x, weight)
+            y = matmul(x, weight.reshape(self.width, -1)).reshape(*x.shape[:2], heads, head_dim)
             if not self.bias or self.biases == "out":
                 return y
             bias = parameter(self, f"{name}_bias", (heads * head_dim,), (axis,), zeros, dtype=self.dtype)
@@ -298,7 +299,7 @@ class Attention(Branch):
 
         out_axes = ("heads", "head_dim", "embed")
         out = self.matrix("out", (heads, head_dim, self.width), out_axes, normal(residual_std(self.layers, std)))
-        y = jnp.einsum("bthk,hkd->btd", o, out)
+        y = matmul(o.reshape(*o.shape[:2], -1), out.reshape(-1, self.width))
         if self.bias:
             y = y + parameter(self, "out_bias", (self.width,), ("embed",), zeros, dtype=self.dtype)
         return y, state

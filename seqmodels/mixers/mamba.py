@@ -12,7 +12,7 @@ from jax.typing import DTypeLike
 
 from seqmodels.branch import NO_LINKS, Links, State, real
 from seqmodels.fields.mamba import MAMBA
-from seqmodels.layers.matmul import separate_matmuls
+from seqmodels.layers.matmul import matmul, separate_matmuls
 from seqmodels.layers.norm import rms_norm
 from seqmodels.layers.parameter import Init, ones, parameter, uniform
 from seqmodels.mixers.linked import Linked
@@ -52,7 +52,7 @@ class Stream:
     @property
     def dt(self) -> jax.Array:
         """[B, T, E] step before bias and softplus."""
-        return self.delta @ self.dt_proj
+        return matmul(self.delta, self.dt_proj)
 
     def step(self) -> jax.Array:
         """[B, T, E] float32 step dt."""
@@ -179,7 +179,7 @@ class Mamba(Linked):
             implementation=self.implementation.get("short_conv"),
             **seq.documents(),
         )
-        delta, B, C = jnp.split(u @ self.x_proj, [self.rank, self.rank + self.state], axis=-1)
+        delta, B, C = jnp.split(matmul(u, self.x_proj), [self.rank, self.rank + self.state], axis=-1)
         if self.norms != "none":
             scales = self.norm_scales if self.norms == "learned" else (None, None, None)
             delta, B, C = (rms_norm(v, s, self.norm_eps) for v, s in zip((delta, B, C), scales, strict=True))
@@ -222,7 +222,7 @@ class Mamba(Linked):
 
     def project(self, y: jax.Array) -> jax.Array:
         """[B, T, E] to [B, T, D]."""
-        return y.astype(self.dtype) @ self.out_proj
+        return matmul(y.astype(self.dtype), self.out_proj)
 
     @nn.nowrap
     def new_state(self, readout: Readout, ssm: jax.Array) -> dict[str, jax.Array]:

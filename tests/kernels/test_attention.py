@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from seqmodels.kernels.attention import attention, cudnn, xla
+from seqmodels.kernels.attention import attention, cudnn, strips, xla
 from seqmodels.kernels.dispatch import UnsupportedError
 from tests.kernels.attention_cases import (
     BATCH,
     CASES,
+    DOCUMENTS,
     GRADIENTS,
     HEADS,
     KEYS,
@@ -80,6 +81,20 @@ def test_equals_float64_reference(implementation, case, tile):
     want = expected(case)
     # In tiles a gradient of scores is weight (dweight - o do), where o is rounded: see `xla.backward`.
     assert_close(value_and_gradients(inputs(keys), options, implementation), want, 2e-6 if tile > 2 else 5e-6)
+
+
+@pytest.mark.parametrize("padded", [False, True], ids=["documents in a window", "padding"])
+def test_strips(padded, monkeypatch):
+    """More queries than a strip, of which the last strip is not full; padding hides keys, and queries see none."""
+    monkeypatch.setattr(strips, "STRIP", 2)
+    options = dict(window=4, segment_ids=DOCUMENTS)
+    if padded:
+        hidden = np.arange(QUERIES) == 1
+        documents = dict(segment_ids=np.where(hidden, -2, DOCUMENTS), key_segment_ids=np.where(hidden, -1, DOCUMENTS))
+        options = dict(causal=False, **{name: ids.astype(np.int32) for name, ids in documents.items()})
+    with jax.enable_x64(True):
+        want = value_and_gradients(inputs(dtype=np.float64), options, "reference")
+    assert_close(value_and_gradients(inputs(), options, "strips"), want, 5e-6)
 
 
 @pytest.mark.parametrize("kv_heads", [1, HEADS])

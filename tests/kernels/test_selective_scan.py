@@ -34,7 +34,10 @@ CASES = {
     "read": (dict(groups=3), {}),
     "one token": (dict(length=1), {}),
     "a few tokens": (dict(length=5, groups=3), dict(packed=True, padded=True)),
-    "several chunks": (dict(length=2 * xla.CHUNK + 3, width=3, state=2, groups=2), dict(packed=True, padded=True)),
+    "several chunks": (
+        dict(length=131, width=3, state=2, groups=2),
+        dict(packed=True, padded=True),
+    ),
     "packed": (dict(), dict(packed=True, padded=False)),
     "padded": (dict(groups=2), dict(packed=False, padded=True)),
     "packed and padded": (dict(groups=2), dict(packed=True, padded=True)),
