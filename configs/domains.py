@@ -57,7 +57,6 @@ OWN: dict[str, dict[str, Any]] = {  # mixers of presets where none is named; of 
     "pendulum": dict(mixer="s5", bi=True),
 }
 COMPARED = (("s4d", False), ("s5", False), ("mamba", False), ("mamba", True), ("lstm", False), ("transformer", False))
-SHORT = 100  # steps
 SLOW = ("s4", "s4d", "s5")  # mixers whose states learn at a quarter of the rate, as S4's and S5's do
 PATHS = ("bases", "species", "sound", "words", "waves", "texts", "text_pairs")
 
@@ -67,20 +66,22 @@ NEXT: dict[str, Any] = dict(input="tokens", head="next_token", pool="mean")
 USUAL: dict[str, Any] = dict(
     batch_size=32, steps=1000, width=64, layers=2, learning_rate=3e-3, weight_decay=0.05, dropout=0.1
 )
-# Sizes of each preset: the row's length in steps, and what a training run takes
+# Sizes of each preset: the row's length in steps, what a training run takes, and the range of the step sizes of SLOW
+# mixers where theirs is for longer rows
 SIZES: dict[str, dict[str, Any]] = {
     "digits": FRAMES | dict(length=64),
     "mnist5k": FRAMES | dict(length=784, steps=1200, width=96, layers=4, batch_size=96, learning_rate=4e-3),
     "forda": FRAMES | dict(length=500, steps=600, batch_size=64),
     "vowels": FRAMES | dict(length=29, steps=500),
     "electricity": FRAMES
-    | dict(length=96, head="window", pool="last", steps=1200, batch_size=128, learning_rate=1e-3, dropout=0.2, patch=8),
+    | dict(length=96, head="window", pool="last", steps=1500, batch_size=128, learning_rate=1e-3, dropout=0.2),
     "pathfinder": FRAMES | dict(length=1024, steps=2000, width=128, layers=6, batch_size=64),
-    "pendulum": FRAMES | dict(length=50, head="regress_steps", steps=3000, dropout=0.0, weight_decay=0.0),
+    "pendulum": FRAMES
+    | dict(length=50, head="regress_steps", steps=3000, dropout=0.0, weight_decay=0.0, dt=(0.01, 1.0)),
     "listops": TOKENS | dict(length=100, steps=2000),
     "bases": NEXT | dict(length=1024, steps=1000, width=256, layers=4, batch_size=64, dropout=0.0),
     "species": TOKENS | dict(length=64, steps=2500, width=128, batch_size=256),
-    "words": FRAMES | dict(length=100, steps=400, batch_size=64, dropout=0.2),
+    "words": FRAMES | dict(length=100, steps=400, batch_size=64, dropout=0.2, dt=(0.01, 1.0)),
     "sound": FRAMES | dict(length=16000, steps=5000, width=128, layers=6, batch_size=16),
     "waves": NEXT | dict(length=8000, steps=10000, width=128, layers=6, batch_size=8),
     "texts": TOKENS | dict(length=1024, steps=5000, width=128, layers=4),
@@ -99,7 +100,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     sizes = USUAL | SIZES[chosen] | {key: keys[key] for key in ("width", "layers") if key in keys}
     config = base()
     config.model = model(keys["mixer"], sizes["width"], sizes["layers"], keys["bi"])
-    fit_steps(config.model, keys["mixer"], sizes["length"] // sizes.get("patch", 1))
+    fit_steps(config.model, keys["mixer"], sizes)
     if chosen == "pathfinder" and keys["mixer"] == "cnn":
         config.model.cnn.dilations = (1, keys.get("size", FIELDS[chosen]["size"]))  # pixels beside, and in other rows
     config.optimizer.groups = groups(keys["mixer"])
@@ -120,8 +121,6 @@ def read(config: ConfigDict, chosen: str, sizes: dict[str, Any], fields: dict[st
     config.seq_len, config.batch_size, config.steps = sizes["length"], sizes["batch_size"], sizes["steps"]
     for field in ("input", "head", "pool", "dropout"):
         config.model[field] = sizes[field]
-    if "patch" in sizes and domain.get("form", "window") == "window":
-        config.model.input, config.model.patch = "patches", sizes["patch"]
     if chosen == "electricity":
         config.model.head, config.model.window_norm = FORMS[domain.form], domain.form != "recurrent"
         config.model.horizon = domain.horizon if domain.form == "window" else 1
@@ -171,10 +170,10 @@ def model(mixer: str, width: int, layers: int, bi: bool) -> ConfigDict:
     return config
 
 
-def fit_steps(model: ConfigDict, mixer: str, length: int) -> None:
-    """Larger step sizes of a fresh state space model whose rows are short, in place: it sees `length` steps at most."""
-    if mixer in SLOW and length <= SHORT:
-        model[mixer].dt_min, model[mixer].dt_max = 0.01, 1.0
+def fit_steps(model: ConfigDict, mixer: str, sizes: dict[str, Any]) -> None:
+    """The step sizes of a fresh state space model, in place, where those of its config are for longer rows."""
+    if mixer in SLOW and "dt" in sizes:
+        model[mixer].dt_min, model[mixer].dt_max = sizes["dt"]
 
 
 def groups(mixer: str) -> str:
@@ -202,27 +201,18 @@ def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
 
 def sweep_mixers(add: Callable[[dict], None], arg: str | None = None) -> None:
     """The models of COMPARED on one preset: each a trial of the fields in which it differs from the config's."""
-    config = get_config(arg)
+    config, (chosen, _) = get_config(arg), parse(arg or DEFAULT)
     mine, layers = flat(config.model), config.model.repeats * len(pattern.parse(config.model.pattern))
     ahead = config.model.head not in ("next_token", "next_value")  # which must not see what they predict
     for mixer, bi in (each for each in COMPARED if ahead or not each[1]):
         other = model(mixer, config.model.width, layers, bi)
-        fit_steps(other, mixer, config.seq_len // config.model.patch)
+        fit_steps(other, mixer, SIZES[chosen])
         theirs = flat(other)
         fields = {name: value for name, value in theirs.items() if value != mine.get(name) and name not in READ}
         add({"optimizer.groups": groups(mixer)} | {f"model.{name}": value for name, value in fields.items()})
 
 
-READ = (
-    "input",
-    "head",
-    "pool",
-    "dropout",
-    "horizon",
-    "window_norm",
-    "observed",
-    "patch",
-)  # fields of a model that `read` sets
+READ = ("input", "head", "pool", "dropout", "horizon", "window_norm", "observed")  # fields of a model that `read` sets
 
 
 def flat(part: ConfigDict) -> dict[str, Any]:

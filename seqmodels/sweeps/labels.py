@@ -3,19 +3,20 @@
 from collections.abc import Callable, Sequence
 
 PATTERN = "model.pattern"
+RATE = "optimizer.learning_rate"
 PLAIN = "as configured"  # the label of a trial that sets nothing
 
 
 def labels(trials: Sequence[dict[str, object]]) -> list[str]:
     """A label such as `variant=read, gate=both` for each dict of overrides, without the seed and equal fields.
 
-    Sizes and options that follow from the pattern are left out too: each pattern has its own in all its trials.
+    What follows from the pattern is left out too, but for the learning rate: each pattern has its own in all its trials.
     """
     names = list(dict.fromkeys(name for overrides in trials for name in overrides if name != "seed"))
     if len({_text(overrides) for overrides in trials}) > 1:
         names = [name for name in names if len({str(overrides.get(name)) for overrides in trials}) > 1]
     if PATTERN in names:
-        names = [name for name in names if name == PATTERN or not _follows_from_pattern(name, trials)]
+        names = [name for name in names if name in (PATTERN, RATE) or not _follows_from_pattern(name, trials)]
     last = [name.split(".")[-1] for name in names]
     short = {name: tail if last.count(tail) == 1 else name for name, tail in zip(names, last, strict=True)}
 
@@ -31,7 +32,7 @@ def labels(trials: Sequence[dict[str, object]]) -> list[str]:
 
 def _follows_from_pattern(name: str, trials: Sequence[dict[str, object]]) -> bool:
     pairs = {(str(overrides.get(PATTERN)), str(overrides.get(name))) for overrides in trials}
-    return name.startswith("model.") and len(pairs) == len({pattern for pattern, _ in pairs})
+    return len(pairs) == len({pattern for pattern, _ in pairs})
 
 
 def _text(overrides: dict[str, object]) -> str:

@@ -17,12 +17,11 @@ from seqmodels.atomic import replace_file
 from seqmodels.config import upgrade
 from seqmodels.errors import UserError
 from seqmodels.sweeps.attempt import last_row
-from seqmodels.sweeps.labels import PLAIN, labels
+from seqmodels.sweeps.labels import PLAIN, RATE, labels
 from seqmodels.sweeps.trial import Trial, read_json
 from seqmodels.training import metrics
 
 Grouped = TypeVar("Grouped")
-RATE = "optimizer.learning_rate"
 WINDOW = 50  # rows of training loss in a mean, or a twentieth of them if that is fewer
 UNCOUNTED = ("name", "checkpoint", "metrics", "sample")  # parts of a config that change no figure
 EQUAL_TIME = "train_loss_at_equal_time"
