@@ -245,6 +245,6 @@ def test_dense_links_want_one_kind_of_branch_a_block():
     dense = config_of("mamba").dense
     with dense.unlocked():
         dense.variant, dense.bottleneck = "read", 4
-    for pattern, words in (("attention+mlp", "without one of mamba"), ("mamba+mamba", "one branch a block")):
+    for pattern, words in (("attention+mlp", "without one of h3, mamba"), ("mamba+mamba", "one branch a block")):
         with pytest.raises(UserError, match=f"config.model.dense.variant='read': must be .*{words}"):
             build(config_of(pattern, dense=dense), 11)

@@ -130,6 +130,11 @@ def check(arguments, folder):
     program, *rest = arguments
     if program in ("srun", "timeout"):
         return check(rest[program == "timeout" :], folder)
+    if rest[:2] == ["-m", "seqmodels.launch"]:  # N SCRIPT FLAGS
+        return check(["python", *rest[3:]], folder)
+    if rest[:2] == ["-m", "seqmodels.training.goodput"]:
+        assert rest[2:] and not any(word.startswith("-") for word in rest[2:])
+        return
     if program == "gcloud":  # what it runs elsewhere
         for each in (argument.partition("=")[2] for argument in rest if argument.startswith("--command=")):
             for inner in shell(each, folder):

@@ -108,7 +108,7 @@ def test_table_of_shapes(tmp_path, text, capsys):
         ("final_norm", "RMSNorm"),
     ):
         assert kind in [cell.strip() for cell in rows[call]] and rows[call][-1].strip().startswith("4x16x16 float32")
-    assert "model.logits" in said and said.index("call ") < said.index("compiled in")
+    assert said.index("call ") < said.index("compiled in")
 
 
 @pytest.mark.slow
@@ -130,7 +130,9 @@ def test_without_jit_the_losses_are_the_same(tmp_path, text, capsys):
 
 
 @pytest.mark.slow
-def test_every_script_of_the_page_runs(capfd):
+def test_every_script_of_the_page_runs(tmp_path, text, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    loop.train(tiny(text, steps=1), tmp_path / "runs" / "tiny")
     scripts = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     for script, words in zip(scripts, ("['__call__'][0] (1, 32, 16)", "temp"), strict=True):
         capfd.readouterr()

@@ -66,6 +66,8 @@ def rows_for(model):
     predicted = {
         "next_token": dict(targets=ArraySpec((1, 1), ids, 257)),
         "window": dict(targets=ArraySpec((1, model.horizon, 1), floats)),
+        "rebuild": dict(targets=ArraySpec((1, 1), ids, 257)),
+        "regress_steps": dict(targets=ArraySpec((1, 1, 1), floats)),
     }
     spec = read | predicted.get(model.head, dict(labels=ArraySpec((1,), ids, 10)))
     return types.SimpleNamespace(spec=spec, objective=model.head)

@@ -140,8 +140,8 @@ def score_long(
     rows, length = batch["tokens"].shape
     names = ("tokens", "targets", "segment_ids")
     state, scores = zero_state(model, rows, length, mesh), []
-    if mesh is None:  # to where the parameters are, as the states after it, so that one program takes all
-        state = jax.device_put(state, jax.tree.leaves(params)[0].sharding)
+    if mesh is None and (leaves := jax.tree.leaves(params)):  # there, as the states after it: one program takes all
+        state = jax.device_put(state, leaves[0].sharding)
     for start in range(0, length, piece):
         part: dict[str, Any] = {name: batch[name][:, start : start + piece] for name in names}
         part = put_batch(part, mesh) if mesh is not None else part

@@ -179,7 +179,9 @@ def _of_chunks(logits_of, hidden, tables, targets, weights, chunk, z_weight, gra
         softmax = jnp.exp(logits.astype(jnp.float32) - log_z[..., None])
         slope = softmax * (1 + 2 * z_weight * log_z[..., None]) - is_target
         dh, *dtables = pullback((slope * w[..., None]).astype(logits.dtype))
-        return jax.tree.map(lambda total, x: total + x.astype(total.dtype), carry, (sums, dtables)), dh
+        totals, dtotals = carry
+        dtotals = [total + d.astype(total.dtype) for total, d in zip(dtotals, dtables, strict=True)]
+        return (jax.tree.map(jnp.add, totals, sums), dtotals), dh
 
     pieces = split(hidden), split(targets), split(weights)
     if not gradients:

@@ -136,6 +136,7 @@ EXPORTED: Table = {  # fields of config.model itself
     "rescale": only(1.0),
     **harmless("read with other inputs and heads", "horizon", "patch", "pool"),
     "window_norm": only(False),
+    "observed": only(False),
 }
 PLAIN: Table = {  # what a family has unless its `exported` says something else
     "bias": only(False),

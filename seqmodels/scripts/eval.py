@@ -140,7 +140,7 @@ def continuation(run: "Run", flag_values: flags.FlagValues) -> str:
 def _out(given: str | None, workdir: Path) -> Path:
     """The JSON file to write. Raises: UserError where it, or the picture beside it, would replace another file."""
     out = workdir / "eval.json" if given is None else cli.folder_of(given)
-    if out.name in KEPT or out.with_suffix(".png").name in (out.name, "loss.png"):
+    if out.name in ("", *KEPT) or out.with_suffix(".png").name in (out.name, "loss.png"):
         raise UserError(f"--out={given}: must be the name of a new .json file; the picture gets that name with .png")
     return out
 
