@@ -10,7 +10,7 @@ PLAIN = "as configured"  # the label of a trial that sets nothing
 def labels(trials: Sequence[dict[str, object]]) -> list[str]:
     """A label such as `variant=read, gate=both` for each dict of overrides, without the seed and equal fields.
 
-    What follows from the pattern is left out too, but for the learning rate: each pattern has its own in all its trials.
+    What follows from the pattern is left out too, but for the learning rate: each pattern has its own in all trials.
     """
     names = list(dict.fromkeys(name for overrides in trials for name in overrides if name != "seed"))
     if len({_text(overrides) for overrides in trials}) > 1:
