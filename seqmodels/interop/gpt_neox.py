@@ -87,7 +87,8 @@ def rotary_of(theirs: Mapping[str, Any], base: str, share_name: str) -> dict[str
 def check_turned(field: str, rotary: Mapping[str, float], head_dim: int) -> None:
     """Raise a UserError unless the share in `field` turns pairs of a head's channels."""
     if (turned := int(head_dim * rotary["rotary"])) % 2 or not turned:
-        allowed = f"a share of the {head_dim} channels of a head that makes an even number of them, not {turned}"
+        channels = f"{head_dim} channels of a head (head_dim, or hidden_size over num_attention_heads)"
+        allowed = f"a share of the {channels} that makes an even number of them, not {turned}"
         refuse(field, rotary["rotary"], f"allowed: {allowed}")
 
 
