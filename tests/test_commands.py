@@ -133,7 +133,7 @@ def check(arguments, folder):
     if rest[:2] == ["-m", "seqmodels.launch"]:  # N SCRIPT FLAGS
         return check(["python", *rest[3:]], folder)
     if rest[:2] == ["-m", "seqmodels.training.goodput"]:
-        assert rest[2:] and not any(word.startswith("-") for word in rest[2:])
+        assert not any(word.startswith("-") for word in rest[2:])  # run directories
         return
     if program == "gcloud":  # what it runs elsewhere
         for each in (argument.partition("=")[2] for argument in rest if argument.startswith("--command=")):
