@@ -177,6 +177,7 @@ def _by_backend(implementation: str | None, options: Options, inputs: Inputs, to
         causal=mask.causal,
         masked=placed or tokens.segment_ids is not None,
         placed=placed,
+        positioned=tokens.positions is not None,
         other_places=tokens.key_positions is not None,
         scale=options.scale,
         window=mask.window,

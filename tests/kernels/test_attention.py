@@ -95,6 +95,10 @@ def test_strips(padded, monkeypatch):
     with jax.enable_x64(True):
         want = value_and_gradients(inputs(dtype=np.float64), options, "reference")
     assert_close(value_and_gradients(inputs(), options, "strips"), want, 5e-6)
+    positions = np.broadcast_to(np.arange(QUERIES, dtype=np.int32), DOCUMENTS.shape)
+    args = inputs()
+    with pytest.raises(UnsupportedError, match="not the tokens of the same rows"):
+        attention(args["q"], args["k"], args["v"], positions=positions, implementation="strips")
 
 
 @pytest.mark.parametrize("kv_heads", [1, HEADS])
