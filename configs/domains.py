@@ -209,6 +209,7 @@ def sweep_mixers(add: Callable[[dict], None], arg: str | None = None) -> None:
         fit_steps(other, mixer, SIZES[chosen])
         theirs = flat(other)
         fields = {name: value for name, value in theirs.items() if value != mine.get(name) and name not in READ}
+        fields["pattern"] = theirs["pattern"]  # also where it is the config's: it names the trial
         add({"optimizer.groups": groups(mixer)} | {f"model.{name}": value for name, value in fields.items()})
 
 

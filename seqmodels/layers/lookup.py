@@ -1,6 +1,7 @@
 """Rows of a table of the vocabulary, on a mesh that splits the table: tokens and rows travel, the table stays."""
 
 import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -64,7 +65,8 @@ def _backward(axes, residuals, gradient):
     empty, shape, ids = residuals
     rows, _, tokens, whole = _specs(axes)
     mesh = jax.sharding.get_abstract_mesh()
-    local = [size // _count(mesh, split) for size, split in zip(shape, (axes.vocab, axes.embed), strict=True)]
+    devices = (math.prod(mesh.shape[axis] for axis in split) for split in (axes.vocab, axes.embed))
+    local = [size // count for size, count in zip(shape, devices, strict=True)]
 
     def add(gradient, ids):
         table = jnp.zeros(local, empty.dtype)
@@ -107,10 +109,3 @@ def _places(axes, table, ids):
     known, place = (ids >= 0) & (ids < size), ids - first
     own = known & (place >= 0) & (place < rows)
     return jnp.clip(place, 0, rows - 1), known, own
-
-
-def _count(mesh: jax.sharding.AbstractMesh, axes: Axes) -> int:
-    count = 1
-    for axis in axes:
-        count *= mesh.shape[axis]
-    return count

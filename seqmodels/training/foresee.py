@@ -4,6 +4,7 @@ Memory, operations and collectives are the compiled program's. Times are not: th
 and operations over a share of the published peak, which says how fast a step can be and not how fast it will be.
 """
 
+import math
 from collections import defaultdict
 from typing import Any
 
@@ -33,9 +34,7 @@ UNKNOWN = (
 def fitted(config: ConfigDict, topology: Topology) -> ConfigDict:
     """The config with mesh.data filled in. Raises: UserError where the mesh does not take all chips."""
     sizes = {axis: config.mesh[axis] for axis in sharding.AXES}
-    others = 1
-    for axis, size in sizes.items():
-        others *= size if axis != "data" else 1
+    others = math.prod(size for axis, size in sizes.items() if axis != "data")
     if sizes["data"] == -1 and topology.size % others == 0:
         config = config.copy_and_resolve_references()
         with config.unlocked():

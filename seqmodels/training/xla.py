@@ -26,7 +26,7 @@ SEVERAL: dict[str, dict[str, bool | str]] = {
 
 def compiler_options(mesh: Mesh, more: str = "") -> dict[str, bool | str | int]:
     """Options for programs on this mesh; `more` is config.training.xla, whose options come last."""
-    platform = {"cuda": "gpu"}.get(mesh.devices.flat[0].platform, mesh.devices.flat[0].platform)
+    platform = mesh.devices.flat[0].platform.replace("cuda", "gpu")
     options: dict[str, bool | str | int] = dict(ALWAYS.get(platform, {}))
     if mesh.size > 1:
         options |= SEVERAL.get(platform, {})
