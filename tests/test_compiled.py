@@ -4,6 +4,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 from seqmodels import compiled
@@ -53,6 +54,7 @@ def test_make_installs_the_requirements_that_are_named(tmp_path):
 
     def asked(*arguments):
         log.unlink(missing_ok=True)
+        time.sleep(0.05)  # make compares times of files, and a file system's clock ticks every few milliseconds
         subprocess.run(["make", "train", f"VENV={tmp_path / 'venv'}", *arguments], cwd=ROOT, check=True, stdout=-3)
         return [line.split()[-1] for line in log.read_text().splitlines()]
 
