@@ -184,6 +184,7 @@ def measure(names: list[str], rounds: int, seconds: float) -> dict[str, list[dic
     figures = {name: [] for name, found in facts.items() if found}
     for _ in range(rounds):
         for name in figures:
+            time.sleep(1)
             workers[name].stdin.write("\n")
             workers[name].stdin.flush()
             figures[name].append(facts[name] | json.loads(workers[name].stdout.readline()))

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from seqmodels.kernels import dispatch
 
 def pad(x: jax.Array | None, sizes: Mapping[int, int], fill: float = 0) -> Any:
     """Pad axes of `x` at their end with the value `fill`.
@@ -20,6 +21,14 @@ def pad(x: jax.Array | None, sizes: Mapping[int, int], fill: float = 0) -> Any:
     for axis, size in sizes.items():
         widths[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, widths, constant_values=fill) if any(more for _, more in widths) else x
+
+
+def computed_once(arrays: Any) -> Any:
+    """On a CPU, keep XLA from computing `arrays` anew in each operation that needs them; elsewhere it decides better.
+
+    XLA keeps to this in training steps, where `seqmodels.training.xla` asks for it.
+    """
+    return jax.lax.optimization_barrier(arrays) if dispatch.platforms() == ("cpu",) else arrays
 
 
 def round_up(x: int, multiple: int) -> int:

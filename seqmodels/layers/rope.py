@@ -4,6 +4,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
+from seqmodels.kernels.arrays import computed_once
+
 
 def rope(
     x: jax.Array,
@@ -37,7 +39,7 @@ def rope(
         turned = [rotate_pairs(x[..., :rotary], angle, scale)]
     else:
         # No slices and no concatenation of the halves: a CPU's gradient of these is slow.
-        cos, sin = (scale * f(angle)[..., None, :] for f in (jnp.cos, jnp.sin))
+        cos, sin = computed_once(tuple(scale * f(angle)[..., None, :] for f in (jnp.cos, jnp.sin)))
         halves = x[..., :rotary].astype(dtype).reshape(*x.shape[:-1], 2, half)
         sign = jnp.array([[-1], [1]], dtype)
         turned = [(halves * cos + jnp.flip(halves, -2) * (sign * sin)).reshape(*x.shape[:-1], rotary)]

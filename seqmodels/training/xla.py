@@ -8,9 +8,14 @@ from jax.sharding import Mesh
 from seqmodels.errors import UserError
 from seqmodels.fields.rules import assignments
 
-# As calls of cuBLAS products add to what is there already: a gradient's second part to the first. As Triton fusions
-# they leave that sum to a kernel of its own. (benchmarks/notes/model_step.md)
-ALWAYS: dict[str, dict[str, bool | str]] = {"gpu": {"xla_gpu_enable_triton_gemm": False}, "tpu": {}}
+ALWAYS: dict[str, dict[str, bool | str]] = {
+    # Optimization barriers hold until fusion; see kernels.arrays.computed_once
+    "cpu": {"xla_disable_hlo_passes": "cse_barrier_expander"},
+    # As calls of cuBLAS products add to what is there already: a gradient's second part to the first. As Triton fusions
+    # they leave that sum to a kernel of its own. (benchmarks/notes/model_step.md)
+    "gpu": {"xla_gpu_enable_triton_gemm": False},
+    "tpu": {},
+}
 # On several devices: what moves exchanges between devices beside computation. libtpu takes text.
 SEVERAL: dict[str, dict[str, bool | str]] = {
     "gpu": {"xla_gpu_enable_latency_hiding_scheduler": True},
