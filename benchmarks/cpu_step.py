@@ -31,6 +31,7 @@ from seqmodels import cli
 from seqmodels.errors import UserError
 
 WIDTH, LAYERS, VOCABULARY = 128, 4, 256
+PAUSE = 0.5  # seconds between two models, in which the threads of the first one stop waiting for work
 
 
 class Row(NamedTuple):
@@ -184,7 +185,7 @@ def measure(names: list[str], rounds: int, seconds: float) -> dict[str, list[dic
     figures = {name: [] for name, found in facts.items() if found}
     for _ in range(rounds):
         for name in figures:
-            time.sleep(1)
+            time.sleep(PAUSE)
             workers[name].stdin.write("\n")
             workers[name].stdin.flush()
             figures[name].append(facts[name] | json.loads(workers[name].stdout.readline()))

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from seqmodels.kernels import dispatch
 
+
 def pad(x: jax.Array | None, sizes: Mapping[int, int], fill: float = 0) -> Any:
     """Pad axes of `x` at their end with the value `fill`.
 

@@ -76,7 +76,7 @@ def _attend(options: Options, inputs: Inputs, tokens: Tokens) -> jax.Array:
 
 
 def _forward(options, inputs, tokens):
-    queries, k, _, v, vt = _arranged(options, inputs)
+    queries, k, _, _, vt = _arranged(options, inputs)
     kept = []
     for q, (columns, seen) in zip(queries, _meetings(options, inputs, tokens), strict=True):
         scores = k[:, columns] @ q.mT
@@ -95,13 +95,11 @@ def _forward(options, inputs, tokens):
 
 def _backward(options, residuals, do):
     inputs, tokens, kept = residuals
-    queries, k, kt, v, _ = _arranged(options, inputs)
+    queries, _, kt, v, _ = _arranged(options, inputs)
     shares = _queries(inputs, _wide(inputs, do))
     spans = [columns for columns, _ in _meetings(options, inputs, tokens)]
     dqs, dks, dvs = [], [], []
-    for q, do_strip, (weights, total, o), columns in zip(
-        queries, shares, kept, spans, strict=True
-    ):
+    for q, do_strip, (weights, total, o), columns in zip(queries, shares, kept, spans, strict=True):
         share = do_strip.mT / total  # [X, d, Y]; so the weights need no division
         delta = jnp.sum(share * o, axis=1, keepdims=True)
         dscores = weights * (v[:, columns] @ share - delta)
@@ -122,8 +120,7 @@ def _wide(inputs: Inputs, x: jax.Array) -> jax.Array:
 
 
 def _arranged(options: Options, inputs: Inputs) -> tuple[jax.Array, ...]:
-    """Queries [N, X, Y, d], scaled; keys [X, T, d] and [X, d, T]; values, likewise.
-    """
+    """Queries [N, X, Y, d], scaled; keys [X, T, d] and [X, d, T]; values, likewise."""
     q = _queries(inputs, options.scale * _wide(inputs, inputs.q))
     k, v = _keys(inputs, inputs.k), _keys(inputs, inputs.v)
     return computed_once((q, k, k.mT, v, v.mT))

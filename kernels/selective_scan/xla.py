@@ -14,12 +14,15 @@ import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
+from seqmodels.kernels import dispatch
 from seqmodels.kernels.arrays import expand_to, join_time, split_time
 from seqmodels.kernels.segments import forget, resets
 from seqmodels.kernels.tuning import UNROLLED
 
 # tokens; the states of one chunk are held while it is differentiated, on a CPU also its decays, in its nearest cache
 CHUNK = {"cpu": 16, "default": 64}
+NEAR = 3 * 2**13  # numbers of a state that are near enough on a CPU, where a few arrays of this size are at work
+PIECES = 4  # most pieces, because each is compiled by itself
 
 
 def supports(**facts: object) -> str | None:
@@ -58,13 +61,29 @@ def selective_scan(
     if u.shape[1] <= UNROLLED:
         y, state = _few_tokens(u, dt, A, B, C, weights, reset, state)
     else:
-        y, state = _scan(u, dt, jnp.swapaxes(A, -1, -2), B, C, weights, reset, jnp.swapaxes(state, -1, -2))
+        A, state = jnp.swapaxes(A, -1, -2), jnp.swapaxes(state, -1, -2)
+        pieces = zip(*(_channels(x, _pieces(state)) for x in (u, dt, A, weights, state)), strict=True)
+        done = [_scan(u, dt, A, B, C, weights, reset, state) for u, dt, A, weights, state in pieces]
+        y, state = (jnp.concatenate(x, axis=-1) for x in zip(*done, strict=True))
         state = jnp.swapaxes(state, -1, -2)
     if D is not None:
         y = y + D.astype(dtype) * u[:, :, 0]
     if z is not None:
         y = y * jax.nn.silu(z.astype(dtype))
     return y.astype(u.dtype), state
+
+
+def _pieces(state):
+    """How many pieces of channels are scanned one after the other. On a CPU the states of a piece stay near."""
+    pieces = 1
+    while dispatch.platforms() == ("cpu",) and state.size > pieces * NEAR and pieces < PIECES:
+        pieces *= 2
+    return pieces if state.shape[-1] % pieces == 0 else 1
+
+
+def _channels(x, pieces):
+    """x [..., E] in equal pieces; None stays None."""
+    return [None] * pieces if x is None else jnp.split(x, pieces, axis=-1)
 
 
 def _few_tokens(u, dt, A, B, C, weights, reset, state):

@@ -54,6 +54,16 @@ def test_equals_float64_reference(implementation, case):
     assert_close(got, expected(selective_scan, args, static), 1e-5)
 
 
+@pytest.mark.parametrize("groups", [0, 3])
+def test_channels_in_pieces_equal_float64_reference(monkeypatch, groups):
+    """Two pieces of two channels, as large states are scanned on a CPU; without weights and with."""
+    args, static = inputs(width=4, groups=groups), documents(length=inputs()["u"].shape[1], packed=True, padded=True)
+    monkeypatch.setattr(xla, "NEAR", args["initial_state"].size // 2)
+    assert xla._pieces(args["initial_state"].mT) == 2
+    got = value_and_gradients(selective_scan, args, static, "xla")
+    assert_close(got, expected(selective_scan, args, static), 1e-5)
+
+
 @pytest.mark.parametrize("case", [case for case, (shape, _) in CASES.items() if shape.get("length", 9) > UNROLLED])
 def test_associative_chunks_equal_float64_reference(monkeypatch, case):
     """Chunks as they are run on accelerators, on the platform at hand."""
