@@ -18,7 +18,7 @@ BIN := $(VENV)/bin
 LONG_KERNELS := $(foreach kind,tpu gpu sharded random,--ignore-glob=tests/kernels/*_$(kind).py)
 
 train: $(VENV)/.installed
-	$(BIN)/python train.py --config=configs/densemamba.py --workdir=runs/densemamba
+	$(BIN)/python train.py --config=configs/densemamba.py --config.evaluation.limit=512 --workdir=runs/densemamba
 
 test: $(VENV)/.installed-test
 	JAX_PLATFORMS=cpu $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST)

@@ -1,6 +1,9 @@
 """The loss of a model on each token of a text, in nats, also summed by position in the context."""
 
+import collections
 import functools
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import flax.linen as nn
@@ -115,12 +118,31 @@ def _replicate(x, mesh):
     return x if mesh is None else jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
 
-def score_batch(model: nn.Module, params: Any, batch: dict[str, np.ndarray], mesh: Mesh | None) -> np.ndarray:
-    """`score` of a batch, spread over a mesh if there is one. Returns [B, T] float64."""
-    rows: dict[str, Any] = {name: batch[name] for name in ("tokens", "targets", "segment_ids")}
-    if mesh is not None:
-        rows = put_batch(rows, mesh)
-    return np.asarray(score(model, params, **rows, mesh=mesh)).astype(np.float64)
+def _scores(
+    model: nn.Module, params: Any, batches: Iterable[dict[str, np.ndarray]], mesh: Mesh | None
+) -> Iterator[tuple[dict[str, np.ndarray], np.ndarray]]:
+    """Each batch with its `score`, [B, T] float64. A batch is spread over the mesh, if there is one.
+
+    A CPU computes two batches side by side: the scan of a recurrence keeps only one of its cores busy.
+    """
+
+    def one(batch):
+        part: dict[str, Any] = {name: batch[name] for name in ("tokens", "targets", "segment_ids")}
+        part = part if mesh is None else put_batch(part, mesh)
+        program = _program(score, model, mesh, (params,), part)
+        return lambda: np.asarray(program(params, **part)).astype(np.float64)
+
+    devices = jax.devices() if mesh is None else mesh.devices.flat
+    at_once = 2 if devices[0].platform == "cpu" and len(devices) == 1 else 1
+    with ThreadPoolExecutor(at_once) as pool:
+        running: collections.deque = collections.deque()
+        for batch in batches:
+            running.append((batch, pool.submit(one(batch))))
+            if len(running) == at_once:
+                batch, scores = running.popleft()
+                yield batch, scores.result()
+        for batch, scores in running:
+            yield batch, scores.result()
 
 
 def score_long(
@@ -145,8 +167,10 @@ def score_long(
     for start in range(0, length, piece):
         part: dict[str, Any] = {name: batch[name][:, start : start + piece] for name in names}
         part = put_batch(part, mesh) if mesh is not None else part
-        arguments = params, state, part
-        program = _program(model, mesh, jax.tree.structure(arguments), *map(_kind, jax.tree.leaves(arguments)))
+        arguments = (params, state), part
+        program = _program(
+            score_piece, model, mesh, jax.tree.structure(arguments), *map(_kind, jax.tree.leaves(arguments))
+        )
         if start == 0:
             memory.check(program, mesh.size if mesh else 1)
         nats, best, state = program(params, state, **part)
@@ -155,15 +179,20 @@ def score_long(
     return nats.astype(np.float64), best
 
 
-@functools.lru_cache(maxsize=16)
-def _program(model: nn.Module, mesh: Mesh | None, tree: Any, *kinds: jax.ShapeDtypeStruct) -> jax.stages.Compiled:
-    """`score_piece`, compiled once for all pieces and batches.
+def _program(scored: Any, model: nn.Module, mesh: Mesh | None, by_place: tuple, by_name: dict) -> jax.stages.Compiled:
+    """`score` or `score_piece`, compiled once for all arguments of the same kind.
 
     Args:
-      tree, kinds: structure and leaves of (params, state, arrays of the piece by their names).
+      by_place, by_name: the arguments between model and mesh.
     """
-    params, state, part = jax.tree.unflatten(tree, kinds)
-    return score_piece.lower(model, params, state, **part, mesh=mesh).compile()
+    leaves, tree = jax.tree.flatten((by_place, by_name))
+    return _compiled(scored, model, mesh, tree, *map(_kind, leaves))
+
+
+@functools.lru_cache(maxsize=16)
+def _compiled(scored, model, mesh, tree, *kinds):
+    by_place, by_name = jax.tree.unflatten(tree, kinds)
+    return scored.lower(model, *by_place, **by_name, mesh=mesh).compile()
 
 
 def _kind(x: jax.Array | np.ndarray) -> jax.ShapeDtypeStruct:
@@ -214,7 +243,7 @@ def position_sums(
       mesh: devices to spread the rows over.
     """
     nats, count = np.zeros(length), np.zeros(length, np.int64)
-    for batch in split.windows(length, rows_of(batch_size, mesh), limit):
-        nats += np.where(batch["mask"], score_batch(model, params, batch, mesh), 0.0).sum(axis=0)
+    for batch, scores in _scores(model, params, split.windows(length, rows_of(batch_size, mesh), limit), mesh):
+        nats += np.where(batch["mask"], scores, 0.0).sum(axis=0)
         count += batch["mask"].sum(axis=0)
     return PositionSums(nats, count, split.bytes_of(int(count.sum())))
