@@ -168,9 +168,7 @@ def score_long(
         part: dict[str, Any] = {name: batch[name][:, start : start + piece] for name in names}
         part = put_batch(part, mesh) if mesh is not None else part
         arguments = (params, state), part
-        program = _program(
-            score_piece, model, mesh, jax.tree.structure(arguments), *map(_kind, jax.tree.leaves(arguments))
-        )
+        program = _program(score_piece, model, mesh, (params, state), part)
         if start == 0:
             memory.check(program, mesh.size if mesh else 1)
         nats, best, state = program(params, state, **part)
