@@ -185,7 +185,7 @@ def test_a_recurrent_models_memory_does_not_grow_with_the_context(model_and_para
         context_lengths.evaluate(
             *model_and_params, split, lengths=[T * pieces], piece=T, scored=8, batch_size=1, limit=1
         )
-        return scoring._program.cache_info().misses
+        return scoring._compiled.cache_info().misses
 
     assert read(1) == read(6)  # one program, of one piece and a state of one size
 
