@@ -99,15 +99,22 @@ def test_nans_needs_a_run_that_stops(tmp_path, text):
 
 @pytest.mark.slow
 def test_table_of_shapes(tmp_path, text, capsys):
-    loop.train(tiny(text, steps=1, training__debug="shapes", model__scan_blocks=1), tmp_path / "run")
+    fields = dict(training__debug="shapes", training__loss_chunk=8, model__scan_blocks=1)
+    loop.train(tiny(text, steps=1, **fields), tmp_path / "run")
     said = capsys.readouterr().out
-    rows = {line.split()[0]: line.split("  ") for line in said.splitlines() if line.startswith(("blocks/", "final_"))}
+    rows = {
+        line.split()[0]: line.split("  ")
+        for line in said.splitlines()
+        if line.startswith(("blocks/", "final_", "model.unembedding"))
+    }
     for call, kind in (
         ("blocks/block_0/norm", "RMSNorm"),
         ("blocks/block_0/mixer", "Mamba"),
         ("final_norm", "RMSNorm"),
     ):
         assert kind in [cell.strip() for cell in rows[call]] and rows[call][-1].strip().startswith("4x16x16 float32")
+    before, logits = [cell.strip() for cell in rows["model.unembedding"] if "float32" in cell]
+    assert (before, logits) == ("4x8x16 float32", "4x8x264 float32")  # of half a row at a time
     assert said.index("call ") < said.index("compiled in")
 
 
