@@ -20,7 +20,7 @@ from scipy.integrate import solve_ivp
 from seqmodels import data, evals
 from seqmodels.configs import domains as configs
 from seqmodels.data import mu_law
-from seqmodels.data.domains import DOMAINS, baselines, dna, electricity, make_domain, pathfinder, pendulum, sound
+from seqmodels.data.domains import DOMAINS, baselines, dna, electricity, make_domain, pathfinder, pendulum, sound, tfds
 from seqmodels.data.domains.images import warped
 from seqmodels.data.synthetic.listops import value
 from seqmodels.errors import UserError
@@ -462,6 +462,12 @@ def test_texts_and_pairs(tmp_path):
         load("texts", 16, tmp_path / "sorted.jsonl", text="text", label="label")
     with pytest.raises(UserError, match="has no column 'review'; there are text, other, label"):
         load("texts", 16, tmp_path / "reviews.jsonl", text="review", label="label")
+    (tmp_path / "short.csv").write_text("text,label\ngood,1\nbad\n")
+    with pytest.raises(UserError, match=r"short\.csv: row 2 has no column 'label'; there are text$"):
+        load("texts", 16, tmp_path / "short.csv", text="text", label="label")
+    (tmp_path / "cut.jsonl").write_text(lines[0] + '\n{"text": "go')
+    with pytest.raises(UserError, match=r"""cut.jsonl: '{"text": "go' is no JSON object"""):
+        load("texts", 16, tmp_path / "cut.jsonl", text="text", label="label")
 
 
 def test_listops_is_the_value_and_no_row_is_in_two_splits():
@@ -562,6 +568,14 @@ def test_what_is_not_prepared_is_one_line(name, tmp_path):
     with pytest.raises(UserError, match=f"config.data.name='{name}': tensorflow-datasets has it not prepared") as found:
         load(name, 16, cache=tmp_path)
     assert "\n" not in str(found.value)
+
+
+def test_pictures_are_not_cut(monkeypatch):
+    pictures = [dict(image=np.full((2, 2, 3), n, np.uint8), label=n % 2) for n in range(20)]
+    monkeypatch.setattr(tfds.Prepared, "_sources", lambda *_: {"train": pictures, "test": pictures[:2]})
+    assert rows(load("cifar10", 4), "test")["values"].shape == (2, 4, 1)
+    with pytest.raises(UserError, match=r"config\.seq_len=3: must be at least 4, the longest row"):
+        load("cifar10", 3)
 
 
 @pytest.mark.slow

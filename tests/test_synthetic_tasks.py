@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from seqmodels.data.synthetic import GOES_ON, TASKS, make_task
+from seqmodels.data.synthetic import GOES_ON, TASKS, listops, make_task
 from seqmodels.data.synthetic.automata import random_automaton, smallest
 from seqmodels.data.synthetic.dataset import SyntheticSplit, fold, sample
 from seqmodels.data.synthetic.groups import group_table, permutations
@@ -586,7 +586,7 @@ def test_even_permutations_have_determinant_one():
 @pytest.mark.parametrize(
     "name, fields, message",
     [
-        ("mqra", {}, r"config.data.name='mqra': did you mean 'mqar'\? tasks are copying, selective_copying"),
+        ("mqra", {}, r"config.data.name='mqra': must be one of copying, .*; did you mean mqar\?"),
         ("mqar", dict(pairs=3), "config.data.task.pairs: mqar has no such field; its fields are vocab, shapes"),
         ("copying", dict(vocab=3), "config.data.task.vocab=3: must be at least 4"),
         ("copying", dict(tokens=0), "tokens=0: must be at least 1"),
@@ -655,3 +655,14 @@ def test_bad_settings_are_refused(name, fields, message):
 def test_short_rows_are_refused(name, fields, length):
     with pytest.raises(UserError, match=f"config.seq_len={length}: must be"):
         make_task(name, fields).check(length)
+
+
+def test_rows_that_hardly_exist_are_refused(monkeypatch):
+    """Where they are drawn until one fits, that would take for ever."""
+    with pytest.raises(UserError, match=r"gram=1: must be larger, .* 57 letters, of which at most 10 have such parts"):
+        make_task("string_copy", dict(ask="suffix", letters=2, gram=1)).check(63)
+    make_task("string_copy", dict(ask="suffix", letters=2, gram=4)).check(63)
+    monkeypatch.setattr(listops, "ATTEMPTS", 100)
+    task = make_task("listops", dict(depth=10, arguments=2, shortest=1500, longest=1600))
+    with pytest.raises(UserError, match=r"task\.shortest=1500: must be smaller, as of 100 random trees none has more"):
+        task.rows(np.random.default_rng(0), 1, 1600)

@@ -47,7 +47,8 @@ class NotCompiled:
 def shape_table(model: nn.Module, config: ConfigDict, batch: dict[str, Any]) -> str:
     """A line for each call of a module in the loss of a batch, in the order in which they return: arrays in and out.
 
-    The loss calls `unembedding` for a few tokens at a time (`training.loss_chunk`). Its line has their logits. Nothing is computed. Blocks under `scan_blocks` stand for all that the scan goes over.
+    The loss calls `unembedding` for a few tokens at a time (`training.loss_chunk`). Its line has their logits. Nothing
+    is computed. Blocks under `scan_blocks` stand for all that the scan goes over.
 
     Args:
       batch: arrays or jax.ShapeDtypeStruct, as `dataset.spec` says.
