@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqmodels import cli
 from seqmodels.branch import Branch
 from seqmodels.branches import BRANCHES
 from seqmodels.errors import UserError
@@ -120,7 +121,7 @@ def test_table_of_shapes(tmp_path, text, capsys):
 
 @pytest.mark.slow
 def test_without_jit_the_losses_are_the_same(tmp_path, text, capsys):
-    fields = dict(steps=2, seq_len=4, model__repeats=1)
+    fields = dict(steps=2, batch_size=2)  # the shapes of the same command in tests/test_commands.py: compiled once
     loop.train(tiny(text, **fields), tmp_path / "compiled")
     assert "compiled in" in capsys.readouterr().out
     loop.train(tiny(text, **fields, training__debug="nojit"), tmp_path / "not")
@@ -138,7 +139,9 @@ def test_without_jit_the_losses_are_the_same(tmp_path, text, capsys):
 
 @pytest.mark.slow
 def test_every_script_of_the_page_runs(tmp_path, text, monkeypatch, capfd):
+    """The model that is planned is a tiny one."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "load_config", lambda name: tiny(text))
     loop.train(tiny(text, steps=1), tmp_path / "runs" / "tiny")
     scripts = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     for script, words in zip(scripts, ("['__call__'][0] (1, 32, 16)", "temp"), strict=True):
