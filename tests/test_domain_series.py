@@ -7,25 +7,12 @@ import numpy as np
 import pytest
 from scipy.integrate import solve_ivp
 
-from seqmodels import data, evals
+from seqmodels import evals
 from seqmodels.data.domains import electricity, pendulum
 from seqmodels.errors import UserError
-from seqmodels.fields.run import DOMAIN_DATA
+from tests.domain_rows import load, rows
 
 RNG = np.random.default_rng(0)
-
-
-def load(name, length, path="", batch_size=4, seed=0, cache="data", **fields):
-    config = DOMAIN_DATA.defaults(name=name, path=str(path), cache=str(cache))
-    config.domain = fields
-    return data.load(config, seq_len=length, batch_size=batch_size, seed=seed)
-
-
-def rows(dataset, split):
-    """All rows of a split that count, in order."""
-    batches = list(dataset[split].batches(7))
-    found = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-    return {name: array[: dataset.splits[split].count] for name, array in found.items()}
 
 
 def test_series(tmp_path):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from scipy import ndimage
 
-from seqmodels import data, evals
+from seqmodels import evals
 from seqmodels.configs import domains as configs
 from seqmodels.data import mu_law
 from seqmodels.data.domains import DOMAINS, baselines, dna, make_domain, pathfinder, sound, tfds
@@ -22,23 +22,10 @@ from seqmodels.data.domains.images import warped
 from seqmodels.data.synthetic.listops import value
 from seqmodels.errors import UserError
 from seqmodels.evals.run import load_run
-from seqmodels.fields.run import DOMAIN_DATA
 from seqmodels.training import loop
+from tests.domain_rows import load, rows
 
 RNG = np.random.default_rng(0)
-
-
-def load(name, length, path="", batch_size=4, seed=0, cache="data", **fields):
-    config = DOMAIN_DATA.defaults(name=name, path=str(path), cache=str(cache))
-    config.domain = fields
-    return data.load(config, seq_len=length, batch_size=batch_size, seed=seed)
-
-
-def rows(dataset, split):
-    """All rows of a split that count, in order."""
-    batches = list(dataset[split].batches(7))
-    found = {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
-    return {name: array[: dataset.splits[split].count] for name, array in found.items()}
 
 
 @pytest.fixture
