@@ -75,6 +75,7 @@ def test_rows_of_a_mixture_are_those_of_its_sources_in_their_order(tmp_path):
         (dict(mixture="0.5 a"), "at least two sources"),
         (dict(mixture="a; b"), "must be like"),
         (dict(mixture="-1 a; 2 b"), "must be like"),
+        (dict(mixture="0.9996 a; 0.0004 b"), "about 1/1000 or more; b has 0.0004 and would never be read"),
         (dict(mixture="1 a; 2 b", path="c"), "config.data.path='c': must be ''"),
         (dict(mixture="1 nowhere; 2 b"), "'nowhere': matches no file"),
     ],
