@@ -3,10 +3,12 @@
     python benchmarks/publish.py sweeps/densemamba --out=docs/results/densemamba
     python benchmarks/publish.py sweeps/densemamba --out=docs/results/densemamba --page=README.md
 
-copies results.csv, report.md and the pictures of a sweep, which sweep.py wrote. With --page it writes a short table of
-results.csv into that page, in place of the text between <!-- NAME --> and <!-- /NAME -->, where NAME is the last part
-of --out. --figures adds columns of results.csv to the table, such as eval.context_lengths.test.65536.loss. The table of
-a comparison (sweep.py --compare) is that of the best learning rate of each model.
+copies results.csv, report.md and the pictures of a sweep, which sweep.py wrote. Each picture is published once: as a
+small SVG, which report.md then links, or, where there is only a PNG, with 256 colours. With --page it writes a short
+table of results.csv into that page, in place of the text between <!-- NAME --> and <!-- /NAME -->, where NAME is the
+last part of --out. --figures adds columns of results.csv to the table, such as
+eval.context_lengths.test.65536.loss. The table of a comparison (sweep.py --compare) is that of the best learning rate
+of each model.
 
     python benchmarks/publish.py docs/results/parity --redraw
 
@@ -15,6 +17,7 @@ draws the pictures of a published sweep again, as far as its results.csv says wh
 
 import argparse
 import csv
+import io
 import os
 import re
 import shutil
@@ -31,7 +34,7 @@ from seqmodels.sweeps.spread import mean_and_spread
 from seqmodels.sweeps.trial import read_json
 
 OLD = ("bars", "quality")  # pictures of earlier versions
-FILES = ("results.csv", "report.md", "tables.tex")
+TABLES = ("results.csv", "tables.tex")
 FIGURES = {  # columns of the short table, with their headings and formats
     "parameters": ("parameters", ",.0f"),
     "validation.loss": ("validation loss, nats a token", ".4f"),
@@ -111,16 +114,55 @@ def redraw(folder: Path) -> list[str]:
     if not metric:
         raise ValueError(f"{folder / 'report.md'}: names no picture of a metric")
     drawn = plots.pictures(group(found), metric[1])
-    for picture in drawn:
-        (folder / f"{picture.name}.png").write_bytes(picture.png)
-        (folder / f"{picture.name}.svg").write_bytes(picture.svg)
     ours = [*OLD, *(picture.name for picture in drawn)]
-    before, *after = re.split(rf"!\[[^\]]*\]\((?:{'|'.join(ours)})\.png\)\n*", report)
-    lines = "".join(f"![{picture.description}]({picture.name}.png)\n\n" for picture in drawn)
+    before, *after = re.split(rf"!\[[^\]]*\]\((?:{'|'.join(ours)})\.(?:png|svg)\)\n*", report)
+    lines = "".join(f"![{picture.description}]({picture.name}.svg)\n\n" for picture in drawn)
     (folder / "report.md").write_text(before + lines + "".join(after))
-    for name in OLD:
+    for picture in drawn:
+        (folder / f"{picture.name}.svg").write_text(small_svg(picture.svg.decode()))
+    for name in ours:
         (folder / f"{name}.png").unlink(missing_ok=True)
     return [picture.name for picture in drawn]
+
+
+def copy(sweep: Path, out: Path) -> None:
+    """Copies what a reader needs of a sweep: its tables, its report, and each picture once."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in TABLES:
+        if (sweep / name).exists():
+            shutil.copyfile(sweep / name, out / name)
+    drawn = {path.stem for path in sweep.glob("*.svg")}
+    for name in drawn:
+        (out / f"{name}.svg").write_text(small_svg((sweep / f"{name}.svg").read_text()))
+        (out / f"{name}.png").unlink(missing_ok=True)  # of an earlier version
+    for path in sweep.glob("*.png"):
+        if path.stem not in drawn:
+            (out / path.name).write_bytes(small_png(path.read_bytes()))
+    report = (sweep / "report.md").read_text()
+    links = re.sub(r"(?<=\]\()(\w+)\.png(?=\))", lambda link: f"{link[1]}.svg" if link[1] in drawn else link[0], report)
+    (out / "report.md").write_text(links)
+
+
+def small_svg(text: str) -> str:
+    """An SVG of Matplotlib's with positions to a hundredth of a point, and without names of fonts that few have."""
+
+    def shorter(tag: re.Match) -> str:
+        inside = re.sub(r"\d+\.\d{3,}", lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), tag[0])
+        inside = re.sub(r" *\n(?=[A-Za-z] )", "", inside)  # each part of a path is a line
+        return re.sub(r"font-family: [^;\"]*", "font-family: 'DejaVu Sans', sans-serif", inside)
+
+    return re.sub(r"<[^>]*>", shorter, text)  # texts between the tags may contain numbers, too
+
+
+def small_png(data: bytes) -> bytes:
+    """The same picture with a palette of 256 colours, so chosen that thin lines keep theirs."""
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    picture = Image.open(io.BytesIO(data)).convert("RGB")
+    palette = picture.quantize(256, method=Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
+    palette.save(buffer, format="png", optimize=True)
+    return buffer.getvalue()
 
 
 def best_rates(report: str) -> str:
@@ -161,11 +203,7 @@ def main() -> None:
             text = table(read(options.sweep), further=list(filter(None, options.figures.split(","))))
         else:
             text = best_rates((options.sweep / "report.md").read_text())
-        options.out.mkdir(parents=True, exist_ok=True)
-        pictures = [path.name for ending in ("png", "svg") for path in options.sweep.glob(f"*.{ending}")]
-        for name in (*FILES, *pictures):
-            if (options.sweep / name).exists():
-                shutil.copyfile(options.sweep / name, options.out / name)
+        copy(options.sweep, options.out)
         print(text)
         if options.page:
             link = os.path.relpath(options.out / "report.md", options.page.parent)

@@ -26,10 +26,18 @@ os.environ.setdefault(
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
 
 import jax
+import numpy as np
 import pytest
 
 if os.environ["JAX_PLATFORMS"] == "cpu":
     jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(autouse=True)
+def start_of_draws(request):
+    """A test draws the same numbers from the RNG of its file, whichever test ran before it."""
+    if (rng := getattr(request.module, "RNG", None)) is not None:
+        rng.bit_generator.state = np.random.default_rng(0).bit_generator.state
 
 
 @pytest.fixture(scope="module", autouse=True)

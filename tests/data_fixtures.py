@@ -1,6 +1,7 @@
 """Small texts and configs for the tests of the data pipeline."""
 
 from seqmodels.configs.base import base
+from seqmodels.data import load
 
 POEM = "".join(f"line {i}: the quick brown fox jumps over the lazy dog\n" for i in range(400))
 
@@ -20,3 +21,8 @@ def text_config(tmp_path, texts, **fields):
     for name, content in texts.items():
         (folder / name).write_bytes(content if isinstance(content, bytes) else content.encode("utf-8"))
     return data_config(tmp_path, name="text", path=str(folder / "*"), **fields)
+
+
+def open_(config, seq_len=16, batch_size=4, **kwargs):
+    """The dataset of `config.data`."""
+    return load(config, seq_len=seq_len, batch_size=batch_size, **kwargs)

@@ -14,6 +14,7 @@ from seqmodels.training.run import write_config
 from seqmodels.training.sharding import make_mesh
 from seqmodels.training.state import abstract_params, abstract_state, init_state
 from tests.data_fixtures import POEM, text_config
+from tests.overrides import with_fields
 
 STEPS = (2, 4)  # of the checkpoints of `make_run`
 
@@ -31,13 +32,7 @@ def tiny(text, **overrides):
     config.data.name, config.data.path, config.data.cache = "text", f"{text}/*.txt", f"{text}/cache"
     config.mesh.data, config.checkpoint.every, config.sample.tokens = 1, 3, 0
     config.metrics.tensorboard = False
-    for name, value in overrides.items():
-        *groups, last = name.split("__")
-        holder = config
-        for group in groups:
-            holder = holder[group]
-        holder[last] = value
-    return config
+    return with_fields(config, overrides)
 
 
 def config_for(module, tmp_path):

@@ -9,7 +9,11 @@ import sys
 import time
 from pathlib import Path
 
+from seqmodels import cli
+from seqmodels.sweeps import definition
+
 ROOT = Path(__file__).parent.parent
+DENSEMAMBA = str(ROOT / "configs" / "densemamba.py")
 
 # What a trial does is its sample.prompt; its loss depends on that and the seed.
 CONFIG = """
@@ -174,3 +178,10 @@ def wait_for(condition, seconds: float = 60):
         assert time.monotonic() < deadline, "it never came"
         time.sleep(0.01)
     return found
+
+
+def define(tmp_path, name="ablation", seeds=1, spec=DENSEMAMBA, **fields):
+    """The trials of a sweep of a real config, some of whose fields have other values."""
+    config = cli.load_config(spec)
+    config.update_from_flattened_dict(fields)
+    return definition.define(spec, config, name, seeds, tmp_path)

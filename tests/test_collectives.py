@@ -136,7 +136,7 @@ def test_large_parameters_without_an_axis_for_fsdp_are_split_too():
 def test_a_topology_is_read_and_the_mesh_must_take_it_all():
     assert topology.parse("v5p:8x8x4").size == 256
     assert topology.parse("h100:64").shape == (8, 8)
-    for text in ("v5p:64", "h100:12", "h100:8x8", "v9:4", "v5e:0x4", ""):
+    for text in ("v5p:64", "h100:12", "h100:8x8", "v9:4", "v5e:00x4", ""):
         with pytest.raises(UserError, match=f"^--topology={text}: "):
             topology.parse(text)
     config = configs.mamba(**{"mesh.fsdp": 4})

@@ -225,11 +225,12 @@ python eval.py --workdir=runs/densemamba --prompt="To be" --top_p=0.9
 python eval.py --workdir=runs/densemamba
 """
 TOY = [
-    *("--config.model.width=32", "--config.model.repeats=2", "--config.seq_len=16", "--config.batch_size=2"),
-    *("--config.sample.tokens=0", "--config.metrics.tensorboard=False", "--config.evaluation.batch_size=128"),
+    *("--config.model.width=32", "--config.model.repeats=2"),
+    *("--config.seq_len=16", "--config.batch_size=2", "--config.sample.tokens=0"),
+    *("--config.metrics.tensorboard=False", "--config.evaluation.batch_size=128"),
     *("--config.data.name=text", "--config.data.path=books", "--config.mesh.data=1"),
 ]
-DATA = TOY[-6:]  # of weights from elsewhere, whose sizes are given
+ROWS = TOY[2:]  # for weights from elsewhere, whose sizes are given
 # unless the page says something else
 SHORT = {"train": ["--config.steps=2"], "eval": ["--limit=2", "--evals=perplexity"], "prompt": ["--tokens=3"]}
 
@@ -258,7 +259,7 @@ def test_commands_run(commands, tmp_path, monkeypatch, capfd):
         short = [
             word for word in SHORT.get("prompt" if "--prompt" in given else name, []) if word.split("=")[0] not in given
         ]
-        toy = {"train": DATA if "runs/llama" in arguments[2] else TOY}.get(name, [])
+        toy = {"train": ROWS if "runs/llama" in arguments[2] else TOY}.get(name, [])
         typed = [f"{name}.py", *toy, *short, *arguments[2:]]
         expected = int(shell(fails[0].strip(), tmp_path) == [arguments])
         assert cli.run(SCRIPTS[name].main, SCRIPTS[name].define, "", typed) == expected, capfd.readouterr().err

@@ -2,6 +2,7 @@
 
 import collections
 import itertools
+import re
 import shutil
 import sys
 import types
@@ -74,6 +75,7 @@ def test_rows_of_a_mixture_are_those_of_its_sources_in_their_order(tmp_path):
         (dict(mixture="0.5 a"), "at least two sources"),
         (dict(mixture="a; b"), "must be like"),
         (dict(mixture="-1 a; 2 b"), "must be like"),
+        (dict(mixture="0.9996 a; 0.0004 b"), "about 1/1000 or more; b has 0.0004 and would never be read"),
         (dict(mixture="1 a; 2 b", path="c"), "config.data.path='c': must be ''"),
         (dict(mixture="1 nowhere; 2 b"), "'nowhere': matches no file"),
     ],
@@ -135,6 +137,10 @@ def test_a_stream_goes_on_from_any_step_bit_for_bit(tmp_path, monkeypatch):
     (places,) = (tmp_path / "cache" / "streams").iterdir()
     places.write_text(places.read_text()[:-4])  # a crash
     assert same(stream(tmp_path, path).batch(399), batches[399])
+    late = stream(tmp_path, path).batch(1000)
+    kept = [line for line in places.read_text().splitlines() if re.search(r", 0, \d+\]$|, 1, [1-9]\d*\]$", line)]
+    places.write_text("\n".join(kept) + "\n")  # the line of an epoch's beginning is lost
+    assert any(line.endswith(", 1, 1]") for line in kept) and same(stream(tmp_path, path).batch(1000), late)
     places.unlink()
     assert same(stream(tmp_path, path).batch(30, slice(0, 2)), {k: v[:2] for k, v in batches[30].items()})
 

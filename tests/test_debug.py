@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqmodels import cli
 from seqmodels.branch import Branch
 from seqmodels.branches import BRANCHES
 from seqmodels.errors import UserError
@@ -99,21 +100,28 @@ def test_nans_needs_a_run_that_stops(tmp_path, text):
 
 @pytest.mark.slow
 def test_table_of_shapes(tmp_path, text, capsys):
-    loop.train(tiny(text, steps=1, training__debug="shapes", model__scan_blocks=1), tmp_path / "run")
+    fields = dict(training__debug="shapes", training__loss_chunk=8, model__scan_blocks=1)
+    loop.train(tiny(text, steps=1, **fields), tmp_path / "run")
     said = capsys.readouterr().out
-    rows = {line.split()[0]: line.split("  ") for line in said.splitlines() if line.startswith(("blocks/", "final_"))}
+    rows = {
+        line.split()[0]: line.split("  ")
+        for line in said.splitlines()
+        if line.startswith(("blocks/", "final_", "model.unembedding"))
+    }
     for call, kind in (
         ("blocks/block_0/norm", "RMSNorm"),
         ("blocks/block_0/mixer", "Mamba"),
         ("final_norm", "RMSNorm"),
     ):
         assert kind in [cell.strip() for cell in rows[call]] and rows[call][-1].strip().startswith("4x16x16 float32")
+    before, logits = [cell.strip() for cell in rows["model.unembedding"] if "float32" in cell]
+    assert (before, logits) == ("4x8x16 float32", "4x8x264 float32")  # of half a row at a time
     assert said.index("call ") < said.index("compiled in")
 
 
 @pytest.mark.slow
 def test_without_jit_the_losses_are_the_same(tmp_path, text, capsys):
-    fields = dict(steps=2, seq_len=4, model__repeats=1)
+    fields = dict(steps=2, batch_size=2)  # the shapes of the same command in tests/test_commands.py: compiled once
     loop.train(tiny(text, **fields), tmp_path / "compiled")
     assert "compiled in" in capsys.readouterr().out
     loop.train(tiny(text, **fields, training__debug="nojit"), tmp_path / "not")
@@ -131,7 +139,9 @@ def test_without_jit_the_losses_are_the_same(tmp_path, text, capsys):
 
 @pytest.mark.slow
 def test_every_script_of_the_page_runs(tmp_path, text, monkeypatch, capfd):
+    """The model that is planned is a tiny one."""
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cli, "load_config", lambda name: tiny(text))
     loop.train(tiny(text, steps=1), tmp_path / "runs" / "tiny")
     scripts = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     for script, words in zip(scripts, ("['__call__'][0] (1, 32, 16)", "temp"), strict=True):

@@ -12,8 +12,8 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "mixers.md").read_text()
-SMALL = ["--config.seq_len=32", "--config.batch_size=4", "--config.model.width=16", "--config.model.repeats=2",
-         "--config.evaluation.batch_size=128", "--config.sample.tokens=4"]  # fmt: skip
+SMALL = ["--config.seq_len=32", "--config.batch_size=4", "--config.model.width=16", "--config.model.repeats=1",
+         "--config.evaluation.limit=8", "--config.sample.tokens=4"]  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -48,3 +48,5 @@ def test_steps_that_are_done_again_do_not_count(tmp_path, capsys):
     assert found["kinds"]["lost"] == 10.0 and found["kinds"]["start"] == 6.0 and found["kinds"]["stopped"] == 20.0
     assert goodput.main([str(tmp_path)]) == 0 and "goodput 71.4%" in capsys.readouterr().out
     assert goodput.main([str(tmp_path / "none")]) == 1 and "no lives.jsonl there" in capsys.readouterr().err
+    (tmp_path / "config.json").write_text('{"batch_size": 4')
+    assert goodput.main([str(tmp_path)]) == 1 and "config.json is missing or damaged" in capsys.readouterr().err

@@ -18,6 +18,7 @@ from seqmodels.model import build, build_for
 from seqmodels.training import loop, metrics, sharding
 from seqmodels.training.state import abstract_params
 from tests.array_data import ArrayDataset, channel_means, lengths, waves, which_channel, which_token
+from tests.overrides import with_fields
 
 pytestmark = pytest.mark.slow
 
@@ -27,13 +28,7 @@ def tiny(**overrides):
     config.steps, config.batch_size, config.seq_len, config.model.width, config.model.repeats = 30, 16, 12, 16, 1
     config.mesh.data, config.checkpoint.every, config.metrics.tensorboard = 1, 100, False
     config.optimizer.learning_rate, config.optimizer.schedule, config.optimizer.warmup = 0.02, "constant", 2.0
-    for name, value in overrides.items():
-        *groups, last = name.split("__")
-        holder = config
-        for group in groups:
-            holder = holder[group]
-        holder[last] = value
-    return config
+    return with_fields(config, overrides)
 
 
 def losses(workdir):

@@ -17,7 +17,6 @@ from flax.core.meta import unbox
 
 from seqmodels import pattern
 from seqmodels.configs import jamba, mixtral
-from seqmodels.configs.base import base
 from seqmodels.errors import UserError
 from seqmodels.interop.files import read_safetensors
 from seqmodels.interop.huggingface import from_huggingface, to_huggingface
@@ -26,6 +25,7 @@ from seqmodels.interop.pretrained import load, save
 from seqmodels.interop.stacking import stack, unstack
 from seqmodels.layers.routing import pooled_load_balance_loss
 from seqmodels.model import build
+from tests.parity import arrays, logits, ours_of
 
 pytestmark = pytest.mark.slow
 
@@ -75,28 +75,10 @@ def exact(theirs):
     return copy.deepcopy(theirs).double()
 
 
-def arrays(model, gradients=False):
-    """Their tensors under the names in memory, where all experts of a layer are one tensor."""
-    tensors = {name: p.grad if gradients else p.detach() for name, p in model.named_parameters()}
-    return {name: tensor.numpy().copy() for name, tensor in tensors.items()}
-
-
-def ours_of(fields):
-    """Our model for the fields that a converter gave."""
-    config = base().model
-    config.update(fields)
-    return build(config, fields["vocab_size"])
-
-
 @pytest.fixture(scope="module")
 def ours(theirs):
     fields, params = from_huggingface(arrays(theirs), theirs.config.to_dict())
     return ours_of(fields), params, fields
-
-
-def logits(model, params, tokens, state=None, mask=None):
-    hidden, state = model.apply({"params": params}, jnp.asarray(tokens, jnp.int32), None, mask, state)
-    return model.apply({"params": params}, hidden, method="logits"), state
 
 
 def at_once(model, params):

@@ -15,12 +15,12 @@ import numpy as np
 import pytest
 
 from seqmodels.configs import mamba, mamba2, pythia, transformer
-from seqmodels.configs.base import base
 from seqmodels.errors import UserError
 from seqmodels.interop.huggingface import from_huggingface, to_huggingface
 from seqmodels.interop.pretrained import load, save
 from seqmodels.interop.stacking import stack, unstack
 from seqmodels.model import build
+from tests.parity import arrays, logits, ours_of
 
 pytestmark = pytest.mark.slow
 
@@ -86,28 +86,10 @@ def exact(theirs):
     return copy.deepcopy(theirs).double()
 
 
-def arrays(model, gradients=False):
-    """Their tensors under the names of the file; tied ones once."""
-    tensors = {name: p.grad if gradients else p.detach() for name, p in model.named_parameters()}
-    return {name: tensor.numpy().copy() for name, tensor in tensors.items()}
-
-
-def ours_of(fields):
-    """Our model for the fields that a converter gave."""
-    config = base().model
-    config.update(fields)
-    return build(config, fields["vocab_size"])
-
-
 @pytest.fixture(scope="module")
 def ours(theirs):
     fields, params = from_huggingface(arrays(theirs), theirs.config.to_dict())
     return ours_of(fields), params, fields
-
-
-def logits(model, params, tokens, state=None):
-    hidden, state = model.apply({"params": params}, jnp.asarray(tokens, jnp.int32), state=state)
-    return model.apply({"params": params}, hidden, method="logits"), state
 
 
 def assert_logits(x, want, what=""):

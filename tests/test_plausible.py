@@ -17,18 +17,12 @@ from seqmodels.pattern import parse
 from seqmodels.scripts import train
 from seqmodels.training import finish, loop
 from seqmodels.training.optimizer import make_schedule
+from tests.overrides import with_fields
 from tests.run_fixtures import tiny, write_text
 
 
 def changed(module, **fields):
-    config = upgrade(module.get_config())
-    for name, value in fields.items():
-        *groups, last = name.split("__")
-        holder = config
-        for group in groups:
-            holder = holder[group]
-        holder[last] = value
-    return config
+    return with_fields(upgrade(module.get_config()), fields)
 
 
 @pytest.mark.parametrize(

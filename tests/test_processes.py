@@ -12,6 +12,8 @@ import time
 import numpy as np
 import pytest
 
+from seqmodels import cli
+from seqmodels.scripts import train
 from seqmodels.training import checkpoint, goodput, metrics
 from tests.run_fixtures import write_text
 from tests.run_processes import ROOT, command, finish, losses
@@ -97,31 +99,29 @@ def said_by(job, statuses):
 @pytest.mark.slow
 def test_killed_stopped_and_gone_on_with_by_other_numbers_of_processes(tmp_path):
     text, run = write_text(tmp_path, lines=200), tmp_path / "run"
-    finish(subprocess.Popen(
-        training(tmp_path / "alone", text, 1), cwd=ROOT, env=os.environ | {"JAX_PLATFORMS": "cpu"},
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    ), 0)  # fmt: skip
+    alone = training(tmp_path / "alone", text, 1)
+    assert cli.run(train.main, train.define, "", alone[1:]) == 0  # here: no process has to start for it
 
     job = start_job(2, training(run, text, 2))
     wait_for(9, run, job[0])
     job[1].kill()
     assert f"error: gone: process 1 on {socket.gethostname()}" in said_by(job, [75, -signal.SIGKILL])[0]
 
-    job = start_job(4, training(run, text, 4))  # the first process, in which JAX's coordination service is
+    job = start_job(3, training(run, text, 3))  # the first process, in which JAX's coordination service is
     wait_for(20, run, job[0])
     job[0].kill()
-    for err in said_by(job, [-signal.SIGKILL, 75, 75, 75])[1:]:
+    for err in said_by(job, [-signal.SIGKILL, 75, 75])[1:]:
         assert "gone: the first process of the job" in err
 
-    slurm = start_slurm(tmp_path / "slurm", 3, training(run, text, 3))
+    slurm = start_slurm(tmp_path / "slurm", 2, training(run, text, 2))
     wait_for(50, run, slurm)
-    os.kill(int((tmp_path / "slurm" / "pids").read_text().split()[2]), signal.SIGTERM)
+    os.kill(int((tmp_path / "slurm" / "pids").read_text().split()[1]), signal.SIGTERM)
     finish(slurm, 75)
     assert (tmp_path / "slurm" / "requeued").read_text().startswith("requeue ")
     stopped = checkpoint.steps(run / "checkpoints")[0]
     assert stopped == len(losses(run)) < STEPS
 
-    finish(start_slurm(tmp_path / "slurm", 2, training(run, text, 2)), 0)
+    finish(start_slurm(tmp_path / "slurm", 1, training(run, text, 1)), 0)
     np.testing.assert_allclose(losses(run), losses(tmp_path / "alone"), rtol=1e-4)
 
     assert goodput.measure(run)["lives"] == 4

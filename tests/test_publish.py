@@ -6,10 +6,14 @@ import math
 import re
 import statistics
 import sys
+from xml.etree import ElementTree
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from benchmarks import publish, rfc_prose
+from seqmodels.sweeps import plots
 
 # Prose of RFCs
 
@@ -132,11 +136,35 @@ def test_pictures_are_drawn_again_from_the_table(tmp_path, monkeypatch):
     publish.main()
     report = (tmp_path / "report.md").read_text()
     assert "(losses.png)\n\n![test.accuracy of each trial: mean" in report and report.endswith("\n\n## Behind\n")
-    linked = set(re.findall(r"\((\w+)\.png\)", report)) - {"losses"}
+    linked = set(re.findall(r"\((\w+)\.svg\)", report))
     assert linked == {"metric", "differences", "parameters"} == {path.stem for path in tmp_path.glob("*.svg")}
     assert not (tmp_path / "bars.png").exists() and "learning_rate=0.3" not in (tmp_path / "metric.svg").read_text()
     publish.main()  # a second time changes nothing
     assert (tmp_path / "report.md").read_text() == report
+
+
+def test_each_picture_is_published_once_and_small(tmp_path, monkeypatch):
+    folder, out = sweep(tmp_path / "sweep", {"none": (2.0,)}), tmp_path / "out"
+    figure, axes = plots.new_figure(xlabel="0.123456")
+    for number in range(10):  # as many colours as a report has
+        axes.plot(np.sin(np.arange(300.0) * (number + 1)))
+    for name in ("metric.svg", "metric.png", "old.png"):
+        figure.savefig(folder / name)
+    (folder / "report.md").write_text("![0.123456](metric.png) and ![a](old.png)\n")
+    out.mkdir()
+    (out / "metric.png").write_bytes(b"as it was published before")
+    monkeypatch.setattr(sys, "argv", ["publish.py", str(folder), f"--out={out}"])
+    publish.main()
+    assert sorted(path.name for path in out.glob("*.*")) == ["metric.svg", "old.png", "report.md", "results.csv"]
+    assert (out / "report.md").read_text() == "![0.123456](metric.svg) and ![a](old.png)\n"
+    before, after = (list(ElementTree.parse(each / "metric.svg").iter()) for each in (folder, out))
+    assert "".join(before[0].itertext()).split() == "".join(after[0].itertext()).split()
+    paths = [" ".join(each.get("d", "") for each in drawn) for drawn in (before, after)]
+    np.testing.assert_allclose(*(np.array(re.findall(r"[\d.]+", each), float) for each in paths), atol=0.0051)
+    pictures = [np.asarray(Image.open(each / "old.png").convert("RGB"), int) for each in (folder, out)]
+    assert abs(pictures[0] - pictures[1]).max() < 25
+    for name in ("metric.svg", "old.png"):
+        assert (out / name).stat().st_size < 0.8 * (folder / name).stat().st_size
 
 
 def test_what_cannot_be_published_is_said(tmp_path, monkeypatch, capsys):

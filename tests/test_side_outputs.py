@@ -22,6 +22,7 @@ from seqmodels.training.optimizer import make_optimizer, make_schedule
 from seqmodels.training.state import abstract_params, abstract_state, init_state
 from seqmodels.training.step import lower_train_step, make_train_step
 from tests.array_data import ArrayDataset, which_token
+from tests.overrides import with_fields
 from tests.training_model import random_batch
 
 VOCABULARY = 16
@@ -51,13 +52,7 @@ def settings(**overrides):
     config.model.toy = ConfigDict()
     config.model.pattern, config.model.repeats, config.model.width = "toy toy+toy", 2, 8
     config.batch_size, config.seq_len, config.mesh.data, config.steps = 8, 6, 1, 4
-    for name, value in overrides.items():
-        *groups, last = name.split("__")
-        holder = config
-        for group in groups:
-            holder = holder[group]
-        holder[last] = value
-    return config
+    return with_fields(config, overrides)
 
 
 def uneven(config):

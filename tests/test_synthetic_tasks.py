@@ -7,13 +7,10 @@ import numpy as np
 import pytest
 
 from seqmodels.data.synthetic import GOES_ON, TASKS, make_task
-from seqmodels.data.synthetic.automata import random_automaton, smallest
-from seqmodels.data.synthetic.dataset import SyntheticSplit, fold, sample
-from seqmodels.data.synthetic.groups import group_table, permutations
 from seqmodels.data.synthetic.modular_arithmetic import values
 from seqmodels.data.synthetic.mqar import gaps
 from seqmodels.data.synthetic.transduction import LANGUAGES
-from seqmodels.errors import UserError
+from tests.task_rows import example, expect_share, words
 
 # name, fields, tokens of a row
 CASES = [
@@ -58,16 +55,6 @@ CASES = [
 ]
 IDS = [f"{name}-{'-'.join(map(str, fields.values()))}" for name, fields, _ in CASES]
 COUNT = 200
-
-
-def example(name, fields, length, count=COUNT, seed=0):
-    task = make_task(name, fields)
-    task.check(length)
-    return task, task.rows(np.random.default_rng(seed), count, length)
-
-
-def words(task, tokens):
-    return [task.symbols[token] for token in tokens]
 
 
 # What each row should ask: position -> name of the answer
@@ -283,11 +270,6 @@ def test_rows_are_well_formed(name, fields, length):
     assert (rows.tokens != other.tokens).any()
 
 
-def expect_share(hits, share, count):
-    """A share of `count` independent draws, within 5 standard deviations."""
-    assert abs(hits - share * count) <= 5 * np.sqrt(count * share * (1 - share)), (hits / count, share)
-
-
 # Distributions
 
 
@@ -483,175 +465,3 @@ def test_passkey_depths():
     task, rows = example("passkey", dict(), 143, count=300)
     starts = [" ".join(words(task, tokens)).index("the pass key is") for tokens in rows.tokens]
     assert min(starts) < 30 and max(starts) > 300 and len(set(starts)) > 60
-
-
-# Automata
-
-
-def words_of(automaton, length, state=0):
-    """All words of a state with so many symbols."""
-    if not length:
-        return {()}
-    return {(s, *rest) for s, end in automaton[state].items() for rest in words_of(automaton, length - 1, end)}
-
-
-def test_the_smallest_automaton_has_the_same_words_and_one_form():
-    rng = np.random.default_rng(0)
-    for _ in range(40):
-        automaton = random_automaton(rng, 5, np.arange(3), 2)
-        small = smallest(automaton)
-        assert words_of(small, 6) == words_of(automaton, 6) and len(small) <= 5
-        languages = [frozenset(words_of(small, 6, state)) for state in range(len(small))]
-        assert len(set(languages)) == len(small)
-        # the same with every state twice, in another order, the start first
-        order = [0, *(1 + rng.permutation(9))]
-        place = {(state, copy): order.index(2 * state + copy) for state in range(5) for copy in range(2)}
-        twice: list[dict[int, int]] = [{}] * 10
-        for (state, _), at in place.items():
-            twice[at] = {s: place[end, int(rng.integers(2))] for s, end in reversed(automaton[state].items())}
-        assert smallest(twice) == small
-
-
-def test_words_of_automata():
-    """Every word is a walk from the start, with each edge as often, and lengths of words are uniform."""
-    task, rows = example("regular_language", dict(vocab=5, most_states=4, edges=3, longest=7), 120, count=300)
-    choices, lengths = {1: [], 2: [], 3: []}, []
-    for tokens, targets, _, allowed, source in zip(*rows, strict=True):
-        edges = source.reshape(4, 5)
-        state, begin = 0, 0
-        for t, (symbol, target) in enumerate(zip(tokens, targets, strict=True)):
-            state = 0 if symbol == 5 else edges[state, symbol]
-            assert state >= 0  # there is such an edge
-            if symbol == 5:
-                lengths += [t - begin] if begin else []  # the first word's first symbol stands before it
-                begin = t + 1
-            possible = np.flatnonzero(edges[state] >= 0)
-            if target >= 0:
-                assert np.flatnonzero(allowed[t]).tolist() == possible.tolist()
-                choices[len(possible)].append(possible.tolist().index(target))
-    for size, chosen in choices.items():
-        for which in range(size):
-            expect_share(chosen.count(which), 1 / size, len(chosen)) if size > 1 else None
-    for length in range(1, 8):
-        expect_share(lengths.count(length), 1 / 7, len(lengths))
-    assert task.automaton(np.random.default_rng(3)) == task.automaton(np.random.default_rng(3))
-
-
-def test_automata_of_training_are_in_no_other_split():
-    """At other lengths than that of training, too."""
-    task = make_task("regular_language", dict(vocab=3, most_states=3, edges=2))
-    of = lambda rows: {tuple(source) for source in rows.source}  # noqa: E731
-    train = of(sample(task, np.random.default_rng(0), 150, 12, held_out=False))
-    test = SyntheticSplit(task, "test", 0, 12, 40)
-    held_out = set().union(*(of(test.row(i, length)) for i in range(40) for length in (12, 20)))
-    assert len(train) > 20 and len(held_out) > 3 and not train & held_out
-    assert (fold(np.array(sorted(held_out))) == 0).all()
-
-
-# Groups
-
-
-@pytest.mark.parametrize("name, order", [("s3", 6), ("s5", 120), ("a5", 60), ("z60", 60), ("a4xz5", 60), ("z2xz2", 4)])
-def test_groups_are_groups(name, order):
-    table = group_table(name)
-    every = np.arange(order)
-    assert table.shape == (order, order)
-    assert all(sorted(line) == every.tolist() for line in (*table, *table.T))  # closed, and division is unique
-    assert (table[0] == every).all() and (table[:, 0] == every).all()
-    assert (table[table[:, :, None], every] == table[every[:, None, None], table[None]]).all()  # associative
-    commutes = (table == table.T).all()
-    assert commutes == name.startswith("z")
-
-
-def test_a5_is_perfect_and_s5_is_not():
-    """All of A5 is generated by commutators, so it is not solvable; those of S5 generate A5, those of A4 x Z5 four."""
-    for name, size in (("a5", 60), ("s5", 60), ("a4xz5", 4), ("z60", 1)):
-        table = group_table(name)
-        inverse = (table == 0).argmax(axis=1)
-        found = {int(table[table[x, y], table[inverse[x], inverse[y]]]) for x in range(len(table)) for y in range(60)}
-        while len(closed := found | {int(table[x, y]) for x in found for y in found}) > len(found):
-            found = closed
-        assert len(found) == size
-
-
-def test_even_permutations_have_determinant_one():
-    for permutation in permutations(4, even=True):
-        assert round(np.linalg.det(np.eye(4)[permutation])) == 1
-    assert len(permutations(5, even=True)) == 60
-
-
-# Refusals
-
-
-@pytest.mark.parametrize(
-    "name, fields, message",
-    [
-        ("mqra", {}, r"config.data.name='mqra': did you mean 'mqar'\? tasks are copying, selective_copying"),
-        ("mqar", dict(pairs=3), "config.data.task.pairs: mqar has no such field; its fields are vocab, shapes"),
-        ("copying", dict(vocab=3), "config.data.task.vocab=3: must be at least 4"),
-        ("copying", dict(tokens=0), "tokens=0: must be at least 1"),
-        ("induction", dict(vocab=2), "vocab=2: must be at least 3"),
-        ("recall", dict(vocab=4), "vocab=4: must be at least 5"),
-        ("mqar", dict(vocab=16, shapes=((64, 8, 1.0),)), r"shapes=.*at most 7 pairs, as vocab=16"),
-        ("mqar", dict(shapes=((64, 17, 1.0),)), r"shapes=.*at least 4 for each"),
-        ("mqar", dict(shapes=((63, 4, 1.0),)), "even number"),
-        ("mqar", dict(shapes=((64, 4),)), "triples"),
-        ("mqar", dict(test_shapes=((64, 40),)), "test_shapes"),
-        ("mqar", dict(power=0.0), "power=0.0: must be greater than 0"),
-        ("parity", dict(ask="all"), "ask='all': must be 'last' or 'every'"),
-        ("parity", dict(ask="every", shortest=2), "shortest=2"),
-        ("modular_arithmetic", dict(operators="+/"), r"operators='\+/': must be one or several of \+-\*"),
-        ("modular_arithmetic", dict(modulus=1), "modulus=1: must be at least 2"),
-        ("word_problem", dict(group="s9"), "group='s9': must be s2 to s5"),
-        ("word_problem", dict(group="q8"), "group='q8'"),
-        ("listops", dict(depth=2, arguments=3, shortest=10, longest=20), "shortest=10: must be less than 5"),
-        ("listops", dict(shortest=10, longest=11), "longest=11: must be at least 12"),
-        ("passkey", dict(depth=1.5), "depth=1.5: must be from 0 to 1, or -1"),
-        ("in_context_recall", dict(vocab=4, noise_vocab=3), "noise_vocab=3: must be from 0 to .* 2"),
-        ("in_context_recall", dict(noise=0.1), "noise_vocab=0: must be at least 1 with noise"),
-        ("in_context_recall", dict(noise=1.0, noise_vocab=2), "noise=1.0: must be at least 0 and less than 1"),
-        ("fuzzy_recall", dict(vocab=6), "longest=3: must be from 1 to 2, as vocab=6"),
-        ("fuzzy_recall", dict(shortest=4), "shortest=4: must be from 1 to .* 3"),
-        ("memorization", dict(vocab=4), "vocab=4: must be at least 5"),
-        ("compression", dict(vocab=2), "vocab=2: must be at least 3"),
-        ("regular_language", dict(vocab=3), "vocab=3: must be at least 4, more than config.data.task.edges"),
-        ("regular_language", dict(most_states=3), "most_states=3: must be at least 4"),
-        ("regular_language", dict(longest=0), "longest=0: must be at least 1"),
-        ("string_copy", dict(ask="infix"), "ask='infix': must be 'copy', 'prefix' or 'suffix'"),
-        ("string_copy", dict(letters=27), "letters=27: must be from 2 to 26"),
-        ("string_copy", dict(gram=0), "gram=0: must be at least 1"),
-        ("transduction", dict(language="revers"), "language='revers': must be one of even_pairs"),
-    ],
-)
-def test_bad_settings_are_refused(name, fields, message):
-    with pytest.raises(UserError, match=message) as error:
-        make_task(name, fields)
-    assert "\n" not in str(error.value)
-
-
-@pytest.mark.parametrize(
-    "name, fields, length",
-    [
-        ("copying", dict(tokens=5), 9),
-        ("induction", {}, 3),
-        ("recall", {}, 5),
-        ("mqar", dict(shapes=((64, 4, 1.0), (128, 4, 1.0))), 64),
-        ("parity", dict(shortest=3), 3),
-        ("parity", {}, 1),
-        ("modular_arithmetic", dict(shortest=4), 5),
-        ("word_problem", dict(shortest=4), 3),
-        ("listops", dict(longest=600), 599),
-        ("passkey", {}, 36),
-        ("in_context_recall", {}, 20),
-        ("fuzzy_recall", {}, 11),
-        ("memorization", {}, 7),
-        ("compression", {}, 1),
-        ("regular_language", {}, 1),
-        ("string_copy", dict(ask="suffix", gram=3), 12),
-        ("string_copy", {}, 3),
-        ("transduction", dict(shortest=5), 9),
-    ],
-)
-def test_short_rows_are_refused(name, fields, length):
-    with pytest.raises(UserError, match=f"config.seq_len={length}: must be"):
-        make_task(name, fields).check(length)

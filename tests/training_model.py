@@ -9,6 +9,7 @@ from flax import linen as nn
 from jax.tree_util import Partial
 
 from seqmodels.configs.base import base
+from tests.overrides import with_fields
 
 
 class LeakyModel(nn.Module):
@@ -65,13 +66,7 @@ def small_config(**overrides):
     config.steps, config.batch_size, config.seq_len = 6, 8, 12
     config.optimizer.learning_rate = 0.05
     config.mesh.data = 1
-    for name, value in overrides.items():
-        *groups, last = name.split("__")
-        holder = config
-        for group in groups:
-            holder = holder[group]
-        holder[last] = value
-    return config
+    return with_fields(config, overrides)
 
 
 def random_batch(step, config, vocab_size=32):

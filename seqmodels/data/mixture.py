@@ -38,7 +38,14 @@ def parse(text: str) -> list[tuple[float, str]]:
     if len(found) < 2:
         raise UserError(f"config.data.mixture={text!r}: must have at least two sources")
     total = sum(weight for weight, _ in found)
-    return [(weight / total, source) for weight, source in found]
+    shares = [weight / total for weight, _ in found]
+    if unread := set(range(len(found))) - set(cycle(shares).tolist()):
+        share, (_, source) = shares[min(unread)], found[min(unread)]
+        raise UserError(
+            f"config.data.mixture={text!r}: must give each source a share of about 1/{CYCLE} or more; {source} has "
+            f"{share:.2g} and would never be read"
+        )
+    return [(share, source) for share, (_, source) in zip(shares, found, strict=True)]
 
 
 def part_of(config: ConfigDict, source: str) -> ConfigDict:

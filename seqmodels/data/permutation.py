@@ -10,6 +10,7 @@ The order does not depend on the version of a library, so a resumed run sees the
 import numpy as np
 
 ROUNDS = 6
+GOLDEN = np.uint64(0x9E3779B97F4A7C15)  # 2^64 over the golden ratio: the step of SplitMix64
 
 
 def permute(position: np.ndarray | int, size: int, seed: int, epoch: np.ndarray | int) -> np.ndarray:
@@ -44,8 +45,11 @@ def _feistel(x, key, half: int):
 
 
 def _mix(x):
+    return mix(np.atleast_1d(x) + GOLDEN)  # arrays wrap silently, scalars warn
+
+
+def mix(x: np.ndarray) -> np.ndarray:
     """SplitMix64's output function (Steele, Lea & Flood, 2014): every bit out depends on every bit in. x uint64."""
-    x = np.atleast_1d(x) + np.uint64(0x9E3779B97F4A7C15)  # arrays wrap silently, scalars warn
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))

@@ -116,7 +116,8 @@ class Stream(BatchSource):
         here = dataclasses.replace(self._next, tokens=self._at + len(self._tokens), documents=self._documents)
         block = list(itertools.islice(self._texts, self._buffer))
         if not block:  # the end of the text
-            if here.tokens == self._places[here.epoch, 0].tokens:
+            begin = self._places.get((here.epoch, 0))  # None: a crash has cut its line
+            if begin and here.tokens == begin.tokens:
                 raise UserError("config.data.streaming=True: the text has no documents")
             here = dataclasses.replace(here, epoch=here.epoch + 1, block=0)
             self._texts = self._read(0)

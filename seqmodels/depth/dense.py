@@ -9,13 +9,13 @@ from jax.typing import DTypeLike
 
 from seqmodels.branch import Branch, State
 from seqmodels.depth.connection import Carry, Connection
+from seqmodels.depth.fusion import Fusion
 from seqmodels.depth.lti import LtiFusion
 from seqmodels.depth.matrix import MatrixFusion
 from seqmodels.depth.vector import VectorFusion
 from seqmodels.mixers.linked import Linked
 from seqmodels.sequence import Sequence
 
-Fusion = VectorFusion | MatrixFusion | LtiFusion
 FUSIONS: dict[str, type[Fusion]] = dict(vector=VectorFusion, matrix=MatrixFusion, lti=LtiFusion)  # by `Branch.link`
 
 

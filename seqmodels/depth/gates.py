@@ -8,8 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
+from seqmodels.branch import real
 from seqmodels.layers.norm import RMSNorm
 from seqmodels.layers.parameter import Init, normal, parameter
+from seqmodels.sequence import Sequence
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
@@ -80,9 +82,9 @@ class Gates(nn.Module):
         shape, axes = (hidden, self.count, size), ("rank", None, axis)
         return inward, self._matrix(f"{name}_out", shape, axes, normal(std))
 
-    def __call__(self, x: jax.Array) -> tuple[jax.Array | None, jax.Array | None]:
+    def __call__(self, x: jax.Array, seq: Sequence) -> tuple[jax.Array | None, jax.Array | None]:
         """g_E [B, T, S, E] and g_N [B, T, S, N] from the layer's normalised input x [B, T, D]. None stands for ones."""
-        x, options = x.astype(self.dtype), self.options
+        x, options = real(x, seq, self.dtype), self.options
 
         def mlp(weights: tuple[jax.Array, jax.Array]) -> jax.Array:
             inward, outward = weights

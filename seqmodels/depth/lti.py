@@ -15,48 +15,28 @@ token: these have no such kernels, and are refused.
 """
 
 from collections.abc import Mapping
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
-from seqmodels.depth.gates import Gates, gated
+from seqmodels.depth.fusion import Fusion
+from seqmodels.depth.gates import gated
 from seqmodels.mixers.lti import Readout, Stream, read_state
 from seqmodels.sequence import Sequence
 
 
-class LtiFusion(nn.Module):
-    """Fuses a layer with the streams of the layers below it.
+class LtiFusion(Fusion):
+    """See `Fusion`; inner and state are E and N / 2.
 
     Attributes:
-        options: config.model.dense.
-        width, inner, state: D, E, N / 2.
         read_flops: operations per token of reading the state of one lower layer.
-        sources: as in `seqmodels.depth.vector.VectorFusion`.
     """
 
-    options: Any
-    width: int
-    inner: int
-    state: int
     read_flops: float
-    sources: int
-    dtype: DTypeLike
-    implementation: Mapping[str, str]
 
     allowed: ClassVar[Mapping[str, tuple[str, ...]]] = dict(variant=("read", "output"), gate=("channel", "none"))
-
-    def setup(self) -> None:
-        if self.sources:
-            self.gates = Gates(self.options, self.width, self.inner, self.state, self.sources, self.dtype)
-            nn.share_scope(self, self.gates)
-
-    @nn.nowrap
-    def init_state(self, batch: int) -> None:
-        """None: no variant has a state besides the layer's own."""
-        return None
 
     @nn.nowrap
     def flops(self) -> float:
@@ -70,16 +50,10 @@ class LtiFusion(nn.Module):
         readout: Readout,
         sources: tuple[Stream, ...],
         seq: Sequence,
-        carried: None = None,
+        carried: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, None, Stream]:
-        """As VectorFusion.
-
-        Returns:
-            y as the mixer's `project` takes it, the layer's own new state, None, and the layer's stream.
-        """
-        if seq.mask is not None:
-            x = jnp.where(seq.mask[..., None], x, 0)
-        gate = self.gates(x)[0] if sources else None
+        """As `Fusion`, without further state."""
+        gate = self.gates(x, seq)[0] if sources else None
         y, state, stream = getattr(self, f"_{self.options.variant}")(own, readout, sources, seq, gate)
         return readout.gated(y.astype(own.x.dtype)), state, None, stream
 

@@ -19,9 +19,9 @@ from typing import Any, ClassVar
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
-from seqmodels.depth.gates import Gates, gated
+from seqmodels.depth.fusion import Fusion
+from seqmodels.depth.gates import gated
 from seqmodels.mixers.matrix import Stream, gate_and_norm, read_states, state_flops
 from seqmodels.sequence import Sequence
 
@@ -31,37 +31,18 @@ def flat(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1)
 
 
-class MatrixFusion(nn.Module):
-    """Fuses a layer with the streams of the layers below it. There is no "carry" and no projection P.
+class MatrixFusion(Fusion):
+    """See `Fusion`. inner is H V, the channels of all values, and state Hk K, of all keys.
 
     Attributes:
-        options: config.model.dense.
-        width: D. inner: H V, channels of all values; state: Hk K, of all keys. shape: [H, K, V] of the state.
-        sources: as in `seqmodels.depth.vector.VectorFusion`.
+        shape: [H, K, V] of the state.
     """
 
-    options: Any
-    width: int
-    inner: int
-    state: int
     shape: tuple[int, int, int]
-    sources: int
-    dtype: DTypeLike
-    implementation: Mapping[str, str]
 
     allowed: ClassVar[Mapping[str, tuple[str, ...]]] = dict(
         variant=("read", "input", "output", "rank"), projection=("identity",)
     )
-
-    def setup(self) -> None:
-        if self.sources:
-            self.gates = Gates(self.options, self.width, self.inner, self.state, self.sources, self.dtype)
-            nn.share_scope(self, self.gates)
-
-    @nn.nowrap
-    def init_state(self, batch: int) -> None:
-        """None: no variant has a state besides the layer's own."""
-        return None
 
     @nn.nowrap
     def flops(self) -> float:
@@ -76,16 +57,10 @@ class MatrixFusion(nn.Module):
         readout: Any,
         sources: tuple[Stream, ...],
         seq: Sequence,
-        carried: None = None,
+        carried: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, None, Stream]:
-        """As VectorFusion.
-
-        Returns:
-            y as the mixer's `project` takes it, the layer's own new state, None, and the layer's stream.
-        """
-        if seq.mask is not None:
-            x = jnp.where(seq.mask[..., None], x, 0)
-        values, keys = self.gates(x) if sources else (None, None)
+        """As `Fusion`, without further state."""
+        values, keys = self.gates(x, seq) if sources else (None, None)
         y, state, stream = getattr(self, f"_{self.options.variant}")(own, readout.q, sources, seq, values, keys)
         return gate_and_norm(readout, y), state, None, stream
 

@@ -15,15 +15,12 @@ g_E [E] and g_N [N] depend on the token. READ runs as one grouped selective scan
 grouped scan holds three lower states; each further one has a scan of its own.
 """
 
-from collections.abc import Mapping
-from typing import Any, ClassVar
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.typing import DTypeLike
 
-from seqmodels.depth.gates import Gates, gated
+from seqmodels.depth.fusion import Fusion
+from seqmodels.depth.gates import gated
 from seqmodels.kernels.selective_scan.coupled import carry_scan, rank_scan
 from seqmodels.mixers.mamba import SCAN_FLOPS, Readout, Stream, skip_and_gate, stack
 from seqmodels.parallel import selective_scan
@@ -44,33 +41,8 @@ def queries(C: jax.Array, gate_state: jax.Array | None, projection: jax.Array | 
     return jnp.broadcast_to(query, (*C.shape[:2], sources, C.shape[-1]))
 
 
-class VectorFusion(nn.Module):
-    """Fuses a layer with the streams of the layers below it.
-
-    Attributes:
-        options: config.model.dense.
-        width, inner, state: D, E, N.
-        sources: how many layers below are read: m, or fewer near the bottom. It may be 0 with OUTPUT, where the layer
-            only passes its readout up.
-
-    Class attributes:
-        allowed: values of those fields of `options` of which not all are possible.
-    """
-
-    options: Any
-    width: int
-    inner: int
-    state: int
-    sources: int
-    dtype: DTypeLike
-    implementation: Mapping[str, str]
-
-    allowed: ClassVar[Mapping[str, tuple[str, ...]]] = {}
-
-    def setup(self) -> None:
-        if self.sources:
-            self.gates = Gates(self.options, self.width, self.inner, self.state, self.sources, self.dtype)
-            nn.share_scope(self, self.gates)
+class VectorFusion(Fusion):
+    """See `Fusion`; inner and state are E and N."""
 
     @nn.nowrap
     def flops(self) -> float:
@@ -93,20 +65,8 @@ class VectorFusion(nn.Module):
         seq: Sequence,
         carried: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array, jax.Array | None, Stream]:
-        """The layer's scan, fused.
-
-        Args:
-            x: [B, T, D] normalised input of the layer, from which the gates are computed.
-            own, readout: the layer's own stream and readout.
-            sources: streams of the layers below, the nearest first.
-            carried: CARRY's extra state.
-
-        Returns:
-            y [B, T, E] with skip and gate; the layer's own (unfused) new state; the new `carried`; the layer's stream.
-        """
-        if seq.mask is not None:
-            x = jnp.where(seq.mask[..., None], x, 0)
-        channel, state = self.gates(x) if sources else (None, None)
+        """As `Fusion`; y [B, T, E] has skip and gate, and `carried` is CARRY's extra state."""
+        channel, state = self.gates(x, seq) if sources else (None, None)
         P = self.gates.P if sources and self.options.projection == "linear" else None
         fuse = getattr(self, f"_{self.options.variant}")
         return fuse(own, readout, sources, seq, channel, state, P, carried)

@@ -79,17 +79,15 @@ def write_json(path: Path, figures: dict) -> None:
 
 def plot(path: Path, evaluators: dict[str, ModuleType], figures: dict, title: str) -> bool:
     """One panel for each plot of each evaluator. Returns whether there was any."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     panels = [draw for evaluator in evaluators.values() for draw in plots(evaluator)]
     if not panels:
         return False
     columns = min(len(panels), COLUMNS)
     rows = -(-len(panels) // columns)
-    figure, axes = pyplot.subplots(rows, columns, figsize=(6 * columns, 4 * rows), squeeze=False, layout="constrained")
+    figure = Figure(figsize=(6 * columns, 4 * rows), layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False)
     for panel, draw in zip(axes.flat, panels, strict=False):
         draw(panel, figures)
         panel.grid(alpha=0.3)
@@ -97,7 +95,6 @@ def plot(path: Path, evaluators: dict[str, ModuleType], figures: dict, title: st
         panel.set_axis_off()
     figure.suptitle(title)
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
     return True
 
 

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 from jax.sharding import Mesh
+from jax.tree_util import Partial
 from ml_collections import ConfigDict, FrozenConfigDict
 
 from seqmodels.errors import UserError
@@ -46,7 +47,8 @@ class NotCompiled:
 def shape_table(model: nn.Module, config: ConfigDict, batch: dict[str, Any]) -> str:
     """A line for each call of a module in the loss of a batch, in the order in which they return: arrays in and out.
 
-    Nothing is computed. Blocks under `scan_blocks` stand for all that the scan goes over.
+    The loss calls `unembedding` for a few tokens at a time (`training.loss_chunk`). Its line has their logits. Nothing
+    is computed. Blocks under `scan_blocks` stand for all that the scan goes over.
 
     Args:
       batch: arrays or jax.ShapeDtypeStruct, as `dataset.spec` says.
@@ -77,17 +79,33 @@ def _shapes(tree: Any) -> str:
 
 
 def _noting(note: Callable[[str, nn.Module, tuple, Any], None]) -> Callable:
-    """An interceptor that tells `note` of each call of a module's public method, when it returns."""
+    """An interceptor that tells `note` of each call of a module's public method, when it returns.
+
+    If a method returns a function of the module, as `unembedding` does, `note` hears of the calls of that function.
+    """
 
     def interceptor(call: Callable, args: tuple, kwargs: dict, context: nn.module.InterceptorContext) -> Any:
         result = call(*args, **kwargs)
         name = context.method_name
         if name == "__call__" or (not name.startswith("_") and name not in ("setup", "init_state")):
-            path = "/".join(context.module.path) or "model"
-            note(path + ("" if name == "__call__" else f".{name}"), context.module, (args, kwargs), result)
+            path = ("/".join(context.module.path) or "model") + ("" if name == "__call__" else f".{name}")
+            if isinstance(result, Partial):
+                return _noted(result, lambda *heard: note(path, context.module, *heard))
+            note(path, context.module, (args, kwargs), result)
         return result
 
     return interceptor
+
+
+def _noted(function: Partial, note: Callable[[tuple, Any], None]) -> Partial:
+    """The function, which tells `note` of each call's arguments and result. Its own arrays are not among them."""
+
+    def run(*arguments: Any) -> Any:
+        result = function.func(*arguments, **function.keywords)
+        note(arguments[len(function.args) :], result)
+        return result
+
+    return Partial(run, *function.args)
 
 
 # The first value that is not finite

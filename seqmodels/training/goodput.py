@@ -74,10 +74,16 @@ def measure(workdir: Path) -> dict:
     lives: dict[float, dict] = {row["began"]: row for row in _lives(Path(workdir) / NAME)}
     if not lives:
         raise UserError(f"{workdir}: no {NAME} there; it is no run, or one of an earlier version")
-    config = json.loads((Path(workdir) / "config.json").read_text())
+    try:
+        config = json.loads((Path(workdir) / "config.json").read_text())
+        tokens = config["batch_size"] * config["seq_len"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{workdir}/config.json is missing or damaged, so nothing says how many tokens a step has"
+        ) from error
     ordered = [lives[began] for began in sorted(lives)]
     total = ordered[-1]["now"] - ordered[0]["began"]
-    kinds = {"kept": seconds_of(_rows(workdir), config["batch_size"] * config["seq_len"])}
+    kinds = {"kept": seconds_of(_rows(workdir), tokens)}
     kinds["lost"] = sum(life["lost_seconds"] for life in ordered)
     for place in PLACES:
         kinds[place] = sum(life["seconds"].get(place, 0.0) for life in ordered)
@@ -102,7 +108,8 @@ def _lives(path: Path) -> list[dict]:
     for line in path.read_text().splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
             rows.append(json.loads(line))
-    return [row for row in rows if isinstance(row, dict) and {"began", "now", "seconds"} <= row.keys()]
+    needed = {"began", "now", "seconds", "lost_steps", "lost_seconds"}
+    return [row for row in rows if isinstance(row, dict) and needed <= row.keys()]
 
 
 def _rows(workdir: Path) -> list[dict]:

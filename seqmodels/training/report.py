@@ -72,13 +72,11 @@ def state_bytes(model: nn.Module, length: int) -> int:
 
 def plot_loss(workdir: Path, path: Path, unit: str = "nats a token") -> None:
     """Draws training (and validation) loss over steps into the picture `path`."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure  # pyplot would open windows, and take longer to import
 
     rows = metrics.read(Path(workdir) / "metrics.jsonl")
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(7, 4.5))
+    axes = figure.subplots()
     curves = (
         ("loss", "training", "-"),
         ("validation_loss", "validation, during training", "o-"),
@@ -92,7 +90,6 @@ def plot_loss(workdir: Path, path: Path, unit: str = "nats a token") -> None:
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def write_summary(workdir: Path, summary: dict) -> None:

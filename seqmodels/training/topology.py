@@ -80,7 +80,7 @@ def parse(text: str) -> Topology:
     """`v5p:8x8x4` or `h100:64`. Raises: UserError."""
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", text)
     chips = ", ".join(CHIPS)
-    if not match or match[1] not in CHIPS or "0" in match[2].split("x"):
+    if not match or match[1] not in CHIPS or 0 in map(int, match[2].split("x")):
         raise UserError(f"--topology={text}: must be such as v5p:8x8x4 or h100:64; there are {chips}")
     name, shape = match[1], tuple(int(size) for size in match[2].split("x"))
     axes = CHIPS[name].axes

@@ -1,6 +1,6 @@
 """Write the golden JSON of every config and preset beside this file: python tests/golden/regenerate.py
 
-tests/test_configs.py compares with them, so that no preset changes unseen: look through the diff before you commit it.
+tests/test_presets.py compares with them, so that no preset changes unseen: look through the diff before you commit it.
 """
 
 import importlib

@@ -81,10 +81,9 @@ def read_tsv(text: str, file: str) -> list[Row]:
     """Rows of a UCR file: the class, then the values. Missing values at the end are no part of a row."""
     rows = []
     for line in text.splitlines():
-        label, *numbers = line.split("\t")
-        values = _numbers(numbers, file)
+        label, *values = _numbers(line.split("\t"), file)
         end = len(values) - int(np.argmax(~np.isnan(values[::-1])))
-        rows.append((values[:end, None], f"{float(label):g}"))
+        rows.append((np.array(values[:end])[:, None], f"{label:g}"))
     return rows
 
 

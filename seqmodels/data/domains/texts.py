@@ -110,10 +110,11 @@ class Texts(Domain):
     def _rows(self, path: Path) -> Iterator[tuple[tuple[bytes, ...], str]]:
         """The texts and the class of each row of a table."""
         for number, row in enumerate(_table(path), 1):
-            try:
-                yield tuple(str(row[name]).encode() for name in self.columns), str(row[self.label])
-            except KeyError as error:
-                raise UserError(f"{path}:{number}: has no column {error}; there are {', '.join(row)}") from error
+            for name in (*self.columns, self.label):
+                if row.get(name) is None:  # None: a row of a table that ends before this column
+                    there = ", ".join(key for key in row if row[key] is not None)
+                    raise UserError(f"{path}: row {number} has no column {name!r}; there are {there}")
+            yield tuple(str(row[name]).encode() for name in self.columns), str(row[self.label])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -149,11 +150,15 @@ def _hash(word: bytes) -> int:
 
 
 def _table(path: Path) -> Iterator[dict]:
+    """The rows of a table, by the names of its columns. Raises: UserError for a file of another kind."""
     csv.field_size_limit(2**30)
     with path.open(newline="", encoding="utf-8") as file:
         if path.suffix == ".jsonl":
             for line in filter(str.strip, file):
-                yield json.loads(line)
+                try:
+                    yield dict(json.loads(line))
+                except (ValueError, TypeError) as error:
+                    raise UserError(f"{path}: {line.strip()[:60]!r} is no JSON object ({error})") from error
         elif path.suffix in (".csv", ".tsv"):
             yield from csv.DictReader(file, delimiter="," if path.suffix == ".csv" else "\t")
         else:

@@ -10,7 +10,7 @@ import numpy as np
 
 from seqmodels.data.domains.baselines import logistic
 from seqmodels.data.domains.dataset import ORDER
-from seqmodels.data.domains.domain import Baselines, Domain, Splits, classes
+from seqmodels.data.domains.domain import Baselines, Domain, Splits, classes, longest
 from seqmodels.data.domains.examples import Labelled, divided, standardised
 from seqmodels.data.domains.files import Place
 from seqmodels.data.domains.images import Images
@@ -89,6 +89,11 @@ class Pictures(Prepared):
 
     grey: bool = True
     warp: float = 0.0
+
+    def splits(self, place: Place, length: int) -> Splits:
+        found = super().splits(place, length)
+        longest(found, length)
+        return found
 
     def rows(self, source: Any, length: int) -> Any:
         pixels = np.stack([row["image"].reshape(-1, row["image"].shape[-1]) for row in source]).astype(np.float32)

@@ -5,7 +5,6 @@ generator. See docs/synthetic.md.
 """
 
 import dataclasses
-import difflib
 
 from ml_collections import ConfigDict
 
@@ -29,6 +28,7 @@ from seqmodels.data.synthetic.task import Rows, Task
 from seqmodels.data.synthetic.transduction import Transduction
 from seqmodels.data.synthetic.word_problem import WordProblem
 from seqmodels.errors import UserError
+from seqmodels.nearest import nearest
 
 TASKS: dict[str, type[Task]] = {
     "copying": Copying,
@@ -50,12 +50,7 @@ TASKS: dict[str, type[Task]] = {
     "string_copy": StringCopy,
     "transduction": Transduction,
 }
-GOES_ON = (
-    "induction",
-    "recall",
-    "passkey",
-    "in_context_recall",
-)  # tasks whose targets are next tokens in addition to the answers
+GOES_ON = ("induction", "recall", "passkey", "in_context_recall")  # all of whose next tokens are targets
 
 __all__ = ["GOES_ON", "TASKS", "Rows", "SyntheticDataset", "Task", "load", "make_task"]
 
@@ -63,9 +58,7 @@ __all__ = ["GOES_ON", "TASKS", "Rows", "SyntheticDataset", "Task", "load", "make
 def make_task(name: str, settings: dict) -> Task:
     """The task `name` with these settings. Raises UserError for a name, field or value that is not allowed."""
     if name not in TASKS:
-        near = difflib.get_close_matches(name, TASKS, n=1, cutoff=0.3)
-        guess = f"did you mean {near[0]!r}? " if near else ""
-        raise UserError(f"config.data.name={name!r}: {guess}tasks are {', '.join(TASKS)}")
+        raise UserError(f"config.data.name={name!r}: must be one of {', '.join(TASKS)}{nearest(name, list(TASKS))}")
     fields = [field.name for field in dataclasses.fields(TASKS[name])]
     for field in settings:
         if field not in fields:

@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 
 from seqmodels.data.contract import BatchSource, Spec, text_spec
+from seqmodels.data.permutation import GOLDEN, mix
 from seqmodels.data.synthetic.symbols import SymbolTokenizer
 from seqmodels.data.synthetic.task import NOTHING, Rows, Task, joined
 from seqmodels.errors import UserError
@@ -22,16 +23,9 @@ ATTEMPTS = 4096  # most attempts to find the rows of a split
 def fold(tokens: np.ndarray) -> np.ndarray:
     """[n] int, the fold of each row, from 0 to FOLDS - 1: a hash of its tokens, or of its source, [n, T]."""
     place = np.arange(1, tokens.shape[1] + 1, dtype=np.uint64)
-    weight = mix(place * np.uint64(0x9E3779B97F4A7C15))
+    weight = mix(place * GOLDEN)
     total = (tokens.astype(np.uint64) + np.uint64(1)) * weight
     return (mix(total.sum(axis=1, dtype=np.uint64)) % np.uint64(FOLDS)).astype(int)
-
-
-def mix(x: np.ndarray) -> np.ndarray:
-    """uint64 whose bits each depend on all of x's (SplitMix64's finisher, Steele et al. 2014)."""
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
 
 
 def sample(task: Task, rng: np.random.Generator, count: int, length: int, held_out: bool | None) -> Rows:

@@ -45,7 +45,7 @@ def group_table(name: str) -> np.ndarray:
         kind, size = (match[1], int(match[2])) if match else ("", 0)
         if kind == "z" and 1 < size <= 1000:
             tables.append(np.add.outer(np.arange(size), np.arange(size)) % size)
-        elif kind in ("s", "a") and kind and 2 <= size <= 5:
+        elif kind in ("s", "a") and 2 <= size <= 5:
             tables.append(table_of_permutations(permutations(size, even=kind == "a")))
         else:
             raise UserError(

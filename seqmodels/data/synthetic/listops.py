@@ -11,6 +11,7 @@ from seqmodels.data.synthetic.task import Rows, Task, refuse_length
 OPERATORS = ("[MIN", "[MAX", "[MED", "[SM")  # ids 10 to 13
 CLOSE, END, PAD = 14, 15, 16
 OPERATOR_SHARE = 0.25  # share of operators among the nodes above the deepest level
+ATTEMPTS = 100_000  # most trees that are drawn to find one of an allowed size
 
 
 @dataclasses.dataclass(frozen=True)
@@ -63,14 +64,21 @@ class ListOps(Task):
         text, sizes = np.zeros((count, length), np.int32), np.zeros((count, 1), int)
         results = np.zeros((count, 1), np.int32)
         for row in range(count):
-            while len(tokens := self._tree(rng)) <= self.shortest or len(tokens) >= self.longest:
-                pass
+            tokens = self._accepted(rng)
             sizes[row], results[row] = len(tokens), value(tokens)
             text[row, : len(tokens)] = tokens
         return Rows(*with_answer(text, sizes, results, END, PAD))
 
     def tests(self, lengths: tuple[int, ...]) -> dict[str, tuple[Task, int]]:
         return {}
+
+    def _accepted(self, rng) -> list[int]:
+        """Ids of a random tree of an allowed size. Raises: UserError if there is hardly any."""
+        for _ in range(ATTEMPTS):
+            if self.shortest < len(tokens := self._tree(rng)) < self.longest:
+                return tokens
+        allowed = f"smaller, as of {ATTEMPTS:,} random trees none has more tokens, and fewer than {self.longest}"
+        self.refuse("shortest", f"{allowed}; or longest or depth larger")
 
     def _tree(self, rng) -> list[int]:
         """Ids of a random tree. The tree is cut off as soon as it is too long to be accepted."""

@@ -66,7 +66,7 @@ class ModularArithmetic(Task):
         return {str(n): (dataclasses.replace(self, shortest=0), n) for n in lengths}
 
     def _plain(self, rng, count, length):
-        longest = (length - 1) - (length - 1 + 1) % 2  # the odd number of tokens that fits
+        longest = length - 1 - length % 2  # the odd number of tokens that fits
         shortest = (self.shortest or longest) // 2 * 2 + 1
         sizes = rng.integers(shortest // 2, longest // 2 + 1, (count, 1)) * 2 + 1
         numbers = rng.integers(0, self.modulus, (count, longest // 2 + 1), dtype=np.int32)

@@ -8,6 +8,7 @@ from seqmodels.data.synthetic.task import Rows, Task, only, refuse_length
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 START, BAR, END, PAD = "$", "|", ".", "_"
+CROWDED = 5  # letters of s for each g that there can be, from which on hardly any stands in s only once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,6 +63,9 @@ class StringCopy(Task):
         if self.longest(length) < self.fewest:
             least = 2 * self.fewest + 2 if self.ask == "copy" else self.fewest + self.gram + self.follow + 3
             refuse_length(length, f"at least {least}, for a string of {self.fewest} letters and the question")
+        if self.ask != "copy" and self.longest(length) > (most := CROWDED * self.letters**self.gram):
+            strings = f"strings of {self.longest(length)} letters, of which at most {most}"
+            self.refuse("gram", f"larger, or config.seq_len smaller: there are {strings} have such parts only once")
 
     def rows(self, rng: np.random.Generator, count: int, length: int) -> Rows:
         longest = self.longest(length)

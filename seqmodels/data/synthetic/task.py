@@ -1,7 +1,7 @@
 """Base of synthetic tasks: settings, and rows that are a pure function of a random generator."""
 
 import dataclasses
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, NoReturn
 
 import numpy as np
 
@@ -83,12 +83,12 @@ class Task:
         """Further tests of a trained model besides its own task: name -> task and length of a row in tokens."""
         return {str(length): (self, length) for length in lengths}
 
-    def refuse(self, field: str, allowed: str) -> None:
+    def refuse(self, field: str, allowed: str) -> NoReturn:
         """Raises UserError for a field of this task."""
         raise UserError(f"config.data.task.{field}={getattr(self, field)!r}: must be {allowed}")
 
 
-def refuse_length(length: int, allowed: str) -> None:
+def refuse_length(length: int, allowed: str) -> NoReturn:
     """Raises UserError for a length of rows."""
     raise UserError(f"config.seq_len={length}: must be {allowed}")
 
