@@ -238,9 +238,8 @@ def skip_and_gate(y: jax.Array, u: jax.Array, readout: Readout) -> jax.Array:
 
 def stack(streams: list[Stream]) -> dict[str, Any]:
     """The streams as groups of one selective scan: u, dt [B, T, G, E], A [G, E, N], B [B, T, G, N], ..."""
-    if streams[0].steps is None:
-        steps = dict(dt=side_by_side(streams), dt_bias=jnp.stack([s.dt_bias for s in streams]))
-    else:
+    steps: dict[str, Any] = dict(dt=side_by_side(streams), dt_bias=jnp.stack([s.dt_bias for s in streams]))
+    if streams[0].steps is not None:  # as `Stream.scanned_step`
         steps = dict(dt=jnp.stack([s.step().astype(s.u.dtype) for s in streams], axis=2), dt_softplus=False)
     return dict(
         steps,
