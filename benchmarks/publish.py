@@ -50,14 +50,17 @@ def read(sweep: Path) -> dict[str, list[dict]]:
     with (sweep / "results.csv").open(newline="") as file:
         rows = [row for row in csv.DictReader(file) if row["status"] == "done"]
     set_fields = [read_json(sweep / "trials" / row["id"] / "trial.json").get("overrides", {}) for row in rows]
+    against = read_json(sweep / "sweep.json").get("against", {})
     groups: dict[str, list[dict]] = {}
     for row, label in zip(rows, labels(set_fields), strict=True):
+        row["against"] = against.get(row["id"], "")
         groups.setdefault(label, []).append(row)
     return groups
 
 
 def table(groups: dict[str, list[dict]], metric: str = "validation.loss", further: Sequence[str] = ()) -> str:
-    """Markdown table, one row per trial. After the metric comes its difference below the first trial's, seed by seed.
+    """Markdown table, one row per trial. After the metric comes its difference from the first trial's, seed by seed, or
+    from that of the trial that it is compared with.
 
     Raises: ValueError for further figures that no trial has.
     """
@@ -65,11 +68,15 @@ def table(groups: dict[str, list[dict]], metric: str = "validation.loss", furthe
     if missing := [name for name in further if name not in there]:
         raise ValueError(f"--figures={','.join(missing)}: in no row of results.csv that is done")
     figures = {name: about for name, about in FIGURES.items() if name in there}
+    controls = {row["id"]: row for rows in groups.values() for row in rows} if "against" in there else {}
     figures |= {name: (name.removeprefix("eval."), ",.4f") for name in further}
     heading = [
         cell
         for name, (text, _) in figures.items()
-        for cell in (text, *["difference from the first"] * (name == metric))
+        for cell in (
+            text,
+            *[f"difference from {'the one compared with' if controls else 'the first'}"] * (name == metric),
+        )
     ]
     lines = [f"| trial | seeds | {' | '.join(heading)} |", f"|---|---{'|---:' * len(heading)}|"]
     first = next(iter(groups.values()), [])
@@ -78,9 +85,10 @@ def table(groups: dict[str, list[dict]], metric: str = "validation.loss", furthe
         for name, (_, form) in figures.items():
             cells.append(figure([float(row[name]) for row in rows if row[name]], form))
             if name == metric:
-                base = {row["seed"]: row[name] for row in first if row[name]}
-                pairs = [(row[name], base[row["seed"]]) for row in rows if row[name] and row["seed"] in base]
-                cells.append("" if rows is first else figure([float(a) - float(b) for a, b in pairs], "+" + form))
+                base = {row["seed"]: row for row in first}
+                pairs = [(row, controls.get(row["against"]) or base.get(row["seed"], {})) for row in rows]
+                less = [float(a[name]) - float(b[name]) for a, b in pairs if a[name] and b.get(name) and a is not b]
+                cells.append(figure(less, "+" + form) if less or rows is not first else "")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

@@ -15,7 +15,7 @@ from seqmodels.branch import Links
 from seqmodels.branches import BRANCHES
 from seqmodels.config import complete_model
 from seqmodels.configs.base import base
-from seqmodels.depth import hyper
+from seqmodels.depth import hyper, streams
 from seqmodels.errors import UserError
 from seqmodels.fields.mamba import MAMBA
 from seqmodels.fields.mlp import MLP
@@ -270,6 +270,29 @@ def test_a_fresh_model_is_the_plain_network_or_takes_uniform_means(form):
     params = params | {"embedding": 100 * params["embedding"]}  # so that the norms' epsilon does not count
     want, _ = hidden("none", (), without_connection(params), tokens())
     np.testing.assert_allclose(hidden(form, (), params, tokens())[0], want, rtol=1e-3, atol=1e-4)
+
+
+def test_sums_of_streams_have_the_gradients_that_jax_derives():
+    """Products, mean squares and what is added to streams have backward passes of their own."""
+    draw = np.random.default_rng(3)
+    shapes = dict(X=(3, B, T, D), post=(3, B, T), y=(B, T, D), W=(3, D, 5))
+    arrays = {name: jnp.asarray(draw.normal(size=shape), jnp.float32) for name, shape in shapes.items()}
+    weights = [jnp.asarray(draw.normal(size=shape), jnp.float32) for shape in ((3, B, T, D), (5, B, T))]
+
+    def ours(X, post, y, W):
+        new, square = streams.added(tuple(X), post, y, jnp.dtype("float32"))
+        square = streams.known_mean_square(new, jax.lax.stop_gradient(square))
+        return jnp.stack(new), streams.products(new, W) * jax.lax.rsqrt(square)
+
+    def plain(X, post, y, W):
+        new = X + post[..., None] * y
+        return new, jnp.einsum("nbtd,ndk->kbt", new, W) / jnp.sqrt(jnp.mean(new**2, axis=(0, -1)))
+
+    def gradients(function):
+        total = lambda *args: sum(jnp.sum(w * x) for w, x in zip(weights, function(*args), strict=True))  # noqa: E731
+        return jax.jit(jax.value_and_grad(total, argnums=(0, 1, 2, 3)))(*arrays.values())
+
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=2e-5, atol=2e-5), gradients(ours), gradients(plain))
 
 
 def value_and_gradients(form, fields, params):

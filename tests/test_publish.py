@@ -78,7 +78,7 @@ def test_corpus_and_tokenizer(tmp_path, monkeypatch, capsys):
 # Tables
 
 
-def sweep(folder, losses):
+def sweep(folder, losses, **about):
     """A sweep's directory: trial to the losses of its seeds."""
     lines = ["id,status,seed,model.dense.variant,parameters,validation.loss,tokens_per_second,eval.lengths.64.loss"]
     for name, values in losses.items():
@@ -89,6 +89,7 @@ def sweep(folder, losses):
             record = {"overrides": {"model.dense.variant": name, "seed": seed}}
             (folder / "trials" / identity / "trial.json").write_text(json.dumps(record))
     (folder / "results.csv").write_text("\n".join(lines) + "\n")
+    (folder / "sweep.json").write_text(json.dumps(about))
     (folder / "report.md").write_text("# all of it\n")
     return folder
 
@@ -112,6 +113,10 @@ def test_table_between_the_marks(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [*argv, "--figures=eval.lengths.64.loss"])
     publish.main()
     assert "| tokens/s | lengths.64.loss |" in page.read_text() and "|  | 1,000 | 3.5000 |" in page.read_text()
+    compared = {f"input{seed}": f"read{seed}" for seed in range(2)}  # with what the sweep says, not with the first
+    groups = publish.read(sweep(tmp_path / "compared", losses | {"input": (1.0, 1.5)}, against=compared))
+    row = publish.table(groups).splitlines()[-1]
+    assert f"| 1.2500 ± 0.3536 | -0.7000 ± {statistics.stdev([-0.9, -0.5]):.4f} |" in row
     assert (tmp_path / "docs/one/results.csv").read_text() == (folder / "results.csv").read_text()
     assert math.isclose(statistics.fmean(losses["none"]), 2.2) and "variant=read" in capsys.readouterr().out
 

@@ -14,6 +14,7 @@ from xml.etree import ElementTree
 import numpy as np
 import pytest
 from scipy.stats import t as student
+from scipy.stats import ttest_rel
 
 from seqmodels import cli
 from seqmodels.errors import UserError
@@ -254,6 +255,46 @@ def test_report_has_the_means_spreads_and_differences(tmp_path):
     tex = (tmp_path / "tables.tex").read_text()
     assert tex.count(r"\begin{tabular}") == 4 == page.count("<summary>LaTeX</summary>")
     assert r"read & 2 & 1.9750 $\pm$ 0.1061 &" in tex and r"a \textbar{} b \textless{}script" in tex
+
+
+def test_a_sweep_says_what_a_trial_is_compared_with(tmp_path):
+    """Also in a comparison of sweep directories. The interval is that of scipy's paired t-test."""
+    path = tmp_path / "config.py"
+    path.write_text(
+        "from configs.mamba import get_config\n"
+        "def sweep(add, arg=None):\n"
+        "    for width in (8, 16):\n"
+        "        for state in (2, 4):\n"
+        "            add({'model.width': width, 'model.mamba.state': state}, "
+        "against={'model.width': width, 'model.mamba.state': 2})\n"
+        "def alone(add, arg=None):\n"
+        "    add({'model.width': 8}, against={'model.width': 16})\n"
+        "SWEEPS = {'alone': alone}\n"
+    )
+    with pytest.raises(UserError, match=r"--sweep=alone: compares .*'model.width': 8.* that the sweep does not have"):
+        define(tmp_path / "out", "alone", spec=str(path))
+    trials = define(tmp_path / "out", spec=str(path), seeds=3)
+    assert [[t.id for t in trials].index(t.against) for t in trials] == [0, 1, 2, 0, 1, 2, 6, 7, 8, 6, 7, 8]
+    definition.keep(tmp_path / "out", str(path), "ablation", trials)
+    losses = np.random.default_rng(0).uniform(2, 3, (4, 3))
+    for trial, loss in zip(trials, losses.flat, strict=True):
+        folder = run_directory(trial.workdir, seed=trial.overrides["seed"], loss=float(loss))
+        (folder / "trial.json").write_text(json.dumps({"status": "done", "evals": "", "overrides": trial.overrides}))
+    for found in (results.of_trials(trials, {}), results.of_runs([tmp_path / "out"])):
+        groups = results.group(results.distinct(found))
+        table = tables.results(groups, "validation.loss")
+        assert table.headers[5:8] == ["compared with", "difference", "95% interval"]
+        low, high = ttest_rel(losses[3], losses[2]).confidence_interval()
+        less = losses[3] - losses[2]
+        cells = ["3", f"{less.mean():+.4f} ± {less.std(ddof=1):.4f}", f"[{low:.4f}, {high:.4f}]"]
+        assert table.rows[3][5:8] == cells and table.rows[2][5:8] == ["", "", ""] and table.rows[1][5] == "1"
+        assert "less that of the trial that it is compared with" in list(marks.figures(groups, "validation.loss"))[1][1]
+        for each, rate in zip(groups, (1e-3, 1e-3, 1e-3, 2e-3), strict=True):
+            each.results[0].model, each.results[0].rate = "plain" if each.number in (1, 3) else "form", rate
+    _, table, _ = tables.best_rates(groups, "validation.loss")  # each model's best rate, against the plain one's best
+    plain, form = (losses[of].mean(1).argmin() for of in ([0, 2], [1, 3]))
+    low, high = ttest_rel(losses[[1, 3][form]], losses[[0, 2][plain]]).confidence_interval()
+    assert table.rows[1][7] == str([1, 3][plain]) and table.rows[1][9] == f"[{low:.4f}, {high:.4f}]"
 
 
 def test_report_of_nothing_yet(tmp_path):

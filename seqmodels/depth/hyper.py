@@ -27,7 +27,7 @@ from flax import struct
 from jax.typing import DTypeLike
 
 from seqmodels.depth.connection import Carry, Connection
-from seqmodels.depth.streams import combined, known_mean_square, mean_square, products, stored
+from seqmodels.depth.streams import added, combined, known_mean_square, mean_square, products, stored
 from seqmodels.layers.parameter import parameter, zeros
 
 ITERATIONS = 20  # of Sinkhorn
@@ -72,10 +72,9 @@ class Streams:
     square: jax.Array
 
     @classmethod
-    def of(cls, values: list[jax.Array], dtype: DTypeLike) -> "Streams":
-        """Of float32 values, which are rounded to `dtype`."""
-        kept = tuple(stored(x, dtype) for x in values)
-        return cls(kept, known_mean_square(kept, jax.lax.stop_gradient(mean_square(values))))
+    def of(cls, values: tuple[jax.Array, ...], square: jax.Array) -> "Streams":
+        """Of values in the model's dtype and their mean square, whose own gradient is not used."""
+        return cls(values, known_mean_square(values, jax.lax.stop_gradient(square)))
 
 
 class Hyper(Connection):
@@ -131,7 +130,7 @@ class Hyper(Connection):
 
     def start(self, x: jax.Array, blocks: Sequence[Any] = ()) -> Carry:
         """Every stream is the embedding."""
-        return Streams.of([x] * self.options.streams, self.dtype)
+        return Streams.of(tuple(stored(x, self.dtype) for _ in range(self.options.streams)), mean_square([x]))
 
     def enter(self, x: jax.Array, carry: Carry, step: int) -> tuple[jax.Array, Carry]:
         """u [B, T, D], and the carry with post [n, B, T] and the mixing matrix [n, n, B, T]."""
@@ -150,10 +149,9 @@ class Hyper(Connection):
     def leave(self, x: jax.Array, y: jax.Array, carry: Carry, step: int) -> tuple[jax.Array, Carry]:
         """The new streams. x stays the embedding, which nothing reads."""
         streams, post, H = carry
-        wide = [X.astype(jnp.float32) for X in streams.values]
-        mixed = wide if H is None else [combined(row, wide) for row in H]
-        y = y.astype(jnp.float32)
-        return x, Streams.of([X + post[i, ..., None] * y for i, X in enumerate(mixed)], self.dtype)
+        wide = tuple(X.astype(jnp.float32) for X in streams.values)
+        mixed = wide if H is None else tuple(combined(row, wide) for row in H)
+        return x, Streams.of(*added(mixed, post, y.astype(jnp.float32), jnp.dtype(self.dtype)))
 
     def finish(self, x: jax.Array, carry: Carry) -> jax.Array:
         """The mean of the streams."""

@@ -4,6 +4,7 @@ A stream is kept in the model's dtype, sums are float32, and each is written out
 over the streams. (benchmarks/notes/depth.md)
 """
 
+import functools
 from collections.abc import Sequence
 
 import jax
@@ -53,6 +54,36 @@ products.defvjp(_products_forward, _products_backward)
 def mean_square(streams: Sequence[jax.Array]) -> jax.Array:
     """[B, T] float32, mean of the squares of n streams [B, T, D]."""
     return jnp.mean(sum(jnp.square(x.astype(jnp.float32)) for x in streams), axis=-1) / len(streams)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def added(
+    streams: tuple[jax.Array, ...], weights: jax.Array, y: jax.Array, dtype: DTypeLike
+) -> tuple[tuple[jax.Array, ...], jax.Array]:
+    """streams_i + weights_i y, kept in `dtype`, and the mean of their squares [B, T], which has no gradient here.
+
+    The gradients of y and the weights [n, B, T] are taken of the streams' gradient before it goes to memory, so XLA can
+    compute them in the kernel that writes it.
+
+    Args:
+        streams, y: [B, T, D] float32.
+    """
+    values = [x + w[..., None] * y for x, w in zip(streams, weights, strict=True)]
+    return tuple(stored(x, dtype) for x in values), mean_square(values)
+
+
+def _added_forward(streams, weights, y, dtype):
+    return added(streams, weights, y, dtype), (weights, y)
+
+
+def _added_backward(dtype, kept, gradients):
+    weights, y = kept
+    wide = [d.astype(jnp.float32) for d in gradients[0]]
+    outs = tuple(stored(d, dtype).astype(jnp.float32) for d in gradients[0])
+    return outs, jnp.stack([jnp.sum(d * y, axis=-1) for d in wide]), combined(weights, wide)
+
+
+added.defvjp(_added_forward, _added_backward)
 
 
 @jax.custom_vjp

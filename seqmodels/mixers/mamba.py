@@ -238,13 +238,27 @@ def skip_and_gate(y: jax.Array, u: jax.Array, readout: Readout) -> jax.Array:
 
 def stack(streams: list[Stream]) -> dict[str, Any]:
     """The streams as groups of one selective scan: u, dt [B, T, G, E], A [G, E, N], B [B, T, G, N], ..."""
-    steps = [s.scanned_step() for s in streams]
-    own = {name: jnp.stack([s[name] for s in steps]) for name in steps[0] if name == "dt_bias"}
+    steps: dict[str, Any] = dict(dt=side_by_side(streams), dt_bias=jnp.stack([s.dt_bias for s in streams]))
+    if streams[0].steps is not None:  # as `Stream.scanned_step`
+        steps = dict(dt=jnp.stack([s.step().astype(s.u.dtype) for s in streams], axis=2), dt_softplus=False)
     return dict(
-        steps[0] | own,
+        steps,
         u=jnp.stack([s.u for s in streams], axis=2),
-        dt=jnp.stack([s["dt"] for s in steps], axis=2),
         A=jnp.stack([s.A for s in streams]),
         B=jnp.stack([s.B for s in streams], axis=2),
         initial_state=jnp.stack([s.state for s in streams], axis=1),
     )
+
+
+def side_by_side(streams: list[Stream]) -> jax.Array:
+    """The steps of G streams before bias and softplus, [B, T, G, E], as one product.
+
+    The deltas side by side, [B, T, G R], times the matrices dt_proj on the diagonal of [G R, G, E]. So the product
+    writes what the scan reads, and its gradient is read where the scan wrote it. Products of each stream would be
+    copied together and apart. R is small, so the zeros cost nothing beside these bytes.
+    """
+    G = len(streams)
+    own = jnp.eye(G, dtype=bool)[:, None, :, None]  # a stream's rows and columns
+    projections = jnp.where(own, jnp.stack([s.dt_proj for s in streams])[:, :, None], 0)  # [G, R, G, E]
+    delta = jnp.concatenate([s.delta for s in streams], axis=-1)
+    return jnp.einsum("btr,rge->btge", delta, projections.reshape(-1, *projections.shape[2:]))

@@ -3,11 +3,13 @@
 import copy
 import dataclasses
 import hashlib
+import itertools
 import json
 import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 from ml_collections import ConfigDict
 
@@ -52,16 +54,16 @@ def define(
     combined = grid.combinations(grids)
     where = f"--sweep={name}" if name else "--grid"
     listed = [
-        trial | grid.overrides(combination, config, trial)
-        for trial in (_listed(spec, config, name) if name else [{}])
+        (_gridded(trial, combination, config), None if against is None else _gridded(against, combination, config))
+        for trial, against in (_listed(spec, config, name) if name else [({}, None)])
         for combination in combined
     ]
-    for overrides in listed:
+    for overrides, _ in listed:
         ROOT.fields["seed"].check("seed", overrides.get("seed", config.seed))
     written = cli.written_config(spec)
     trials: dict[str, Trial] = {}
     doubts: dict[str, None] = {}
-    for overrides in listed:
+    for overrides, other in listed:
         first = overrides.get("seed", config.seed)
         for seed in range(first, first + seeds):
             trial = _trial(spec, config, where, overrides | {"seed": seed}, written, folder, evals, begun, doubts)
@@ -69,7 +71,13 @@ def define(
                 python, *script = trial.commands["train"]
                 job = (python, "-m", "seqmodels.launch", str(processes), *script)
                 trial = dataclasses.replace(trial, commands=trial.commands | {"train": job})
+            if other is not None:
+                control = resolve(config, other | {"seed": seed}, where, begun)
+                trial = dataclasses.replace(trial, against=identify(control, written))
             trials.setdefault(trial.id, trial)
+    for trial in trials.values():
+        if trial.against and trial.against not in trials:
+            raise UserError(f"{where}: compares {shown(trial.overrides)} with a trial that the sweep does not have")
     for line in doubts:
         print(line, file=sys.stderr, flush=True)
     return list(trials.values())
@@ -91,7 +99,14 @@ def keep(folder: Path, spec: str, name: str, trials: list[Trial], command: str =
             f"--out={folder}: holds sweep {known['sweep']} of {known['config']}, not {name} of {spec}; take another"
         )
     commands = list(dict.fromkeys([*before.get("commands", []), *([command] if command else [])]))
-    about = {"config": spec, "sweep": name, "trials": [trial.id for trial in trials], "commands": commands}
+    about: dict[str, Any] = {
+        "config": spec,
+        "sweep": name,
+        "trials": [trial.id for trial in trials],
+        "commands": commands,
+    }
+    if against := {trial.id: trial.against for trial in trials if trial.against}:
+        about["against"] = against
     try:
         (folder / "trials").mkdir(parents=True, exist_ok=True)
         with waited(folder / "sweep.lock"):
@@ -110,17 +125,31 @@ def options(texts: list[str]) -> dict[str, object]:
     return {name: int(value) if value.isdecimal() else value for name, _, value in pairs}
 
 
-def _listed(spec: str, config: ConfigDict, name: str) -> list[dict]:
-    """What a sweep of the config adds. Raises: UserError where that is nothing, or no dict of fields."""
-    listed: list[dict] = []
+def _gridded(fields: dict, combination: dict[str, str], config: ConfigDict) -> dict:
+    """A trial of the sweep with the values of the grids."""
+    return fields | grid.overrides(combination, config, fields)
+
+
+def _listed(spec: str, config: ConfigDict, name: str) -> list[tuple[dict, dict | None]]:
+    """What a sweep of the config adds: each trial, and what it is compared with, if it names that.
+
+    Raises: UserError where that is nothing, or no dict of fields.
+    """
+    listed: list[tuple[dict, dict | None]] = []
     sweep = _find(spec, config, name)
+
+    def add(trial: dict, against: dict | None = None) -> None:
+        listed.append((trial, against))
+
     try:
-        sweep(listed.append, cli.split_spec(spec)[1] or None)
+        sweep(add, cli.split_spec(spec)[1] or None)
     except Exception as error:  # the file is a program of the user's
         raise cli.mistake(spec, cli.find_config(spec), error) from error
     if not listed:
         raise UserError(f"--sweep={name}: adds no trial")
-    for overrides in listed:
+    for overrides in itertools.chain.from_iterable(listed):
+        if overrides is None:
+            continue
         if not isinstance(overrides, dict) or not all(isinstance(field, str) for field in overrides):
             raise UserError(f"--sweep={name}: adds {shown(overrides)}: must be a dict of dotted fields and values")
     return listed

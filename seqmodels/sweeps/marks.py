@@ -30,17 +30,26 @@ def figures(groups: list[Group], metric: str) -> Iterator[tuple[str, str, Any]]:
     values = {group.number: group.values(metric) for group in groups}
     yield "metric", f"{metric} of each trial: mean and every seed; {LINES}", _rows(groups, values, metric, style)
     first = groups[0]
-    paired = {group.number: group.differences(first, metric) for group in groups[1:]}
+    paired = {
+        group.number: group.differences(group.control or first, metric) for group in groups if _other(group, first)
+    }
     if any(paired.values()):
-        about = f"{metric} less that of trial {first.number}, seed by seed: mean and every seed; {LINES}"
-        others = [group for group in groups[1:] if paired[group.number]]
-        figure = _rows(others, paired, f"{metric} less that of {first.number}", style)
+        than = "the trial that it is compared with" if any(g.control for g in groups) else f"trial {first.number}"
+        about = f"{metric} less that of {than}, seed by seed: mean and every seed; {LINES}"
+        others = [group for group in groups if paired.get(group.number)]
+        title = "its control" if any(group.control for group in groups) else str(first.number)
+        figure = _rows(others, paired, f"{metric} less that of {title}", style)
         figure.axes[0].axvline(0, color="0.2", linewidth=0.8)
         yield "differences", about, figure
     for name, (picture, title) in AGAINST.items():
         there = [group for group in groups if group.values(name)]
         if there:
             yield picture, f"{metric} against {title}", _against(there, name, title, metric, style)
+
+
+def _other(group: Group, first: Group) -> bool:
+    """Whether the group is compared with another one."""
+    return (group.control or first) is not group
 
 
 def _rows(groups: list[Group], values: dict[int, list[float]], title: str, style: Style) -> Any:

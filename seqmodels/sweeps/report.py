@@ -73,10 +73,11 @@ def _metric(results: list[Result], metric: str) -> str:
 
 
 def _note(groups: list[Group], metric: str) -> str:
-    number = groups[0].number
+    controls = any(each.control for each in groups)
+    difference = "difference from the trial compared with" if controls else f"difference from {groups[0].number}"
     text = (
-        f"± is the sample standard deviation over seeds. The difference from {number} is that of {metric}, seed by "
-        "seed, its mean over the seeds that both have."
+        f"± is the sample standard deviation over seeds. The {difference} is that of {metric}, seed by seed, its mean "
+        "over the seeds that both have."
     )
     if any(len(each.values(metric)) > 1 for each in groups):
         text += " A 95% interval is Student's t-interval of the mean over seeds; with two seeds it is wide."

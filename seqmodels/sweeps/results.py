@@ -42,6 +42,7 @@ class Result:
       steps, seconds, losses: the training loss, each value the mean of a few rows, and the training time up to there.
         If the trial shared its device, `seconds` is empty, or the time that it would have taken alone.
       tokens: tokens of one step.
+      against: id of the result that this one is compared with. "": the first of the report.
     """
 
     id: str
@@ -59,6 +60,7 @@ class Result:
     home: Path | None = None
     model: str = ""
     rate: float | None = None
+    against: str = ""
 
     @property
     def status(self) -> str:
@@ -67,11 +69,16 @@ class Result:
 
 @dataclasses.dataclass(eq=False)
 class Group:
-    """The seeds of one trial. `number` names it in tables and plots. For `model` and `rate` see `Result`."""
+    """The seeds of one trial. `number` names it in tables and plots. For `model` and `rate` see `Result`.
+
+    Attributes:
+      control: what it is compared with. None: the first group of the report.
+    """
 
     number: int
     label: str
     results: list[Result]
+    control: "Group | None" = None
 
     @property
     def model(self) -> str:
@@ -103,7 +110,7 @@ def of_trials(trials: list[Trial], unkept: dict[str, dict]) -> list[Result]:
         record = unkept.get(trial.id) or trial.record()
         result = _read(Result(trial.id, trial.workdir, label, trial.overrides["seed"], record, columns))
         result.kind = _text({name: value for name, value in trial.fields.items() if name != "seed"})
-        result.model, result.rate = model, columns.get(RATE)
+        result.model, result.rate, result.against = model, columns.get(RATE), trial.against
         results.append(result)
     return _timed(results)
 
@@ -131,11 +138,14 @@ def of_runs(folders: list[Path]) -> list[Result]:
                 )
             runs = [folder / "trials" / identity for identity in sweep["trials"]]
             overrides = [read_json(run / "trial.json").get("overrides", {}) for run in runs]
+            against = sweep.get("against")
+            against = against if isinstance(against, dict) else {}
             there = []
             models = _models(overrides, labels(overrides))
             for run, label, model, values in zip(runs, labels(overrides), models, overrides, strict=True):
                 if (run / "config.json").exists():
                     there.append(_run(run, f"{name}: {label}", folder.resolve()))
+                    there[-1].against = str(against.get(run.name, ""))
                     if model != label:
                         there[-1].model = name if model == PLAIN else f"{name}: {model}"
                         there[-1].rate = values.get(RATE)
@@ -296,8 +306,13 @@ def at_equal_time(results: list[Result]) -> float | None:
 
 def group(results: list[Result]) -> list[Group]:
     """The seeds of each trial, in the order of the first result of each."""
-    groups = group_by(results, lambda result: (result.label, result.kind))
-    return [Group(number, members[0].label, members) for number, members in enumerate(groups.values(), 1)]
+    members = group_by(results, lambda result: (result.label, result.kind)).values()
+    groups = [Group(number, seeds[0].label, seeds) for number, seeds in enumerate(members, 1)]
+    holder = {(result.workdir.parent, result.id): each for each in groups for result in each.results}
+    for each in groups:
+        first = each.results[0]
+        each.control = holder.get((first.workdir.parent, first.against))
+    return groups
 
 
 def group_by(results: list[Grouped], key: Callable[[Grouped], Any]) -> dict[Any, list[Grouped]]:

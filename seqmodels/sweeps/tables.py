@@ -25,19 +25,35 @@ MORE_IS_BETTER = ("acc", "tokens_per_second", "exact_match", "f1")  # in the las
 
 
 def results(groups: list[Group], metric: str) -> Table:
-    """The metric of each trial with its interval, its difference from the first trial, and the other results."""
-    first = groups[0]
+    """The metric of each trial with its interval, its difference from the first trial, and the other results.
+
+    Trials that name another to be compared with have the difference from that one.
+    """
     figures = [name for name in RESULTS if name != metric and any(group.values(name) for group in groups)]
-    headers = ["#", "trial", "seeds", metric, INTERVAL, f"difference from {first.number}", INTERVAL]
+    headers = ["#", "trial", "seeds", metric, INTERVAL, *_compared(groups)]
     rows = []
     for each in groups:
         done = sum(result.status == "done" for result in each.results)
         seeds = f"{done}" if done == len(each.results) else f"{done} of {len(each.results)}"
-        less = [] if each is first else each.differences(first, metric)
         cells = [_figure(each.values(metric)), _interval(each.values(metric))]
-        cells += ["" if each is first else _figure(less, sign="+"), _interval(less)]
+        cells += _difference(groups, each, each.control or groups[0], metric)
         rows.append([str(each.number), each.label, seeds, *cells, *(_figure(each.values(name)) for name in figures)])
     return _without_empty(Table([*headers, *(RESULTS[name] for name in figures)], rows))
+
+
+def _compared(groups: list[Group]) -> list[str]:
+    """Headers of `_difference`."""
+    if any(group.control for group in groups):
+        return ["compared with", "difference", INTERVAL]
+    return [f"difference from {groups[0].number}", INTERVAL]
+
+
+def _difference(groups: list[Group], mine: Group, control: Group, metric: str) -> list[str]:
+    """Cells: the control's number where groups differ in it, the difference seed by seed, and its interval."""
+    less = [] if mine is control else mine.differences(control, metric)
+    cells = ["" if mine is control else _figure(less, sign="+"), _interval(less)]
+    number = "" if mine is control else str(control.number)
+    return [*([number] if any(group.control for group in groups) else []), *cells]
 
 
 def costs(groups: list[Group], metric: str) -> Table:
@@ -54,16 +70,24 @@ def best_rates(groups: list[Group], metric: str) -> list[Block]:
         return []
     choose = max if any(word in metric.split(".")[-1] for word in MORE_IS_BETTER) else min
     figures = [name for name in RESULTS if name != metric and any(group.values(name) for group in groups)]
-    rows = []
+    bests = {
+        model: choose(members, key=lambda group: statistics.fmean(group.values(metric)))
+        for model, members in models.items()
+    }
+    first, rows = next(iter(bests.values())), []
     for model, members in models.items():
-        best = choose(members, key=lambda group: statistics.fmean(group.values(metric)))
+        best = bests[model]
         rates = sorted({group.rate for group in members if group.rate is not None})
         edge = {0: ", the lowest", len(rates) - 1: ", the highest"} if len(rates) > 1 else {}
         rate = "" if best.rate is None else f"{best.rate:.4g}{edge.get(rates.index(best.rate), '')}"
         cells = [_figure(best.values(metric)), _interval(best.values(metric))]
+        control = bests.get(best.control.model, best.control) if best.control else first
+        cells += _difference(groups, best, control, metric)
         cells += [_figure(best.values(name)) for name in figures]
         rows.append([str(best.number), model, rate, f"{len(rates)}", f"{len(best.values(metric))}", *cells])
-    headers = ["#", "model", "learning rate", "of rates", "seeds", metric, INTERVAL, *(RESULTS[n] for n in figures)]
+    difference = _compared([first, *groups])  # of best rates, so the first is another than that of all trials
+    headers = ["#", "model", "learning rate", "of rates", "seeds", metric, INTERVAL, *difference]
+    headers += [RESULTS[name] for name in figures]
     note = f"The rate is the one with the best mean {metric}. A rate at the edge of those tried may not be the best."
     return [Heading("Best learning rate of each model"), _without_empty(Table(headers, rows)), note]
 

@@ -25,6 +25,7 @@ class Trial:
       fields: every field of its config, by dotted name.
       commands: stage ("train", "eval") to the command of the stage; they are run in this order.
       evals: names of evaluators. "": those that eval.py chooses. "none": there is no evaluation.
+      against: id of the trial that the report compares this one with. "": the first of the report.
     """
 
     id: str
@@ -33,6 +34,7 @@ class Trial:
     fields: dict[str, Any]
     commands: dict[str, tuple[str, ...]]
     evals: str = ""
+    against: str = ""
 
     @property
     def log(self) -> Path:
