@@ -19,7 +19,7 @@ from scipy.stats import ttest_rel
 from seqmodels import cli
 from seqmodels.errors import UserError
 from seqmodels.scripts import sweep
-from seqmodels.sweeps import curves, marks, markup, placing, plots, report, results, tables
+from seqmodels.sweeps import curves, definition, marks, markup, placing, plots, report, results, tables
 from seqmodels.sweeps.labels import labels
 from seqmodels.sweeps.spread import mean_and_spread
 from tests.sweep_fakes import DENSEMAMBA, ROOT, Fakes, define

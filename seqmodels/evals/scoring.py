@@ -127,8 +127,8 @@ def _scores(
     """
 
     def one(batch):
-        part: dict[str, Any] = {name: batch[name] for name in ("tokens", "targets", "segment_ids")}
-        part = part if mesh is None else put_batch(part, mesh)
+        rows = {name: batch[name] for name in ("tokens", "targets", "segment_ids")}
+        part = rows if mesh is None else put_batch(rows, mesh)
         program = _program(score, model, mesh, (params,), part)
         return lambda: np.asarray(program(params, **part)).astype(np.float64)
 
@@ -167,7 +167,6 @@ def score_long(
     for start in range(0, length, piece):
         part: dict[str, Any] = {name: batch[name][:, start : start + piece] for name in names}
         part = put_batch(part, mesh) if mesh is not None else part
-        arguments = (params, state), part
         program = _program(score_piece, model, mesh, (params, state), part)
         if start == 0:
             memory.check(program, mesh.size if mesh else 1)
