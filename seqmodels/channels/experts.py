@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from seqmodels.kernels.grouped_matmul import grouped_matmul
 from seqmodels.layers.exchange import Sizes, exchange
 from seqmodels.layers.routing import Route, combine, dispatch, permute, send_nowhere, sort_by_expert
-from seqmodels.parallel import mesh_axes
+from seqmodels.parallel import manual, mesh_axes
 
 
 def run_experts(
@@ -49,6 +49,7 @@ def run_experts(
         functools.partial(part, axis=expert_axis, together=together, partial=axis["mlp"]),
         in_specs=(tokens, tokens, *weights),
         out_specs=tokens,
+        axis_names=manual(jax.sharding.get_abstract_mesh().axis_names),
         check_vma=False,
     )(x, route, gate_up, down)
 
