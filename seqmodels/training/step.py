@@ -82,7 +82,7 @@ def make_train_step(
     boxed = abstract_params(model, config) if boxed is None else boxed
     factors, split_signs = rate_factors(groups, boxed) if groups else None, sign_rule(boxed)
     loss_sums = make_loss(model, config)
-    gradients_of = batch_gradients(loss_sums, accumulate, together=draws_by_row(config.model))
+    gradients_of = batch_gradients(loss_sums, accumulate, boxed, together=draws_by_row(config.model))
 
     def train_step(state, batch):
         rngs = random_streams(config, state.step)
