@@ -27,7 +27,7 @@ more than on one device, and the forward pass a summary, unless one device would
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,9 +84,11 @@ def selective_scan(
     if segment_ids is not None:
         initial_segment = segment_before(segment_ids, initial_segment, mask, axis)
     if _chains_devices(implementation, u, A):
-        documents = dict(segment_ids=segment_ids, initial_segment=initial_segment, mask=mask)
-        options = dict(dt_softplus=dt_softplus, implementation=implementation, axis=axis)
-        return op.selective_scan(u, dt, A, B, C, initial_state=initial_state, **documents, **optional, **options)
+        given: dict[str, Any] = dict(
+            initial_state=initial_state, initial_segment=initial_segment, mask=mask, **optional
+        )
+        given |= dict(segment_ids=segment_ids, dt_softplus=dt_softplus, implementation=implementation, axis=axis)
+        return op.selective_scan(u, dt, A, B, C, **given)
     arrays = dict(u=u, dt=dt, A=finite_decay(A), B=B, C=C, initial_state=initial_state, **optional)
     documents = dict(segment_ids=segment_ids, initial_segment=initial_segment, mask=mask)
     return _scan(Options(axis, dt_softplus, implementation), arrays, documents)
