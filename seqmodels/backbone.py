@@ -306,6 +306,12 @@ def redraw_every(config: Any) -> int:
     return max(branch.redraw_every for branch in branches)
 
 
+def draws_by_row(config: Any) -> bool:
+    """Whether a training step draws random numbers for each row, of the stream "dropout". `config` is config.model."""
+    branches = (branch_of(config, name, parent=None) for name in names(config.pattern))
+    return config.dropout > 0 or any(branch.draws_by_row for branch in branches)
+
+
 def context(config: Any) -> int | None:
     """Number of tokens that the model can see: `seq_len` if a state is a cache, or positions are learned; else None.
 

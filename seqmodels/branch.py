@@ -103,6 +103,11 @@ class Branch(nn.Module):
         return 0
 
     @property
+    def draws_by_row(self) -> bool:
+        """Whether it draws random numbers for each row in training, of the stream "dropout"."""
+        return False
+
+    @property
     def below(self) -> float:
         """Number of blocks below, for fresh parameters that depend on it; half of the others if it is not known."""
         return (self.layers - 1) / 2 if self.layer is None else self.layer

@@ -24,6 +24,9 @@ from jax.sharding import AxisType, PartitionSpec
 from seqmodels.kernels import OPERATIONS
 from seqmodels.kernels.axes import Axes, Layout
 
+# The mesh axis whose devices add up gradients only after their last micro-batch (seqmodels/training/micro_batches.py).
+APART = "data"
+
 if TYPE_CHECKING:  # the functions that `__getattr__` returns have the signatures of the kernels
     from seqmodels.kernels.attention import attention as attention
     from seqmodels.kernels.delta_rule import delta_rule as delta_rule
@@ -82,7 +85,8 @@ def run(operation: str, **arguments: Any) -> Any:
     inputs = {name: spec(layout.arrays[name]) for name in given}
     outputs = tuple(spec(axes) for axes in layout.results)
     out_specs = outputs if len(outputs) > 1 else outputs[0]  # a kernel returns a single result without a tuple
-    return jax.shard_map(part, in_specs=(inputs,), out_specs=out_specs, check_vma=False)(given)
+    split_over = manual(jax.sharding.get_abstract_mesh().axis_names)
+    return jax.shard_map(part, in_specs=(inputs,), out_specs=out_specs, axis_names=split_over, check_vma=False)(given)
 
 
 def axis_sizes(layout: Layout, arrays: Mapping[str, jax.Array]) -> dict[str, int]:
@@ -125,7 +129,18 @@ def mesh_axes(together: tuple[str, ...] = (), **sizes: int) -> dict[str | None, 
 def manual(axes: Iterable[str]) -> set[str]:
     """`axis_names` of a shard_map that splits arrays over these mesh axes and leaves the others to the compiler.
 
-    Axes of one device are among them: without any other axis the shard_map also runs where nothing is compiled.
+    Axes of one device are among them: without any other axis the shard_map also runs where nothing is compiled. Axes of
+    a shard_map around it are not.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    return set(axes) | {axis for axis, size in mesh.shape.items() if size == 1}
+    wanted = set(axes) | {axis for axis, size in mesh.shape.items() if size == 1}
+    return wanted - set(mesh.manual_axes)
+
+
+def mean_over_rows(x: Any) -> Any:
+    """The mean of arrays over the devices of APART, where each goes through micro-batches of its own; elsewhere x.
+
+    What branches report is a mean over tokens. It is the one over all rows, if it is a sum over the device's tokens,
+    divided by the mean of their number.
+    """
+    return jax.lax.pmean(x, APART) if APART in jax.sharding.get_abstract_mesh().manual_axes else x

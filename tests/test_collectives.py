@@ -1,6 +1,7 @@
 """What devices send each other: how it is read from a program, and what a training step may send by axis."""
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -17,8 +18,9 @@ from seqmodels.model import build
 from seqmodels.training import foresee, sharding, topology, xla
 from seqmodels.training.collectives import by_axis, collectives
 from seqmodels.training.optimizer import make_optimizer, make_schedule
-from seqmodels.training.state import abstract_params, abstract_state
+from seqmodels.training.state import abstract_params, abstract_state, init_state
 from seqmodels.training.step import lower_train_step, make_train_step
+from tests.training_model import random_batch
 
 CUBE = AbstractMesh((2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
 
@@ -100,6 +102,39 @@ def test_embedding_loss_and_optimizer_stay_within_their_budget():
     # Of tensor the hidden states: of the look-up, one way; of each layer and the logits' gradient.
     assert total("tensor", "all-reduce") < (2 + 2 * 2 + 1) * 2 * stream + 0.25 * size
     assert "all-gather" not in moved["tensor"] or total("tensor", "all-gather") < stream / 4
+
+
+def one_step(**fields):
+    """Abstract parameters, collectives, and the metrics of a step of one layer of minGRU."""
+    sizes = {"model.width": 16, "model.repeats": 1, "model.vocab_size": 64, "batch_size": 8, "seq_len": 12}
+    config = configs.mingru(**sizes, **fields)
+    mesh = sharding.make_mesh(config)
+    model = build(config.model, 64)
+    boxed = abstract_params(model, config)
+    optimizer = make_optimizer(config.optimizer, boxed)
+    abstract = abstract_state(model, optimizer, config, mesh, boxed)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
+        step = make_train_step(model, optimizer, make_schedule(config.optimizer, config.steps), config, boxed)
+        compiled = lower_train_step(step, abstract, config, mesh).compile()
+        state = init_state(model, optimizer, config, abstract)
+        batch = random_batch(0, config, 64)
+        batch["targets"][: config.batch_size // 2, ::3] = -1  # devices have different numbers of targets
+        _, metrics = compiled(state, sharding.put_batch(batch, mesh))
+    return abstract.params, collectives(compiled.as_text(), mesh), {k: float(v) for k, v in metrics.items()}
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+def test_micro_batches_add_up_gradients_over_data_once():
+    """After the last one, in float32: bytes of what a device holds, however many micro-batches there are."""
+    *_, alone = one_step(**{"mesh.data": 1})
+    meshes = {"mesh.data": 2, "mesh.fsdp": 2, "mesh.sequence": 2}
+    params, found, metrics = one_step(**meshes, **{"training.accumulate": 2})
+    assert metrics == pytest.approx(alone, rel=2e-6)
+    over_data = [each for each in found if "data" in each.axes.split("+")]
+    held = sum(math.prod(leaf.sharding.shard_shape(leaf.shape)) for leaf in jax.tree.leaves(params)) * 4
+    assert {(each.axes, each.kind, each.times) for each in over_data} == {("data", "all-reduce", 1)}
+    assert held <= sum(each.moved for each in over_data) < 1.01 * held
+    assert max(each.times for each in found) == 2  # what the other axes exchange for each micro-batch
 
 
 @pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")

@@ -17,9 +17,10 @@ from seqmodels.layers.parameter import Parameter
 from seqmodels.model import build
 from seqmodels.sequence import make_sequence
 from seqmodels.training import loop, metrics, sharding, side
+from seqmodels.training.micro_batches import split_rows
 from seqmodels.training.optimizer import global_norm, make_optimizer, make_schedule, sign_rule
 from seqmodels.training.state import abstract_params, abstract_state, init_state
-from seqmodels.training.step import lower_train_step, make_loss, make_train_step, random_streams, split_rows
+from seqmodels.training.step import lower_train_step, make_loss, make_train_step, random_streams
 from tests.array_data import ArrayDataset
 from tests.training_model import random_batch
 

@@ -64,6 +64,7 @@ def selective_scan(
     initial_segment: jax.Array | None = None,
     mask: jax.Array | None = None,
     implementation: str | None = None,
+    axis: str | tuple[str, ...] | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Selective scan over time, differentiable in every array, including the states.
 
@@ -88,6 +89,7 @@ def selective_scan(
         mask: [B, T] bool. A token with False does not change the state, and its inputs (even NaN) are ignored. Its
             output is zero.
         implementation: "reference", "xla", "mosaic_gpu", "mosaic_tpu". None: the fastest that supports the call.
+        axis: only for `sharded.py`, and for backends that split time over devices themselves.
 
     Returns:
         y [B, T, E] in u's dtype, and the final state [B, (G,) E, N] in float32 (float64 for float64 input).
@@ -114,7 +116,7 @@ def selective_scan(
     documents = dict(segment_ids=segment_ids, initial_segment=initial_segment, mask=mask)
 
     def call(backend, arrays):
-        return backend.selective_scan(**arrays, dt_softplus=dt_softplus)
+        return backend.selective_scan(**arrays, dt_softplus=dt_softplus, **({} if axis is None else {"axis": axis}))
 
     arrays = dict(u=u, dt=dt, A=A, B=B, C=C, initial_state=initial_state, **optional, **documents)
     facts = dict(shape=(*u.shape, A.shape[-1]), dtype=u.dtype)

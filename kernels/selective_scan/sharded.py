@@ -20,10 +20,14 @@ the piece then gives all other gradients.
 Cost on each of S devices, beyond its share of the work: one more forward scan (without skip and gate); in the backward
 pass one more reduction over [B, T, E, N], with one exponential per element; and a gather of S states [B, E, N] in each
 direction. Activations never leave their device.
+
+The kernels for Hopper GPUs chain the states of devices themselves. They scan a long row in pieces on one device, too,
+and have summaries of the pieces, e and tau, in both directions. So there the backward pass of a piece costs nothing
+more than on one device, and the forward pass a summary, unless one device would take it, too.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +35,11 @@ from jax.ad_checkpoint import checkpoint_name
 
 from seqmodels.kernels import selective_scan as op
 from seqmodels.kernels.arrays import zero_padding
+from seqmodels.kernels.dispatch import platforms
 from seqmodels.kernels.finite import finite_decay
 from seqmodels.kernels.pieces import chain
 from seqmodels.kernels.segments import forget, resets, segment_before
+from seqmodels.kernels.tuning import UNROLLED
 
 
 class Options(NamedTuple):
@@ -77,9 +83,22 @@ def selective_scan(
         initial_state = jnp.zeros((u.shape[0], *A.shape), jnp.promote_types(jnp.float32, u.dtype))
     if segment_ids is not None:
         initial_segment = segment_before(segment_ids, initial_segment, mask, axis)
+    if _chains_devices(implementation, u, A):
+        given: dict[str, Any] = dict(
+            initial_state=initial_state, initial_segment=initial_segment, mask=mask, **optional
+        )
+        given |= dict(segment_ids=segment_ids, dt_softplus=dt_softplus, implementation=implementation, axis=axis)
+        return op.selective_scan(u, dt, A, B, C, **given)
     arrays = dict(u=u, dt=dt, A=finite_decay(A), B=B, C=C, initial_state=initial_state, **optional)
     documents = dict(segment_ids=segment_ids, initial_segment=initial_segment, mask=mask)
     return _scan(Options(axis, dt_softplus, implementation), arrays, documents)
+
+
+def _chains_devices(implementation: str | None, u: jax.Array, A: jax.Array) -> bool:
+    """Whether the backend that the operation will choose takes an axis; it does not for a few tokens."""
+    shape = (*u.shape[:2], 1, u.shape[-1], A.shape[-1]) if u.ndim == 3 else (*u.shape, A.shape[-1])
+    chosen = {op.choose(platform, shape, dtype=u.dtype)[0] for platform in platforms()}
+    return shape[1] > UNROLLED and ({implementation} if implementation else chosen) == {"mosaic_gpu"}
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

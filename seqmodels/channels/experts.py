@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 from seqmodels.kernels.grouped_matmul import grouped_matmul
 from seqmodels.layers.exchange import Sizes, exchange
 from seqmodels.layers.routing import Route, combine, dispatch, permute, send_nowhere, sort_by_expert
-from seqmodels.parallel import mesh_axes
+from seqmodels.parallel import manual, mesh_axes
 
 
 def run_experts(
@@ -34,21 +34,22 @@ def run_experts(
     Returns:
         [B, T, D] in x's dtype.
     """
-    batch, length, _ = x.shape
+    batch, length, width = x.shape
     count, _, _, inner = gate_up.shape
     part = functools.partial(_part, implementation=implementation, limit=limit)
-    split = mesh_axes(batch=batch, length=length, expert=count, mlp=inner)
+    split = mesh_axes(batch=batch, length=length, expert=count, mlp=inner, embed=width)
     if split is None:
         return part(x, route, gate_up, down)
-    axis = {name: split.get(name, ()) for name in ("batch", "length", "expert", "mlp")}
+    axis = {name: split.get(name, ()) for name in ("batch", "length", "expert", "mlp", "embed")}
     tokens = P(axis["batch"], axis["length"], None)
-    weights = P(axis["expert"], None, None, axis["mlp"]), P(axis["expert"], axis["mlp"], None)
+    weights = P(axis["expert"], axis["embed"], None, axis["mlp"]), P(axis["expert"], axis["mlp"], axis["embed"])
     (expert_axis,) = axis["expert"] or (None,)
     together = expert_axis not in axis["batch"]
     return jax.shard_map(
-        functools.partial(part, axis=expert_axis, together=together, partial=axis["mlp"]),
+        functools.partial(part, axis=expert_axis, together=together, partial=axis["mlp"], parts=axis["embed"]),
         in_specs=(tokens, tokens, *weights),
         out_specs=tokens,
+        axis_names=manual(jax.sharding.get_abstract_mesh().axis_names),
         check_vma=False,
     )(x, route, gate_up, down)
 
@@ -64,6 +65,7 @@ def _part(
     axis: str | None = None,
     together: bool = False,
     partial: tuple[str, ...] = (),
+    parts: tuple[str, ...] = (),
 ) -> jax.Array:
     """`run_experts` for one device's tokens and experts.
 
@@ -71,7 +73,12 @@ def _part(
         axis: mesh axis that the experts are split over; None: the device holds all.
         together: all devices of that axis have the same tokens.
         partial: mesh axes that the inner channels of the experts are split over.
+        parts: mesh axes that the width of the weights is split over. They are gathered here, so that their gradients
+            are added up part by part: of whole weights XLA would add up all on every device.
     """
+    if parts:
+        gate_up = jax.lax.all_gather(gate_up, parts, axis=1, tiled=True)
+        down = jax.lax.all_gather(down, parts, axis=2, tiled=True)
     flat, experts, weights = (v.reshape(-1, v.shape[-1]) for v in (x, *route))
     mlps = functools.partial(_mlps, gate_up=gate_up, down=down, implementation=implementation)
     if axis is None:

@@ -17,6 +17,7 @@ from seqmodels.channels.mlp import gated_mlp, inner_width
 from seqmodels.fields.moe import MOE
 from seqmodels.layers import routing
 from seqmodels.layers.parameter import normal, parameter, residual_std, zeros
+from seqmodels.parallel import mean_over_rows
 from seqmodels.sequence import Sequence
 
 
@@ -110,14 +111,15 @@ class Moe(Branch):
         """The route without what is beyond the capacity. The weights of what is left stay as they are."""
         kept = routing.within_capacity(route.experts, self.experts, self.limit(route.experts.shape[1]))
         sent = route.experts < self.experts
-        dropped = jnp.sum(sent & ~kept) / jnp.maximum(jnp.sum(sent), 1)
+        dropped = jnp.sum(sent & ~kept) / jnp.maximum(mean_over_rows(jnp.sum(sent)), 1)
         self.sow("figures", "dropped_fraction", dropped)
         return routing.send_nowhere(route, kept, self.experts)
 
     @nn.nowrap
     def report(self, logits: jax.Array, probabilities: jax.Array, route: routing.Route, mask: jax.Array | None) -> None:
         """The router's losses, its figures and its logits. Without a reader they cost nothing."""
-        tokens, load = routing.tokens(logits, mask), routing.load(route.experts, self.experts).astype(jnp.float32)
+        load = mean_over_rows(routing.load(route.experts, self.experts).astype(jnp.float32))
+        tokens = routing.tokens(logits, mask)
         self.sow("routing", "logits", logits)
         fractions = self.load_so_far(load, tokens)
         balance = routing.load_balance_loss(fractions, routing.token_mean(probabilities, mask))

@@ -11,6 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from seqmodels.parallel import mean_over_rows
+
 
 class Route(NamedTuple):
     """Where tokens go.
@@ -95,10 +97,10 @@ def load(experts: jax.Array, count: int) -> jax.Array:
 
 
 def tokens(values: jax.Array, mask: jax.Array | None) -> jax.Array:
-    """float32: the number of tokens of values [..., X] that count, at least 1 as it divides."""
+    """float32: the number of tokens of values [..., X] that count, at least 1 as it divides; see `mean_over_rows`."""
     if mask is None:
         return jnp.float32(math.prod(values.shape[:-1]))
-    return jnp.maximum(jnp.sum(mask, dtype=jnp.float32), 1)
+    return jnp.maximum(mean_over_rows(jnp.sum(mask, dtype=jnp.float32)), 1)
 
 
 def token_sum(values: jax.Array, mask: jax.Array | None) -> jax.Array:

@@ -69,6 +69,11 @@ class Conba(Mamba):
     link = ""  # DenseSSM would read Mamba's state, and not the scaled one
 
     @property
+    def draws_by_row(self) -> bool:
+        """Whether there is noise."""
+        return self.observation_noise > 0 or self.process_noise > 0
+
+    @property
     def heads(self) -> int:
         """H, heads of control."""
         return self.inner // self.head_dim

@@ -68,6 +68,11 @@ class ConbaSeq(Mamba):
     link = ""
 
     @property
+    def draws_by_row(self) -> bool:
+        """Whether there is noise."""
+        return self.observation_noise > 0 or self.process_noise > 0
+
+    @property
     def heads(self) -> int:
         """H, heads of control."""
         return self.inner // self.head_dim

@@ -14,9 +14,10 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from seqmodels.errors import UserError
 from seqmodels.heads import HEADS
 from seqmodels.interop.stacking import unstack
+from seqmodels.training.micro_batches import split_rows
 from seqmodels.training.sharding import AXES, unbox
 from seqmodels.training.state import TrainState
-from seqmodels.training.step import make_loss, random_streams, split_rows
+from seqmodels.training.step import make_loss, random_streams
 
 
 def mode(config: ConfigDict) -> str:

@@ -10,10 +10,12 @@ from flax import linen as nn
 from jax.sharding import Mesh
 from ml_collections import ConfigDict
 
-from seqmodels.backbone import redraw_every
+from seqmodels.backbone import draws_by_row, redraw_every
 from seqmodels.data.contract import Spec, text_spec
 from seqmodels.model import head_of, input_of
+from seqmodels.parallel import mean_over_rows
 from seqmodels.training import sharding, side
+from seqmodels.training.micro_batches import batch_gradients
 from seqmodels.training.optimizer import averaged_params, global_norm, rate_factors, sign_rule
 from seqmodels.training.state import TrainState, abstract_params
 from seqmodels.training.xla import compiler_options
@@ -48,7 +50,7 @@ def make_loss(model: nn.Module, config: ConfigDict) -> Callable[..., tuple[jax.A
             return model.apply({"params": params}, *arguments, method=method)
 
         total, sums = head.loss(outputs_of, hidden, rows, **options)
-        reports = side.weighted(side.collect(reported, config.model), sums.count)
+        reports = side.weighted(side.collect(reported, config.model), mean_over_rows(sums.count))
         for loss in reports.losses.values():
             total += loss
         return total, ((sums, reports), new_carry, reported.get(side.RUNNING, {}))
@@ -80,36 +82,11 @@ def make_train_step(
     boxed = abstract_params(model, config) if boxed is None else boxed
     factors, split_signs = rate_factors(groups, boxed) if groups else None, sign_rule(boxed)
     loss_sums = make_loss(model, config)
-    gradients = jax.grad(loss_sums, has_aux=True)
-
-    def batch_gradients(params, batch, carry, rngs):
-        """Sums over the batch of the loss and of its gradients, micro-batch by micro-batch."""
-        if accumulate == 1:
-            grads, (sums, carry, _) = gradients(params, batch, carry, rngs)
-            return grads, sums, carry
-
-        def body(totals, piece):
-            (total, running), (index, rows, rows_carry) = totals, piece
-            streams = dict(rngs, dropout=jax.random.fold_in(rngs["dropout"], index))
-            grads, (sums, new_carry, running) = gradients(params, rows, rows_carry, streams, running)
-            return (jax.tree.map(jnp.add, total, (grads, sums)), running), new_carry
-
-        def of_first(batch, carry):
-            rows, rows_carry = jax.tree.map(lambda x: x[0], split_rows((batch, carry), accumulate))
-            sums, _, running = loss_sums(params, rows, rows_carry, rngs, {})[1]
-            return sums, running
-
-        # What branches report, and what they keep between micro-batches, is known only from a trace.
-        shapes = jax.eval_shape(of_first, batch, carry)
-        sums, running = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
-        zero = (jax.tree.map(jnp.zeros_like, params), sums), running
-        pieces = (jnp.arange(accumulate), split_rows(batch, accumulate), split_rows(carry, accumulate))
-        ((grads, sums), _), new_carry = jax.lax.scan(body, zero, pieces)
-        return grads, sums, join_rows(new_carry)
+    gradients_of = batch_gradients(loss_sums, accumulate, boxed, together=draws_by_row(config.model))
 
     def train_step(state, batch):
         rngs = random_streams(config, state.step)
-        grads, (sums, reports), carry = batch_gradients(state.params, batch, state.carry, rngs)
+        grads, (sums, reports), carry = gradients_of(state.params, batch, state.carry, rngs)
         grads = jax.tree.map(lambda g: g / sums.count, grads)
         grads, moves = split_signs(grads) if split_signs else (grads, None)
         figures = head.figures(sums, **options)
@@ -180,13 +157,3 @@ def lower_train_step(
         compiler_options=compiler_options(mesh, config.training.xla) or None,
     )
     return step.lower(abstract, batch)
-
-
-def split_rows(tree: Any, pieces: int) -> Any:
-    """[B, ...] to [pieces, B / pieces, ...]. Piece i has the rows i, i + pieces, ...: no row changes its device."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] // pieces, pieces, *x.shape[1:]).swapaxes(0, 1), tree)
-
-
-def join_rows(tree: Any) -> Any:
-    """The inverse of split_rows."""
-    return jax.tree.map(lambda x: x.swapaxes(0, 1).reshape(x.shape[0] * x.shape[1], *x.shape[2:]), tree)

@@ -10,7 +10,9 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from seqmodels.kernels import selective_scan as op
-from seqmodels.kernels.selective_scan import sharded
+from seqmodels.kernels.arrays import pad
+from seqmodels.kernels.selective_scan import mosaic_gpu, reference, sharded
+from seqmodels.kernels.selective_scan.mosaic_gpu import tuning
 from tests.kernels.helpers import assert_close, poisoned
 from tests.kernels.inputs import selective_scan_inputs
 from tests.kernels.split_time import LENGTH, PIECES, SPLITS, moved, tpu_mesh
@@ -123,3 +125,89 @@ def test_no_activation_leaves_its_chip():
     sizes = moved(jax.jit(jax.value_and_grad(functional)).lower(args, static).compile())
     assert sizes.get("all-gather"), sizes
     assert max(max(s) for s in sizes.values()) < length // 8 * width, sizes
+
+
+class Definitions:
+    """The results of the kernels for Hopper GPUs by the definition of the scan, in place of the kernels, for one group.
+
+    What is around the kernels, and chains the states of pieces and devices, then runs on any platform.
+    """
+
+    @staticmethod
+    def scan(u, dt, A, B, C, D, z, dt_bias, initial_state, marks, softplus):
+        """y [b, T, E'] and the final state; channels padded as A's."""
+        u, dt, z = (None if x is None else pad(x, {-1: A.shape[1]}) for x in (u, dt, z))
+        documents = dict(segment_ids=None, initial_segment=None, mask=None)
+        if marks is not None:
+            marks = marks[:, : u.shape[1]]
+            begun = jnp.cumsum(marks[..., 0] < 0, axis=1, dtype=jnp.int32)
+            first = jnp.zeros(len(begun), jnp.int32)
+            documents = dict(segment_ids=begun, initial_segment=first, mask=marks[..., 1] > 0)
+        optional = dict(z=z, dt_bias=dt_bias, weights=None, initial_state=initial_state)
+        return reference.selective_scan(u, dt, A, B, C, D, **optional, **documents, dt_softplus=softplus)
+
+    @classmethod
+    def end_of_state(cls, u, dt, A, B, dt_bias, marks, softplus):
+        end = cls.scan(u, dt, A, B, B, None, None, dt_bias, jnp.zeros((len(u), *A.shape)), marks, softplus)[1]
+        return end, cls.steps(dt, A, dt_bias, marks, softplus)
+
+    @staticmethod
+    def steps(dt, A, dt_bias, marks, softplus):
+        dt = pad(dt, {-1: A.shape[1]}) + dt_bias
+        dt = jax.nn.softplus(dt) if softplus else dt
+        dt = dt if marks is None else jnp.where(marks[:, : dt.shape[1], 1, None, None] > 0, dt, 0)
+        return jnp.sum(dt, axis=1)
+
+    @classmethod
+    def end_of_gradient(cls, dt, A, C, z, dt_bias, weights, marks, dy, softplus):
+        nothing = jnp.zeros_like(dt), jnp.zeros_like(C), jnp.zeros((len(dt), *A.shape))
+
+        def y(state):
+            return cls.scan(nothing[0], dt, A, nothing[1], C, None, z, dt_bias, state, marks, softplus)[0]
+
+        (start,) = jax.vjp(y, nothing[2])[1](pad(dy, {-1: A.shape[1]}))
+        return start, cls.steps(dt, A, dt_bias, marks, softplus)
+
+    @classmethod
+    def forward(cls, u, dt, A, B, C, D, z, dt_bias, weights, initial_state, marks, softplus, block, chunk, save):
+        ys, state, saved = [], initial_state, []
+        for first in range(0, u.shape[1], save or chunk):
+            cut = lambda x, first=first: None if x is None else x[:, first : first + (save or chunk)]  # noqa: E731
+            saved.append(state.reshape(len(u), -1))
+            y, state = cls.scan(
+                *map(cut, (u, dt)), A, *map(cut, (B, C)), D, cut(z), dt_bias, state, cut(marks), softplus
+            )
+            ys.append(y)
+        return jnp.concatenate(ys, 1), state, jnp.stack(saved, 1)
+
+    @classmethod
+    def backward(cls, u, dt, A, B, C, D, z, dt_bias, weights, marks, saved, dy, dfinal, softplus, chunk):
+        def one(arrays, marks, dy, dfinal):
+            def run(u, dt, A, B, C, D, z, dt_bias, state):
+                row = [None if x is None else x[None] for x in (u, dt, B, C, z, state, marks)]
+                y, last = cls.scan(row[0], row[1], A, row[2], row[3], D, row[4], dt_bias, row[5], row[6], softplus)
+                return y[0], last[0]
+
+            return jax.vjp(run, *arrays)[1]((dy, dfinal))
+
+        rows, start = len(u), saved[:, 0].reshape(len(u), *A.shape)
+        same = lambda x: jnp.broadcast_to(x, (rows, *x.shape))  # noqa: E731
+        given = u, dt, same(A), B, C, same(D), z, same(dt_bias), start
+        du, ddt, dA, dB, dC, dD, dz, dbias, dinitial = jax.vmap(one)(given, marks, pad(dy, {-1: A.shape[1]}), dfinal)
+        gradients = dict(du=du, ddt=ddt, dA=dA, dD=dD[:, None, None], dbias=dbias[:, None], dinitial=dinitial)
+        return gradients | dict(dBC=jnp.stack([dB, dC], axis=3)[:, None], dz=dz[:, :, None])
+
+
+@pytest.mark.parametrize("case", ["plain", "padded and packed"])
+def test_kernels_for_gpus_chain_devices_themselves(monkeypatch, case):
+    """Two pieces of time forwards on each device, one backwards; the kernels replaced by what they compute."""
+    for name in ("end_of_state", "end_of_gradient", "forward", "backward"):
+        monkeypatch.setattr(mosaic_gpu, name, getattr(Definitions, name))
+    monkeypatch.setattr(mosaic_gpu, "supports", lambda *facts, **more: None)
+    monkeypatch.setattr(sharded, "UNROLLED", 0)
+    monkeypatch.setattr(tuning, "plan_forward", lambda *shape: (128, 2))
+    monkeypatch.setattr(tuning, "plan_backward", lambda *shape: 1)
+    args, static = {name: x for name, x in inputs().items() if name != "weights"}, SPLITS[case]
+    scan = functools.partial(split, mesh=mesh(), implementation="mosaic_gpu")
+    got = jax.jit(functools.partial(value_and_gradients, scan))(args, static)
+    assert_close(got, as_a_whole(args, static), 1e-5)

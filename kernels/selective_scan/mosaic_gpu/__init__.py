@@ -7,7 +7,7 @@ decoding, use a kernel of their own.
 
 import functools
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,7 @@ from jax.typing import DTypeLike
 from seqmodels.kernels import lanes
 from seqmodels.kernels.arrays import mapped, pad, round_up
 from seqmodels.kernels.interpreter import gpu_interpreter
+from seqmodels.kernels.pieces import chain as chain_devices
 from seqmodels.kernels.pieces import chain_unrolled
 from seqmodels.kernels.segments import forget, resets
 from seqmodels.kernels.selective_scan import xla
@@ -32,6 +33,8 @@ from seqmodels.kernels.tuning import UNROLLED
 
 OVER_TIME = ("u", "dt", "B", "C", "z", "weights", "dy", "du", "ddt", "dz", "dweights")
 DTYPES = ("bfloat16", "float16", "float32")
+
+Axis = str | tuple[str, ...]
 
 
 def supports(
@@ -73,11 +76,16 @@ def selective_scan(
     initial_segment: jax.Array | None,
     mask: jax.Array | None,
     dt_softplus: bool,
+    axis: Axis | None = None,
 ) -> tuple[jax.Array, jax.Array]:
-    """As `kernels.selective_scan.selective_scan`, with the group axis present and padding set to zero."""
+    """As `kernels.selective_scan.selective_scan`, with the group axis present and padding set to zero.
+
+    Args:
+        axis: mesh axis (or axes) that time is split over, inside a shard_map; see `kernels.selective_scan.sharded`.
+    """
     _, length, groups, width = u.shape
     states = A.shape[-1]
-    if few.supports((*u.shape, states)) is None:
+    if axis is None and few.supports((*u.shape, states)) is None:
         arrays = dict(u=u, dt=dt, A=A, B=B, C=C, D=D, z=z, dt_bias=dt_bias, weights=weights)
         documents = dict(segment_ids=segment_ids, initial_segment=initial_segment, mask=mask)
         return few_tokens(arrays | dict(initial_state=initial_state), documents, dt_softplus)
@@ -109,8 +117,9 @@ def selective_scan(
     reset = resets(segment_ids, initial_segment, mask)
     count = lanes.processors()
     chunk: Any = forward_chunks(arrays)
-    block, ahead = tuning.plan_forward(u.shape[0], length, padded, count, tuple(chunk))
-    back = tuning.plan_backward(u.shape[0] * groups, length, padded, size, count)
+    across = axis is not None
+    block, ahead = tuning.plan_forward(u.shape[0], length, padded, count, across, tuple(chunk))
+    back = tuning.plan_backward(u.shape[0] * groups, length, padded, size, count, across)
     chunk, pieces = chunk[block], max(ahead, back)
     tokens = round_up(length, chunk * pieces)
     if length < tokens and (length < chunk or pieces > 1):  # copies need whole chunks, pieces equal lengths
@@ -120,7 +129,7 @@ def selective_scan(
         }
         mask = jnp.ones(u.shape[:2], bool) if mask is None else mask
     save = min(chunk, backward_chunk(arrays))
-    y, state = _scan(arrays, marks(reset, mask, tokens), dt_softplus, block, (chunk, save), (ahead, back))
+    y, state = _scan(arrays, marks(reset, mask, tokens), dt_softplus, block, (chunk, save), (ahead, back), axis)
     return y[:, :length, :width], state[:, :, :width, :states]
 
 
@@ -168,48 +177,58 @@ def backward_chunk(arrays: Mapping[str, Any]) -> int:
     return next((chunk for chunk in (8, 4) if backward_bytes(chunk=chunk, states=states, **inputs) <= SHARED), 4)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5))
-def _scan(arrays, marks, softplus, block, chunk, pieces):
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4, 5, 6))
+def _scan(arrays, marks, softplus, block, chunk, pieces, axis):
     """y [b, T', E'] and the final state; `arrays` are arguments of `forward`."""
-    return _forward(arrays, marks, softplus, block, chunk, pieces[0], save=False)[0]
+    return _forward(arrays, marks, softplus, block, chunk, pieces[0], axis, save=False)[0]
 
 
-def _forward(arrays, marks, softplus, block, chunk, pieces, save):
+def _forward(arrays, marks, softplus, block, chunk, pieces, axis, save):
     """(y, final state), and the states saved for the backward pass."""
-    if pieces > 1:
+    end = None
+    if pieces > 1 or axis:
         start, arrays = arrays["initial_state"], {name: cut(name, x, pieces) for name, x in arrays.items()}
         marks = cut("marks", marks, pieces)
         inputs = {name: arrays[name] for name in ("u", "dt", "A", "B", "dt_bias")}
-        end, steps = mapped(end_of_state, softplus=softplus)(inputs | dict(marks=marks))
-        arrays["initial_state"] = chain(start, *decay_of(arrays["A"], steps, marks), end, pieces)
+        stretches = stretches_of(
+            arrays["A"], *mapped(end_of_state, softplus=softplus)(inputs | dict(marks=marks)), marks
+        )
+        if axis:
+            start, end = across(axis, arrays["A"], start, stretches, pieces)
+        arrays["initial_state"] = chain(start, stretches, pieces)
     run = mapped(forward, softplus=softplus, block=block, chunk=chunk[0], save=chunk[1] if save else 0)
     y, final, saved = run(arrays | dict(marks=marks))
     if pieces > 1:
         y = y.reshape(-1, pieces * y.shape[1], y.shape[2])
         final = final.reshape(-1, pieces, *final.shape[1:])[:, -1]
-    return (y, final), saved
+    return (y, final if end is None else end), saved
 
 
-def _scan_fwd(arrays, marks, softplus, block, chunk, pieces):
-    out = _forward(arrays, marks, softplus, block, chunk, pieces[0], save=True)
+def _scan_fwd(arrays, marks, softplus, block, chunk, pieces, axis):
+    out = _forward(arrays, marks, softplus, block, chunk, pieces[0], axis, save=True)
     out, saved = jax.tree.map(lambda x: checkpoint_name(x, "scan"), out)
     return out, (arrays, marks, saved)
 
 
-def _scan_bwd(softplus, block, chunk, pieces, residuals, cotangents):
+def _scan_bwd(softplus, block, chunk, pieces, axis, residuals, cotangents):
     arrays, marks, saved = residuals
     dy, dfinal = cotangents
+    if axis:
+        dfinal = jax.lax.psum(dfinal, axis)  # every device holds a copy of the final state; their gradients add up
     batch, length, _, width = arrays["u"].shape
     pieces = pieces[1]
     saved = saved.reshape(batch * pieces, -1, *saved.shape[2:])
     inputs = {name: x for name, x in arrays.items() if name != "initial_state"}
     dy = dy[:, :length, :width]
-    if pieces > 1:
+    if pieces > 1 or axis:
         inputs = {name: cut(name, x, pieces) for name, x in inputs.items()}
         marks, dy = cut("marks", marks, pieces), cut("dy", dy, pieces)
         read = {name: x for name, x in inputs.items() if name not in ("u", "B", "D")}
-        start, steps = mapped(end_of_gradient, softplus=softplus)(read | dict(marks=marks, dy=dy))
-        dfinal = chain(dfinal, *decay_of(arrays["A"], steps, marks), start, pieces, reverse=True)
+        ends = mapped(end_of_gradient, softplus=softplus)(read | dict(marks=marks, dy=dy))
+        stretches = stretches_of(arrays["A"], *ends, marks)
+        if axis:
+            dfinal, _ = across(axis, arrays["A"], dfinal, stretches, pieces, reverse=True)
+        dfinal = chain(dfinal, stretches, pieces, reverse=True)
     run = mapped(backward, softplus=softplus, chunk=chunk[1])
     g = run(inputs | dict(marks=marks, saved=saved, dy=dy, dfinal=dfinal))
     dBC = jnp.sum(g["dBC"], axis=1)
@@ -217,6 +236,8 @@ def _scan_bwd(softplus, block, chunk, pieces, residuals, cotangents):
         whole = {name: x.reshape(-1, pieces * x.shape[1], *x.shape[2:]) for name, x in g.items() if name in OVER_TIME}
         g = {**g, **whole, "dinitial": g["dinitial"].reshape(-1, pieces, *g["dinitial"].shape[1:])[:, 0]}
         dBC = dBC.reshape(-1, pieces * dBC.shape[1], *dBC.shape[2:])
+    if axis:  # the initial state is that of the first device
+        g = {**g, "dinitial": jnp.where(jax.lax.axis_index(axis) == 0, g["dinitial"], 0)}
     dB, dC = jnp.moveaxis(dBC[:, :length], 3, 0)
     dweights = None
     if arrays["weights"] is not None:
@@ -246,25 +267,61 @@ def cut(name: str, x: jax.Array | None, pieces: int) -> jax.Array | None:
     return x.reshape(x.shape[0] * pieces, x.shape[1] // pieces, *x.shape[2:])
 
 
-def decay_of(A: jax.Array, steps: jax.Array, marks: jax.Array | None) -> tuple[jax.Array, jax.Array | None]:
-    """Decay over each whole sequence: exp(A sum dt) [b, G, E', N], 0 if a document begins in it; and whether one does.
+class Stretches(NamedTuple):
+    """What stretches of time [b, ...] map the state before them to: decay * state + end.
 
-    The second is [b] bool, or None without marks.
+    Attributes:
+        decay: exp(A steps) [b, G, E', N], 0 if a document begins in the stretch.
+        end: [b, G, E', N].
+        steps: sum of the steps, [b, G, E'].
+        begins: whether a document begins in it, [b] bool; None: without documents.
     """
+
+    decay: jax.Array
+    end: jax.Array
+    steps: jax.Array
+    begins: jax.Array | None
+
+
+def stretches_of(A: jax.Array, end: jax.Array, steps: jax.Array, marks: jax.Array | None) -> Stretches:
+    """The stretches of whole sequences, from the results of `summary`."""
     begins = None if marks is None else jnp.any(marks[..., 0] < 0, axis=1)
-    return forget(jnp.exp(A * steps[..., None]), begins), begins
+    return Stretches(forget(jnp.exp(A * steps[..., None]), begins), end, steps, begins)
 
 
-def chain(
-    start: jax.Array, decay: jax.Array, begins: jax.Array | None, end: jax.Array, pieces: int, reverse: bool = False
-) -> jax.Array:
+def chain(start: jax.Array, stretches: Stretches, pieces: int, reverse: bool = False) -> jax.Array:
     """The state before each piece [b pieces, G, E', N], from the state before the first piece.
 
     With `reverse`: the state after each piece, from the state after the last piece.
     """
-    decay, end = (x.reshape(-1, pieces, *x.shape[1:]) for x in (decay, end))
-    states = chain_unrolled(decay, end, start, None if begins is None else begins.reshape(-1, pieces), reverse)
+    decay, end, _, begins = by_sequence(stretches, pieces)
+    states = chain_unrolled(decay, end, start, begins, reverse)
     return states.reshape(-1, *states.shape[2:])
+
+
+def by_sequence(stretches: Stretches, pieces: int) -> Stretches:
+    """The pieces of each sequence as the second axis: [b pieces, ...] to [b, pieces, ...]."""
+    return jax.tree.map(lambda x: x.reshape(-1, pieces, *x.shape[1:]), stretches)
+
+
+def across(
+    axis: Axis, A: jax.Array, state: jax.Array, stretches: Stretches, pieces: int, reverse: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """The state before this device's pieces of time and the state after all devices, from the state before them.
+
+    With `reverse`: the state after this device's pieces and the state before all devices. Devices exchange the ends
+    and the steps of their time.
+    """
+    own = by_sequence(stretches, pieces)
+    last = 0 if reverse else pieces - 1
+    before = chain_unrolled(own.decay, own.end, jnp.zeros_like(state), own.begins, reverse)[:, last]
+    begins = None if own.begins is None else own.begins[:, last]
+    end = own.decay[:, last] * forget(before, begins) + own.end[:, last]
+    begins = None if own.begins is None else jnp.any(own.begins, axis=1)
+    end, steps, begins = jax.lax.all_gather((end, jnp.sum(own.steps, axis=1), begins), axis)
+    decay = forget(jnp.exp(A * steps[..., None]), begins)
+    befores, after = chain_devices(decay, end, state, begins, reverse)
+    return befores[jax.lax.axis_index(axis)], after
 
 
 _scan.defvjp(_scan_fwd, _scan_bwd)

@@ -21,25 +21,26 @@ WIDEST = max(FORWARD)
 
 
 def plan_forward(
-    batch: int, length: int, width: int, count: int, blocks: Sequence[int] = tuple(FORWARD)
+    batch: int, length: int, width: int, count: int, across: bool = False, blocks: Sequence[int] = tuple(FORWARD)
 ) -> tuple[int, int]:
     """Channels per block, one of `blocks`, and number of pieces of time.
 
-    Args: as for the scan; width: a multiple of 128. count: multiprocessors.
+    Args: as for the scan; width: a multiple of 128. count: multiprocessors. across: whether time goes on on other
+        devices, which needs the summaries in any case.
     """
     costs = {
-        (block, pieces): cost(batch, length, width, count, block, FORWARD[block], pieces, SUMMARY["forward"])
+        (block, pieces): cost(batch, length, width, count, block, FORWARD[block], pieces, SUMMARY["forward"], across)
         for pieces in pieces_of(length)
         for block in blocks
     }
     return min(costs, key=costs.__getitem__)
 
 
-def plan_backward(batch: int, length: int, width: int, states: int, count: int) -> int:
+def plan_backward(batch: int, length: int, width: int, states: int, count: int, across: bool = False) -> int:
     """Number of pieces of time; arguments as for `plan_forward`."""
     block = Tile(states).channels
     costs = {
-        pieces: cost(batch, length, width, count, block, BACKWARD, pieces, SUMMARY["backward"])
+        pieces: cost(batch, length, width, count, block, BACKWARD, pieces, SUMMARY["backward"], across)
         for pieces in pieces_of(length)
     }
     return min(costs, key=costs.__getitem__)
@@ -54,12 +55,21 @@ def pieces_of(length: int) -> list[int]:
 
 
 def cost(
-    batch: int, length: int, width: int, count: int, block: int, nanoseconds: float, pieces: int, summary: float
+    batch: int,
+    length: int,
+    width: int,
+    count: int,
+    block: int,
+    nanoseconds: float,
+    pieces: int,
+    summary: float,
+    across: bool = False,
 ) -> float:
-    """Nanoseconds of a kernel with blocks of `block` channels, plus the summaries if time is split into pieces."""
+    """Nanoseconds of a kernel with blocks of `block` channels, plus the summaries if time is split into pieces, of this
+    device or of several."""
 
     def waves(channels):
         return -(-(batch * pieces * width) // (channels * count))
 
     total = waves(block) * nanoseconds
-    return length / pieces * (total + (waves(WIDEST) * summary if pieces > 1 else 0))
+    return length / pieces * (total + (waves(WIDEST) * summary if pieces > 1 or across else 0))
