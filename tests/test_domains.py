@@ -371,6 +371,12 @@ def test_frames_of_a_spectrum(tmp_path):
     inner = slice(power[:, 0].argmax() + 1, power[:, -1].argmax())  # where two bands overlap
     np.testing.assert_allclose(power[inner].sum(axis=1), 1, atol=1e-12)
     one, long = np.sin(2 * np.pi * 0.1 * samples)[None] * 1000, np.array([2000])
+    fading = RNG.normal(size=(1, 2000)) * np.exp(-samples / 300) * 1000
+    short, padded = (sound.spectra(fading, np.array([20]), length, 16, "band") for length in (20, 80))
+    np.testing.assert_allclose(padded[:, :20], short, atol=1e-5)  # padding changes no frame
+    whole = sound.spectra(fading, np.array([20]), 20, 16, "clip")
+    assert whole.std() == pytest.approx(1, abs=1e-5) and np.ptp(whole.std(axis=1)) > 0.1
+    np.testing.assert_allclose(whole / whole.std(axis=1, keepdims=True), short, atol=1e-4)
     fast, lengths = sound.varied(one, long, 0.2, np.random.default_rng(1))
     speed = np.exp(0.2 * np.random.default_rng(1).normal())
     peak = np.abs(np.fft.rfft(fast[0, : lengths[0]])).argmax() / lengths[0]
