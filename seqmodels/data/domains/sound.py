@@ -151,8 +151,8 @@ def varied(
 def spectra(samples: np.ndarray, frames: np.ndarray, length: int, bands: int, scale: str) -> np.ndarray:
     """[B, length, bands] float32: logarithms of the power in bands of samples [B, T].
 
-    Each band has mean 0 over the first `frames` [B] frames of a row, which are the real ones, and by `scale` each or all
-    together have deviation 1. FLOOR of the mean power of these frames is added to every power.
+    Each band has mean 0 over the first `frames` [B] frames of a row, which are the real ones, and by `scale` each band
+    or all of them together have deviation 1. FLOOR of the mean power of these frames is added to every power.
     """
     samples = np.pad(samples, ((0, 0), (0, max((length - 1) * HOP + FRAME - samples.shape[1], 0))))
     windows = np.lib.stride_tricks.sliding_window_view(samples, FRAME, axis=1)[:, ::HOP][:, :length]
