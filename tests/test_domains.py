@@ -20,7 +20,17 @@ from scipy.integrate import solve_ivp
 from seqmodels import data, evals
 from seqmodels.configs import domains as configs
 from seqmodels.data import mu_law
-from seqmodels.data.domains import DOMAINS, baselines, dna, electricity, make_domain, pathfinder, pendulum, sound
+from seqmodels.data.domains import (
+    DOMAINS,
+    baselines,
+    contours,
+    dna,
+    electricity,
+    make_domain,
+    pathfinder,
+    pendulum,
+    sound,
+)
 from seqmodels.data.domains.images import warped
 from seqmodels.data.synthetic.listops import value
 from seqmodels.errors import UserError
@@ -507,6 +517,28 @@ def test_pathfinder(tmp_path, monkeypatch):
     grid = np.linspace(-pathfinder.LARGEST_TURN, pathfinder.LARGEST_TURN, 2001)
     expected = np.average(np.abs(grid), weights=density(grid))
     assert np.abs(turns).mean() == pytest.approx(expected, rel=0.06)
+
+
+def test_the_cheapest_path_between_discs():
+    """By Bellman's iteration over all pixels; a line between the discs makes it cheap, one beside them does not."""
+    cost, start = RNG.uniform(0.1, 1, size=(5, 5)), (0, 1)
+    best = np.full((5, 5), np.inf)
+    best[start] = 0.0
+    for _ in range(25):
+        for row, column in np.ndindex(5, 5):
+            for y, x in np.ndindex(5, 5):
+                if max(abs(y - row), abs(x - column)) == 1:
+                    price = (cost[row, column] + cost[y, x]) / 2 * np.hypot(y - row, x - column)
+                    best[row, column] = min(best[row, column], best[y, x] + price)
+    for end in ((4, 4), (2, 0), (0, 4)):
+        assert contours.cheapest(cost, start, end) == pytest.approx(best[end])
+    images = np.zeros((2, 32, 32))
+    for image, lower in zip(images, (0, 6), strict=True):
+        image[np.arange(9, 20) + lower, np.linspace(9, 25, 11).astype(int)] = 60
+        image[8, 8] = image[20, 26] = 255
+    assert all(set(contours.discs_of(image / 255)) == {(8, 8), (20, 26)} for image in images)
+    linked, apart = contours.path_costs(images.reshape(2, -1))
+    assert (linked < apart - 0.3).all()
 
 
 def test_pathfinder_is_drawn_once(tmp_path):
