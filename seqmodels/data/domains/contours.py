@@ -57,10 +57,11 @@ def steps(side: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Numbers of the pixels on both sides of every step to a neighbour, once for both directions, and its length."""
     places = np.arange(side**2).reshape(side, side)
     pairs = [
-        (places[:, :-1], places[:, 1:], 1.0),
-        (places[:-1], places[1:], 1.0),
-        (places[:-1, :-1], places[1:, 1:], 2**0.5),
-        (places[:-1, 1:], places[1:, :-1], 2**0.5),
+        (places[:, :-1], places[:, 1:]),
+        (places[:-1], places[1:]),
+        (places[:-1, :-1], places[1:, 1:]),
+        (places[:-1, 1:], places[1:, :-1]),
     ]
-    ends = [np.concatenate([pair[which].ravel() for pair in pairs]) for which in (0, 1)]
-    return ends[0], ends[1], np.concatenate([np.full(one.size, length) for one, _, length in pairs])
+    one, other = (np.concatenate([pair[which].ravel() for pair in pairs]) for which in (0, 1))
+    lengths = np.repeat([1.0, 1.0, 2**0.5, 2**0.5], [pair[0].size for pair in pairs])
+    return one, other, lengths

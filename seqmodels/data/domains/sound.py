@@ -102,8 +102,7 @@ class Sound(Domain):
             samples = read_wav(path)[:: self.every][:length]
             inputs[row, : len(samples), 0], lengths[row] = samples, len(samples)
         labels = np.array([label for _, label in files], np.int32)
-        spectrum = dict(bands=self.bands, scale=self.scale, vary=self.vary, hide=self.hide)
-        return Clips(inputs, lengths, labels, **spectrum)
+        return Clips(inputs, lengths, labels, bands=self.bands, scale=self.scale, vary=self.vary, hide=self.hide)
 
 
 @dataclasses.dataclass(frozen=True)
