@@ -36,8 +36,8 @@ FIELDS: dict[str, dict[str, Any]] = {
     "listops": dict(depth=4, arguments=5, shortest=10, longest=100, rows=20000, held=1000),
     "bases": dict(reverse_complement=True),
     "species": dict(rows=20000, held=2000),
-    "sound": dict(every=1, other="", bands=0, vary=0.0, hide=0.0),
-    "words": dict(every=1, other="", bands=40, vary=0.15, hide=0.0),
+    "sound": dict(every=1, other="", bands=0, scale="band", vary=0.0, hide=0.0),
+    "words": dict(every=1, other="", bands=24, scale="clip", vary=0.15, hide=0.2),
     "waves": dict(every=1),
     "texts": dict(text="text", label="label"),
     "text_pairs": dict(text="text", label="label", other="other"),
@@ -66,8 +66,8 @@ NEXT: dict[str, Any] = dict(input="tokens", head="next_token", pool="mean")
 USUAL: dict[str, Any] = dict(
     batch_size=32, steps=1000, width=64, layers=2, learning_rate=3e-3, weight_decay=0.05, dropout=0.1
 )
-# Sizes of each preset: the row's length in steps, what a training run takes, and the range of the step sizes of SLOW
-# mixers where theirs is for longer rows
+# Sizes of each preset: the row's length in steps, what a training run takes, and where those of their configs are for
+# longer rows, the range of the step sizes of SLOW mixers, and the state of S5
 SIZES: dict[str, dict[str, Any]] = {
     "digits": FRAMES | dict(length=64),
     "mnist5k": FRAMES | dict(length=784, steps=1200, width=96, layers=4, batch_size=96, learning_rate=4e-3),
@@ -81,7 +81,7 @@ SIZES: dict[str, dict[str, Any]] = {
     "listops": TOKENS | dict(length=100, steps=2000),
     "bases": NEXT | dict(length=1024, steps=1000, width=256, layers=4, batch_size=64, dropout=0.0),
     "species": TOKENS | dict(length=64, steps=2500, width=128, batch_size=256),
-    "words": FRAMES | dict(length=100, steps=400, batch_size=64, dropout=0.2, dt=(0.01, 1.0)),
+    "words": FRAMES | dict(length=100, steps=600, batch_size=64, dropout=0.2, dt=(0.01, 1.0), state=64),
     "sound": FRAMES | dict(length=16000, steps=5000, width=128, layers=6, batch_size=16),
     "waves": NEXT | dict(length=8000, steps=10000, width=128, layers=6, batch_size=8),
     "texts": TOKENS | dict(length=1024, steps=5000, width=128, layers=4),
@@ -100,7 +100,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
     sizes = USUAL | SIZES[chosen] | {key: keys[key] for key in ("width", "layers") if key in keys}
     config = base()
     config.model = model(keys["mixer"], sizes["width"], sizes["layers"], keys["bi"])
-    fit_steps(config.model, keys["mixer"], sizes)
+    fit_system(config.model, keys["mixer"], sizes)
     if chosen == "pathfinder" and keys["mixer"] == "cnn":
         config.model.cnn.dilations = (1, keys.get("size", FIELDS[chosen]["size"]))  # pixels beside, and in other rows
     config.optimizer.groups = groups(keys["mixer"])
@@ -170,10 +170,12 @@ def model(mixer: str, width: int, layers: int, bi: bool) -> ConfigDict:
     return config
 
 
-def fit_steps(model: ConfigDict, mixer: str, sizes: dict[str, Any]) -> None:
-    """The step sizes of a fresh state space model, in place, where those of its config are for longer rows."""
+def fit_system(model: ConfigDict, mixer: str, sizes: dict[str, Any]) -> None:
+    """Step sizes of a fresh state space model and the state of S5, in place, where those of its config do not suit."""
     if mixer in SLOW and "dt" in sizes:
         model[mixer].dt_min, model[mixer].dt_max = sizes["dt"]
+    if mixer == "s5" and "state" in sizes:
+        model.s5.state = sizes["state"]
 
 
 def groups(mixer: str) -> str:
@@ -206,7 +208,7 @@ def sweep_mixers(add: Callable[[dict], None], arg: str | None = None) -> None:
     ahead = config.model.head not in ("next_token", "next_value")  # which must not see what they predict
     for mixer, bi in (each for each in COMPARED if ahead or not each[1]):
         other = model(mixer, config.model.width, layers, bi)
-        fit_steps(other, mixer, SIZES[chosen])
+        fit_system(other, mixer, SIZES[chosen])
         theirs = flat(other)
         fields = {name: value for name, value in theirs.items() if value != mine.get(name) and name not in READ}
         fields["pattern"] = theirs["pattern"]  # also where it is the config's: it names the trial

@@ -17,7 +17,7 @@ from scipy import ndimage
 from seqmodels import evals
 from seqmodels.configs import domains as configs
 from seqmodels.data import mu_law
-from seqmodels.data.domains import DOMAINS, baselines, dna, make_domain, pathfinder, sound, tfds
+from seqmodels.data.domains import DOMAINS, baselines, contours, dna, make_domain, pathfinder, sound, tfds
 from seqmodels.data.domains.images import warped
 from seqmodels.data.synthetic.listops import value
 from seqmodels.errors import UserError
@@ -227,6 +227,12 @@ def test_frames_of_a_spectrum(tmp_path):
     inner = slice(power[:, 0].argmax() + 1, power[:, -1].argmax())  # where two bands overlap
     np.testing.assert_allclose(power[inner].sum(axis=1), 1, atol=1e-12)
     one, long = np.sin(2 * np.pi * 0.1 * samples)[None] * 1000, np.array([2000])
+    fading = RNG.normal(size=(1, 2000)) * np.exp(-samples / 300) * 1000
+    short, padded = (sound.spectra(fading, np.array([20]), length, 16, "band") for length in (20, 80))
+    np.testing.assert_allclose(padded[:, :20], short, atol=1e-5)  # padding changes no frame
+    whole = sound.spectra(fading, np.array([20]), 20, 16, "clip")
+    assert whole.std() == pytest.approx(1, abs=1e-5) and np.ptp(whole.std(axis=1)) > 0.1
+    np.testing.assert_allclose(whole / whole.std(axis=1, keepdims=True), short, atol=1e-4)
     fast, lengths = sound.varied(one, long, 0.2, np.random.default_rng(1))
     speed = np.exp(0.2 * np.random.default_rng(1).normal())
     peak = np.abs(np.fft.rfft(fast[0, : lengths[0]])).argmax() / lengths[0]
@@ -331,6 +337,28 @@ def test_pathfinder(tmp_path, monkeypatch):
     grid = np.linspace(-pathfinder.LARGEST_TURN, pathfinder.LARGEST_TURN, 2001)
     expected = np.average(np.abs(grid), weights=density(grid))
     assert np.abs(turns).mean() == pytest.approx(expected, rel=0.06)
+
+
+def test_the_cheapest_path_between_discs():
+    """By Bellman's iteration over all pixels; a line between the discs makes it cheap, one beside them does not."""
+    cost, start = RNG.uniform(0.1, 1, size=(5, 5)), (0, 1)
+    best = np.full((5, 5), np.inf)
+    best[start] = 0.0
+    for _ in range(25):
+        for row, column in np.ndindex(5, 5):
+            for y, x in np.ndindex(5, 5):
+                if max(abs(y - row), abs(x - column)) == 1:
+                    price = (cost[row, column] + cost[y, x]) / 2 * np.hypot(y - row, x - column)
+                    best[row, column] = min(best[row, column], best[y, x] + price)
+    for end in ((4, 4), (2, 0), (0, 4)):
+        assert contours.cheapest(cost, start, end) == pytest.approx(best[end])
+    images = np.zeros((2, 32, 32))
+    for image, lower in zip(images, (0, 6), strict=True):
+        image[np.arange(9, 20) + lower, np.linspace(9, 25, 11).astype(int)] = 60
+        image[8, 8] = image[20, 26] = 255
+    assert all(set(contours.discs_of(image / 255)) == {(8, 8), (20, 26)} for image in images)
+    linked, apart = contours.path_costs(images.reshape(2, -1))
+    assert (linked < apart - 0.3).all()
 
 
 def test_pathfinder_is_drawn_once(tmp_path):

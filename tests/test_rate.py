@@ -66,6 +66,9 @@ def test_rows_at_a_lower_rate():
         np.testing.assert_array_equal(plain[name], batch[name][:, ::3])
     np.testing.assert_array_equal(plain["values"], batch["values"][:, ::3])
     assert plain["labels"][0] == smooth["labels"][0] == 3
+    (longer,) = rate.Sampled(split, 3, held=True).batches(1)
+    np.testing.assert_array_equal(longer["values"][0, [0, 2, 3, 5, 9]], batch["values"][0, [0, 0, 3, 3, 9]])
+    np.testing.assert_array_equal(longer["mask"], mask)
     alone = np.concatenate([rate.low_pass(values[0, :5], 3), rate.low_pass(values[0, 5:11], 3)])
     np.testing.assert_array_equal(smooth["values"][0], alone[::3])
 
@@ -81,6 +84,7 @@ def test_a_held_signal_loses_nothing():
     result = rate.evaluate_run(run, ["test"], None)
     trained, ways = result["rate"]["test"][1]["as trained"], result["rate"]["test"][2]
     assert ways["sampled"]["loss"] == pytest.approx(trained["loss"], rel=1e-4)
+    assert ways["held"] == trained  # these samples came in pairs before
     assert abs(ways["not rescaled"]["loss"] - trained["loss"]) > 0.01
     assert "filtered" in rate.table(result) and "accuracy" in rate.table(result)
 

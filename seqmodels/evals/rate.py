@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 OVER_TIME = ("values", "mask", "segment_ids", "observed")  # arrays [B, T, ...] of a batch
+HELD = ("values", "observed")  # of these, what a sample says
 TAPS = 8  # of the low pass, on each side, in samples of the lower rate
 
 
@@ -70,18 +71,32 @@ def smoothed(batch: Batch, rate: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Sampled:
-    """A split of which one sample in `rate` is read, `filtered` by a low pass before or not."""
+    """A split of which one sample in `rate` is read.
+
+    Attributes:
+        filtered: behind a low pass.
+        held: rows keep their length; each sample stands in the place of the next `rate` - 1 too.
+    """
 
     split: BatchSplit
     rate: int
     filtered: bool = False
+    held: bool = False
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """See `seqmodels.data.contract.BatchSplit`."""
         for batch in self.split.batches(batch_size, limit):
             if self.filtered:
                 batch = batch | dict(values=smoothed(batch, self.rate))
-            yield {name: x[:, :: self.rate] if name in OVER_TIME else x for name, x in batch.items()}
+            if self.held:
+                yield batch | {name: held(batch[name], self.rate) for name in HELD if name in batch}
+            else:
+                yield {name: x[:, :: self.rate] if name in OVER_TIME else x for name, x in batch.items()}
+
+
+def held(x: np.ndarray, rate: int) -> np.ndarray:
+    """x [B, T, C] in which every sample is that of the last multiple of `rate`."""
+    return x[:, np.arange(x.shape[1]) // rate * rate]
 
 
 def rescaled(model: Any, rate: float) -> Any:
@@ -92,7 +107,8 @@ def rescaled(model: Any, rate: float) -> Any:
 
 
 def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:
-    """Figures of the head by split, rate and way: sampled, filtered before, or without telling the model the rate."""
+    """Figures of the head by split, rate and way: sampled, filtered before, without telling the model the rate; and of
+    the same samples held, at the rate of training, which says how much is lost with the others and not by the step."""
     options = dict(batch_size=run.batch_size, reset=run.config.data.reset, limit=limit, mesh=run.mesh)
     result: dict[str, dict] = {}
     for split in splits:
@@ -104,6 +120,7 @@ def evaluate_run(run: Run, splits: list[str], limit: int | None) -> dict:
                 "sampled": (slower, own),
                 "filtered": (slower, Sampled(rows, rate, filtered=True)),
                 "not rescaled": (run.model, own),
+                "held": (run.model, Sampled(rows, rate, held=True)),
             }
             result[split][rate] = {
                 way: figures.evaluate(model, run.params, part, **options) for way, (model, part) in ways.items()

@@ -22,6 +22,7 @@ import numpy as np
 
 from seqmodels.data.contract import Batch
 from seqmodels.data.domains.baselines import logistic
+from seqmodels.data.domains.contours import path_costs
 from seqmodels.data.domains.domain import Baselines, Domain, Splits, classes, longest
 from seqmodels.data.domains.examples import Labelled, standardised
 from seqmodels.data.domains.files import Place
@@ -76,10 +77,11 @@ class Pathfinder(Domain):
     def baselines(self, splits: Splits, split: str) -> Baselines:
         train, test = splits["train"], splits[split]
         features = lambda rows: np.eye(32)[np.clip(rows.apart / 8, 0, 31).astype(int)]  # noqa: E731
-        first = np.arange(min(train.count, 4000))  # of pixels, which say little
+        first = np.arange(min(train.count, 4000))  # of what takes long
         few = train.part(first)
         guesses = {
             "distance of the discs": logistic(features(train), train.labels, features(test)),
+            "cheapest path": logistic(path_costs(few.inputs[..., 0]), few.labels, path_costs(test.inputs[..., 0])),
             "logistic regression": logistic(few.flat(), few.labels, test.flat()),
         }
         return {name: {"accuracy": float((guess == test.labels).mean())} for name, guess in guesses.items()}

@@ -20,6 +20,7 @@ from seqmodels.errors import UserError
 LISTS = (("test", "testing_list.txt"), ("validation", "validation_list.txt"))
 FRAME, HOP, POINTS = 200, 80, 512  # samples of a frame, from one to the next, and of its Fourier transform
 BEND = 0.175  # share of the highest frequency up to which the bands are equally wide (700 Hz at 8,000 samples a second)
+FLOOR = 1e-3  # added to the power of every band, as a share of a clip's mean
 SNR = (5.0, 40.0)  # decibels, of the noise that training adds
 WINDOW, BANDS = 400, 24  # samples of a window of the baseline's spectrogram, and its bands at most
 
@@ -35,7 +36,9 @@ class Sound(Domain):
     Attributes:
         every: every how many samples one is read, without a filter, as S4 and S5 do to halve the rate.
         bands: 0: a step is a sample. Else it is a frame of 200 samples, 80 after the one before: the logarithms of the
-            power in so many bands, of which each has mean 0 and deviation 1 over its clip.
+            power in so many bands, of which each has mean 0 over its clip.
+        scale: what has deviation 1 over a clip: "band": each band; "clip": all bands together, so that a band that says
+            little stays small.
         vary: in training clips are played faster or slower, by a factor with this deviation of its logarithm, and noise
             is added. 0: neither.
         hide: in training two runs of frames and two of bands are read as 0, each of up to this share of them (Park et
@@ -46,6 +49,7 @@ class Sound(Domain):
     every: int = 1
     other: str = ""
     bands: int = 0
+    scale: str = "band"
     vary: float = 0.0
     hide: float = 0.0
 
@@ -54,6 +58,7 @@ class Sound(Domain):
             self.refuse("every", "at least 1")
         if not 0 <= self.bands <= 128:
             self.refuse("bands", "from 0 to 128")
+        self.choose("scale", "band", "clip")
         self.share("vary")
         self.share("hide")
         if self.hide and not self.bands:
@@ -97,7 +102,7 @@ class Sound(Domain):
             samples = read_wav(path)[:: self.every][:length]
             inputs[row, : len(samples), 0], lengths[row] = samples, len(samples)
         labels = np.array([label for _, label in files], np.int32)
-        return Clips(inputs, lengths, labels, bands=self.bands, vary=self.vary, hide=self.hide)
+        return Clips(inputs, lengths, labels, bands=self.bands, scale=self.scale, vary=self.vary, hide=self.hide)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -105,10 +110,11 @@ class Clips(Labelled):
     """Clips with a class each; inputs [n, samples, 1] int16.
 
     Attributes:
-        bands, vary, hide: see `Sound`.
+        bands, scale, vary, hide: see `Sound`.
     """
 
     bands: int = 0
+    scale: str = "band"
     vary: float = 0.0
     hide: float = 0.0
 
@@ -120,7 +126,7 @@ class Clips(Labelled):
         rows = Labelled(samples[..., None], lengths, self.labels[numbers], self.mean, self.deviation)
         if self.bands:
             frames = np.minimum(np.maximum(lengths - FRAME, 0) // HOP + 1, length)
-            values = spectra(samples, frames, length, self.bands)
+            values = spectra(samples, frames, length, self.bands, self.scale)
             if self.hide and rng is not None:
                 conceal(values, frames, self.hide, rng)
             rows = Labelled(values, frames, rows.labels)
@@ -141,19 +147,21 @@ def varied(
     return found, ends
 
 
-def spectra(samples: np.ndarray, frames: np.ndarray, length: int, bands: int) -> np.ndarray:
+def spectra(samples: np.ndarray, frames: np.ndarray, length: int, bands: int, scale: str) -> np.ndarray:
     """[B, length, bands] float32: logarithms of the power in bands of samples [B, T].
 
-    Each band has mean 0 and deviation 1 over the first `frames` [B] frames of a row, which are the real ones.
+    Each band has mean 0 over the first `frames` [B] frames of a row, which are the real ones, and by `scale` each band
+    or all of them together have deviation 1. FLOOR of the mean power of these frames is added to every power.
     """
     samples = np.pad(samples, ((0, 0), (0, max((length - 1) * HOP + FRAME - samples.shape[1], 0))))
     windows = np.lib.stride_tricks.sliding_window_view(samples, FRAME, axis=1)[:, ::HOP][:, :length]
     power = np.abs(np.fft.rfft(windows * np.hanning(FRAME), POINTS, axis=-1)) ** 2
-    logs = np.log(power @ triangles(bands, POINTS // 2 + 1) + 1e-3 * power.mean(axis=(1, 2), keepdims=True) + 1e-6)
-    real = (np.arange(length) < frames[:, None])[..., None]
-    count = frames[:, None, None]
+    real, count = (np.arange(length) < frames[:, None])[..., None], frames[:, None, None]
+    mean = np.where(real, power, 0).sum(axis=(1, 2), keepdims=True) / (count * power.shape[2])
+    logs = np.log(power @ triangles(bands, POINTS // 2 + 1) + FLOOR * mean + 1e-6)
     centred = logs - np.where(real, logs, 0).sum(axis=1, keepdims=True) / count
-    deviation = np.sqrt(np.where(real, centred**2, 0).sum(axis=1, keepdims=True) / count)
+    square = np.where(real, centred**2, 0).sum(axis=1, keepdims=True) / count
+    deviation = np.sqrt(square if scale == "band" else square.mean(axis=2, keepdims=True))
     return (centred / np.maximum(deviation, 1e-3)).astype(np.float32)
 
 
