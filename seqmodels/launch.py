@@ -16,6 +16,7 @@ from types import FrameType
 from seqmodels.errors import UserError
 
 TRY_AGAIN = 75
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
 DIES_WITH_PARENT = 1  # PR_SET_PDEATHSIG of prctl(2)
 
 
@@ -47,11 +48,13 @@ def run(count: int, arguments: Sequence[str]) -> int:
         for process in processes:
             process.send_signal(number)
 
-    for number in (signal.SIGINT, signal.SIGTERM):
+    for number in SIGNALS:
         signal.signal(number, pass_on)
+    signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # one that comes before all are there waits for them
     for environment in environments:
         # the locks that this process was given are theirs too
-        processes.append(subprocess.Popen(command, env=environment, close_fds=False, preexec_fn=_die_with_parent))
+        processes.append(subprocess.Popen(command, env=environment, close_fds=False, preexec_fn=_begin))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     return status_of([process.wait() for process in processes])
 
 
@@ -62,7 +65,9 @@ def status_of(statuses: Sequence[int]) -> int:
     return TRY_AGAIN if TRY_AGAIN in statuses else next(128 - code if code < 0 else code for code in statuses if code)
 
 
-def _die_with_parent() -> None:
+def _begin() -> None:
+    """In each process, before its program: hear signals, and die with the parent."""
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(DIES_WITH_PARENT, signal.SIGKILL)
 

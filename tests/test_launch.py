@@ -21,6 +21,26 @@ signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 time.sleep(30 if "wait" in sys.argv else 0)
 """
 
+STARTING = """
+import os, signal, subprocess, sys
+from seqmodels import launch
+
+class Process:
+    def __init__(self, command, env, **_):
+        self.index = env["JAX_PROCESS_ID"]
+        if self.index == "0":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def send_signal(self, number):
+        print(self.index, int(number))
+
+    def wait(self):
+        return 75
+
+subprocess.Popen = Process
+sys.exit(launch.run(2, ["train.py"]))
+"""
+
 
 def test_processes_are_started_and_told_of_signals(tmp_path):
     (tmp_path / "script.py").write_text(SCRIPT)
@@ -33,6 +53,12 @@ def test_processes_are_started_and_told_of_signals(tmp_path):
     job.send_signal(signal.SIGTERM)
     assert job.wait(60) == 75
     assert {(tmp_path / name).read_text() for name in "012"} == {"3 wait --distributed"}
+
+
+def test_a_signal_while_processes_start_reaches_those_that_start_later():
+    """In a process of its own, as the command is: other threads would take the signal."""
+    done = subprocess.run([sys.executable, "-c", STARTING], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout.split()) == (75, ["0", "15", "1", "15"]), done.stderr
 
 
 def test_gpus_are_shared_out():
