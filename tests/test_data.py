@@ -321,7 +321,9 @@ def test_dataset_that_cannot_be_had_offline(tmp_path, monkeypatch):
         (dict(name="pg19"), r"config\.data\.text_key='text': 'pg19' has the features book_text"),
         (dict(name="lm1b", path="/nowhere"), r"config\.data\.path='/nowhere': no prepared dataset"),
         (dict(name=""), r"config\.data\.name='': must be 'shakespeare_austen'"),
-        (dict(path="x.txt"), r"config\.data\.path='x.txt': matches no file"),
+        (dict(name="who/tales"), r"no such dataset.*; of the Hugging Face Hub: config\.data\.name=hf:who/tales$"),
+        (dict(path="who/tales"), r"matches no file; of the Hugging Face Hub: config\.data\.name=hf:who/tales$"),
+        (dict(path="x.txt"), r"config\.data\.path='x.txt': matches no file$"),
         (
             dict(held_out="documents"),
             r"config\.data\.held_out='documents': is for files",

@@ -1,5 +1,6 @@
 """Text of the Hugging Face Hub, through the library `datasets`: config.data.name=hf:org/name, or hf:org/name:config."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -49,6 +50,15 @@ def text_of(row: Any, text_key: str) -> str:
     if value is not None and not isinstance(value, str):
         raise UserError(f"config.data.text_key={text_key!r}: holds {type(value).__name__}, must be texts")
     return value or ""
+
+
+def hint(name: str) -> str:
+    """For an error about a name that is like one of the Hub, how the Hub's is written; else ""."""
+    return (
+        f"; of the Hugging Face Hub: config.data.name={PREFIX}{name}"
+        if re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)
+        else ""
+    )
 
 
 def _library(name: str) -> ModuleType:

@@ -138,7 +138,7 @@ def _text_source(config: ConfigDict, root: Path) -> Source:
 
     def open_files() -> tuple[str, dict[str, Documents]]:
         if content is None:
-            raise UserError(f"config.data.path={config.path!r}: matches no file")
+            raise UserError(f"config.data.path={config.path!r}: matches no file{hub.hint(config.path)}")
         found.check()
         if warning := found.warning():
             print(warning, file=sys.stderr, flush=True)
@@ -198,7 +198,9 @@ def _open_public(config, root: Path):
         known = ["shakespeare_austen", "text", *tfds.list_builders(with_community_datasets=False)]
         nearest = difflib.get_close_matches(name.split("/")[0].split(":")[0], dict.fromkeys(known), cutoff=0.4)
         hint = f" (nearest: {', '.join(nearest)})" if nearest else ""
-        raise UserError(f"config.data.name={name!r}: no such dataset{hint}; 'text' reads config.data.path") from error
+        raise UserError(
+            f"config.data.name={name!r}: no such dataset{hint}; 'text' reads config.data.path{hub.hint(name)}"
+        ) from error
     except Exception as error:  # of many types: no such config, no such folder, a format that needs TensorFlow
         if config.path:
             reason = f"config.data.path={config.path!r}: no prepared dataset: {_last_line(error)}"
