@@ -36,7 +36,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "listops": dict(depth=4, arguments=5, shortest=10, longest=100, rows=20000, held=1000),
     "bases": dict(reverse_complement=True),
     "species": dict(rows=20000, held=2000),
-    "sound": dict(every=1, other="", bands=0, vary=0.0, hide=0.0),
+    "sound": dict(every=1, other="", bands=0, scale="band", vary=0.0, hide=0.0),
     "words": dict(every=1, other="", bands=24, scale="clip", vary=0.15, hide=0.2),
     "waves": dict(every=1),
     "texts": dict(text="text", label="label"),

@@ -322,8 +322,8 @@ def test_scanned_and_rematerialised_are_the_same(form, fields):
     y, gradients = unrolled(form)
     got, got_gradients = value_and_gradients(form, tuple(fields.items()), stacked(perturbed(form)))
     np.testing.assert_allclose(got, y, rtol=2e-4, atol=2e-5)
-    # In the first block the streams are still equal, so how they are mixed has no gradient. What float32 leaves of it is
-    # the rounding of terms as large as the largest gradients.
+    # In the first block the streams are still equal, so how they are mixed has no gradient. What float32 leaves of it
+    # is the rounding of terms as large as the largest gradients.
     rounding = np.finfo(np.float32).eps * max(np.abs(x).max() for x in jax.tree.leaves(gradients))
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-3, atol=2e-3 * np.abs(b).max() + rounding),
