@@ -21,7 +21,7 @@ from seqmodels.kernels.tuning import UNROLLED
 
 # tokens; the states of one chunk are held while it is differentiated, on a CPU also its decays, in its nearest cache
 CHUNK = {"cpu": 16, "default": 64}
-NEAR = 3 * 2**13  # numbers of a state that are near enough on a CPU, where a few arrays of this size are at work
+NEAR = 3 * 2**13  # most numbers of the states that a CPU scans at once: a few such arrays fit into a core's caches
 PIECES = 4  # most pieces, because each is compiled by itself
 
 
@@ -62,7 +62,8 @@ def selective_scan(
         y, state = _few_tokens(u, dt, A, B, C, weights, reset, state)
     else:
         A, state = jnp.swapaxes(A, -1, -2), jnp.swapaxes(state, -1, -2)
-        pieces = zip(*(_channels(x, _pieces(state)) for x in (u, dt, A, weights, state)), strict=True)
+        count = _pieces(state)
+        pieces = zip(*(_channels(x, count) for x in (u, dt, A, weights, state)), strict=True)
         done = [_scan(u, dt, A, B, C, weights, reset, state) for u, dt, A, weights, state in pieces]
         y, state = (jnp.concatenate(x, axis=-1) for x in zip(*done, strict=True))
         state = jnp.swapaxes(state, -1, -2)

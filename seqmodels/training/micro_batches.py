@@ -1,9 +1,9 @@
 """Micro-batches: the rows of a step in pieces, one after the other, whose gradients and sums add up.
 
 On a mesh each device of the axis APART, which is `data`, adds up the gradients of its own rows in float32, and the
-devices add up their sums once, after the last piece, in the dtypes of a step without micro-batches. XLA alone exchanges
-the gradients of each piece, but for GPUs, where it moves most of it behind the loop (0.11). On the other axes it still
-does:
+devices add up their sums once, after the last piece, in the dtypes of a step without micro-batches. Left to itself XLA
+exchanges the gradients of every piece (for GPUs, in jax 0.11, it moves most of these exchanges behind the loop). On the
+other axes gradients are still exchanged for every piece:
 
 - fsdp: a device holds the sum of a part of each gradient. The sum of whole gradients would take 4 bytes a parameter on
   each device, which fsdp is there to save.

@@ -64,8 +64,8 @@ class StringCopy(Task):
             least = 2 * self.fewest + 2 if self.ask == "copy" else self.fewest + self.gram + self.follow + 3
             refuse_length(length, f"at least {least}, for a string of {self.fewest} letters and the question")
         if self.ask != "copy" and self.longest(length) > (most := CROWDED * self.letters**self.gram):
-            strings = f"strings of {self.longest(length)} letters, of which at most {most}"
-            self.refuse("gram", f"larger, or config.seq_len smaller: there are {strings} have such parts only once")
+            why = f"a string has {self.longest(length)} letters, and with over {most} almost no part of it is unique"
+            self.refuse("gram", f"larger, or config.seq_len smaller: {why}")
 
     def rows(self, rng: np.random.Generator, count: int, length: int) -> Rows:
         longest = self.longest(length)
