@@ -31,7 +31,7 @@ FIELDS: dict[str, dict[str, Any]] = {
     "electricity": dict(
         file="vic_elec.csv", columns="Demand,Temperature", lookback=96, horizon=96, season=48, form="window", gaps=False
     ),
-    "pathfinder": dict(size=32, paddles=14, matched=True, images=20000, turned=True),
+    "pathfinder": dict(size=32, paddles=6, matched=True, images=20000, turned=True),
     "pendulum": dict(films=2000, held=1000, times=100, missing=0.0),
     "listops": dict(depth=4, arguments=5, shortest=10, longest=100, rows=20000, held=1000),
     "bases": dict(reverse_complement=True),
@@ -75,7 +75,8 @@ SIZES: dict[str, dict[str, Any]] = {
     "vowels": FRAMES | dict(length=29, steps=500),
     "electricity": FRAMES
     | dict(length=96, head="window", pool="last", steps=1500, batch_size=128, learning_rate=1e-3, dropout=0.2),
-    "pathfinder": FRAMES | dict(length=1024, steps=2000, width=128, layers=6, batch_size=64),
+    "pathfinder": FRAMES
+    | dict(length=1024, pool="max", steps=6000, width=128, layers=6, batch_size=64, learning_rate=1e-3, dropout=0.0),
     "pendulum": FRAMES
     | dict(length=50, head="regress_steps", steps=3000, dropout=0.0, weight_decay=0.0, dt=(0.01, 1.0)),
     "listops": TOKENS | dict(length=100, steps=2000),

@@ -115,7 +115,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         raise ValueError(f"{rest}: the only key is mixer, such as mixer=s5")
     mixer = rest[-1].partition("=")[2] if rest else "s5"
     task, config = TASKS[chosen], base()
-    sizes = domains.USUAL | domains.SIZES[task.preset] | dict(length=task.length)
+    sizes = domains.USUAL | domains.SIZES[task.preset] | dict(length=task.length, pool="mean")
     if mixer == "s5":
         _s5(config, task, sizes)
     else:

@@ -85,6 +85,9 @@ def test_a_shared_device_gives_no_speed_and_its_trials_the_time_of_their_like(tm
     assert results.at_equal_time([a, b, c, d])
     assert [name for name, _, _ in curves.figures(groups)] == ["losses", "losses_by_time", "loss_differences"]
     assert results.EQUAL_TIME in a.figures and results.EQUAL_TIME not in d.figures
+    (shared / "metrics.jsonl").unlink()  # lost, so that nothing says how far it was trained
+    lost, *_ = results.of_runs([tmp_path])
+    assert lost.status == "done" and lost.seconds == [] and "train_seconds" not in lost.figures
 
 
 def test_unfinished_runs_have_no_figures_to_be_mistaken_for_results(tmp_path):

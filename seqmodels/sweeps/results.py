@@ -266,7 +266,7 @@ def _timed(results: list[Result]) -> list[Result]:
     for each in group(results):
         speeds = each.values("tokens_per_second")
         for result in each.results:
-            if speeds and result.status == "done" and not result.seconds:
+            if speeds and result.status == "done" and result.steps and not result.seconds:
                 result.seconds = [step * result.tokens / statistics.median(speeds) for step in result.steps]
                 result.figures["train_seconds"] = result.seconds[-1]
     return results
