@@ -152,7 +152,7 @@ def test_look_up_on_a_mesh_is_that_of_one_device():
         return y, jax.grad(total)(table)
 
     want = jax.jit(lambda: values(lambda table, ids: jnp.take(table, ids, axis=0)))()
-    mesh = jax.make_mesh((1, 2, 2, 2, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 5)
+    mesh = jax.make_mesh((1, 1, 2, 2, 2), sharding.AXES, axis_types=(AxisType.Auto,) * 5)
     with jax.set_mesh(mesh), nn.logical_axis_rules(sharding.RULES):
         got = jax.jit(lambda: values(lookup))()
     assert np.isnan(want[0][0, 0]).all() and np.isnan(want[0]).sum() == 12
@@ -160,7 +160,7 @@ def test_look_up_on_a_mesh_is_that_of_one_device():
 
 
 def test_large_parameters_without_an_axis_for_fsdp_are_split_too():
-    mesh = AbstractMesh((1, 4, 2, 1, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 5)
+    mesh = AbstractMesh((1, 1, 4, 2, 1), sharding.AXES, axis_types=(AxisType.Auto,) * 5)
     spec = lambda names, *shape: sharding.parameter_spec(names, shape, mesh)  # noqa: E731
     assert spec(("inner", None), 4096, 160) == P(("tensor", "fsdp"), None)
     assert spec(("layers", "rank", "inner"), 48, 160, 4096) == P(None, None, ("tensor", "fsdp"))

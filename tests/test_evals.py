@@ -115,7 +115,7 @@ def test_logits_in_chunks_change_nothing(model_and_params, split, monkeypatch):
 
 
 def test_rows_spread_over_devices(model_and_params, split, nats):
-    mesh = jax.make_mesh((2, 4, 1, 1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 5)
+    mesh = jax.make_mesh((2, 1, 4, 1, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 5)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         figures = perplexity.evaluate(*model_and_params, split, length=T, batch_size=3, mesh=mesh)  # 8 rows at once
     assert figures["tokens"] == 100

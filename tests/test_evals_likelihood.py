@@ -74,7 +74,7 @@ def test_a_transformers_rows_hold_whole_requests(attention):
 def test_rows_spread_over_devices(recurrent):
     model, params = recurrent
     requests = with_greedy_ones(model, params, requests_of([3, 40, 7]))
-    mesh = jax.make_mesh((2, 2, 1, 2, 1), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 5)
+    mesh = jax.make_mesh((2, 1, 2, 1, 2), AXES, axis_types=(jax.sharding.AxisType.Auto,) * 5)
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         scores = likelihood.score(model, params, requests, piece=PIECE, batch_size=3, mesh=mesh)
     agree(scores, model, params, requests)

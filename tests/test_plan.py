@@ -266,7 +266,7 @@ def test_the_command_prints_and_writes_the_plan(tmp_path):
     )  # fmt: skip
     assert "total" in done.stdout and "51,570,323,328 (51.57 B)" in done.stdout and not done.stderr
     assert "cache 4,294,967,296 bytes (4.00 GiB) in bfloat16" in done.stdout
-    assert "fsdp=8 expert=2: 16 devices" in done.stdout and "mesh.data=-1 was taken as 1" in done.stdout
+    assert "expert=2 fsdp=8: 16 devices" in done.stdout and "mesh.data=-1 was taken as 1" in done.stdout
     assert json.loads(file.read_text())["kv_cache_bytes"] == 4 * 2**30
 
 

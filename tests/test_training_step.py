@@ -337,4 +337,4 @@ def test_axes_that_do_not_divide_stay_whole():
     assert spec("embed", "inner", shape=(8, 6)) == ("fsdp", "tensor")
     assert spec("embed", "inner", shape=(6, 7)) == (None, None)
     assert spec("layers", "inner", "inner", shape=(4, 4, 4)) == (None, "tensor", None)
-    assert spec("batch", None, shape=(8, 3)) == (("data", "fsdp", "expert"), None)
+    assert spec("batch", None, shape=(8, 3)) == (("data", "expert", "fsdp"), None)

@@ -17,11 +17,13 @@ from ml_collections import ConfigDict
 
 from seqmodels.errors import UserError
 
-AXES = ("data", "fsdp", "tensor", "sequence", "expert")
+# From the axis whose neighbours are farthest apart to that whose are nearest: on hosts of several GPUs the last ones are
+# inside a host. Experts send less than fsdp does, which gathers every parameter in every layer.
+AXES = ("data", "expert", "fsdp", "tensor", "sequence")
 
 LARGE = 2**16  # numbers: a smaller parameter is rather held by every device than sent
 
-BATCH_AXES = ("data", "fsdp", "expert")  # rows are split over all of these: experts too take tokens of different rows
+BATCH_AXES = ("data", "expert", "fsdp")  # rows are split over all of these: experts too take tokens of different rows
 
 RULES = (
     ("batch", BATCH_AXES),
@@ -84,7 +86,7 @@ def _placed(sizes: dict[str, int], devices: list[jax.Device]) -> np.ndarray:
 
 def flat_mesh() -> Mesh:
     """All devices on the axis fsdp, which splits parameters and rows: for what is no training."""
-    return jax.make_mesh((1, jax.device_count(), 1, 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+    return jax.make_mesh((1, 1, jax.device_count(), 1, 1), AXES, axis_types=(AxisType.Auto,) * len(AXES))
 
 
 def abstract_mesh(config: ConfigDict) -> AbstractMesh:
