@@ -2,8 +2,8 @@
 
 The residual stream of a token is n streams X [n, D]. With y, the output of the step before, and its weights s,
 
-    X'_i = X_i + s_i y,    c = RMSNorm(vec X') W,    [p, q] = gain c + bias,
-    pre = sigmoid(p),    post = 2 sigmoid(q),    u = sum_i pre_i X'_i.
+    X'_i = X_i + s_i y,    c = RMSNorm(vec X') W,    [p, q] = c,
+    pre = sigmoid(a_p p + b_p),    post = 2 sigmoid(a_q q + b_q),    u = sum_i pre_i X'_i.
 
 u goes to the norm and the branches of this step, and X', what they return and `post` to the next call. So a step reads
 the streams once and writes them once. `seqmodels/depth/hyper.py` has the papers.
@@ -22,6 +22,7 @@ from seqmodels.kernels.hyper_connection import mosaic_gpu, reference
 BACKENDS = {"reference": reference, "mosaic_gpu": mosaic_gpu}
 WINNERS = {"default": ("reference",)}  # nobody has measured the kernels yet, so they run by name only
 IMPLEMENTATIONS = tuple(BACKENDS)
+VECTORS = ("scale", "pre_bias", "post_bias")
 
 choose = functools.partial(dispatch.choose, "hyper_connection", BACKENDS, WINNERS)
 
@@ -30,7 +31,7 @@ def axes(**arrays: object) -> Layout:
     """Logical axes of the arrays and results of `hyper_connection`: each token is by itself, and stays whole."""
     streams, row = (*TOKENS, None, None), (*TOKENS, None)
     tokens = dict(streams=streams, y=row, weights=row)
-    return Layout(dict(**tokens, matrix=(None,) * 3, gain=(None,), bias=(None,)), (streams, row, row))
+    return Layout(dict(**tokens, matrix=(None,) * 3, **dict.fromkeys(VECTORS, (None,))), (streams, row, row))
 
 
 def hyper_connection(
@@ -38,8 +39,9 @@ def hyper_connection(
     y: jax.Array,
     weights: jax.Array,
     matrix: jax.Array,
-    gain: jax.Array,
-    bias: jax.Array,
+    scale: jax.Array,
+    pre_bias: jax.Array,
+    post_bias: jax.Array,
     *,
     eps: float,
     implementation: str | None = None,
@@ -51,7 +53,7 @@ def hyper_connection(
         y: [B, T, D] what the branches of the step before returned, in the dtype of the streams.
         weights: [B, T, n] s, of y in each stream, float32. Before the first step they are zero.
         matrix: [n, D, 2 n] W in the dtype of the streams.
-        gain, bias: [2 n] float32.
+        scale: [2] float32, a_p and a_q. pre_bias, post_bias: [n] float32, b_p and b_q.
         eps: of the norm, at least 0.
         implementation: one of `IMPLEMENTATIONS`. None: the fastest that supports the call.
 
@@ -63,7 +65,8 @@ def hyper_connection(
         UnsupportedError: the named implementation is unknown or does not support the call.
         ValueError: shapes or dtypes do not fit.
     """
-    arrays = dict(streams=streams, y=y, weights=weights, matrix=matrix, gain=gain, bias=bias)
+    arrays = dict(streams=streams, y=y, weights=weights, matrix=matrix)
+    arrays |= dict(scale=scale, pre_bias=pre_bias, post_bias=post_bias)
     check(**arrays)
     facts = dict(shape=streams.shape, dtype=streams.dtype)
 
@@ -84,8 +87,9 @@ def check(streams: jax.Array, **others: jax.Array) -> None:
         y=((batch, length, width), streams.dtype),
         weights=((batch, length, count), wide),
         matrix=((count, width, 2 * count), streams.dtype),
-        gain=((2 * count,), wide),
-        bias=((2 * count,), wide),
+        scale=((2,), wide),
+        pre_bias=((count,), wide),
+        post_bias=((count,), wide),
     )
     for name, (shape, dtype) in want.items():
         if (x := others[name]).shape != shape or x.dtype != dtype:

@@ -1,22 +1,21 @@
 """A step of hyper-connections as Pallas Mosaic GPU kernels, for Hopper and later: one forward, one backward.
 
 The 32 threads of a warp share the channels of a token, so its sums over channels are exchanges in the warp, and warps
-share nothing. A warp works on several tokens at once, which use what it loads of the matrix. It goes through the
-channels twice: for the sums, and for what depends on them. The second time it finds its numbers in the caches of the
-GPU, because few tokens are under way at once; so memory is read once.
+share nothing. A warp goes through the channels twice: for the sums, and for what depends on them. The second time it
+finds its numbers in the caches of the GPU, because few tokens are under way at once; so memory is read once.
 
-With g the gradient of X', e that of u, c = r vec(X') W and r the reciprocal of the root mean square, the gradient of
-what X' is computed of is
+With g the gradient of X', e that of u, and r the reciprocal of the root mean square, that of what X' is rounded from is
 
-    G_i = g_i + pre_i e + sum_k r dc_k W_ik - r^2 / (n D) (sum_k dc_k c_k) X'_i,    dc = gain [dp, dq],
-    dp_i = (e . X'_i) pre_i (1 - pre_i),    dq = dpost post (1 - post / 2).
+    G_i = g_i + pre_i e + sum_k r dc_k W_ik - r^2 / (n D) (sum_k dc_k c_k) X'_i,
+    dc = [a_p dp, a_q dq],    dp_i = (e . X'_i) pre_i (1 - pre_i),    dq = dpost post (1 - post / 2),
 
-That of X_i is G_i, that of s_i is G_i . y, and that of y is sum_i s_i G_i. Only the gradient of W is left to XLA.
+where p and q include their biases. The gradient of X_i is G_i, that of s_i is G_i . y, and that of y is sum_i s_i G_i.
+Only sums over tokens are left to XLA: the gradients of W, a and b.
 """
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +30,18 @@ from seqmodels.kernels.lanes import THREADS, Lanes, load_vector, store_vector
 f32 = jnp.float32
 DTYPES = ("bfloat16", "float16", "float32")
 WARP = 32  # threads
-TOGETHER = 2  # tokens of a warp at once
-VECTOR = 16  # bytes that a thread loads at once
 MOST = 4  # streams; with more, a thread's numbers do not fit into its registers
+
+
+class Share(NamedTuple):
+    """What a warp has at once: tokens, for which it loads a row of the matrix together, and a thread's bytes of one."""
+
+    tokens: int
+    bytes: int
+
+
+# Of those that were compiled, the most tokens with which three warpgroups have enough registers on a multiprocessor.
+FORWARD, BACKWARD = Share(2, 8), Share(1, 16)
 
 
 def supports(
@@ -61,14 +69,15 @@ def hyper_connection(
     y: jax.Array,
     weights: jax.Array,
     matrix: jax.Array,
-    gain: jax.Array,
-    bias: jax.Array,
+    scale: jax.Array,
+    pre_bias: jax.Array,
+    post_bias: jax.Array,
     *,
     eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """See `kernels.hyper_connection.hyper_connection`."""
-    flat = (x.reshape(-1, *x.shape[2:]) for x in (streams, y, weights))
-    new, u, post = _step(eps, *flat, matrix, gain, bias)
+    flat = [x.reshape(-1, *x.shape[2:]) for x in (streams, y, weights)]
+    new, u, post = _step(eps, *flat, matrix, scale, pre_bias, post_bias)
     return new.reshape(streams.shape), u.reshape(y.shape), post.reshape(weights.shape)
 
 
@@ -79,31 +88,29 @@ def _step(
     y: jax.Array,
     weights: jax.Array,
     matrix: jax.Array,
-    gain: jax.Array,
-    bias: jax.Array,
+    scale: jax.Array,
+    pre_bias: jax.Array,
+    post_bias: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """The results for M tokens: streams [M, n, D], y [M, D], weights [M, n]."""
-    return _step_fwd(eps, streams, y, weights, matrix, gain, bias)[0]
+    return _step_fwd(eps, streams, y, weights, matrix, scale, pre_bias, post_bias)[0]
 
 
-def _step_fwd(eps, streams, y, weights, matrix, gain, bias):
-    rows = jnp.swapaxes(matrix, 1, 2)
-    arrays = dict(streams=streams, y=y, weights=weights, rows=rows, gain=gain, bias=bias)
-    new, u, post, normed, reciprocal = mapped(forward, eps=eps)(arrays)
-    return (new, u, post), (new, y, weights, rows, gain, bias, post, normed, reciprocal)
+def _step_fwd(eps, streams, y, weights, matrix, scale, pre_bias, post_bias):
+    own = dict(y=y, weights=weights, rows=jnp.swapaxes(matrix, 1, 2))
+    own |= dict(scale=scale, pre_bias=pre_bias, post_bias=post_bias)
+    new, u, post, normed, reciprocal = mapped(forward, eps=eps)(dict(streams=streams) | own)
+    return (new, u, post), dict(new=new, normed=normed, reciprocal=reciprocal) | own
 
 
 def _step_bwd(eps, kept, gradients):
-    new, y, weights, rows, gain, bias, post, normed, reciprocal = kept
-    dnew, du, dpost = gradients
-    dq = dpost * post * (1 - post / 2)
-    arrays = dict(new=new, y=y, weights=weights, rows=rows, gain=gain, bias=bias, normed=normed)
-    arrays |= dict(reciprocal=reciprocal, dnew=dnew, du=du, dq=dq)
-    dstreams, dy, dweights, dp = mapped(backward)(arrays)
-    dlogits = jnp.concatenate([dp, dq], axis=-1)
-    dproducts = (gain * dlogits * reciprocal[:, None]).astype(new.dtype)
-    dmatrix = jnp.einsum("mnd,mk->ndk", new, dproducts, preferred_element_type=f32).astype(rows.dtype)
-    return dstreams, dy, dweights, dmatrix, jnp.sum(dlogits * normed, axis=0), jnp.sum(dlogits, axis=0)
+    new, normed = kept["new"], kept["normed"]
+    given = dict(zip(("dnew", "du", "dpost"), gradients, strict=True))
+    dstreams, dy, dweights, dlogits, dproducts = mapped(backward)(kept | given)
+    dmatrix = jnp.einsum("mnd,mk->ndk", new, dproducts, preferred_element_type=f32).astype(new.dtype)
+    dpre, dpost = jnp.split(jnp.sum(dlogits, axis=0), 2)
+    dscale = jnp.sum(jnp.sum(dlogits * normed, axis=0).reshape(2, -1), axis=1)
+    return dstreams, dy, dweights, dmatrix, dscale, dpre, dpost
 
 
 _step.defvjp(_step_fwd, _step_bwd)
@@ -115,22 +122,23 @@ def forward(
     y: jax.Array,
     weights: jax.Array,
     rows: jax.Array,
-    gain: jax.Array,
-    bias: jax.Array,
+    scale: jax.Array,
+    pre_bias: jax.Array,
+    post_bias: jax.Array,
     *,
     eps: float,
 ) -> tuple[jax.Array, ...]:
-    """X' [M, n, D], u [M, D], post [M, n], c [M, 2 n] and r [M]; the last three float32.
+    """X' [M, n, D], u [M, D], post [M, n], c [M, 2 n] and r [M]; the last three are float32.
 
     Args:
         streams: [M, n, D]. y: [M, D]. weights: [M, n] float32.
-        rows: [n, 2 n, D], the matrix with channels last. gain, bias: [2 n] float32.
+        rows: [n, 2 n, D], the matrix with channels last. scale: [2], pre_bias, post_bias: [n], float32.
     """
     tokens, count, width = streams.shape
-    ks = range(2 * count)
+    share = FORWARD
 
-    def body(x_g, y_g, s_g, w_g, gain_g, bias_g, new_g, u_g, post_g, normed_g, r_g):
-        warp = Warp(tokens, count, width, streams.dtype)
+    def body(x_g, y_g, s_g, w_g, scale_g, pre_g, post_g, new_g, u_g, open_g, normed_g, r_g):
+        warp = Warp(share, *streams.shape, streams.dtype)
         weights = [warp.scalars(s_g, token, count) for token in warp.tokens]
 
         def added(channel):
@@ -139,7 +147,7 @@ def forward(
             for token, s in zip(warp.tokens, weights, strict=True):
                 y = warp.load(y_g, token * width + channel)
                 xs = [warp.load(x_g, at) for at in warp.streams(token, channel)]
-                values.append([tuple(a + w * b for a, b in zip(x, y, strict=True)) for x, w in zip(xs, s, strict=True)])
+                values.append([plus(x, w, y) for x, w in zip(xs, s, strict=True)])
             return values
 
         def sums(channel, totals):
@@ -149,25 +157,23 @@ def forward(
                     store_vector(new_g, at, x)
                     square = dot(x, x, square)
                 new.append((products, square))
-            for i in range(count):
-                for k in ks:
-                    row = warp.load(w_g, (i * 2 * count + k) * width + channel)
-                    for (products, _), xs in zip(new, values, strict=True):
-                        products[k] = dot(row, xs[i], products[k])
+            for i, k, row in warp.rows(w_g, channel):
+                for (products, _), xs in zip(new, values, strict=True):
+                    products[k] = dot(row, xs[i], products[k])
             return new
 
         (zero,) = lanes.zeros(1)
-        totals = warp.rounds(sums, [([zero for _ in ks], zero) for _ in warp.tokens])
-        gains, biases = warp.scalars(gain_g, 0 * warp.lane, 2 * count), warp.scalars(bias_g, 0 * warp.lane, 2 * count)
+        totals = warp.rounds(sums, [([zero] * (2 * count), zero) for _ in warp.tokens])
+        gates = Gates(warp, scale_g, pre_g, post_g)
         pre = []
         for token, (products, square) in zip(warp.tokens, totals, strict=True):
             r = lax.rsqrt(across(square) * f32(1 / (count * width)) + f32(eps))
             normed = [across(product) * r for product in products]
-            open = [lanes.sigmoid(a * c + b) for a, c, b in zip(gains, normed, biases, strict=True)]
-            pre.append(open[:count])
-            warp.store_scalars(r_g, token, [r])
+            p, q = gates.open(normed)
+            pre.append(p)
+            warp.store_scalars(open_g, token, [2 * x for x in q])
             warp.store_scalars(normed_g, token, normed)
-            warp.store_scalars(post_g, token, [2 * q for q in open[count:]])
+            warp.store_scalars(r_g, token, [r])
 
         def read(channel, none):
             for token, xs, p in zip(warp.tokens, added(channel), pre, strict=True):
@@ -178,8 +184,8 @@ def forward(
 
     sds = jax.ShapeDtypeStruct
     out = [sds(streams.shape, streams.dtype), sds(y.shape, y.dtype)]
-    out += [sds((tokens, k), f32) for k in (count, 2 * count)] + [sds((tokens,), f32)]
-    return launch(body, out, tokens)(streams, y, weights, rows, gain, bias)
+    out += [sds((tokens, count), f32), sds((tokens, 2 * count), f32), sds((tokens,), f32)]
+    return launch(body, out, tokens, share)(streams, y, weights, rows, scale, pre_bias, post_bias)
 
 
 @jax.jit
@@ -188,28 +194,34 @@ def backward(
     y: jax.Array,
     weights: jax.Array,
     rows: jax.Array,
-    gain: jax.Array,
-    bias: jax.Array,
+    scale: jax.Array,
+    pre_bias: jax.Array,
+    post_bias: jax.Array,
     normed: jax.Array,
     reciprocal: jax.Array,
     dnew: jax.Array,
     du: jax.Array,
-    dq: jax.Array,
+    dpost: jax.Array,
 ) -> tuple[jax.Array, ...]:
-    """Gradients of the streams [M, n, D], of y [M, D], of its weights [M, n], and dp [M, n].
+    """Gradients of the streams [M, n, D], y [M, D], its weights [M, n], what the gates open by, and c / r [M, 2 n].
+
+    The last is in the dtype of the streams, for a product with them.
 
     Args:
         new, normed, reciprocal: X', c and r, results of `forward`, which has the other arguments.
-        dnew, du: gradients of X' and u, in their dtype. dq: [M, n] float32.
+        dnew, du: gradients of X' and u, in their dtype. dpost: [M, n] float32.
     """
     tokens, count, width = new.shape
-    ks = range(2 * count)
+    share = BACKWARD
 
-    def body(new_g, y_g, s_g, w_g, gain_g, bias_g, normed_g, r_g, g_g, e_g, dq_g, dx_g, dy_g, ds_g, dp_g):
-        warp = Warp(tokens, count, width, new.dtype)
+    def body(*refs):
+        new_g, y_g, s_g, w_g, scale_g, pre_g, post_g, normed_g, r_g, g_g, e_g, dpost_g = refs[:12]
+        dx_g, dy_g, ds_g, dlogits_g, dproducts_g = refs[12:]
+        warp = Warp(share, *new.shape, new.dtype)
         (zero,) = lanes.zeros(1)
+        none = [[zero] * count for _ in warp.tokens]
 
-        def products(channel, totals):
+        def shares(channel, totals):
             """u's gradient times each stream."""
             sums = []
             for token, total in zip(warp.tokens, totals, strict=True):
@@ -218,54 +230,53 @@ def backward(
                 sums.append([dot(e, x, t) for x, t in zip(xs, total, strict=True)])
             return sums
 
-        totals = warp.rounds(products, [[zero for _ in range(count)] for _ in warp.tokens])
-        gains, biases = warp.scalars(gain_g, 0 * warp.lane, 2 * count), warp.scalars(bias_g, 0 * warp.lane, 2 * count)
-        factors = []
-        for token, total in zip(warp.tokens, totals, strict=True):
+        gates, factors = Gates(warp, scale_g, pre_g, post_g), []
+        for token, total in zip(warp.tokens, warp.rounds(shares, none), strict=True):
             c, (r,) = warp.scalars(normed_g, token, 2 * count), warp.scalars(r_g, token, 1)
-            pre = [lanes.sigmoid(a * x + b) for a, x, b in zip(gains[:count], c, biases, strict=False)]
-            dp = [across(t) * p * (1 - p) for t, p in zip(total, pre, strict=True)]
-            warp.store_scalars(dp_g, token, dp)
-            dc = [a * d for a, d in zip(gains, [*dp, *warp.scalars(dq_g, token, count)], strict=True)]
-            inner = sum((d * x for d, x in zip(dc, c, strict=True)), zero)
-            norm = -r * r * inner * f32(1 / (count * width))
-            factors.append((pre, [r * d for d in dc], norm, warp.scalars(s_g, token, count)))
+            p, q = gates.open(c)
+            dp = [across(t) * x * (1 - x) for t, x in zip(total, p, strict=True)]
+            dq = [2 * d * x * (1 - x) for d, x in zip(warp.scalars(dpost_g, token, count), q, strict=True)]
+            dc = gates.scaled(dp, dq)
+            norm = -r * r * f32(1 / (count * width)) * dot(tuple(dc), tuple(c), zero)
+            dproducts = [r * d for d in dc]
+            warp.store_scalars(dlogits_g, token, [*dp, *dq])
+            warp.store_scalars(dproducts_g, token, dproducts)
+            factors.append((p, dproducts, norm, warp.scalars(s_g, token, count)))
 
         def gradients(channel, totals):
-            places = [warp.streams(token, channel) for token in warp.tokens]
             G = []
-            for token, at, (pre, _, norm, _) in zip(warp.tokens, places, factors, strict=True):
+            for token, (p, _, norm, _) in zip(warp.tokens, factors, strict=True):
                 e, own = warp.load(e_g, token * width + channel), []
-                for i in range(count):
-                    g, x = warp.load(g_g, at[i]), warp.load(new_g, at[i])
-                    own.append(tuple(a + pre[i] * b + norm * c for a, b, c in zip(g, e, x, strict=True)))
+                for at, weight in zip(warp.streams(token, channel), p, strict=True):
+                    own.append(plus(plus(warp.load(g_g, at), weight, e), norm, warp.load(new_g, at)))
                 G.append(own)
-            for i in range(count):
-                for k in ks:
-                    row = warp.load(w_g, (i * 2 * count + k) * width + channel)
-                    for own, (_, dproducts, _, _) in zip(G, factors, strict=True):
-                        own[i] = tuple(a + dproducts[k] * w for a, w in zip(own[i], row, strict=True))
+            for i, k, row in warp.rows(w_g, channel):
+                for own, (_, dproducts, _, _) in zip(G, factors, strict=True):
+                    own[i] = plus(own[i], dproducts[k], row)
             sums = []
-            for token, at, own, (*_, s), total in zip(warp.tokens, places, G, factors, totals, strict=True):
+            for token, own, (*_, s), total in zip(warp.tokens, G, factors, totals, strict=True):
                 y = warp.load(y_g, token * width + channel)
-                for place, x in zip(at, own, strict=True):
-                    store_vector(dx_g, place, x)
+                for at, x in zip(warp.streams(token, channel), own, strict=True):
+                    store_vector(dx_g, at, x)
                 store_vector(dy_g, token * width + channel, combined(s, own))
                 sums.append([dot(x, y, t) for x, t in zip(own, total, strict=True)])
             return sums
 
-        totals = warp.rounds(gradients, [[zero for _ in range(count)] for _ in warp.tokens])
-        for token, total in zip(warp.tokens, totals, strict=True):
+        for token, total in zip(warp.tokens, warp.rounds(gradients, none), strict=True):
             warp.store_scalars(ds_g, token, [across(t) for t in total])
 
     sds = jax.ShapeDtypeStruct
-    out = [sds(new.shape, new.dtype), sds(y.shape, y.dtype), *[sds((tokens, count), f32)] * 2]
-    return launch(body, out, tokens)(new, y, weights, rows, gain, bias, normed, reciprocal, dnew, du, dq)
+    out = [sds(new.shape, new.dtype), sds(y.shape, y.dtype), sds((tokens, count), f32)]
+    out += [sds((tokens, 2 * count), dtype) for dtype in (f32, new.dtype)]
+    run = launch(body, out, tokens, share)
+    return run(new, y, weights, rows, scale, pre_bias, post_bias, normed, reciprocal, dnew, du, dpost)
 
 
-def launch(body: Callable[..., None], out: Sequence[jax.ShapeDtypeStruct], tokens: int) -> Callable[..., Any]:
-    """The kernel of a body, with a block of four warps for so many groups of tokens."""
-    blocks = -(-tokens // (TOGETHER * THREADS // WARP))
+def launch(
+    body: Callable[..., None], out: Sequence[jax.ShapeDtypeStruct], tokens: int, share: Share
+) -> Callable[..., Any]:
+    """The kernel of a body, in blocks of four warps."""
+    blocks = -(-tokens // (share.tokens * (THREADS // WARP)))
     return lanes.kernel(body, out_type=tuple(out), grid=(blocks,), grid_names=("block",))
 
 
@@ -274,17 +285,17 @@ class Warp:
 
     Attributes:
         lane: [128] int32, number of the thread in its warp.
-        tokens: TOGETHER arrays [128] int32. Behind the last token it is the last one again: several threads then write
-            the same numbers.
+        tokens: arrays [128] int32. Behind the last token it is the last one again: several warps then write the same
+            numbers.
     """
 
-    def __init__(self, tokens: int, count: int, width: int, dtype: DTypeLike) -> None:
-        self.count, self.width = count, width
-        self.vector = next(n for n in (8, 4, 2, 1) if n * jnp.dtype(dtype).itemsize <= VECTOR and not width % (n * WARP))
+    def __init__(self, share: Share, tokens: int, count: int, width: int, dtype: DTypeLike) -> None:
+        self.count, self.width, most = count, width, share.bytes // jnp.dtype(dtype).itemsize
+        self.vector = next(n for n in (8, 4, 2, 1) if n <= most and width % (n * WARP) == 0)
         thread = lanes.thread_index()
         self.lane = thread & (WARP - 1)
-        first = (lax.axis_index("block") * (THREADS // WARP) + (thread >> 5)) * TOGETHER
-        self.tokens = [jnp.minimum(first + j, tokens - 1) for j in range(TOGETHER)]
+        first = (lax.axis_index("block") * (THREADS // WARP) + (thread >> 5)) * share.tokens
+        self.tokens = [jnp.minimum(first + j, tokens - 1) for j in range(share.tokens)]
 
     def rounds(self, part: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
         """Apply `part(channel, carry)` to all channels; a thread has `vector` of them at once, from `channel` on."""
@@ -298,6 +309,12 @@ class Warp:
     def streams(self, token: jax.Array, channel: jax.Array) -> list[jax.Array]:
         """Offset of a token's channels in each of its streams, in arrays [M, n, D]."""
         return [(token * self.count + i) * self.width + channel for i in range(self.count)]
+
+    def rows(self, ref: Any, channel: jax.Array) -> Any:
+        """(stream i, product k, the thread's numbers of W_ik) for all of an array [n, 2 n, D]."""
+        for i in range(self.count):
+            for k in range(2 * self.count):
+                yield i, k, self.load(ref, (i * 2 * self.count + k) * self.width + channel)
 
     def load(self, ref: Any, offset: jax.Array) -> Lanes:
         """The thread's numbers of an array, `vector` arrays [128] float32."""
@@ -313,12 +330,38 @@ class Warp:
             store_vector(ref, row * len(values), (value,), at=i)
 
 
+class Gates:
+    """Inside a kernel: how c becomes pre and post."""
+
+    def __init__(self, warp: Warp, scale: Any, pre_bias: Any, post_bias: Any) -> None:
+        zero = 0 * warp.lane
+        self.scale = warp.scalars(scale, zero, 2)
+        self.biases = [warp.scalars(bias, zero, warp.count) for bias in (pre_bias, post_bias)]
+
+    def open(self, normed: Sequence[jax.Array]) -> list[list[jax.Array]]:
+        """pre and post / 2, of c."""
+        halves = normed[: len(normed) // 2], normed[len(normed) // 2 :]
+        return [
+            [lanes.sigmoid(a * c + b) for c, b in zip(half, biases, strict=True)]
+            for a, half, biases in zip(self.scale, halves, self.biases, strict=True)
+        ]
+
+    def scaled(self, dp: Sequence[jax.Array], dq: Sequence[jax.Array]) -> list[jax.Array]:
+        """The gradient of c."""
+        return [a * d for a, part in zip(self.scale, (dp, dq), strict=True) for d in part]
+
+
 def across(x: jax.Array) -> jax.Array:
     """The sum over the threads of a warp, in each of them."""
     distance = WARP // 2
     while distance:
         x, distance = x + lanes.exchange(x, distance), distance // 2
     return x
+
+
+def plus(x: Lanes, factor: jax.Array, y: Lanes) -> Lanes:
+    """x + factor y."""
+    return tuple(a + factor * b for a, b in zip(x, y, strict=True))
 
 
 def dot(a: Lanes, b: Lanes, total: jax.Array) -> jax.Array:
@@ -330,5 +373,7 @@ def dot(a: Lanes, b: Lanes, total: jax.Array) -> jax.Array:
 
 def combined(weights: Sequence[jax.Array], streams: Sequence[Lanes]) -> Lanes:
     """sum_i weights_i streams_i."""
-    return tuple(sum((w * x for w, x in zip(weights[1:], xs[1:], strict=True)), weights[0] * xs[0])
-                 for xs in zip(*streams, strict=True))  # fmt: skip
+    total = tuple(weights[0] * x for x in streams[0])
+    for weight, x in zip(weights[1:], streams[1:], strict=True):
+        total = plus(total, weight, x)
+    return total

@@ -14,8 +14,9 @@ def hyper_connection(
     y: jax.Array,
     weights: jax.Array,
     matrix: jax.Array,
-    gain: jax.Array,
-    bias: jax.Array,
+    scale: jax.Array,
+    pre_bias: jax.Array,
+    post_bias: jax.Array,
     *,
     eps: float,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -23,6 +24,6 @@ def hyper_connection(
     new = streams.astype(weights.dtype) + weights[..., None] * y[:, :, None].astype(weights.dtype)
     reciprocal = jax.lax.rsqrt(jnp.mean(jnp.square(new), axis=(2, 3)) + eps)
     products = jnp.einsum("btnd,ndk->btk", new, matrix.astype(weights.dtype), precision="highest")
-    p, q = jnp.split(gain * products * reciprocal[..., None] + bias, 2, axis=-1)
-    u = jnp.sum(jax.nn.sigmoid(p)[..., None] * new, axis=2)
-    return new.astype(streams.dtype), u.astype(streams.dtype), 2 * jax.nn.sigmoid(q)
+    p, q = jnp.split(products * reciprocal[..., None], 2, axis=-1)
+    pre, post = jax.nn.sigmoid(scale[0] * p + pre_bias), 2 * jax.nn.sigmoid(scale[1] * q + post_bias)
+    return new.astype(streams.dtype), jnp.sum(pre[..., None] * new, axis=2).astype(streams.dtype), post

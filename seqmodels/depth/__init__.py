@@ -14,6 +14,7 @@ from seqmodels.depth.dense import FUSIONS, Dense
 from seqmodels.depth.denseformer import DenseFormer
 from seqmodels.depth.hyper import Hyper
 from seqmodels.depth.mudd import Mudd
+from seqmodels.depth.hyper_fused import FusedHyper
 from seqmodels.depth.value import ValueResidual
 from seqmodels.fields import refuse
 from seqmodels.layers.norm import norm_of
@@ -51,6 +52,10 @@ def check(config: Any, words: set[str]) -> None:
             refuse("model.depth", "value", f"another one unless all mixers of model.pattern are of {able}{have}")
     if kind(config) == "mudd" and config.short_conv:
         refuse("model.short_conv", config.short_conv, "0 with model.depth='mudd', whose mixers read several inputs")
+    chosen, mixing = config.implementation.hyper_connection, config.hyper.mixing
+    if kind(config) == "hyper" and chosen and mixing != "identity":
+        allowed = f"'' with model.hyper.mixing={mixing!r}: it does not mix the streams"
+        refuse("model.implementation.hyper_connection", chosen, allowed)
 
 
 def check_links(config: Any, word: str) -> None:
@@ -91,7 +96,9 @@ def connection_of(config: Any, branches: list[Branch], steps: int, sources: int 
         ways, norm = branches[0].ways if branches else (), functools.partial(norm_of, config)
         return Mudd(ways, config.width, steps, config.repeats * len(blocks), scanned, eps, norm, dtype, **parent)
     if name == "hyper":
-        return Hyper(config.hyper, config.width, steps, eps, dtype, **parent)
+        fields = dict(options=config.hyper, width=config.width, steps=steps, eps=eps, dtype=dtype, **parent)
+        chosen = config.implementation.hyper_connection
+        return FusedHyper(implementation=chosen, **fields) if chosen else Hyper(**fields)
     return _dense(config, branches, sources, **parent)
 
 

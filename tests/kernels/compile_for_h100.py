@@ -140,8 +140,9 @@ def streams(sizes, dtype):
         y=low(batch, length, width),
         weights=array(batch, length, count),
         matrix=low(count, width, 2 * count),
-        gain=array(2 * count),
-        bias=array(2 * count),
+        scale=array(2),
+        pre_bias=array(count),
+        post_bias=array(count),
     )
     return functools.partial(hyper_connection, eps=1e-5, implementation="mosaic_gpu"), args, {}, None
 
