@@ -34,6 +34,7 @@ FORMS = {
     "attnres block": dict(depth="attnres", attnres__blocks=3),
     "attnres delta": dict(depth="attnres", attnres__form="delta"),
     "hyper identity": dict(depth="hyper", hyper__streams=3),
+    "hyper fused": dict(depth="hyper", hyper__streams=3, implementation__hyper_connection="reference"),
     "hyper lite": dict(depth="hyper", hyper__streams=3, hyper__mixing="lite"),
     "hyper sinkhorn": dict(depth="hyper", hyper__streams=3, hyper__mixing="sinkhorn"),
 }
@@ -406,6 +407,10 @@ def test_mixing_is_doubly_stochastic(mixing):
             "config.model.depth='hyper': must be 'none' with model.dense.var",
         ),
         (dict(hyper__mixing="lite", hyper__streams=6), "config.model.hyper.streams=6: must be at most 5 with mixing"),
+        (
+            dict(depth="hyper", hyper__mixing="lite", implementation__hyper_connection="reference"),
+            "config.model.implementation.hyper_connection='reference': must be '' with model.hyper.mixing='lite'",
+        ),
         (dict(depth="value", pattern="mamba lstm"), "config.model.depth='value': must be .*; lstm has no value stream"),
         (dict(depth="value", pattern="bi:mamba"), "bi:mamba has no value stream"),
         (dict(depth="mudd", short_conv=4), "config.model.short_conv=4: must be 0 with model.depth='mudd'"),
