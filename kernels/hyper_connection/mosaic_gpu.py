@@ -107,10 +107,10 @@ def _step_bwd(eps, kept, gradients):
     new, normed = kept["new"], kept["normed"]
     given = dict(zip(("dnew", "du", "dpost"), gradients, strict=True))
     dstreams, dy, dweights, dlogits, dproducts = mapped(backward)(kept | given)
-    dmatrix = jnp.einsum("mnd,mk->ndk", new, dproducts, preferred_element_type=f32).astype(new.dtype)
+    dmatrix = jnp.einsum("mnd,mk->ndk", new, dproducts, precision="highest", preferred_element_type=f32)
     dpre, dpost = jnp.split(jnp.sum(dlogits, axis=0), 2)
     dscale = jnp.sum(jnp.sum(dlogits * normed, axis=0).reshape(2, -1), axis=1)
-    return dstreams, dy, dweights, dmatrix, dscale, dpre, dpost
+    return dstreams, dy, dweights, dmatrix.astype(new.dtype), dscale, dpre, dpost
 
 
 _step.defvjp(_step_fwd, _step_bwd)

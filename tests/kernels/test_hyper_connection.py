@@ -1,13 +1,17 @@
-"""A step of hyper-connections: the definition, and what does not fit. The kernels are in test_hyper_connection_gpu.py."""
+"""A step of hyper-connections: the definition, and what does not fit. test_hyper_connection_gpu.py has the kernels."""
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 
+from seqmodels import parallel
 from seqmodels.kernels import hyper_connection as op
 from seqmodels.kernels.dispatch import UnsupportedError
 from seqmodels.kernels.hyper_connection import hyper_connection, mosaic_gpu
+from seqmodels.training.sharding import AXES, RULES
 from tests.kernels.helpers import assert_close
 from tests.kernels.hyper_cases import EPS, by_hand, inputs, reference, run
 
@@ -25,6 +29,23 @@ def test_the_reference_is_the_equations_and_has_their_gradients():
         slope = sum(np.sum(w * (b - a)) for w, a, b in zip(weights, *ends, strict=True)) / (2 * far)
         np.testing.assert_allclose(np.sum(np.asarray(gradients[name]) * move), slope, rtol=1e-6, err_msg=name)
     assert_close(run(args, "reference"), (results, gradients), 1e-6)
+
+
+@pytest.mark.skipif(jax.device_count() < 8, reason="needs 8 devices")
+def test_on_a_mesh():
+    """Rows and time apart: each device has its own tokens, and the gradients of what they share are added up."""
+    args = inputs(length=8)
+    mesh = jax.make_mesh([dict(data=2, sequence=4).get(axis, 1) for axis in AXES], AXES, (AxisType.Auto,) * len(AXES))
+
+    def loss(args):
+        results = parallel.hyper_connection(**args, eps=EPS, implementation="reference")
+        return sum(jnp.sum(jnp.sin(x)) for x in results)
+
+    want = jax.jit(jax.grad(loss))(args)
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        program = jax.jit(jax.grad(loss)).lower(args).compile()
+    assert "all-gather" not in program.as_text()
+    assert_close(program(args), want, 1e-6)
 
 
 def test_the_reference_is_chosen_everywhere():

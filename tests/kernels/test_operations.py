@@ -72,7 +72,9 @@ def test_every_array_has_its_axes(operation):
     annotated = inspect.signature(function).parameters.values()
     assert set(layout.arrays) == {p.name for p in annotated if "Array" in str(p.annotation)}
     assert set(given) | {"weights"} >= set(layout.arrays)
-    options = dict(linear_attention=dict(read="exclusive"), attention=dict(bias=Alibi()), hyper_connection=dict(eps=0.1))
+    options = dict(
+        linear_attention=dict(read="exclusive"), attention=dict(bias=Alibi()), hyper_connection=dict(eps=0.1)
+    )
     options = options.get(operation, {})
     results = jax.tree.leaves(jax.eval_shape(lambda **x: function(**x, **options), **given))
     assert [x.shape for x in results] == SHAPES[operation][1]
