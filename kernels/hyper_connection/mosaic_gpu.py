@@ -2,7 +2,8 @@
 
 The 32 threads of a warp share the channels of a token, so its sums over channels are exchanges in the warp, and warps
 share nothing. A warp goes through the channels twice: for the sums, and for what depends on them. The second time it
-finds its numbers in the caches of the GPU, because few tokens are under way at once; so memory is read once.
+finds its numbers in the caches of the GPU, because few tokens are under way at once; so memory is read once. It asks
+for all of its tokens' numbers at the start: those of one round are too few to keep the memory busy.
 
 With g the gradient of X', e that of u, and r the reciprocal of the root mean square, that of what X' is rounded from is
 
@@ -14,6 +15,7 @@ Only sums over tokens are left to XLA: the gradients of W, a and b.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -30,6 +32,7 @@ from seqmodels.kernels.lanes import THREADS, Lanes, load_vector, store_vector
 f32 = jnp.float32
 DTYPES = ("bfloat16", "float16", "float32")
 WARP = 32  # threads
+LINE = 128  # bytes that the caches fetch
 MOST = 4  # streams; with more, a thread's numbers do not fit into its registers
 
 
@@ -40,7 +43,7 @@ class Share(NamedTuple):
     bytes: int
 
 
-# Of those that were compiled, the most tokens with which three warpgroups have enough registers on a multiprocessor.
+# By the registers that they were compiled to: four warpgroups fit on a multiprocessor forward, three backward.
 FORWARD, BACKWARD = Share(2, 8), Share(1, 16)
 
 
@@ -139,6 +142,7 @@ def forward(
 
     def body(x_g, y_g, s_g, w_g, scale_g, pre_g, post_g, new_g, u_g, open_g, normed_g, r_g):
         warp = Warp(share, *streams.shape, streams.dtype)
+        warp.prefetch(x_g, y_g)
         weights = [warp.scalars(s_g, token, count) for token in warp.tokens]
 
         def added(channel):
@@ -218,6 +222,7 @@ def backward(
         new_g, y_g, s_g, w_g, scale_g, pre_g, post_g, normed_g, r_g, g_g, e_g, dpost_g = refs[:12]
         dx_g, dy_g, ds_g, dlogits_g, dproducts_g = refs[12:]
         warp = Warp(share, *new.shape, new.dtype)
+        warp.prefetch(new_g, e_g, g_g, y_g)
         (zero,) = lanes.zeros(1)
         none = [[zero] * count for _ in warp.tokens]
 
@@ -296,6 +301,15 @@ class Warp:
         self.lane = thread & (WARP - 1)
         first = (lax.axis_index("block") * (THREADS // WARP) + (thread >> 5)) * share.tokens
         self.tokens = [jnp.minimum(first + j, tokens - 1) for j in range(share.tokens)]
+
+    def prefetch(self, *refs: Any) -> None:
+        """Start to bring what arrays [M, .., D] have of the tokens to the second cache: a round has too few loads."""
+        for token in self.tokens:
+            for ref in refs:
+                size = math.prod(ref.shape[1:])
+                line = LINE // jnp.dtype(ref.dtype).itemsize
+                for first in range(0, size, WARP * line):
+                    lanes.prefetch(ref, token * size + jnp.minimum(first + self.lane * line, size - 1))
 
     def rounds(self, part: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
         """Apply `part(channel, carry)` to all channels; a thread has `vector` of them at once, from `channel` on."""
