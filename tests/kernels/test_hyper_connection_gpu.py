@@ -3,11 +3,16 @@
 On a GPU the same tests run the kernels as they are.
 """
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from seqmodels.config import complete_model
+from seqmodels.configs.base import base
+from seqmodels.fields.mlp import MLP
+from seqmodels.model import build
 from tests.kernels.helpers import assembled, assert_close, needs_cuda_plugin, stacked
 from tests.kernels.hyper_cases import inputs, reference, run
 
@@ -43,6 +48,26 @@ def test_low_precision(gpu_interpreter, dtype):
     assert_close(results[2], want[2], 1e-6)
     # The gradients are of a functional whose weights are rounded, too, and use X' as it was rounded
     assert_close(gradients, want_gradients, 4 * rounding)
+
+
+@slow
+def test_a_model_is_the_same_as_by_xla(gpu_interpreter):
+    """Its outputs, and the gradients of perturbed parameters, in steps that XLA fuses as it likes (depth/hyper.py)."""
+    config = base().model
+    config.update(pattern="mlp", width=64, repeats=2, depth="hyper")
+    config.norm_eps = 0.1  # the streams are equal at first, and only this keeps the norm from taking their weights away
+    config.mlp, draw, tokens = MLP.defaults(hidden=8), np.random.default_rng(0), jnp.arange(10).reshape(2, 5)
+    config, got = complete_model(config), {}
+    params = nn.unbox(build(config, 11).init(jax.random.key(0), tokens))["params"]
+    params = jax.tree.map(lambda x: x + 0.2 * draw.normal(size=x.shape).astype(np.float32), params)
+    weights = draw.normal(size=(2, 5, 64))
+    for name in ("", "mosaic_gpu"):
+        config.implementation.hyper_connection = name
+        model = build(config, 11)
+        loss = lambda params: jnp.sum(weights * model.apply({"params": params}, tokens)[0])  # noqa: B023, E731
+        with jax.default_matmul_precision("highest"):
+            got[name] = jax.jit(jax.value_and_grad(loss))(params)
+    assert_close(got["mosaic_gpu"], got[""], 1e-5)
 
 
 @slow
