@@ -44,7 +44,7 @@ def test_low_precision(gpu_interpreter, dtype):
     assert [x.dtype.name for x in results] == [dtype, dtype, "float32"]
     assert {k: x.dtype for k, x in gradients.items()} == {k: x.dtype for k, x in args.items()}
     for x, y in zip(results[:2], want[:2], strict=True):
-        np.testing.assert_allclose(np.asarray(x, np.float32), y, rtol=rounding, atol=1e-3 * rounding)
+        np.testing.assert_allclose(np.asarray(x, np.float32), y, rtol=rounding, atol=2e-6)
     assert_close(results[2], want[2], 1e-6)
     # The gradients are of a functional whose weights are rounded, too, and use X' as it was rounded
     assert_close(gradients, want_gradients, 4 * rounding)
