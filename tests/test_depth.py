@@ -111,16 +111,20 @@ def doubled(tree):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 
 
+@functools.cache
+def branches():
+    """Mamba, the MLP, and Mamba of several inputs, which are the same with all connections."""
+    mamba, mlp = (backbone.branch_of(config_of("none"), name, parent=None).apply for name in ("mamba", "mlp"))
+    linked = lambda params, x, seq, inputs: mamba(params, x, seq, None, Links(inputs))  # noqa: E731
+    return [jax.jit(mamba), jax.jit(mlp)], jax.jit(linked)
+
+
 class Steps:
     """The steps of a model by hand: norms in float64, branches by the library, whose own tests are elsewhere."""
 
     def __init__(self, form):
         self.params = jax.tree.map(np.asarray, perturbed(form))
-        config = config_of(form)
-        names = ("mamba", "mlp")
-        branches = [backbone.branch_of(config, name, parent=None).apply for name in names]
-        linked = lambda params, x, seq, inputs: branches[0](params, x, seq, None, Links(inputs))  # noqa: E731
-        self.branches, self.linked = [jax.jit(apply) for apply in branches], jax.jit(linked)
+        self.branches, self.linked = branches()
         self.seq = make_sequence(B, T)[0]
 
     def connection(self, kind, block):
