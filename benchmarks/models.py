@@ -64,6 +64,12 @@ ROWS = {
     "130m-attnres": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "attnres"}),
     "130m-attnres-full": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "attnres", "model.attnres.form": "full"}),
     "130m-hyper": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "hyper"}),
+    "130m-hyper-kernel": (
+        "configs/mamba.py:130m",
+        8,
+        2048,
+        {"model.depth": "hyper", "model.implementation.hyper_connection": "mosaic_gpu"},
+    ),
     "130m-hyper-lite": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "hyper", "model.hyper.mixing": "lite"}),
     "130m-hyper-sinkhorn": (
         "configs/mamba.py:130m",

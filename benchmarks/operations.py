@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from seqmodels.kernels.delta_rule import delta_rule
+from seqmodels.kernels.hyper_connection import hyper_connection
 from seqmodels.kernels.linear_attention import linear_attention
 from seqmodels.kernels.linear_scan import linear_scan
 from seqmodels.kernels.selective_scan import selective_scan
@@ -292,6 +293,25 @@ def associative_scan(log_decay, x, initial_state):
     return h.astype(x.dtype), h[:, -1]
 
 
+def streams_arguments(variant):
+    if variant != "identity":
+        raise ValueError(f"variant {variant!r} of hyper_connection is not identity")
+    return dict(
+        streams=Argument("BTCD", normal),
+        y=Argument("BTD", normal),
+        weights=Argument("BTC", normal, low=False),
+        matrix=Argument("CDK", functools.partial(normal, scale=0.02)),
+        scale=Argument("P", normal, low=False),
+        pre_bias=Argument("C", normal, low=False),
+        post_bias=Argument("C", normal, low=False),
+    )
+
+
+def streams_call(arguments, variant, implementation):
+    new, u, post = hyper_connection(**arguments, eps=1e-5, implementation=implementation)
+    return dict(new=new, u=u, post=post.astype(u.dtype))
+
+
 OPERATIONS = {
     "selective_scan": Operation(
         letters="BTEN",
@@ -400,5 +420,20 @@ OPERATIONS = {
         work="BTD",
         carried=dict(initial_state="state"),
         peers=("associative_scan",),
+    ),
+    "hyper_connection": Operation(
+        letters="BTCD",
+        apart="BT",
+        sizes=lambda shape, variant: dict(zip("BTCD", shape, strict=True), K=2 * shape[2], P=2),
+        arguments=streams_arguments,
+        outputs=lambda variant: dict(new="BTCD", u="BTD", post="BTC"),
+        call=streams_call,
+        exps=lambda s: s["B"] * s["T"] * s["K"],
+        shapes=dict(
+            table=("8x2048x4x768:identity", "8x2048x4x1024:identity", "8x2048x4x2048:identity"),
+            small=("2x64x4x64:identity", "1x50x3x24:identity"),
+        ),
+        work="BTCD",
+        carried={},
     ),
 }

@@ -93,10 +93,10 @@ def compiled(row: str, fields: list[str], streams: bool = False):
     devices = topologies.get_topology_desc(platform="cuda", target_config=TARGET.read_text(), topology="1x1x1").devices
     mesh = sharding.make_mesh(config, list(devices))
     model = build(config.model, config.model.vocab_size)
-    boxed = abstract_params(model, config)
-    optimizer = make_optimizer(config.optimizer, boxed)
-    abstract = abstract_state(model, optimizer, config, mesh, boxed)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh), nn.logical_axis_rules(sharding.RULES):
+        boxed = abstract_params(model, config)
+        optimizer = make_optimizer(config.optimizer, boxed)
+        abstract = abstract_state(model, optimizer, config, mesh, boxed)
         step = make_train_step(model, optimizer, make_schedule(config.optimizer, config.steps), config, boxed)
         return lower_train_step(step, abstract, config, mesh).compile(), config
 

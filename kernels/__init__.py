@@ -40,6 +40,7 @@ OPERATIONS = Operations(
     "linear_scan",
     "grouped_matmul",
     "long_conv",
+    "hyper_connection",
 )
 
 

@@ -76,7 +76,7 @@ def require(operation: str, backends: Mapping[str, ModuleType], name: str, **fac
     """
     if name not in backends:
         raise UnsupportedError(f"{operation}: implementation {name!r} is unknown; there are {', '.join(backends)}")
-    reason = backends[name].supports(platform=lowered_name(jax.default_backend()), named=True, **facts)
+    reason = backends[name].supports(platform=platforms()[-1], named=True, **facts)
     if reason is not None:
         raise UnsupportedError(f"{operation}: implementation {name!r} cannot serve: {reason}")
     return backends[name]

@@ -119,6 +119,12 @@ def store_vector(ref: Any, offset: jax.Array, values: Lanes, *, at: int = 0) -> 
         _store_vector(len(values), at)(ref, offset, *values)
 
 
+def prefetch(ref: Any, offset: jax.Array) -> None:
+    """Bring the 128 bytes around each thread's offset of `ref`, in global memory, to the GPU's second cache."""
+    if not gpu_interpreter():
+        _prefetch()(ref, offset)
+
+
 def zeros(count: int) -> Lanes:
     """`count` arrays [128] of float32 zeros."""
     return (plgpu.layout_cast(jnp.zeros((THREADS,), jnp.float32), LANES),) * count
@@ -218,6 +224,21 @@ def _store_vector(width, at):
         llvm.store(packed, pointer)
 
     return store
+
+
+@functools.cache
+def _prefetch():
+    from jaxlib.mlir import ir
+    from jaxlib.mlir.dialects import llvm
+
+    @plgpu.inline_mgpu(arg_types=(plgpu.RefType(), LANES))
+    def fetch(ctx, ref, offset):
+        pointer, _ = _pointer(ref, offset, 0)
+        address = llvm.ptrtoint(ir.IntegerType.get_signless(64), pointer)
+        void = ir.Type.parse("!llvm.void")
+        llvm.inline_asm(void, [address], "prefetch.global.L2 [$0];", "l", has_side_effects=True)
+
+    return fetch
 
 
 @functools.cache

@@ -9,6 +9,7 @@ import numpy as np
 from jax.tree_util import Partial
 from ml_collections import ConfigDict, FrozenConfigDict
 
+from seqmodels import depth
 from seqmodels.backbone import Backbone, branch_of, causal, plan, scanned
 from seqmodels.branches import BRANCHES
 from seqmodels.config import check_implementation, complete_model
@@ -365,7 +366,8 @@ def describe_kernels(config: ConfigDict, platform: str) -> list[str]:
     if config.short_conv:
         branches.append(ShortConv)
     lines = []
-    for operation in dict.fromkeys(operation for branch in branches for operation in branch.operations):
+    used = [operation for branch in branches for operation in branch.operations]
+    for operation in dict.fromkeys((*used, *depth.operations(config))):
         name, why = config.implementation[operation], f"model.implementation.{operation}"
         if not name:
             name, why = OPERATIONS[operation].choose(platform, dtype=config.dtype)

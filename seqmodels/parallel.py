@@ -31,6 +31,7 @@ if TYPE_CHECKING:  # the functions that `__getattr__` returns have the signature
     from seqmodels.kernels.attention import attention as attention
     from seqmodels.kernels.delta_rule import delta_rule as delta_rule
     from seqmodels.kernels.grouped_matmul import grouped_matmul as grouped_matmul
+    from seqmodels.kernels.hyper_connection import hyper_connection as hyper_connection
     from seqmodels.kernels.linear_attention import linear_attention as linear_attention
     from seqmodels.kernels.linear_scan import linear_scan as linear_scan
     from seqmodels.kernels.long_conv import long_conv as long_conv

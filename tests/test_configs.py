@@ -8,6 +8,7 @@ import pytest
 from ml_collections import ConfigDict
 from ml_collections.config_flags import config_flags
 
+from seqmodels import depth
 from seqmodels.branches import BRANCHES
 from seqmodels.config import declared_fields, validate
 from seqmodels.configs import base
@@ -30,8 +31,11 @@ def set_field(config, field, value):
 
 def test_every_operation_has_its_field():
     assert set(config_of("mamba").model.implementation) == set(OPERATIONS)
+    named = ConfigDict(
+        dict(depth="hyper", dense=dict(variant="none"), implementation=dict(hyper_connection="reference"))
+    )
     used = {name for branch in BRANCHES.values() for name in branch.operations}
-    assert set(OPERATIONS) == used
+    assert set(OPERATIONS) == used | set(depth.operations(named))
 
 
 @pytest.mark.parametrize("broken, named", [("short_conv", "selective_scan"), ("selective_scan", "short_conv")])

@@ -34,6 +34,7 @@ FORMS = {
     "attnres block": dict(depth="attnres", attnres__blocks=3),
     "attnres delta": dict(depth="attnres", attnres__form="delta"),
     "hyper identity": dict(depth="hyper", hyper__streams=3),
+    "hyper fused": dict(depth="hyper", hyper__streams=3, implementation__hyper_connection="reference"),
     "hyper lite": dict(depth="hyper", hyper__streams=3, hyper__mixing="lite"),
     "hyper sinkhorn": dict(depth="hyper", hyper__streams=3, hyper__mixing="sinkhorn"),
 }
@@ -110,16 +111,20 @@ def doubled(tree):
     return jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
 
 
+@functools.cache
+def branches():
+    """Mamba, the MLP, and Mamba of several inputs, which are the same with all connections."""
+    mamba, mlp = (backbone.branch_of(config_of("none"), name, parent=None).apply for name in ("mamba", "mlp"))
+    linked = lambda params, x, seq, inputs: mamba(params, x, seq, None, Links(inputs))  # noqa: E731
+    return [jax.jit(mamba), jax.jit(mlp)], jax.jit(linked)
+
+
 class Steps:
     """The steps of a model by hand: norms in float64, branches by the library, whose own tests are elsewhere."""
 
     def __init__(self, form):
         self.params = jax.tree.map(np.asarray, perturbed(form))
-        config = config_of(form)
-        names = ("mamba", "mlp")
-        branches = [backbone.branch_of(config, name, parent=None).apply for name in names]
-        linked = lambda params, x, seq, inputs: branches[0](params, x, seq, None, Links(inputs))  # noqa: E731
-        self.branches, self.linked = [jax.jit(apply) for apply in branches], jax.jit(linked)
+        self.branches, self.linked = branches()
         self.seq = make_sequence(B, T)[0]
 
     def connection(self, kind, block):
@@ -406,6 +411,10 @@ def test_mixing_is_doubly_stochastic(mixing):
             "config.model.depth='hyper': must be 'none' with model.dense.var",
         ),
         (dict(hyper__mixing="lite", hyper__streams=6), "config.model.hyper.streams=6: must be at most 5 with mixing"),
+        (
+            dict(depth="hyper", hyper__mixing="lite", implementation__hyper_connection="reference"),
+            "config.model.implementation.hyper_connection='reference': must be '' with model.hyper.mixing='lite'",
+        ),
         (dict(depth="value", pattern="mamba lstm"), "config.model.depth='value': must be .*; lstm has no value stream"),
         (dict(depth="value", pattern="bi:mamba"), "bi:mamba has no value stream"),
         (dict(depth="mudd", short_conv=4), "config.model.short_conv=4: must be 0 with model.depth='mudd'"),

@@ -13,6 +13,7 @@ from seqmodels.depth.connection import Carry, Connection
 from seqmodels.depth.dense import FUSIONS, Dense
 from seqmodels.depth.denseformer import DenseFormer
 from seqmodels.depth.hyper import Hyper
+from seqmodels.depth.hyper_fused import FusedHyper
 from seqmodels.depth.mudd import Mudd
 from seqmodels.depth.value import ValueResidual
 from seqmodels.fields import refuse
@@ -20,7 +21,7 @@ from seqmodels.layers.norm import norm_of
 from seqmodels.mixers.linked import Linked
 from seqmodels.pattern import BOTH_WAYS, name_of
 
-__all__ = ["Carry", "Connection", "check", "check_links", "connection_of", "growing", "kind"]
+__all__ = ["Carry", "Connection", "check", "check_links", "connection_of", "growing", "kind", "operations"]
 
 PLAIN, DENSE = "plain", "dense"
 
@@ -37,6 +38,11 @@ def growing(config: Any) -> int:
     return int(kind(config) == "value")
 
 
+def operations(config: Any) -> tuple[str, ...]:
+    """Operations of `seqmodels.kernels` that the connection runs by itself. `Hyper` is for XLA and runs none."""
+    return ("hyper_connection",) if kind(config) == "hyper" and config.implementation.hyper_connection else ()
+
+
 def check(config: Any, words: set[str]) -> None:
     """Whether the branches of the pattern's words, and other fields of the model, fit its connection.
 
@@ -51,6 +57,9 @@ def check(config: Any, words: set[str]) -> None:
             refuse("model.depth", "value", f"another one unless all mixers of model.pattern are of {able}{have}")
     if kind(config) == "mudd" and config.short_conv:
         refuse("model.short_conv", config.short_conv, "0 with model.depth='mudd', whose mixers read several inputs")
+    if operations(config) and (mixing := config.hyper.mixing) != "identity":
+        allowed = f"'' with model.hyper.mixing={mixing!r}: it does not mix the streams"
+        refuse("model.implementation.hyper_connection", config.implementation.hyper_connection, allowed)
 
 
 def check_links(config: Any, word: str) -> None:
@@ -91,7 +100,10 @@ def connection_of(config: Any, branches: list[Branch], steps: int, sources: int 
         ways, norm = branches[0].ways if branches else (), functools.partial(norm_of, config)
         return Mudd(ways, config.width, steps, config.repeats * len(blocks), scanned, eps, norm, dtype, **parent)
     if name == "hyper":
-        return Hyper(config.hyper, config.width, steps, eps, dtype, **parent)
+        fields = dict(options=config.hyper, width=config.width, steps=steps, eps=eps, dtype=dtype, **parent)
+        if not operations(config):
+            return Hyper(**fields)
+        return FusedHyper(implementation=config.implementation.hyper_connection, **fields)
     return _dense(config, branches, sources, **parent)
 
 

@@ -5,6 +5,7 @@
     MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py short_conv BxTxExW dtype documents(0|1)
     MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py linear_scan BxTxD dtype documents(0|1)
     MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py grouped_matmul MxKxNxX dtype
+    MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py hyper_connection BxTxnxD dtype
     MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py attention BxTxHxHkvxd dtype documents(0|1)
 
 The gradient, or of a few tokens of the scan and the convolution a step that is given its state's memory and must need
@@ -30,6 +31,7 @@ from seqmodels.kernels.attention import mosaic_gpu
 from seqmodels.kernels.attention.arguments import Inputs, Options, Tokens
 from seqmodels.kernels.attention.masks import Mask
 from seqmodels.kernels.grouped_matmul import grouped_matmul
+from seqmodels.kernels.hyper_connection import hyper_connection
 from seqmodels.kernels.linear_attention import linear_attention
 from seqmodels.kernels.linear_scan import linear_scan
 from seqmodels.kernels.selective_scan import selective_scan
@@ -130,6 +132,21 @@ def softmax(sizes, dtype, documents):
     return attend, args, layout(batch, length, documents), None
 
 
+def streams(sizes, dtype):
+    batch, length, count, width = map(int, sizes.split("x"))
+    low = functools.partial(array, dtype=jnp.dtype(dtype))
+    args = dict(
+        streams=low(batch, length, count, width),
+        y=low(batch, length, width),
+        weights=array(batch, length, count),
+        matrix=low(count, width, 2 * count),
+        scale=array(2),
+        pre_bias=array(count),
+        post_bias=array(count),
+    )
+    return functools.partial(hyper_connection, eps=1e-5, implementation="mosaic_gpu"), args, {}, None
+
+
 OPERATIONS = dict(
     selective_scan=scan,
     linear_attention=memory,
@@ -137,6 +154,7 @@ OPERATIONS = dict(
     linear_scan=diagonal,
     grouped_matmul=experts,
     attention=softmax,
+    hyper_connection=streams,
 )
 
 

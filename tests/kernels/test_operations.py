@@ -44,6 +44,11 @@ SHAPES = {  # of every array that an operation takes, and of what it gives
         [(B, T, 3, E), (B, 3, E)],
     ),
     "long_conv": (dict(x=(B, T, E), weight=(T, E), skip=(E,), **DOCUMENTS), [(B, T, E)]),
+    "hyper_connection": (
+        dict(streams=(B, T, 3, E), y=(B, T, E), weights=(B, T, 3), matrix=(3, E, 6))
+        | dict(scale=(2,), pre_bias=(3,), post_bias=(3,)),
+        [(B, T, 3, E), (B, T, E), (B, T, 3)],
+    ),
     "grouped_matmul": (dict(x=(7, 5), w=(3, 5, 4), sizes=(3,)), [(7, 4)]),
 }
 
@@ -67,7 +72,10 @@ def test_every_array_has_its_axes(operation):
     annotated = inspect.signature(function).parameters.values()
     assert set(layout.arrays) == {p.name for p in annotated if "Array" in str(p.annotation)}
     assert set(given) | {"weights"} >= set(layout.arrays)
-    options = dict(linear_attention=dict(read="exclusive"), attention=dict(bias=Alibi())).get(operation, {})
+    options = dict(
+        linear_attention=dict(read="exclusive"), attention=dict(bias=Alibi()), hyper_connection=dict(eps=0.1)
+    )
+    options = options.get(operation, {})
     results = jax.tree.leaves(jax.eval_shape(lambda **x: function(**x, **options), **given))
     assert [x.shape for x in results] == SHAPES[operation][1]
     sizes = {}
