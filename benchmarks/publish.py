@@ -43,6 +43,7 @@ FIGURES = {  # columns of the short table, with their headings and formats
     "tokens_per_second": ("tokens/s", ",.0f"),
     EQUAL_TIME: ("training loss at equal time", ".4f"),
 }
+COUNTS = {"eval.horizon": ",.0f", "eval.state_bytes": ",.0f"}  # formats of further columns that are no shares
 
 
 def read(sweep: Path) -> dict[str, list[dict]]:
@@ -69,7 +70,7 @@ def table(groups: dict[str, list[dict]], metric: str = "validation.loss", furthe
         raise ValueError(f"--figures={','.join(missing)}: in no row of results.csv that is done")
     figures = {name: about for name, about in FIGURES.items() if name in there}
     controls = {row["id"]: row for rows in groups.values() for row in rows} if "against" in there else {}
-    figures |= {name: (name.removeprefix("eval."), ",.4f") for name in further}
+    figures |= {name: (name.removeprefix("eval."), COUNTS.get(name, ",.4f")) for name in further}
     heading = [
         cell
         for name, (text, _) in figures.items()

@@ -203,7 +203,7 @@ def sweep(add: Callable[[dict], None], arg: str | None = None) -> None:
 
 
 def switches(add: Callable[[dict], None], arg: str | None = None) -> None:
-    """Each switch of Conba in the layout of the config, against Mamba in its place, at equal parameters."""
+    """Each switch of Conba alone in the layout of the config, at equal parameters; the first trial has the defaults."""
     model = get_config(arg).model
     changes: list[Trial] = [
         {},

@@ -6,11 +6,11 @@ from seqmodels import data
 from seqmodels.fields.run import DOMAIN_DATA
 
 
-def load(name, length, path="", batch_size=4, seed=0, cache="data", **fields):
-    """The domain `name` as a dataset."""
+def load(name, length, path="", batch_size=4, seed=0, cache="data", unread=False, **fields):
+    """The domain `name` as a dataset; `unread`: as for a plan."""
     config = DOMAIN_DATA.defaults(name=name, path=str(path), cache=str(cache))
     config.domain = fields
-    return data.load(config, seq_len=length, batch_size=batch_size, seed=seed)
+    return (data.load_unread if unread else data.load)(config, seq_len=length, batch_size=batch_size, seed=seed)
 
 
 def rows(dataset, split):

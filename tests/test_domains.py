@@ -366,6 +366,8 @@ def test_pathfinder_is_drawn_once(tmp_path):
     (file,) = (tmp_path / "pathfinder").iterdir()
     before = file.stat().st_mtime_ns
     again = load("pathfinder", 256, cache=tmp_path, size=16, paddles=6, matched=False, images=20)
+    planned = load("pathfinder", 256, cache=tmp_path / "none", unread=True, size=16, images=10**9)
+    assert planned.spec == dataset.spec and not (tmp_path / "none").exists()
     assert again.fingerprints == dataset.fingerprints and file.stat().st_mtime_ns == before
     pixels, label, _ = pathfinder.image(pathfinder.Pathfinder(16, 6, False, 20), np.random.default_rng([0, 3]))
     np.testing.assert_array_equal(dataset.splits["train"].inputs[3, :, 0], pixels)

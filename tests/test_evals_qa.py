@@ -95,6 +95,11 @@ def test_contains_and_share():
         (json.dumps(dict(question="a", answers=[])), "each of the answers must be a string"),
         (json.dumps(dict(question="a", answers=[1])), "each of the answers must be a string"),
         (json.dumps(dict(question="a", answers=["b"], contxt="c")), "has the key 'contxt'; allowed are question"),
+        (json.dumps(dict(text="a", value=1)), "each of the answers must be a string"),
+        (
+            json.dumps(dict(input="a", instructions=["b", "c"], outputs=["d"])),
+            "has 2 instructions and 1 outputs; must be as many",
+        ),
         (json.dumps(dict(question="a", answers=["b"], shots=[{}])), "must be a JSON object with question and answers"),
     ],
 )
@@ -118,3 +123,17 @@ def test_files(tmp_path):
         config.evaluation.qa = str(tmp_path / "*.jsonl")
     qa.check(config)
     assert qa.read(path, limit=2) == 2 * [Question("a", ["b"], shots=(Question("c", ["d"]),))]
+
+
+def test_lines_of_based_and_of_l_eval(tmp_path):
+    """Based's prompt is its text and nothing else, as in lm-eval (swde, fda, squad_completion)."""
+    based = dict(text=" Trade name: \n", value=" Blue \n", key="Trade name", doc_id="1", file_name="f.html")
+    leval = dict(instructions=["When?", "Who?"], outputs=["1851", "Ahab"], input="A whale.", evaluation="f1")
+    path = tmp_path / "q.jsonl"
+    path.write_text(json.dumps(based) + "\n" + json.dumps(leval))
+    whole = Question("Trade name:", ["Blue"], answer_prefix="")
+    when, who = Question("When?", ["1851"], "A whale."), Question("Who?", ["Ahab"], "A whale.")
+    assert qa.read(path) == [whole, when, who]
+    assert qa.read(path, limit=2)[1:] == [when]
+    assert [text_of(q)[0] for q in qa.read(path, limit=2)] == ["Trade name:", "A whale.\n\nWhen?\nAnswer:"]
+    assert text_of(qa.read(path)[0], repeat=2) == ("Trade name:\n\nTrade name:", False)

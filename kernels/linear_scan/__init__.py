@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from seqmodels.kernels import dispatch
 from seqmodels.kernels.arrays import zero_padding
 from seqmodels.kernels.axes import DOCUMENTS, TOKENS, Layout
-from seqmodels.kernels.linear_scan import mosaic_gpu, reference, xla
+from seqmodels.kernels.linear_scan import mosaic_gpu, mosaic_tpu, reference, xla
 
-BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu}
+BACKENDS = {"reference": reference, "xla": xla, "mosaic_gpu": mosaic_gpu, "mosaic_tpu": mosaic_tpu}
 # By platform, fastest first as measured (an H200); the last one serves everything.
 WINNERS = {"cuda": ("mosaic_gpu", "xla"), "default": ("xla",)}
 IMPLEMENTATIONS = tuple(BACKENDS)

@@ -219,7 +219,7 @@ def load(config: ConfigDict, *, seq_len: int, batch_size: int, seed: int = 0, bp
         raise UserError(f"config.seq_len={seq_len}: must be at least 1")
     if batch_size < 1:
         raise UserError(f"config.batch_size={batch_size}: must be at least 1")
-    sizes = dict(seq_len=seq_len, batch_size=batch_size, seed=seed)
+    sizes: dict[str, Any] = dict(seq_len=seq_len, batch_size=batch_size, seed=seed)
     if "task" in config:
         return synthetic.load(config, **sizes, bptt=bptt)
     if "domain" in config:
@@ -278,11 +278,11 @@ class Unread(BatchSource):
 def load_unread(
     config: ConfigDict, *, seq_len: int, batch_size: int, seed: int = 0
 ) -> Unread | synthetic.SyntheticDataset | domains.DomainDataset:
-    """As `load`, but no text is read or tokenised, and none needs to be there. A domain is read."""
+    """As `load`, but no text is read or tokenised, and none needs to be there. A domain is read, but not drawn."""
     if "task" in config:
         return synthetic.load(config, seq_len=seq_len, batch_size=batch_size, seed=seed)
     if "domain" in config:
-        return domains.load(config, seq_len=seq_len, batch_size=batch_size, seed=seed)
+        return domains.load(config, seq_len=seq_len, batch_size=batch_size, seed=seed, unread=True)
     return Unread(load_tokenizer(config.tokenizer, config.get("separator", "")), seq_len, batch_size)
 
 

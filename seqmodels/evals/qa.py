@@ -9,6 +9,10 @@ that come first with their first answer). A prompt is, apart by empty lines, the
     question
     answer_prefix
 
+Lines of two published sets are read as they are: those of Based (Arora et al. 2024, arXiv 2402.18668; FDA, SWDE, SQuAD
+completion) have `text`, which is the whole prompt, and `value`; those of L-Eval (An et al. 2023, arXiv 2307.11088) have
+`input`, which is the context of all `instructions`, and their `outputs`.
+
 Its answer is the first line that the model writes, greedily. Scores are those of SQuAD (Rajpurkar et al. 2016, arXiv
 1606.05250): texts are compared in small letters, without punctuation and articles.
 """
@@ -54,15 +58,28 @@ class Question(NamedTuple):
 
 def read(path: Path, limit: int | None = None) -> list[Question]:
     """The first `limit` questions of a file. Raises: UserError that names a line that is no question."""
-    return read_lines(path, _line, limit, field="config.evaluation.qa", kind="question")
+    lines = read_lines(path, _line, limit, field="config.evaluation.qa", kind="question")
+    return [question for questions in lines for question in questions][:limit]
 
 
-def _line(line: str, where: str) -> Question:
+def _line(line: str, where: str) -> list[Question]:
+    """The questions of a line: several only of L-Eval."""
     try:
         fields = json.loads(line)
     except ValueError:
         raise UserError(f"{where}: must be a JSON object with question and answers") from None
-    return _question(fields, where)
+    if isinstance(fields, dict) and {"text", "value"} <= fields.keys():
+        whole = _question(dict(question=fields["text"], answers=fields["value"], answer_prefix=""), where)
+        return [whole._replace(question=whole.question.strip(), answers=[x.strip() for x in whole.answers])]
+    if isinstance(fields, dict) and {"input", "instructions", "outputs"} <= fields.keys():
+        asked, answers = _list(fields["instructions"]), _list(fields["outputs"])
+        if not asked or len(asked) != len(answers):
+            raise UserError(f"{where}: has {len(asked)} instructions and {len(answers)} outputs; must be as many")
+        return [
+            _question(dict(context=fields["input"], question=q, answers=[a]), where)
+            for q, a in zip(asked, answers, strict=True)
+        ]
+    return [_question(fields, where)]
 
 
 def _question(fields: Any, where: str) -> Question:
@@ -73,6 +90,7 @@ def _question(fields: Any, where: str) -> Question:
     texts = [fields.get(name, "") for name in ("question", "context", "answer_prefix")] + _list(fields["answers"])
     if not fields["answers"] or not all(isinstance(text, str) for text in texts):
         raise UserError(f"{where}: question, context, answer_prefix and each of the answers must be a string")
+    fields = fields | {"answers": _list(fields["answers"])}
     return Question(**fields | {"shots": tuple(_question(shot, where) for shot in _list(fields.get("shots", [])))})
 
 
@@ -111,7 +129,8 @@ def prompt_of(
 
 def _text(question: Question) -> str:
     """A question without its answer."""
-    return "\n\n".join(filter(None, [question.context, f"{question.question}\n{question.answer_prefix}"]))
+    asked = "\n".join(filter(None, [question.question, question.answer_prefix]))
+    return "\n\n".join(filter(None, [question.context, asked]))
 
 
 def normal(text: str) -> str:

@@ -66,10 +66,16 @@ def make_domain(name: str, settings: Mapping[str, Any]) -> Domain:
     return DOMAINS[name](**settings)
 
 
-def load(config: ConfigDict, *, seq_len: int, batch_size: int, seed: int = 0, bptt: bool = False) -> DomainDataset:
-    """The dataset of `config.data` with a `domain`. Arguments and errors as `seqmodels.data.load`."""
+def load(
+    config: ConfigDict, *, seq_len: int, batch_size: int, seed: int = 0, bptt: bool = False, unread: bool = False
+) -> DomainDataset:
+    """The dataset of `config.data` with a `domain`. Arguments and errors as `seqmodels.data.load`.
+
+    With `unread` the rows may be others, of the same shapes (`Domain.unread`).
+    """
     domain = make_domain(config.name, dict(config.domain))
     if bptt:
         raise UserError(f"config.training.bptt={bptt}: must be False with data.name={config.name!r}, whose rows end")
-    splits = domain.splits(Place(config.name, config.path, Path(config.cache).expanduser()), seq_len)
+    place = Place(config.name, config.path, Path(config.cache).expanduser())
+    splits = domain.unread(place, seq_len) if unread else domain.splits(place, seq_len)
     return DomainDataset(config.name, domain, splits, seq_len, batch_size, seed)

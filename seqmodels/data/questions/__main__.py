@@ -12,27 +12,28 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from seqmodels.data.questions import TASKS, Task, line
+from seqmodels.data.questions import TASKS, line
 from seqmodels.data.tokenizer import Tokenizer, load_tokenizer
 from seqmodels.errors import UserError
 
 
-def longest(task: Task, tokenizer: Tokenizer, seed: list[int], length: int) -> dict[str, Any]:
-    """A question with as much hay as fits into `length` tokens, its answer among them.
+def longest(name: str, tokenizer: Tokenizer, seed: list[int], length: int) -> dict[str, Any]:
+    """A question of a task with as much hay as fits into `length` tokens, its answer among them.
 
     Raises: UserError if the question alone does not fit.
     """
-
-    def fits(count: int) -> dict[str, Any] | None:
-        fields = line(task, seed, count)
-        text = f"{fields['context']}\n\n{fields['question']}\n{fields['answer_prefix']} {', '.join(fields['answers'])}"
-        return fields if len(tokenizer.encode(text)) < length else None
+    shortest = float("inf")  # tokens of the shortest question that was tried
 
     def some(count: int) -> dict[str, Any] | None:
+        nonlocal shortest
         try:
-            return fits(count)
+            fields = line(TASKS[name], seed, count)
         except UserError:  # too short for this task, or longer than it can be
             return None
+        text = f"{fields['context']}\n\n{fields['question']}\n{fields['answer_prefix']} {', '.join(fields['answers'])}"
+        tokens = len(tokenizer.encode(text))
+        shortest = min(shortest, tokens)
+        return fields if tokens < length else None
 
     count, step, best = 0, 1, some(0)
     while step:  # first in steps that double, then in steps that halve
@@ -48,7 +49,7 @@ def longest(task: Task, tokenizer: Tokenizer, seed: list[int], length: int) -> d
         if step and (found := some(count + step)) is not None:
             count, best = count + step, found
     if best is None:
-        raise UserError(f"--lengths={length}: too few tokens for {task}")
+        raise UserError(f"--lengths={length}: must be at least {shortest + 1} for --tasks={name}")
     return best
 
 
@@ -75,14 +76,16 @@ def main(argv: list[str] | None = None) -> int:
         if options.rows < 1:
             raise UserError(f"--rows={options.rows}: must be at least 1")
         tokenizer = load_tokenizer(options.tokenizer)
+        files = [(name, int(length)) for name in names for length in options.lengths.split(",")]
+        for name, length in files:  # before anything is written
+            longest(name, tokenizer, [options.seed, *name.encode(), 0], length)
         options.out.mkdir(parents=True, exist_ok=True)
-        for name in names:
-            for length in map(int, options.lengths.split(",")):
-                seeds = ([options.seed, *name.encode(), row] for row in range(options.rows))
-                lines = [json.dumps(longest(TASKS[name], tokenizer, seed, length)) + "\n" for seed in seeds]
-                path = options.out / f"{name}_{length}.jsonl"
-                path.write_text("".join(lines), encoding="utf-8")
-                print(f"{path}: {len(lines)} questions")
+        for name, length in files:
+            seeds = ([options.seed, *name.encode(), row] for row in range(options.rows))
+            lines = [json.dumps(longest(name, tokenizer, seed, length)) + "\n" for seed in seeds]
+            path = options.out / f"{name}_{length}.jsonl"
+            path.write_text("".join(lines), encoding="utf-8")
+            print(f"{path}: {len(lines)} questions")
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
