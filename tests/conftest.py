@@ -49,7 +49,11 @@ def forget_what_is_compiled():
 
 # Files of few but long tests. A worker takes whole files: one of these at the end would leave the others idle.
 FIRST = (
+    "test_selective_scan_gpu",  # on Python 3.12, where it runs in the interpreter
+    "test_depth",
     "test_branches",
+    "test_site",
+    "test_resume",
     "test_debug",
     "test_docs",
     "test_fuzz",

@@ -45,15 +45,15 @@ def spoilt(args: Mapping[str, Any], names: tuple[str, ...], static: Mapping[str,
     return out
 
 
-def run(operation: Callable, args: Mapping[str, Any], static: Mapping[str, Any], cotangents: Any) -> Any:
-    """y, final state and gradients."""
+def compiled(operation: Callable, static: Mapping[str, Any]) -> Callable:
+    """A function of `args` and cotangents: (y, final state) and gradients. It is compiled once for several calls."""
 
     @jax.jit
     def values(args, cotangents):
         out, pull = jax.vjp(lambda args: operation(**args, **static), args)
         return out, pull(jax.tree.map(lambda c, x: c.astype(x.dtype), cotangents, out))[0]
 
-    return values({name: jnp.asarray(x) for name, x in args.items()}, cotangents)
+    return lambda args, cotangents: values({name: jnp.asarray(x) for name, x in args.items()}, cotangents)
 
 
 def check_isolation(
@@ -70,11 +70,12 @@ def check_isolation(
     shapes = jax.eval_shape(lambda args: operation(**args, **static), dict(args))
     draw = np.random.default_rng(6)
     dy, dstate = (draw.normal(size=x.shape) for x in shapes)
-    wanted, wanted_gradients = run(operation, args, static, (dy, dstate))
+    run = compiled(operation, static)
+    wanted, wanted_gradients = run(args, (dy, dstate))
     not_finite = np.where(expand_to(bad, dy.ndim), np.nan, dy)  # as the gradient of a loss of what is not finite
     not_finite = np.where(expand_to(static["mask"], dy.ndim), not_finite, np.nan)
     given = spoilt(args, names, static, bad)
-    (y, state), gradients = run(operation, given, static, (not_finite, dstate))
+    (y, state), gradients = run(given, (not_finite, dstate))
     good = ~bad & static["mask"]
 
     def near(x, want, label):
