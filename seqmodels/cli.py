@@ -20,7 +20,7 @@ from types import ModuleType
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from seqmodels import cloud, job
+from seqmodels import cloud, heap, job
 from seqmodels.config import check_names, read_stored, upgrade, with_pattern
 from seqmodels.config_help import describe
 from seqmodels.errors import UserError
@@ -243,6 +243,8 @@ def use_platform(platform: str) -> None:
         found = _one_line(error) or "is the JAX for it installed?"
         raise UserError(f"--config.platform={platform}: JAX finds no such device here: {found}") from error
     local = jax.local_devices()
+    if local[0].platform == "cpu":
+        heap.keep_freed_memory()
     job.current().agree("the devices", {"devices": f"{len(local)} x {local[0].device_kind}"})
 
 

@@ -147,6 +147,11 @@ def test_windows_read_each_target_once(config, length):
     np.testing.assert_array_equal(segments, part.segment_ids(0, len(part.tokens) - 1))
     limited = list(part.windows(length, batch_size=2, limit=1))
     assert len(limited) == 1 and not limited[0]["mask"][1].any()
+    if (rows := part.row_count(length)) > 5:  # a row of each fifth of the split
+        chosen = np.concatenate([b["tokens"] for b in part.windows(length, batch_size=3, limit=5)])
+        numbers = [n * rows // 5 for n in range(5)]
+        np.testing.assert_array_equal(chosen[:5], np.concatenate([b["tokens"] for b in batches])[numbers])
+        assert not chosen[5:].any() and numbers[-1] >= rows * 4 // 5
 
 
 def test_prefetch_equals_batches_and_ends_its_thread(config):

@@ -63,8 +63,8 @@ def test_rows_of_a_mixture_are_those_of_its_sources_in_their_order(tmp_path):
 
     split = mixed["validation"]
     assert np.array_equal(split.tokens, np.concatenate([part["validation"].tokens for part in alone]))
-    assert split.bytes == sum(part["validation"].bytes for part in alone) == split.bytes_of(len(split.tokens) - 1)
-    assert split.bytes_of(100) == alone[0]["validation"].bytes_of(100)
+    assert split.bytes == sum(part["validation"].bytes for part in alone) == split.bytes_of(7)
+    assert split.bytes_of(100, 1) == alone[0]["validation"].bytes_of(100, 1)
     assert np.array_equal(split.tokens[split.documents], np.full(len(split.documents), 256))
     assert mixed.xz_bits_per_byte("test") > 0 and mixed.fingerprints.keys() >= {"tokenizer", "train of source 1"}
 

@@ -126,7 +126,9 @@ def test_parts_of_a_split_add_up_to_its_raw_text(tokenizer, tmp_path):
         cuts = [0, *sorted(np.random.default_rng(1).integers(0, targets, 20).tolist()), targets]
         parts = [split.sizes.between(a + 1, b + 1) for a, b in itertools.pairwise(cuts)]
         assert sum(parts) == split.bytes == data.meta["splits"][name]["bytes"]
-        assert split.bytes_of(cuts[5]) == sum(parts[:5])
+        assert split.bytes_of(cuts[5], 1) == sum(parts[:5])
+        starts = [8 * (n * split.row_count(8) // 3) for n in range(3)]  # rows of 8 targets, spread over the split
+        assert split.bytes_of(8, 3) == sum(split.sizes.between(s + 1, s + 9) for s in starts)
     # the first documents of the training split are whole files: each is as long as its tokens say
     documents = data["train"].documents.tolist()
     assert data["train"].sizes.between(documents[0] + 1, documents[1] + 1) == len(raw["a.txt"].encode())
@@ -172,5 +174,5 @@ def test_a_cache_of_an_earlier_version_serves_where_its_text_is_gone(tmp_path, c
     assert served.folder == old and served["train"].sizes is None and "estimates" in capsys.readouterr().err
     assert set(served.fingerprints) == {"tokenizer"}
     split = served["validation"]
-    assert split.bytes_of(len(split.tokens) - 1) == split.bytes
-    assert split.bytes_of(100) == round(split.bytes * 100 / (len(split.tokens) - 1))
+    assert split.bytes_of(7) == split.bytes
+    assert split.bytes_of(50, 2) == round(split.bytes * 100 / (len(split.tokens) - 1))

@@ -13,17 +13,19 @@ from seqmodels.configs.densemamba import get_config
 from seqmodels.depth import vector
 from seqmodels.errors import UserError
 from seqmodels.kernels.tuning import UNROLLED
+from seqmodels.mixers import mamba
 from seqmodels.model import build
 
 B, T, D, E, N, LAYERS = 2, 7, 8, 16, 3, 4
 VARIANTS = ("read", "input", "output", "rank", "carry")
 
 
-def make(layers=LAYERS, model=None, **dense):
+def make(layers=LAYERS, model=None, kept=False, **dense):
     """The small model with these fields of config.model.dense, and its perturbed parameters."""
     config = get_config().model.copy_and_resolve_references()
     with config.unlocked():
-        config.implementation.selective_scan = "reference"  # quick to compile; all others equal it
+        # quick to compile; all others equal it. Only XLA keeps states (kernels/selective_scan/kept.py)
+        config.implementation.selective_scan = "xla" if kept else "reference"
         config.update(dict(width=D, repeats=layers, **(model or {})))
         config.mamba.update(dict(state=N, dt_rank=2))
         config.dense.update({"variant": "read", "depth": 2, "bottleneck": 2, **dense})
@@ -60,7 +62,7 @@ def recur(decay, write):
 
 
 def naive(params, tokens, variant, depth=2, every=1, gate="channel", activation="silu", per_source=False,
-          projection="identity", norm=False, layers=LAYERS, behind=False):  # fmt: skip
+          projection="identity", norm=False, layers=LAYERS, behind=False, kept=False):  # fmt: skip
     """Final hidden states, by the equations of seqmodels/depth/vector.py, with all states kept."""
     params = params["params"]
     silu, softplus = jax.nn.silu, jax.nn.softplus
@@ -107,7 +109,7 @@ def naive(params, tokens, variant, depth=2, every=1, gate="channel", activation=
         decay = jnp.exp(dt[..., None] * A)
         added = jnp.zeros((*u.shape, N))  # by the layers below, at each token
         for i, s in enumerate(sources):
-            gE, gN = (jnp.broadcast_to(g[i], (B, T, size)) for g, size in ((g_E, E), (g_N, N)))
+            gE, gN = (jnp.broadcast_to(g[i], (*u.shape[:2], size)) for g, size in ((g_E, E), (g_N, N)))
             if variant == "rank":
                 added += (gE * s["write"])[..., None] * (gN * (s["key"] @ P.T))[..., None, :]
             if variant == "carry":
@@ -136,10 +138,11 @@ CASES = [
     dict(variant="read", gate="none", depth=3),
     dict(variant="read", gate="both", per_source=True, projection="linear", activation="sigmoid"),
     dict(variant="read", norm=True, per_source=True),
+    dict(variant="read", norm=True, gate="both", projection="linear", kept=True),
     dict(variant="input", norm=True, gate="both", activation="identity"),
     dict(variant="output", norm=True, gate="channel"),
-    dict(variant="read", depth=6),  # deeper than there are layers
-    dict(variant="read", every=2, depth=1),
+    dict(variant="read", depth=6, kept=True),  # deeper than there are layers
+    dict(variant="read", every=2, depth=1, kept=True),
     dict(variant="read", gate="both", behind=True),  # model.norms_behind: gates read what the branch reads
 ]
 
@@ -149,11 +152,16 @@ CASES = [
     [CASES[0], *[pytest.param(case, marks=pytest.mark.slow) for case in CASES[1:]]],
     ids=lambda case: "-".join(map(str, case.values())),
 )
-def test_equals_stored_states(case):
+def test_equals_stored_states(case, monkeypatch):
     """Outputs and all parameters' gradients."""
     fields = {name: value for name, value in case.items() if name != "behind"}
     model, params = make(layers=3, model=dict(norms_behind="mamba" if "behind" in case else ""), **fields)
-    weights = jax.random.normal(jax.random.key(9), (B, T, D))
+    length = T
+    if "kept" in case:
+        length = UNROLLED + 1
+        for module in (mamba, vector):
+            monkeypatch.setattr(module, "selective_scan", None)  # no states are scanned again
+    weights = jax.random.normal(jax.random.key(9), (B, length, D))
 
     def loss(run, dtype):
         def f(params):
@@ -163,9 +171,9 @@ def test_equals_stored_states(case):
         gradients, y = jax.jit(jax.grad(f, has_aux=True))(jax.tree.map(lambda x: x.astype(dtype), params))
         return y, gradients
 
-    got = loss(lambda p: model.apply(p, tokens())[0], jnp.float32)
+    got = loss(lambda p: model.apply(p, tokens(length))[0], jnp.float32)
     with jax.enable_x64(True):
-        want = loss(lambda p: naive(p, tokens(), layers=3, **case), jnp.float64)
+        want = loss(lambda p: naive(p, tokens(length), layers=3, **case), jnp.float64)
     for (path, x), reference in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
         scale = max(np.linalg.norm(reference), 1e-6)
         assert np.linalg.norm(x - np.asarray(reference)) < 5e-5 * scale, jax.tree_util.keystr(path)
@@ -175,7 +183,7 @@ def test_equals_stored_states(case):
 @pytest.mark.parametrize("case", [dict(gate="both", per_source=True), dict(gate="none")], ids=["gates", "none"])
 def test_more_states_than_one_scan_holds(case, monkeypatch):
     monkeypatch.setattr(vector, "GROUPS", 2)  # the layer's own and one below: the other has a scan to itself
-    test_equals_stored_states(dict(variant="read", **case))
+    test_equals_stored_states(dict(variant="read", **case), monkeypatch)
 
 
 @pytest.mark.parametrize(
@@ -192,8 +200,8 @@ def test_fresh_dense_mamba_is_mamba(variant, gate):
         with pytest.raises(UserError, match="output"):
             make(variant=variant, gate=gate)
         return
-    dense, params = make(variant=variant, gate=gate)
-    mamba, _ = make(variant="none")
+    dense, params = make(layers=3, variant=variant, gate=gate)
+    mamba, _ = make(layers=3, variant="none")
     zero = lambda path, x: jnp.zeros_like(x) if any(  # noqa: E731
         k.key in ("gate_channel_out", "gate_state_out", "gain_state") for k in path
     ) else x  # fmt: skip
@@ -212,19 +220,21 @@ def test_fresh_dense_mamba_is_mamba(variant, gate):
 
 @pytest.mark.parametrize("variant", ["read", *[pytest.param(v, marks=pytest.mark.slow) for v in VARIANTS[1:]]])
 def test_recurrent_equals_parallel(variant):
-    """Also in packed and padded rows, and causally."""
-    model, params = make(variant=variant, gate="channel" if variant == "output" else "both")
-    segments = jnp.asarray([[0, 0, 0, 1, 1, 1, 1], [4, 4, 4, 4, 4, 7, 7]], jnp.int32)
-    mask = jnp.asarray([[0, 1, 1, 1, 1, 1, 1], [1, 1, 1, 0, 1, 1, 0]], bool)
-    whole = hidden(model, params, tokens(), segment_ids=segments, mask=mask)
+    """Also in packed and padded rows, and causally; READ with states kept where all tokens come in one call."""
+    T, kept = (10, True) if variant == "read" else (7, False)
+    gate = "channel" if variant == "output" else "both"
+    model, params = make(layers=3, variant=variant, gate=gate, kept=kept)
+    segments = jnp.asarray([[0, 0, 0, 1, 1, 1, 1, 2, 2, 2], [4, 4, 4, 4, 4, 7, 7, 7, 7, 7]], jnp.int32)[:, :T]
+    mask = jnp.asarray([[0, 1, 1, 1, 1, 1, 1, 1, 0, 1], [1, 1, 1, 0, 1, 1, 0, 1, 1, 1]], bool)[:, :T]
+    whole = hidden(model, params, tokens(T), segment_ids=segments, mask=mask)
     step = jax.jit(lambda p, t, s, m, state: model.apply(p, t, s, m, state))
     state, ys = model.init_state(B), []
     for t in range(T):
-        y, state = step(params, *(v[:, t : t + 1] for v in (tokens(), segments, mask)), state)
+        y, state = step(params, *(v[:, t : t + 1] for v in (tokens(T), segments, mask)), state)
         ys.append(y)
     keep = mask[..., None]
     np.testing.assert_allclose(jnp.where(keep, jnp.concatenate(ys, 1), 0), jnp.where(keep, whole, 0), atol=3e-5)
-    changed = hidden(model, params, tokens().at[:, 4].add(1) % 11, segment_ids=segments, mask=mask)
+    changed = hidden(model, params, tokens(T).at[:, 4].add(1) % 11, segment_ids=segments, mask=mask)
     np.testing.assert_array_equal(jnp.where(keep, changed, 0)[:, :4], jnp.where(keep, whole, 0)[:, :4])
 
 
@@ -285,6 +295,15 @@ def test_scan_over_blocks_equals_unrolled(variant, group):
     y, state = piece(packed, tokens()[:, :3], state)
     z, _ = piece(packed, tokens()[:, 3:6], state)
     np.testing.assert_allclose(jnp.concatenate([y, z], 1), hidden(model, params, tokens())[:, :6], atol=3e-5)
+
+
+@pytest.mark.parametrize(("fields", "layers"), [(dict(), 4), (dict(remat="block"), 0), (dict(scan_blocks=1), 0)])
+def test_states_are_kept_where_they_are_not_saved_twice(monkeypatch, fields, layers):
+    calls, keep = [], mamba.kept.keep
+    monkeypatch.setattr(mamba.kept, "keep", lambda *args, **rest: calls.append(rest["queries"]) or keep(*args, **rest))
+    model, params = make(model=fields, kept=True)
+    jax.eval_shape(model.apply, params, tokens(UNROLLED + 1))
+    assert calls == [3] * layers  # the layer's own and those of two layers above
 
 
 def gradient(remat):

@@ -43,9 +43,15 @@ class BatchSplit(Protocol):
         The last batch is filled up with rows that do not count: labels of -1, targets of -1 or NaN, masks of False.
 
         Args:
-          limit: rows to stop after; None reads all.
+          limit: the most rows, those of `spread`; None reads all.
         """
         ...
+
+
+def spread(rows: int, limit: int | None) -> np.ndarray:
+    """Numbers of at most `limit` of so many rows, spread evenly over them: neighbours are alike, as in one document."""
+    count = rows if limit is None else min(rows, limit)
+    return np.arange(count) * rows // max(count, 1)
 
 
 FIGURES = {  # of a split that a run reports, by how it is measured; of a head those of these that it has

@@ -12,7 +12,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from seqmodels.data import cache, domains, synthetic
-from seqmodels.data.contract import Batch, BatchSource, Spec, text_spec
+from seqmodels.data.contract import Batch, BatchSource, Spec, spread, text_spec
 from seqmodels.data.permutation import permute
 from seqmodels.data.sizes import Sizes
 from seqmodels.data.sources import find_source
@@ -38,13 +38,17 @@ class TokenSplit:
     separate: bool = True
     sizes: Sizes | None = None
 
-    def bytes_of(self, targets: int) -> int:
-        """Bytes of raw text of the first so many targets (tokens 1 to `targets`); without `sizes` an estimate."""
-        if targets == len(self.tokens) - 1:
+    def bytes_of(self, length: int, limit: int | None = None) -> int:
+        """Bytes of raw text of the targets of `windows` with these arguments; without `sizes` an estimate."""
+        targets = len(self.tokens) - 1
+        starts = spread(self.row_count(length), limit) * length
+        stops = np.minimum(starts + length, targets)
+        read = int(np.sum(stops - starts))
+        if read == targets:
             return self.bytes
         if self.sizes is None:
-            return round(self.bytes * targets / (len(self.tokens) - 1))
-        return self.sizes.between(1, targets + 1)
+            return round(self.bytes * read / targets)
+        return sum(self.sizes.between(int(a) + 1, int(b) + 1) for a, b in zip(starts, stops, strict=True))
 
     def rows(self, length: int) -> int:
         """Number of whole rows. Row r is `tokens[r * length : (r + 1) * length + 1]`; the last one is only a target."""
@@ -68,23 +72,23 @@ class TokenSplit:
         return {"tokens": text[:, :-1], "targets": text[:, 1:], "segment_ids": segment_ids}
 
     def windows(self, length: int, batch_size: int = 1, limit: int | None = None) -> Iterator[Batch]:
-        """Yields consecutive rows for an evaluation. Every token of the split but the first is a target exactly once.
+        """Yields rows for an evaluation, in order. Every token of the split but the first is a target exactly once.
 
         Args:
           length: context length T, in tokens.
           batch_size: rows at a time, B. The last batch is filled up with masked rows, so every batch has one shape.
-          limit: rows to stop after; None reads the whole split.
+          limit: the most rows, those of `contract.spread`; None reads the whole split.
 
         Yields:
           `tokens`, `targets`, `segment_ids` [B, T] int32 and `mask` [B, T] bool, False where there is no target:
           after the end of the split (where tokens and targets are 0, and the segment id stays) and in added rows.
         """
         targets = len(self.tokens) - 1
-        rows = self.row_count(length) if limit is None else min(self.row_count(length), limit)
-        for first in range(0, rows, batch_size):
+        rows = spread(self.row_count(length), limit).tolist()
+        for first in range(0, len(rows), batch_size):
             batch = {k: np.zeros((batch_size, length), np.int32) for k in ("tokens", "targets", "segment_ids")}
             batch["mask"] = np.zeros((batch_size, length), bool)
-            for b, row in enumerate(range(first, min(first + batch_size, rows))):
+            for b, row in enumerate(rows[first : first + batch_size]):
                 start, stop = row * length, min((row + 1) * length, targets)
                 n = stop - start
                 batch["tokens"][b, :n] = self.tokens[start:stop]

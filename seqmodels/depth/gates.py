@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from seqmodels.branch import real
+from seqmodels.kernels.arrays import computed_once
 from seqmodels.layers.norm import RMSNorm
 from seqmodels.layers.parameter import Init, normal, parameter
 from seqmodels.sequence import Sequence
@@ -89,7 +90,8 @@ class Gates(nn.Module):
         def mlp(weights: tuple[jax.Array, jax.Array]) -> jax.Array:
             inward, outward = weights
             hidden = jax.nn.silu(x @ inward)
-            return ACTIVATIONS[options.activation](jnp.einsum("btr,rse->btse", hidden, outward))
+            # A CPU would compute the gradient of this by columns for that of outward, many times as slowly
+            return ACTIVATIONS[options.activation](computed_once(jnp.einsum("btr,rse->btse", hidden, outward)))
 
         channel = mlp(self.channel) if options.gate in ("channel", "both") else None
         if options.gate == "state" or (options.gate == "both" and options.variant == "input"):

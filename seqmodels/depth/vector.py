@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from seqmodels.depth.fusion import Fusion
 from seqmodels.depth.gates import gated
 from seqmodels.kernels.selective_scan.coupled import carry_scan, rank_scan
+from seqmodels.kernels.selective_scan.kept import read
 from seqmodels.mixers.mamba import SCAN_FLOPS, Readout, Stream, skip_and_gate, stack
 from seqmodels.parallel import selective_scan
 from seqmodels.sequence import Sequence
@@ -82,6 +83,11 @@ class VectorFusion(Fusion):
 
     def _read(self, own, readout, sources, seq, channel, state, P, carried):
         query = queries(readout.C, state, P, len(sources))
+        if own.kept is not None:
+            lower = [read(s.kept, 1 + i, query[:, :, i]) for i, s in enumerate(sources)]
+            lower = [self.gates.norm_channel(v) for v in lower] if self.options.norm else lower
+            y = read(own.kept, 0, readout.C) + gated(channel, lower)
+            return skip_and_gate(y, own.u, readout), own.kept.last, None, own
         if self.options.norm:
             y, new = self._plain(own, readout.C, seq)
             lower = [self._plain(s, query[:, :, i], seq)[0] for i, s in enumerate(sources)]

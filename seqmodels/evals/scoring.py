@@ -236,11 +236,11 @@ def position_sums(
       split: a `seqmodels.data.TokenSplit`.
       length: context length T.
       batch_size: rows at once, rounded up to a multiple of the parts that the mesh splits rows into.
-      limit: the most rows; None: the whole split.
+      limit: the most rows, spread over the split; None: the whole split.
       mesh: devices to spread the rows over.
     """
     nats, count = np.zeros(length), np.zeros(length, np.int64)
     for batch, scores in _scores(model, params, split.windows(length, rows_of(batch_size, mesh), limit), mesh):
         nats += np.where(batch["mask"], scores, 0.0).sum(axis=0)
         count += batch["mask"].sum(axis=0)
-    return PositionSums(nats, count, split.bytes_of(int(count.sum())))
+    return PositionSums(nats, count, split.bytes_of(length, limit))

@@ -236,9 +236,12 @@ EVALUATION = Group(
     "evaluation",
     {
         "every": Field(0, "steps between validations during training; 0: at the end only", at_least(0)),
-        "rows": Field(64, "rows that a validation during training reads", at_least(1)),
+        "rows": Field(64, "rows, spread over the split, that a validation during training reads", at_least(1)),
         "limit": Field(
-            0, "rows of a split that the evaluation at the end of training reads; 0: all", at_least(0), since=2
+            0,
+            "rows of a split, spread over it, that the evaluation at the end of training reads; 0: all",
+            at_least(0),
+            since=2,
         ),
         "batch_size": Field(0, "rows at once; 0: as many as in training", at_least(0)),
         "lengths": Field(

@@ -74,7 +74,8 @@ def delayed_stream(stream: Stream, delay: int, seq: Sequence, old: State) -> tup
     place, reset = Places(seq.mask), resets(**seq.documents())
     reach = None if reset is None else tokens_in_reach(place.to_front(reset), delay)
     count = None if seq.mask is None else jnp.sum(seq.mask, axis=1, dtype=jnp.int32)
-    late, rows = {}, {}
+    late: dict[str, Any] = {}
+    rows = {}
     for name in ("u", "delta", "B"):
         x = place.to_front(getattr(stream, name))
         before = old[f"late_{name}"]

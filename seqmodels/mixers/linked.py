@@ -35,6 +35,10 @@ class Linked(Branch):
         """Everything before the recurrence: what x [B, T, D] writes into the state, and what reads the state."""
         raise NotImplementedError
 
+    def keep(self, stream: Any, seq: Sequence, readers: int) -> Any:
+        """The stream, with its states at all tokens where that makes so many reading layers above it faster."""
+        return stream
+
     def scan(self, stream: Any, readout: Any, seq: Sequence) -> tuple[jax.Array, Any]:
         """The recurrence with skip, gate and norm: y as `project` takes it, and the recurrence's final state."""
         raise NotImplementedError

@@ -1,5 +1,6 @@
 """Mamba (Gu & Dao 2023, arXiv 2312.00752): a state space model whose step, input and output depend on the token."""
 
+import dataclasses
 import math
 from typing import Any, ClassVar
 
@@ -12,6 +13,9 @@ from jax.typing import DTypeLike
 
 from seqmodels.branch import NO_LINKS, Links, State, real
 from seqmodels.fields.mamba import MAMBA
+from seqmodels.kernels.arrays import computed_once
+from seqmodels.kernels.selective_scan import kept
+from seqmodels.kernels.selective_scan.kept import Kept
 from seqmodels.layers.matmul import matmul, separate_matmuls
 from seqmodels.layers.norm import rms_norm
 from seqmodels.layers.parameter import Init, ones, parameter, uniform
@@ -37,6 +41,7 @@ class Stream:
         state: [B, E, N] float32, before the first token.
         steps: [B, T, 1] float32 factor of dt; None: one.
         y: [B, T, E] the layer's own readout s_t C_t, if DenseSSM's OUTPUT needs it.
+        kept: its states at all tokens, for the layer itself and those above it, where `Mamba.keep` was worth it.
     """
 
     u: jax.Array
@@ -48,6 +53,7 @@ class Stream:
     state: jax.Array
     steps: jax.Array | None = None
     y: jax.Array | None = None
+    kept: Kept | None = None
 
     @property
     def dt(self) -> jax.Array:
@@ -194,8 +200,18 @@ class Mamba(Linked):
         stream = Stream(u, delta, self.dt_proj, self.dt_bias, A, B, state["ssm"], steps)
         return stream, Readout(C, self.D, z, conv)
 
+    def keep(self, stream: Stream, seq: Sequence, readers: int) -> Stream:
+        """The stream with its states, where a CPU had better read than scan them again: selective_scan/kept.py."""
+        if self.implementation.get("selective_scan") not in (None, "", "xla") or not kept.worth(stream.u, stream.A):
+            return stream
+        arrays = dict(u=stream.u, A=stream.A, B=stream.B, initial_state=stream.state, **stream.scanned_step())
+        states = kept.keep(**arrays, queries=1 + readers, **seq.documents())
+        return dataclasses.replace(stream, kept=states)
+
     def scan(self, stream: Stream, readout: Readout, seq: Sequence) -> tuple[jax.Array, jax.Array]:
         """y [B, T, E], skip and gate included, and the new ssm state: the layer without dense links."""
+        if stream.kept is not None:
+            return skip_and_gate(kept.read(stream.kept, 0, readout.C), stream.u, readout), stream.kept.last
 
         def scan(stream, readout, documents):
             return selective_scan(
@@ -222,7 +238,8 @@ class Mamba(Linked):
 
     def project(self, y: jax.Array) -> jax.Array:
         """[B, T, E] to [B, T, D]."""
-        return matmul(y.astype(self.dtype), self.out_proj)
+        # A CPU would compute y by columns for the gradient of out_proj, ten times as slowly as it then turns y
+        return matmul(computed_once(y.astype(self.dtype)), self.out_proj)
 
     @nn.nowrap
     def new_state(self, readout: Readout, ssm: jax.Array) -> dict[str, jax.Array]:

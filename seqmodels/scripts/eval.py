@@ -43,7 +43,7 @@ def define(flag_values: flags.FlagValues, argv: list[str]) -> None:
     flags.DEFINE_string("tasks", None, "Of --evals=lm_eval, in place of config.evaluation.tasks.", **values)
     flags.DEFINE_string("extrapolate", None, "Methods of --evals=extrapolation, apart by commas, in place of "
                         "config.evaluation.extrapolate.", **values)  # fmt: skip
-    flags.DEFINE_integer("limit", None, "Rows, examples or documents to read of each; all if left out.",
+    flags.DEFINE_integer("limit", None, "Rows (spread over a split), examples or documents to read; all if left out.",
                          lower_bound=1, **values)  # fmt: skip
     flags.DEFINE_integer("batch_size", None, "Rows at once; the run's if left out.", lower_bound=1, **values)
     flags.DEFINE_string("prompt", None, "Text to continue, in place of an evaluation.", **values)

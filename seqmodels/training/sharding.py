@@ -17,8 +17,8 @@ from ml_collections import ConfigDict
 
 from seqmodels.errors import UserError
 
-# From the axis whose neighbours are farthest apart to that whose are nearest: on hosts of several GPUs the last ones are
-# inside a host. Experts send less than fsdp does, which gathers every parameter in every layer.
+# From the axis whose neighbours are farthest apart to that whose are nearest: the last ones are inside a host of
+# several GPUs. Experts send less than fsdp does, which gathers every parameter in every layer.
 AXES = ("data", "expert", "fsdp", "tensor", "sequence")
 
 LARGE = 2**16  # numbers: a smaller parameter is rather held by every device than sent

@@ -6,8 +6,9 @@ import numpy as np
 import pytest
 
 from seqmodels.kernels import selective_scan as op
+from seqmodels.kernels.arrays import zero_padding
 from seqmodels.kernels.dispatch import UnsupportedError
-from seqmodels.kernels.selective_scan import selective_scan, xla
+from seqmodels.kernels.selective_scan import kept, selective_scan, xla
 from seqmodels.kernels.tuning import UNROLLED
 from tests.kernels.helpers import (
     assert_close,
@@ -62,6 +63,39 @@ def test_channels_in_pieces_equal_float64_reference(monkeypatch, groups):
     assert xla._pieces(args["initial_state"].mT) == 2
     got = value_and_gradients(selective_scan, args, static, "xla")
     assert_close(got, expected(selective_scan, args, static), 1e-5)
+
+
+def read_of_kept_states(u, dt, A, B, C, *, D, z, weights, implementation, initial_state, dt_bias, **documents):
+    """As `selective_scan` of two groups: each scanned alone, its states kept for two queries, and the last one read."""
+    readouts, last = [], []
+    for g in range(2):
+        assert kept.worth(u[:, :, g], A[g])
+        arrays = dict(u=u[:, :, g], dt=dt[:, :, g], A=A[g], B=B[:, :, g], dt_bias=dt_bias[g])
+        states = kept.keep(**arrays, initial_state=initial_state[:, g], queries=3, **documents)
+        # two queries that add up to this group's, and one that nobody reads
+        readouts.append(kept.read(states, 0, 3 * C[:, :, g]) + kept.read(states, 1, -2 * C[:, :, g]))
+        last.append(states.last)
+    y = readouts[0] + weights[:, :, 0] * readouts[1] + D * u[:, :, 0]
+    return zero_padding(y * jax.nn.silu(z), documents.get("mask")), jnp.stack(last, axis=1)
+
+
+@pytest.mark.parametrize("layout", [{}, dict(packed=True, padded=True)], ids=["plain", "packed and padded"])
+def test_kept_states_equal_float64_reference(layout):
+    args = inputs(groups=2, length=11)
+    static = documents(length=11, **layout) if layout else {}
+    got = value_and_gradients(read_of_kept_states, args, static, "xla")
+    assert_close(got, expected(selective_scan, args, static), 1e-5)
+
+
+def test_states_are_kept_where_they_are_small(monkeypatch):
+    """At most so many bytes a call, and not for a few tokens."""
+    args = inputs(groups=0, length=UNROLLED + 1)
+    u, A = args["u"], args["A"]
+    size = u.size * A.shape[1] * 4
+    for most, worth in ((size, True), (size - 1, False)):
+        monkeypatch.setattr(kept, "MOST", most)
+        assert kept.worth(u, A) == worth
+    assert not kept.worth(u[:, :UNROLLED], A)
 
 
 @pytest.mark.parametrize("case", [case for case, (shape, _) in CASES.items() if shape.get("length", 9) > UNROLLED])

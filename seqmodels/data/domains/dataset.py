@@ -6,7 +6,7 @@ from functools import cached_property
 
 import numpy as np
 
-from seqmodels.data.contract import ArraySpec, Batch, BatchSource, Spec
+from seqmodels.data.contract import ArraySpec, Batch, BatchSource, Spec, spread
 from seqmodels.data.domains.domain import Baselines, Domain
 from seqmodels.data.domains.examples import Examples
 from seqmodels.data.permutation import permute
@@ -28,10 +28,9 @@ class DomainSplit:
 
     def batches(self, batch_size: int, limit: int | None = None) -> Iterator[Batch]:
         """See `seqmodels.data.contract.BatchSplit`."""
-        rows = self.examples.count if limit is None else min(self.examples.count, limit)
-        for first in range(0, rows, batch_size):
-            numbers = np.arange(first, min(first + batch_size, rows))
-            yield filled(self.examples.read(numbers, self.length), batch_size)
+        rows = spread(self.examples.count, limit)
+        for first in range(0, len(rows), batch_size):
+            yield filled(self.examples.read(rows[first : first + batch_size], self.length), batch_size)
 
 
 def filled(batch: Batch, rows: int) -> Batch:

@@ -83,7 +83,7 @@ class SyntheticSplit:
 
         Args:
           length: T. batch_size: B; the last batch is filled up with masked rows, so every batch has one shape.
-          limit: rows to stop after; None reads `count`.
+          limit: rows to stop after, as rows are drawn independently; None reads `count`.
 
         Yields:
           `tokens`, `targets`, `segment_ids` [B, T] int32 and `mask` [B, T] bool. The mask is True at answers, which are
