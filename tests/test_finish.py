@@ -13,10 +13,10 @@ from tests.data_fixtures import POEM, text_config
 from tests.run_fixtures import tiny, write_text
 
 
-def test_a_limit_reads_the_first_rows(tmp_path, capsys):
+def test_a_limit_reads_so_many_rows(tmp_path, capsys):
     text = write_text(tmp_path)
     summary = train(tiny(text, steps=2, checkpoint__every=2, evaluation__limit=3), tmp_path / "run")
-    assert summary["rows"] == 3 and "(its first 3 rows)" in capsys.readouterr().out
+    assert summary["rows"] == 3 and "(3 of its rows)" in capsys.readouterr().out
     run = load_run(tmp_path / "run")
     options = dict(length=16, batch_size=4)
     for split in ("validation", "test"):

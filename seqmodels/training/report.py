@@ -146,7 +146,7 @@ def headline(figures: dict[str, float]) -> str:
 def result(summary: dict) -> str:
     """The end of a run: how good it is (bits per byte beside xz's), a sample of text, and where the picture is."""
     lines = ["", f"trained {summary['steps']} steps"]
-    part = f"   (its first {summary['rows']} rows)" if summary.get("rows") else ""
+    part = f"   ({summary['rows']} of its rows)" if summary.get("rows") else ""
     lines += [f"{split:10}  {headline(figures)}{part}" for split, figures in summary["splits"].items()]
     if summary.get("sample"):
         lines += ["", "sample:", summary["sample"]]
