@@ -2,7 +2,7 @@
 
 Command:   python train.py --config=configs/lra.py:listops-small,mixer=s5
 Hardware:  2 CPU cores for listops-small; one GPU for the others, hours to days.
-Expected:  not measured, but for the first steps of listops-small (docs/domains.md)
+Expected:  listops-small, S5: accuracy 0.472 on the test split (seed 0; 2026-11-30); the others are not measured
 
 The argument is `preset[,mixer=s5|s4|s4d|...]`. S4D takes S4's numbers, and so does any other config of this folder, in
 both directions where its mixers allow it. listops and pathfinder are generated here; text and image need
