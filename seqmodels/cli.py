@@ -237,14 +237,14 @@ def use_platform(platform: str) -> None:
     ROOT.fields["platform"].check("platform", platform)
     if platform:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))
+    heap.keep_freed_memory()
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # an assertion where there is not even a plugin for it
         found = _one_line(error) or "is the JAX for it installed?"
         raise UserError(f"--config.platform={platform}: JAX finds no such device here: {found}") from error
     local = jax.local_devices()
-    if local[0].platform == "cpu":
-        heap.keep_freed_memory()
+    heap.keep_freed_memory(local[0].platform == "cpu")
     job.current().agree("the devices", {"devices": f"{len(local)} x {local[0].device_kind}"})
 
 

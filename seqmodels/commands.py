@@ -1,8 +1,8 @@
-"""Entry points of the commands. Each first installs what a signal does, and then imports the command."""
+"""Entry points of the commands. Each first says what freed memory and a signal do, and then imports the command."""
 
 import importlib
 
-from seqmodels import interrupt
+from seqmodels import heap, interrupt
 
 
 def train() -> int:
@@ -26,5 +26,6 @@ def convert() -> int:
 
 
 def _command(name: str) -> int:
+    heap.keep_freed_memory()  # of a CPU; before the first thread
     interrupt.install()
     return importlib.import_module(f"seqmodels.scripts.{name}").command()
