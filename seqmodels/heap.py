@@ -17,7 +17,7 @@ RETURN = ((ARENA_MAX, 0), (MMAP_MAX, 2**16), (TRIM_THRESHOLD, 2**17))  # as glib
 def keep_freed_memory(keep: bool = True, library: Any = None) -> bool:
     """Let the C library keep freed memory for the next allocation, or return it again as it does by itself.
 
-    To be called before the first thread: a thread chooses its heap for good, and later ones may get a heap that is there.
+    To be called before the first thread: a thread chooses its heap for good, and later ones may get one that is there.
 
     Returns: False if it is not glibc, and nothing was changed.
     """
