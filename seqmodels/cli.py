@@ -237,7 +237,7 @@ def use_platform(platform: str) -> None:
     ROOT.fields["platform"].check("platform", platform)
     if platform:
         jax.config.update("jax_platforms", {"gpu": "cuda"}.get(platform, platform))
-    heap.keep_freed_memory()
+    heap.keep_freed_memory()  # before JAX makes its threads; commands have said so already, other programs have not
     try:
         jax.devices()
     except (RuntimeError, AssertionError) as error:  # an assertion where there is not even a plugin for it

@@ -119,5 +119,5 @@ def _dense(config: Any, branches: list[Branch], sources: int, **parent: Any) -> 
         if linked.link == "lti":
             sizes["read_flops"] = linked.read_flops
         fields = dict(link=linked.link, sizes=sizes, dtype=linked.dtype, implementation=linked.implementation)
-    keeps = not config.scan_blocks and config.remat == "none"
+    keeps = config.dense.variant == "read" and not config.scan_blocks and config.remat == "none"
     return Dense(config.dense, config.width, sources, keeps=keeps, **fields, **parent)

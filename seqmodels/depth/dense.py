@@ -28,7 +28,7 @@ class Dense(Connection):
         sources: how many of the streams below it this block reads.
         link: kind of the block's branch, a key of FUSIONS; "" if it has no stream.
         sizes: fields of its fusion that give the size of the branch's state.
-        keeps: whether a layer may keep its states for READ. A scan over blocks or rematerialisation would save copies.
+        keeps: whether a layer may keep its states, for READ. A scan over blocks or rematerialisation would save copies.
     """
 
     options: Any
@@ -63,7 +63,7 @@ class Dense(Connection):
         if not isinstance(branch, Linked):
             return super().run(branch, x, seq, state, carry, own)
         stream, readout = branch.stream_and_readout(x, seq, state)
-        if self.keeps and self.options.variant == "read":
+        if self.keeps:
             stream = branch.keep(stream, seq, readers=self.options.depth)
         if self.fuses:
             sources = carry[: self.sources]
