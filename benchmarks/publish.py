@@ -31,6 +31,7 @@ from seqmodels.sweeps import plots
 from seqmodels.sweeps.labels import labels
 from seqmodels.sweeps.results import EQUAL_TIME, RATE, Result, group
 from seqmodels.sweeps.spread import mean_and_spread
+from seqmodels.sweeps.tables import INTERVAL
 from seqmodels.sweeps.trial import read_json
 
 OLD = ("bars", "quality")  # pictures of earlier versions
@@ -43,6 +44,7 @@ FIGURES = {  # columns of the short table, with their headings and formats
     "tokens_per_second": ("tokens/s", ",.0f"),
     EQUAL_TIME: ("training loss at equal time", ".4f"),
 }
+LEFT_OUT = ("#", "of rates", INTERVAL)  # columns of the best rates that only the report has
 COUNTS = {"eval.horizon": ",.0f", "eval.state_bytes": ",.0f"}  # formats of further columns that are no shares
 
 
@@ -175,11 +177,19 @@ def small_png(data: bytes) -> bytes:
 
 
 def best_rates(report: str) -> str:
-    """The table of a report that has the best learning rate of each model. Raises ValueError where there is none."""
+    """The table of a report that has the best learning rate of each model, without the columns of LEFT_OUT.
+
+    Raises: ValueError where there is none.
+    """
     _, heading, rest = report.partition("\n## Best learning rate of each model\n")
     if not heading:
         raise ValueError("report.md: has no learning rates to choose from; compare sweeps of optimizer.learning_rate")
-    return rest.strip().split("\n\n")[0]
+    rows = [line.strip("|").split("|") for line in rest.strip().split("\n\n")[0].splitlines()]
+    # The report's "difference from 3" counts trials by numbers that are left out here.
+    names = [re.sub(r"^difference from \d+$", "difference from the first", name.strip()) for name in rows[0]]
+    rows[0] = [f" {name} " for name in names]
+    kept = [column for column, name in enumerate(names) if name not in LEFT_OUT]
+    return "\n".join(f"|{'|'.join(row[column] for column in kept)}|" for row in rows)
 
 
 def insert(page: Path, name: str, text: str) -> None:

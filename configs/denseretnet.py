@@ -2,7 +2,7 @@
 
 Command:   python train.py --config=configs/denseretnet.py --workdir=runs/denseretnet
 Hardware:  2 CPU cores. `:350m` one GPU of 80 GB, `:1.3b` eight of them (with training.accumulate=4).
-Expected:  validation 2.390, test 2.416 bits per byte (small; 2026-11-22, docs/results/small.md; xz -9: 2.591, 2.543)
+Expected:  validation 2.365, test 2.387 bits per byte (small; docs/results/small/report.md; xz -9: 2.591, 2.543)
 Cost:      4 minutes of training on 2 CPU cores (small)
 
 Presets: small (no argument) and 25m (for ablations). 350m and 1.3b are the released checkpoints "DenseMamba-350M" and

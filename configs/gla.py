@@ -2,7 +2,7 @@
 
 Command:   python train.py --config=configs/gla.py --workdir=runs/gla
 Hardware:  2 CPU cores. `:340m` one GPU of 80 GB, `:1.3b` eight of them (with training.accumulate=4).
-Expected:  validation 2.295, test 2.323 bits per byte (small; 2026-11-22, docs/results/small.md; xz -9: 2.591, 2.543)
+Expected:  validation 2.295, test 2.314 bits per byte (small; docs/results/small/report.md; xz -9: 2.591, 2.543)
 Cost:      3 minutes of training on 2 CPU cores (small)
 
 Presets: small (no argument), and the paper's sizes 340m (15 B tokens) and 1.3b (100 B tokens).

@@ -2,7 +2,7 @@
 
 Command:   python train.py --config=configs/mamba.py --workdir=runs/mamba
 Hardware:  2 CPU cores. `:130m` one GPU of 80 GB, `:2.8b` eight of them (with training.accumulate=4).
-Expected:  validation 2.071, test 2.098 bits per byte (small; 2026-11-22, docs/results/small.md; xz -9: 2.591, 2.543)
+Expected:  validation 2.071, test 2.098 bits per byte (small; docs/results/small/report.md; xz -9: 2.591, 2.543)
 Cost:      4 minutes of training on 2 CPU cores (small)
 
 Presets: small (no argument), and the paper's 130m, 370m, 790m, 1.4b, 2.8b with 129,135,360, 371,516,416, 793,204,224,

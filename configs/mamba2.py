@@ -2,7 +2,7 @@
 
 Command:   python train.py --config=configs/mamba2.py --workdir=runs/mamba2
 Hardware:  2 CPU cores. `:130m` one GPU of 80 GB, `:2.7b` eight of them (with training.accumulate=4).
-Expected:  validation 2.079, test 2.112 bits per byte (small; 2026-11-22, docs/results/small.md; xz -9: 2.591, 2.543)
+Expected:  validation 2.079, test 2.111 bits per byte (small; docs/results/small/report.md; xz -9: 2.591, 2.543)
 Cost:      5 minutes of training on 2 CPU cores (small)
 
 Presets: small (no argument), and the paper's 130m, 370m, 780m, 1.3b, 2.7b with 128,989,632, 368,346,624, 780,161,280,

@@ -2,7 +2,7 @@
 
 Command:   python train.py --config=configs/mamba3.py --workdir=runs/mamba3
 Hardware:  2 CPU cores. `:130m` one GPU of 80 GB, `:1.3b` eight of them (with training.accumulate=4).
-Expected:  validation 2.132, test 2.169 bits per byte (small; 2026-11-22, docs/results/small.md; xz -9: 2.591, 2.543)
+Expected:  validation 2.130, test 2.167 bits per byte (small; docs/results/small/report.md; xz -9: 2.591, 2.543)
 Cost:      4 minutes of training on 2 CPU cores (small)
 
 Presets: small (no argument); 130m, 370m, 780m, 1.3b with Mamba-2's widths, half its number of blocks, and an MLP after

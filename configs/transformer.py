@@ -2,7 +2,7 @@
 
 Command:   python train.py --config=configs/transformer.py --workdir=runs/transformer
 Hardware:  2 CPU cores. `:130m` and `:350m` one GPU of 80 GB, `:1.4b` eight of them (with training.accumulate=4).
-Expected:  validation 2.319, test 2.336 bits per byte (small; 2026-11-22, docs/results/small.md; xz -9: 2.591, 2.543)
+Expected:  validation 2.314, test 2.337 bits per byte (small; docs/results/small/report.md; xz -9: 2.591, 2.543)
 Cost:      2 1/2 minutes of training on 2 CPU cores (small)
 
 Presets: small (no argument), 130m, 350m, 1.4b. Each has the same number of parameters as that preset of

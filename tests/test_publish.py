@@ -123,11 +123,12 @@ def test_table_between_the_marks(tmp_path, monkeypatch, capsys):
 
 def test_of_a_comparison_the_best_rates_are_published(tmp_path, monkeypatch, capsys):
     (tmp_path / "results.csv").write_text("id,status,seed\n")
+    table = "| # | model | 95% interval | difference from 12 |\n| --- | --- | ---: | ---: |\n| 2 | x | [1, 2] | -0.1 |"
     report = "# Comparison\n\n| all |\n\n## Best learning rate of each model\n\n{}\n\nThe rate\n"
-    (tmp_path / "report.md").write_text(report.format("| # | model |\n| --- |\n| 2 | x |"))
+    (tmp_path / "report.md").write_text(report.format(table))
     monkeypatch.setattr(sys, "argv", ["publish.py", str(tmp_path), f"--out={tmp_path / 'out'}"])
     publish.main()
-    assert capsys.readouterr().out == "| # | model |\n| --- |\n| 2 | x |\n"
+    assert capsys.readouterr().out == "| model | difference from the first |\n| --- | ---: |\n| x | -0.1 |\n"
 
 
 def test_pictures_are_drawn_again_from_the_table(tmp_path, monkeypatch):
