@@ -3,6 +3,7 @@ r"""Times training steps on meshes of several devices beside one device, and rec
     python benchmarks/meshes.py                                   # all rows for two GPUs
     python benchmarks/meshes.py --rows=370m,370m-sequence         # some of them
     python benchmarks/meshes.py --resume --limit=400              # only those that are missing; none begins after 400 s
+    python benchmarks/meshes.py --rows=130m-1m --together=1       # rows that need most of a GPU's memory
     python benchmarks/meshes.py --list
 
 A row of a mesh is measured against a row of one device (`against` in ROWS): weak scaling has as many times the tokens,
@@ -115,8 +116,10 @@ def main(flag_values: flags.FlagValues) -> int:
 def run_rows(names: list[str], flag_values: flags.FlagValues) -> int:
     """Measure rows one after another, each in its own process; the next ones compile meanwhile."""
     options = [f"--{name}={flag_values[name].value}" for name in ("seconds", "repeats", "out")]
-    # The longest rows need this share of a GPU's memory, and no row may take it before its turn.
-    memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "XLA_PYTHON_CLIENT_PREALLOCATE": "false"}
+    # The longest rows need this share of a GPU's memory. Of several at once no row may take it before its turn; one alone
+    # takes it whole, since memory that grows piece by piece has no place of 114 GiB for a million tokens.
+    alone = "true" if flag_values.together == 1 else "false"
+    memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "XLA_PYTHON_CLIENT_PREALLOCATE": alone}
     started, waiting, begun, failed = [], list(names), time.monotonic(), False
     while started or waiting:
         while waiting and len(started) < flag_values.together:
