@@ -31,6 +31,7 @@ def get_config(arg: str | None = None) -> ConfigDict:
         config.model.s5 = S5.defaults(state=64, blocks=4, dt_min=0.01, dt_max=1.0)  # rows are short
         config.model.bias = True
         domains.read(config, "digits", domains.USUAL | domains.SIZES["digits"] | dict(steps=3000), {})
+        config.data.half_rate = 0.5
         config.optimizer.groups = "ssm=0.25"
     else:
         config.model.pattern = "s5+mlp"
