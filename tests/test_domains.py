@@ -2,7 +2,6 @@
 
 import dataclasses
 import gzip
-import io
 import json
 import shutil
 import wave
@@ -34,11 +33,10 @@ RNG = np.random.default_rng(0)
 def digits(tmp_path):
     """A wheel with a file of the form of scikit-learn's digits, 400 rows; and the table in it."""
     table = np.concatenate([RNG.integers(17, size=(400, 64)), np.arange(400)[:, None] % 10], axis=1)
-    text = io.StringIO()
-    np.savetxt(text, table, delimiter=",", fmt="%d")
+    text = "\n".join(",".join(map(str, row)) for row in table.tolist())
     (tmp_path / "packages").mkdir()
     with zipfile.ZipFile(tmp_path / "packages" / "scikit_learn-1.9.1-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("sklearn/datasets/data/digits.csv.gz", gzip.compress(text.getvalue().encode()))
+        wheel.writestr("sklearn/datasets/data/digits.csv.gz", gzip.compress(text.encode()))
     return tmp_path, table
 
 
