@@ -64,6 +64,10 @@ def validate(config: ConfigDict, begun: bool = False) -> None:
         from seqmodels.data import domains
 
         domains.make_domain(config.data.name, dict(config.data.domain))
+        if half_rate := config.data.half_rate:
+            from seqmodels.model import check_time  # imports JAX
+
+            check_time(config.model, f"config.data.half_rate={half_rate}", ("token",))
     check_implementation(config.model.implementation)
     _check_branches(config)
     _check_connections(config.model)

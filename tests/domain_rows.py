@@ -6,9 +6,9 @@ from seqmodels import data
 from seqmodels.fields.run import DOMAIN_DATA
 
 
-def load(name, length, path="", batch_size=4, seed=0, cache="data", unread=False, **fields):
+def load(name, length, path="", batch_size=4, seed=0, cache="data", unread=False, half_rate=0.0, **fields):
     """The domain `name` as a dataset; `unread`: as for a plan."""
-    config = DOMAIN_DATA.defaults(name=name, path=str(path), cache=str(cache))
+    config = DOMAIN_DATA.defaults(name=name, path=str(path), cache=str(cache), half_rate=half_rate)
     config.domain = fields
     return (data.load_unread if unread else data.load)(config, seq_len=length, batch_size=batch_size, seed=seed)
 

@@ -2,7 +2,6 @@
 
 import dataclasses
 import gzip
-import io
 import json
 import shutil
 import wave
@@ -15,11 +14,13 @@ import pytest
 from scipy import ndimage
 
 from seqmodels import evals
+from seqmodels.config import validate
 from seqmodels.configs import domains as configs
 from seqmodels.data import mu_law
 from seqmodels.data.domains import DOMAINS, baselines, contours, dna, make_domain, pathfinder, sound, tfds
 from seqmodels.data.domains.images import warped
 from seqmodels.data.synthetic.listops import value
+from seqmodels.data.times import at_half_rate
 from seqmodels.errors import UserError
 from seqmodels.evals.run import load_run
 from seqmodels.training import loop
@@ -32,11 +33,10 @@ RNG = np.random.default_rng(0)
 def digits(tmp_path):
     """A wheel with a file of the form of scikit-learn's digits, 400 rows; and the table in it."""
     table = np.concatenate([RNG.integers(17, size=(400, 64)), np.arange(400)[:, None] % 10], axis=1)
-    text = io.StringIO()
-    np.savetxt(text, table, delimiter=",", fmt="%d")
+    text = "\n".join(",".join(map(str, row)) for row in table.tolist())
     (tmp_path / "packages").mkdir()
     with zipfile.ZipFile(tmp_path / "packages" / "scikit_learn-1.9.1-py3-none-any.whl", "w") as wheel:
-        wheel.writestr("sklearn/datasets/data/digits.csv.gz", gzip.compress(text.getvalue().encode()))
+        wheel.writestr("sklearn/datasets/data/digits.csv.gz", gzip.compress(text.encode()))
     return tmp_path, table
 
 
@@ -91,6 +91,77 @@ def test_batches(digits):
     whole, some = (np.concatenate([b["values"] for b in one["test"].batches(8, limit=n)]) for n in (None, 4))
     rows = one["test"].examples.count
     np.testing.assert_array_equal(some[:4], whole[[n * rows // 4 for n in range(4)]])  # spread over the split
+
+
+def test_half_rate(digits):
+    """Some training rows have every second sample, from the first or second on, at steps of 2; nothing else changes."""
+    fields = dict(cache=digits[0], validation=0.25, warp=0.2, batch_size=10)
+    plain, mixed = (load("digits", 64, half_rate=share, **fields) for share in (0.0, 0.5))
+    starts = Counter()
+    for n in range(4):
+        want, batch = plain.batch(n), mixed.batch(n)
+        np.testing.assert_array_equal(batch["labels"], want["labels"])
+        for whole, values, mask, steps in zip(
+            want["values"], *map(batch.get, ("values", "mask", "steps")), strict=True
+        ):
+            slow = steps[0] == 2
+            start = next(s for s in (0, 1) if not slow or np.array_equal(values[:32], whole[s::2]))
+            np.testing.assert_array_equal(values, np.pad(whole[start::2], ((0, 32), (0, 0))) if slow else whole)
+            np.testing.assert_array_equal(mask, np.arange(64) < (32 if slow else 64))
+            assert (steps == steps[0]).all() and steps[0] in (1, 2)
+            starts[start if slow else None] += 1
+    assert min(starts[key] for key in (None, 0, 1)) > 4
+    part = mixed.batch(3, rows=slice(2, 5))
+    assert {name: (a.shape[1:], a.dtype) for name, a in mixed.spec.items()} == {
+        name: (a.shape[1:], a.dtype) for name, a in part.items()
+    }
+    for name, array in part.items():
+        np.testing.assert_array_equal(array, mixed.batch(3)[name][2:5])
+    for (one,), (other,) in zip(*(([b] for b in d["test"].batches(8, limit=9)) for d in (plain, mixed)), strict=True):
+        assert one.keys() == other.keys() and all(np.array_equal(one[name], other[name]) for name in one)
+    assert mixed.evenly_sampled and plain.evenly_sampled and mixed.fingerprints == plain.fingerprints
+
+
+def test_half_rate_of_short_rows():
+    """Rows of one sample keep it, whatever is drawn; of odd rows the last sample may be one that is read."""
+    lengths, values = np.array([1, 2, 5] * 8), np.arange(1, 121, dtype=np.float32).reshape(24, 5, 1)
+    mask = np.arange(5) < lengths[:, None]
+    batch = dict(values=np.where(mask[..., None], values, 0), mask=mask, observed=(values % 3 > 0) & mask[..., None])
+    found, seen = at_half_rate(batch, 1.0, np.random.default_rng(0)), set()
+    for row, length in enumerate(lengths):
+        start = int(found["values"][row, 0, 0] - values[row, 0, 0])
+        places = np.arange(start, length, 2)
+        assert len(places) and found["mask"][row].tolist() == [True] * len(places) + [False] * (5 - len(places))
+        for name in ("values", "observed"):
+            np.testing.assert_array_equal(found[name][row, : len(places)], batch[name][row, places])
+            assert not found[name][row, len(places) :].any()
+        seen.add((int(length), start))
+    assert seen == {(1, 0), (2, 0), (2, 1), (5, 0), (5, 1)} and (found["steps"] == 2).all()
+
+
+def test_half_rate_where_there_is_none(tmp_path):
+    """Rows that are no signals with one answer, mixers without a step size, and what is no share below 1."""
+    images = "\n".join(f"{n},2,3,4,{n % 2}" for n in range(20))
+    (tmp_path / "mnist_5k.csv.gz").write_bytes(gzip.compress(images.encode()))
+    for name, length, fields in (
+        ("mnist5k", 4, dict(path=tmp_path, permuted=True)),
+        ("pendulum", 8, dict(films=2, held=2, times=8)),
+        ("listops", 40, dict(depth=3, arguments=3, shortest=3, longest=20, rows=9, held=9)),
+    ):
+        assert not load(name, length, **fields).evenly_sampled
+        with pytest.raises(
+            UserError, match=f"config.data.half_rate=0.5: must be 0 with data.name='{name}', whose rows"
+        ):
+            load(name, length, half_rate=0.5, **fields)
+    for mixer, share, words in (
+        ("gru", 0.5, "does not fit 'gru' in model.pattern, which does not follow time; h3, mamba"),
+        ("s4", 0.5, "does not fit 's4' in model.pattern"),
+        ("s5", 1.0, "must be at least 0 and less than 1"),
+    ):
+        config = configs.get_config(f"digits,mixer={mixer}").unlock()
+        config.data.half_rate = share
+        with pytest.raises(UserError, match=f"config.data.half_rate={share}: {words}"):
+            validate(config)
 
 
 def test_warp_is_scipys_affine_map():

@@ -80,6 +80,14 @@ class BatchSource:
     fingerprints: Any = MappingProxyType({})
 
     @property
+    def evenly_sampled(self) -> bool:
+        """Whether held-out rows are signals, at equal distances in time, of each of which something is said.
+
+        Such rows can be read at a lower rate.
+        """
+        return self.objective in ("classify", "regress") and "values" in self.spec and "steps" not in self.spec
+
+    @property
     def spec(self) -> Spec:
         """Every array of a batch by name.
 
@@ -92,8 +100,9 @@ class BatchSource:
         forecast, next_value: `values` [B, T, C] float32 and `mask`.
         regress_steps: an input, `mask` and `targets` [B, T, R] float32.
         The input is `tokens` [B, T] int32 or `values` [B, T, C] float32. Padding is False in the mask. Where tokens are
-        not equally far apart in time, `steps` [B, T] float32 (`seqmodels.data.times`). Where single values are missing,
-        `observed` [B, T, C] bool; such values may be anything, NaN too.
+        not equally far apart in time, `steps` [B, T] float32 (`seqmodels.data.times`); held-out batches without them
+        have steps of 1. Where single values are missing, `observed` [B, T, C] bool; such values may be anything, NaN
+        too.
         """
         raise NotImplementedError
 

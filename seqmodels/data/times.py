@@ -2,6 +2,8 @@
 
 import numpy as np
 
+from seqmodels.data.contract import Batch
+
 
 def steps_of(
     times: np.ndarray, segment_ids: np.ndarray | None = None, mask: np.ndarray | None = None, unit: float = 1.0
@@ -35,3 +37,28 @@ def steps_of(
             raise ValueError(f"times[{row}, {wrong}]={own[wrong]}: must not be below that of the sample before")
         steps[row, here] = apart
     return steps
+
+
+def at_half_rate(batch: Batch, share: float, rng: np.random.Generator) -> Batch:
+    """A batch in which about this share of the rows, drawn, has every second sample only, from the first or second on.
+
+    With `steps` [B, T] float32: 2 in these rows, else 1. Behind their samples, in half of T, is padding.
+
+    Args:
+        batch: `mask` [B, T], `values` [B, T, C] and perhaps `observed` [B, T, C]; real samples are at the start of a
+            row, one document each. Other arrays stay as they are.
+    """
+    mask = batch["mask"]
+    rows, length = mask.shape
+    slow, start = rng.random((rows,)) < share, rng.integers(2, size=(rows,))
+    start = np.where(mask.sum(axis=1) > 1, start, 0)  # a row of one sample keeps it
+    place = np.where(slow[:, None], 2 * np.arange(length) + start[:, None], np.arange(length))
+
+    def sampled(x: np.ndarray) -> np.ndarray:
+        found = x[np.arange(rows)[:, None], np.minimum(place, length - 1)]
+        found[place >= length] = 0
+        return found
+
+    over_time = {name: sampled(batch[name]) for name in ("values", "mask", "observed") if name in batch}
+    steps = np.broadcast_to(np.where(slow, 2, 1)[:, None], mask.shape).astype(np.float32)
+    return batch | over_time | {"steps": steps}

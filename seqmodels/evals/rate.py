@@ -27,9 +27,7 @@ TAPS = 8  # of the low pass, on each side, in samples of the lower rate
 
 def serves(run: RunData) -> bool:
     """Whether rows are signals, at equal distances in time, from which one prediction is made."""
-    if run.dataset.measured_by != "head" or run.dataset.objective not in ("classify", "regress"):
-        return False
-    return "values" in run.dataset.spec and "steps" not in run.dataset.spec
+    return run.dataset.measured_by == "head" and run.dataset.evenly_sampled
 
 
 def check(config: ConfigDict) -> None:

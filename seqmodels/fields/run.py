@@ -117,6 +117,9 @@ DOMAIN_DATA = Group(
         ),
         "cache": Field("data", "folder whose folder packages has the wheels that were fetched", since=2, path=True),
         "reset": Field(True, "keep the documents of a row apart, such as two texts that are compared", since=2),
+        "half_rate": Field(
+            0.0, "share of the training rows of which every second sample is read, at steps of 2", share, since=2
+        ),
     },
     path="data",
 )

