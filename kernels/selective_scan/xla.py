@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from seqmodels.kernels import dispatch
-from seqmodels.kernels.arrays import expand_to, join_time, pad, round_up, split_time
+from seqmodels.kernels.arrays import computed_once, expand_to, join_time, pad, round_up, split_time
 from seqmodels.kernels.segments import forget, resets
 from seqmodels.kernels.selective_scan.kept import add_states
 from seqmodels.kernels.tuning import UNROLLED
@@ -208,7 +208,7 @@ def _sequential_backward(u, dt, A, B, C, weights, reset, boundaries, dy, dstate)
         u_t, dt_t, B_t, C_t, weights_t, reset_t, dy_t = _token((u, dt, B, C, weights, reset, dy), t)
         dreadout = dy_t[:, None] if weights is None else weights_t * dy_t[:, None]
         dreadout = jnp.broadcast_to(dreadout, u_t.shape)
-        dstate = dstate + dreadout[..., None, :] * C_t[..., None]
+        dstate = computed_once(dstate + dreadout[..., None, :] * C_t[..., None])
         token = u_t, dt_t, B_t, C_t, weights_t
         new, dA_t = _token_gradients(token, A, _at(kept, i), dreadout, dy_t, dstate, add_states)
         gradients = jax.tree.map(lambda all, one: _put(all, one, t, axis=1), gradients, new)
@@ -238,17 +238,17 @@ def _padded(arrays, size):
 
 def _token(arrays, t):
     """Token t of arrays [B, T, ..]."""
-    return jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, t, axis=1, keepdims=False), arrays)
+    return jax.tree.map(lambda x: _at(x, t, axis=1), arrays)
 
 
-def _at(x, i):
-    """x[i]."""
-    return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
+def _at(x, i, axis=0):
+    """Place i of the axis."""
+    return jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False, allow_negative_indices=False)
 
 
 def _put(x, value, i, axis=0):
     """x with `value` at place i of the axis."""
-    return jax.lax.dynamic_update_index_in_dim(x, value, i, axis)
+    return jax.lax.dynamic_update_index_in_dim(x, value, i, axis, allow_negative_indices=False)
 
 
 def _token_gradients(token, A, kept, dreadout, dy, dstate, sum_states):
