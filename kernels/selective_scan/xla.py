@@ -17,7 +17,7 @@ from jax.ad_checkpoint import checkpoint_name
 from seqmodels.kernels import dispatch
 from seqmodels.kernels.arrays import computed_once, expand_to, join_time, pad, round_up, split_time
 from seqmodels.kernels.segments import forget, resets
-from seqmodels.kernels.selective_scan.kept import add_states
+from seqmodels.kernels.selective_scan.kept import add_states, at, put, token
 from seqmodels.kernels.tuning import UNROLLED
 
 # tokens; the states of one chunk are held while it is differentiated, on a CPU also its decays, in its nearest cache
@@ -51,6 +51,8 @@ def selective_scan(
     dtype = jnp.promote_types(jnp.float32, u.dtype)
     dt = dt.astype(dtype) + (0 if dt_bias is None else dt_bias.astype(dtype))
     dt = jax.nn.softplus(dt) if dt_softplus else dt
+    if dispatch.platforms() == ("cpu",):
+        dt = checkpoint_name(dt, "scan")  # a CPU computes the logarithms again in more time than it reads dt
     if mask is not None:
         dt = jnp.where(mask[:, :, None, None], dt, 0)
     if weights is not None:
@@ -175,9 +177,9 @@ def _sequential_forward(u, dt, A, B, C, weights, reset, state):
 
     def step(t, carry):
         state, y = carry
-        u_t, dt_t, B_t, C_t, weights_t, reset_t = _token((u, dt, B, C, weights, reset), t)
+        u_t, dt_t, B_t, C_t, weights_t, reset_t = token((u, dt, B, C, weights, reset), t)
         state = _decay(dt_t, A) * forget(state, reset_t) + _write(u_t, dt_t, B_t)
-        return state, _put(y, _read(state, C_t, weights_t, add_states), t, axis=1)
+        return state, put(y, _read(state, C_t, weights_t, add_states), t, axis=1)
 
     def chunk(carry, n):
         return jax.lax.fori_loop(0, size, lambda i, carry: step(n * size + i, carry), carry), carry[0]
@@ -197,22 +199,22 @@ def _sequential_backward(u, dt, A, B, C, weights, reset, boundaries, dy, dstate)
 
     def forward(t, i, carry):
         state, decays, kept = carry
-        u_t, dt_t, B_t, reset_t = _token((u, dt, B, reset), t)
+        u_t, dt_t, B_t, reset_t = token((u, dt, B, reset), t)
         # The next line reads each array where the one before wrote it, and not from a copy
-        decays = _put(decays, _decay(dt_t, A), i)
-        kept = _put(kept, _at(decays, i) * forget(state, reset_t), i)
-        return _at(kept, i) + _write(u_t, dt_t, B_t), decays, kept
+        decays = put(decays, _decay(dt_t, A), i)
+        kept = put(kept, at(decays, i) * forget(state, reset_t), i)
+        return at(kept, i) + _write(u_t, dt_t, B_t), decays, kept
 
     def backward(t, i, decays, kept, carry):
         dstate, dA, gradients = carry
-        u_t, dt_t, B_t, C_t, weights_t, reset_t, dy_t = _token((u, dt, B, C, weights, reset, dy), t)
+        u_t, dt_t, B_t, C_t, weights_t, reset_t, dy_t = token((u, dt, B, C, weights, reset, dy), t)
         dreadout = dy_t[:, None] if weights is None else weights_t * dy_t[:, None]
         dreadout = jnp.broadcast_to(dreadout, u_t.shape)
         dstate = computed_once(dstate + dreadout[..., None, :] * C_t[..., None])
-        token = u_t, dt_t, B_t, C_t, weights_t
-        new, dA_t = _token_gradients(token, A, _at(kept, i), dreadout, dy_t, dstate, add_states)
-        gradients = jax.tree.map(lambda all, one: _put(all, one, t, axis=1), gradients, new)
-        return forget(_at(decays, i) * dstate, reset_t), dA + dA_t, gradients
+        inputs = u_t, dt_t, B_t, C_t, weights_t
+        new, dA_t = _token_gradients(inputs, A, at(kept, i), dreadout, dy_t, dstate, add_states)
+        gradients = jax.tree.map(lambda all, one: put(all, one, t, axis=1), gradients, new)
+        return forget(at(decays, i) * dstate, reset_t), dA + dA_t, gradients
 
     def chunk(carry, piece):
         n, state = piece
@@ -234,21 +236,6 @@ def _sequential_backward(u, dt, A, B, C, weights, reset, boundaries, dy, dstate)
 def _padded(arrays, size):
     """The arrays [B, T, ..] with zeros at their end, up to a multiple of `size` tokens."""
     return jax.tree.map(lambda x: pad(x, {1: round_up(x.shape[1], size)}), arrays)
-
-
-def _token(arrays, t):
-    """Token t of arrays [B, T, ..]."""
-    return jax.tree.map(lambda x: _at(x, t, axis=1), arrays)
-
-
-def _at(x, i, axis=0):
-    """Place i of the axis."""
-    return jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False, allow_negative_indices=False)
-
-
-def _put(x, value, i, axis=0):
-    """x with `value` at place i of the axis."""
-    return jax.lax.dynamic_update_index_in_dim(x, value, i, axis, allow_negative_indices=False)
 
 
 def _token_gradients(token, A, kept, dreadout, dy, dstate, sum_states):
