@@ -138,7 +138,7 @@ def _adjoint(u, dt, A, B, reset, state, states, factors, dlast):
         u_t, dt_t, B_t, reset_t, factors_t = token((u, dt, B, reset, factors), t)
         before = at(states, jnp.maximum(t - 1, 0), axis=1)
         decay = computed_once(_decay(dt_t, A))
-        kept = decay * forget(jnp.where(t > 0, before, state), reset_t)
+        kept = computed_once(decay * forget(jnp.where(t > 0, before, state), reset_t))
         for dy, C in factors_t:
             dstate = dstate + dy[:, None] * C[..., None]
         dstate = computed_once(dstate)
