@@ -189,11 +189,11 @@ def test_bandwidth_follows_what_connects_the_chips():
 
 def test_options_of_the_compiler_can_be_changed_and_mistakes_are_named():
     one, two = (jax.make_mesh((n,), ("data",), devices=jax.devices()[:n]) for n in (1, 2))
-    barriers = dict(xla_disable_hlo_passes="cse_barrier_expander")  # of a CPU
-    assert xla.compiler_options(one) == xla.compiler_options(two) == barriers
+    always = dict(xla_disable_hlo_passes="cse_barrier_expander", xla_cpu_prefer_vector_width=512)  # on a CPU
+    assert xla.compiler_options(one) == xla.compiler_options(two) == always
     more = "xla_cpu_enable_fast_math=false, xla_backend_optimization_level=1"
     asked = dict(xla_cpu_enable_fast_math=False, xla_backend_optimization_level=1)
-    assert xla.compiler_options(one, more) == barriers | asked
+    assert xla.compiler_options(one, more) == always | asked
     lowered = jax.jit(lambda x: x, compiler_options=xla.compiler_options(one, "xla_foo=1")).lower(1.0)
     with pytest.raises(UserError, match=r"^config.training.xla=xla_foo=1: No such compile option: 'xla_foo'"):
         xla.compile_step(lowered, "xla_foo=1")

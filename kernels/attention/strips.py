@@ -108,7 +108,9 @@ def _backward(options, residuals, do):
         dvs.append(weights @ share.mT)
     batch, length, kv_heads, width = inputs.k.shape
     dk, dv = (jnp.moveaxis(_summed(x, spans, length).reshape(batch, kv_heads, length, width), 1, 2) for x in (dks, dvs))
-    gradients = inputs._replace(q=options.scale * _joined(inputs, dqs), k=dk, v=dv)
+    # Each is read more than once, as by the gradient of rotary positions
+    dq, dk, dv = computed_once((options.scale * _joined(inputs, dqs), dk, dv))
+    gradients = inputs._replace(q=dq, k=dk, v=dv)
     return jax.tree.map(lambda x, dx: dx.astype(x.dtype), inputs, gradients), None
 
 

@@ -4,13 +4,14 @@
     y^k_t = s_t C^k_t                                   read by each of K queries, now or in a layer above
 
 The gradient of the states is a sum of outer products, sum_k dy^k_t C^k_t. It reaches the scan's backward pass as these
-factors and never as an array [T, B, N, E]: `Kept.factors` holds zeros, whose gradients they are. So a further query
+factors and never as an array [B, T, N, E]: `Kept.factors` holds zeros, whose gradients they are. So a further query
 costs one pass over the states in each direction, and one multiply-add per number in the backward scan.
 
 Other platforms, and calls whose states are too large, scan again in place of this (`xla.py`).
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -31,9 +32,9 @@ class Kept:
     """The states of a scan.
 
     Attributes:
-        states: [T, B, N, E], after each token.
+        states: [B, T, N, E], after each token.
         last: [B, E, N], after the last token.
-        factors: for each query zeros [T, B, E] and [T, B, N], whose gradients are dy and C.
+        factors: for each query zeros [B, T, E] and [B, T, N], whose gradients are dy and C.
         mask: [B, T] bool, or None.
     """
 
@@ -73,30 +74,31 @@ def keep(
     dt = jax.nn.softplus(dt) if dt_softplus else dt
     u, dt, B = (zero_padding(x, mask) for x in (u, dt, B))
     reset = resets(segment_ids, initial_segment, mask)
-    tokens = (None if x is None else jnp.swapaxes(x, 0, 1) for x in (u, dt, B, reset))
     A, state = finite_decay(A).astype(wide).T, jnp.swapaxes(initial_state.astype(wide), 1, 2)
-    states, last, factors = _scan(queries, *tokens, A, state)
+    states, last, factors = _scan(queries, u, dt, B, reset, A, state)
     return Kept(states, jnp.swapaxes(last, 1, 2), factors, mask)
 
 
 def read(kept: Kept, query: int, C: jax.Array) -> jax.Array:
     """y_t = s_t C_t [B, T, E] for the query with this number, C [B, T, N]. Each number is for one call."""
-    C = jnp.swapaxes(zero_padding(C, kept.mask), 0, 1).astype(kept.last.dtype)
-    y = computed_once(_read(kept.states, kept.factors[query], C))
-    return zero_padding(jnp.swapaxes(y, 0, 1), kept.mask)
+    C = zero_padding(C, kept.mask).astype(kept.last.dtype)
+    return zero_padding(computed_once(_read(kept.states, kept.factors[query], C)), kept.mask)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
 def _scan(queries, u, dt, B, reset, A, state):
-    """States [T, B, N, E], the last one, and zeros for the factors; u, dt [T, B, E], A [N, E], B [T, B, N]."""
+    """States [B, T, N, E], the last one, and zeros for the factors; u, dt [B, T, E], A [N, E], B [B, T, N]."""
+    B = B.astype(dt.dtype)
 
-    def step(state, token):
-        u, dt, B, reset = token
-        state = _decay(dt, A) * forget(state, reset) + (dt * u)[:, None] * B[..., None]
-        return state, state
+    def step(t, carry):
+        state, states = carry
+        u_t, dt_t, B_t, reset_t = token((u, dt, B, reset), t)
+        state = _decay(dt_t, A) * forget(state, reset_t) + (dt_t * u_t)[:, None] * B_t[..., None]
+        return state, put(states, state, t, axis=1)
 
-    last, states = jax.lax.scan(step, state, (u, dt, B.astype(dt.dtype), reset))
-    return states, last, ((jnp.zeros_like(dt), jnp.zeros(B.shape, dt.dtype)),) * queries
+    states = jnp.zeros((*u.shape[:2], *A.shape), dt.dtype)
+    last, states = jax.lax.fori_loop(0, u.shape[1], step, (state, states))
+    return states, last, ((jnp.zeros_like(dt), jnp.zeros_like(B)),) * queries
 
 
 def _scan_fwd(queries, *inputs):
@@ -128,28 +130,34 @@ def _adjoint(u, dt, A, B, reset, state, states, factors, dlast):
     and the gradient of dt_t A is ds_t k_t.
     """
 
-    def step(carry, token):
-        dstate, dA = carry
-        t, u, dt, B, reset, factors = token
-        before = jax.lax.dynamic_index_in_dim(states, jnp.maximum(t - 1, 0), keepdims=False)
-        decay = _decay(dt, A)
-        kept = decay * forget(jnp.where(t > 0, before, state), reset)
-        for dy, C in factors:
-            dstate = dstate + dy[:, None] * C[..., None]
-        dB = jnp.einsum("bne,be->bn", dstate, dt * u, precision="highest")
-        dwrite = add_states(dstate * B[..., None])
-        dexponent = dstate * kept
-        ddt = add_states(dexponent * A) + dwrite * u
-        return (forget(decay * dstate, reset), dA + dexponent * dt[:, None]), (dwrite * dt, ddt, dB)
+    length = u.shape[1]
 
-    tokens = (jnp.arange(len(u)), u, dt, B, reset, factors)
-    (dstate, dA), (du, ddt, dB) = jax.lax.scan(step, (dlast, jnp.zeros_like(state)), tokens, reverse=True)
+    def step(i, carry):
+        dstate, dA, gradients = carry
+        t = length - 1 - i
+        u_t, dt_t, B_t, reset_t, factors_t = token((u, dt, B, reset, factors), t)
+        before = at(states, jnp.maximum(t - 1, 0), axis=1)
+        decay = computed_once(_decay(dt_t, A))
+        kept = computed_once(decay * forget(jnp.where(t > 0, before, state), reset_t))
+        for dy, C in factors_t:
+            dstate = dstate + dy[:, None] * C[..., None]
+        dstate = computed_once(dstate)
+        dB = jnp.einsum("bne,be->bn", dstate, dt_t * u_t, precision="highest")
+        dwrite = add_states(dstate * B_t[..., None])
+        dexponent = computed_once(dstate * kept)
+        ddt = add_states(dexponent * A) + dwrite * u_t
+        new = (dwrite * dt_t, ddt, dB)
+        gradients = jax.tree.map(lambda all, one: put(all, one, t, axis=1), gradients, new)
+        return forget(decay * dstate, reset_t), dA + dexponent * dt_t[:, None], gradients
+
+    gradients = jax.tree.map(jnp.zeros_like, (dt, dt, B))
+    dstate, dA, (du, ddt, dB) = jax.lax.fori_loop(0, length, step, (dlast, jnp.zeros_like(state), gradients))
     return du, ddt, jnp.sum(dA, axis=0), dB, dstate
 
 
 @jax.custom_vjp
 def _read(states, factors, C):
-    """[T, B, E] of states [T, B, N, E] and C [T, B, N]."""
+    """[B, T, E] of states [B, T, N, E] and C [B, T, N]."""
     products = (states[:, :, n] * C[:, :, n, None] for n in range(states.shape[2]))  # of all, XLA would make an array
     return functools.reduce(jnp.add, products)
 
@@ -160,7 +168,7 @@ def _read_fwd(states, factors, C):
 
 def _read_bwd(residuals, dy):
     states, C = residuals
-    return None, (dy, C), jnp.einsum("tbne,tbe->tbn", states, dy, precision="highest")
+    return None, (dy, C), jnp.einsum("btne,bte->btn", states, dy, precision="highest")
 
 
 _read.defvjp(_read_fwd, _read_bwd)
@@ -174,3 +182,18 @@ def _decay(dt, A):
 def add_states(x: jax.Array) -> jax.Array:
     """Sum over N of [..., N, E], term by term: on the CPU a reduction is a call for each token, 4 times slower."""
     return functools.reduce(jnp.add, (x[..., n, :] for n in range(x.shape[-2])))
+
+
+def token(arrays: Any, t: jax.Array) -> Any:
+    """Token t of each array [B, T, ..]."""
+    return jax.tree.map(lambda x: at(x, t, axis=1), arrays)
+
+
+def at(x: jax.Array, i: jax.Array, axis: int = 0) -> jax.Array:
+    """Place i of the axis, which is not negative."""
+    return jax.lax.dynamic_index_in_dim(x, i, axis, keepdims=False, allow_negative_indices=False)
+
+
+def put(x: jax.Array, value: jax.Array, i: jax.Array, axis: int = 0) -> jax.Array:
+    """x with `value` at place i of the axis, which is not negative. A loop that carries x writes it in place."""
+    return jax.lax.dynamic_update_index_in_dim(x, value, i, axis, allow_negative_indices=False)

@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 
 from seqmodels.kernels import dispatch
-from seqmodels.kernels.arrays import expand_to, join_time, split_time
+from seqmodels.kernels.arrays import computed_once, expand_to, join_time, pad, round_up, split_time
 from seqmodels.kernels.segments import forget, resets
-from seqmodels.kernels.selective_scan.kept import add_states
+from seqmodels.kernels.selective_scan.kept import add_states, at, put, token
 from seqmodels.kernels.tuning import UNROLLED
 
 # tokens; the states of one chunk are held while it is differentiated, on a CPU also its decays, in its nearest cache
@@ -51,6 +51,8 @@ def selective_scan(
     dtype = jnp.promote_types(jnp.float32, u.dtype)
     dt = dt.astype(dtype) + (0 if dt_bias is None else dt_bias.astype(dtype))
     dt = jax.nn.softplus(dt) if dt_softplus else dt
+    if dispatch.platforms() == ("cpu",):
+        dt = checkpoint_name(dt, "scan")  # a CPU computes the logarithms again in more time than it reads dt
     if mask is not None:
         dt = jnp.where(mask[:, :, None, None], dt, 0)
     if weights is not None:
@@ -126,38 +128,13 @@ _scan.defvjp(_scan_fwd, _scan_bwd)
 
 def _forward(u, dt, A, B, C, weights, reset, state):
     """y, the final state, and the states [T / chunk, B, G, N, E] at the start of each chunk."""
-
-    split = functools.partial(split_time, size=min(_chunk(), u.shape[1]), time_first=True)
-
-    def body(state, tokens):
-        new_state, y = _by_platform(_sequential_forward, _associative_forward, tokens, A, state)
-        return new_state, (y, state)
-
-    state, (y, boundaries) = jax.lax.scan(body, state, split((u, dt, B, C, weights, reset)))
-    return join_time(y, u.shape[1], time_first=True), state, boundaries
+    return _by_platform(_sequential_forward, _associative_forward, u, dt, A, B, C, weights, reset, state)
 
 
 def _backward(u, dt, A, B, C, weights, reset, state, boundaries, dy, dstate):
     """Gradients of the inputs. Each chunk recomputes its states from the state at its start."""
-
-    split = functools.partial(split_time, size=min(_chunk(), u.shape[1]), time_first=True)
-
-    def body(carry, piece):
-        dstate, dA = carry
-        tokens, dy, state = piece
-        dstate, dA_chunk, gradients = _by_platform(
-            _sequential_backward, _associative_backward, tokens, A, state, dy, dstate
-        )
-        return (dstate, dA + dA_chunk), gradients
-
-    chunks = (
-        split((u, dt, B, C, weights, reset)),
-        split(dy),
-        boundaries,
-    )
-    (dstate, dA), gradients = jax.lax.scan(body, (dstate, jnp.zeros_like(A)), chunks, reverse=True)
-    du, ddt, dB, dC, dweights = (None if g is None else join_time(g, u.shape[1], time_first=True) for g in gradients)
-    return du, ddt, dA, dB, dC, dweights, dstate
+    arrays = (u, dt, A, B, C, weights, reset, boundaries, dy, dstate)
+    return _by_platform(_sequential_backward, _associative_backward, *arrays)
 
 
 def _chunk() -> int:
@@ -193,40 +170,72 @@ def _reduce_states(x):
     return jnp.sum(x, axis=-2)
 
 
-def _sequential_forward(tokens, A, state):
-    """One chunk, token by token."""
+def _sequential_forward(u, dt, A, B, C, weights, reset, state):
+    """As `_forward`, token by token. Tokens are read and written where they are, [B, T, ..]: nothing is turned."""
+    length, size = u.shape[1], min(_chunk(), u.shape[1])
+    u, dt, B, C, weights, reset = _padded((u, dt, B, C, weights, reset), size)
 
-    def step(state, token):
-        u, dt, B, C, weights, reset = token
-        state = _decay(dt, A) * forget(state, reset) + _write(u, dt, B)
-        return state, _read(state, C, weights, add_states)
+    def step(t, carry):
+        state, y = carry
+        u_t, dt_t, B_t, C_t, weights_t, reset_t = token((u, dt, B, C, weights, reset), t)
+        state = _decay(dt_t, A) * forget(state, reset_t) + _write(u_t, dt_t, B_t)
+        return state, put(y, _read(state, C_t, weights_t, add_states), t, axis=1)
 
-    return jax.lax.scan(step, state, tokens)
+    def chunk(carry, n):
+        return jax.lax.fori_loop(0, size, lambda i, carry: step(n * size + i, carry), carry), carry[0]
+
+    y = jnp.zeros((*u.shape[:2], u.shape[3]), state.dtype)
+    (state, y), boundaries = jax.lax.scan(chunk, (state, y), jnp.arange(u.shape[1] // size))
+    return y[:, :length], state, boundaries
 
 
-def _sequential_backward(tokens, A, state, dy, dstate):
-    """Gradients of one chunk: recompute its states forwards, then run the adjoint recurrence backwards."""
+def _sequential_backward(u, dt, A, B, C, weights, reset, boundaries, dy, dstate):
+    """As `_backward`: recompute the states of a chunk forwards, then run the adjoint recurrence backwards.
 
-    def forward(state, token):
-        u, dt, B, _, _, reset = token
-        decay = _decay(dt, A)
-        kept = decay * forget(state, reset)
-        return kept + _write(u, dt, B), (decay, kept)
+    A chunk's decays and decayed states go into memory that all chunks share, so it is filled with zeros only once.
+    """
+    length, size = u.shape[1], min(_chunk(), u.shape[1])
+    u, dt, B, C, weights, reset, dy = _padded((u, dt, B, C, weights, reset, dy), size)
 
-    def backward(carry, inputs):
-        dstate, dA = carry
-        token, dy, decay, kept = inputs
-        u, _, _, C, weights, reset = token
-        dreadout = dy[:, None] if weights is None else weights * dy[:, None]
-        dreadout = jnp.broadcast_to(dreadout, u.shape)
-        dstate = dstate + dreadout[..., None, :] * C[..., None]
-        gradients, dA_token = _token_gradients(token, A, kept, dreadout, dy, dstate, add_states)
-        return (forget(decay * dstate, reset), dA + dA_token), gradients
+    def forward(t, i, carry):
+        state, decays, kept = carry
+        u_t, dt_t, B_t, reset_t = token((u, dt, B, reset), t)
+        # The next line reads each array where the one before wrote it, and not from a copy
+        decays = put(decays, _decay(dt_t, A), i)
+        kept = put(kept, at(decays, i) * forget(state, reset_t), i)
+        return at(kept, i) + _write(u_t, dt_t, B_t), decays, kept
 
-    _, recomputed = jax.lax.scan(forward, state, tokens)
-    carry = (dstate, jnp.zeros_like(state))
-    (dstate, dA), gradients = jax.lax.scan(backward, carry, (tokens, dy, *recomputed), reverse=True)
-    return dstate, jnp.sum(dA, axis=0), gradients
+    def backward(t, i, decays, kept, carry):
+        dstate, dA, gradients = carry
+        u_t, dt_t, B_t, C_t, weights_t, reset_t, dy_t = token((u, dt, B, C, weights, reset, dy), t)
+        dreadout = dy_t[:, None] if weights is None else weights_t * dy_t[:, None]
+        dreadout = jnp.broadcast_to(dreadout, u_t.shape)
+        dstate = computed_once(dstate + dreadout[..., None, :] * C_t[..., None])
+        inputs = u_t, dt_t, B_t, C_t, weights_t
+        new, dA_t = _token_gradients(inputs, A, at(kept, i), dreadout, dy_t, dstate, add_states)
+        gradients = jax.tree.map(lambda all, one: put(all, one, t, axis=1), gradients, new)
+        return forget(at(decays, i) * dstate, reset_t), dA + dA_t, gradients
+
+    def chunk(carry, piece):
+        n, state = piece
+        decays, kept, *rest = carry
+        recompute = lambda i, carry: forward(n * size + i, i, carry)  # noqa: E731
+        _, decays, kept = jax.lax.fori_loop(0, size, recompute, (state, decays, kept))
+        adjoin = lambda i, carry: backward(n * size + size - 1 - i, size - 1 - i, decays, kept, carry)  # noqa: E731
+        return (decays, kept, *jax.lax.fori_loop(0, size, adjoin, tuple(rest))), None
+
+    room = jnp.zeros((2, size, *dstate.shape), dstate.dtype)
+    gradients = jax.tree.map(lambda x: jnp.zeros(x.shape, dstate.dtype), (u, dt, B, C, weights))
+    carry = (*room, dstate, jnp.zeros_like(dstate), gradients)
+    pieces = jnp.arange(len(boundaries)), boundaries
+    (*_, dstate, dA, gradients), _ = jax.lax.scan(chunk, carry, pieces, reverse=True)
+    du, ddt, dB, dC, dweights = jax.tree.map(lambda x: x[:, :length], gradients)
+    return du, ddt, jnp.sum(dA, axis=0), dB, dC, dweights, dstate
+
+
+def _padded(arrays, size):
+    """The arrays [B, T, ..] with zeros at their end, up to a multiple of `size` tokens."""
+    return jax.tree.map(lambda x: pad(x, {1: round_up(x.shape[1], size)}), arrays)
 
 
 def _token_gradients(token, A, kept, dreadout, dy, dstate, sum_states):
@@ -238,7 +247,7 @@ def _token_gradients(token, A, kept, dreadout, dy, dstate, sum_states):
         dstate: gradient of the state after the token, through this token's readout and all later tokens.
         sum_states: function that sums over N.
     """
-    u, dt, B, C, weights, _ = token
+    u, dt, B, C, weights = token
     new = kept + _write(u, dt, B)
     # a product in TF32 or bfloat16, the default on accelerators, would have errors in the third digit
     dC = jnp.einsum("...ne,...e->...n", new, dreadout, precision="highest")
@@ -282,15 +291,36 @@ def _join_documents(first, second):
     return decay * before, decay * state + write, first[2] | fresh
 
 
-def _associative_forward(tokens, A, state):
-    """One chunk, all tokens at once."""
-    u, dt, B, C, weights, reset = tokens
-    states = linear_recurrence(_decay(dt, A), _write(u, dt, B), state, reset)
-    return states[-1], _read(states, C, weights, _reduce_states)
+def _associative_forward(u, dt, A, B, C, weights, reset, state):
+    """As `_forward`, all tokens of a chunk at once."""
+    split = functools.partial(split_time, size=min(_chunk(), u.shape[1]), time_first=True)
+
+    def body(state, tokens):
+        u, dt, B, C, weights, reset = tokens
+        states = linear_recurrence(_decay(dt, A), _write(u, dt, B), state, reset)
+        return states[-1], (_read(states, C, weights, _reduce_states), state)
+
+    state, (y, boundaries) = jax.lax.scan(body, state, split((u, dt, B, C, weights, reset)))
+    return join_time(y, u.shape[1], time_first=True), state, boundaries
 
 
-def _associative_backward(tokens, A, state, dy, dstate):
-    """Gradients of one chunk, all tokens at once."""
+def _associative_backward(u, dt, A, B, C, weights, reset, boundaries, dy, dstate):
+    """As `_backward`, all tokens of a chunk at once."""
+    split = functools.partial(split_time, size=min(_chunk(), u.shape[1]), time_first=True)
+
+    def body(carry, piece):
+        dstate, dA = carry
+        dstate, dA_chunk, gradients = _associative_chunk(*piece, A, dstate)
+        return (dstate, dA + dA_chunk), gradients
+
+    chunks = (split((u, dt, B, C, weights, reset)), split(dy), boundaries)
+    (dstate, dA), gradients = jax.lax.scan(body, (dstate, jnp.zeros_like(A)), chunks, reverse=True)
+    du, ddt, dB, dC, dweights = (None if g is None else join_time(g, u.shape[1], time_first=True) for g in gradients)
+    return du, ddt, dA, dB, dC, dweights, dstate
+
+
+def _associative_chunk(tokens, dy, state, A, dstate):
+    """The gradient of the state before a chunk, and of A and the tokens in it."""
     u, dt, B, C, weights, reset = tokens
     decay = _decay(dt, A)
     states = linear_recurrence(decay, _write(u, dt, B), state, reset)
@@ -301,6 +331,6 @@ def _associative_backward(tokens, A, state, dy, dstate):
     ends = None if reset is None else jnp.concatenate([reset[1:], jnp.zeros_like(reset[:1])])
     later = forget(later, ends)  # it belongs to the next document
     dstates = linear_recurrence(later, dreadout[..., None, :] * C[..., None], dstate, ends, reverse=True)
-    gradients, dA = _token_gradients(tokens, A, kept, dreadout, dy, dstates, _reduce_states)
+    gradients, dA = _token_gradients(tokens[:5], A, kept, dreadout, dy, dstates, _reduce_states)
     dfirst = forget(decay[0] * dstates[0], None if reset is None else reset[0])
     return dfirst, jnp.sum(dA, axis=(0, 1)), gradients
