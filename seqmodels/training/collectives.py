@@ -17,7 +17,8 @@ from jax.sharding import AbstractMesh, Mesh
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 _INSTRUCTION = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
-_FUSED = re.compile(r"= (.*?) fusion\(.*calls=%?(all-reduce-scatter[\w.\-]*)")  # how TPU writes a reduce-scatter
+_SCATTER = "all-reduce-scatter"  # name of a fusion, which is how TPU writes a reduce-scatter
+_FUSED = re.compile(rf"= (.*?) fusion\(.*calls=%?({_SCATTER}[\w.\-]*)")
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)(?:e\dm\d\w*)?\[([\d,]*)\]")
 _OTHERS = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 
@@ -52,7 +53,7 @@ def collectives(hlo: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
     times = _times(bodies, entry)
     found = []
     for name, lines in bodies.items():
-        for line in lines if times[name] else ():
+        for line in lines if times[name] and not name.startswith(_SCATTER) else ():
             if parsed := _parse(line, bodies, mesh):
                 kind, arrays, received, groups = parsed
                 op = re.search(r'op_name="([^"]*)"', line)
