@@ -20,6 +20,7 @@ from seqmodels.training.collectives import by_axis, collectives
 from seqmodels.training.optimizer import make_optimizer, make_schedule
 from seqmodels.training.state import abstract_params, abstract_state, init_state
 from seqmodels.training.step import lower_train_step, make_train_step
+from tests.kernels.helpers import needs_libtpu
 from tests.training_model import random_batch
 
 CUBE = AbstractMesh((2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
@@ -184,6 +185,20 @@ def test_bandwidth_follows_what_connects_the_chips():
     assert torus.bandwidth([0, 1, 2, 3]) == 1.8e11
     assert torus.bandwidth(list(range(64))) == 3 * 1.8e11
     assert hosts.bandwidth([0, 7]) == 4.5e11 and hosts.bandwidth([0, 8]) == 5e10
+
+
+@needs_libtpu
+@pytest.mark.parametrize("name", ["v5e:4x4", "v5p:4x4x4", "v6e:4x4"])
+def test_options_are_those_that_libtpu_takes_for_the_chip(name):
+    """On a mesh that splits an axis of the torus: products of a matrix that fsdp splits, which devices gather."""
+    chips = topology.parse(name)
+    topology.prepare(chips)
+    config = configs.mamba(**{"mesh.data": chips.size // 16, "mesh.fsdp": 8, "mesh.tensor": 2, "batch_size": 32})
+    mesh = sharding.make_mesh(config, topology.devices(chips))
+    rows, columns = (jax.NamedSharding(mesh, spec) for spec in (P("fsdp"), P(None, "fsdp")))
+    x, w = (jax.ShapeDtypeStruct((512, 512), jnp.bfloat16, sharding=each) for each in (rows, columns))
+    step = jax.jit(lambda x, w: x @ w @ w.T, out_shardings=rows, compiler_options=xla.compiler_options(mesh))
+    assert "all-gather" in step.lower(x, w).compile().as_text()
 
 
 def test_options_of_the_compiler_can_be_changed_and_mistakes_are_named():
