@@ -374,7 +374,7 @@ def sent_in_time(program, mesh):
 @every_branch
 def test_sharded_equals_unsharded(name):
     """Values, states and gradients on 8 devices, which share rows, channels and time, and gather matrices. A document
-    is on several. What devices send each other along time is states and halos, but for the branches that say otherwise."""
+    is on several. Along time devices send each other states and halos, but for the branches that say otherwise."""
     if len(jax.devices()) < 8:
         pytest.skip("needs 8 devices")
     module, params = branch(name)
