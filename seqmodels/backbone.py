@@ -18,6 +18,7 @@ from seqmodels import depth
 from seqmodels.branch import Branch, State, grows
 from seqmodels.branches import BRANCHES
 from seqmodels.fields import refuse
+from seqmodels.layers.gathered import NAME, splits_matrices
 from seqmodels.layers.norm import norm_of
 from seqmodels.mixers.bidirectional import Bidirectional
 from seqmodels.mixers.short_conv import ShortConv
@@ -36,6 +37,7 @@ REMAT = {  # the activations of a block that are saved for the backward pass; th
     "scan": jax.checkpoint_policies.save_only_these_names("scan"),  # recomputes all but the scan over time
     "streams": jax.checkpoint_policies.save_only_these_names("stream"),
 }
+ALL_OWN = jax.checkpoint_policies.save_anything_except_these_names(NAME)  # but what other devices hold
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,10 +290,14 @@ class SuperBlock(nn.Module):
 
 
 def rematerialised(config: Any, index: int = 0) -> Callable[..., Block]:
-    """Block class. If `index` is among the first `remat_blocks`, the block saves only what `remat` names."""
-    if config.remat == "none" or 0 < config.remat_blocks <= index:
+    """Block class. If `index` is among the first `remat_blocks`, the block saves only what `remat` names.
+
+    Other blocks save all but the matrices that they gathered.
+    """
+    policy = ALL_OWN if config.remat == "none" or 0 < config.remat_blocks <= index else REMAT[config.remat]
+    if policy is ALL_OWN and not splits_matrices():
         return Block
-    return nn.remat(Block, policy=REMAT[config.remat], static_argnums=(5,), prevent_cse=True)
+    return nn.remat(Block, policy=policy, static_argnums=(5,), prevent_cse=True)
 
 
 def causal(config: Any) -> bool:

@@ -12,6 +12,7 @@ from flax.core import FrozenDict
 from jax.typing import DTypeLike
 
 from seqmodels.fields import Group
+from seqmodels.layers.gathered import gathered
 from seqmodels.layers.parameter import Init, parameter
 from seqmodels.sequence import Sequence
 
@@ -140,7 +141,8 @@ class Branch(nn.Module):
     @nn.nowrap
     def matrix(self, name: str, shape: Seq[int], axes: Seq[str | None], init: Init, group: str = "") -> jax.Array:
         """Declare a parameter that the branch reads in its `dtype`; see `seqmodels.layers.parameter.parameter`."""
-        return parameter(self, name, shape, axes, init, dtype=self.dtype, group=group)
+        w = parameter(self, name, shape, axes, init, dtype=self.dtype, group=group)
+        return w if "expert" in axes else gathered(w, tuple(axes))  # experts are gathered where they exchange rows
 
     @nn.nowrap
     def flops(self, length: int) -> float:

@@ -130,12 +130,14 @@ def mesh_axes(together: tuple[str, ...] = (), **sizes: int) -> dict[str | None, 
 def manual(axes: Iterable[str]) -> set[str]:
     """`axis_names` of a shard_map that splits arrays over these mesh axes and leaves the others to the compiler.
 
-    Axes of one device are among them: without any other axis the shard_map also runs where nothing is compiled. Axes of
-    a shard_map around it are not.
+    Where all others have one device, they are among them: without any other axis the shard_map also runs where nothing
+    is compiled. Axes of a shard_map around it are not. Elsewhere axes of one device are left out: XLA of jax 0.11
+    aborts where those of nested shard_maps, one behind the other, are not in the order of the mesh.
     """
     mesh = jax.sharding.get_abstract_mesh()
-    wanted = set(axes) | {axis for axis, size in mesh.shape.items() if size == 1}
-    return wanted - set(mesh.manual_axes)
+    free = set(mesh.axis_names) - set(mesh.manual_axes)
+    wanted = set(axes) & free
+    return wanted if any(mesh.shape[axis] > 1 for axis in free - wanted) else free
 
 
 def mean_over_rows(x: Any) -> Any:

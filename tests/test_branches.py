@@ -373,24 +373,24 @@ def sent_in_time(program, mesh):
 
 @every_branch
 def test_sharded_equals_unsharded(name):
-    """Values, states and gradients on 8 devices, which share rows, channels and time. A document is on several. What
-    devices send each other along time is states and halos, but for the branches that say otherwise."""
+    """Values, states and gradients on 8 devices, which share rows, channels and time, and gather matrices. A document
+    is on several. Along time devices send each other states and halos, but for the branches that say otherwise."""
     if len(jax.devices()) < 8:
         pytest.skip("needs 8 devices")
     module, params = branch(name)
     x, dy = draw((B, T, D)), draw((B, T, D), 1)
     want = call(name, params, x, dy, segment_ids=ISOLATED)
-    sizes = {"data": 2, "tensor": 2, "sequence": 2}
+    sizes = {"fsdp": 2, "tensor": 2, "sequence": 2}
     mesh = jax.make_mesh([sizes.get(axis, 1) for axis in AXES], AXES, axis_types=(AxisType.Auto,) * len(AXES))
     boxed = jax.eval_shape(module.init, jax.random.key(0), jnp.zeros((B, T, D)), make_sequence(B, T)[0])
-    rules = dict(inner="tensor", heads="tensor", kv_heads="tensor")
+    rules = dict(inner="tensor", heads="tensor", kv_heads="tensor", embed="fsdp")
     specs = jax.tree.map(lambda s: P(*(rules.get(n) for n in s)), nn.get_partition_spec(boxed))
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         put = lambda v, s: jax.device_put(v, NamedSharding(mesh, s))  # noqa: E731
         divides = lambda v, s: s if all(a is None or n % 2 == 0 for n, a in zip(v.shape, s, strict=False)) else P()  # noqa: E731
         sharded = jax.tree.map(lambda v, s: put(v, divides(v, s)), params, specs)
-        rows = [put(v, P("data", "sequence", None)) for v in (x, dy)]
-        arrays = (sharded, *rows, None, None, put(ISOLATED, P("data", "sequence")), None, None, None)
+        rows = [put(v, P("fsdp", "sequence", None)) for v in (x, dy)]
+        arrays = (sharded, *rows, None, None, put(ISOLATED, P("fsdp", "sequence")), None, None, None)
         program = compiled.lower(name, *arrays, "float32", True).compile()
         got = jax.tree.map(np.asarray, program(*arrays))
     close(got, want, 1e-4)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from seqmodels.data import prefetch, readers, text
+from seqmodels.data.dataset import numbered
 from seqmodels.data.permutation import permute
 from seqmodels.errors import UserError
 from tests.data_fixtures import POEM, data_config, open_, text_config
@@ -121,6 +122,7 @@ def test_bptt_rows_go_on_and_change_segment_when_they_begin_anew(tmp_path):
         np.testing.assert_array_equal(batches[n]["segment_ids"][:, -1], batches[n + 1]["segment_ids"][:, 0])
     whole = np.concatenate([b["tokens"] for b in batches[:stream]], axis=1)
     np.testing.assert_array_equal(whole.reshape(-1), data["train"].tokens[: whole.size])
+    assert numbered(np.array([2**30 - 1, 2**30, 2**31, 2**40 + 5])).tolist() == [2**30 - 1, 0, 0, 5]  # int32 has 2^31
     for again in (stream, 2 * stream):  # one document: only the change of segment can reset the state
         np.testing.assert_array_equal(batches[again]["tokens"], batches[0]["tokens"])
         assert (batches[again]["segment_ids"][:, 0] != batches[again - 1]["segment_ids"][:, -1]).all()

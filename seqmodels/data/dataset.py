@@ -19,6 +19,13 @@ from seqmodels.data.sources import find_source
 from seqmodels.data.tokenizer import Tokenizer, load_tokenizer
 from seqmodels.errors import UserError
 
+DOCUMENTS = 2**30  # numbers of documents begin anew there: a batch has them as int32, and adds as many under bptt
+
+
+def numbered(documents: np.ndarray) -> np.ndarray:
+    """Numbers of documents as int32. Those of neighbours differ, and more is not asked of them."""
+    return (documents % DOCUMENTS).astype(np.int32)
+
 
 @dataclasses.dataclass(frozen=True)
 class TokenSplit:
@@ -59,10 +66,10 @@ class TokenSplit:
         return -(-(len(self.tokens) - 1) // length)
 
     def segment_ids(self, start: int, stop: int) -> np.ndarray:
-        """[stop - start] int32: index in the split of each token's document, or 0."""
+        """[stop - start] int32: index in the split of each token's document (see `numbered`), or 0."""
         if not self.separate:
             return np.zeros(stop - start, np.int32)
-        return (np.searchsorted(self.documents, np.arange(start, stop), side="right") - 1).astype(np.int32)
+        return numbered(np.searchsorted(self.documents, np.arange(start, stop), side="right") - 1)
 
     def read(self, rows: np.ndarray, length: int) -> Batch:
         """Read whole rows: `tokens`, `targets`, `segment_ids`, each [len(rows), length] int32."""
@@ -197,7 +204,7 @@ class Dataset(BatchSource):
         if self.bptt:
             stream = available // self.batch_size
             batch = train.read(places * stream + n % stream, self.seq_len)
-            batch["segment_ids"] += (n // stream) % 2 * len(train.documents)
+            batch["segment_ids"] += (n // stream) % 2 * min(len(train.documents), DOCUMENTS)
             return batch
         samples = n * self.batch_size + places
         return train.read(permute(samples % available, available, self.seed, samples // available), self.seq_len)

@@ -139,15 +139,44 @@ def _of_pieces(logits_of, hidden, tables, targets, weights, chunk, z_weight, gra
     mesh = jax.sharding.get_abstract_mesh()
     chunk = -(-chunk // math.prod(mesh.shape[axis] for axis in split.get("length", ())))
 
+    stored = _stored(tables, hidden.shape[-1], axes)
+
     def piece(hidden, tables, targets, weights):
         sums, dh, dtables = of_chunks(hidden, tables, targets, weights, chunk=chunk)
-        sums, dtables = jax.lax.psum((sums, dtables), axes)
-        return sums, dh, dtables
+        if gradients:
+            dtables = [_added(d, axes, spec) for d, spec in zip(dtables, stored, strict=True)]
+        return jax.lax.psum(sums, axes), dh, dtables
 
     tokens, whole = PartitionSpec(split.get("batch"), split.get("length")), PartitionSpec()
-    specs = dict(in_specs=(tokens, whole, tokens, tokens), out_specs=(whole, tokens, whole))
+    outputs = whole, tokens, stored if gradients else None
+    specs = dict(in_specs=(tokens, whole, tokens, tokens), out_specs=outputs)
     run = jax.shard_map(piece, **specs, axis_names=manual(axes), check_vma=False)
     return run(hidden, tables, targets, weights)
+
+
+def _stored(tables, width: int, axes: tuple[str, ...]) -> list[PartitionSpec]:
+    """How those of the mesh axes that add up a table's gradient split it: over its axis of the model's width.
+
+    Not beside an axis that the compiler splits tables over: XLA would gather them there before it adds up parts.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    others = set(mesh.axis_names) - manual(axes) - set(mesh.manual_axes)
+    split = () if others else (mesh_axes(embed=width) or {}).get("embed", ())
+    parts = tuple(axis for axis in split if axis in axes)
+
+    def spec(shape):
+        return PartitionSpec(*(None,) * shape.index(width), parts) if parts and width in shape else PartitionSpec()
+
+    return [spec(table.shape) for table in tables]
+
+
+def _added(gradient: jax.Array, axes: tuple[str, ...], stored: PartitionSpec) -> jax.Array:
+    """The sum of a gradient over mesh axes, of which each device gets the part that `stored` says."""
+    parts = stored[-1] if stored else ()
+    if parts:
+        gradient = jax.lax.psum_scatter(gradient, parts, scatter_dimension=len(stored) - 1, tiled=True)
+    rest = tuple(axis for axis in axes if axis not in parts)
+    return jax.lax.psum(gradient, rest) if rest else gradient
 
 
 def _of_chunks(logits_of, hidden, tables, targets, weights, chunk, z_weight, gradients):

@@ -17,7 +17,9 @@ from jax.sharding import AbstractMesh, Mesh
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "ragged-all-to-all")
 
 _INSTRUCTION = re.compile(rf"= (.*?) ({'|'.join(KINDS)})(-start)?\(")
-_FUSED = re.compile(r"= (.*?) fusion\(.*calls=%?(all-reduce-scatter[\w.\-]*)")  # how TPU writes a reduce-scatter
+_SCATTER = "all-reduce-scatter"  # name of a fusion, which is how TPU writes a reduce-scatter
+_FUSED = re.compile(rf"= (.*?) fusion\(.*calls=%?({_SCATTER}[\w.\-]*)")
+_CHAIN = re.compile(r"channel_id=(\d+).*chain_id=")  # TPU: one that starts, goes on and ends in several fusions
 _ARRAY = re.compile(r"\b([a-z]+)(\d*)(?:e\dm\d\w*)?\[([\d,]*)\]")
 _OTHERS = re.compile(r"\b(?:calls|to_apply|true_computation|false_computation)=%?([\w.\-]+)")
 
@@ -50,10 +52,13 @@ def collectives(hlo: str, mesh: Mesh | AbstractMesh) -> list[Collective]:
     """All collectives of a program over devices of `mesh`; `hlo` is the text of the compiled module."""
     bodies, entry = _computations(hlo)
     times = _times(bodies, entry)
-    found = []
+    found, begun = [], set[str]()
     for name, lines in bodies.items():
-        for line in lines if times[name] else ():
+        for line in lines if times[name] and not name.startswith(_SCATTER) else ():
+            if (chain := _CHAIN.search(line)) and chain[1] in begun:
+                continue
             if parsed := _parse(line, bodies, mesh):
+                begun |= {chain[1]} if chain else set()
                 kind, arrays, received, groups = parsed
                 op = re.search(r'op_name="([^"]*)"', line)
                 axes = _axes(groups, mesh)

@@ -15,13 +15,13 @@ from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding, PartitionSpec
 from ml_collections import ConfigDict
 
+from seqmodels import placement
 from seqmodels.errors import UserError
+from seqmodels.placement import axes_of
 
 # From the axis whose neighbours are farthest apart to that whose are nearest: the last ones are inside a host of
 # several GPUs. Experts send less than fsdp does, which gathers every parameter in every layer.
 AXES = ("data", "expert", "fsdp", "tensor", "sequence")
-
-LARGE = 2**16  # numbers: a smaller parameter is rather held by every device than sent
 
 BATCH_AXES = ("data", "expert", "fsdp")  # rows are split over all of these: experts too take tokens of different rows
 
@@ -118,41 +118,13 @@ def _check_divides(config: ConfigDict, sizes: dict[str, int]) -> None:
 
 
 def spec_of(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """PartitionSpec of an array with these logical axis names.
-
-    It follows RULES, but uses each axis of the mesh once, and only if it divides the axis of the array.
-    """
-    rules: dict[str | None, str | tuple[str, ...] | None] = dict(RULES)
-    used: set[str] = set()
-    entries: list[str | tuple[str, ...] | None] = []
-    for name, size in zip(names, shape, strict=True):
-        rule = rules.get(name) or ()
-        axes = tuple(axis for axis in ((rule,) if isinstance(rule, str) else rule) if axis not in used)
-        if axes and size % math.prod(mesh.shape[axis] for axis in axes) == 0:
-            used.update(axes)
-            entries.append(axes if len(axes) > 1 else axes[0])
-        else:
-            entries.append(None)
-    return PartitionSpec(*entries)
+    """PartitionSpec of an array with these logical axis names, by RULES."""
+    return placement.spec_of(names, shape, mesh.shape, RULES)
 
 
 def parameter_spec(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh | AbstractMesh) -> PartitionSpec:
-    """PartitionSpec of a parameter, and of what the optimizer keeps for it.
-
-    It is `spec_of`. But a large parameter that has no axis for `fsdp` is split over its largest axis that divides: else
-    each device would hold all of it and of the optimizer's moments, and gather what others computed.
-    """
-    entries = list(spec_of(names, shape, mesh))
-    count = mesh.shape["fsdp"]
-    if count == 1 or math.prod(shape) < LARGE or "fsdp" in entries:
-        return PartitionSpec(*entries)
-    axes = [((entry,) if isinstance(entry, str) else entry) or () for entry in entries]
-    parts = [math.prod(mesh.shape[axis] for axis in each) * count for each in axes]
-    able = [i for i, size in enumerate(shape) if size % parts[i] == 0 and names[i] not in ("layers", "expert")]
-    if able:
-        largest = max(able, key=lambda i: shape[i])
-        entries[largest] = (*axes[largest], "fsdp") if axes[largest] else "fsdp"
-    return PartitionSpec(*entries)
+    """PartitionSpec of a parameter, and of what the optimizer keeps for it, by RULES."""
+    return placement.parameter_spec(names, shape, mesh.shape, RULES)
 
 
 def is_box(leaf: Any) -> bool:
@@ -189,13 +161,9 @@ def _check_experts(names: tuple[str | None, ...], shape: tuple[int, ...], mesh: 
 def check_used(params: Any, mesh: Mesh) -> None:
     """Raises UserError where "tensor" divides no axis of the parameters, given by their shapes: its devices would all
     compute the same."""
-    used = {axis for leaf in jax.tree.leaves(params) for entry in leaf.sharding.spec for axis in _axes(entry)}
+    used = {axis for leaf in jax.tree.leaves(params) for entry in leaf.sharding.spec for axis in axes_of(entry)}
     if (size := mesh.shape["tensor"]) > 1 and "tensor" not in used:
         raise UserError(f"config.mesh.tensor={size}: divides no number of heads or channels of the model")
-
-
-def _axes(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
-    return (entry,) if isinstance(entry, str) else entry or ()
 
 
 def rows_sharding(mesh: Mesh | AbstractMesh, shape: tuple[int, ...]) -> NamedSharding:
