@@ -13,9 +13,7 @@ def supports(**facts: object) -> str | None:
     return None
 
 
-def attn_residual(
-    value: jax.Array, mean_square: jax.Array, vectors: jax.Array, *, eps: float
-) -> tuple[jax.Array, ...]:
+def attn_residual(value: jax.Array, mean_square: jax.Array, vectors: jax.Array, *, eps: float) -> tuple[jax.Array, ...]:
     """See `kernels.attn_residual.attn_residual`."""
     return source(gradient, eps, value, mean_square, vectors)
 
