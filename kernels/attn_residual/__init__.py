@@ -5,11 +5,10 @@ of h_k, and d_k = g_k . h_k, that of a source v (without its index) is
 
     sum_k a_k g_k + sum_k (b_k / rms(v)) w_k - (sum_k b_k l_k) / (D rms(v)^2) v,    b_k = a_k (g_k . v - d_k).
 
-So it takes g_k, which all sources of step k share, and two numbers of each token and step. jax's own derivatives would
-go through memory for each step and source, or read every g_k twice, for g_k . v and for the sum. Therefore the results
-of this operation have *parts* of gradients as their gradients: what reads the source (`seqmodels/depth/attnres_fused.py`)
-returns g_k as the gradient of the source, a_k as that of the score, and d_k as that of `marks`, which are zero and are
-there for nothing else.
+So it takes g_k, which all sources of step k share, and two numbers of each token and step. XLA's code for jax's own
+derivatives reads every g_k twice, for g_k . v and for the sum. Therefore the results of this operation take *parts* of
+gradients as their gradients: what reads the source (`seqmodels/depth/attnres_fused.py`) returns g_k as the gradient of
+the source, a_k as that of the score, and d_k as that of `marks`, which are zero and are there for nothing else.
 """
 
 import functools
@@ -44,7 +43,7 @@ def attn_residual(
     eps: float,
     implementation: str | None = None,
 ) -> tuple[jax.Array, ...]:
-    """The source for each step that will read it. The gradients of the results are parts of the source's, as said above.
+    """The source for each step that will read it. Gradients of the results are the parts said above.
 
     Args:
         value: [B, T, D] v.

@@ -109,6 +109,8 @@ def backward(
             if k + AHEAD < steps:
                 warp.prefetch(reads_g[k + AHEAD])
 
+            # Runs once, which only the running program knows: else the compiler would load the numbers of many steps at
+            # once, or keep them for sums at the end, and has no registers for them.
             def add(_, sums, k=k):
                 total, norm, product = sums
                 a, d, score = (load_vector(x, token, 1, at=k * tokens)[0] for x in (weights_g, offsets_g, scores_g))

@@ -1,4 +1,4 @@
-"""A source of Attention Residuals with time split over devices, for use inside `jax.shard_map`: each token is by itself."""
+"""A source of Attention Residuals with time split over devices, inside `jax.shard_map`: each token is by itself."""
 
 from typing import Any
 

@@ -293,7 +293,7 @@ class Streams(Warp):
 class Gates:
     """Inside a kernel: how c becomes pre and post."""
 
-    def __init__(self, warp: Warp, scale: Any, pre_bias: Any, post_bias: Any) -> None:
+    def __init__(self, warp: Streams, scale: Any, pre_bias: Any, post_bias: Any) -> None:
         zero = 0 * warp.lane
         self.scale = warp.scalars(scale, zero, 2)
         self.biases = [warp.scalars(bias, zero, warp.count) for bias in (pre_bias, post_bias)]

@@ -1,4 +1,4 @@
-"""The GPU kernel of a source's gradient in Attention Residuals, in Pallas's GPU interpreter, and compiled ahead of time.
+"""The GPU kernel of Attention Residuals, a source's gradient, in Pallas's GPU interpreter, and compiled ahead of time.
 
 On a GPU the same tests run the kernel as it is.
 """
