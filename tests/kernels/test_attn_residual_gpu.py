@@ -24,8 +24,8 @@ slow = pytest.mark.slow
     "sizes",
     [
         dict(length=5, width=64),  # three blocks, and the last tokens are not a whole one; several channels a thread
-        pytest.param(dict(batch=1, length=1, steps=1), marks=slow),
-        pytest.param(dict(width=96, steps=34), marks=slow),  # more steps than threads
+        pytest.param(dict(width=96, steps=1), marks=slow),
+        pytest.param(dict(batch=1, length=2, steps=34), marks=slow),  # more steps than threads of a warp
         *(dict(batch=3, length=401, steps=25, width=width) for width in ((640, 768, 1536) if ON_GPU else ())),
     ],
     ids=str,
@@ -38,7 +38,7 @@ def test_equals_the_float64_reference(gpu_interpreter, sizes):
 @pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=[] if ON_GPU else slow)])
 def test_low_precision(gpu_interpreter, dtype):
     """Against the reference at the same rounded inputs: each result is rounded once, the vectors' gradient twice."""
-    args = inputs(width=768 if ON_GPU else 64, dtype=dtype)
+    args = inputs(width=768 if ON_GPU else 32, dtype=dtype)
     (results, gradients), (want, want_gradients) = run(args, "mosaic_gpu"), reference(args)
     rounding = {"bfloat16": 2**-8, "float16": 2**-11}[dtype]
     assert {k: x.dtype.name for k, x in gradients.items()} == dict(value=dtype, vectors=dtype)
@@ -54,13 +54,13 @@ def test_low_precision(gpu_interpreter, dtype):
 def test_a_model_is_the_same_as_by_xla(gpu_interpreter, dtype):
     """Its outputs, and the gradients of perturbed parameters, which jax derives of plain sums (depth/scored.py)."""
     config = base().model
-    config.update(pattern="mlp", width=64, repeats=5, depth="attnres", dtype=dtype)
+    config.update(pattern="mlp", width=32, repeats=5, depth="attnres", dtype=dtype)
     config.attnres.blocks = 2  # three steps make a source, and the last one is not whole
     config.mlp, draw, tokens = MLP.defaults(hidden=8), np.random.default_rng(0), jnp.arange(10).reshape(2, 5)
     config, got = complete_model(config), {}
     params = nn.unbox(build(config, 11).init(jax.random.key(0), tokens))["params"]
     params = jax.tree.map(lambda x: x + 0.2 * draw.normal(size=x.shape).astype(np.float32), params)
-    weights = draw.normal(size=(2, 5, 64))
+    weights = draw.normal(size=(2, 5, 32))
     for name in ("", "mosaic_gpu"):
         config.implementation.attn_residual = name
         model = build(config, 11)
