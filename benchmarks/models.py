@@ -62,6 +62,12 @@ ROWS = {
     "130m-mudd": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "mudd"}),
     "130m-denseformer": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "denseformer"}),
     "130m-attnres": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "attnres"}),
+    "130m-attnres-kernel": (
+        "configs/mamba.py:130m",
+        8,
+        2048,
+        {"model.depth": "attnres", "model.implementation.attn_residual": "mosaic_gpu"},
+    ),
     "130m-attnres-full": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "attnres", "model.attnres.form": "full"}),
     "130m-hyper": ("configs/mamba.py:130m", 8, 2048, {"model.depth": "hyper"}),
     "130m-hyper-kernel": (

@@ -12,6 +12,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from seqmodels.kernels import attn_residual, dispatch
 from seqmodels.kernels.delta_rule import delta_rule
 from seqmodels.kernels.hyper_connection import hyper_connection
 from seqmodels.kernels.linear_attention import linear_attention
@@ -312,6 +313,29 @@ def streams_call(arguments, variant, implementation):
     return dict(new=new, u=u, post=post.astype(u.dtype))
 
 
+def source_sizes(shape, variant):
+    if not variant.isdecimal() or not int(variant):
+        raise ValueError(f"variant {variant!r} of attn_residual is no number of steps that read the source")
+    return dict(zip("BTD", shape, strict=True), K=int(variant))
+
+
+def source_arguments(variant):
+    """Those of the source's gradient, which is what the backends differ in; the gradient of a gradient has no use."""
+    fixed = functools.partial(Argument, draw=normal, fixed=True)
+    reads = {f"read_{k}": fixed("BTD") for k in range(int(variant))}
+    numbers = dict(scores=fixed("KBT", low=False), weights=fixed("KBT", low=False), offsets=fixed("KBT", low=False))
+    return dict(value=fixed("BTD"), vectors=fixed("KD"), reciprocal=fixed("BT", low=False), **numbers, **reads)
+
+
+def source_call(arguments, variant, implementation):
+    arguments = dict(arguments)
+    reads = tuple(arguments.pop(f"read_{k}") for k in range(int(variant)))
+    facts = dict(shape=(*arguments["value"].shape, len(reads)), dtype=arguments["value"].dtype)
+    backend = dispatch.require("attn_residual", attn_residual.BACKENDS, implementation, **facts)
+    dvalue, dproducts = backend.gradient(**arguments, reads=reads)
+    return dict(value=dvalue, products=dproducts)
+
+
 OPERATIONS = {
     "selective_scan": Operation(
         letters="BTEN",
@@ -434,6 +458,21 @@ OPERATIONS = {
             small=("2x64x4x64:identity", "1x50x3x24:identity"),
         ),
         work="BTCD",
+        carried={},
+    ),
+    "attn_residual": Operation(
+        letters="BTD",
+        apart="BT",
+        sizes=source_sizes,
+        arguments=source_arguments,
+        outputs=lambda variant: dict(value="BTD", products="KBT"),
+        call=source_call,
+        exps=lambda s: 0,
+        shapes=dict(
+            table=("8x2048x768:24", "8x2048x768:12", "8x2048x768:3", "8x2048x1536:24"),
+            small=("2x64x64:3", "1x50x96:5"),
+        ),
+        work="BTD",
         carried={},
     ),
 }

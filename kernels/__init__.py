@@ -41,6 +41,7 @@ OPERATIONS = Operations(
     "grouped_matmul",
     "long_conv",
     "hyper_connection",
+    "attn_residual",
 )
 
 

@@ -29,6 +29,7 @@ APART = "data"
 
 if TYPE_CHECKING:  # the functions that `__getattr__` returns have the signatures of the kernels
     from seqmodels.kernels.attention import attention as attention
+    from seqmodels.kernels.attn_residual import attn_residual as attn_residual
     from seqmodels.kernels.delta_rule import delta_rule as delta_rule
     from seqmodels.kernels.grouped_matmul import grouped_matmul as grouped_matmul
     from seqmodels.kernels.hyper_connection import hyper_connection as hyper_connection

@@ -31,11 +31,11 @@ def set_field(config, field, value):
 
 def test_every_operation_has_its_field():
     assert set(config_of("mamba").model.implementation) == set(OPERATIONS)
-    named = ConfigDict(
-        dict(depth="hyper", dense=dict(variant="none"), implementation=dict(hyper_connection="reference"))
-    )
     used = {name for branch in BRANCHES.values() for name in branch.operations}
-    assert set(OPERATIONS) == used | set(depth.operations(named))
+    for connection, operation in (("hyper", "hyper_connection"), ("attnres", "attn_residual")):
+        named = dict(depth=connection, dense=dict(variant="none"), implementation={operation: "reference"})
+        used |= set(depth.operations(ConfigDict(named)))
+    assert set(OPERATIONS) == used
 
 
 @pytest.mark.parametrize("broken, named", [("short_conv", "selective_scan"), ("selective_scan", "short_conv")])

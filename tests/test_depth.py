@@ -33,6 +33,7 @@ FORMS = {
     "attnres full": dict(depth="attnres", attnres__form="full"),
     "attnres block": dict(depth="attnres", attnres__blocks=3),
     "attnres delta": dict(depth="attnres", attnres__form="delta"),
+    "attnres fused": dict(depth="attnres", attnres__blocks=3, implementation__attn_residual="reference"),
     "hyper identity": dict(depth="hyper", hyper__streams=3),
     "hyper fused": dict(depth="hyper", hyper__streams=3, implementation__hyper_connection="reference"),
     "hyper lite": dict(depth="hyper", hyper__streams=3, hyper__mixing="lite"),
@@ -154,7 +155,7 @@ def attend(values, query, scale):
 def attnres(form):
     """Kimi's equations; for "delta" those of the repository that introduced it."""
     steps, end = Steps(form), None
-    outputs, size = [steps.embedding()], {"attnres block": -(-STEPS // 3)}.get(form, 1)
+    outputs, size = [steps.embedding()], {"attnres block": -(-STEPS // 3), "attnres fused": -(-STEPS // 3)}.get(form, 1)
     stream = outputs[0]
     for step in range(STEPS):
         own = steps.connection("attnres", step // 2)
@@ -324,6 +325,8 @@ def test_scanned_and_rematerialised_are_the_same(form, fields):
             return tree
         return stack(tree, fields["scan_blocks"], backbone.scanned(config_of(form, **fields))[0])
 
+    if "scan_blocks" in fields and form == "attnres fused":
+        fields = fields | dict(implementation__attn_residual="")  # the same parameters
     y, gradients = unrolled(form)
     got, got_gradients = value_and_gradients(form, tuple(fields.items()), stacked(perturbed(form)))
     np.testing.assert_allclose(got, y, rtol=2e-4, atol=2e-5)
@@ -414,6 +417,10 @@ def test_mixing_is_doubly_stochastic(mixing):
         (
             dict(depth="hyper", hyper__mixing="lite", implementation__hyper_connection="reference"),
             "config.model.implementation.hyper_connection='reference': must be '' with model.hyper.mixing='lite'",
+        ),
+        (
+            dict(depth="attnres", implementation__attn_residual="reference", scan_blocks=2),
+            "config.model.implementation.attn_residual='reference': must be '' with model.scan_blocks=2",
         ),
         (dict(depth="value", pattern="mamba lstm"), "config.model.depth='value': must be .*; lstm has no value stream"),
         (dict(depth="value", pattern="bi:mamba"), "bi:mamba has no value stream"),

@@ -15,9 +15,8 @@ Only sums over tokens are left to XLA: the gradients of W, a and b.
 """
 
 import functools
-import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,20 +26,12 @@ from jax.typing import DTypeLike
 from seqmodels.kernels import lanes
 from seqmodels.kernels.arrays import mapped
 from seqmodels.kernels.interpreter import gpu_interpreter
-from seqmodels.kernels.lanes import THREADS, Lanes, load_vector, store_vector
+from seqmodels.kernels.lanes import store_vector
+from seqmodels.kernels.warps import WARP, Share, Warp, across, combined, dot, launch, plus
 
 f32 = jnp.float32
 DTYPES = ("bfloat16", "float16", "float32")
-WARP = 32  # threads
-LINE = 128  # bytes that the caches fetch
 MOST = 4  # streams; with more, a thread's numbers do not fit into its registers
-
-
-class Share(NamedTuple):
-    """What a warp has at once: tokens, for which it loads a row of the matrix together, and a thread's bytes of one."""
-
-    tokens: int
-    bytes: int
 
 
 # By the registers that they were compiled to: four warpgroups fit on a multiprocessor forward, three backward.
@@ -141,7 +132,7 @@ def forward(
     share = FORWARD
 
     def body(x_g, y_g, s_g, w_g, scale_g, pre_g, post_g, new_g, u_g, open_g, normed_g, r_g):
-        warp = Warp(share, *streams.shape, streams.dtype)
+        warp = Streams(share, *streams.shape, streams.dtype)
         warp.prefetch(x_g, y_g)
         weights = [warp.scalars(s_g, token, count) for token in warp.tokens]
 
@@ -221,7 +212,7 @@ def backward(
     def body(*refs):
         new_g, y_g, s_g, w_g, scale_g, pre_g, post_g, normed_g, r_g, g_g, e_g, dpost_g = refs[:12]
         dx_g, dy_g, ds_g, dlogits_g, dproducts_g = refs[12:]
-        warp = Warp(share, *new.shape, new.dtype)
+        warp = Streams(share, *new.shape, new.dtype)
         warp.prefetch(new_g, e_g, g_g, y_g)
         (zero,) = lanes.zeros(1)
         none = [[zero] * count for _ in warp.tokens]
@@ -277,48 +268,16 @@ def backward(
     return run(new, y, weights, rows, scale, pre_bias, post_bias, normed, reciprocal, dnew, du, dpost)
 
 
-def launch(
-    body: Callable[..., None], out: Sequence[jax.ShapeDtypeStruct], tokens: int, share: Share
-) -> Callable[..., Any]:
-    """The kernel of a body, in blocks of four warps."""
-    blocks = -(-tokens // (share.tokens * (THREADS // WARP)))
-    return lanes.kernel(body, out_type=tuple(out), grid=(blocks,), grid_names=("block",))
-
-
-class Warp:
-    """Inside a kernel: the tokens and the channels of each thread.
+class Streams(Warp):
+    """A warp whose tokens have n streams.
 
     Attributes:
-        lane: [128] int32, number of the thread in its warp.
-        tokens: arrays [128] int32. Behind the last token it is the last one again: several warps then write the same
-            numbers.
+        count: n.
     """
 
     def __init__(self, share: Share, tokens: int, count: int, width: int, dtype: DTypeLike) -> None:
-        self.count, self.width, most = count, width, share.bytes // jnp.dtype(dtype).itemsize
-        self.vector = next(n for n in (8, 4, 2, 1) if n <= most and width % (n * WARP) == 0)
-        thread = lanes.thread_index()
-        self.lane = thread & (WARP - 1)
-        first = (lax.axis_index("block") * (THREADS // WARP) + (thread >> 5)) * share.tokens
-        self.tokens = [jnp.minimum(first + j, tokens - 1) for j in range(share.tokens)]
-
-    def prefetch(self, *refs: Any) -> None:
-        """Start to bring what arrays [M, .., D] have of the tokens to the second cache: a round has too few loads."""
-        for token in self.tokens:
-            for ref in refs:
-                size = math.prod(ref.shape[1:])
-                line = LINE // jnp.dtype(ref.dtype).itemsize
-                for first in range(0, size, WARP * line):
-                    lanes.prefetch(ref, token * size + jnp.minimum(first + self.lane * line, size - 1))
-
-    def rounds(self, part: Callable[[jax.Array, Any], Any], carry: Any) -> Any:
-        """Apply `part(channel, carry)` to all channels; a thread has `vector` of them at once, from `channel` on."""
-        size = WARP * self.vector
-
-        def step(index, carry):
-            return part(index * size + self.lane * self.vector, carry)
-
-        return lax.fori_loop(0, self.width // size, step, carry)
+        super().__init__(share, tokens, width, dtype)
+        self.count = count
 
     def streams(self, token: jax.Array, channel: jax.Array) -> list[jax.Array]:
         """Offset of a token's channels in each of its streams, in arrays [M, n, D]."""
@@ -330,24 +289,11 @@ class Warp:
             for k in range(2 * self.count):
                 yield i, k, self.load(ref, (i * 2 * self.count + k) * self.width + channel)
 
-    def load(self, ref: Any, offset: jax.Array) -> Lanes:
-        """The thread's numbers of an array, `vector` arrays [128] float32."""
-        return load_vector(ref, offset, self.vector)
-
-    def scalars(self, ref: Any, row: jax.Array, size: int) -> list[jax.Array]:
-        """A row of an array [.., size], as arrays [128] float32."""
-        return [load_vector(ref, row * size, 1, at=i)[0] for i in range(size)]
-
-    def store_scalars(self, ref: Any, row: jax.Array, values: Sequence[jax.Array]) -> None:
-        """The counterpart of `scalars`; all threads of the warp have the same values."""
-        for i, value in enumerate(values):
-            store_vector(ref, row * len(values), (value,), at=i)
-
 
 class Gates:
     """Inside a kernel: how c becomes pre and post."""
 
-    def __init__(self, warp: Warp, scale: Any, pre_bias: Any, post_bias: Any) -> None:
+    def __init__(self, warp: Streams, scale: Any, pre_bias: Any, post_bias: Any) -> None:
         zero = 0 * warp.lane
         self.scale = warp.scalars(scale, zero, 2)
         self.biases = [warp.scalars(bias, zero, warp.count) for bias in (pre_bias, post_bias)]
@@ -363,31 +309,3 @@ class Gates:
     def scaled(self, dp: Sequence[jax.Array], dq: Sequence[jax.Array]) -> list[jax.Array]:
         """The gradient of c."""
         return [a * d for a, part in zip(self.scale, (dp, dq), strict=True) for d in part]
-
-
-def across(x: jax.Array) -> jax.Array:
-    """The sum over the threads of a warp, in each of them."""
-    distance = WARP // 2
-    while distance:
-        x, distance = x + lanes.exchange(x, distance), distance // 2
-    return x
-
-
-def plus(x: Lanes, factor: jax.Array, y: Lanes) -> Lanes:
-    """x + factor y."""
-    return tuple(a + factor * b for a, b in zip(x, y, strict=True))
-
-
-def dot(a: Lanes, b: Lanes, total: jax.Array) -> jax.Array:
-    """total + sum_j a_j b_j."""
-    for x, y in zip(a, b, strict=True):
-        total = total + x * y
-    return total
-
-
-def combined(weights: Sequence[jax.Array], streams: Sequence[Lanes]) -> Lanes:
-    """sum_i weights_i streams_i."""
-    total = tuple(weights[0] * x for x in streams[0])
-    for weight, x in zip(weights[1:], streams[1:], strict=True):
-        total = plus(total, weight, x)
-    return total

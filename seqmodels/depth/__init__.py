@@ -39,8 +39,9 @@ def growing(config: Any) -> int:
 
 
 def operations(config: Any) -> tuple[str, ...]:
-    """Operations of `seqmodels.kernels` that the connection runs by itself. `Hyper` is for XLA and runs none."""
-    return ("hyper_connection",) if kind(config) == "hyper" and config.implementation.hyper_connection else ()
+    """Operations of `seqmodels.kernels` that the connection runs by itself: only if named, else it is for XLA alone."""
+    used = {"hyper": "hyper_connection", "attnres": "attn_residual"}.get(kind(config))
+    return (used,) if used and config.implementation[used] else ()
 
 
 def check(config: Any, words: set[str]) -> None:
@@ -57,7 +58,10 @@ def check(config: Any, words: set[str]) -> None:
             refuse("model.depth", "value", f"another one unless all mixers of model.pattern are of {able}{have}")
     if kind(config) == "mudd" and config.short_conv:
         refuse("model.short_conv", config.short_conv, "0 with model.depth='mudd', whose mixers read several inputs")
-    if operations(config) and (mixing := config.hyper.mixing) != "identity":
+    if "attn_residual" in operations(config) and config.scan_blocks:
+        allowed = f"'' with model.scan_blocks={config.scan_blocks}: its sources are separate arrays"
+        refuse("model.implementation.attn_residual", config.implementation.attn_residual, allowed)
+    if "hyper_connection" in operations(config) and (mixing := config.hyper.mixing) != "identity":
         allowed = f"'' with model.hyper.mixing={mixing!r}: it does not mix the streams"
         refuse("model.implementation.hyper_connection", config.implementation.hyper_connection, allowed)
 
@@ -90,7 +94,8 @@ def connection_of(config: Any, branches: list[Branch], steps: int, sources: int 
         return Connection(**parent)
     if name == "attnres":
         total = config.repeats * sum(map(len, blocks))
-        fields = dict(total=total, scanned=scanned, eps=eps, dtype=dtype)
+        named = config.implementation.attn_residual if operations(config) else ""
+        fields = dict(total=total, scanned=scanned, eps=eps, dtype=dtype, implementation=named)
         return AttnRes(config.attnres, config.width, steps or int(config.attnres.form != "delta"), **fields, **parent)
     if name == "denseformer":
         return DenseFormer(config.width, steps, config.repeats * len(blocks), scanned, **parent)

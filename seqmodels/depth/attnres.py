@@ -20,6 +20,7 @@ import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from seqmodels.depth import sources
+from seqmodels.depth.attnres_fused import Shared
 from seqmodels.depth.connection import Carry, Connection
 from seqmodels.depth.scored import Scored
 from seqmodels.depth.streams import stored
@@ -50,6 +51,7 @@ class AttnRes(Connection):
         scanned: whether the blocks run in a scan.
         eps: of the norms.
         dtype: of the model's activations.
+        implementation: of the operation `attn_residual`, which sources then go through; "": plain sums.
     """
 
     options: Any
@@ -59,6 +61,7 @@ class AttnRes(Connection):
     scanned: bool
     eps: float
     dtype: DTypeLike
+    implementation: str = ""
 
     @property
     def every(self) -> int:
@@ -78,12 +81,19 @@ class AttnRes(Connection):
         """The embedding is the first source."""
         if self.scanned:
             return sources.first(x, 1 + -(-self.total // self.every))
-        vectors = [vector for block in (*blocks, self) for vector in block.vectors()]
-        return Scored.of(x, jnp.stack(vectors), self.every, self.eps, self.dtype)
+        vectors = jnp.stack([vector for block in (*blocks, self) for vector in block.vectors()])
+        if self.implementation:
+            return Shared.of(x, vectors, self.every, self.eps, self.dtype, self.implementation)
+        return Scored.of(x, vectors, self.every, self.eps, self.dtype)
 
     def enter(self, x: jax.Array, carry: Carry, step: int) -> tuple[jax.Array, Carry]:
         """The mean of the sources, weighted for this step."""
-        h = attend(carry, self.queries[step], self.scales[step], self.eps) if self.scanned else carry.mean()
+        if self.scanned:
+            h = attend(carry, self.queries[step], self.scales[step], self.eps)
+        elif self.implementation:
+            h, carry = carry.mean()
+        else:
+            h = carry.mean()
         if self.options.form == "delta":
             h = x.astype(jnp.float32) + jnp.where(carry.steps > 0, h, 0)  # the first step has no output below it
             return h.astype(x.dtype), carry

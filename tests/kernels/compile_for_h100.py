@@ -6,6 +6,7 @@
     MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py linear_scan BxTxD dtype documents(0|1)
     MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py grouped_matmul MxKxNxX dtype
     MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py hyper_connection BxTxnxD dtype
+    MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py attn_residual BxTxDxK dtype
     MOSAIC_GPU_DUMP_PTXAS=1 python compile_for_h100.py attention BxTxHxHkvxd dtype documents(0|1)
 
 The gradient, or of a few tokens of the scan and the convolution a step that is given its state's memory and must need
@@ -30,6 +31,7 @@ from jax.sharding import Mesh, SingleDeviceSharding
 from seqmodels.kernels.attention import mosaic_gpu
 from seqmodels.kernels.attention.arguments import Inputs, Options, Tokens
 from seqmodels.kernels.attention.masks import Mask
+from seqmodels.kernels.attn_residual import attn_residual
 from seqmodels.kernels.grouped_matmul import grouped_matmul
 from seqmodels.kernels.hyper_connection import hyper_connection
 from seqmodels.kernels.linear_attention import linear_attention
@@ -147,6 +149,13 @@ def streams(sizes, dtype):
     return functools.partial(hyper_connection, eps=1e-5, implementation="mosaic_gpu"), args, {}, None
 
 
+def source(sizes, dtype):
+    batch, length, width, steps = map(int, sizes.split("x"))
+    low = functools.partial(array, dtype=jnp.dtype(dtype))
+    args = dict(value=low(batch, length, width), mean_square=array(batch, length), vectors=low(steps, width))
+    return functools.partial(attn_residual, eps=1e-5, implementation="mosaic_gpu"), args, {}, None
+
+
 OPERATIONS = dict(
     selective_scan=scan,
     linear_attention=memory,
@@ -155,6 +164,7 @@ OPERATIONS = dict(
     grouped_matmul=experts,
     attention=softmax,
     hyper_connection=streams,
+    attn_residual=source,
 )
 
 

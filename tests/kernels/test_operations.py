@@ -49,6 +49,10 @@ SHAPES = {  # of every array that an operation takes, and of what it gives
         | dict(scale=(2,), pre_bias=(3,), post_bias=(3,)),
         [(B, T, 3, E), (B, T, E), (B, T, 3)],
     ),
+    "attn_residual": (
+        dict(value=(B, T, E), mean_square=(B, T), vectors=(3, E)),
+        [*[(B, T, E)] * 3, (3, B, T), (3, B, T)],
+    ),
     "grouped_matmul": (dict(x=(7, 5), w=(3, 5, 4), sizes=(3,)), [(7, 4)]),
 }
 
@@ -73,7 +77,10 @@ def test_every_array_has_its_axes(operation):
     assert set(layout.arrays) == {p.name for p in annotated if "Array" in str(p.annotation)}
     assert set(given) | {"weights"} >= set(layout.arrays)
     options = dict(
-        linear_attention=dict(read="exclusive"), attention=dict(bias=Alibi()), hyper_connection=dict(eps=0.1)
+        linear_attention=dict(read="exclusive"),
+        attention=dict(bias=Alibi()),
+        hyper_connection=dict(eps=0.1),
+        attn_residual=dict(eps=0.1),
     )
     options = options.get(operation, {})
     results = jax.tree.leaves(jax.eval_shape(lambda **x: function(**x, **options), **given))
