@@ -116,8 +116,8 @@ def main(flag_values: flags.FlagValues) -> int:
 def run_rows(names: list[str], flag_values: flags.FlagValues) -> int:
     """Measure rows one after another, each in its own process; the next ones compile meanwhile."""
     options = [f"--{name}={flag_values[name].value}" for name in ("seconds", "repeats", "out")]
-    # The longest rows need this share of a GPU's memory. Of several at once no row may take it before its turn; one alone
-    # takes it whole, since memory that grows piece by piece has no place of 114 GiB for a million tokens.
+    # The longest rows need this share of a GPU's memory. Of several at once no row may take it before its turn; one
+    # alone takes it whole, since memory that grows piece by piece has no place of 114 GiB for a million tokens.
     alone = "true" if flag_values.together == 1 else "false"
     memory = {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", "XLA_PYTHON_CLIENT_PREALLOCATE": alone}
     started, waiting, begun, failed = [], list(names), time.monotonic(), False
