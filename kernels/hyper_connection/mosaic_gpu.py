@@ -34,8 +34,8 @@ DTYPES = ("bfloat16", "float16", "float32")
 MOST = 4  # streams; with more, a thread's numbers do not fit into its registers
 
 
-# By the registers that they were compiled to: four warpgroups fit on a multiprocessor forward, three backward.
-FORWARD, BACKWARD = Share(2, 8), Share(1, 16)
+# The fastest on an H200 (benchmarks/notes/depth.md); with their registers three warpgroups fit on a multiprocessor.
+FORWARD, BACKWARD = Share(2, 16), Share(1, 16)
 
 
 def supports(
