@@ -102,11 +102,10 @@ def test_killed_stopped_and_gone_on_with_by_other_numbers_of_processes(tmp_path)
     alone = training(tmp_path / "alone", text, 1)
     assert cli.run(train.main, train.define, "", alone[1:]) == 0  # here: no process has to start for it
 
-    job = start_job(4, training(run, text, 4))
+    job = start_job(2, training(run, text, 2))
     wait_for(9, run, job[0])
     job[1].kill()
-    said = said_by(job, [75, -signal.SIGKILL, 75, 75])
-    assert f"error: gone: process 1 on {socket.gethostname()}" in said[0] and said[1:] == [""] * 3
+    assert f"error: gone: process 1 on {socket.gethostname()}" in said_by(job, [75, -signal.SIGKILL])[0]
 
     job = start_job(3, training(run, text, 3))  # the first process, in which JAX's coordination service is
     wait_for(20, run, job[0])
