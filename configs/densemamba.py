@@ -3,7 +3,7 @@
 Command:   python train.py --config=configs/densemamba.py --workdir=runs/densemamba
 Hardware:  2 CPU cores. `:130m` and `:350m` one GPU of 80 GB, `:1.4b` eight of them (with training.accumulate=4).
 Expected:  validation 2.069, test 2.095 bits per byte (small; docs/results/small/report.md; xz -9: 2.591, 2.543)
-Cost:      4 to 5 minutes of training on 2 CPU cores (small: 1000 steps of 0.24 s, benchmarks/notes/cpu_step.md)
+Cost:      3.3 minutes of training on 2 CPU cores (small: 1000 steps of 0.2 s, benchmarks/notes/cpu_step.md)
 
 Presets: small (no argument), 25m (for ablations), 130m, 350m, 1.4b. The last three are Mamba's (configs/mamba.py).
 Every layer has dense links of depth 2: its query also reads the states of the two layers below, and a gate of inner
