@@ -24,12 +24,17 @@ def pad(x: jax.Array | None, sizes: Mapping[int, int], fill: float = 0) -> Any:
     return jnp.pad(x, widths, constant_values=fill) if any(more for _, more in widths) else x
 
 
-def computed_once(arrays: Any) -> Any:
+def computed_once(arrays: Any, in_loop: bool = False) -> Any:
     """On a CPU, keep XLA from computing `arrays` anew in each operation that needs them; elsewhere it decides better.
 
     XLA keeps to this in training steps, where `seqmodels.training.xla` asks for it.
+
+    Args:
+        in_loop: whether this is in the body of a loop over tokens. XLA of jax 0.12 takes such barriers into its
+            kernels, and then refuses them ("unhandled opcode"): there it decides.
     """
-    return jax.lax.optimization_barrier(arrays) if dispatch.platforms() == ("cpu",) else arrays
+    wanted = dispatch.platforms() == ("cpu",) and not (in_loop and jax.__version_info__ >= (0, 12))
+    return jax.lax.optimization_barrier(arrays) if wanted else arrays
 
 
 def round_up(x: int, multiple: int) -> int:

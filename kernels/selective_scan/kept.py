@@ -137,14 +137,14 @@ def _adjoint(u, dt, A, B, reset, state, states, factors, dlast):
         t = length - 1 - i
         u_t, dt_t, B_t, reset_t, factors_t = token((u, dt, B, reset, factors), t)
         before = at(states, jnp.maximum(t - 1, 0), axis=1)
-        decay = computed_once(_decay(dt_t, A))
-        kept = computed_once(decay * forget(jnp.where(t > 0, before, state), reset_t))
+        decay = computed_once(_decay(dt_t, A), in_loop=True)
+        kept = computed_once(decay * forget(jnp.where(t > 0, before, state), reset_t), in_loop=True)
         for dy, C in factors_t:
             dstate = dstate + dy[:, None] * C[..., None]
-        dstate = computed_once(dstate)
+        dstate = computed_once(dstate, in_loop=True)
         dB = jnp.einsum("bne,be->bn", dstate, dt_t * u_t, precision="highest")
         dwrite = add_states(dstate * B_t[..., None])
-        dexponent = computed_once(dstate * kept)
+        dexponent = computed_once(dstate * kept, in_loop=True)
         ddt = add_states(dexponent * A) + dwrite * u_t
         new = (dwrite * dt_t, ddt, dB)
         gradients = jax.tree.map(lambda all, one: put(all, one, t, axis=1), gradients, new)

@@ -210,7 +210,7 @@ def _sequential_backward(u, dt, A, B, C, weights, reset, boundaries, dy, dstate)
         u_t, dt_t, B_t, C_t, weights_t, reset_t, dy_t = token((u, dt, B, C, weights, reset, dy), t)
         dreadout = dy_t[:, None] if weights is None else weights_t * dy_t[:, None]
         dreadout = jnp.broadcast_to(dreadout, u_t.shape)
-        dstate = computed_once(dstate + dreadout[..., None, :] * C_t[..., None])
+        dstate = computed_once(dstate + dreadout[..., None, :] * C_t[..., None], in_loop=True)
         inputs = u_t, dt_t, B_t, C_t, weights_t
         new, dA_t = _token_gradients(inputs, A, at(kept, i), dreadout, dy_t, dstate, add_states)
         gradients = jax.tree.map(lambda all, one: put(all, one, t, axis=1), gradients, new)
