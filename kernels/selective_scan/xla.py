@@ -219,9 +219,12 @@ def _sequential_backward(u, dt, A, B, C, weights, reset, boundaries, dy, dstate)
     def chunk(carry, piece):
         n, state = piece
         decays, kept, *rest = carry
-        recompute = lambda i, carry: forward(n * size + i, i, carry)  # noqa: E731
-        _, decays, kept = jax.lax.fori_loop(0, size, recompute, (state, decays, kept))
-        adjoin = lambda i, carry: backward(n * size + size - 1 - i, size - 1 - i, decays, kept, carry)  # noqa: E731
+        _, decays, kept = jax.lax.fori_loop(0, size, lambda i, x: forward(n * size + i, i, x), (state, decays, kept))
+
+        def adjoin(i, carry):
+            i = size - 1 - i
+            return backward(n * size + i, i, decays, kept, carry)
+
         return (decays, kept, *jax.lax.fori_loop(0, size, adjoin, tuple(rest))), None
 
     room = jnp.zeros((2, size, *dstate.shape), dstate.dtype)
